@@ -1,0 +1,1 @@
+"""From rows on a disk or a hub to token ids with a label mask."""

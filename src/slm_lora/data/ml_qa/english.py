@@ -1,0 +1,214 @@
+"""The little English grammar that recasting docstring fragments needs.
+
+Word lists, not a parser: docstrings use few verbs, and what the lists do not know is refused.
+"""
+
+from __future__ import annotations
+
+import re
+
+# What functions do: the verbs that summaries begin with.
+FUNCTION_VERBS = frozenset(
+    """
+    add adjust analyze append apply approximate assemble assign augment binarize bracket broadcast
+    build calculate center check classify clip cluster combine compare compute concatenate construct
+    convert convolve copy count create cross-correlate decompose deconvolve delete design detect
+    determine differentiate discretize divide downsample draw dump encode enforce ensure estimate
+    evaluate expand export extract fetch fill find fit flatten force form format generate get give
+    impute implement indicate initialize insert integrate interchange interpolate interpret invert
+    iterate join learn load make map mask maximize merge minimize modify move multiply normalize
+    pack pad parse partition perform permute plot predict print produce project put query ravel
+    read reconstruct reduce register remove repeat replace represent resample reset reshape
+    restrict retrieve return reverse roll rotate round run save scale select set shift show
+    shuffle simulate solve sort split stack standardize subtract suppress swap take test transform
+    transpose trim truncate turn undo unpack unwrap update upsample use validate write yield zoom
+    """.split()
+)
+# What parameters do.
+PARAMETER_VERBS = frozenset(
+    """
+    adjust affect allow change choose contain control correspond decide define denote describe
+    determine disable enable enforce ensure force give govern impose indicate influence override
+    provide regulate represent restrict select specify tell toggle turn
+    """.split()
+)
+AUXILIARIES = frozenset(
+    """
+    is are was were will must should can may might has have does do cannot would could need needs
+    isn't aren't don't doesn't won't can't
+    """.split()
+)
+FINITE_VERBS = frozenset(
+    """
+    specifies determines controls defines indicates contains returns gives uses represents
+    corresponds takes sets allows makes requires depends applies affects becomes holds accepts
+    leads produces results refers describes consists computes behaves exists occurs yields
+    means performs supports provides prevents disables enables ignores tends increases decreases
+    """.split()
+)
+SUBORDINATORS = frozenset(
+    """
+    that which who whose whom where when if whether while as how because since until unless
+    whenever whatever what than though although so whereas why
+    """.split()
+)
+# Words that end the part of a noun phrase in which its head stands.
+_COMPLEMENTS = frozenset(
+    """
+    of in for to with that which from on at by used where when if along over between as such
+    whose containing giving defining describing representing against after before during under
+    per within without about into through returned passed applied associated corresponding
+    computed needed required using whether how defined given obtained estimated found seen fitted
+    specifying determining controlling indicating suitable available known present necessary
+    """.split()
+)
+# Heads that take "a" when they come without an article; all others take "the".
+_KINDS = frozenset(
+    """
+    array matrix function callable list tuple sequence string dictionary dict flag instance object
+    vector scalar integer float boolean iterable iterator generator namedtuple dataframe bunch
+    mapping collection mixin class wrapper callback
+    """.split()
+)
+_SINGULAR_IN_S = frozenset(
+    """
+    axis basis bias class loss mass radius status analysis process access address gas lens atlas
+    canvas kwargs args chaos series compass bus focus synthesis thesis hypothesis previous various
+    """.split()
+)
+_PLURAL_WITHOUT_S = frozenset({"coefs", "criteria", "people"})
+_DETERMINERS = frozenset(
+    """
+    the a an any each one two three some all both either no another every this these
+    """.split()
+)
+_PLURAL_DETERMINERS = frozenset({"two", "three", "some", "all", "both", "these"})
+# Names that keep their capital inside a sentence.
+_PROPER = frozenset(
+    """
+    Airy Akaike Akima Anderson Bartlett Bayes Bayesian Bernoulli Bessel Birch Bonferroni Boolean
+    Boltzmann Bray Brent Brier Broyden Butterworth California Calinski Canberra Cartesian Cauchy
+    Chebyshev Chi Cholesky Cohen Cython Davies Delaunay Dijkstra Dirichlet Elastic Epanechnikov
+    Euclidean Euler Fisher Floater Floyd Fortran Fourier Fowlkes Friedman Frobenius Gamma Gauss Gaussian
+    Gegenbauer Gini Givens Gower Gram Hamming Hankel Hausdorff Haversine Hermite Hermitian
+    Hessenberg Hessian Hilbert Householder Huber I Jaccard Jacobi Jacobian Jensen Johnson Kaiser
+    Kelvin Kendall Kolmogorov Kronecker Krylov Kullback Labeled Lagrange Laguerre Lambert Laplace
+    Laplacian Lasso Leave Lebedev Ledoit Legendre Levenberg Levene Lipschitz Lomb Lorentz
+    Mahalanobis Mann Markov Matern Mathieu Matplotlib Matthews Minkowski Monte Moore Nelder Newton
+    Nyquist Nystroem Nystrom Olivetti Owen Parzen Pearson Penrose Poisson Python Rand Rayleigh
+    Riccati Ridge Riemann Romberg Runge Savitzky Schur Shannon Simpson Sobol Spearman Struve
+    Student Swiss Sylvester Taylor Theil Tikhonov Toeplitz Tukey Vandermonde Voigt Voronoi Ward
+    Wasserstein Weibull Welch Wiener Wilcoxon Wishart Wolfe Wright Yates Yeo Yule
+    """.split()
+)
+
+
+def words(text: str) -> list[str]:
+    """Lower-case words and separators; code is one word, bracketed asides are none."""
+    text = re.sub(r"\([^()]*\)", " ", re.sub(r"`[^`]*`|\"[^\"]*\"|'[^' ]*'", "code", text))
+    return re.findall(r"[a-z0-9_'\-/]+|[,;:]", text.casefold())
+
+
+def opening_and_rest(text: str) -> tuple[str, str]:
+    """The first word in lower case without punctuation, and the text after it."""
+    first, _, rest = text.partition(" ")
+    return first.rstrip(",.:;").casefold(), rest
+
+
+def has_main_verb(text: str) -> bool:
+    """Whether a finite verb comes before any subordinate clause, comma or colon."""
+    for word in words(text):
+        if word in SUBORDINATORS or word in ",;:":
+            return False
+        if word in AUXILIARIES or word in FINITE_VERBS:
+            return True
+    return False
+
+
+def third_person(verb: str) -> str:
+    """"compute" -> "computes", "apply" -> "applies", "stretch" -> "stretches"."""
+    if re.search(r"(?:s|x|z|ch|sh|o)$", verb):
+        return verb + "es"
+    if re.search(r"[^aeiou]y$", verb):
+        return verb[:-1] + "ies"
+    return verb + "s"
+
+
+FUNCTION_FORMS = {third_person(verb): verb for verb in FUNCTION_VERBS}
+PARAMETER_FORMS = {third_person(verb): verb for verb in PARAMETER_VERBS}
+
+
+def is_clause(text: str) -> bool:
+    """Whether a main clause has a verb: a finite one, or an order at its beginning."""
+    opening = words(text)[:1]
+    return has_main_verb(text) or bool(opening and opening[0] in FUNCTION_VERBS | PARAMETER_VERBS)
+
+
+def starts_with_verb(text: str) -> bool:
+    """Whether a clause opens with a verb, so that its subject is missing."""
+    verbs = FUNCTION_VERBS | PARAMETER_VERBS | FUNCTION_FORMS.keys() | PARAMETER_FORMS.keys()
+    return opening_and_rest(text)[0] in verbs | AUXILIARIES | FINITE_VERBS
+
+
+def lower_first(text: str) -> str:
+    """The text as it reads inside a sentence: names, acronyms and code keep their capitals."""
+    match = re.match(r"(A|[A-Z][a-z]+)(?:[-'][\w'\-]*)?(?![\w])", text)
+    if match is None or match.group(1) in _PROPER:
+        return text
+    return text[0].lower() + text[1:]
+
+
+def with_indefinite(text: str) -> str:
+    """The text with "a" or "an" before it, by the sound of its first word."""
+    match = re.match(r"`?([\w\-]*)", text)
+    first = match.group(1) if match else ""
+    if re.match(r"[A-Z](?:[A-Z0-9]|-|$)", first):  # spelled out: an SVM, a CSR matrix
+        vowel = first[0] in "AEFHILMNORSX"
+    else:
+        vowel = bool(re.match(r"(?:[aeiou]|8|11\b|18\b|hour|ndarray|n-)", first, re.IGNORECASE))
+        vowel = vowel and not re.match(r"(?:uni(?!n|m)|use|one\b|eu|ufunc|ubiq)", first, re.I)
+    return f"{'an' if vowel else 'a'} {text}"
+
+
+def head_words(text: str) -> list[str]:
+    """The words of a noun phrase up to its head: what comes before the first complement."""
+    found: list[str] = []
+    for word in words(text):
+        if word in _COMPLEMENTS or word in ",;:":
+            break
+        # "components observed in", but "weighted mean": a participle after a noun opens a clause.
+        if word.endswith("ed") and len(found) > (1 if found[:1] in (["the"], ["a"]) else 0):
+            break
+        # "function evaluating residuals", but "training data".
+        if word.endswith("ing") and found and found[-1] in _KINDS:
+            break
+        found.append(word)
+    return found
+
+
+def is_plural(noun: str) -> bool:
+    """Whether a noun is plural, as far as its ending shows."""
+    if noun in _PLURAL_WITHOUT_S:
+        return True
+    return noun.endswith("s") and not noun.endswith(("ss", "us", "is")) and noun not in _SINGULAR_IN_S
+
+
+def noun_phrase(text: str) -> tuple[str, bool]:
+    """A fragment with its article, as it reads inside a sentence, and whether it is plural."""
+    first = opening_and_rest(text)[0]
+    found = head_words(text)
+    # "Axis or axes" is one thing, "labels or label matrix" are several: the first noun decides.
+    if "or" in found:
+        found = found[: found.index("or")]
+    head = found[-1] if found else ""
+    plural = is_plural(head)
+    if first in _DETERMINERS:
+        return text[0].lower() + text[1:], plural or first in _PLURAL_DETERMINERS
+    lowered = lower_first(text)
+    if plural:
+        indefinite = first in {"additional", "extra", "optional", "other", "further", "various"}
+        return (lowered if indefinite else f"the {lowered}"), True
+    of_kind = head in _KINDS and first not in {"input", "output"} and f"{head} to " not in lowered
+    if of_kind or re.match(r"(?:\d+|n)-?d\b|optional\b", text, re.IGNORECASE):
+        return with_indefinite(lowered), False
+    return f"the {lowered}", False

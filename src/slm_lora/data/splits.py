@@ -1,0 +1,163 @@
+"""Which rows are tested on, validated on and trained on.
+
+Test and validation set are drawn first, by groups of related rows, with a seeded hash of the
+group's identity; what is left is ordered by a seeded hash of each row and cut from the front,
+so that a smaller training set is always the beginning of a larger one.
+"""
+
+from __future__ import annotations
+
+import hashlib
+import math
+import re
+import unicodedata
+from collections import defaultdict
+from collections.abc import Iterable, Sequence
+from dataclasses import dataclass
+
+from slm_lora.errors import DataError
+from slm_lora.records import Row
+
+SPLIT_VERSION = 1
+"""Raised when the same rows would be divided in another way."""
+
+TRAINING_SHARE = 0.9
+"""A data set of size N trains on 0.9·N rows, as in the described 90/10 experiments."""
+
+
+@dataclass(frozen=True, slots=True)
+class Split:
+    """Row ids of the three sets, and the group of every row of the data set."""
+
+    test: tuple[str, ...]
+    validation: tuple[str, ...]
+    train: tuple[str, ...]
+    group_of: dict[str, str]
+
+
+def _normalised(text: str) -> str:
+    """Case, width, punctuation and spacing do not make a question another question."""
+    folded = unicodedata.normalize("NFKC", text).casefold()
+    return " ".join(re.findall(r"\w+", folded)) or folded.strip()
+
+
+def _keys(row: Row) -> Iterable[tuple[str, str]]:
+    """What ties a row to others: its instruction, its context, and a group that it names."""
+    instruction = next((turn.content for turn in row.turns if turn.role == "user"), None)
+    if instruction is None:
+        instruction = row.turns[0].content
+    yield "instruction", _normalised(instruction)
+    if context := _normalised(row.context):
+        yield "context", context
+    if row.group_hint:
+        yield "hint", row.group_hint
+
+
+def group_rows(rows: Sequence[Row]) -> dict[str, str]:
+    """Row id → group id, by union-find over shared instruction, context or named group.
+
+    A group's id is its smallest row id, so it does not depend on the order of the rows.
+    """
+    parent: dict[str, str] = {row.row_id: row.row_id for row in rows}
+
+    def root(row_id: str) -> str:
+        while parent[row_id] != row_id:
+            parent[row_id] = parent[parent[row_id]]
+            row_id = parent[row_id]
+        return row_id
+
+    first_with: dict[tuple[str, str], str] = {}
+    for row in rows:
+        for key in _keys(row):
+            # The smaller id becomes the root: the root is then the group's smallest id.
+            low, high = sorted((root(row.row_id), root(first_with.setdefault(key, row.row_id))))
+            parent[high] = low
+    return {row_id: root(row_id) for row_id in parent}
+
+
+def seeded_order(ids: Iterable[str], purpose: str, seed: int) -> list[str]:
+    """Ids in the order of SHA-256(version, purpose, seed, id): random, and the same everywhere."""
+
+    def key(identity: str) -> bytes:
+        return hashlib.sha256(f"{SPLIT_VERSION}:{purpose}:{seed}:{identity}".encode()).digest()
+
+    return sorted(ids, key=key)
+
+
+def _whole_groups(groups: Sequence[Sequence[str]], wanted: int) -> tuple[list[str], int]:
+    """Rows of whole groups, taken in order until ``wanted`` rows; a group that no longer fits
+    is passed over. Returns the rows and how many are missing."""
+    taken: list[str] = []
+    for group in groups:
+        if len(taken) + len(group) <= wanted:
+            taken.extend(group)
+        if len(taken) == wanted:
+            break
+    return taken, wanted - len(taken)
+
+
+def default_test_rows(rows: int) -> int:
+    """A tenth of the rows, at most 1,000: the described size for Dolly, less for small sets."""
+    return max(1, min(1000, rows // 10))
+
+
+def default_validation_rows(rows: int) -> int:
+    """A twentieth of the rows, at most 300."""
+    return max(1, min(300, rows // 20))
+
+
+def training_rows_for(size: int) -> int:
+    """Training rows of a data set of ``size``: 0.9·size, rounded half up (1500 → 1350)."""
+    return math.floor(TRAINING_SHARE * size + 0.5)
+
+
+def split_rows(
+    rows: Sequence[Row],
+    *,
+    size: int | None,
+    test_rows: int | None,
+    validation_rows: int | None,
+    split_seed: int,
+    data_seed: int,
+) -> Split:
+    """Draw test, validation and training rows; see the module for the rule.
+
+    Raises:
+        DataError: the rows do not suffice; the message says what would fit.
+    """
+    wanted_test = default_test_rows(len(rows)) if test_rows is None else test_rows
+    wanted_validation = (
+        default_validation_rows(len(rows)) if validation_rows is None else validation_rows
+    )
+    group_of = group_rows(rows)
+    members: dict[str, list[str]] = defaultdict(list)
+    for row_id, group_id in sorted(group_of.items()):
+        members[group_id].append(row_id)
+
+    order = seeded_order(members, "held out", split_seed)
+    test, short = _whole_groups([members[group] for group in order], wanted_test)
+    if short:
+        raise DataError(
+            f"data.test_rows = {wanted_test}: only {len(test)} of the {len(rows)} rows can be "
+            f"drawn in whole groups; set data.test_rows to {len(test)} or less"
+        )
+    held_out = {group_of[row_id] for row_id in test}
+    rest = [members[group] for group in order if group not in held_out]
+    validation, short = _whole_groups(rest, wanted_validation)
+    if short:
+        raise DataError(
+            f"data.validation_rows = {wanted_validation}: only {len(validation)} rows are left "
+            f"after {len(test)} test rows; set data.validation_rows to {len(validation)} or less"
+        )
+    held_out.update(group_of[row_id] for row_id in validation)
+    left = [row_id for row_id, group_id in group_of.items() if group_id not in held_out]
+    wanted_train = len(left) if size is None else training_rows_for(size)
+    if not left or wanted_train > len(left):
+        fits = math.floor(len(left) / TRAINING_SHARE)
+        raise DataError(
+            f"data.size = {size}: needs {wanted_train} training rows, but {len(left)} of "
+            f"{len(rows)} are left after {len(test)} test and {len(validation)} validation rows; "
+            f"data.size = {fits} fits"
+        )
+    train = seeded_order(left, "train", data_seed)[:wanted_train]
+    return Split(tuple(sorted(test)), tuple(sorted(validation)), tuple(train), group_of)

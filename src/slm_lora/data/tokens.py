@@ -1,0 +1,239 @@
+"""From rows to token ids with a mask of the response tokens.
+
+The rendered string is tokenised once, whole, by a copy of the tokenizer in which special
+tokens written in row text are text, and the template's own are private-use characters (see
+``templates``). BOS is first where the tokenizer adds one; EOS is last, and is a label.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from dataclasses import dataclass
+from typing import TYPE_CHECKING, Any
+
+import numpy as np
+
+from slm_lora.data.templates import (
+    ChatRenderer,
+    Rendered,
+    Specials,
+    Template,
+    _check_private_use,
+    jinja_renderer,
+    render_chat,
+    render_instruction_response,
+    render_plain,
+)
+from slm_lora.errors import DataError, UsageError
+from slm_lora.records import Example, Row, Turn
+
+if TYPE_CHECKING:
+    from transformers import PreTrainedTokenizerBase
+
+
+@dataclass(frozen=True, slots=True)
+class LongRows:
+    """What happened to rows longer than max_length."""
+
+    rows: int
+    tokens_cut: int
+    longest: int
+
+
+_Tokens = tuple[list[int], list[bool], list[int]]
+
+
+class RowTokenizer:
+    """Tokenises rows under one template; keeps the tokenizer's prepared copy.
+
+    Args:
+        tokenizer: a fast tokenizer of transformers; it is not changed.
+        template: how rows become text.
+
+    Raises:
+        UsageError: a slow tokenizer (no character offsets), or no chat template to use.
+    """
+
+    def __init__(self, tokenizer: PreTrainedTokenizerBase, template: Template) -> None:
+        from tokenizers import AddedToken, Tokenizer
+
+        if not tokenizer.is_fast:
+            raise UsageError("the model's tokenizer has no fast version (tokenizer.json)")
+        self.template = template
+        self.specials = Specials.of(
+            [str(t) for t in tokenizer.added_tokens_decoder.values() if t.special]
+        )
+        self.eos_id: int | None = tokenizer.eos_token_id
+        self.bos_id = _bos_that_is_added(tokenizer)
+        backend = Tokenizer.from_str(tokenizer.backend_tokenizer.to_str())
+        backend.no_truncation()
+        backend.no_padding()
+        # Special tokens in the string are row text now; the template's own are the characters.
+        backend.encode_special_tokens = True
+        flags = {str(token): token for token in tokenizer.added_tokens_decoder.values()}
+        self._id_of = {}
+        for index, token in enumerate(self.specials.tokens):
+            character = self.specials.owned(index)
+            as_special = flags[token]
+            backend.add_tokens(
+                [
+                    AddedToken(
+                        character,
+                        normalized=False,
+                        lstrip=as_special.lstrip,
+                        rstrip=as_special.rstrip,
+                    )
+                ]
+            )
+            self._id_of[backend.token_to_id(character)] = tokenizer.convert_tokens_to_ids(token)
+        self._backend = backend
+        self._first_new_id = min(self._id_of, default=len(tokenizer))
+        ends = [i for i, token in enumerate(self.specials.tokens) if token == tokenizer.eos_token]
+        self._ends = tuple(self.specials.owned(index) for index in ends)
+        self._render_chat = self._chat_renderer(tokenizer)
+
+    def _chat_renderer(self, tokenizer: PreTrainedTokenizerBase) -> ChatRenderer | None:
+        if self.template.kind == "jinja":
+            named = {k: str(v) for k, v in tokenizer.special_tokens_map.items()}
+            plain = jinja_renderer(self.template.source, named)
+        elif self.template.kind == "chat":
+            if not tokenizer.chat_template:
+                raise UsageError(
+                    "data.template = chat: the model's tokenizer has no chat template; "
+                    "use instruction_response, or a .jinja file"
+                )
+
+            def plain(messages: list[dict[str, str]], add_generation_prompt: bool) -> str:
+                text: Any = tokenizer.apply_chat_template(
+                    messages, tokenize=False, add_generation_prompt=add_generation_prompt
+                )
+                return str(text)
+        else:
+            return None
+        return lambda messages, prompt: self.specials.own(plain(messages, prompt))
+
+    def render(self, row: Row) -> Rendered:
+        """The row's text, its special tokens hidden or owned, with its response spans."""
+        _check_private_use(row)
+        hidden = Row(
+            tuple(Turn(turn.role, self.specials.hide(turn.content)) for turn in row.turns),
+            context=self.specials.hide(row.context),
+            source=row.source,
+        )
+        if self.template.kind == "instruction_response":
+            rendered = render_instruction_response(hidden, self.template.include_context)
+        elif self.template.kind == "plain":
+            rendered = render_plain(hidden)
+        else:
+            assert self._render_chat is not None
+            rendered = render_chat(
+                hidden, self.template.include_context, self._render_chat, self._ends
+            )
+        shown = [self.specials.show(part) for part in _cut(rendered)]
+        ends = np.cumsum([len(part) for part in shown])
+        # _cut alternates outside, response, outside, …: every odd part is a response.
+        spans = tuple((int(ends[i - 1]), int(ends[i])) for i in range(1, len(shown), 2))
+        return Rendered("".join(shown), spans)
+
+    def encode(
+        self,
+        rows: Sequence[Row],
+        group_of: dict[str, str],
+        max_length: int | None = None,
+        on_long_row: str = "truncate",
+    ) -> tuple[list[Example], LongRows]:
+        """Tokenise rows, in their order.
+
+        Args:
+            rows: the rows.
+            group_of: group id of every row id.
+            max_length: longest sequence in tokens, BOS and EOS included; None: any.
+            on_long_row: ``truncate`` (the row then ends without EOS), ``drop`` or ``refuse``.
+
+        Raises:
+            DataError: a row has no tokens, cannot be rendered, or is too long under ``refuse``.
+        """
+        rendered = [self.render(row) for row in rows]
+        encodings = self._backend.encode_batch(
+            [each.text for each in rendered], add_special_tokens=False
+        )
+        whole = [
+            self._tokens(row, each, encoding.ids, encoding.offsets)
+            for row, each, encoding in zip(rows, rendered, encodings, strict=True)
+        ]
+        limit = max_length if max_length is not None else max(map(_length, whole), default=0)
+        long = [(row, _length(t)) for row, t in zip(rows, whole, strict=True) if _length(t) > limit]
+        counted = LongRows(
+            rows=len(long),
+            tokens_cut=sum(length - limit for _, length in long),
+            longest=max(map(_length, whole), default=0),
+        )
+        if long and on_long_row == "refuse":
+            raise DataError(
+                f"{long[0][0].source}: {long[0][1]} tokens, over data.max_length = {limit} "
+                f"({len(long)} rows in all); set data.on_long_row to truncate or drop"
+            )
+        examples = [
+            self._example(row, group_of[row.row_id], each, tokens, limit)
+            for row, each, tokens in zip(rows, rendered, whole, strict=True)
+            if on_long_row != "drop" or _length(tokens) <= limit
+        ]
+        return examples, counted
+
+    def _tokens(
+        self, row: Row, rendered: Rendered, raw_ids: list[int], offsets: list[tuple[int, int]]
+    ) -> _Tokens:
+        """Ids, response mask and last character of every token, with BOS and EOS."""
+        ids = [self._id_of[i] if i >= self._first_new_id else i for i in raw_ids]
+        ends = [end for _, end in offsets]
+        # A token is a response token if it ends past the prompt's last character.
+        spans = rendered.responses
+        response = [any(a < end <= b for a, b in spans) for end in ends]
+        if self.bos_id is not None and ids[:1] != [self.bos_id]:
+            ids, response, ends = [self.bos_id, *ids], [False, *response], [0, *ends]
+        if not ids:
+            raise DataError(f"{row.source}: the row has no tokens")
+        if self.eos_id is not None and ids[-1] != self.eos_id:
+            after_response = bool(spans) and spans[-1][1] == len(rendered.text)
+            ids, response = [*ids, self.eos_id], [*response, after_response]
+            ends = [*ends, len(rendered.text)]
+        return ids, response, ends
+
+    def _example(
+        self, row: Row, group_id: str, rendered: Rendered, tokens: _Tokens, limit: int
+    ) -> Example:
+        ids, response, ends = (part[:limit] for part in tokens)
+        # The first token is not scored: BOS has no bytes, any other's bytes are left out.
+        first, last = ends[0], ends[-1]
+        return Example(
+            row_id=row.row_id,
+            group_id=group_id,
+            category=row.category,
+            ids=np.array(ids, dtype=np.int32),
+            response=np.array(response, dtype=np.bool_),
+            bytes_all=self._bytes(rendered.text[first:last]),
+            bytes_response=sum(
+                self._bytes(rendered.text[max(a, first) : min(b, last)])
+                for a, b in rendered.responses
+            ),
+        )
+
+    def _bytes(self, text: str) -> int:
+        return len(self.specials.strip(text).encode("utf-8"))
+
+
+def _cut(rendered: Rendered) -> list[str]:
+    """The text cut at the response spans: outside, response, outside, response, …, outside."""
+    edges = [0, *(edge for span in rendered.responses for edge in span), len(rendered.text)]
+    return [rendered.text[a:b] for a, b in zip(edges, edges[1:], strict=False)]
+
+
+def _bos_that_is_added(tokenizer: PreTrainedTokenizerBase) -> int | None:
+    """The BOS that the tokenizer puts before every text by itself, or None."""
+    ids: list[int] = tokenizer("a", add_special_tokens=True)["input_ids"]
+    first: int | None = tokenizer.bos_token_id
+    return first if first is not None and ids[:1] == [first] else None
+
+
+def _length(tokens: _Tokens) -> int:
+    return len(tokens[0])

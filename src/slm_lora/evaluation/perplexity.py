@@ -1,0 +1,133 @@
+"""Held-out loss and perplexity, row by row.
+
+Loss is total negative log-likelihood over total label tokens, perplexity is exp of that very
+number; both from the same per-row scores, so neither depends on the batch size.
+"""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Callable, Sequence
+from dataclasses import asdict, dataclass
+from pathlib import Path
+
+from slm_lora.data.batches import by_token_budget, pack
+from slm_lora.errors import DataError, IntegrityError, NumericError
+from slm_lora.model.forward import score_documents
+from slm_lora.model.load import Base
+from slm_lora.records import Example, LossOn, RowScore
+from slm_lora.storage import atomic_path
+
+
+@dataclass(frozen=True, slots=True)
+class HeldOutLoss:
+    """Loss in nats per label token, over ``tokens`` labels of ``rows`` rows."""
+
+    loss: float
+    perplexity: float
+    tokens: int
+    rows: int
+    bits_per_byte: float
+
+
+def score(
+    base: Base,
+    examples: Sequence[Example],
+    split: str,
+    micro_batch_tokens: int,
+    on_rows: Callable[[int, int], None] = lambda rows, tokens: None,
+) -> list[RowScore]:
+    """Score every example under the base with whatever adapter is on it.
+
+    Args:
+        base: in evaluation mode (no dropout).
+        examples: rows to score.
+        split: name of the set, kept with every score.
+        micro_batch_tokens: tokens computed at once.
+        on_rows: told of rows and tokens done since the last call.
+
+    Returns:
+        One score a row, sorted by row id.
+
+    Raises:
+        NumericError: a row's loss is not finite.
+    """
+    scores = []
+    for micro in by_token_budget(examples, micro_batch_tokens):
+        batch = pack(micro, "all")
+        found = score_documents(base, batch)
+        for index, example in enumerate(micro):
+            if not math.isfinite(found.nll_all[index]):
+                raise NumericError(
+                    f"row {example.row_id[:8]}: loss {found.nll_all[index]} under "
+                    f"{base.source.name} in {base.precision}; use training.precision=fp32"
+                )
+            scores.append(
+                RowScore(
+                    row_id=example.row_id,
+                    group_id=example.group_id,
+                    category=example.category,
+                    split=split,
+                    nll_all=float(found.nll_all[index]),
+                    tokens_all=int(found.tokens_all[index]),
+                    bytes_all=example.bytes_all,
+                    nll_response=float(found.nll_response[index]),
+                    tokens_response=int(found.tokens_response[index]),
+                    bytes_response=example.bytes_response,
+                )
+            )
+        on_rows(len(micro), len(batch.ids))
+    return sorted(scores, key=lambda each: each.row_id)
+
+
+def held_out_loss(scores: Sequence[RowScore], tokens: LossOn) -> HeldOutLoss:
+    """Loss over the whole text or the responses.
+
+    Raises:
+        DataError: no label token among the rows.
+    """
+    if tokens == "all":
+        nll = math.fsum(s.nll_all for s in scores)
+        count, size = sum(s.tokens_all for s in scores), sum(s.bytes_all for s in scores)
+    else:
+        nll = math.fsum(s.nll_response for s in scores)
+        count, size = sum(s.tokens_response for s in scores), sum(s.bytes_response for s in scores)
+    if count == 0:
+        raise DataError(f"no label tokens left: {len(scores)} rows have no {tokens} token to score")
+    loss = nll / count
+    return HeldOutLoss(
+        loss=loss,
+        perplexity=math.exp(loss),
+        tokens=count,
+        rows=len(scores),
+        bits_per_byte=nll / math.log(2) / max(1, size),
+    )
+
+
+def write_scores(scores: Sequence[RowScore], path: Path) -> None:
+    """Write scores as Parquet, sorted by row id; losses are float64."""
+    import pyarrow as pa
+    import pyarrow.parquet as pq
+
+    columns: dict[str, list[object]] = {}
+    for each in sorted(scores, key=lambda s: s.row_id):
+        for name, value in asdict(each).items():
+            columns.setdefault(name, []).append(value)
+    with atomic_path(path) as temporary:
+        pq.write_table(pa.table(columns), temporary, compression="zstd")
+
+
+def read_scores(path: Path) -> list[RowScore]:
+    """Read what `write_scores` wrote.
+
+    Raises:
+        IntegrityError: the file is broken or lacks a column.
+    """
+    import pyarrow as pa
+    import pyarrow.parquet as pq
+
+    try:
+        return [RowScore(**row) for row in pq.read_table(path).to_pylist()]
+    except (pa.ArrowException, TypeError, OSError) as error:
+        reason = str(error).splitlines()[0]
+        raise IntegrityError(f"{path}: cannot be read as scores: {reason}") from error

@@ -1,0 +1,172 @@
+"""From the cells of a recipe to jobs: everything found, checked and named before any training."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from dataclasses import asdict, dataclass
+from pathlib import Path
+from typing import TYPE_CHECKING, Any
+
+from slm_lora.data.prepare import Prepared, prepare
+from slm_lora.data.sources import RowSet, read_rows
+from slm_lora.data.splits import SPLIT_VERSION
+from slm_lora.errors import UsageError
+from slm_lora.model.source import ModelSource, resolve
+from slm_lora.recipe import DataSection, ModelSection
+from slm_lora.recipe_file import Cell
+from slm_lora.runs import RUN_FORMAT, content_hash
+
+if TYPE_CHECKING:
+    import torch
+    from transformers import PreTrainedTokenizerBase
+
+    from slm_lora.model.load import PrecisionName
+
+
+@dataclass(frozen=True)
+class Job:
+    """A cell with its base model, its rows, and the identities of its runs.
+
+    Attributes:
+        identity: of the adapter's run; SHA-256 over resolved recipe, rows and base.
+        base_identity: of the base's run on the same held-out rows.
+        recipe: the resolved recipe, without anything that exists on this machine only.
+    """
+
+    cell: Cell
+    source: ModelSource
+    prepared: Prepared
+    rows: RowSet
+    device: torch.device
+    precision: PrecisionName
+    identity: str
+    base_identity: str
+    recipe: dict[str, Any]
+
+
+def make_jobs(cells: Sequence[Cell]) -> list[Job]:
+    """Resolve models, read rows and tokenise them for all cells; nothing is loaded yet.
+
+    Raises:
+        SlmLoraError: whatever is wrong with models or rows, and cells on different test rows.
+    """
+    sources: dict[ModelSection, ModelSource] = {}
+    tokenizers: dict[str, PreTrainedTokenizerBase] = {}
+    row_sets: dict[str, RowSet] = {}
+    sets: dict[tuple[str, str, int], Prepared] = {}
+    jobs = []
+    for cell in cells:
+        section = cell.recipe.data
+        row_key = content_hash(section.model_dump(mode="json", include=_ROW_FIELDS))
+        # Rows first: they are checked quickly, a model may have to be fetched.
+        if row_key not in row_sets:
+            row_sets[row_key] = read_rows(section)
+        rows = row_sets[row_key]
+        if cell.recipe.model not in sources:
+            sources[cell.recipe.model] = resolve(cell.recipe.model)
+        source = sources[cell.recipe.model]
+        if source.sha256 not in tokenizers:
+            from slm_lora.model.load import load_tokenizer
+
+            tokenizers[source.sha256] = load_tokenizer(source)
+        set_key = (source.sha256, section.model_dump_json(), cell.recipe.data_seed)
+        if set_key not in sets:
+            sets[set_key] = prepare(
+                rows, section, cell.recipe.data_seed, tokenizers[source.sha256]
+            )
+        jobs.append(_job(cell, source, sets[set_key], rows))
+    _check_same_test_rows(jobs)
+    return jobs
+
+
+_ROW_FIELDS = {"name", "revision", "split", "format", "columns", "on_bad_row"}
+
+
+def _job(cell: Cell, source: ModelSource, prepared: Prepared, rows: RowSet) -> Job:
+    from slm_lora.model.load import choose_device, choose_precision
+
+    training = cell.recipe.training
+    device = choose_device(training.device)
+    precision = choose_precision(training.precision, device)
+    recipe = _portable_recipe(cell, source, precision, device.type)
+    scored = {
+        "format": RUN_FORMAT,
+        "split": SPLIT_VERSION,
+        "base": source.sha256,
+        "held_out": prepared.held_out_hash,
+        "precision": precision,
+        "evaluation": recipe["evaluation"],
+    }
+    trained = {
+        "train": prepared.train_hash,
+        "adapter": recipe["adapter"],
+        "training": recipe["training"],
+        "seed": recipe["seed"],
+    }
+    return Job(
+        cell=cell,
+        source=source,
+        prepared=prepared,
+        rows=rows,
+        device=device,
+        precision=precision,
+        identity=content_hash({**scored, **trained}),
+        base_identity=content_hash(scored),
+        recipe=recipe,
+    )
+
+
+def _portable_recipe(
+    cell: Cell, source: ModelSource, precision: str, device: str
+) -> dict[str, Any]:
+    """The recipe with every choice made, and local paths reduced to the file's name."""
+    recipe: dict[str, Any] = cell.recipe.model_dump(mode="json")
+    recipe["model"] = {"name": source.name, "revision": source.revision}
+    for key in ("name", "template"):
+        if Path(recipe["data"][key]).exists():
+            recipe["data"][key] = Path(recipe["data"][key]).name
+    recipe["adapter"]["lora_alpha"] = cell.recipe.adapter.alpha
+    recipe["training"] |= {"precision": precision, "device": device}
+    return recipe
+
+
+def _check_same_test_rows(jobs: Sequence[Job]) -> None:
+    first = jobs[0]
+    wanted = [example.row_id for example in first.prepared.test]
+    for job in jobs[1:]:
+        if [example.row_id for example in job.prepared.test] != wanted:
+            raise UsageError(
+                f"grid: cells {first.cell.name} and {job.cell.name} would be scored on different "
+                "test rows, so they could not be compared; vary data.size or data_seed instead"
+            )
+
+
+def data_record(job: Job) -> dict[str, Any]:
+    """What a run says of its rows."""
+    prepared = job.prepared
+    return {
+        "origin": job.rows.origin,
+        "format": job.rows.format,
+        "template": asdict(prepared.template),
+        "rows_available": prepared.rows_available,
+        "groups": prepared.groups,
+        "duplicates_dropped": prepared.duplicates,
+        "bad_rows_skipped": prepared.bad_rows,
+        "split_version": SPLIT_VERSION,
+        "held_out_sha256": prepared.held_out_hash,
+        "train_sha256": prepared.train_hash,
+        "sets": {
+            name: {"rows": len(examples), "tokens": sum(e.length for e in examples)}
+            for name, examples in (
+                ("test", prepared.test),
+                ("validation", prepared.validation),
+                ("train", prepared.train),
+            )
+        },
+        "long_rows": {
+            name: {"policy": job.cell.recipe.data.on_long_row, **asdict(counted)}
+            for name, counted in prepared.long.items()
+        },
+    }
+
+

@@ -1,0 +1,269 @@
+"""Run the jobs of an experiment: the base once, every cell that is not finished yet."""
+
+from __future__ import annotations
+
+import time
+from collections.abc import Sequence
+from dataclasses import asdict, dataclass
+from pathlib import Path
+from typing import TYPE_CHECKING, Any
+
+from slm_lora import machine
+from slm_lora.data.templates import as_chat_template
+from slm_lora.data.tokens import RowTokenizer
+from slm_lora.evaluation.perplexity import HeldOutLoss, held_out_loss, score, write_scores
+from slm_lora.experiment.jobs import Job, data_record
+from slm_lora.model import adapter
+from slm_lora.model.load import Base, load_base
+from slm_lora.progress import Reporter
+from slm_lora.records import Example, RowScore
+from slm_lora.runs import SCORES_FILE, STEPS_FILE, Run, find_run, new_run, write_lines
+from slm_lora.storage import sha256_file
+from slm_lora.training.loop import Step, TrainingResult, train
+
+if TYPE_CHECKING:
+    from peft import PeftModel
+
+
+@dataclass(frozen=True, slots=True)
+class Places:
+    """Where an experiment's results and adapters go.
+
+    Attributes:
+        experiment: its name.
+        results: folder of tables and run folders.
+        adapters: folder that adapter folders are put into.
+    """
+
+    experiment: str
+    results: Path
+    adapters: Path
+
+    def adapter(self, cell: str) -> Path:
+        """Folder of one cell's adapter."""
+        return self.adapters / f"{self.experiment}-{cell}"
+
+
+BASE = "base"
+"""Name of the base model's cell."""
+
+
+def run_jobs(jobs: Sequence[Job], places: Places, reporter: Reporter) -> list[Run]:
+    """Run what is not finished; return all runs, the base first.
+
+    Finished runs are known by their identity and are read, not run again, so the same call
+    continues an experiment that was interrupted.
+    """
+    loaded: list[Base] = []
+
+    def base_for(job: Job) -> Base:
+        # One base in memory: cells in a row nearly always share it.
+        key = (job.source.sha256, job.precision, job.device)
+        if not loaded or (loaded[0].source.sha256, loaded[0].precision, loaded[0].device) != key:
+            loaded.clear()
+            reporter.say(f"  loading {job.source.name} in {job.precision} on {job.device.type}")
+            loaded.append(load_base(job.source, device=job.device, precision=job.precision))
+            if loaded[0].why_plain:
+                reporter.say(f"  note: {loaded[0].why_plain}")
+        return loaded[0]
+
+    runs: list[Run] = []
+    done: set[str] = set()
+    for job in jobs:
+        if job.base_identity not in done:
+            done.add(job.base_identity)
+            run = find_run(places.results, BASE, job.base_identity)
+            if run is None:
+                run = _run_base(job, base_for(job), places, reporter)
+            else:
+                reporter.say(f"  {BASE}  finished earlier")
+            runs.append(run)
+    for job in jobs:
+        run = find_run(places.results, job.cell.name, job.identity)
+        if run is None:
+            run = _run_cell(job, base_for(job), places, reporter)
+        else:
+            reporter.say(f"  {job.cell.name}  finished earlier")
+        runs.append(run)
+    return runs
+
+
+def _run_base(job: Job, base: Base, places: Places, reporter: Reporter) -> Run:
+    machine.reset_peak_memory(job.device.type)
+    scores, evaluation = _evaluate(base, job, job.prepared.test, BASE, reporter)
+    record = {**_common(job, base, places), "settings": {}, "evaluation": evaluation}
+    with new_run(places.results, BASE, job.base_identity, record) as folder:
+        write_scores(scores, folder / SCORES_FILE)
+    return _found(places, BASE, job.base_identity)
+
+
+def _run_cell(job: Job, base: Base, places: Places, reporter: Reporter) -> Run:
+    name = job.cell.name
+    machine.reset_peak_memory(job.device.type)
+    adapted = adapter.attach(base, job.cell.recipe.adapter, job.cell.recipe.seed)
+    try:
+        result = _train(job, base, adapted, reporter)
+        peak = machine.peak_memory_bytes(job.device.type)
+        scores, evaluation = _evaluate(base, job, job.prepared.test, name, reporter)
+        parameters = adapter.count_parameters(adapted)
+        folder = places.adapter(name)
+        adapter.save(adapted, folder, _about(job, places), _chat_template(job, base))
+    finally:
+        adapter.detach(adapted)
+    record = {
+        **_common(job, base, places),
+        "settings": dict(job.cell.settings),
+        "adapter": {
+            "folder": folder.name,
+            "sha256": sha256_file(folder / adapter.WEIGHTS),
+            "trainable_parameters": parameters.trainable,
+            "all_parameters": parameters.total,
+            "percent": parameters.percent,
+        },
+        "training": _training_record(result, peak),
+        "evaluation": evaluation,
+    }
+    with new_run(places.results, name, job.identity, record) as run:
+        write_scores(scores, run / SCORES_FILE)
+        write_lines(run / STEPS_FILE, [asdict(step) for step in result.history])
+    return _found(places, name, job.identity)
+
+
+def _train(job: Job, base: Base, adapted: PeftModel, reporter: Reporter) -> TrainingResult:
+    section = job.cell.recipe.training
+
+    def validate() -> float:
+        scores = score(
+            base,
+            job.prepared.validation,
+            "validation",
+            job.cell.recipe.evaluation.micro_batch_tokens,
+        )
+        return held_out_loss(scores, section.loss_on).loss
+
+    from slm_lora.training.loop import total_steps
+
+    total = total_steps(len(job.prepared.train), section)
+    with reporter.task(job.cell.name, total, "steps") as task:
+
+        def on_step(step: Step) -> None:
+            note = f"loss {step.loss:.3f}"
+            if step.validation_loss is not None:
+                note += f"  validation {step.validation_loss:.3f}"
+            task.advance(1, step.tokens, note)
+
+        result = train(
+            base,
+            adapted,
+            job.prepared.train,
+            section,
+            job.cell.recipe.seed,
+            validate=validate,
+            on_step=on_step,
+        )
+        task.close(
+            f"trained {len(result.history)} steps  loss {result.history[-1].loss:.3f}  "
+            f"{result.tokens_per_s:.0f} tok/s"
+        )
+    if result.rows_without_labels:
+        reporter.say(f"  note: {result.rows_without_labels} training rows had no label token")
+    return result
+
+
+def _evaluate(
+    base: Base, job: Job, examples: Sequence[Example], label: str, reporter: Reporter
+) -> tuple[list[RowScore], dict[str, Any]]:
+    base.causal.eval()
+    tokens = sum(example.length for example in examples)
+    began = time.perf_counter()
+    with reporter.task(label, len(examples), "test rows") as task:
+        scores = score(
+            base,
+            examples,
+            "test",
+            job.cell.recipe.evaluation.micro_batch_tokens,
+            on_rows=task.advance,
+        )
+        seconds = time.perf_counter() - began
+        losses = {kind: held_out_loss(scores, kind) for kind in _kinds(scores)}
+        shown = losses[job.cell.recipe.evaluation.headline]
+        task.close(
+            f"scored {len(examples)} test rows  loss {shown.loss:.4f}  "
+            f"perplexity {shown.perplexity:.3f}  {tokens / seconds:.0f} tok/s"
+        )
+    record: dict[str, Any] = {kind: asdict(loss) for kind, loss in losses.items()}
+    return scores, record | {
+        "headline": job.cell.recipe.evaluation.headline,
+        "seconds": seconds,
+        "tokens_per_s": tokens / seconds,
+    }
+
+
+def _kinds(scores: Sequence[RowScore]) -> tuple[Any, ...]:
+    # Truncation may leave a set without any response token; the whole text is always there.
+    return ("all", "response") if any(s.tokens_response for s in scores) else ("all",)
+
+
+def _training_record(result: TrainingResult, peak: int) -> dict[str, Any]:
+    last = result.history[-1]
+    return {
+        "steps": len(result.history),
+        "epochs": last.epoch,
+        "tokens": result.tokens,
+        "label_tokens": sum(step.label_tokens for step in result.history),
+        "seconds": result.seconds,
+        "first_step_seconds": result.first_step_seconds,
+        "tokens_per_s": result.tokens_per_s,
+        "peak_memory_bytes": peak,
+        "last_step_loss": last.loss,
+        "rows_without_labels": result.rows_without_labels,
+        "kept_step": result.kept_step,
+        "stopped_early": result.stopped_early,
+    }
+
+
+def _common(job: Job, base: Base, places: Places) -> dict[str, Any]:
+    return {
+        "experiment": places.experiment,
+        "recipe": job.recipe,
+        "model": {
+            "name": job.source.name,
+            "revision": job.source.revision,
+            "sha256": job.source.sha256,
+            "precision": base.precision,
+            "packed": base.packed,
+        },
+        "data": data_record(job),
+        "machine": machine.describe(job.device.type),
+        "versions": machine.versions(),
+    }
+
+
+def _about(job: Job, places: Places) -> dict[str, Any]:
+    return {
+        "experiment": places.experiment,
+        "cell": job.cell.name,
+        "base": {
+            "name": job.source.name,
+            "revision": job.source.revision,
+            "sha256": job.source.sha256,
+        },
+        "template": asdict(job.prepared.template),
+        "recipe": job.recipe,
+        "run": job.identity,
+        "versions": machine.versions(),
+    }
+
+
+def _chat_template(job: Job, base: Base) -> str | None:
+    adds_bos = RowTokenizer(base.tokenizer, job.prepared.template).bos_id is not None
+    own = base.tokenizer.chat_template
+    return as_chat_template(
+        job.prepared.template, adds_bos, own if isinstance(own, str) else None
+    )
+
+
+def _found(places: Places, cell: str, identity: str) -> Run:
+    run = find_run(places.results, cell, identity)
+    assert run is not None
+    return run

@@ -1,0 +1,89 @@
+"""What this machine is, what is installed on it, and how much memory a stretch of work took."""
+
+from __future__ import annotations
+
+import importlib.metadata
+import os
+import platform
+import sys
+from pathlib import Path
+
+from slm_lora import __version__
+
+_LIBRARIES = ("torch", "transformers", "peft", "tokenizers", "safetensors", "numpy")
+
+
+def describe(device: str) -> dict[str, str | int | float]:
+    """Hardware and operating system, without names of hosts, users or paths."""
+    import torch
+
+    facts: dict[str, str | int | float] = {
+        "processor": _processor(),
+        "cores": os.cpu_count() or 1,
+        "threads": torch.get_num_threads(),
+        "memory_gb": round(_memory_bytes() / 1e9, 1),
+        "system": f"{platform.system()} {platform.machine()}",
+        "device": device,
+    }
+    if device == "cuda":
+        facts["gpu"] = torch.cuda.get_device_name()
+    return facts
+
+
+def versions() -> dict[str, str]:
+    """Versions of Python, this package and the libraries that results depend on."""
+    found = {"python": platform.python_version(), "slm-lora": __version__}
+    return found | {name: importlib.metadata.version(name) for name in _LIBRARIES}
+
+
+def _processor() -> str:
+    try:
+        for line in Path("/proc/cpuinfo").read_text(encoding="utf-8").splitlines():
+            if line.startswith("model name"):
+                return line.partition(":")[2].strip()
+    except OSError:
+        pass
+    return platform.processor() or platform.machine()
+
+
+def _memory_bytes() -> int:
+    try:
+        return os.sysconf("SC_PAGE_SIZE") * os.sysconf("SC_PHYS_PAGES")
+    except (AttributeError, ValueError, OSError):
+        return 0
+
+
+def reset_peak_memory(device: str) -> None:
+    """Begin to measure peak memory anew; see `peak_memory_bytes`."""
+    if device == "cuda":
+        import torch
+
+        torch.cuda.reset_peak_memory_stats()
+    elif sys.platform == "linux":
+        try:
+            # "5" sets the process's high-water mark of resident memory back to what it is now.
+            Path("/proc/self/clear_refs").write_text("5", encoding="ascii")
+        except OSError:
+            pass
+
+
+def peak_memory_bytes(device: str) -> int:
+    """Most memory used since the last reset: of the GPU, or resident in this process.
+
+    Where the operating system cannot reset its mark (not Linux) it counts from the start of
+    the process; 0 where it keeps none (Windows).
+    """
+    if device == "cuda":
+        import torch
+
+        return torch.cuda.max_memory_allocated()
+    if sys.platform == "linux":
+        for line in Path("/proc/self/status").read_text(encoding="utf-8").splitlines():
+            if line.startswith("VmHWM:"):
+                return int(line.split()[1]) * 1024
+    if sys.platform == "win32":
+        return 0
+    import resource
+
+    peak = resource.getrusage(resource.RUSAGE_SELF).ru_maxrss
+    return peak if sys.platform == "darwin" else peak * 1024

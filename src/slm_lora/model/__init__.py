@@ -1,0 +1,1 @@
+"""From a model name to a frozen base with an adapter on it."""

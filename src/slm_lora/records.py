@@ -1,0 +1,90 @@
+"""Small frozen values that pass between the stages."""
+
+from __future__ import annotations
+
+import hashlib
+import json
+from dataclasses import dataclass, field
+from typing import Literal
+
+import numpy as np
+import numpy.typing as npt
+
+Role = Literal["system", "user", "assistant"]
+LossOn = Literal["all", "response"]
+Ids = npt.NDArray[np.int32]
+Mask = npt.NDArray[np.bool_]
+
+
+@dataclass(frozen=True, slots=True)
+class Turn:
+    """One message; ``content`` is plain text, whatever special tokens it may spell."""
+
+    role: Role
+    content: str
+
+
+@dataclass(frozen=True, slots=True)
+class Row:
+    """One example in the canonical form that every format is read into.
+
+    An instruction with a response is a user turn and an assistant turn; a chat has as many as
+    it has; plain text is a single assistant turn (all of it is response).
+
+    ``group_hint`` ties rows that must not be parted by a split (say, questions on one object);
+    ``source`` is ``file:line`` or ``hub id:index``, for messages only. ``row_id`` is the
+    SHA-256 of the canonical content: the same wherever the row was read from.
+    """
+
+    turns: tuple[Turn, ...]
+    context: str = ""
+    category: str = ""
+    group_hint: str = ""
+    source: str = ""
+    row_id: str = field(init=False)
+
+    def __post_init__(self) -> None:
+        content = [self.context, [[turn.role, turn.content] for turn in self.turns]]
+        canonical = json.dumps(content, ensure_ascii=False, separators=(",", ":"))
+        digest = hashlib.sha256(canonical.encode("utf-8", "surrogatepass")).hexdigest()
+        object.__setattr__(self, "row_id", digest)
+
+
+@dataclass(frozen=True, slots=True)
+class Example:
+    """A tokenised row.
+
+    ``ids`` is the whole sequence, BOS first where the tokenizer adds one, EOS last unless cut.
+    ``response`` marks the response tokens; position 0 is never scored (nothing predicts it).
+    ``bytes_all`` and ``bytes_response`` are UTF-8 bytes of the scored text; special tokens
+    count none.
+    """
+
+    row_id: str
+    group_id: str
+    category: str
+    ids: Ids
+    response: Mask
+    bytes_all: int
+    bytes_response: int
+
+    @property
+    def length(self) -> int:
+        """Tokens in the sequence, the unscored first one included."""
+        return len(self.ids)
+
+
+@dataclass(frozen=True, slots=True)
+class RowScore:
+    """Negative log-likelihood (nats, float64) of one row under one model."""
+
+    row_id: str
+    group_id: str
+    category: str
+    split: str
+    nll_all: float
+    tokens_all: int
+    bytes_all: int
+    nll_response: float
+    tokens_response: int
+    bytes_response: int

@@ -1,0 +1,210 @@
+"""The training loop: exact, plain PyTorch.
+
+A step's loss is the total NLL of its examples over their label tokens, whatever the division
+into micro-batches. Order and dropout depend on the seed and the step alone.
+"""
+
+from __future__ import annotations
+
+import math
+import time
+from collections.abc import Callable, Iterator, Sequence
+from dataclasses import dataclass
+from typing import TYPE_CHECKING
+
+import torch
+
+from slm_lora.data.batches import by_token_budget, epoch_order, label_count, pack, steps_per_epoch
+from slm_lora.errors import DataError, NumericError
+from slm_lora.model.adapter import restore_state, trainable_state
+from slm_lora.model.forward import batch_nll
+from slm_lora.model.load import Base
+from slm_lora.recipe import TrainingSection
+from slm_lora.records import Example
+from slm_lora.training.optimizer import adamw, learning_rate
+
+if TYPE_CHECKING:
+    from peft import PeftModel
+
+
+@dataclass(frozen=True, slots=True)
+class Step:
+    """What is known after one optimizer step.
+
+    ``loss`` is nats per label token, of this step's examples, before its update; ``tokens``
+    are all real tokens computed (no padding is), ``seconds`` since the loop began, validation
+    left out. ``validation_loss`` is set on steps where the validation set was scored.
+    """
+
+    step: int
+    total_steps: int
+    epoch: float
+    loss: float
+    learning_rate: float
+    grad_norm: float
+    examples: int
+    tokens: int
+    label_tokens: int
+    seconds: float
+    validation_loss: float | None = None
+
+
+@dataclass(frozen=True, slots=True)
+class TrainingResult:
+    """A finished training: its steps, and where its weights come from."""
+
+    history: tuple[Step, ...]
+    stopped_early: bool
+    kept_step: int
+    rows_without_labels: int
+
+    @property
+    def tokens(self) -> int:
+        """Real tokens computed over the whole training."""
+        return sum(step.tokens for step in self.history)
+
+    @property
+    def seconds(self) -> float:
+        """Time spent in optimizer steps, validation left out."""
+        return self.history[-1].seconds
+
+    @property
+    def first_step_seconds(self) -> float:
+        """Time of the first step, which warms everything up."""
+        return self.history[0].seconds
+
+    @property
+    def tokens_per_s(self) -> float:
+        """Real tokens per second, the first step left out where there is more than one."""
+        if len(self.history) == 1:
+            return self.tokens / self.seconds
+        first = self.history[0]
+        return (self.tokens - first.tokens) / (self.seconds - first.seconds)
+
+
+def total_steps(rows: int, section: TrainingSection) -> int:
+    """Optimizer steps of a training on ``rows`` examples."""
+    steps = math.ceil(
+        section.num_train_epochs * steps_per_epoch(rows, section.effective_batch_size)
+    )
+    return steps if section.max_steps is None else min(steps, section.max_steps)
+
+
+def _steps(
+    examples: Sequence[Example], batch: int, seed: int, total: int
+) -> Iterator[list[Example]]:
+    """The examples of each optimizer step; an epoch's last, partial step is one too."""
+    done = 0
+    for epoch in range(total):
+        order = epoch_order(examples, seed, epoch)
+        for start in range(0, len(order), batch):
+            if done == total:
+                return
+            yield order[start : start + batch]
+            done += 1
+
+
+def train(
+    base: Base,
+    adapted: PeftModel,
+    examples: Sequence[Example],
+    section: TrainingSection,
+    seed: int,
+    *,
+    validate: Callable[[], float] | None = None,
+    on_step: Callable[[Step], None] = lambda step: None,
+) -> TrainingResult:
+    """Train the adapter in place.
+
+    Args:
+        base: the frozen base that carries the adapter.
+        adapted: the base with its adapter, from `adapter.attach`.
+        examples: training rows.
+        section: how to train.
+        seed: order and dropout.
+        validate: loss on the validation set, in nats per label token.
+        on_step: told of every step.
+
+    Raises:
+        DataError: no example has a label.
+        NumericError: loss or gradient is not finite; names the step and its rows.
+    """
+    usable = [example for example in examples if label_count(example, section.loss_on)]
+    if not usable:
+        raise DataError(
+            f"no label tokens left: none of the {len(examples)} training rows has a token to "
+            f"train on (training.loss_on = {section.loss_on}); raise data.max_length, or check "
+            "the template"
+        )
+    total = total_steps(len(usable), section)
+    parameters = [p for p in adapted.parameters() if p.requires_grad]
+    optimizer = adamw(parameters, section)
+    scaler = torch.amp.GradScaler(base.device.type, enabled=base.precision == "fp16")
+    best: tuple[float, int, dict[str, torch.Tensor]] | None = None
+    patience = section.early_stopping_patience
+    since_best = 0
+    history: list[Step] = []
+    seconds, stopped_early = 0.0, False
+
+    adapted.train()
+    for number, step_examples in enumerate(
+        _steps(usable, section.effective_batch_size, seed, total)
+    ):
+        began = time.perf_counter()
+        rate = learning_rate(section, number, total)
+        for group in optimizer.param_groups:
+            group["lr"] = rate
+        # Dropout depends on seed and step alone, so that a step can be done again exactly.
+        torch.manual_seed((seed << 32) + number)
+        labels = sum(label_count(example, section.loss_on) for example in step_examples)
+        loss = 0.0
+        for micro in by_token_budget(step_examples, section.micro_batch_tokens):
+            share = batch_nll(base, pack(micro, section.loss_on)) / labels
+            scaler.scale(share).backward()
+            loss += share.item()
+        scaler.unscale_(optimizer)
+        norm = torch.nn.utils.clip_grad_norm_(parameters, section.max_grad_norm).item()
+        # With fp16 an overflow of the scaled gradient skips the step and lowers the scale.
+        if not math.isfinite(loss) or not (math.isfinite(norm) or scaler.is_enabled()):
+            rows = ", ".join(example.row_id[:8] for example in step_examples)
+            raise NumericError(
+                f"step {number + 1} of {total}: loss {loss}, gradient norm {norm}; "
+                f"rows {rows}; lower training.learning_rate, or use training.precision=fp32"
+            )
+        scaler.step(optimizer)
+        scaler.update()
+        optimizer.zero_grad(set_to_none=True)
+        seconds += time.perf_counter() - began
+
+        validation_loss = None
+        if validate and section.eval_steps and (number + 1) % section.eval_steps == 0:
+            adapted.eval()
+            validation_loss = validate()
+            adapted.train()
+            since_best += 1
+            if best is None or validation_loss < best[0]:
+                best, since_best = (validation_loss, number + 1, trainable_state(adapted)), 0
+        step = Step(
+            step=number + 1,
+            total_steps=total,
+            epoch=(number + 1) / steps_per_epoch(len(usable), section.effective_batch_size),
+            loss=loss,
+            learning_rate=rate,
+            grad_norm=norm,
+            examples=len(step_examples),
+            tokens=sum(example.length for example in step_examples),
+            label_tokens=labels,
+            seconds=seconds,
+            validation_loss=validation_loss,
+        )
+        history.append(step)
+        on_step(step)
+        if patience is not None and since_best >= patience:
+            stopped_early = True
+            break
+    adapted.eval()
+    kept = len(history)
+    if section.keep_best and best is not None:
+        restore_state(adapted, best[2])
+        kept = best[1]
+    return TrainingResult(tuple(history), stopped_early, kept, len(examples) - len(usable))
