@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import contextlib
 import importlib.metadata
 import os
 import platform
@@ -60,11 +61,9 @@ def reset_peak_memory(device: str) -> None:
 
         torch.cuda.reset_peak_memory_stats()
     elif sys.platform == "linux":
-        try:
-            # "5" sets the process's high-water mark of resident memory back to what it is now.
+        # "5" sets the process's high-water mark of resident memory back to what it is now.
+        with contextlib.suppress(OSError):
             Path("/proc/self/clear_refs").write_text("5", encoding="ascii")
-        except OSError:
-            pass
 
 
 def peak_memory_bytes(device: str) -> int:

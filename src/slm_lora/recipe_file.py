@@ -79,9 +79,7 @@ def load_recipe(path: Path, overrides: Sequence[str] = ()) -> tuple[Recipe, list
     return parse_recipe(text, path.name, overrides)
 
 
-def parse_recipe(
-    text: str, file: str, overrides: Sequence[str] = ()
-) -> tuple[Recipe, list[Cell]]:
+def parse_recipe(text: str, file: str, overrides: Sequence[str] = ()) -> tuple[Recipe, list[Cell]]:
     """`load_recipe` for text that was read already; ``file`` names it in messages.
 
     Raises:
@@ -201,7 +199,9 @@ def _explained(error: dict[str, Any], keys: list[str], sources: _Sources, place:
         return f"{source}: {f'{key}: ' if key else ''}{message}{line}"
     hint = ""
     if error["type"] == "literal_error" and isinstance(shown, str):
-        choices = [c.strip(" '") for c in str(error["ctx"]["expected"]).replace(" or ", ",").split(",")]
+        choices = [
+            c.strip(" '") for c in str(error["ctx"]["expected"]).replace(" or ", ",").split(",")
+        ]
         close = difflib.get_close_matches(shown, choices, n=1)
         hint = f"; did you mean '{close[0]}'?" if close else ""
     return f"{source}: {key} = {shown}: {message}{line}{hint}"
@@ -216,7 +216,13 @@ def _did_you_mean(key: str, keys: list[str]) -> str:
     return f"; did you mean '{close[0]}'?" if close else ""
 
 
-_SHORT = {"adapter.r": "r", "data.size": "", "seed": "seed", "data_seed": "data", "adapter.kind": ""}
+_SHORT = {
+    "adapter.r": "r",
+    "data.size": "",
+    "seed": "seed",
+    "data_seed": "data",
+    "adapter.kind": "",
+}
 _NOT_IN_CELLS = ("name", "description", "grid", "seeds")
 
 
@@ -232,9 +238,7 @@ def _cells(
             place = f"{sources.explain('grid')}: grid cell {index}"
             unknown = [key for key in varied if key not in keys]
             for key in unknown:
-                mistakes.append(
-                    f"{place}: unknown key '{key}'{_did_you_mean(key, sorted(keys))}"
-                )
+                mistakes.append(f"{place}: unknown key '{key}'{_did_you_mean(key, sorted(keys))}")
             own = dict(shared)
             chosen = dict(varied) if seed is None else {**varied, "seed": seed}
             for key, value in chosen.items():

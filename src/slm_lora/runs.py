@@ -4,9 +4,8 @@ from __future__ import annotations
 
 import hashlib
 import json
-from collections.abc import Mapping, Sequence
+from collections.abc import Iterator, Mapping, Sequence
 from contextlib import contextmanager
-from collections.abc import Iterator
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -74,7 +73,9 @@ def read_run(folder: Path) -> Run:
         record = json.loads((folder / RUN_FILE).read_text(encoding="utf-8"))
         complete = record["format"] == RUN_FORMAT and isinstance(record["hash"], str)
     except (OSError, ValueError, KeyError, TypeError) as error:
-        raise IntegrityError(f"{folder}: no whole run in it ({error}); delete the folder") from error
+        raise IntegrityError(
+            f"{folder}: no whole run in it ({error}); delete the folder"
+        ) from error
     if not complete or not (folder / SCORES_FILE).is_file():
         raise IntegrityError(f"{folder}: incomplete, or of another version; delete the folder")
     return Run(folder, record)
@@ -86,9 +87,7 @@ def list_runs(results: Path) -> list[Run]:
 
 
 @contextmanager
-def new_run(
-    results: Path, cell: str, identity: str, record: Mapping[str, Any]
-) -> Iterator[Path]:
+def new_run(results: Path, cell: str, identity: str, record: Mapping[str, Any]) -> Iterator[Path]:
     """A folder to put a run's files in; it appears under its name, with run.json, at the end."""
     with atomic_folder(run_folder(results, cell, identity)) as folder:
         yield folder

@@ -30,6 +30,10 @@ def section(**settings: Any) -> DataSection:
         ({"messages", "prompt", "prompt_id"}, "chat"),
         ({"conversations", "id"}, "chat"),
         ({"text", "meta"}, "text"),
+        ({"instruction", "input", "output", "text"}, "alpaca"),
+        ({"instruction", "context", "response", "category", "text"}, "dolly"),
+        ({"prompt", "completion", "text"}, "prompt_completion"),
+        ({"messages", "text"}, "chat"),
     ],
 )
 def test_the_columns_tell_the_format(columns: set[str], expected: str) -> None:
@@ -53,10 +57,18 @@ def test_no_format_fits_lists_columns_and_formats() -> None:
 
 
 def test_several_formats_fit_is_an_error_until_one_is_named() -> None:
-    columns = {"instruction", "input", "output", "text"}
-    with pytest.raises(DataError, match=r"several formats, alpaca and text; .*data\.format"):
+    columns = {"instruction", "output", "response", "text"}
+    with pytest.raises(DataError, match=r"several formats, dolly and alpaca; .*data\.format"):
         recognise(columns, AUTO)
     assert recognise(columns, section(format="alpaca")) == "alpaca"
+
+
+def test_text_beside_another_format_is_taken_when_asked_for() -> None:
+    columns = {"instruction", "input", "output", "text"}
+    assert recognise(columns, section(format="text")) == "text"
+    # mapped, but the format that is recognised would drop it in silence
+    with pytest.raises(UsageError, match=r"format alpaca has no field 'text'.*output"):
+        recognise(columns | {"body"}, section(columns={"text": "body"}))
 
 
 def test_a_column_name_cannot_break_the_message() -> None:
@@ -222,7 +234,6 @@ def turns(*roles: str) -> list[dict[str, Any]]:
         ("user", "assistant"),
         ("assistant",),
         ("system", "assistant", "user", "assistant"),
-        ("user", "assistant", "user"),
     ],
 )
 def test_orders_of_roles_that_are_taken(roles: tuple[str, ...]) -> None:
@@ -242,6 +253,7 @@ def said(role: str, content: object) -> dict[str, object]:
         (turns("user", "system", "assistant"), "a system turn stands after another turn"),
         (turns("system", "system", "assistant"), "a system turn stands after another turn"),
         (turns("system", "user"), "no assistant turn"),
+        (turns("user", "assistant", "user"), "the last turn is not the assistant's"),
         ([], "messages is empty"),
         (None, "messages is null"),
         ("user: hello", "messages must be a list of messages, is text"),
@@ -278,6 +290,9 @@ def test_an_earlier_empty_answer_is_taken() -> None:
 def test_a_chat_completion_must_answer() -> None:
     record = {"prompt": turns("user", "assistant"), "completion": turns("user")}
     with pytest.raises(RowError, match="completion has no assistant turn"):
+        to_row(record, "x", "chat", AUTO)
+    record = {"prompt": turns("user"), "completion": turns("assistant", "user")}
+    with pytest.raises(RowError, match="the last turn is not the assistant's"):
         to_row(record, "x", "chat", AUTO)
     with pytest.raises(RowError, match="prompt is missing"):
         to_row({"completion": turns("assistant")}, "x", "chat", AUTO)

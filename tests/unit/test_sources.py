@@ -25,7 +25,7 @@ from hypothesis import strategies as st
 
 import slm_lora.data
 from slm_lora import storage
-from slm_lora.data import sources
+from slm_lora.data import files, hub, sources
 from slm_lora.data.sources import BadRow, MalformedRowsError, RowSet, ensure_ml_qa, read_rows
 from slm_lora.errors import DataError, SlmLoraError, StorageError, UsageError
 from slm_lora.recipe import DataSection
@@ -109,9 +109,9 @@ def test_a_row_too_long_is_a_bad_row_of_its_size(tmp_path: Path) -> None:
 
 def test_the_longest_row_that_is_read(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     line = good_line(1)
-    monkeypatch.setattr(sources, "ROW_BYTES", len(line))
+    monkeypatch.setattr(files, "ROW_BYTES", len(line))
     assert len(read(jsonl(tmp_path, line)).rows) == 1
-    monkeypatch.setattr(sources, "ROW_BYTES", len(line) - 1)
+    monkeypatch.setattr(files, "ROW_BYTES", len(line) - 1)
     with pytest.raises(MalformedRowsError) as caught:
         read(jsonl(tmp_path, line, good_line(2)))
     assert [bad.source for bad in caught.value.bad_rows] == ["rows.jsonl:1", "rows.jsonl:2"]
@@ -329,6 +329,28 @@ def test_prompt_and_completion_as_messages_are_a_chat(tmp_path: Path, suffix: st
     assert [turn.content for turn in found.rows[0].turns] == ["Q", "A"]
 
 
+@pytest.mark.parametrize("suffix", WRITERS)
+def test_rows_with_their_rendered_text_beside_them(tmp_path: Path, suffix: str) -> None:
+    """Alpaca is published with a fourth column, the other three put into a prompt."""
+    row = {"instruction": "Q", "input": "C", "output": "A", "text": "Below is: Q, C. Reply: A"}
+    path = tmp_path / f"rows{suffix}"
+    WRITERS[suffix](path, [row])
+    found = read(path)
+    assert found.format == "alpaca"
+    assert [turn.content for turn in found.rows[0].turns] == ["Q", "A"]
+    assert found.rows[0].context == "C"
+
+
+def test_chats_that_end_on_a_question_are_bad_rows(tmp_path: Path) -> None:
+    question = {"role": "user", "content": SECRET}
+    answer = {"role": "assistant", "content": "A"}
+    path = tmp_path / "rows.jsonl"
+    write_jsonl(
+        path, [{"messages": [question, answer]}, {"messages": [question, answer, question]}]
+    )
+    assert refusal(path).startswith("rows.jsonl:2: the last turn is not the assistant's. Mend it")
+
+
 # --- JSON --------------------------------------------------------------------------------------
 
 
@@ -537,7 +559,7 @@ def test_hub_rows_carry_commit_and_index(monkeypatch: pytest.MonkeyPatch) -> Non
 
     asked = stand_in_hub(monkeypatch, load)
     found = read_rows(DataSection(name="owner/set", revision="main", split="train[:2]"))
-    assert asked == [("owner/set", "main", sources.HUB_TIMEOUT)]
+    assert asked == [("owner/set", "main", hub.HUB_TIMEOUT)]
     assert calls == [("owner/set", COMMIT, "train[:2]")]
     assert found.origin == f"owner/set@{COMMIT} split=train[:2]"
     assert [row.source for row in found.rows] == ["owner/set:0", "owner/set:1"]

@@ -51,6 +51,8 @@ class Format:
 def recognise(columns: Set[str], section: DataSection, lists: Set[str] = frozenset()) -> str:
     """The name of the one format that the columns fit, or that ``section.format`` names.
 
+    The format ``text`` is chosen only where no other fits.
+
     ``lists`` are those columns that hold lists; they part chat from text where both are called
     ``prompt`` and ``completion``.
 
@@ -80,6 +82,9 @@ def recognise(columns: Set[str], section: DataSection, lists: Set[str] = frozens
             )
         return _checked(section.format, section)
     fitting = [name for name, entry in FORMATS.items() if _fits(entry, names)]
+    if len(fitting) > 1:
+        # Many published sets carry the rendered text beside the columns it was made of.
+        fitting = [name for name in fitting if name != "text"]
     if len(fitting) > 1:
         fitting = [name for name in fitting if _holds(FORMATS[name], names, lists)] or fitting
     if len(fitting) > 1:
@@ -285,6 +290,9 @@ def _check_order(turns: tuple[Turn, ...]) -> None:
     answers = [turn for turn in turns if turn.role == "assistant"]
     if not answers:
         raise RowError("no assistant turn")
+    if turns[-1].role != "assistant":
+        # A question without its answer: what was to be learnt is missing.
+        raise RowError("the last turn is not the assistant's")
     if not answers[-1].content.strip():
         raise RowError("the last assistant turn is empty")
     if any(turn.role == "user" and not turn.content.strip() for turn in turns):

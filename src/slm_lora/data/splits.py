@@ -43,10 +43,10 @@ def _normalised(text: str) -> str:
 
 def _keys(row: Row) -> Iterable[tuple[str, str]]:
     """What ties a row to others: its instruction, its context, and a group that it names."""
-    instruction = next((turn.content for turn in row.turns if turn.role == "user"), None)
-    if instruction is None:
-        instruction = row.turns[0].content
-    yield "instruction", _normalised(instruction)
+    asked = [turn.content for turn in row.turns if turn.role == "user"]
+    # Without a question, the text itself; never the system turn, which a whole set may share.
+    own = asked or [turn.content for turn in row.turns if turn.role != "system"]
+    yield "instruction", _normalised(own[0])
     if context := _normalised(row.context):
         yield "context", context
     if row.group_hint:
@@ -84,16 +84,32 @@ def seeded_order(ids: Iterable[str], purpose: str, seed: int) -> list[str]:
     return sorted(ids, key=key)
 
 
-def _whole_groups(groups: Sequence[Sequence[str]], wanted: int) -> tuple[list[str], int]:
-    """Rows of whole groups, taken in order until ``wanted`` rows; a group that no longer fits
-    is passed over. Returns the rows and how many are missing."""
-    taken: list[str] = []
+Group = Sequence[str]
+"""The ids of rows that must not be parted."""
+
+
+def _draw(groups: Sequence[Group], wanted: int) -> list[Group]:
+    """Whole groups, taken in order until ``wanted`` rows; one that no longer fits is passed
+    over. Where no choice of groups in this order makes up ``wanted``, they hold fewer rows."""
+    taken: list[Group] = []
+    missing = wanted
     for group in groups:
-        if len(taken) + len(group) <= wanted:
-            taken.extend(group)
-        if len(taken) == wanted:
+        if len(group) <= missing:
+            taken.append(group)
+            missing -= len(group)
+        if not missing:
             break
-    return taken, wanted - len(taken)
+    return taken
+
+
+def _that_fits(groups: Sequence[Group], taken: Sequence[Group], spared: int) -> int:
+    """A number of rows that `_draw` does reach with at least ``spared`` groups left over: that
+    of the groups it took, less those needed elsewhere. Fewer rows are not always possible."""
+    return _rows(taken[: len(groups) - spared]) or min(map(len, groups))
+
+
+def _rows(groups: Sequence[Group]) -> int:
+    return sum(map(len, groups))
 
 
 def default_test_rows(rows: int) -> int:
@@ -134,30 +150,38 @@ def split_rows(
     for row_id, group_id in sorted(group_of.items()):
         members[group_id].append(row_id)
 
-    order = seeded_order(members, "held out", split_seed)
-    test, short = _whole_groups([members[group] for group in order], wanted_test)
-    if short:
+    if len(members) < 3:
         raise DataError(
-            f"data.test_rows = {wanted_test}: only {len(test)} of the {len(rows)} rows can be "
-            f"drawn in whole groups; set data.test_rows to {len(test)} or less"
+            f"data.name: the {len(rows)} rows are {len(members)} groups of related rows (the same "
+            "instruction, context or group), and test, validation and training set need one "
+            "each; give more rows"
         )
-    held_out = {group_of[row_id] for row_id in test}
-    rest = [members[group] for group in order if group not in held_out]
-    validation, short = _whole_groups(rest, wanted_validation)
-    if short:
-        raise DataError(
-            f"data.validation_rows = {wanted_validation}: only {len(validation)} rows are left "
-            f"after {len(test)} test rows; set data.validation_rows to {len(validation)} or less"
-        )
-    held_out.update(group_of[row_id] for row_id in validation)
-    left = [row_id for row_id, group_id in group_of.items() if group_id not in held_out]
+    groups = [members[group] for group in seeded_order(members, "held out", split_seed)]
+    sets: list[list[Group]] = []
+    # Groups to be left over: one for each set that is still to be drawn.
+    for key, wanted, spared in (
+        ("test_rows", wanted_test, 2),
+        ("validation_rows", wanted_validation, 1),
+    ):
+        taken = _draw(groups, wanted)
+        if _rows(taken) < wanted or len(groups) - len(taken) < spared:
+            raise DataError(
+                f"data.{key} = {wanted}: cannot be drawn from {_rows(groups)} rows in groups of "
+                f"related rows, with rows left for the other sets; "
+                f"data.{key} = {_that_fits(groups, taken, spared)} fits"
+            )
+        sets.append(taken)
+        drawn = {group[0] for group in taken}
+        groups = [group for group in groups if group[0] not in drawn]
+    test, validation = ([row_id for group in taken for row_id in group] for taken in sets)
+    left = [row_id for group in groups for row_id in group]
     wanted_train = len(left) if size is None else training_rows_for(size)
-    if not left or wanted_train > len(left):
+    if wanted_train > len(left):
         fits = math.floor(len(left) / TRAINING_SHARE)
         raise DataError(
             f"data.size = {size}: needs {wanted_train} training rows, but {len(left)} of "
             f"{len(rows)} are left after {len(test)} test and {len(validation)} validation rows; "
-            f"data.size = {fits} fits"
+            f"data.size = {fits if fits > 1 else 'null'} fits"
         )
     train = seeded_order(left, "train", data_seed)[:wanted_train]
     return Split(tuple(sorted(test)), tuple(sorted(validation)), tuple(train), group_of)

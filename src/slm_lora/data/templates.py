@@ -8,6 +8,7 @@ spelt in row text are hidden from the template behind others while it renders.
 
 from __future__ import annotations
 
+import json
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 from pathlib import Path
@@ -70,7 +71,12 @@ class Specials:
         return "".join(c for c in text if not _OWNED <= ord(c) < _OWNED + len(self.tokens))
 
 
-def _check_private_use(row: Row) -> None:
+def check_private_use(row: Row) -> None:
+    """Refuse a row whose text holds characters that stand for special tokens here.
+
+    Raises:
+        DataError: it does.
+    """
     for turn in (*row.turns, Turn("user", row.context)):
         if any(ord(character) >= _OWNED for character in turn.content):
             raise DataError(
@@ -84,9 +90,10 @@ def _pair(row: Row, template: str) -> tuple[str, str, str]:
     if roles == ["assistant"] and template == "plain":
         return "", "", row.turns[0].content
     if roles != ["user", "assistant"]:
+        other = "plain" if roles == ["assistant"] else "chat"
         raise DataError(
             f"{row.source}: template '{template}' takes one instruction and one response, "
-            f"this row has the turns {', '.join(roles)}; set data.template=chat"
+            f"this row has the turns {', '.join(roles)}; set data.template={other}"
         )
     return row.turns[0].content, row.context, row.turns[1].content
 
@@ -114,7 +121,7 @@ def render_chat(
         row: the row; a context, if asked for, stands before the instruction in the user turn.
         include_context: whether to do so.
         render: messages and add_generation_prompt → text with owned specials.
-        ends: the characters of end-of-sequence tokens.
+        ends: the characters of special tokens, any of which may mark the end of a turn.
 
     Raises:
         DataError: the template changes earlier turns when later ones follow.
@@ -128,8 +135,8 @@ def render_chat(
     for index, message in enumerate(messages):
         if message["role"] != "assistant":
             continue
-        start = render(messages[:index], True) if index else ""
         upto = render(messages[: index + 1], False)
+        start = render(messages[:index], True) if index else _before(message["content"], upto)
         if not (text.startswith(upto) and upto.startswith(start)):
             raise DataError(
                 f"{row.source}: the chat template does not extend earlier turns by later ones, "
@@ -143,8 +150,17 @@ def render_chat(
     return Rendered(text, tuple(spans))
 
 
+def _before(content: str, text: str) -> str:
+    """What a template writes before a first turn that nothing prompts: a header, a system text
+    of its own. No answer to anything, so it is no response."""
+    at = text.rfind(content)
+    if at < 0:  # many templates strip the white space around a turn
+        at = text.rfind(content.strip())
+    return text[: max(0, at)]
+
+
 def _end_of_turn(text: str, start: int, ends: tuple[str, ...]) -> int:
-    """Where a turn ends: after its end-of-sequence token if only white space follows that."""
+    """Where a turn ends: after its last special token if only white space follows that."""
     stripped = text.rstrip()
     if len(stripped) > start and stripped.endswith(ends):
         return len(stripped)
@@ -190,8 +206,10 @@ def choose_template(name: str, row_format: str, include_context: bool) -> Templa
 def jinja_renderer(source: str, tokens: dict[str, str]) -> ChatRenderer:
     """A renderer for a user's own chat-style template, in a sandbox without files or imports.
 
-    The template sees ``messages``, ``add_generation_prompt`` and the special tokens by name
-    (``eos_token`` and so on), as chat templates of transformers do.
+    The template sees what `apply_chat_template` of transformers shows it, so that it renders
+    the same when others prompt with it: ``messages``, ``add_generation_prompt``, the special
+    tokens by name (``eos_token`` and so on), ``raise_exception``. A name that is not defined
+    is an error here, and nothing there.
 
     Raises:
         UsageError: the template is not valid Jinja, or fails on a row.
@@ -199,43 +217,71 @@ def jinja_renderer(source: str, tokens: dict[str, str]) -> ChatRenderer:
     import jinja2
     from jinja2.sandbox import ImmutableSandboxedEnvironment
 
+    def refuse(message: str) -> None:
+        raise jinja2.TemplateError(message)
+
     environment = ImmutableSandboxedEnvironment(
-        trim_blocks=True, lstrip_blocks=True, undefined=jinja2.StrictUndefined
+        trim_blocks=True,
+        lstrip_blocks=True,
+        undefined=jinja2.StrictUndefined,
+        extensions=["jinja2.ext.loopcontrols"],
     )
+    environment.filters["tojson"] = _plain_json  # Jinja's own is for HTML: it escapes < and '
+    environment.globals["raise_exception"] = refuse
     try:
         template = environment.from_string(source)
     except jinja2.TemplateSyntaxError as error:
         raise UsageError(f"data.template: line {error.lineno}: {error.message}") from error
 
     def render(messages: list[dict[str, str]], add_generation_prompt: bool) -> str:
-        values: dict[str, Any] = {**tokens, "messages": messages}
+        values: dict[str, Any] = {**tokens, "messages": messages, "tools": None, "documents": None}
         try:
             return template.render(**values, add_generation_prompt=add_generation_prompt)
-        except jinja2.TemplateError as error:
-            raise UsageError(f"data.template: {error.message}") from error
+        except Exception as error:  # a program of the user's: it may fail in any way
+            reason = (str(error).splitlines() or [type(error).__name__])[0]
+            raise UsageError(f"data.template: {reason}") from error
 
     return render
 
 
-def as_chat_template(template: Template, adds_bos: bool, own: str | None) -> str | None:
+def _plain_json(value: Any, indent: int | None = None) -> str:
+    return json.dumps(value, ensure_ascii=False, indent=indent)
+
+
+def as_chat_template(
+    template: Template, adds_bos: bool, own: str | None, space_after_bos: bool = False
+) -> str | None:
     """The template as a tokenizer's chat template, so that others prompt as was trained.
+
+    Programs that apply a chat template put no BOS before it; where training had one that the
+    template does not write itself, it is written here.
 
     Args:
         template: the training template.
-        adds_bos: whether training put BOS first (programs that apply chat templates do not).
+        adds_bos: whether training put BOS first.
         own: the tokenizer's chat template, for the template kind ``chat``.
+        space_after_bos: see `RowTokenizer.space_after_bos`.
     """
-    if template.kind == "chat":
-        return own
-    if template.kind == "jinja":
-        return template.source
+    bos = ""
+    if adds_bos:
+        bos = "{{ bos_token + ' ' }}" if space_after_bos else "{{ bos_token }}"
+    if template.kind in ("chat", "jinja"):
+        source = own if template.kind == "chat" else template.source
+        if source is None or not bos or "bos_token" in source:
+            return source
+        # It may still spell the token out, which shows when it is rendered. Empty expressions
+        # keep the white space at its ends, which Jinja removes next to statements.
+        inner = source.removesuffix("\n")
+        return (
+            f"{{% set text %}}{{{{ '' }}}}{inner}{{{{ '' }}}}{{% endset %}}"
+            f"{{% if not text.startswith(bos_token) %}}{bos}{{% endif %}}{{{{ text }}}}"
+        )
     before, after = ("Instruction:\\n", "\\nResponse:\\n") if template.kind != "plain" else ("", "")
-    bos = "{{ bos_token }}" if adds_bos else ""
     return (
         f"{bos}{{% for message in messages %}}"
         f"{{% if message['role'] == 'user' %}}"
         f"{{{{ '{before}' + message['content'] + '{after}' }}}}"
         "{% elif message['role'] == 'assistant' %}"
-        "{{ message['content'] + eos_token }}"
+        "{{ message['content'] }}{{ eos_token }}"
         "{% endif %}{% endfor %}"
     )

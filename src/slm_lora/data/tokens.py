@@ -7,6 +7,7 @@ tokens written in row text are text, and the template's own are private-use char
 
 from __future__ import annotations
 
+import itertools
 from collections.abc import Sequence
 from dataclasses import dataclass
 from typing import TYPE_CHECKING, Any
@@ -18,7 +19,7 @@ from slm_lora.data.templates import (
     Rendered,
     Specials,
     Template,
-    _check_private_use,
+    check_private_use,
     jinja_renderer,
     render_chat,
     render_instruction_response,
@@ -50,6 +51,12 @@ class RowTokenizer:
         tokenizer: a fast tokenizer of transformers; it is not changed.
         template: how rows become text.
 
+    Attributes:
+        bos_id: the BOS that is put first, or None.
+        space_after_bos: whether text after a written-out BOS needs a space before it to become
+            the same tokens as text that BOS is put before: some tokenizers begin every text
+            with a space of their own, but not the text behind a special token.
+
     Raises:
         UsageError: a slow tokenizer (no character offsets), or no chat template to use.
     """
@@ -65,13 +72,14 @@ class RowTokenizer:
         )
         self.eos_id: int | None = tokenizer.eos_token_id
         self.bos_id = _bos_that_is_added(tokenizer)
+        self.space_after_bos = self.bos_id is not None and _needs_space_after_bos(tokenizer)
         backend = Tokenizer.from_str(tokenizer.backend_tokenizer.to_str())
         backend.no_truncation()
         backend.no_padding()
         # Special tokens in the string are row text now; the template's own are the characters.
         backend.encode_special_tokens = True
         flags = {str(token): token for token in tokenizer.added_tokens_decoder.values()}
-        self._id_of = {}
+        self._id_of: dict[int, int] = {}
         for index, token in enumerate(self.specials.tokens):
             character = self.specials.owned(index)
             as_special = flags[token]
@@ -85,11 +93,18 @@ class RowTokenizer:
                     )
                 ]
             )
-            self._id_of[backend.token_to_id(character)] = tokenizer.convert_tokens_to_ids(token)
+            own_id: Any = tokenizer.convert_tokens_to_ids(token)
+            new_id: Any = backend.token_to_id(character)
+            self._id_of[new_id] = own_id
         self._backend = backend
+        self._never_text = {
+            id_
+            for id_, token in tokenizer.added_tokens_decoder.items()
+            if token.special and id_ != tokenizer.unk_token_id
+        }
         self._first_new_id = min(self._id_of, default=len(tokenizer))
-        ends = [i for i, token in enumerate(self.specials.tokens) if token == tokenizer.eos_token]
-        self._ends = tuple(self.specials.owned(index) for index in ends)
+        # Not EOS alone: the mark that ends a turn is another token in some models.
+        self._ends = tuple(map(self.specials.owned, range(len(self.specials.tokens))))
         self._render_chat = self._chat_renderer(tokenizer)
 
     def _chat_renderer(self, tokenizer: PreTrainedTokenizerBase) -> ChatRenderer | None:
@@ -114,7 +129,7 @@ class RowTokenizer:
 
     def render(self, row: Row) -> Rendered:
         """The row's text, its special tokens hidden or owned, with its response spans."""
-        _check_private_use(row)
+        check_private_use(row)
         hidden = Row(
             tuple(Turn(turn.role, self.specials.hide(turn.content)) for turn in row.turns),
             context=self.specials.hide(row.context),
@@ -125,15 +140,25 @@ class RowTokenizer:
         elif self.template.kind == "plain":
             rendered = render_plain(hidden)
         else:
-            assert self._render_chat is not None
-            rendered = render_chat(
-                hidden, self.template.include_context, self._render_chat, self._ends
-            )
+            rendered = self._rendered_chat(hidden)
         shown = [self.specials.show(part) for part in _cut(rendered)]
         ends = np.cumsum([len(part) for part in shown])
         # _cut alternates outside, response, outside, …: every odd part is a response.
         spans = tuple((int(ends[i - 1]), int(ends[i])) for i in range(1, len(shown), 2))
         return Rendered("".join(shown), spans)
+
+    def _rendered_chat(self, hidden: Row) -> Rendered:
+        from jinja2 import TemplateError
+
+        assert self._render_chat is not None
+        try:
+            return render_chat(hidden, self.template.include_context, self._render_chat, self._ends)
+        except TemplateError as error:  # many refuse a system turn, or roles out of turn
+            reason = (str(error).splitlines() or [type(error).__name__])[0]
+            raise DataError(
+                f"{hidden.source}: the model's chat template refuses the row ({reason}); mend or "
+                "remove it, or give a template of your own (data.template=path.jinja)"
+            ) from error
 
     def encode(
         self,
@@ -184,6 +209,11 @@ class RowTokenizer:
         self, row: Row, rendered: Rendered, raw_ids: list[int], offsets: list[tuple[int, int]]
     ) -> _Tokens:
         """Ids, response mask and last character of every token, with BOS and EOS."""
+        if not self._never_text.isdisjoint(raw_ids):
+            raise DataError(
+                f"{row.source}: the text spells a special token, and this tokenizer has no other "
+                "tokens for it; remove the row"
+            )
         ids = [self._id_of[i] if i >= self._first_new_id else i for i in raw_ids]
         ends = [end for _, end in offsets]
         # A token is a response token if it ends past the prompt's last character.
@@ -225,7 +255,7 @@ class RowTokenizer:
 def _cut(rendered: Rendered) -> list[str]:
     """The text cut at the response spans: outside, response, outside, response, …, outside."""
     edges = [0, *(edge for span in rendered.responses for edge in span), len(rendered.text)]
-    return [rendered.text[a:b] for a, b in zip(edges, edges[1:], strict=False)]
+    return [rendered.text[a:b] for a, b in itertools.pairwise(edges)]
 
 
 def _bos_that_is_added(tokenizer: PreTrainedTokenizerBase) -> int | None:
@@ -233,6 +263,16 @@ def _bos_that_is_added(tokenizer: PreTrainedTokenizerBase) -> int | None:
     ids: list[int] = tokenizer("a", add_special_tokens=True)["input_ids"]
     first: int | None = tokenizer.bos_token_id
     return first if first is not None and ids[:1] == [first] else None
+
+
+def _needs_space_after_bos(tokenizer: PreTrainedTokenizerBase) -> bool:
+    def ids(text: str) -> list[int]:
+        found: list[int] = tokenizer(text, add_special_tokens=False)["input_ids"]
+        return found
+
+    bos = str(tokenizer.bos_token)
+    added: list[int] = tokenizer("a", add_special_tokens=True)["input_ids"]
+    return ids(f"{bos}a") != added[: 1 + len(ids("a"))] == ids(f"{bos} a")
 
 
 def _length(tokens: _Tokens) -> int:

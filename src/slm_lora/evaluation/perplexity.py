@@ -35,7 +35,7 @@ def score(
     examples: Sequence[Example],
     split: str,
     micro_batch_tokens: int,
-    on_rows: Callable[[int, int], None] = lambda rows, tokens: None,
+    on_tokens: Callable[[int], None] = lambda tokens: None,
 ) -> list[RowScore]:
     """Score every example under the base with whatever adapter is on it.
 
@@ -44,7 +44,7 @@ def score(
         examples: rows to score.
         split: name of the set, kept with every score.
         micro_batch_tokens: tokens computed at once.
-        on_rows: told of rows and tokens done since the last call.
+        on_tokens: told of the tokens done since the last call.
 
     Returns:
         One score a row, sorted by row id.
@@ -76,7 +76,7 @@ def score(
                     bytes_response=example.bytes_response,
                 )
             )
-        on_rows(len(micro), len(batch.ids))
+        on_tokens(len(batch.ids))
     return sorted(scores, key=lambda each: each.row_id)
 
 

@@ -12,7 +12,7 @@ from slm_lora.data.sources import RowSet, read_rows
 from slm_lora.data.splits import SPLIT_VERSION
 from slm_lora.errors import UsageError
 from slm_lora.model.source import ModelSource, resolve
-from slm_lora.recipe import DataSection, ModelSection
+from slm_lora.recipe import ModelSection
 from slm_lora.recipe_file import Cell
 from slm_lora.runs import RUN_FORMAT, content_hash
 
@@ -71,9 +71,7 @@ def make_jobs(cells: Sequence[Cell]) -> list[Job]:
             tokenizers[source.sha256] = load_tokenizer(source)
         set_key = (source.sha256, section.model_dump_json(), cell.recipe.data_seed)
         if set_key not in sets:
-            sets[set_key] = prepare(
-                rows, section, cell.recipe.data_seed, tokenizers[source.sha256]
-            )
+            sets[set_key] = prepare(rows, section, cell.recipe.data_seed, tokenizers[source.sha256])
         jobs.append(_job(cell, source, sets[set_key], rows))
     _check_same_test_rows(jobs)
     return jobs
@@ -168,5 +166,3 @@ def data_record(job: Job) -> dict[str, Any]:
             for name, counted in prepared.long.items()
         },
     }
-
-

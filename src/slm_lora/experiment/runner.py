@@ -8,18 +8,20 @@ from dataclasses import asdict, dataclass
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
+import torch
+
 from slm_lora import machine
 from slm_lora.data.templates import as_chat_template
 from slm_lora.data.tokens import RowTokenizer
-from slm_lora.evaluation.perplexity import HeldOutLoss, held_out_loss, score, write_scores
+from slm_lora.evaluation.perplexity import held_out_loss, score, write_scores
 from slm_lora.experiment.jobs import Job, data_record
 from slm_lora.model import adapter
 from slm_lora.model.load import Base, load_base
 from slm_lora.progress import Reporter
-from slm_lora.records import Example, RowScore
+from slm_lora.records import LossOn, RowScore
 from slm_lora.runs import SCORES_FILE, STEPS_FILE, Run, find_run, new_run, write_lines
 from slm_lora.storage import sha256_file
-from slm_lora.training.loop import Step, TrainingResult, train
+from slm_lora.training.loop import Step, TrainingResult, total_steps, train
 
 if TYPE_CHECKING:
     from peft import PeftModel
@@ -48,49 +50,83 @@ BASE = "base"
 """Name of the base model's cell."""
 
 
+class _LoadedBase:
+    """One base in memory at a time: cells in a row nearly always share it."""
+
+    def __init__(self, reporter: Reporter) -> None:
+        self._reporter = reporter
+        self._base: Base | None = None
+
+    def for_job(self, job: Job) -> Base:
+        wanted = (job.source.sha256, job.precision, job.device)
+        base = self._base
+        if base is None or (base.source.sha256, base.precision, base.device) != wanted:
+            self._base = None
+            self._reporter.say(
+                f"  loading {job.source.name} in {job.precision} on {job.device.type}"
+            )
+            base = load_base(job.source, device=job.device, precision=job.precision)
+            if base.why_plain:
+                self._reporter.say(f"  note: {base.why_plain}")
+            self._base = base
+        return base
+
+
 def run_jobs(jobs: Sequence[Job], places: Places, reporter: Reporter) -> list[Run]:
     """Run what is not finished; return all runs, the base first.
 
     Finished runs are known by their identity and are read, not run again, so the same call
     continues an experiment that was interrupted.
     """
-    loaded: list[Base] = []
-
-    def base_for(job: Job) -> Base:
-        # One base in memory: cells in a row nearly always share it.
-        key = (job.source.sha256, job.precision, job.device)
-        if not loaded or (loaded[0].source.sha256, loaded[0].precision, loaded[0].device) != key:
-            loaded.clear()
-            reporter.say(f"  loading {job.source.name} in {job.precision} on {job.device.type}")
-            loaded.append(load_base(job.source, device=job.device, precision=job.precision))
-            if loaded[0].why_plain:
-                reporter.say(f"  note: {loaded[0].why_plain}")
-        return loaded[0]
-
-    runs: list[Run] = []
-    done: set[str] = set()
+    loaded = _LoadedBase(reporter)
+    runs: dict[str, Run] = {}
     for job in jobs:
-        if job.base_identity not in done:
-            done.add(job.base_identity)
+        if job.base_identity not in runs:
             run = find_run(places.results, BASE, job.base_identity)
             if run is None:
-                run = _run_base(job, base_for(job), places, reporter)
+                run = _run_base(job, loaded.for_job(job), places, reporter)
             else:
                 reporter.say(f"  {BASE}  finished earlier")
-            runs.append(run)
+            runs[job.base_identity] = run
+    return [*runs.values(), *_run_cells(jobs, places, reporter, loaded)]
+
+
+def run_cells(jobs: Sequence[Job], places: Places, reporter: Reporter) -> list[Run]:
+    """As `run_jobs`, without the base."""
+    return _run_cells(jobs, places, reporter, _LoadedBase(reporter))
+
+
+def _run_cells(
+    jobs: Sequence[Job], places: Places, reporter: Reporter, loaded: _LoadedBase
+) -> list[Run]:
+    runs = []
     for job in jobs:
         run = find_run(places.results, job.cell.name, job.identity)
         if run is None:
-            run = _run_cell(job, base_for(job), places, reporter)
+            run = _run_cell(job, loaded.for_job(job), places, reporter)
         else:
             reporter.say(f"  {job.cell.name}  finished earlier")
         runs.append(run)
     return runs
 
 
+def evaluate_adapter(
+    job: Job, folder: Path | None, reporter: Reporter
+) -> tuple[list[RowScore], dict[str, Any]]:
+    """Score a saved adapter (None: the base) on the job's test rows.
+
+    Raises:
+        IntegrityError: the adapter does not belong to this base.
+    """
+    base = _LoadedBase(reporter).for_job(job)
+    if folder is not None:
+        adapter.load(base, folder)
+    return _evaluate(base, job, BASE if folder is None else folder.name, reporter)
+
+
 def _run_base(job: Job, base: Base, places: Places, reporter: Reporter) -> Run:
     machine.reset_peak_memory(job.device.type)
-    scores, evaluation = _evaluate(base, job, job.prepared.test, BASE, reporter)
+    scores, evaluation = _evaluate(base, job, BASE, reporter)
     record = {**_common(job, base, places), "settings": {}, "evaluation": evaluation}
     with new_run(places.results, BASE, job.base_identity, record) as folder:
         write_scores(scores, folder / SCORES_FILE)
@@ -104,7 +140,7 @@ def _run_cell(job: Job, base: Base, places: Places, reporter: Reporter) -> Run:
     try:
         result = _train(job, base, adapted, reporter)
         peak = machine.peak_memory_bytes(job.device.type)
-        scores, evaluation = _evaluate(base, job, job.prepared.test, name, reporter)
+        scores, evaluation = _evaluate(base, job, name, reporter)
         parameters = adapter.count_parameters(adapted)
         folder = places.adapter(name)
         adapter.save(adapted, folder, _about(job, places), _chat_template(job, base))
@@ -141,8 +177,6 @@ def _train(job: Job, base: Base, adapted: PeftModel, reporter: Reporter) -> Trai
         )
         return held_out_loss(scores, section.loss_on).loss
 
-    from slm_lora.training.loop import total_steps
-
     total = total_steps(len(job.prepared.train), section)
     with reporter.task(job.cell.name, total, "steps") as task:
 
@@ -171,18 +205,20 @@ def _train(job: Job, base: Base, adapted: PeftModel, reporter: Reporter) -> Trai
 
 
 def _evaluate(
-    base: Base, job: Job, examples: Sequence[Example], label: str, reporter: Reporter
+    base: Base, job: Job, label: str, reporter: Reporter
 ) -> tuple[list[RowScore], dict[str, Any]]:
-    base.causal.eval()
+    torch.nn.Module.eval(base.causal)
+    examples = job.prepared.test
     tokens = sum(example.length for example in examples)
     began = time.perf_counter()
-    with reporter.task(label, len(examples), "test rows") as task:
+    # Longest rows come first, so tokens, not rows, tell how far it is.
+    with reporter.task(label, tokens, "test tokens") as task:
         scores = score(
             base,
             examples,
             "test",
             job.cell.recipe.evaluation.micro_batch_tokens,
-            on_rows=task.advance,
+            on_tokens=lambda done: task.advance(done, done),
         )
         seconds = time.perf_counter() - began
         losses = {kind: held_out_loss(scores, kind) for kind in _kinds(scores)}
@@ -199,7 +235,7 @@ def _evaluate(
     }
 
 
-def _kinds(scores: Sequence[RowScore]) -> tuple[Any, ...]:
+def _kinds(scores: Sequence[RowScore]) -> tuple[LossOn, ...]:
     # Truncation may leave a set without any response token; the whole text is always there.
     return ("all", "response") if any(s.tokens_response for s in scores) else ("all",)
 
@@ -258,9 +294,7 @@ def _about(job: Job, places: Places) -> dict[str, Any]:
 def _chat_template(job: Job, base: Base) -> str | None:
     adds_bos = RowTokenizer(base.tokenizer, job.prepared.template).bos_id is not None
     own = base.tokenizer.chat_template
-    return as_chat_template(
-        job.prepared.template, adds_bos, own if isinstance(own, str) else None
-    )
+    return as_chat_template(job.prepared.template, adds_bos, own if isinstance(own, str) else None)
 
 
 def _found(places: Places, cell: str, identity: str) -> Run:

@@ -54,7 +54,7 @@ def attach(base: Base, section: AdapterSection, seed: int) -> PeftModel:
         torch.manual_seed(seed)
         return get_peft_model(
             base.causal, peft_config(section, base.source), autocast_adapter_dtype=True
-        )  # type: ignore[return-value]
+        )
 
 
 def detach(adapted: PeftModel) -> None:

@@ -94,7 +94,7 @@ def _layout(lengths: tuple[int, ...], heads: int, kv_heads: int, device: torch.d
     key_padding = [
         b.padding.view(b.documents, kv_heads, group, b.longest)[:, :, 0].flatten() for b in buckets
     ]
-    layout = _Layout(
+    return _Layout(
         buckets=tuple(
             _Bucket(
                 b.documents,
@@ -108,7 +108,6 @@ def _layout(lengths: tuple[int, ...], heads: int, kv_heads: int, device: torch.d
         query_back=back([b.query_rows for b in buckets], query_padding, total * heads),
         key_back=back([b.key_rows for b in buckets], key_padding, total * kv_heads),
     )
-    return layout
 
 
 def _wide(x: Tensor) -> Tensor:
@@ -131,9 +130,7 @@ def _score_gradient(probabilities: Tensor, upstream: Tensor, scale: float) -> Te
     return (p * (dp - (p * dp).sum(-1, keepdim=True)) * scale).to(probabilities.dtype)
 
 
-def _gathered(
-    rows: Tensor, index: Tensor, documents: int, kv_heads: int, head_dim: int
-) -> Tensor:
+def _gathered(rows: Tensor, index: Tensor, documents: int, kv_heads: int, head_dim: int) -> Tensor:
     return rows.index_select(0, index).view(documents * kv_heads, -1, head_dim)
 
 

@@ -97,7 +97,7 @@ def _dequantise(gguf: Path, target: Path, name: str) -> None:
     from transformers import AutoModelForCausalLM, AutoTokenizer, GgufConfig
     from transformers.utils import logging
 
-    logging.disable_progress_bar()
+    logging.disable_progress_bar()  # type: ignore[no-untyped-call]
     folder = str(gguf.parent)
     model = AutoModelForCausalLM.from_pretrained(
         folder,
@@ -109,7 +109,7 @@ def _dequantise(gguf: Path, target: Path, name: str) -> None:
     model.config.__dict__.pop("quantization_config", None)
     model.config._name_or_path = name
     model.config.__dict__.pop("_model_name_or_path", None)
-    model.hf_quantizer = None
+    model.hf_quantizer = None  # type: ignore[assignment]
     tokenizer = AutoTokenizer.from_pretrained(folder, gguf_file=gguf.name)
     with atomic_folder(target) as temporary:
         model.save_pretrained(temporary)

@@ -51,9 +51,9 @@ def score_documents(base: Base, batch: MicroBatch) -> DocumentScores:
     response = batch.response[scored.numpy()].astype(np.float64)
     many = len(batch.lengths)
     return DocumentScores(
-        nll_all=np.bincount(document, losses, many),
+        nll_all=np.bincount(document, losses, many).astype(np.float64),
         tokens_all=np.bincount(document, minlength=many),
-        nll_response=np.bincount(document, losses * response, many),
+        nll_response=np.bincount(document, losses * response, many).astype(np.float64),
         tokens_response=np.bincount(document, response, many).astype(np.int64),
     )
 
@@ -81,7 +81,7 @@ def _labels(base: Base, batch: MicroBatch, scored: Tensor) -> Tensor:
 
 
 def _head(causal: PreTrainedModel) -> Tensor:
-    weight: Tensor = causal.get_output_embeddings().weight
+    weight: Tensor = causal.get_output_embeddings().weight  # type: ignore[no-untyped-call]
     return weight
 
 
@@ -108,7 +108,7 @@ def _packed_hidden(
 
 
 def _padded_hidden(causal: PreTrainedModel, ids: Tensor, lengths: tuple[int, ...]) -> Tensor:
-    documents = ids.split(list(lengths))
+    documents = torch.split(ids, list(lengths))
     padded = torch.nn.utils.rnn.pad_sequence(list(documents), batch_first=True)
     mask = torch.nn.utils.rnn.pad_sequence(
         [torch.ones_like(document) for document in documents], batch_first=True

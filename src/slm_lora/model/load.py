@@ -105,7 +105,9 @@ def load_tokenizer(source: ModelSource) -> PreTrainedTokenizerBase:
         )
     except (OSError, ValueError) as error:
         reason = str(error).splitlines()[0]
-        raise UsageError(f"model {source.name}: its tokenizer cannot be loaded: {reason}") from error
+        raise UsageError(
+            f"model {source.name}: its tokenizer cannot be loaded: {reason}"
+        ) from error
     return tokenizer
 
 
@@ -130,8 +132,8 @@ def load_base(
         IntegrityError: tensors are missing or do not fit the configuration.
     """
     causal, tokenizer = _read(source, precision), load_tokenizer(source)
-    causal.to(device)
-    causal.eval()
+    torch.nn.Module.to(causal, device)
+    torch.nn.Module.eval(causal)
     causal.requires_grad_(False)
     packed, why = (False, "asked for") if plain else _try_packed(causal)
     return Base(source, causal, tokenizer, device, precision, packed, why)
@@ -142,9 +144,9 @@ def _read(source: ModelSource, precision: PrecisionName) -> PreTrainedModel:
     from transformers.utils import logging
 
     weight_files(source.path)
-    logging.disable_progress_bar()
+    logging.disable_progress_bar()  # type: ignore[no-untyped-call]
     try:
-        causal, report = AutoModelForCausalLM.from_pretrained(
+        loaded: Any = AutoModelForCausalLM.from_pretrained(
             source.path,
             dtype=DTYPES[precision],
             use_safetensors=True,
@@ -155,13 +157,13 @@ def _read(source: ModelSource, precision: PrecisionName) -> PreTrainedModel:
     except (OSError, ValueError, KeyError) as error:
         reason = str(error).splitlines()[0]
         raise UsageError(f"model {source.name}: cannot be loaded: {reason}") from error
+    model: PreTrainedModel = loaded[0]
     # Weights that transformers would initialise at random are a broken model here.
-    if missing := sorted(report["missing_keys"]):
+    if missing := sorted(loaded[1]["missing_keys"]):
         raise IntegrityError(
             f"model {source.name}: {len(missing)} tensors are missing, first {missing[0]}; "
             "the folder is incomplete or for another architecture"
         )
-    model: PreTrainedModel = causal
     # PEFT writes this into the adapter: a name that exists for others, no path of this machine.
     model.name_or_path = model.config._name_or_path = source.name
     return model
@@ -177,7 +179,7 @@ def _try_packed(causal: PreTrainedModel) -> tuple[bool, str]:
 
     before: Any = causal.config._attn_implementation
     generator = torch.Generator().manual_seed(0)
-    vocabulary = causal.get_input_embeddings().weight.shape[0]
+    vocabulary = int(causal.config.vocab_size)
     documents = [torch.randint(0, vocabulary, (n,), generator=generator) for n in (13, 7)]
     try:
         with torch.no_grad():

@@ -25,7 +25,7 @@ def token_nll(hidden: Tensor, weight: Tensor, labels: Tensor) -> Tensor:
     with torch.no_grad():
         parts = [
             _chunk_nll(_logits(h, weight), y)
-            for h, y in zip(hidden.split(CHUNK), labels.split(CHUNK), strict=True)
+            for h, y in zip(torch.split(hidden, CHUNK), torch.split(labels, CHUNK), strict=True)
         ]
         return torch.cat(parts) if parts else hidden.new_zeros(0, dtype=torch.float32)
 
@@ -99,5 +99,5 @@ def summed_nll(hidden: Tensor, weight: Tensor, labels: Tensor) -> Tensor:
     Returns:
         float64 scalar (float32 on Apple's GPUs), nats.
     """
-    total: Tensor = _SummedNLL.apply(hidden, weight, labels)
+    total: Tensor = _SummedNLL.apply(hidden, weight, labels)  # type: ignore[no-untyped-call]
     return total

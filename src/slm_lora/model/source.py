@@ -5,7 +5,6 @@ from __future__ import annotations
 import hashlib
 import json
 import mmap
-import os
 from dataclasses import dataclass
 from pathlib import Path
 
@@ -126,11 +125,20 @@ def hash_weights(folder: Path) -> str:
     return digest.hexdigest()
 
 
+def tensor_shapes(folder: Path) -> dict[str, tuple[int, ...]]:
+    """Shape of every tensor of a model folder, from the files' headers alone."""
+    return {
+        name: tuple(json.loads(shape))
+        for file in weight_files(folder)
+        for name, _, shape, _, _ in _tensor_table(file)
+    }
+
+
 def _tensor_table(file: Path) -> list[tuple[str, str, str, int, int]]:
     """Name, dtype, shape, first and last byte of every tensor, from the header of the format
     (8 bytes of length, then JSON)."""
     broken = IntegrityError(f"{file}: not a whole safetensors file; fetch it again")
-    size = os.path.getsize(file)
+    size = file.stat().st_size
     with file.open("rb") as handle:
         length = int.from_bytes(handle.read(8), "little")
         if length > size:

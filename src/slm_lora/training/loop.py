@@ -160,7 +160,7 @@ def train(
         loss = 0.0
         for micro in by_token_budget(step_examples, section.micro_batch_tokens):
             share = batch_nll(base, pack(micro, section.loss_on)) / labels
-            scaler.scale(share).backward()
+            torch.autograd.backward(scaler.scale(share))
             loss += share.item()
         scaler.unscale_(optimizer)
         norm = torch.nn.utils.clip_grad_norm_(parameters, section.max_grad_norm).item()

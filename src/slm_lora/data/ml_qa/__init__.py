@@ -80,7 +80,9 @@ def build_rows() -> list[dict[str, str]]:
 
     objects = public_objects()
     short_names = Counter(entry.short_name for entry in objects)
-    pairs = [pair for entry in objects for pair in pairs_of(entry, short_names[entry.short_name] > 1)]
+    pairs = [
+        pair for entry in objects for pair in pairs_of(entry, short_names[entry.short_name] > 1)
+    ]
     kept, group_of = _without_repeats(pairs)
     rows = [
         {
@@ -95,7 +97,7 @@ def build_rows() -> list[dict[str, str]]:
 
 
 def _without_repeats(pairs: Sequence[Pair]) -> tuple[list[Pair], dict[str, str]]:
-    """The first pair of every fact and of every question, and the group of every object."""
+    """The first pair of every fact, answer and question, and the group of every object."""
     from slm_lora.data.ml_qa.drafts import plain_words
     from slm_lora.data.ml_qa.duplicates import repeated_facts, united
 
@@ -125,11 +127,14 @@ def _without_repeats(pairs: Sequence[Pair]) -> tuple[list[Pair], dict[str, str]]
         *(link for link, count in repeats.items() if 2 * count >= told[link[1]] and count > 1),
     ]
     owners = list(dict.fromkeys(pair.owner for pair in pairs))
-    questions: dict[str, Pair] = {}
+    # Case, marks and spacing make neither another question nor another answer.
+    by_answer: dict[str, Pair] = {}
     for pair in kept:
-        # Case, marks and spacing do not make a question another question.
-        questions.setdefault(plain_words(pair.instruction), pair)
-    return list(questions.values()), united(owners, links)
+        by_answer.setdefault(plain_words(pair.response), pair)
+    by_question: dict[str, Pair] = {}
+    for pair in by_answer.values():
+        by_question.setdefault(plain_words(pair.instruction), pair)
+    return list(by_question.values()), united(owners, links)
 
 
 def _limited(pairs: Sequence[Pair]) -> list[Pair]:

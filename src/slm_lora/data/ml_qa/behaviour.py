@@ -48,7 +48,7 @@ def purpose_drafts(entry: Documented, name: str) -> Iterator[Draft]:
     fact = plain_words(summary[0])
     if entry.kind == "distribution":
         later = [*_shape_parameters(entry), *later]
-    if word_count(fact) < 3 or entry.kind == "distribution" and not later:
+    if word_count(fact) < 3 or (entry.kind == "distribution" and not later):
         return
     form = "class_purpose" if not acts else f"{entry.kind}_purpose"
     yield Draft(form, " ".join([first, *later]), fact)
@@ -185,7 +185,10 @@ def related_drafts(entry: Documented, name: str) -> Iterator[Draft]:
         text = (action.strip() if action else lower_first(sentences[0])).rstrip(".")
         if target == entry.name.rsplit(".", 1)[-1] or len(text) < 15 or re.search("[:(]", text):
             continue
-        if not re.search(r"belongs|\betc|example|hypothesis", f"{text} {target}"):
+        if not re.search(
+            r"^(?:for|see|same|like|as)\b|belongs|\bthis\b|\betc|example|hypothesis",
+            f"{text} {target}",
+        ):
             related.append(f"`{names[0][0]}` ({text})")
     if related:
         verb = "is" if len(related) == 1 else "are"

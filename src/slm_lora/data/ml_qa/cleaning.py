@@ -7,7 +7,10 @@ what follows it.
 
 import re
 from collections.abc import Sequence
-from typing import NamedTuple
+from functools import cache
+from itertools import zip_longest
+
+from slm_lora.data.ml_qa.blocks import Block, split_blocks
 
 MAX_SENTENCES = 4
 MAX_CHARACTERS = 520  # of the kept text; the question forms add a subject, and stop at 600
@@ -17,110 +20,6 @@ MAX_ITEM_CHARACTERS = 150
 LOST = "\x00"
 
 
-class Block(NamedTuple):
-    """One paragraph or list. `kind` is "text", "items" or "lost" (something that was removed)."""
-
-    kind: str
-    parts: tuple[str, ...]
-
-
-# Directives that stand alone: the text before and after them is whole without them.
-_DROPPED_DIRECTIVES = {
-    "versionadded", "versionchanged", "deprecated", "legacy", "note", "warning", "tip", "seealso",
-    "important", "caution", "attention", "hint", "admonition", "rubric", "index", "topic", "only",
-}  # fmt: skip
-_DIRECTIVE = re.compile(r"^\s*\.\.\s*([\w-]+)\s*::")
-_COMMENT = re.compile(r"^\s*\.\.(\s|$)")
-_BULLET = re.compile(r"^(\s*)(?:[-*+•]|\(?[0-9a-zA-Z][.)]|\(?[ivx]+\)|#\.)\s+(?=\S)")
-_TABLE = re.compile(r"^\s*(?:[=+|-]{3,}|[-=~^\"]{3,}(\s|$)|\+[-=]+|\|.*\|\s*$)")
-
-
-def _indent(line: str) -> int:
-    return len(line) - len(line.lstrip())
-
-
-def _end_of_indented(lines: Sequence[str], start: int, indent: int) -> int:
-    """Index of the first line from `start` on that is not blank and not deeper than `indent`."""
-    end = start
-    while end < len(lines) and (not lines[end].strip() or _indent(lines[end]) > indent):
-        end += 1
-    return end
-
-
-def split_blocks(lines: Sequence[str]) -> list[Block]:
-    """Paragraphs and lists of a docstring section, in order, directives and code taken out."""
-    blocks: list[Block] = []
-    i = 0
-    while i < len(lines):
-        line = lines[i]
-        if not line.strip():
-            i += 1
-        elif directive := _DIRECTIVE.match(line):
-            end = _end_of_indented(lines, i + 1, _indent(line))
-            if directive.group(1) not in _DROPPED_DIRECTIVES:
-                blocks.append(Block("lost", ()))
-            i = end
-        elif _COMMENT.match(line):
-            i = _end_of_indented(lines, i + 1, _indent(line))
-        elif line.lstrip().startswith(">>>") or _TABLE.match(line):
-            blocks.append(Block("lost", ()))
-            while i < len(lines) and lines[i].strip():
-                i += 1
-        elif _BULLET.match(line):
-            i, block = _read_items(lines, i)
-            blocks.append(block)
-        else:
-            i, found = _read_paragraph(lines, i)
-            blocks.extend(found)
-    return blocks
-
-
-def _read_items(lines: Sequence[str], start: int) -> tuple[int, Block]:
-    indent = _indent(lines[start])
-    items: list[str] = []
-    whole = True
-    i = start
-    while i < len(lines):
-        line = lines[i]
-        bullet = _BULLET.match(line)
-        if not line.strip():
-            # A blank line ends the list unless another item, or the body of this one, follows.
-            following = next((text for text in lines[i:] if text.strip()), "")
-            if not (_BULLET.match(following) or _indent(following) > indent):
-                break
-            if not _BULLET.match(following) or _indent(following) != indent:
-                whole = False
-        elif bullet and _indent(line) == indent:
-            items.append(line[bullet.end() :].strip())
-        elif _indent(line) > indent:
-            whole = whole and not bullet and not _DIRECTIVE.match(line)
-            items[-1] += " " + line.strip()
-        else:
-            break
-        i += 1
-    return i, Block("items", tuple(items)) if whole else Block("lost", ())
-
-
-def _read_paragraph(lines: Sequence[str], start: int) -> tuple[int, list[Block]]:
-    indent = _indent(lines[start])
-    end = start + 1
-    while end < len(lines) and lines[end].strip() and _indent(lines[end]) == indent:
-        if _BULLET.match(lines[end]) and lines[end - 1].rstrip().endswith(":"):
-            break
-        if _DIRECTIVE.match(lines[end]):
-            break
-        end += 1
-    text = " ".join(line.strip() for line in lines[start:end])
-    if end < len(lines) and lines[end].strip() and _indent(lines[end]) > indent:
-        if _BULLET.match(lines[end]):
-            return end, [Block("text", (text,))]
-        # A definition list, or text set off by its indent: its term is not a sentence.
-        return _end_of_indented(lines, end, indent), [Block("lost", ())]
-    if text.endswith("::"):
-        return _end_of_indented(lines, end, indent), [Block("text", (text[:-1],)), Block("lost", ())]
-    return end, [Block("text", (text,))]
-
-
 _MATH_ROLE = re.compile(r":math:`([^`]*)`")
 _NUMBER_ROLE = re.compile(r":(?:doi|arxiv|issue|gh|pr|user|cite|footcite|eq|numref):`[^`]*`")
 _PEP_ROLE = re.compile(r":pep:`(\d+)`")
@@ -128,7 +27,9 @@ _PROSE_ROLE = re.compile(r":(?:term|ref|doc|any):`([^`<]+?)\s*(?:<[^`>]*>)?`")
 _ANY_ROLE = re.compile(r":(?:[a-z]+:)?[a-z]+:`([^`]*)`")
 _LINK = re.compile(r"`([^`<]+?)\s*<[^`>]*>`__?")
 _NAMED_LINK = re.compile(r"`([^`]+)`__?(?!\w)")
-_CITATION = re.compile(r"\s*\[(?:\d+|[A-Z][\w+-]*\d{2,4}\w?|[A-Z]{1,4}\d*|CIT\w+|[Rr][\w-]+)\]_(?!\w)")
+_CITATION = re.compile(
+    r"\s*\[(?:\d+|[A-Z][\w+-]*\d{2,4}\w?|[A-Z]{1,4}\d*|CIT\w+|[Rr][\w-]+)\]_(?!\w)"
+)
 _LEANING_CITATION = re.compile(
     r"(?:\b(?:in|of|from|by|see|and|to|at|with|or|per|also|reference|references|refs?\.?|eq\.?|"
     r"following|section|chapter|table|theorem|equation|algorithm)|\(|,)\s*(?:\[[^\]\s]+\]_)",
@@ -139,6 +40,10 @@ _PLAIN_CITATION = re.compile(r"\s\[[1-9]\d?\](?!_?\w)")
 _URL = re.compile(r"(?:https?|ftp)://\S+|www\.\S+")
 _STRONG = re.compile(r"(?<![\w*`])\*\*([^\s*](?:[^*`]*[^\s*])?)\*\*(?![\w*])")
 _EMPHASIS = re.compile(r"(?<![\w*`/(])\*([^\s*](?:[^*`]*[^\s*])?)\*(?![\w*])")
+
+
+# Typographic quotes and dashes as they are typed.
+_TYPOGRAPHY = {0x2019: "'", 0x201C: '"', 0x201D: '"', 0x2013: "-", 0x2014: " - "}
 
 
 def _math(match: re.Match[str]) -> str:
@@ -169,8 +74,7 @@ def clean_inline(text: str) -> str:
     `LOST` marks what was removed and is missed in its sentence.
     """
     text = " ".join(text.split())
-    text = text.replace("\\ ", "").replace("``", "`").replace("’", "'").replace("“", '"')
-    text = text.replace("”", '"').replace("–", "-").replace("—", " - ")
+    text = text.replace("\\ ", "").replace("``", "`").translate(_TYPOGRAPHY)
     text = _MATH_ROLE.sub(_math, text)
     text = _NUMBER_ROLE.sub(LOST, text)
     text = _PEP_ROLE.sub(r"PEP \1", text)
@@ -205,8 +109,11 @@ _ABBREVIATION = re.compile(
 )
 
 
+_STARTS_SENTENCE = re.compile(r"[\"']?\s+(?:[\"'(]?[A-Z0-9`\"']|(?:scipy|numpy|sklearn)\b)")
+
+
 def split_sentences(text: str) -> list[str]:
-    """Sentences of a cleaned paragraph; dots inside code, brackets and abbreviations do not end one."""
+    """Sentences of a cleaned paragraph; dots in code, brackets and abbreviations end none."""
     sentences: list[str] = []
     start, depth, in_code = 0, 0, False
     for i, character in enumerate(text):
@@ -220,8 +127,7 @@ def split_sentences(text: str) -> list[str]:
             depth = max(0, depth - 1)
         elif character in ".!?" and depth == 0:
             after = text[i + 1 :]
-            starts_next = re.match(r"[\"']?\s+(?:[\"'(]?[A-Z0-9`\"']|(?:scipy|numpy|sklearn)\b)", after)
-            if not starts_next or _ABBREVIATION.search(text[start : i + 1]):
+            if not _STARTS_SENTENCE.match(after) or _ABBREVIATION.search(text[start : i + 1]):
                 continue
             sentences.append(text[start : i + 1].strip())
             start = i + 1
@@ -242,12 +148,15 @@ _POINTER = re.compile(
 _LEANS_ELSEWHERE = re.compile(
     r"\b(?:below|above|earlier|previous(?:ly)? (?:section|mentioned|described)|user guide|"
     r"glossary|docstring|documentation|tutorial|deprecated|deprecation|backwards? compatib|"
-    r"in version|since version|removed in|will be removed|example below|this example|notes? section|"
+    r"in version|since version|removed in|will be removed|example below|this example|"
+    r"notes? section|"
     r"in the notes|see notes?|section|eqs?\.|equation|figure|fig\.|table [0-9]|"
     r"the following|as follows|following (?:are|is|options|values|keys|attributes)|"
     r"see also|[,;] see|examples? (?:for|of|are|in)|the examples?|references?\)|"
     r"see (?:the|`|here|for)|refer to|refs?\.|for (?:more )?details|described (?:in|by) \[|"
-    r"the paper|this page|todo|fixme|xxx|v?0\.\d+\.\d+)(?!\w)|(?:numpy|scipy|scikit-learn) v?\d|"
+    r"(?:introduced|described|proposed|published|presented) in|the image|image illustrates|vol\.|"
+    r"versionadded|versionchanged|the paper|this page|todo|fixme|xxx|v?0\.\d+\.\d+)(?!\w)|"
+    r"(?:numpy|scipy|scikit-learn) v?\d|"
     r"::|>>>|[,;] see\b|(?:first|second|last) example|\|\||__\w+__ *=|\\",
     re.IGNORECASE,
 )  # fmt: skip
@@ -261,18 +170,26 @@ def _is_balanced(text: str) -> bool:
     return text.count("`") % 2 == 0 and opened == closed and prose.count('"') % 2 == 0
 
 
+@cache
 def is_clean(sentence: str) -> bool:
     """Whether a sentence stands alone: nothing lost, unbalanced or pointing elsewhere."""
+    prose = re.sub(r"`[^`]*`", "`x`", sentence)
     return (
         LOST not in sentence
         and _is_balanced(sentence)
-        and not _LEANS_ELSEWHERE.search(re.sub(r"`[^`]*`", "`x`", sentence))
+        and not _LEANS_ELSEWHERE.search(prose)
         and not re.search(r"\.\.(?!\.)(?<!\.\.\.)|:[a-z]+:`|``|\]_|`_", sentence)
-        and not sentence.rstrip(".").endswith((",", ";", "-", "(", " and", " or"))
+        and not sentence.rstrip(".").endswith((",", ";", "-", "(", " and", " or", "i.e", "e.g"))
         # A full stop before a small letter is a sentence end that was mistyped, or a broken line.
-        and not re.search(r"(?<!\.[a-z])(?<!etc)(?<!vs)(?<!resp)(?<!approx)(?<!al)\. [a-z]", sentence)
+        and not re.search(
+            r"(?<!\.[a-z])(?<!etc)(?<!vs)(?<!resp)(?<!approx)(?<!al)\. [a-z]", sentence
+        )
         and not re.search(r"\b(the|a|an|is|of|to|in|and) \1\b", sentence)
-        and not re.search(r"\b(?:I|me|my)\b(?!\.|-)", re.sub(r"`[^`]*`", "", sentence))
+        and not re.search(r"(?<!\S)\*\w|\[[A-Z][A-Za-z]*\d{2,4}[a-z]?\]", prose)
+        # A capital without a full stop before it: lines that were never joined into a sentence.
+        and not re.search(r"[a-z0-9`)] (?:If|When|The|This|It|A) [a-z`]", prose)
+        and not re.search(r"[a-z]- (?!and\b|or\b|to\b)", prose)
+        and not re.search(r"\b(?:I|me|my)\b(?!\.|-)", prose)
     )
 
 
@@ -306,43 +223,49 @@ def usable_sentences(lines: Sequence[str], max_characters: int = MAX_CHARACTERS)
     Reading stops at the first sentence or block that is not clean, because what follows may
     depend on it. Sentences that merely point elsewhere are skipped.
     """
+    return list(_usable_sentences(tuple(lines), max_characters))
+
+
+# Half of all parameter descriptions are repeated word by word under several objects.
+@cache
+def _usable_sentences(lines: tuple[str, ...], max_characters: int) -> tuple[str, ...]:
     kept: list[str] = []
-    total = 0
     blocks = split_blocks(lines)
-    for position, block in enumerate(blocks):
+    for block, following in zip_longest(blocks, blocks[1:]):
         if block.kind != "text":
             break
         sentences = split_sentences(clean_inline(block.parts[0]))
-        for number, raw in enumerate(sentences):
-            sentence = raw
-            if _POINTER.match(sentence):
-                if sentence.endswith(":"):
-                    return kept
+        for number, sentence in enumerate(sentences):
+            if _POINTER.match(sentence) and not sentence.endswith(":"):
                 continue
-            last = number == len(sentences) - 1
-            announced = last and sentence.endswith(":")
-            if announced:
-                following = blocks[position + 1] if position + 1 < len(blocks) else None
-                joined = (
-                    _join_items(following.parts) if following and following.kind == "items" else None
-                )
-                if joined and total + len(sentence) + len(joined) <= max_characters:
-                    sentence = f"{sentence} {joined}"
-                    without_list = re.sub(r"following ", "", sentence)
-                    return [*kept, sentence] if is_clean(without_list) else kept
-                if kept or _ANNOUNCES.search(sentence):
-                    return kept
-                sentence = sentence[:-1] + "."
-            elif last and (sentence[-1:].isalnum() or sentence[-1:] in "`)"):
-                if position + 1 < len(blocks) and blocks[position + 1].kind != "text":
-                    return kept  # it went on into a formula or a list
-                sentence += "."
-            if not is_clean(sentence) or not sentence.endswith((".", "!", '."', ".'")):
-                return kept
-            if kept and total + len(sentence) > max_characters:
-                return kept
-            kept.append(sentence)
-            total += len(sentence) + 1
-            if announced or len(kept) == MAX_SENTENCES:
-                return kept
-    return kept
+            ends_block = number == len(sentences) - 1
+            whole = _finished(sentence, following, bool(kept)) if ends_block else sentence
+            if whole is None or not _is_sentence(whole):
+                return tuple(kept)
+            if kept and sum(map(len, kept)) + len(whole) > max_characters:
+                return tuple(kept)
+            kept.append(whole)
+            # What follows a list is about the list.
+            if len(kept) == MAX_SENTENCES or sentence.endswith(":"):
+                return tuple(kept)
+    return tuple(kept)
+
+
+def _is_sentence(text: str) -> bool:
+    # "the following options: a; b." lost nothing, its list is there.
+    judged = text.replace("following ", "", 1) if ": " in text else text
+    return is_clean(judged) and text.endswith((".", "!", '."', ".'"))
+
+
+def _finished(sentence: str, following: Block | None, has_earlier: bool) -> str | None:
+    """The last sentence of a paragraph with its list or its full stop, None if it is cut off."""
+    if sentence.endswith(":"):
+        items = _join_items(following.parts) if following and following.kind == "items" else None
+        if items is not None:
+            return f"{sentence} {items}"
+        # "The solver to use:" can do without its list, "Allowed values are:" cannot.
+        return None if has_earlier or _ANNOUNCES.search(sentence) else f"{sentence[:-1]}."
+    if sentence[-1:].isalnum() or sentence[-1:] in "`)":
+        # Without a full stop it goes on into the formula or list that comes next.
+        return f"{sentence}." if following is None or following.kind == "text" else None
+    return sentence

@@ -33,9 +33,10 @@ def plain_words(text: str) -> str:
 
 def fact_of(entry: Documented, text: str) -> str:
     """The words of a text, the names of the object masked."""
+    masked = f" {plain_words(text)} "
     for name in (entry.name, entry.short_name, entry.short_name.rsplit(".", 1)[-1]):
-        text = re.sub(rf"(?<!\w){re.escape(name)}(?!\w)", "_", text)
-    return plain_words(text)
+        masked = masked.replace(f" {plain_words(name)} ", " _ ")
+    return masked.strip()
 
 
 def word_count(fact: str) -> int:
@@ -44,7 +45,7 @@ def word_count(fact: str) -> int:
 
 
 def listed(items: Sequence[str], conjunction: str = "and") -> str:
-    """"a", "a and b", "a, b and c"."""
+    """The items as in "a", "a and b" or "a, b and c"."""
     if len(items) == 1:
         return items[0]
     return f"{', '.join(items[:-1])} {conjunction} {items[-1]}"
@@ -53,7 +54,9 @@ def listed(items: Sequence[str], conjunction: str = "and") -> str:
 def documented_names(entry: Documented) -> set[str]:
     """Names of the parameters that the docstring describes."""
     return {
-        name.strip(" *") for parameter in entry.doc["Parameters"] for name in parameter.name.split(",")
+        name.strip(" *")
+        for parameter in entry.doc["Parameters"]
+        for name in parameter.name.split(",")
     }
 
 

@@ -7,99 +7,110 @@ from __future__ import annotations
 
 import re
 
+
+def word_set(text: str) -> frozenset[str]:
+    """The words of a text, as a set."""
+    return frozenset(text.split())
+
+
 # What functions do: the verbs that summaries begin with.
-FUNCTION_VERBS = frozenset(
+FUNCTION_VERBS = word_set(
     """
-    add adjust analyze append apply approximate assemble assign augment binarize bracket broadcast
-    build calculate center check classify clip cluster combine compare compute concatenate construct
-    convert convolve copy count create cross-correlate decompose deconvolve delete design detect
-    determine differentiate discretize divide downsample draw dump encode enforce ensure estimate
-    evaluate expand export extract fetch fill find fit flatten force form format generate get give
-    impute implement indicate initialize insert integrate interchange interpolate interpret invert
-    iterate join learn load make map mask maximize merge minimize modify move multiply normalize
-    pack pad parse partition perform permute plot predict print produce project put query ravel
-    read reconstruct reduce register remove repeat replace represent resample reset reshape
-    restrict retrieve return reverse roll rotate round run save scale select set shift show
-    shuffle simulate solve sort split stack standardize subtract suppress swap take test transform
-    transpose trim truncate turn undo unpack unwrap update upsample use validate write yield zoom
-    """.split()
+    add adjust analyze append apply approximate assemble assign augment binarize bracket
+    broadcast build calculate center check classify clip cluster combine compare compute
+    concatenate construct convert convolve copy count create cross-correlate decompose
+    deconvolve delete design detect determine differentiate discretize divide downsample draw
+    dump encode enforce ensure estimate evaluate expand export extract fetch fill find fit
+    flatten force form format generate get give impute implement indicate initialize insert
+    integrate interchange interpolate interpret invert iterate join learn load make map mask
+    maximize merge minimize modify move multiply normalize pack pad parse partition perform
+    permute plot predict print produce project put query ravel read reconstruct reduce register
+    remove repeat replace represent resample reset reshape restrict retrieve return reverse roll
+    rotate round run save scale select set shift show shuffle simulate solve sort split stack
+    standardize subtract suppress swap take test transform transpose trim truncate turn undo
+    unpack unwrap update upsample use validate write yield zoom
+    """
 )
 # What parameters do.
-PARAMETER_VERBS = frozenset(
+PARAMETER_VERBS = word_set(
     """
     adjust affect allow change choose contain control correspond decide define denote describe
-    determine disable enable enforce ensure force give govern impose indicate influence override
-    provide regulate represent restrict select specify tell toggle turn
-    """.split()
-)
-AUXILIARIES = frozenset(
+    determine disable enable enforce ensure force give govern hold impose indicate influence
+    override provide regulate represent restrict select specify store tell toggle turn
     """
-    is are was were will must should can may might has have does do cannot would could need needs
-    isn't aren't don't doesn't won't can't
-    """.split()
 )
-FINITE_VERBS = frozenset(
+AUXILIARIES = word_set(
+    """
+    is are was were will must should can may might has have does do cannot would could need
+    needs isn't aren't don't doesn't won't can't
+    """
+)
+FINITE_VERBS = word_set(
     """
     specifies determines controls defines indicates contains returns gives uses represents
     corresponds takes sets allows makes requires depends applies affects becomes holds accepts
-    leads produces results refers describes consists computes behaves exists occurs yields
-    means performs supports provides prevents disables enables ignores tends increases decreases
-    """.split()
-)
-SUBORDINATORS = frozenset(
+    leads produces results refers describes consists computes behaves exists occurs yields means
+    performs supports provides prevents disables enables ignores tends increases decreases
     """
-    that which who whose whom where when if whether while as how because since until unless
-    whenever whatever what than though although so whereas why
-    """.split()
+)
+SUBORDINATORS = word_set(
+    """
+    before after that which who whose whom where when if whether while as how because since
+    until unless whenever whatever what than though although so whereas why
+    """
 )
 # Words that end the part of a noun phrase in which its head stands.
-_COMPLEMENTS = frozenset(
+_COMPLEMENTS = word_set(
     """
     of in for to with that which from on at by used where when if along over between as such
     whose containing giving defining describing representing against after before during under
     per within without about into through returned passed applied associated corresponding
-    computed needed required using whether how defined given obtained estimated found seen fitted
-    specifying determining controlling indicating suitable available known present necessary
-    """.split()
+    computed needed required using whether how defined given obtained estimated found seen
+    fitted specifying determining controlling indicating suitable available known present
+    necessary
+    """
 )
 # Heads that take "a" when they come without an article; all others take "the".
-_KINDS = frozenset(
+_KINDS = word_set(
     """
-    array matrix function callable list tuple sequence string dictionary dict flag instance object
-    vector scalar integer float boolean iterable iterator generator namedtuple dataframe bunch
-    mapping collection mixin class wrapper callback
-    """.split()
+    array matrix function callable list tuple sequence string dictionary dict flag instance
+    object vector scalar integer float boolean iterable iterator generator namedtuple dataframe
+    bunch mapping collection mixin class wrapper callback
+    """
 )
-_SINGULAR_IN_S = frozenset(
+_SINGULAR_IN_S = word_set(
     """
     axis basis bias class loss mass radius status analysis process access address gas lens atlas
-    canvas kwargs args chaos series compass bus focus synthesis thesis hypothesis previous various
-    """.split()
+    canvas kwargs args chaos series compass bus focus synthesis thesis hypothesis previous
+    various
+    """
 )
 _PLURAL_WITHOUT_S = frozenset({"coefs", "criteria", "people"})
-_DETERMINERS = frozenset(
+_DETERMINERS = word_set(
     """
     the a an any each one two three some all both either no another every this these
-    """.split()
+    """
 )
+_ARTICLES = frozenset({"A", "An", "The"})
 _PLURAL_DETERMINERS = frozenset({"two", "three", "some", "all", "both", "these"})
 # Names that keep their capital inside a sentence.
-_PROPER = frozenset(
+_PROPER = word_set(
     """
-    Airy Akaike Akima Anderson Bartlett Bayes Bayesian Bernoulli Bessel Birch Bonferroni Boolean
-    Boltzmann Bray Brent Brier Broyden Butterworth California Calinski Canberra Cartesian Cauchy
-    Chebyshev Chi Cholesky Cohen Cython Davies Delaunay Dijkstra Dirichlet Elastic Epanechnikov
-    Euclidean Euler Fisher Floater Floyd Fortran Fourier Fowlkes Friedman Frobenius Gamma Gauss Gaussian
-    Gegenbauer Gini Givens Gower Gram Hamming Hankel Hausdorff Haversine Hermite Hermitian
-    Hessenberg Hessian Hilbert Householder Huber I Jaccard Jacobi Jacobian Jensen Johnson Kaiser
-    Kelvin Kendall Kolmogorov Kronecker Krylov Kullback Labeled Lagrange Laguerre Lambert Laplace
-    Laplacian Lasso Leave Lebedev Ledoit Legendre Levenberg Levene Lipschitz Lomb Lorentz
-    Mahalanobis Mann Markov Matern Mathieu Matplotlib Matthews Minkowski Monte Moore Nelder Newton
-    Nyquist Nystroem Nystrom Olivetti Owen Parzen Pearson Penrose Poisson Python Rand Rayleigh
-    Riccati Ridge Riemann Romberg Runge Savitzky Schur Shannon Simpson Sobol Spearman Struve
-    Student Swiss Sylvester Taylor Theil Tikhonov Toeplitz Tukey Vandermonde Voigt Voronoi Ward
-    Wasserstein Weibull Welch Wiener Wilcoxon Wishart Wolfe Wright Yates Yeo Yule
-    """.split()
+    Adams Airy Akaike Akima Anderson Bartlett Bayes Bayesian Bernoulli Bessel Birch Boltzmann
+    Bonferroni Boolean Bray Brent Brier Broyden Butterworth California Calinski Canberra
+    Cartesian Cauchy Chebyshev Chi Cholesky Cohen Cython Davies Delaunay Dijkstra Dirichlet
+    Elastic Epanechnikov Euclidean Euler Fisher Floater Floyd Fortran Fourier Fowlkes Friedman
+    Frobenius Gamma Gauss Gaussian Gegenbauer Gini Givens Gower Gram Hamming Hankel Hausdorff
+    Haversine Hermite Hermitian Hessenberg Hessian Hilbert Householder Huber I Jaccard Jacobi
+    Jacobian Jensen Johnson Kaiser Kelvin Kendall Kolmogorov Kronecker Krylov Kullback Labeled
+    Lagrange Laguerre Lambert Laplace Laplacian Lasso Leave Lebedev Ledoit Legendre Levenberg
+    Levene Lipschitz Lomb Lorentz Mahalanobis Mann Markov Matern Mathieu Matplotlib Matthews
+    Minkowski Monte Moore Nelder Newton Nyquist Nystroem Nystrom Olivetti Owen Parzen Pearson
+    Penrose Poisson Python Rand Rayleigh Riccati Ridge Riemann Romberg Runge Savitzky Schur
+    Shannon Simpson Sobol Spearman Struve Student Swiss Sylvester Taylor Theil Tikhonov Toeplitz
+    Tukey Vandermonde Voigt Voronoi Ward Wasserstein Weibull Welch Wiener Wilcoxon Wishart Wolfe
+    Wright Yates Yeo Yule
+    """
 )
 
 
@@ -126,7 +137,7 @@ def has_main_verb(text: str) -> bool:
 
 
 def third_person(verb: str) -> str:
-    """"compute" -> "computes", "apply" -> "applies", "stretch" -> "stretches"."""
+    """The verb with its ending: "computes" of "compute", "applies", "stretches"."""
     if re.search(r"(?:s|x|z|ch|sh|o)$", verb):
         return verb + "es"
     if re.search(r"[^aeiou]y$", verb):
@@ -152,9 +163,11 @@ def starts_with_verb(text: str) -> bool:
 
 def lower_first(text: str) -> str:
     """The text as it reads inside a sentence: names, acronyms and code keep their capitals."""
-    match = re.match(r"(A|[A-Z][a-z]+)(?:[-'][\w'\-]*)?(?![\w])", text)
+    match = re.match(r"(A|[A-Z][a-z]+)(?:[-'][\w'\-]*)?(?!\w)(?: ([A-Z][a-z]+)\b)?", text)
     if match is None or match.group(1) in _PROPER:
         return text
+    if match.group(2) and match.group(2) not in _PROPER and match.group(1) not in _ARTICLES:
+        return text  # "Partial Least Squares": a name in capitals
     return text[0].lower() + text[1:]
 
 
@@ -190,7 +203,9 @@ def is_plural(noun: str) -> bool:
     """Whether a noun is plural, as far as its ending shows."""
     if noun in _PLURAL_WITHOUT_S:
         return True
-    return noun.endswith("s") and not noun.endswith(("ss", "us", "is")) and noun not in _SINGULAR_IN_S
+    return (
+        noun.endswith("s") and not noun.endswith(("ss", "us", "is")) and noun not in _SINGULAR_IN_S
+    )
 
 
 def noun_phrase(text: str) -> tuple[str, bool]:

@@ -5,6 +5,7 @@ from __future__ import annotations
 import importlib
 import inspect
 import re
+import sys
 import warnings
 from collections.abc import Iterator
 from types import ModuleType
@@ -23,38 +24,30 @@ LIBRARIES = ("scikit-learn", "scipy", "numpy")
 # Written out, because walking packages would follow whatever is installed beside them. An object
 # that several modules export belongs to the first of them. Masked variants (numpy.ma,
 # scipy.stats.mstats) and four of the six polynomial bases say the same in almost the same words.
-_MODULES = (
-    *(
-        f"sklearn.{name}"
-        for name in (
-            "base calibration cluster compose covariance cross_decomposition datasets "
-            "decomposition discriminant_analysis dummy ensemble exceptions feature_extraction "
-            "feature_extraction.image feature_extraction.text feature_selection frozen "
-            "gaussian_process gaussian_process.kernels impute inspection isotonic "
-            "kernel_approximation kernel_ridge linear_model manifold metrics metrics.cluster "
-            "metrics.pairwise mixture model_selection multiclass multioutput naive_bayes neighbors "
-            "neural_network pipeline preprocessing random_projection semi_supervised svm tree "
-            "utils utils.class_weight utils.extmath utils.multiclass utils.sparsefuncs"
-        ).split()
-    ),
-    *(
-        f"scipy.{name}"
-        for name in (
-            "stats stats.qmc stats.contingency stats.sampling optimize "
-            "optimize.elementwise linalg linalg.interpolative sparse sparse.linalg sparse.csgraph "
-            "signal signal.windows fft integrate interpolate ndimage spatial spatial.distance "
-            "spatial.transform special cluster.hierarchy cluster.vq differentiate io io.wavfile "
-            "odr constants"
-        ).split()
-    ),
-    *(
-        f"numpy{name}"
-        for name in (
-            " .linalg .fft .random .polynomial .polynomial.polynomial .polynomial.chebyshev "
-            ".lib.stride_tricks .exceptions"
-        ).split(" ")
-    ),
-)
+_MODULES = """
+sklearn.base sklearn.calibration sklearn.cluster sklearn.compose sklearn.covariance
+sklearn.cross_decomposition sklearn.datasets sklearn.decomposition sklearn.discriminant_analysis
+sklearn.dummy sklearn.ensemble sklearn.exceptions sklearn.feature_extraction
+sklearn.feature_extraction.image sklearn.feature_extraction.text sklearn.feature_selection
+sklearn.frozen sklearn.gaussian_process sklearn.gaussian_process.kernels sklearn.impute
+sklearn.inspection sklearn.isotonic sklearn.kernel_approximation sklearn.kernel_ridge
+sklearn.linear_model sklearn.manifold sklearn.metrics sklearn.metrics.cluster
+sklearn.metrics.pairwise sklearn.mixture sklearn.model_selection sklearn.multiclass
+sklearn.multioutput sklearn.naive_bayes sklearn.neighbors sklearn.neural_network sklearn.pipeline
+sklearn.preprocessing sklearn.random_projection sklearn.semi_supervised sklearn.svm sklearn.tree
+sklearn.utils sklearn.utils.class_weight sklearn.utils.extmath sklearn.utils.multiclass
+sklearn.utils.sparsefuncs
+
+scipy.stats scipy.stats.qmc scipy.stats.contingency scipy.stats.sampling scipy.optimize
+scipy.optimize.elementwise scipy.linalg scipy.linalg.interpolative scipy.sparse
+scipy.sparse.linalg scipy.sparse.csgraph scipy.signal scipy.signal.windows scipy.fft
+scipy.integrate scipy.interpolate scipy.ndimage scipy.spatial scipy.spatial.distance
+scipy.spatial.transform scipy.special scipy.cluster.hierarchy scipy.cluster.vq
+scipy.differentiate scipy.io scipy.io.wavfile scipy.odr scipy.constants
+
+numpy numpy.linalg numpy.fft numpy.random numpy.polynomial numpy.polynomial.polynomial
+numpy.polynomial.chebyshev numpy.lib.stride_tricks numpy.exceptions
+"""
 
 # They exist only after a module of sklearn.experimental was imported by someone: leaving them out
 # keeps the rows independent of what the process did before.
@@ -72,6 +65,7 @@ _REPEATING = {
     "numpy.memmap",
     "numpy.chararray",
     "numpy.random.Generator.bytes",
+    "scipy.special.sinc",  # NumPy's own, wrapped when SCIPY_ARRAY_API is set
 }
 
 
@@ -111,11 +105,12 @@ def _signature(value: Any) -> inspect.Signature | None:
 def _parsed(value: Any) -> NumpyDocString | None:
     from numpydoc.docscrape import NumpyDocString
 
-    text = inspect.getdoc(value)
-    if not text:
+    # Not inspect.getdoc, which would take the docstring of a base class.
+    text = value.__doc__
+    if not isinstance(text, str):
         return None
     try:
-        doc = NumpyDocString(text)
+        doc = NumpyDocString(inspect.cleandoc(text))
     except ValueError:  # a section that stands twice, say
         return None
     opening = " ".join([*doc["Summary"], *doc["Extended Summary"]])
@@ -127,7 +122,7 @@ def _parsed(value: Any) -> NumpyDocString | None:
 def _kind(value: Any) -> Kind | None:
     if inspect.isclass(value):
         return "class"
-    if hasattr(value, "rvs") and hasattr(value, "__call__"):
+    if hasattr(value, "rvs") and callable(value):
         return "distribution"
     return "function" if callable(value) else None
 
@@ -153,9 +148,11 @@ def _methods(name: str, value: type, seen: set[int]) -> Iterator[Documented]:
             # scikit-learn's available_if keeps the method inside a descriptor.
             function = getattr(raw, "fn", None)
         # An inherited method is asked about once, under the first class that shows it.
-        if function is None or inspect.isclass(function) or id(function) in seen:
+        if function is None or inspect.isclass(function):
             continue
-        seen.add(id(function))
+        if id(inspect.unwrap(function)) in seen:
+            continue
+        seen.add(id(inspect.unwrap(function)))
         if doc := _parsed(function):
             full_name = f"{name}.{method_name}"
             if full_name not in _REPEATING:
@@ -171,50 +168,47 @@ def public_objects() -> list[Documented]:
     Raises:
         UsageError: one of the libraries is missing, or Python runs without docstrings (-OO).
     """
-    found: list[Documented] = []
-    # Identities of what was walked; `kept_alive` keeps them from being given to another object.
-    seen: set[int] = set()
-    kept_alive: list[Any] = []
+    if sys.flags.optimize >= 2:
+        raise UsageError("docstrings are stripped: run Python without -OO to build ml-qa")
     with warnings.catch_warnings():
         warnings.simplefilter("ignore")
         try:
-            import numpydoc.docscrape  # noqa: F401
-
-            modules = [importlib.import_module(name) for name in _MODULES]
+            importlib.import_module("numpydoc.docscrape")
+            modules = [importlib.import_module(name) for name in _MODULES.split()]
         except ImportError as error:
             raise UsageError(
                 f"the ml-qa data set needs {error.name}: pip install numpydoc scipy scikit-learn"
             ) from error
-        numpy = importlib.import_module("numpy")
-        for module in modules:
-            names = getattr(module, "__all__", None) or dir(module)
-            for attribute in sorted(set(names)):
-                if attribute.startswith("_") or attribute in _EXPERIMENTAL:
-                    continue
-                name = f"{module.__name__}.{attribute}"
-                value = getattr(module, attribute, None)
-                kind = _kind(value)
-                if (
-                    kind is None
-                    or id(value) in seen
-                    or inspect.ismodule(value)
-                    or _is_dtype(value, numpy)
-                    or not _is_at_home(value, module)
-                    or name in _REPEATING
-                ):
-                    continue
-                seen.add(id(value))
-                kept_alive.append(value)
-                doc = _parsed(value)
-                if doc is None:
-                    continue
+        # Identities of what was walked: the other names of an object are left out.
+        seen: set[int] = set()
+        found: list[Documented] = []
+        # All functions before any method: enet_path comes before ElasticNet.path.
+        for name, kind, value in list(_exported(modules, seen)):
+            if doc := _parsed(value):
                 signature = None if kind == "distribution" else _signature(value)
                 found.append(Documented(name, kind, name, doc, signature))
-                if kind == "class":
-                    found.extend(_methods(name, value, seen))
-    if not found:
-        raise UsageError("docstrings are stripped: run Python without -OO to build ml-qa")
+            if inspect.isclass(value):
+                found.extend(_methods(name, value, seen))
     return found
+
+
+def _exported(modules: list[ModuleType], seen: set[int]) -> Iterator[tuple[str, Kind, Any]]:
+    """Name, kind and value of what the modules export, sorted within each module."""
+    numpy = importlib.import_module("numpy")
+    for module in modules:
+        for attribute in sorted(set(getattr(module, "__all__", None) or dir(module))):
+            name = f"{module.__name__}.{attribute}"
+            if attribute.startswith("_") or attribute in _EXPERIMENTAL or name in _REPEATING:
+                continue
+            value: Any = getattr(module, attribute, None)
+            kind = _kind(value)
+            if kind is None or _is_dtype(value, numpy) or not _is_at_home(value, module):
+                continue
+            # SciPy wraps its functions when SCIPY_ARRAY_API is set, aliases one by one.
+            identity = id(inspect.unwrap(value))
+            if identity not in seen:
+                seen.add(identity)
+                yield name, kind, value
 
 
 def _is_at_home(value: Any, module: ModuleType) -> bool:

@@ -173,7 +173,9 @@ def pairs_of(entry: Documented, is_ambiguous: bool) -> list[Pair]:
     ]
     return [
         Pair(
-            instruction=_question(entry, draft.phrasing or draft.category, draft.part, is_ambiguous),
+            instruction=_question(
+                entry, draft.phrasing or draft.category, draft.part, is_ambiguous
+            ),
             response=draft.response,
             category=draft.category,
             owner=entry.owner,

@@ -24,6 +24,7 @@ from slm_lora.data.ml_qa.english import (
     opening_and_rest,
     third_person,
     with_indefinite,
+    word_set,
 )
 
 _VALUE_WORDS = (
@@ -50,23 +51,23 @@ _USED = re.compile(
     re.IGNORECASE,
 )
 _CLAUSE = re.compile(r"^[^,]+, (?:then )?(.+)")
-_OPENS_CLAUSE = frozenset(
+_OPENS_CLAUSE = word_set(
     """
     if when for in by with unless on note since as otherwise however thus therefore hence then
     typically usually here instead conversely alternatively moreover furthermore additionally
-    """.split()
+    """
 )
 # Openings that leave it open what the fragment is about.
-_UNSURE = frozenset(
+_UNSURE = word_set(
     """
     to see default defaults optional not never please only same currently possible available there
     here let must set used raised true false
-    """.split()
+    """
 )
 
 
 def names_as_code(name: str) -> tuple[str, bool]:
-    """"a, b" as "`a` and `b`", and whether there are several."""
+    """The names of "a, b" as "`a` and `b`", and whether there are several."""
     parts = [f"`{part.strip()}`" for part in name.split(",") if part.strip()]
     if len(parts) == 1:
         return parts[0], False
@@ -74,9 +75,7 @@ def names_as_code(name: str) -> tuple[str, bool]:
 
 
 def _mentions(text: str, name: str) -> bool:
-    return all(
-        re.search(rf"(?<!\w){re.escape(part.strip())}(?!\w)", text) for part in name.split(",")
-    )
+    return set(re.findall(r"\w+", name)) <= set(re.findall(r"\w+", text))
 
 
 def describe_value(name: str, first: str) -> str | None:
@@ -120,11 +119,13 @@ def describe_value(name: str, first: str) -> str | None:
         return f"{subject} can be set to {first[match.end() :]}"
     is_verb = opening in PARAMETER_FORMS or opening in PARAMETER_VERBS
     if is_verb and not re.match(r"(?:of|for|in|on|to|from|at|by|and|or)\b", rest):
-        if several or opening in PARAMETER_VERBS and has_main_verb(first):
+        if several or (opening in PARAMETER_VERBS and has_main_verb(first)):
             return None
         return f"{subject} {third_person(PARAMETER_FORMS.get(opening, opening))} {rest}"
     if has_main_verb(first):
-        verb_first = opening in FUNCTION_FORMS or opening in FUNCTION_VERBS
+        verb_first = (
+            opening in FUNCTION_FORMS or opening in FUNCTION_VERBS or _VERB_OBJECT.match(rest)
+        )
         return first if _mentions(first, name) and not verb_first else None
     if not _is_noun_phrase(first):
         return None
@@ -134,23 +135,27 @@ def describe_value(name: str, first: str) -> str | None:
     return f"{subject} {is_or_are if several else 'holds' if plural else 'is'} {phrase}"
 
 
+# "Pass an int", "Stop when": what follows a verb that is in none of the lists.
+_VERB_OBJECT = re.compile(r"(?:a|an|the|all|each|any|it|this|up|when|if|once|until)\b")
+
+
 def _is_noun_phrase(text: str) -> bool:
     """Whether a fragment without a finite verb surely names a thing."""
     opening, rest = opening_and_rest(text)
-    if opening in FUNCTION_VERBS or opening in FUNCTION_FORMS:
-        # "Set of", "Scale for", "Weights matrix": verbs that are used as nouns.
-        if not re.match(r"(?:of|from|for|values?|functions?|matrix|size|type|set)\b", rest):
-            return False
+    is_verb = opening in FUNCTION_VERBS or opening in FUNCTION_FORMS
+    # "Set of", "Scale for", "Test set": verbs that are used as nouns.
+    as_noun = re.match(r"(?:of|from|for|values?|functions?|matrix|size|type|set)\b", rest)
+    if is_verb and not as_noun:
+        return False
     prose = re.sub(r"`[^`]*`", "", text)
     return not (
         opening in _UNSURE
         or text.startswith("`")
         or opening.endswith("ly")
-        # "Pass an int": a verb that is in none of the lists.
-        or re.match(r"(?:a|an|the|all|each|any|it|this|up)\b", rest)
+        or _VERB_OBJECT.match(rest)
         # "The rate shrinks the steps": likewise.
         or re.search(r"\b[a-z]+s (?:the|a|an|each|its|if)\b|, [a-z]+s (?:the|a|an)\b", prose)
-        or re.match(r"(?:non-?zero|zero|\d+|false|none|positive|negative) (?:to|if|for)\b", prose, re.I)
+        or re.match(r"(?i:non-?zero|zero|\d+|none|positive|negative) (?:to|if|for)\b", prose)
         or re.match(r"[\d.]+ ?[=:]", text)
         or len(re.findall(r"[A-Za-z]{2,}", prose)) < 2
         or not head_words(text)
@@ -217,7 +222,7 @@ def describe_thing(subject: str, summary: str) -> str | None:
         return None
     if ":" in summary or re.match(r"^[\w.]+\(", summary):
         return None
-    if opening in FUNCTION_FORMS or opening in FUNCTION_VERBS and not rest.startswith("of "):
+    if opening in FUNCTION_FORMS or (opening in FUNCTION_VERBS and not rest.startswith("of ")):
         return describe_action(subject, summary)
     if has_main_verb(summary) or opening in _UNSURE:
         return None
@@ -261,13 +266,13 @@ def _continue(sentence: str, of_action: bool) -> str | None:
         return f"The default is {value}"
     if opening in AUXILIARIES:
         # "Must be arrays" speaks of several things: "it" would not agree.
-        plural = re.match(r"(?:must|should|can|may) be (?:arrays|of the same)|(?:are|have|do)\b", lowered)
+        plural = re.match(r"\w+ be (?:arrays|of the same)\b|(?:are|have|do)\b", lowered)
         return None if plural else f"It {lowered}"
     if sentence.startswith("Only applies"):
         return f"It {lowered}"
     if _USED.match(sentence):
         return f"It is {lowered}"
-    if opening in PARAMETER_FORMS or opening in FUNCTION_FORMS and of_action:
+    if opening in PARAMETER_FORMS or (opening in FUNCTION_FORMS and of_action):
         return f"It {lowered}"
     if opening in FUNCTION_FORMS:
         return None

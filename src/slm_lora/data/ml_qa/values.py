@@ -29,7 +29,8 @@ _NOT_WORTH_ASKING = re.compile(
     re.IGNORECASE,
 )
 _VAGUE = re.compile(
-    r"(?:first|second|third|other) (?:input|argument|array|parameter)|many ways|ways to"
+    r"(?:first|second|third|other) (?:input|argument|array|parameter)|many ways|ways to|"
+    r"^Parameter of the distribution"
 )
 
 
@@ -107,10 +108,14 @@ def _default_drafts(
     yield Draft("default_value", answer, fact, f"`{parameter}`")
 
 
+_CHOICES = re.compile(r"^\{([^{}]*)\}((?:,? optional)?(?:,? \(?default.*)?)$")
+
+
 def _options_drafts(
     entry: Documented, name: str, parameter: str, type_text: str
 ) -> Iterator[Draft]:
-    match = re.match(r"^\{([^{}]*)\}(?:\s*,\s*(.*))?$", " ".join(type_text.split()))
+    # Nothing but a default may stand beside the braces: "{'a', 'b'} or callable" allows more.
+    match = _CHOICES.match(" ".join(type_text.split()))
     if not match:
         return
     try:
@@ -124,8 +129,10 @@ def _options_drafts(
         return
     found = _default_of(entry, parameter)
     ending = "."
-    if found is not None and found.default in options:
-        if not _agrees(match.group(2) or "", found.default):
+    if found is not None and found.default not in options:
+        return
+    if found is not None:
+        if not _agrees(match.group(2), found.default):
             return
         ending = f"; the default is `{found.default!r}`."
     shown = listed([f"`{option!r}`" for option in options], "or")
@@ -156,7 +163,9 @@ def shape_drafts(entry: Documented, name: str) -> Iterator[Draft]:
             ending = "."
             if section == "Parameters" and "None" in (match.group("rest") or ""):
                 ending = ", or `None`."
-            answer = f"In {name}, `{value.name}` is {with_indefinite(kind)} of shape {shape}{ending}"
+            answer = (
+                f"In {name}, `{value.name}` is {with_indefinite(kind)} of shape {shape}{ending}"
+            )
             fact = f"shape {value.name} {kind} {shape}"
             yield Draft("array_shape", answer, fact, f"`{value.name}`")
 

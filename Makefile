@@ -1,0 +1,46 @@
+RECIPE ?= recipes/quickstart.yaml
+ARGS ?=
+PYTHON ?= python3
+BIN := .venv/bin
+
+.PHONY: help experiment plan test check format clean
+
+help:  ## List the targets.
+	@grep -hE '^[a-z-]+:.*## ' $(MAKEFILE_LIST) | sort | awk -F ':.*## ' '{printf "  make %-12s %s\n", $$1, $$2}'
+	@echo
+	@echo "  make experiment RECIPE=recipes/tinyllama-dolly.yaml ARGS='training.device=cuda'"
+
+experiment: .venv/installed  ## Run an experiment: RECIPE=… (default: quickstart), ARGS='key=value …'.
+	$(BIN)/slm-lora experiment $(RECIPE) $(ARGS)
+
+plan: .venv/installed  ## Show what an experiment would do, and train nothing.
+	$(BIN)/slm-lora experiment $(RECIPE) --plan $(ARGS)
+
+test: .venv/installed-dev  ## Run the tests.
+	$(BIN)/python -m pytest
+
+check: .venv/installed-dev  ## Formatter, linter, type checker, import contract, generated docs.
+	$(BIN)/ruff format --check .
+	$(BIN)/ruff check .
+	$(BIN)/mypy
+	$(BIN)/lint-imports
+	$(BIN)/python docs/make_recipe_reference.py --check
+
+format: .venv/installed-dev  ## Format the code and make the recipe reference again.
+	$(BIN)/ruff format .
+	$(BIN)/ruff check --fix .
+	$(BIN)/python docs/make_recipe_reference.py
+
+clean:  ## Remove the environment and caches (results and adapters stay).
+	rm -rf .venv build src/*.egg-info .pytest_cache .mypy_cache .ruff_cache
+
+.venv/installed: requirements.txt pyproject.toml
+	$(PYTHON) -c 'import sys; sys.exit("slm-lora needs Python 3.11 or newer; set PYTHON=…" if sys.version_info < (3, 11) else 0)'
+	$(PYTHON) -m venv .venv
+	$(BIN)/python -m pip install --quiet --disable-pip-version-check -r requirements.txt
+	$(BIN)/python -m pip install --quiet --disable-pip-version-check --no-deps -e .
+	touch $@
+
+.venv/installed-dev: .venv/installed requirements-dev.txt
+	$(BIN)/python -m pip install --quiet --disable-pip-version-check -r requirements-dev.txt
+	touch $@

@@ -1,0 +1,117 @@
+"""Write what came out of an experiment: table, metrics, analysis. Reads run folders only."""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Sequence
+from dataclasses import asdict
+from pathlib import Path
+
+from rich.table import Table
+
+from slm_lora.errors import UsageError
+from slm_lora.experiment.analysis import against_base, analysis, by_key
+from slm_lora.experiment.table import (
+    MEASURED,
+    Line,
+    both_losses,
+    cells,
+    header,
+    markdown_table,
+    read_lines,
+)
+from slm_lora.runs import Run, to_json
+from slm_lora.storage import atomic_write_text
+
+TABLE_FILE, METRICS_FILE, ANALYSIS_FILE = "experiment_table.md", "metrics.json", "analysis.md"
+
+
+def write_report(runs: Sequence[Run], results: Path) -> list[Line]:
+    """Write the three files of an experiment and return the table's lines.
+
+    Raises:
+        UsageError: there are no runs.
+        IntegrityError: a run's scores are broken, or runs were scored on different rows.
+    """
+    if not runs:
+        raise UsageError(f"{results}: no finished run in it")
+    lines = read_lines(runs)
+    atomic_write_text(results / TABLE_FILE, _table_file(lines))
+    atomic_write_text(results / METRICS_FILE, to_json(_metrics(lines)))
+    atomic_write_text(results / ANALYSIS_FILE, analysis(lines))
+    return lines
+
+
+def terminal_table(lines: Sequence[Line]) -> Table:
+    """The described columns for a terminal, with the interval of the perplexity."""
+    table = Table(box=None, pad_edge=False, header_style="bold")
+    titles = header(lines)
+    shown = len(titles) - len(MEASURED)
+    for index, title in enumerate([*titles[:shown], "95 % interval"]):
+        table.add_column(title, justify="left" if index == 0 else "right", no_wrap=index > 0)
+    for line in lines:
+        loss = line.loss()
+        interval = f"{math.exp(loss.low):.2f} – {math.exp(loss.high):.2f}"
+        table.add_row(*cells(line, lines)[:shown], interval)
+    return table
+
+
+def _table_file(lines: Sequence[Line]) -> str:
+    record = lines[0].run.record
+    data, machine = record["data"], record["machine"]
+    tokens = "the whole text" if lines[0].headline == "all" else "the response"
+    test = data["sets"]["test"]
+    notes = [
+        f"Eval Loss: total negative log-likelihood over the tokens of {tokens} (end-of-sequence "
+        f"token included), in nats a token, on the same {test['rows']} test rows for every line; "
+        "Perplexity is exp of that number.",
+        f"Base: {record['model']['name']}, {record['model']['precision']}; "
+        f"data: {data['origin']}; template: {data['template']['kind']}; seed(s): "
+        + ", ".join(sorted({str(line.recipe["seed"]) for line in lines}))
+        + ".",
+        f"Run on {machine['processor']}, {machine['cores']} cores, {machine['memory_gb']} GB"
+        + (f", {machine['gpu']}" if "gpu" in machine else "")
+        + ". Tokens/s counts real tokens of training, the first step left out.",
+        *_cut_rows(lines),
+    ]
+    return (
+        f"# {record['experiment']}\n\n{markdown_table(lines)}\n"
+        + "\n".join(f"- {note}" for note in notes)
+        + f"\n\n## Whole text and response only, with 95 % intervals\n\n{both_losses(lines)}\n"
+        "Intervals cover the choice of test rows, not the training seed.\n"
+    )
+
+
+def _cut_rows(lines: Sequence[Line]) -> list[str]:
+    test = lines[0].run.record["data"]["long_rows"].get("test")
+    if not test or not test["rows"]:
+        return []
+    limit = lines[0].setting("data.max_length")
+    return [
+        f"{test['rows']} test rows were longer than {limit} tokens ({test['policy']}; "
+        f"{test['tokens_cut']} tokens cut, the longest row had {test['longest']})."
+    ]
+
+
+def _metrics(lines: Sequence[Line]) -> dict[str, object]:
+    return {
+        "experiment": lines[0].run.record["experiment"],
+        "runs": [
+            {
+                "folder": line.run.folder.name,
+                **line.run.record,
+                "intervals": {
+                    tokens: {"low": line.loss(tokens).low, "high": line.loss(tokens).high,
+                             **asdict(line.loss(tokens))}
+                    for tokens in ("all", "response")
+                    if tokens in line.run.record["evaluation"]
+                },
+            }
+            for line in lines
+        ],
+        "contrasts": {
+            "base": [each.record() for each in against_base(lines)],
+            "rank": [each.record() for each in by_key(lines, "adapter.r")],
+            "data_size": [each.record() for each in by_key(lines, "data.size")],
+        },
+    }  # fmt: skip

@@ -1,0 +1,150 @@
+"""The result table: one row a run, the described columns first."""
+
+from __future__ import annotations
+
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass
+from typing import Any
+
+from slm_lora.evaluation.perplexity import read_scores
+from slm_lora.experiment.statistics import Estimate, loss_estimate
+from slm_lora.progress import clock
+from slm_lora.records import LossOn, RowScore
+from slm_lora.runs import Run
+
+
+@dataclass(frozen=True)
+class Line:
+    """One run with its scores, ready to be shown."""
+
+    run: Run
+    scores: tuple[RowScore, ...]
+
+    @property
+    def is_base(self) -> bool:
+        """Whether this is the base model without an adapter."""
+        return "adapter" not in self.run.record
+
+    @property
+    def recipe(self) -> Mapping[str, Any]:
+        """The resolved recipe of the run."""
+        recipe: Mapping[str, Any] = self.run.record["recipe"]
+        return recipe
+
+    @property
+    def headline(self) -> LossOn:
+        """The tokens behind the table: whole text or responses."""
+        tokens: LossOn = self.run.record["evaluation"]["headline"]
+        return tokens
+
+    def loss(self, tokens: LossOn | None = None) -> Estimate:
+        """Loss with its interval, of the headline unless said otherwise."""
+        return loss_estimate(self.scores, tokens or self.headline)
+
+    def setting(self, key: str) -> Any:
+        """A dotted key of the resolved recipe."""
+        value: Any = self.recipe
+        for part in key.split("."):
+            value = value[part]
+        return value
+
+
+def read_lines(runs: Sequence[Run]) -> list[Line]:
+    """Runs with their scores: base first, then by seed, data size, rank and name."""
+
+    def order(line: Line) -> tuple[Any, ...]:
+        recipe = line.recipe
+        size = recipe["data"]["size"] or 0
+        return (
+            not line.is_base, recipe["seed"], recipe["data_seed"], size, recipe["adapter"]["r"],
+            line.run.cell,
+        )  # fmt: skip
+
+    return sorted((Line(run, tuple(read_scores(run.scores_path))) for run in runs), key=order)
+
+
+DESCRIBED = ("Model", "Dataset Size", "r", "Epochs", "Eval Loss", "Perplexity")
+MEASURED = (
+    "Training Rows", "Trainable Parameters", "Trainable %", "Tokens/s", "Time", "Peak Memory",
+)  # fmt: skip
+
+
+def varied_keys(lines: Sequence[Line]) -> list[str]:
+    """Keys beyond rank, alpha and size that differ between the adapters' cells."""
+    shown = {"adapter.r", "adapter.lora_alpha", "data.size", "training.num_train_epochs"}
+    seen: dict[str, set[str]] = {}
+    for line in lines:
+        if not line.is_base:
+            for key in line.run.record["settings"]:
+                seen.setdefault(key, set())
+    for key, values in seen.items():
+        values.update(str(line.setting(key)) for line in lines if not line.is_base)
+    return sorted(key for key, values in seen.items() if key not in shown and len(values) > 1)
+
+
+def header(lines: Sequence[Line]) -> list[str]:
+    """Column titles."""
+    varied = [key.rsplit(".", 1)[-1] for key in varied_keys(lines)]
+    return [*DESCRIBED, *varied, *MEASURED]
+
+
+def cells(line: Line, lines: Sequence[Line]) -> list[str]:
+    """What one run shows under `header`."""
+    record = line.run.record
+    found = record["evaluation"][line.headline]
+    scores = [f"{found['loss']:.4f}", f"{found['perplexity']:.3f}"]
+    if line.is_base:
+        varied = ["–"] * len(varied_keys(lines))
+        return [record["model"]["name"], "–", "–", "–", *scores, *varied, *["–"] * len(MEASURED)]
+    adapter, training = record["adapter"], record["training"]
+    kind = {"lora": "LoRA", "rslora": "rsLoRA", "dora": "DoRA"}[line.setting("adapter.kind")]
+    size = line.setting("data.size")
+    return [
+        kind,
+        "all" if size is None else f"{size}",
+        f"{line.setting('adapter.r')}",
+        f"{training['epochs']:g}" if training["epochs"] == int(training["epochs"])
+        else f"{training['epochs']:.2f}",
+        *scores,
+        *[_shown(line.setting(key)) for key in varied_keys(lines)],
+        f"{record['data']['sets']['train']['rows']}",
+        f"{adapter['trainable_parameters']:,}",
+        f"{adapter['percent']:.3f}",
+        f"{training['tokens_per_s']:.0f}",
+        clock(training["seconds"]),
+        f"{training['peak_memory_bytes'] / 1e9:.2f} GB",
+    ]  # fmt: skip
+
+
+def _shown(value: Any) -> str:
+    return ", ".join(map(str, value)) if isinstance(value, list) else str(value)
+
+
+def markdown_table(lines: Sequence[Line]) -> str:
+    """The table as Markdown, numbers to the right."""
+    titles = header(lines)
+    rows = [cells(line, lines) for line in lines]
+    marks = [":--" if index == 0 else "--:" for index in range(len(titles))]
+    return "\n".join("| " + " | ".join(row) + " |" for row in [titles, marks, *rows]) + "\n"
+
+
+def both_losses(lines: Sequence[Line]) -> str:
+    """Markdown: whole text and response only, each with its 95 % interval."""
+    rows = [
+        "| Cell | Whole text: loss | Perplexity | Response only: loss | Perplexity | Bits/byte |"
+    ]
+    rows.append("| :-- | --: | --: | --: | --: | --: |")
+    for line in lines:
+        shown = [line.run.cell]
+        kinds: tuple[LossOn, ...] = ("all", "response")
+        for tokens in kinds:
+            found = line.run.record["evaluation"].get(tokens)
+            if found is None:
+                shown += ["–", "–"]
+                continue
+            loss = line.loss(tokens)
+            shown.append(f"{loss.value:.4f} ({loss.low:.4f} to {loss.high:.4f})")
+            shown.append(f"{found['perplexity']:.3f}")
+        shown.append(f"{line.run.record['evaluation']['all']['bits_per_byte']:.4f}")
+        rows.append("| " + " | ".join(shown) + " |")
+    return "\n".join(rows) + "\n"

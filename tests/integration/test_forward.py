@@ -1,0 +1,155 @@
+"""Packed against plain, alone, and in fp64: the loss and its gradient are what they should be."""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+
+import numpy as np
+import pytest
+import torch
+from hypothesis import given, settings
+from hypothesis import strategies as st
+
+from slm_lora.data.batches import pack
+from slm_lora.model import adapter, attention
+from slm_lora.model.forward import batch_nll, score_documents
+from slm_lora.model.load import DTYPES, Base
+from slm_lora.model.loss import CHUNK, summed_nll, token_nll
+from slm_lora.recipe import AdapterSection
+from slm_lora.records import Example
+
+LoadTiny = Callable[..., Base]
+
+
+def make_examples(lengths: list[int], seed: int = 0) -> list[Example]:
+    rng = np.random.default_rng(seed)
+    return [
+        Example(
+            row_id=f"{index:04d}",
+            group_id=f"{index:04d}",
+            category="",
+            ids=rng.integers(3, 480, length).astype(np.int32),
+            response=np.arange(length) >= length // 2,
+            bytes_all=length,
+            bytes_response=length,
+        )
+        for index, length in enumerate(lengths)
+    ]
+
+
+def gradients(base: Base, examples: list[Example], double: bool = False) -> torch.Tensor:
+    """Adapter gradients of the summed NLL, with a B that is not zero."""
+    adapted = adapter.attach(base, AdapterSection(r=4, lora_dropout=0.0), seed=3)
+    generator = torch.Generator().manual_seed(1)
+    for name, parameter in adapted.named_parameters():
+        if "lora_B" in name:
+            parameter.data.copy_(torch.randn(parameter.shape, generator=generator) * 0.1)
+    if double:
+        adapted.double()
+    batch_nll(base, pack(examples, "all")).backward()
+    found = [p.grad.double().flatten() for p in adapted.parameters() if p.requires_grad]
+    adapter.detach(adapted)
+    return torch.cat(found)
+
+
+LENGTHS = [5, 17, 40, 38, 100, 2, 77, 39]
+
+
+def test_the_packed_way_is_taken(load_tiny: LoadTiny) -> None:
+    for precision in ("fp32", "bf16"):
+        base = load_tiny(precision)
+        assert base.packed
+        assert base.causal.config._attn_implementation == attention.PACKED
+    assert not load_tiny(plain=True).packed
+
+
+def test_packed_scores_equal_each_document_alone(load_tiny: LoadTiny) -> None:
+    packed, plain = load_tiny(), load_tiny(plain=True)
+    examples = make_examples(LENGTHS)
+    together = score_documents(packed, pack(examples, "all"))
+    for index, example in enumerate(examples):
+        alone = score_documents(plain, pack([example], "all"))
+        assert together.nll_all[index] == pytest.approx(alone.nll_all[0], rel=1e-5)
+        assert together.nll_response[index] == pytest.approx(alone.nll_response[0], rel=1e-5)
+        assert together.tokens_all[index] == example.length - 1
+
+
+def test_a_document_does_not_see_its_neighbours(load_tiny: LoadTiny) -> None:
+    base = load_tiny()
+    first, *rest = make_examples(LENGTHS)
+    others = make_examples(LENGTHS, seed=9)[1:]
+    one = score_documents(base, pack([first, *rest], "all")).nll_all[0]
+    other = score_documents(base, pack([first, *others], "all")).nll_all[0]
+    moved = score_documents(base, pack([*others, first], "all")).nll_all[-1]
+    assert one == pytest.approx(other, rel=1e-6)
+    assert one == pytest.approx(moved, rel=1e-6)
+
+
+@settings(max_examples=15, deadline=None)
+@given(lengths=st.lists(st.integers(2, 60), min_size=1, max_size=9))
+def test_attention_equals_softmax_attention(lengths: list[int]) -> None:
+    generator = torch.Generator().manual_seed(sum(lengths))
+    total = sum(lengths)
+    q = torch.randn(total, 6, 8, dtype=torch.float64, generator=generator, requires_grad=True)
+    k, v = (
+        torch.randn(total, 2, 8, dtype=torch.float64, generator=generator, requires_grad=True)
+        for _ in range(2)
+    )
+    up = torch.randn(total, 6, 8, dtype=torch.float64, generator=generator)
+    out = attention.packed_attention(q, k, v, torch.tensor(lengths), 0.3)
+    found = torch.autograd.grad((out * up).sum(), (q, k, v))
+    document = torch.repeat_interleave(torch.arange(len(lengths)), torch.tensor(lengths))
+    seen = (document[:, None] == document[None, :]).tril()
+    scores = torch.einsum("thd,shd->hts", q, k.repeat_interleave(3, 1)) * 0.3
+    weights = scores.masked_fill(~seen, float("-inf")).softmax(-1)
+    reference = torch.einsum("hts,shd->thd", weights, v.repeat_interleave(3, 1))
+    wanted = torch.autograd.grad((reference * up).sum(), (q, k, v))
+    torch.testing.assert_close(out, reference, rtol=1e-10, atol=1e-10)
+    for one, other in zip(found, wanted, strict=True):
+        torch.testing.assert_close(one, other, rtol=1e-9, atol=1e-10)
+
+
+def test_fp32_gradients_are_those_of_fp64(
+    load_tiny: LoadTiny, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    examples = make_examples(LENGTHS)
+    monkeypatch.setitem(DTYPES, "fp64", torch.float64)
+    reference = gradients(load_tiny("fp64", plain=True), examples, double=True)
+    found = gradients(load_tiny("fp32"), examples)
+    assert ((found - reference).norm() / reference.norm()).item() < 1e-5
+
+
+def test_bf16_is_no_further_from_fp64_than_transformers_own(
+    load_tiny: LoadTiny, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    examples = make_examples(LENGTHS)
+    monkeypatch.setitem(DTYPES, "fp64", torch.float64)
+    reference = gradients(load_tiny("fp64", plain=True), examples, double=True)
+    ours = (gradients(load_tiny("bf16"), examples) - reference).norm() / reference.norm()
+    theirs = gradients(load_tiny("bf16", plain=True), examples) - reference
+    # Two different roundings of equal size: a tenth of slack.
+    assert ours.item() < 1.1 * (theirs.norm() / reference.norm()).item()
+
+
+def test_micro_batches_give_the_gradient_of_the_whole(load_tiny: LoadTiny) -> None:
+    examples = make_examples(LENGTHS)
+    whole = gradients(load_tiny(), examples)
+    parts = sum(gradients(load_tiny(), [example]) for example in examples)
+    assert ((whole - parts).norm() / whole.norm()).item() < 1e-5
+
+
+@pytest.mark.parametrize("positions", [1, CHUNK - 1, CHUNK, 2 * CHUNK + 3])
+def test_chunked_loss_equals_cross_entropy(positions: int) -> None:
+    torch.manual_seed(positions)
+    hidden = torch.randn(positions, 16, dtype=torch.float64, requires_grad=True)
+    weight = torch.randn(50, 16, dtype=torch.float64, requires_grad=True)
+    labels = torch.randint(0, 50, (positions,))
+    found = summed_nll(hidden, weight, labels)
+    reference = torch.nn.functional.cross_entropy(hidden @ weight.t(), labels, reduction="sum")
+    assert found.item() == pytest.approx(reference.item(), rel=1e-12)
+    ours = torch.autograd.grad(found / 7, (hidden, weight))
+    theirs = torch.autograd.grad(reference / 7, (hidden, weight))
+    for one, other in zip(ours, theirs, strict=True):
+        torch.testing.assert_close(one, other, rtol=1e-10, atol=1e-12)
+    rows = token_nll(hidden, weight, labels)
+    assert rows.sum().item() == pytest.approx(reference.item(), rel=1e-6)

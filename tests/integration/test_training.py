@@ -1,0 +1,175 @@
+"""The loop: exact for any micro-batch, the same for the same seed, honest when it fails."""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Callable
+
+import pytest
+import torch
+from transformers import get_scheduler
+
+from slm_lora.errors import DataError, NumericError
+from slm_lora.evaluation.perplexity import held_out_loss, score
+from slm_lora.model import adapter
+from slm_lora.model.adapter import trainable_state
+from slm_lora.model.load import Base
+from slm_lora.recipe import AdapterSection, TrainingSection
+from slm_lora.records import Example
+from slm_lora.training.loop import TrainingResult, total_steps, train
+from slm_lora.training.optimizer import learning_rate
+
+from .test_forward import make_examples
+
+LoadTiny = Callable[..., Base]
+LENGTHS = [9, 31, 14, 50, 22, 8, 40, 17, 26, 11, 35, 12, 19, 44, 10, 28, 33, 21, 16, 13]
+
+
+def run(
+    base: Base,
+    examples: list[Example],
+    seed: int = 0,
+    dropout: float = 0.0,
+    **settings: object,
+) -> tuple[TrainingResult, dict[str, torch.Tensor]]:
+    section = TrainingSection.model_validate({"learning_rate": 1e-2, **settings})
+    adapted = adapter.attach(base, AdapterSection(r=4, lora_dropout=dropout), seed)
+    result = train(base, adapted, examples, section, seed)
+    state = trainable_state(adapted)
+    adapter.detach(adapted)
+    return result, state
+
+
+def distance(one: dict[str, torch.Tensor], other: dict[str, torch.Tensor]) -> float:
+    assert one.keys() == other.keys()
+    return max((one[name] - other[name]).abs().max().item() for name in one)
+
+
+def test_a_step_does_not_depend_on_the_micro_batch(load_tiny: LoadTiny) -> None:
+    examples = make_examples(LENGTHS)
+    # SGD-like comparison: AdamW's first steps turn rounding of tiny gradients into full steps,
+    # so losses are compared over two epochs and gradient norms with them.
+    whole, _ = run(load_tiny(), examples, effective_batch_size=16, micro_batch_tokens=4096)
+    for budget in (1, 60, 200):
+        parts, _ = run(load_tiny(), examples, effective_batch_size=16, micro_batch_tokens=budget)
+        for one, other in zip(whole.history, parts.history, strict=True):
+            assert one.loss == pytest.approx(other.loss, rel=1e-4)
+            assert one.label_tokens == other.label_tokens
+        assert whole.history[0].loss == pytest.approx(parts.history[0].loss, rel=1e-6)
+        assert whole.history[0].grad_norm == pytest.approx(parts.history[0].grad_norm, rel=1e-5)
+
+
+def test_step_loss_is_total_nll_over_label_tokens(load_tiny: LoadTiny) -> None:
+    base, examples = load_tiny(), make_examples(LENGTHS[:16])
+    reference = held_out_loss(score(base, examples, "test", 64), "all")
+    result, _ = run(base, examples, num_train_epochs=1)
+    assert result.history[0].loss == pytest.approx(reference.loss, rel=1e-6)
+    assert result.history[0].label_tokens == reference.tokens
+
+
+def test_same_seed_same_bits_other_seed_others(load_tiny: LoadTiny) -> None:
+    examples = make_examples(LENGTHS)
+    first, one = run(load_tiny(), examples, seed=5, dropout=0.2)
+    again, two = run(load_tiny(), examples, seed=5, dropout=0.2)
+    assert distance(one, two) == 0
+    assert [s.loss for s in first.history] == [s.loss for s in again.history]
+    _, three = run(load_tiny(), examples, seed=6, dropout=0.2)
+    assert distance(one, three) > 0
+
+
+def test_the_last_partial_step_is_kept(load_tiny: LoadTiny) -> None:
+    result, _ = run(load_tiny(), make_examples(LENGTHS), num_train_epochs=2)
+    assert [step.examples for step in result.history] == [16, 4, 16, 4]
+    assert result.history[-1].epoch == 2
+    assert result.tokens == 2 * sum(LENGTHS)
+
+
+def test_training_learns_and_leaves_the_base_alone(load_tiny: LoadTiny) -> None:
+    base, examples = load_tiny(), make_examples(LENGTHS)
+    before = {name: p.clone() for name, p in base.causal.named_parameters()}
+    result, _ = run(base, examples, num_train_epochs=8)
+    assert result.history[-1].loss < 0.9 * result.history[0].loss
+    after = dict(base.causal.named_parameters())
+    assert before.keys() == after.keys()
+    assert all(torch.equal(before[name], after[name]) for name in before)
+
+
+def test_adapter_weights_are_fp32_on_a_bf16_base(load_tiny: LoadTiny) -> None:
+    base = load_tiny("bf16")
+    result, state = run(base, make_examples(LENGTHS), num_train_epochs=1)
+    assert {tensor.dtype for tensor in state.values()} == {torch.float32}
+    assert math.isfinite(result.history[-1].loss)
+
+
+def test_response_only_counts_response_tokens(load_tiny: LoadTiny) -> None:
+    examples = make_examples(LENGTHS[:16])
+    result, _ = run(load_tiny(), examples, num_train_epochs=1, loss_on="response")
+    wanted = sum(int(example.response[1:].sum()) for example in examples)
+    assert result.history[0].label_tokens == wanted
+
+
+def test_no_label_left_is_an_error(load_tiny: LoadTiny) -> None:
+    examples = [
+        Example(e.row_id, e.group_id, "", e.ids, e.response & False, 1, 0)
+        for e in make_examples([8, 9])
+    ]
+    with pytest.raises(DataError, match="no label tokens left: none of the 2 training rows"):
+        run(load_tiny(), examples, loss_on="response")
+
+
+def test_rows_without_labels_are_left_out_and_counted(load_tiny: LoadTiny) -> None:
+    good = make_examples(LENGTHS[:4])
+    empty = Example("zz", "zz", "", good[0].ids, good[0].response & False, 1, 0)
+    result, _ = run(load_tiny(), [*good, empty], num_train_epochs=1, loss_on="response")
+    assert result.rows_without_labels == 1
+    assert result.history[0].examples == 4
+
+
+def test_a_non_finite_loss_stops_and_names_step_and_rows(load_tiny: LoadTiny) -> None:
+    base = load_tiny()
+    with torch.no_grad():
+        base.causal.get_output_embeddings().weight[5] = float("nan")
+    with pytest.raises(NumericError, match=r"step 1 of 2: loss nan.*rows 00"):
+        run(base, make_examples(LENGTHS[:16]), num_train_epochs=2)
+
+
+def test_keep_best_and_early_stopping(load_tiny: LoadTiny) -> None:
+    base, examples = load_tiny(), make_examples(LENGTHS)
+    section = TrainingSection(
+        num_train_epochs=10, eval_steps=1, keep_best=True, early_stopping_patience=2
+    )
+    adapted = adapter.attach(base, AdapterSection(r=4, lora_dropout=0.0), 0)
+    states, losses = [], iter([3.0, 2.0, 2.5, 2.4, 1.0])
+
+    def validate() -> float:
+        states.append(trainable_state(adapted))
+        return next(losses)
+
+    result = train(base, adapted, examples, section, 0, validate=validate)
+    assert result.stopped_early
+    assert len(result.history) == 4
+    assert result.kept_step == 2
+    assert distance(trainable_state(adapted), states[1]) == 0
+    assert distance(states[3], states[1]) > 0
+
+
+@pytest.mark.parametrize("kind", ["linear", "cosine", "constant"])
+@pytest.mark.parametrize("warmup", [0.0, 0.25])
+def test_learning_rate_is_that_of_transformers(kind: str, warmup: float) -> None:
+    section = TrainingSection.model_validate(
+        {"learning_rate": 0.5, "lr_scheduler_type": kind, "warmup_ratio": warmup}
+    )
+    optimizer = torch.optim.SGD([torch.nn.Parameter(torch.zeros(1))], lr=0.5)
+    name = "constant_with_warmup" if kind == "constant" else kind
+    scheduler = get_scheduler(name, optimizer, math.ceil(warmup * 20), 20)
+    for step in range(20):
+        assert learning_rate(section, step, 20) == pytest.approx(scheduler.get_last_lr()[0])
+        optimizer.step()
+        scheduler.step()
+
+
+def test_total_steps() -> None:
+    # The described run: 1,350 rows, batch 16, three epochs.
+    assert total_steps(1350, TrainingSection()) == 3 * 85
+    assert total_steps(10, TrainingSection(num_train_epochs=0.5)) == 1
+    assert total_steps(1350, TrainingSection(max_steps=7)) == 7

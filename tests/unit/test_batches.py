@@ -1,0 +1,170 @@
+"""Packing without padding, micro-batches by tokens, and the order of an epoch."""
+
+from __future__ import annotations
+
+import itertools
+
+import numpy as np
+import pytest
+from hypothesis import given
+from hypothesis import strategies as st
+
+from slm_lora.data.batches import (
+    IGNORED,
+    by_token_budget,
+    epoch_order,
+    label_count,
+    pack,
+    steps_per_epoch,
+)
+from slm_lora.records import Example, LossOn
+
+
+def example(name: str, ids: list[int], response: list[int]) -> Example:
+    return Example(
+        row_id=name,
+        group_id=name,
+        category="",
+        ids=np.array(ids, dtype=np.int32),
+        response=np.array(response, dtype=np.bool_),
+        bytes_all=0,
+        bytes_response=0,
+    )
+
+
+def of_length(name: str, length: int) -> Example:
+    return example(name, list(range(length)), [0] * length)
+
+
+SHORT = example("short", [5, 6, 7], [0, 0, 1])
+LONG = example("long", [11, 12, 13, 14, 15], [0, 1, 1, 0, 1])
+ALONE = example("alone", [9], [1])
+
+# --- packing -----------------------------------------------------------------------------------
+
+
+def test_documents_lie_end_to_end_and_each_counts_from_zero() -> None:
+    batch = pack([SHORT, ALONE, LONG], "all")
+    assert batch.ids.tolist() == [5, 6, 7, 9, 11, 12, 13, 14, 15]
+    assert batch.positions.tolist() == [0, 1, 2, 0, 0, 1, 2, 3, 4]
+    assert batch.document.tolist() == [0, 0, 0, 1, 2, 2, 2, 2, 2]
+    assert batch.lengths == (3, 1, 5)
+    for each in (batch.ids, batch.positions, batch.document, batch.labels):
+        assert each.dtype == np.int64
+
+
+def test_a_label_is_the_next_token_of_the_same_document() -> None:
+    batch = pack([SHORT, ALONE, LONG], "all")
+    none = IGNORED
+    assert batch.labels.tolist() == [6, 7, none, none, 12, 13, 14, 15, none]
+    assert batch.response.tolist() == [False, True, False, False, True, True, False, True, False]
+
+
+def test_response_labels_leave_out_the_prompt() -> None:
+    batch = pack([SHORT, ALONE, LONG], "response")
+    none = IGNORED
+    assert batch.labels.tolist() == [none, 7, none, none, 12, 13, none, 15, none]
+    whole = pack([SHORT, ALONE, LONG], "all")
+    assert batch.ids.tolist() == whole.ids.tolist()
+    assert batch.response.tolist() == whole.response.tolist()
+
+
+@pytest.mark.parametrize("loss_on", ["all", "response"])
+@pytest.mark.parametrize("packed", [[SHORT], [ALONE], [LONG, SHORT], [ALONE, LONG, SHORT, LONG]])
+def test_labels_are_counted_before_packing_as_after(packed: list[Example], loss_on: LossOn) -> None:
+    labels = pack(packed, loss_on).labels
+    assert sum(label_count(each, loss_on) for each in packed) == np.count_nonzero(labels != IGNORED)
+
+
+def test_label_counts() -> None:
+    assert [label_count(each, "all") for each in (SHORT, LONG, ALONE)] == [2, 4, 0]
+    # the first token is predicted by nothing, be it a response or not
+    assert [label_count(each, "response") for each in (SHORT, LONG, ALONE)] == [1, 3, 0]
+
+
+# --- micro-batches -----------------------------------------------------------------------------
+
+
+@given(st.lists(st.integers(1, 60), max_size=40), st.integers(1, 80))
+def test_every_example_once_and_no_micro_batch_over_the_budget(
+    lengths: list[int], budget: int
+) -> None:
+    examples = [of_length(f"row {n}", length) for n, length in enumerate(lengths)]
+    batches = by_token_budget(examples, budget)
+    assert sorted(each.row_id for batch in batches for each in batch) == sorted(
+        each.row_id for each in examples
+    )
+    for batch in batches:
+        assert batch
+        assert sum(each.length for each in batch) <= budget or len(batch) == 1
+    laid_out = [each.length for batch in batches for each in batch]
+    assert laid_out == sorted(laid_out, reverse=True)
+    # no micro-batch stops while the next example would fit
+    for batch, following in itertools.pairwise(batches):
+        assert sum(each.length for each in batch) + following[0].length > budget
+
+
+def test_a_row_longer_than_the_budget_is_alone() -> None:
+    lengths = {"a": 3, "huge": 100, "b": 4, "large": 11}
+    batches = by_token_budget([of_length(n, length) for n, length in lengths.items()], 10)
+    assert [[each.row_id for each in batch] for batch in batches] == [
+        ["huge"],
+        ["large"],
+        ["b", "a"],
+    ]
+
+
+def test_micro_batches_do_not_depend_on_the_order_of_the_examples() -> None:
+    examples = [of_length(f"row {n}", 1 + n % 3) for n in range(20)]
+    once = by_token_budget(examples, 7)
+    again = by_token_budget(examples[::-1], 7)
+    assert [[e.row_id for e in batch] for batch in once] == [
+        [e.row_id for e in batch] for batch in again
+    ]
+
+
+def test_no_examples_make_no_micro_batch() -> None:
+    assert by_token_budget([], 10) == []
+
+
+# --- epochs ------------------------------------------------------------------------------------
+
+MANY = [of_length(f"row {n}", 2) for n in range(60)]
+
+
+def order(examples: list[Example], seed: int, epoch: int) -> list[str]:
+    return [each.row_id for each in epoch_order(examples, seed, epoch)]
+
+
+def test_an_epoch_is_a_permutation() -> None:
+    found = epoch_order(MANY, seed=3, epoch=2)
+    assert sorted(map(id, found)) == sorted(map(id, MANY))
+
+
+def test_epochs_and_seeds_have_orders_of_their_own() -> None:
+    orders = [order(MANY, seed, epoch) for seed in range(3) for epoch in range(3)]
+    assert len({tuple(each) for each in orders}) == 9
+    assert [each.row_id for each in MANY] not in orders
+
+
+def test_an_epoch_does_not_depend_on_the_order_of_the_examples() -> None:
+    assert order(MANY, 1, 1) == order(MANY[::-1], 1, 1)
+
+
+def test_an_epoch_can_be_entered_anywhere() -> None:
+    """Nothing of an earlier epoch, or of an earlier call, flows into a later one."""
+    later = order(MANY, 1, 7)
+    order(MANY, 1, 0)
+    assert order(MANY, 1, 7) == later
+
+
+def test_fewer_examples_keep_their_relative_order() -> None:
+    kept = {each.row_id for each in MANY[:30]}
+    assert order(MANY[:30], 4, 0) == [name for name in order(MANY, 4, 0) if name in kept]
+
+
+@pytest.mark.parametrize(
+    ("rows", "batch", "steps"), [(1350, 16, 85), (16, 16, 1), (17, 16, 2), (1, 16, 1), (32, 1, 32)]
+)
+def test_the_last_partial_step_counts(rows: int, batch: int, steps: int) -> None:
+    assert steps_per_epoch(rows, batch) == steps

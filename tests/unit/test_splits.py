@@ -1,0 +1,355 @@
+"""Which rows are held out, which are trained on, and what a refusal proposes."""
+
+from __future__ import annotations
+
+import random
+import re
+from typing import Any
+
+import pytest
+from hypothesis import given, settings
+from hypothesis import strategies as st
+
+from slm_lora.data.splits import (
+    Split,
+    group_rows,
+    seeded_order,
+    split_rows,
+    training_rows_for,
+)
+from slm_lora.errors import DataError
+from slm_lora.records import Row, Turn
+
+
+def row(instruction: str, response: str = "A.", **fields: str) -> Row:
+    return Row((Turn("user", instruction), Turn("assistant", response)), **fields)
+
+
+def in_groups(sizes: list[int]) -> list[Row]:
+    """Rows in groups of these sizes, tied by the group that they name."""
+    return [
+        row(f"question {group}.{member}", group_hint=f"group {group}")
+        for group, size in enumerate(sizes)
+        for member in range(size)
+    ]
+
+
+MIXED = in_groups([1] * 200 + [2] * 60 + [5] * 12 + [40])
+"""420 rows in 273 groups."""
+
+
+def split(rows: list[Row], **changed: Any) -> Split:
+    asked: dict[str, Any] = {
+        "size": None,
+        "test_rows": 40,
+        "validation_rows": 20,
+        "split_seed": 0,
+        "data_seed": 0,
+    }
+    return split_rows(rows, **(asked | changed))
+
+
+# --- the draw ----------------------------------------------------------------------------------
+
+
+@pytest.mark.parametrize("size", [None, 100])
+def test_the_order_of_the_rows_does_not_matter(size: int | None) -> None:
+    shuffled = MIXED.copy()
+    random.Random(5).shuffle(shuffled)
+    assert split(MIXED, size=size) == split(shuffled, size=size) == split(MIXED[::-1], size=size)
+
+
+def test_the_sets_have_the_sizes_asked_for_and_share_no_row() -> None:
+    found = split(MIXED)
+    assert (len(found.test), len(found.validation), len(found.train)) == (40, 20, 360)
+    assert len({*found.test, *found.validation, *found.train}) == 420
+
+
+def test_no_group_stands_on_two_sides() -> None:
+    for seed in range(20):
+        found = split(MIXED, split_seed=seed)
+        sides = [
+            {found.group_of[row_id] for row_id in side}
+            for side in (found.test, found.validation, found.train)
+        ]
+        assert sum(map(len, sides)) == len(set.union(*sides)) == 273
+
+
+def test_training_sets_are_nested() -> None:
+    large = split(MIXED, size=300, data_seed=3).train
+    assert len(large) == 270
+    for size in (2, 50, 150, 299):
+        assert split(MIXED, size=size, data_seed=3).train == large[: training_rows_for(size)]
+    assert split(MIXED, data_seed=3).train[:270] == large
+
+
+@pytest.mark.parametrize(("size", "rows"), [(1500, 1350), (3000, 2700), (15, 14), (4, 4), (2, 2)])
+def test_a_data_set_of_size_n_trains_on_nine_tenths(size: int, rows: int) -> None:
+    assert training_rows_for(size) == rows
+    assert len(split(MIXED, size=15).train) == 14
+
+
+def test_the_held_out_rows_know_nothing_of_size_and_data_seed() -> None:
+    plain = split(MIXED)
+    for size in (None, 20, 200):
+        for data_seed in (0, 1, 99):
+            found = split(MIXED, size=size, data_seed=data_seed)
+            assert (found.test, found.validation) == (plain.test, plain.validation)
+    assert split(MIXED, size=200).train != split(MIXED, size=200, data_seed=1).train
+    assert set(plain.train) == set(split(MIXED, data_seed=1).train)
+
+
+def test_the_test_rows_do_not_depend_on_the_validation_rows() -> None:
+    assert split(MIXED, validation_rows=1).test == split(MIXED, validation_rows=60).test
+
+
+def test_another_split_seed_holds_out_other_rows() -> None:
+    tests = [set(split(MIXED, split_seed=seed).test) for seed in range(3)]
+    assert all(len(a & b) < 20 for a, b in [(tests[0], tests[1]), (tests[1], tests[2])])
+
+
+def test_a_smaller_test_set_of_single_rows_is_part_of_a_larger_one() -> None:
+    rows = in_groups([1] * 100)
+    assert set(split(rows, test_rows=10).test) < set(split(rows, test_rows=30).test)
+
+
+def test_every_row_has_the_same_chance() -> None:
+    """Over many seeds a row is held out as often as any other: 40 times in 400, give or take."""
+    rows = in_groups([1] * 50)
+    times = dict.fromkeys((each.row_id for each in rows), 0)
+    for seed in range(400):
+        for row_id in split(rows, test_rows=5, validation_rows=1, split_seed=seed).test:
+            times[row_id] += 1
+    assert sum(times.values()) == 2000
+    assert 15 <= min(times.values()) <= max(times.values()) <= 65  # beyond 4 σ is no chance
+
+
+def test_sizes_left_to_the_defaults() -> None:
+    def sizes(count: int) -> tuple[int, int]:
+        found = split(in_groups([1] * count), test_rows=None, validation_rows=None)
+        return len(found.test), len(found.validation)
+
+    assert sizes(5) == (1, 1)
+    assert sizes(400) == (40, 20)
+    assert sizes(12_000) == (1000, 300)
+
+
+def test_seeded_order_is_a_permutation_that_each_part_of_the_key_changes() -> None:
+    ids = [f"row {n}" for n in range(50)]
+    order = seeded_order(ids, "held out", 0)
+    assert sorted(order) == sorted(ids)
+    assert order == seeded_order(reversed(ids), "held out", 0)
+    assert order[:3] == ["row 15", "row 35", "row 26"]  # the same on every machine, for ever
+    assert order not in (seeded_order(ids, "train", 0), seeded_order(ids, "held out", 1))
+
+
+# --- groups ------------------------------------------------------------------------------------
+
+
+def groups(rows: list[Row]) -> set[frozenset[int]]:
+    """The groups as sets of indices of rows."""
+    found = group_rows(rows)
+    members: dict[str, set[int]] = {}
+    for index, each in enumerate(rows):
+        members.setdefault(found[each.row_id], set()).add(index)
+    return {frozenset(group) for group in members.values()}
+
+
+@pytest.mark.parametrize(
+    ("first", "second"),
+    [
+        ("What is salt?", "what is  SALT"),
+        ("What is salt?", "What is\n\tsalt ?!"),
+        ("Straße", "STRASSE."),
+        ("ﬁne １２", "fine 12"),
+        ("cafe\u0301", "café"),
+        ("???", " ??? "),
+    ],
+)
+def test_instructions_that_differ_in_form_only_are_related(first: str, second: str) -> None:
+    assert groups([row(first, "1"), row(second, "2")]) == {frozenset({0, 1})}
+
+
+@pytest.mark.parametrize(
+    ("first", "second"), [("What is salt?", "What is malt?"), ("1.5", "15"), ("???", "!!!")]
+)
+def test_other_instructions_are_not_related(first: str, second: str) -> None:
+    assert len(groups([row(first), row(second)])) == 2
+
+
+def test_rows_are_tied_through_one_another() -> None:
+    rows = [
+        row("Where do bees live?", context="Bees live in hives."),
+        row("How many legs?", context="bees LIVE in hives", group_hint="insects"),
+        row("Which colour?", group_hint="insects"),
+        row("which colour", "Yellow.", context="Salt dissolves."),
+        row("Does it melt?", context="Salt dissolves"),
+        row("Where do wasps live?", context="Wasps live in nests."),
+    ]
+    assert groups(rows) == {frozenset({0, 1, 2, 3, 4}), frozenset({5})}
+    assert groups(rows[::-1]) == {frozenset({5, 4, 3, 2, 1}), frozenset({0})}
+
+
+def test_an_instruction_a_context_and_a_hint_are_not_mistaken_for_each_other() -> None:
+    rows = [row("salt"), row("other", context="salt"), row("third", group_hint="salt")]
+    assert len(groups(rows)) == 3
+
+
+def test_no_context_and_no_hint_tie_nothing() -> None:
+    assert len(groups([row("one", context=" \n"), row("two", context=""), row("three")])) == 3
+
+
+def test_a_chat_is_known_by_its_first_question() -> None:
+    def chat(*contents: str) -> Row:
+        roles = ("system", "user", "assistant", "user", "assistant")
+        return Row(tuple(Turn(r, c) for r, c in zip(roles, contents, strict=False)))  # type: ignore[arg-type]
+
+    asked = [chat("Be kind.", "Hello?", "1"), chat("Be brief.", "hello", "2", "More?", "3")]
+    assert len(groups(asked)) == 1
+    assert len(groups([chat("Be kind.", "Hello?", "1"), chat("Be kind.", "Bread?", "1")])) == 2
+
+
+def test_texts_under_one_system_turn_are_not_one_group() -> None:
+    rows = [
+        Row((Turn("system", "Write a poem."), Turn("assistant", text))) for text in ("a", "b", "c")
+    ]
+    assert len(groups(rows)) == 3
+
+
+def test_a_groups_name_is_its_smallest_row_id() -> None:
+    rows = in_groups([7])
+    assert set(group_rows(rows).values()) == {min(each.row_id for each in rows)}
+
+
+@settings(max_examples=100, deadline=None)
+@given(
+    st.lists(
+        st.tuples(st.integers(0, 12), st.integers(0, 12), st.integers(0, 12)),
+        min_size=1,
+        max_size=25,
+        unique=True,
+    ),
+    st.randoms(use_true_random=False),
+)
+def test_groups_are_the_connected_rows(
+    links: list[tuple[int, int, int]], shuffle: random.Random
+) -> None:
+    """Against a search over pairs; 0 stands for no context and no hint."""
+    rows = [
+        row(
+            f"question {a}", f"{a} {b} {c}", context=f"c{b}" * bool(b), group_hint=f"g{c}" * bool(c)
+        )
+        for a, b, c in links
+    ]
+    reached: dict[int, set[int]] = {}
+    for start in range(len(rows)):
+        seen, open_ends = {start}, [start]
+        while open_ends:
+            one = links[open_ends.pop()]
+            for other, link in enumerate(links):
+                tied = any(
+                    x == y and (x or place == 0)
+                    for place, (x, y) in enumerate(zip(one, link, strict=True))
+                )
+                if other not in seen and tied:
+                    seen.add(other)
+                    open_ends.append(other)
+        reached[start] = seen
+    assert groups(rows) == {frozenset(seen) for seen in reached.values()}
+    shuffled = rows.copy()
+    shuffle.shuffle(shuffled)
+    assert group_rows(shuffled) == group_rows(rows)
+
+
+# --- refusals ----------------------------------------------------------------------------------
+
+
+def refusal(rows: list[Row], **changed: Any) -> str:
+    with pytest.raises(DataError) as caught:
+        split(rows, **changed)
+    assert "\n" not in str(caught.value)
+    return str(caught.value)
+
+
+def test_too_many_test_rows() -> None:
+    assert "data.test_rows = 100: " in refusal(in_groups([1] * 100), test_rows=100)
+    message = refusal(in_groups([1] * 100), test_rows=100)
+    assert message.endswith("data.test_rows = 98 fits")
+
+
+def test_too_many_validation_rows() -> None:
+    message = refusal(in_groups([1] * 100), validation_rows=60)
+    assert message.startswith("data.validation_rows = 60: cannot be drawn from 60 rows")
+    assert message.endswith("data.validation_rows = 59 fits")
+
+
+def test_a_number_that_whole_groups_do_not_make_up() -> None:
+    assert refusal(in_groups([2] * 100), test_rows=41).endswith("data.test_rows = 40 fits")
+    assert refusal(in_groups([7] * 20), test_rows=5).endswith("data.test_rows = 7 fits")
+
+
+def test_a_size_too_large() -> None:
+    message = refusal(in_groups([1] * 100), size=50)
+    assert message == (
+        "data.size = 50: needs 45 training rows, but 40 of 100 are left after 40 test and "
+        "20 validation rows; data.size = 44 fits"
+    )
+    assert len(split(in_groups([1] * 100), size=44).train) == 40
+
+
+def test_one_row_left_is_no_data_set_of_any_size() -> None:
+    rows = in_groups([1] * 61)
+    assert refusal(rows, size=2).endswith("data.size = null fits")
+    assert len(split(rows, size=None).train) == 1
+
+
+def test_too_few_groups_for_three_sets() -> None:
+    message = refusal(in_groups([50, 50]), test_rows=50)
+    assert message.startswith("data.name: the 100 rows are 2 groups of related rows")
+
+
+def split_or_refusal(rows: list[Row], **changed: Any) -> Split | str:
+    try:
+        return split(rows, **changed)
+    except DataError as error:
+        return str(error)
+
+
+@settings(max_examples=200, deadline=None)
+@given(
+    st.lists(st.integers(1, 9), min_size=1, max_size=30),
+    st.one_of(st.none(), st.integers(2, 120)),
+    st.one_of(st.none(), st.integers(1, 120)),
+    st.one_of(st.none(), st.integers(1, 120)),
+    st.integers(0, 3),
+)
+def test_what_a_refusal_proposes_works(
+    sizes: list[int],
+    size: int | None,
+    test_rows: int | None,
+    validation_rows: int | None,
+    split_seed: int,
+) -> None:
+    """Each proposal mends the key it names for good, so three at the most lead to a split."""
+    rows = in_groups(sizes)
+    asked: dict[str, int | None] = {
+        "size": size,
+        "test_rows": test_rows,
+        "validation_rows": validation_rows,
+    }
+    mended: list[str] = []
+    found = split_or_refusal(rows, **asked, split_seed=split_seed)
+    while isinstance(found, str):
+        proposal = re.search(r": .*; data\.(\w+) = (\d+|null) fits$", found)
+        assert (proposal is None) == (len(sizes) < 3)
+        if proposal is None:
+            return
+        key, value = proposal.groups()
+        assert found.startswith(f"data.{key} = {asked[key] or ''}")
+        assert key not in mended
+        mended.append(key)
+        asked[key] = None if value == "null" else int(value)
+        found = split_or_refusal(rows, **asked, split_seed=split_seed)
+    assert asked["test_rows"] in (None, len(found.test))
+    assert asked["validation_rows"] in (None, len(found.validation))
+    assert found.train

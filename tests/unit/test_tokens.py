@@ -1,0 +1,751 @@
+"""What a row becomes: token ids, the mask of its response, and its bytes."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import pytest
+from hypothesis import assume, given, settings
+from hypothesis import strategies as st
+from tokenizers import Tokenizer, models, pre_tokenizers, processors
+from transformers import AutoTokenizer, PreTrainedTokenizerFast
+
+from slm_lora.data.batches import pack
+from slm_lora.data.templates import Template, TemplateKind, as_chat_template, choose_template
+from slm_lora.data.tokens import LongRows, RowTokenizer
+from slm_lora.errors import DataError, UsageError
+from slm_lora.records import Example, Role, Row, Turn
+
+NAMED: list[TemplateKind] = ["instruction_response", "plain", "chat"]
+SPECIALS = ["<|endoftext|>", "<|im_start|>", "<|im_end|>"]
+BOS = "<|endoftext|>"
+
+
+@pytest.fixture(scope="module")
+def plain_tokenizer(tiny_folder: Path) -> Any:
+    """Adds no BOS; its padding token is its EOS."""
+    tokenizer = AutoTokenizer.from_pretrained(tiny_folder, local_files_only=True)
+    assert tokenizer.pad_token_id == tokenizer.eos_token_id
+    return tokenizer
+
+
+@pytest.fixture(scope="module")
+def bos_tokenizer(tiny_folder: Path) -> Any:
+    """The same vocabulary, but every text begins with BOS."""
+    backend = Tokenizer.from_file(str(tiny_folder / "tokenizer.json"))
+    backend.post_processor = processors.TemplateProcessing(
+        single=f"{BOS} $A", special_tokens=[(BOS, backend.token_to_id(BOS))]
+    )
+    plain = AutoTokenizer.from_pretrained(tiny_folder, local_files_only=True)
+    tokenizer = PreTrainedTokenizerFast(
+        tokenizer_object=backend,
+        bos_token=BOS,
+        eos_token="<|im_end|>",
+        pad_token="<|im_end|>",
+        additional_special_tokens=["<|im_start|>"],
+        chat_template=plain.chat_template,
+    )
+    assert tokenizer("a")["input_ids"][0] == tokenizer.bos_token_id
+    return tokenizer
+
+
+@pytest.fixture(params=["no BOS", "BOS"])
+def tokenizer(request: pytest.FixtureRequest) -> Any:
+    return request.getfixturevalue("bos_tokenizer" if request.param == "BOS" else "plain_tokenizer")
+
+
+def pair(instruction: str, response: str, context: str = "") -> Row:
+    turns = (Turn("user", instruction), Turn("assistant", response))
+    return Row(turns, context=context, source="rows.jsonl:7")
+
+
+def chat(*turns: tuple[Role, str]) -> Row:
+    return Row(tuple(Turn(role, content) for role, content in turns), source="rows.jsonl:7")
+
+
+def messages(row: Row) -> list[dict[str, str]]:
+    return [{"role": turn.role, "content": turn.content} for turn in row.turns]
+
+
+def encode(
+    tokenizer: Any, template: Template, rows: Sequence[Row], *limits: Any
+) -> tuple[list[Example], LongRows]:
+    groups = {row.row_id: f"group of {row.row_id}" for row in rows}
+    return RowTokenizer(tokenizer, template).encode(rows, groups, *limits)
+
+
+def one(tokenizer: Any, template: Template | TemplateKind, row: Row) -> Example:
+    chosen = template if isinstance(template, Template) else Template(template)
+    (example,), _ = encode(tokenizer, chosen, [row])
+    return example
+
+
+def ids(tokenizer: Any, text: str) -> list[int]:
+    """What the tokenizer's own plain call makes of a text."""
+    found: list[int] = tokenizer(text)["input_ids"]
+    return found
+
+
+def decoded(tokenizer: Any, tokens: Any) -> str:
+    return str(tokenizer.decode(list(tokens), clean_up_tokenization_spaces=False))
+
+
+def responses(tokenizer: Any, example: Example) -> list[str]:
+    """The text of each run of response tokens."""
+    edges = np.flatnonzero(np.diff(example.response, prepend=False, append=False))
+    return [
+        decoded(tokenizer, example.ids[start:end])
+        for start, end in zip(edges[::2], edges[1::2], strict=True)
+    ]
+
+
+def size(text: str) -> int:
+    return len(text.encode())
+
+
+# --- token ids ---------------------------------------------------------------------------------
+
+ROWS = [
+    pair("Tell me a fact about rivers.", "Rivers matter a great deal."),
+    pair("  leading\tand trailing \n", " spaces \n\n"),
+    pair("Grüße, 漢字?", "🙂🙃 ναι 👩‍👩‍👧."),
+    pair("x", "y"),
+]
+
+
+@pytest.mark.parametrize("row", ROWS)
+def test_the_text_is_tokenised_once_and_whole(tokenizer: Any, row: Row) -> None:
+    asked, answered = (turn.content for turn in row.turns)
+    eos = tokenizer.eos_token_id
+    text = f"Instruction:\n{asked}\nResponse:\n{answered}"
+    assert one(tokenizer, "instruction_response", row).ids.tolist() == [*ids(tokenizer, text), eos]
+    text = asked + answered
+    assert one(tokenizer, "plain", row).ids.tolist() == [*ids(tokenizer, text), eos]
+    text = f"<|im_start|>user\n{asked}<|im_end|>\n<|im_start|>assistant\n{answered}<|im_end|>"
+    assert one(tokenizer, "chat", row).ids.tolist() == ids(tokenizer, text)
+
+
+def test_context_stands_where_it_was_asked_for(plain_tokenizer: Any) -> None:
+    row = pair("How long?", "Long.", context="Rivers are long.")
+    eos = plain_tokenizer.eos_token_id
+    kind: TemplateKind
+    for kind, text in (
+        ("instruction_response", "Instruction:\nHow long?\nResponse:\nLong.<|im_end|>"),
+        ("chat", "<|im_start|>user\nHow long?<|im_end|>\n<|im_start|>assistant\nLong.<|im_end|>"),
+    ):
+        assert decoded(plain_tokenizer, one(plain_tokenizer, kind, row).ids) == text
+    example = one(plain_tokenizer, Template("instruction_response", True), row)
+    text = "Instruction:\nHow long?\nContext:\nRivers are long.\nResponse:\nLong."
+    assert example.ids.tolist() == [*ids(plain_tokenizer, text), eos]
+    example = one(plain_tokenizer, Template("chat", True), row)
+    assert "user\nRivers are long.\n\nHow long?<|im_end|>" in decoded(plain_tokenizer, example.ids)
+    example = one(plain_tokenizer, Template("instruction_response", True), pair("Q", "A"))
+    assert decoded(plain_tokenizer, example.ids) == "Instruction:\nQ\nResponse:\nA<|im_end|>"
+
+
+def test_rows_keep_their_order_and_identity(plain_tokenizer: Any) -> None:
+    found, _ = encode(plain_tokenizer, Template("plain"), ROWS)
+    assert [each.row_id for each in found] == [row.row_id for row in ROWS]
+    assert [each.group_id for each in found] == [f"group of {row.row_id}" for row in ROWS]
+    labelled = Row(ROWS[0].turns, category="open_qa")
+    assert one(plain_tokenizer, "plain", labelled).category == "open_qa"
+
+
+def test_the_tokenizer_is_left_as_it_was(plain_tokenizer: Any) -> None:
+    before = plain_tokenizer.backend_tokenizer.to_str()
+    one(plain_tokenizer, "chat", pair("<|im_end|>", "<|im_start|>"))
+    assert plain_tokenizer.backend_tokenizer.to_str() == before
+    assert ids(plain_tokenizer, "<|im_end|>") == [plain_tokenizer.eos_token_id]
+
+
+# --- the first and the last token --------------------------------------------------------------
+
+
+@pytest.mark.parametrize("kind", NAMED)
+def test_eos_is_a_label_although_it_also_pads(tokenizer: Any, kind: TemplateKind) -> None:
+    example = one(tokenizer, kind, pair("Tell me.", "No."))
+    assert tokenizer.pad_token_id == tokenizer.eos_token_id == example.ids[-1]
+    assert example.response[-1]
+    for loss_on in ("all", "response"):
+        labels = pack([example], loss_on).labels  # type: ignore[arg-type]
+        assert labels[-2] == tokenizer.eos_token_id
+
+
+@pytest.mark.parametrize("kind", NAMED)
+def test_bos_is_first_once_unscored_and_without_bytes(
+    bos_tokenizer: Any, kind: TemplateKind
+) -> None:
+    example = one(bos_tokenizer, kind, pair("Tell me.", "Nein, später."))
+    assert example.ids[0] == bos_tokenizer.bos_token_id
+    assert example.ids.tolist().count(bos_tokenizer.bos_token_id) == 1
+    assert not example.response[0]
+    assert bos_tokenizer.bos_token_id not in pack([example], "all").labels
+    text = decoded(bos_tokenizer, example.ids)
+    for token in SPECIALS:
+        text = text.replace(token, "")
+    assert example.bytes_all == size(text)
+    assert example.bytes_response == size("Nein, später.")
+
+
+@pytest.mark.parametrize("written", ["{{ bos_token }}", BOS])
+def test_no_second_bos_where_a_chat_template_writes_it(
+    bos_tokenizer: Any, tmp_path: Path, written: str
+) -> None:
+    (tmp_path / "mine.jinja").write_text(written + bos_tokenizer.chat_template)
+    template = choose_template(str(tmp_path / "mine.jinja"), "chat", False)
+    row = pair("Tell me.", "No.")
+    example = one(bos_tokenizer, template, row)
+    assert example.ids.tolist() == one(bos_tokenizer, "chat", row).ids.tolist()
+    assert example.bytes_all == one(bos_tokenizer, "chat", row).bytes_all
+
+
+def test_a_row_without_text_has_no_tokens(plain_tokenizer: Any) -> None:
+    with pytest.raises(DataError, match=r"rows\.jsonl:7: the row has no tokens"):
+        one(plain_tokenizer, "plain", pair("", ""))
+
+
+def test_a_tokenizer_without_eos_ends_with_the_text(tiny_folder: Path) -> None:
+    backend = Tokenizer.from_file(str(tiny_folder / "tokenizer.json"))
+    bare = PreTrainedTokenizerFast(tokenizer_object=backend)
+    assert one(bare, "plain", pair("a", "b")).ids.tolist() == ids(bare, "ab")
+
+
+# --- responses ---------------------------------------------------------------------------------
+
+
+@pytest.mark.parametrize("row", ROWS)
+def test_the_response_begins_at_the_first_token_that_ends_past_the_prompt(
+    tokenizer: Any, row: Row
+) -> None:
+    asked, answered = (turn.content for turn in row.turns)
+    kind: TemplateKind
+    for kind, prompt in (
+        ("instruction_response", f"Instruction:\n{asked}\nResponse:\n"),
+        ("plain", asked),
+    ):
+        offsets = tokenizer(prompt + answered, return_offsets_mapping=True)["offset_mapping"]
+        expected = [end > len(prompt) for _, end in offsets] + [True]
+        assert one(tokenizer, kind, row).response.tolist() == expected
+
+
+def test_a_token_over_the_boundary_belongs_to_the_response(plain_tokenizer: Any) -> None:
+    (over,) = ids(plain_tokenizer, " matter")
+    example = one(plain_tokenizer, "plain", pair("Rivers mat", "ter a great deal."))
+    assert over in example.ids
+    assert responses(plain_tokenizer, example) == [" matter a great deal.<|im_end|>"]
+    # its bytes before the boundary are the prompt's
+    assert example.bytes_response == size("ter a great deal.")
+
+
+@pytest.mark.parametrize("include_context", [False, True])
+def test_every_assistant_turn_is_a_response_with_its_end(
+    tokenizer: Any, include_context: bool
+) -> None:
+    row = chat(
+        ("system", "Be kind."),
+        ("user", "One?"),
+        ("assistant", "Ένα."),
+        ("user", "Two?"),
+        ("assistant", "Two \n"),
+        ("user", "Three?"),
+        ("assistant", "3"),
+    )
+    example = one(tokenizer, Template("chat", include_context), row)
+    # the line end that the template writes after <|im_end|> is in the text, and no response
+    assert responses(tokenizer, example) == ["Ένα.<|im_end|>", "Two \n<|im_end|>", "3<|im_end|>"]
+    assert decoded(tokenizer, example.ids).count("<|im_end|>\n<|im_start|>") == 6
+    assert decoded(tokenizer, example.ids).endswith("assistant\n3<|im_end|>")
+    assert example.bytes_response == size("Ένα.Two \n3")
+
+
+def test_plain_text_is_all_response(tokenizer: Any) -> None:
+    example = one(tokenizer, "plain", chat(("assistant", "Rivers matter.")))
+    assert responses(tokenizer, example) == ["Rivers matter.<|im_end|>"]
+    assert example.response.tolist().count(False) == (tokenizer.bos_token_id is not None)
+
+
+def test_a_first_turn_without_a_question_begins_at_its_text(plain_tokenizer: Any) -> None:
+    row = chat(("assistant", " Welcome."), ("user", "Hi."), ("assistant", "Hi."))
+    example = one(plain_tokenizer, "chat", row)
+    assert responses(plain_tokenizer, example) == [" Welcome.<|im_end|>", "Hi.<|im_end|>"]
+    default = (
+        "{% for m in messages %}{% if loop.first and m['role'] != 'system' %}"
+        "{{ '<|im_start|>system\\nYou are kind.<|im_end|>\\n' }}{% endif %}"
+        "{{ '<|im_start|>' + m['role'] + '\\n' + m['content'] | trim + '<|im_end|>\\n' }}"
+        "{% endfor %}{% if add_generation_prompt %}{{ '<|im_start|>assistant\\n' }}{% endif %}"
+    )
+    example = one(plain_tokenizer, Template("jinja", source=default), row)
+    assert responses(plain_tokenizer, example) == ["Welcome.<|im_end|>", "Hi.<|im_end|>"]
+
+
+def test_the_mark_at_a_turns_end_may_be_another_token_than_eos(plain_tokenizer: Any) -> None:
+    source = "{% for m in messages %}{{ m['content'] + '<|im_start|>\\n' }}{% endfor %}"
+    row = chat(("user", "One?"), ("assistant", "1"), ("user", "Two?"), ("assistant", "2"))
+    example = one(plain_tokenizer, Template("jinja", source=source), row)
+    assert responses(plain_tokenizer, example) == ["1<|im_start|>", "2<|im_start|><|im_end|>"]
+
+
+def test_a_chat_template_without_end_marks(plain_tokenizer: Any) -> None:
+    """The only EOS is then the one at the end of the row."""
+    source = "{% for m in messages %}{{ m['role'] + ': ' + m['content'] + '\\n' }}{% endfor %}"
+    row = chat(("user", "One?"), ("assistant", "1"), ("user", "Two?"), ("assistant", "2"))
+    example = one(plain_tokenizer, Template("jinja", source=source), row)
+    assert responses(plain_tokenizer, example) == ["assistant: 1\n", "assistant: 2\n<|im_end|>"]
+
+
+# --- special tokens in row text ----------------------------------------------------------------
+
+
+@pytest.mark.parametrize("kind", NAMED)
+@pytest.mark.parametrize("token", SPECIALS)
+def test_special_tokens_in_row_text_stay_text(
+    tokenizer: Any, kind: TemplateKind, token: str
+) -> None:
+    def specials(row: Row) -> list[int]:
+        example = one(tokenizer, Template(kind, include_context=kind != "plain"), row)
+        return [id_ for id_ in example.ids.tolist() if id_ in tokenizer.all_special_ids]
+
+    clean = specials(pair("What is it?", "It ends.", "A note."))
+    assert clean == specials(pair(f"What {token} is it?", "It ends.", "A note."))
+    assert clean == specials(pair("What is it?", f"{token}It ends.{token}", "A note."))
+    assert clean == specials(pair("What is it?", "It ends.", f"A note.{token}"))
+    assert clean == specials(pair(f"{token}{token}", token, token))
+
+
+@pytest.mark.parametrize("kind", NAMED)
+def test_text_comes_back_from_its_tokens(plain_tokenizer: Any, kind: TemplateKind) -> None:
+    row = pair("<|im_end|>\n<|im_start|>", "a <|im_start|>assistant\n<|endoftext|><|im_end|> b")
+    asked, answered = (turn.content for turn in row.turns)
+    text = {
+        "instruction_response": f"Instruction:\n{asked}\nResponse:\n{answered}<|im_end|>",
+        "plain": f"{asked}{answered}<|im_end|>",
+        "chat": f"<|im_start|>user\n{asked}<|im_end|>\n<|im_start|>assistant\n{answered}<|im_end|>",
+    }[kind]
+    example = one(plain_tokenizer, kind, row)
+    assert decoded(plain_tokenizer, example.ids) == text
+    assert responses(plain_tokenizer, example) == [f"{answered}<|im_end|>"]
+    assert example.bytes_response == size(answered)
+
+
+def test_a_special_token_that_joins_template_and_text_stays_text(plain_tokenizer: Any) -> None:
+    source = "{% for m in messages %}{{ m['content'] + '|>' }}{% endfor %}"
+    row = pair("Q", "A<|im_end")
+    example = one(plain_tokenizer, Template("jinja", source=source), row)
+    assert example.ids.tolist().count(plain_tokenizer.eos_token_id) == 1
+
+
+def test_private_use_characters_that_stand_for_specials_are_refused(plain_tokenizer: Any) -> None:
+    for row in (pair("\U000f0001", "A"), pair("Q", "\U00100000"), pair("Q", "A", "\U000f8000")):
+        with pytest.raises(DataError, match=r"^rows\.jsonl:7: .*private-use.*remove the row"):
+            one(plain_tokenizer, "instruction_response", row)
+    one(plain_tokenizer, "instruction_response", pair("\ue000", "A"))
+
+
+def test_a_vocabulary_that_cannot_spell_a_special_token_is_found_out() -> None:
+    """Some models of words hold their special tokens as words like any other."""
+    words = {"<unk>": 0, "</s>": 1, "salt": 2}
+    backend = Tokenizer(models.WordLevel(words, unk_token="<unk>"))
+    backend.pre_tokenizer = pre_tokenizers.WhitespaceSplit()
+    tokenizer = PreTrainedTokenizerFast(
+        tokenizer_object=backend, eos_token="</s>", unk_token="<unk>"
+    )
+    assert one(tokenizer, "plain", pair("salt ", "pepper")).ids.tolist() == [2, 0, 1]
+    with pytest.raises(DataError, match=r"rows\.jsonl:7: .*special token.*remove the row"):
+        one(tokenizer, "plain", pair("salt ", "</s> salt"))
+
+
+# --- length ------------------------------------------------------------------------------------
+
+LENGTHS = [pair("a", "b" * n) for n in (5, 40, 3, 60)]
+
+
+def lengths(tokenizer: Any) -> list[int]:
+    return [each.length for each in encode(tokenizer, Template("plain"), LENGTHS)[0]]
+
+
+def test_truncation_cuts_the_end_and_counts(tokenizer: Any) -> None:
+    whole, counted = encode(tokenizer, Template("plain"), LENGTHS)
+    assert counted == LongRows(rows=0, tokens_cut=0, longest=whole[3].length)
+    cut, counted = encode(tokenizer, Template("plain"), LENGTHS, 10, "truncate")
+    over = [each.length - 10 for each in whole if each.length > 10]
+    assert counted == LongRows(rows=2, tokens_cut=sum(over), longest=whole[3].length)
+    for before, after in zip(whole, cut, strict=True):
+        assert after.ids.tolist() == before.ids[:10].tolist()
+        assert after.response.tolist() == before.response[:10].tolist()
+        assert (after.ids[-1] == tokenizer.eos_token_id) == (before.length <= 10)
+
+
+def test_the_longest_row_that_is_whole(tokenizer: Any) -> None:
+    longest = max(lengths(tokenizer))
+    assert encode(tokenizer, Template("plain"), LENGTHS, longest)[1].rows == 0
+    assert encode(tokenizer, Template("plain"), LENGTHS, longest - 1)[1] == LongRows(1, 1, longest)
+
+
+def test_long_rows_are_dropped_whole(tokenizer: Any) -> None:
+    kept, counted = encode(tokenizer, Template("plain"), LENGTHS, 10, "drop")
+    assert [each.row_id for each in kept] == [LENGTHS[0].row_id, LENGTHS[2].row_id]
+    assert all(each.ids[-1] == tokenizer.eos_token_id for each in kept)
+    assert (counted.rows, counted.longest) == (2, max(lengths(tokenizer)))
+
+
+def test_long_rows_are_refused_with_place_and_number(plain_tokenizer: Any) -> None:
+    with pytest.raises(DataError) as caught:
+        encode(plain_tokenizer, Template("plain"), LENGTHS, 10, "refuse")
+    length = lengths(plain_tokenizer)[1]
+    assert str(caught.value) == (
+        f"rows.jsonl:7: {length} tokens, over data.max_length = 10 (2 rows in all); "
+        "set data.on_long_row to truncate or drop"
+    )
+    encode(plain_tokenizer, Template("plain"), LENGTHS, max(lengths(plain_tokenizer)), "refuse")
+
+
+# --- bytes -------------------------------------------------------------------------------------
+
+
+@pytest.mark.parametrize("row", ROWS)
+def test_bytes_are_those_of_the_scored_text(tokenizer: Any, row: Row) -> None:
+    asked, answered = (turn.content for turn in row.turns)
+    text = f"Instruction:\n{asked}\nResponse:\n{answered}"
+    example = one(tokenizer, "instruction_response", row)
+    # without BOS the first token of the text is the one that nothing predicts
+    unscored = size(decoded(tokenizer, example.ids[:1]).removeprefix(BOS))
+    assert (unscored == 0) == (tokenizer.bos_token_id is not None)
+    assert example.bytes_all == size(text) - unscored
+    assert example.bytes_response == size(answered)
+
+
+def test_bytes_end_where_the_row_is_cut(bos_tokenizer: Any) -> None:
+    row = pair("Where?", "日本 and beyond, 🙂.")
+    whole = one(bos_tokenizer, "instruction_response", row)
+    prompt = "Instruction:\nWhere?\nResponse:\n"
+    seen = set()
+    for limit in range(2, whole.length + 1):
+        (cut,), _ = encode(bos_tokenizer, Template("instruction_response"), [row], limit)
+        text = decoded(bos_tokenizer, cut.ids[1:]).removesuffix("<|im_end|>")
+        if "\ufffd" in text:
+            continue  # cut within a character, which then counts whole
+        assert cut.bytes_all == size(text)
+        assert cut.bytes_response == size(text.removeprefix(prompt)) * text.startswith(prompt)
+        seen.add(cut.bytes_response)
+    assert len(seen) > 5
+
+
+def test_an_unscored_first_token_has_no_bytes_in_the_response(plain_tokenizer: Any) -> None:
+    text = "Rivers matter."
+    example = one(plain_tokenizer, "plain", chat(("assistant", text)))
+    first = decoded(plain_tokenizer, example.ids[:1])
+    assert example.bytes_all == example.bytes_response == size(text) - size(first)
+
+
+# --- whatever the text -------------------------------------------------------------------------
+
+ANY_TEXT = st.lists(
+    st.one_of(
+        st.text(st.characters(exclude_categories=["Cs"], max_codepoint=0xEFFFF), max_size=12),
+        st.sampled_from([*SPECIALS, "<|im_", "end|>", "\n", " ", "🙂", "Response:\n"]),
+    ),
+    max_size=6,
+).map("".join)
+
+
+@pytest.mark.parametrize("kind", NAMED)
+@pytest.mark.parametrize("bos", [False, True])
+@settings(max_examples=60, deadline=None)
+@given(asked=ANY_TEXT, answered=ANY_TEXT)
+def test_the_mask_is_the_response_and_nothing_else(
+    request: pytest.FixtureRequest, kind: TemplateKind, bos: bool, asked: str, answered: str
+) -> None:
+    assume(asked or answered)
+    tokenizer = request.getfixturevalue("bos_tokenizer" if bos else "plain_tokenizer")
+    prompt = {
+        "instruction_response": f"Instruction:\n{asked}\nResponse:\n",
+        "plain": asked,
+        "chat": f"<|im_start|>user\n{asked}<|im_end|>\n<|im_start|>assistant\n",
+    }[kind]
+    example = one(tokenizer, kind, pair(asked, answered))
+    # one run, up to the end
+    boundary = int(np.argmax(example.response))
+    assert example.response.tolist() == [n >= boundary for n in range(example.length)]
+    before = decoded(tokenizer, example.ids[bos:boundary])
+    after = decoded(tokenizer, example.ids[boundary:])
+    assert before + after == f"{prompt}{answered}<|im_end|>"
+    # the token at the boundary is the first that reaches past the prompt
+    assert len(before) <= len(prompt)
+    assert len(before) + len(decoded(tokenizer, example.ids[boundary : boundary + 1])) > len(prompt)
+    assert example.bytes_response == size(answered) or boundary == 0
+    count = [example.ids.tolist().count(tokenizer.convert_tokens_to_ids(t)) for t in SPECIALS]
+    assert count == ([int(bos), 2, 2] if kind == "chat" else [int(bos), 0, 1])
+
+
+# --- templates of the user's own ---------------------------------------------------------------
+
+
+def own(folder: Path, source: str) -> Template:
+    (folder / "mine.jinja").write_text(source, encoding="utf-8")
+    return choose_template(str(folder / "mine.jinja"), "chat", False)
+
+
+def test_a_template_from_a_file(plain_tokenizer: Any, tmp_path: Path) -> None:
+    template = own(
+        tmp_path,
+        "{% for message in messages %}\n"
+        "{% if message['role'] == 'user' %}\n"
+        "Q: {{ message['content'] }}\n"
+        "{% else %}\n"
+        "A: {{ message['content'] }}{{ eos_token }}\n"
+        "{% endif %}\n"
+        "{% endfor %}\n"
+        "{% if add_generation_prompt %}A: {% endif %}\n",
+    )
+    row = chat(("user", "1?"), ("assistant", "1<|im_end|>"), ("user", "2?"), ("assistant", "2"))
+    example = one(plain_tokenizer, template, row)
+    text = "Q: 1?\nA: 1<|im_end|><|im_end|>\nQ: 2?\nA: 2<|im_end|>"
+    assert decoded(plain_tokenizer, example.ids) == text
+    # the space before an answer is one token with it
+    assert responses(plain_tokenizer, example) == [" 1<|im_end|><|im_end|>", " 2<|im_end|>"]
+    assert example.ids.tolist().count(plain_tokenizer.eos_token_id) == 2
+
+
+def test_a_template_sees_what_chat_templates_see(plain_tokenizer: Any, tmp_path: Path) -> None:
+    """Else it would render one text in training, and another where others prompt with it."""
+    source = (
+        "{%- if tools %}{{ raise_exception('no tools') }}{% endif %}\n"
+        "{% for message in messages %}\n"
+        "    {% if message.role == 'nobody' %}{% continue %}{% endif %}\n"
+        "{{ {message.role: message.content} | tojson }}\n"
+        "{% endfor %}"
+    )
+    row = pair("Is 'a' < \"b\" & ü?", "Yes.")
+    text = plain_tokenizer.apply_chat_template(messages(row), chat_template=source, tokenize=False)
+    example = one(plain_tokenizer, own(tmp_path, source), row)
+    assert decoded(plain_tokenizer, example.ids) == text.rstrip() + "\n<|im_end|>"
+
+
+@pytest.mark.parametrize(
+    ("source", "said"),
+    [
+        ("{% for m in messages %}\n{{ m['content'] }}", r"line 2: Unexpected end of template"),
+        ("{{ mesages }}", "'mesages' is undefined"),
+        ("{{ messages[0].contents }}", "has no attribute 'contents'"),
+        ("{{ raise_exception('users only') }}", "users only"),
+        ("{{ messages + 1 }}", "can only concatenate list"),
+        ("{{ 1 / 0 }}", "division by zero"),
+        ("{{ ''.__class__.__mro__ }}", "unsafe"),
+        ("{% include 'other.jinja' %}", "no loader"),
+    ],
+)
+def test_templates_that_fail_are_explained(
+    plain_tokenizer: Any, tmp_path: Path, source: str, said: str
+) -> None:
+    with pytest.raises(UsageError) as caught:
+        one(plain_tokenizer, own(tmp_path, source), pair("Q", "A"))
+    assert str(caught.value).startswith("data.template: ")
+    assert said in str(caught.value)
+    assert "\n" not in str(caught.value)
+
+
+def test_a_template_that_rewrites_earlier_turns_is_refused(
+    plain_tokenizer: Any, tmp_path: Path
+) -> None:
+    """As those do that drop the thinking of all answers but the last."""
+    source = (
+        "{% for m in messages %}{{ m['role'] + ': ' }}"
+        "{{ m['content'] if loop.last else m['content'][-1:] }}{{ eos_token }}{% endfor %}"
+    )
+    template = own(tmp_path, source)
+    row = chat(("user", "1"), ("assistant", "22"), ("user", "3"), ("assistant", "44"))
+    with pytest.raises(DataError, match=r"rows\.jsonl:7: the chat template does not extend"):
+        one(plain_tokenizer, template, row)
+    example = one(plain_tokenizer, template, pair("1", "22"))
+    assert responses(plain_tokenizer, example) == ["assistant: 22<|im_end|>"]
+
+
+def test_a_row_that_the_models_own_template_refuses(tiny_folder: Path) -> None:
+    tokenizer = AutoTokenizer.from_pretrained(tiny_folder, local_files_only=True)
+    tokenizer.chat_template = (
+        "{% if messages[0]['role'] == 'system' %}{{ raise_exception('no system turn') }}"
+        "{% endif %}" + tokenizer.chat_template
+    )
+    one(tokenizer, "chat", pair("Q", "A"))
+    row = chat(("system", "Be kind."), ("user", "Q"), ("assistant", "A"))
+    with pytest.raises(DataError, match=r"rows\.jsonl:7: .*refuses the row \(no system turn\)"):
+        one(tokenizer, "chat", row)
+
+
+def test_chat_needs_a_chat_template(tiny_folder: Path) -> None:
+    tokenizer = AutoTokenizer.from_pretrained(tiny_folder, local_files_only=True)
+    tokenizer.chat_template = None
+    with pytest.raises(UsageError, match=r"no chat template; use instruction_response"):
+        RowTokenizer(tokenizer, Template("chat"))
+
+
+@pytest.mark.parametrize(
+    ("row", "instead"),
+    [
+        (chat(("assistant", "words")), "plain"),
+        (chat(("system", "s"), ("user", "u"), ("assistant", "a")), "chat"),
+    ],
+)
+def test_rows_with_other_turns_than_a_pair(plain_tokenizer: Any, row: Row, instead: str) -> None:
+    with pytest.raises(DataError, match=rf"^rows\.jsonl:7: .*; set data\.template={instead}$"):
+        one(plain_tokenizer, "instruction_response", row)
+    one(plain_tokenizer, "plain" if instead == "plain" else "chat", row)
+
+
+def test_templates_are_chosen_by_name_file_or_format(tmp_path: Path) -> None:
+    assert choose_template("auto", "dolly", False) == Template("instruction_response")
+    assert choose_template("auto", "alpaca", True) == Template("instruction_response", True)
+    assert choose_template("auto", "chat", False).kind == "chat"
+    assert choose_template("auto", "prompt_completion", False).kind == "plain"
+    assert choose_template("auto", "text", False).kind == "plain"
+    for name in NAMED:
+        assert choose_template(name, "dolly", False) == Template(name)
+    with pytest.raises(UsageError, match=r"data\.template = instruct: not one of auto, "):
+        choose_template("instruct", "dolly", False)
+    with pytest.raises(UsageError, match=r"none\.jinja: cannot be read"):
+        choose_template(str(tmp_path / "none.jinja"), "dolly", False)
+    (tmp_path / "latin.jinja").write_bytes(b"\xe9")
+    with pytest.raises(UsageError, match=r"latin\.jinja: cannot be read"):
+        choose_template(str(tmp_path / "latin.jinja"), "dolly", False)
+
+
+# --- the template that others prompt with ------------------------------------------------------
+
+
+def prompted(
+    tokenizer: Any, template: Template, messages: list[dict[str, str]], prompt: bool = False
+) -> list[int]:
+    """The ids that programs get who apply the chat template stored with an adapter."""
+    tokenize = RowTokenizer(tokenizer, template)
+    source = as_chat_template(
+        template,
+        tokenize.bos_id is not None,
+        tokenizer.chat_template,
+        tokenize.space_after_bos,
+    )
+    found: list[int] = tokenizer.apply_chat_template(
+        messages,
+        chat_template=source,
+        add_generation_prompt=prompt,
+        tokenize=True,
+        return_dict=False,
+    )
+    return found
+
+
+OWN_TEMPLATES = [
+    Template("jinja", source="{% for m in messages %}{{ m.content + eos_token }}{% endfor %}\n"),
+    Template("jinja", source="{{ bos_token }}{% for m in messages %}{{ m.content }}{% endfor %}"),
+    Template("jinja", source=f"{BOS}{{% for m in messages %}}{{{{ m.content }}}}{{% endfor %}}"),
+    Template(
+        "jinja", source="\n{% set text = 1 %}{% for m in messages %}{{ m.content }}{% endfor %}"
+    ),
+]
+
+
+@pytest.mark.parametrize("template", [*map(Template, NAMED), *OWN_TEMPLATES])
+@pytest.mark.parametrize("row", ROWS)
+def test_others_prompt_as_was_trained(
+    bos_tokenizer: Any, plain_tokenizer: Any, template: Template, row: Row
+) -> None:
+    for tokenizer in (bos_tokenizer, plain_tokenizer):
+        if tokenizer is plain_tokenizer and "bos_token" in template.source:
+            continue
+        trained = one(tokenizer, template, row).ids.tolist()
+        found = prompted(tokenizer, template, messages(row))
+        if template.kind == "jinja" and not template.source.endswith("eos_token }}{% endfor %}\n"):
+            trained.pop()  # EOS is training's where the template writes none
+        assert found[: len(trained)] == trained
+        assert not decoded(tokenizer, found[len(trained) :]).strip()
+        assert found.count(tokenizer.bos_token_id) == (tokenizer is bos_tokenizer)
+
+
+@pytest.mark.parametrize("kind", NAMED)
+def test_the_prompt_is_what_stood_before_the_response(tokenizer: Any, kind: TemplateKind) -> None:
+    row = pair("Tell me a fact about rivers.", "Rivers matter.")
+    example = one(tokenizer, kind, row)
+    before = example.ids[~example.response].tolist()
+    assert prompted(tokenizer, Template(kind), messages(row)[:1], prompt=True) == before
+
+
+@pytest.mark.parametrize("kind", NAMED)
+def test_a_conversation_is_pair_after_pair(plain_tokenizer: Any, kind: TemplateKind) -> None:
+    two = [*messages(ROWS[0]), *messages(ROWS[3])]
+    found = prompted(plain_tokenizer, Template(kind), two)
+    once = [prompted(plain_tokenizer, Template(kind), messages(ROWS[n])) for n in (0, 3)]
+    assert found == once[0] + once[1]
+
+
+def test_a_text_row_comes_back_too(tokenizer: Any) -> None:
+    row = chat(("assistant", "Rivers matter."))
+    trained = one(tokenizer, "plain", row).ids.tolist()
+    assert prompted(tokenizer, Template("plain"), messages(row)) == trained
+
+
+def test_a_tokenizer_without_a_chat_template_has_none_to_hand_on() -> None:
+    assert as_chat_template(Template("chat"), True, None) is None
+
+
+# --- the real thing ----------------------------------------------------------------------------
+
+TINYLLAMA = Path(__file__).resolve().parents[3] / "shared/tinyllama"
+
+
+@pytest.fixture(scope="module")
+def tinyllama() -> Any:
+    if not TINYLLAMA.exists():
+        pytest.skip("the tokenizer of TinyLlama is not beside the repository (shared/tinyllama)")
+    tokenizer = AutoTokenizer.from_pretrained(TINYLLAMA, local_files_only=True)
+    tokenizer.chat_template = (
+        "{% for m in messages %}{{ '<|' + m['role'] + '|>\\n' + m['content'] + eos_token + '\\n' }}"
+        "{% endfor %}{% if add_generation_prompt %}{{ '<|assistant|>\\n' }}{% endif %}"
+    )
+    return tokenizer
+
+
+def test_tinyllama_puts_bos_first_and_eos_last(tinyllama: Any) -> None:
+    example = one(tinyllama, "instruction_response", pair("Say", "Yes"))
+    golden = [1, 2799, 4080, 29901, 13, 29903, 388, 13, 5103, 29901, 13, 8241, 2]
+    assert example.ids.tolist() == golden
+    assert example.response.tolist() == [False] * 11 + [True, True]
+    assert pack([example], "response").labels.tolist() == [-100] * 10 + [8241, 2, -100]
+    assert (example.bytes_all, example.bytes_response) == (
+        size("Instruction:\nSay\nResponse:\nYes"),
+        3,
+    )
+
+
+@pytest.mark.parametrize("kind", NAMED)
+def test_tinyllama_takes_end_marks_in_row_text_for_text(tinyllama: Any, kind: TemplateKind) -> None:
+    example = one(tinyllama, kind, pair("Is <s> a tag, </s> too?\n", "</s>No</s>, <unk>."))
+    found = example.ids.tolist()
+    assert found[0] == 1
+    assert found[-1] == 2
+    assert (found.count(0), found.count(1)) == (0, 1)
+    assert found.count(2) == (2 if kind == "chat" else 1)
+    (text,) = responses(tinyllama, example)
+    assert text == "</s>No</s>, <unk>.</s>"
+    assert example.bytes_response == size("</s>No</s>, <unk>.")
+
+
+@pytest.mark.parametrize("row", ROWS)
+def test_tinyllama_agrees_with_its_own_plain_call(tinyllama: Any, row: Row) -> None:
+    asked, answered = (turn.content for turn in row.turns)
+    text = f"Instruction:\n{asked}\nResponse:\n{answered}"
+    example = one(tinyllama, "instruction_response", row)
+    assert example.ids.tolist() == [*ids(tinyllama, text), 2]
+    assert (example.bytes_all, example.bytes_response) == (size(text), size(answered))
+    text = f"<|user|>\n{asked}</s>\n<|assistant|>\n{answered}</s>"
+    assert one(tinyllama, "chat", row).ids.tolist() == ids(tinyllama, text)
+
+
+@pytest.mark.parametrize("kind", NAMED)
+def test_tinyllama_is_prompted_as_it_was_trained(tinyllama: Any, kind: TemplateKind) -> None:
+    for row in (ROWS[0], ROWS[2], ROWS[3]):
+        trained = one(tinyllama, kind, row).ids.tolist()
+        found = prompted(tinyllama, Template(kind), messages(row))
+        assert found[: len(trained)] == trained
+        assert not decoded(tinyllama, found[len(trained) :]).strip()
