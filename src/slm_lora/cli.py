@@ -3,6 +3,8 @@ imported inside the commands, so that ``--help`` is instant."""
 
 from __future__ import annotations
 
+import itertools
+import signal
 import sys
 from collections.abc import Callable
 from pathlib import Path
@@ -190,11 +192,13 @@ def data_show(recipe: RecipeFile, overrides: Overrides = None, rows: Rows = 2) -
             f"{int(example.response.sum())} of the response"
         )
         shown = Text()
-        for position, (token, response) in enumerate(
-            zip(example.ids.tolist(), example.response.tolist(), strict=True)
-        ):
-            marked = position > 0 and (response or not on_response)
-            text = str(tokenizer.decode([token]))
+        labels = [
+            position > 0 and (response or not on_response)
+            for position, response in enumerate(example.response.tolist())
+        ]
+        pairs = zip(labels, example.ids.tolist(), strict=True)
+        for marked, run in itertools.groupby(pairs, key=lambda pair: pair[0]):
+            text = str(tokenizer.decode([token for _, token in run]))
             # Off a terminal there is no colour: brackets mark the labels instead.
             if marked and not out.is_terminal:
                 text = f"[{text}]"
@@ -335,18 +339,26 @@ def _quiet_libraries() -> None:
 
 def main() -> None:
     """Entry point: errors become one line and an exit code, Ctrl-C a resumable stop."""
+    # A scheduler's request to stop is Ctrl-C by another name.
+    signal.signal(signal.SIGTERM, signal.default_int_handler)
     sys.exit(_guarded(lambda: app(standalone_mode=False)))
+
+
+_TYPER_INTERRUPTED = 130
+"""What typer makes of Ctrl-C, instead of letting it through."""
 
 
 def _guarded(command: Callable[[], object]) -> int:
     try:
         result = command()
+        if result == _TYPER_INTERRUPTED:
+            raise KeyboardInterrupt
         return result if isinstance(result, int) else 0
     except SlmLoraError as error:
         print(error, file=sys.stderr)
         return error.exit_code
     except KeyboardInterrupt:
-        print("stopped; the same command continues with the next unfinished cell", file=sys.stderr)
+        print("stopped; the same command continues where it stopped", file=sys.stderr)
         return STOPPED_RESUMABLE
     except MemoryError:
         print("out of memory; lower training.micro_batch_tokens", file=sys.stderr)

@@ -9,14 +9,17 @@ from __future__ import annotations
 import hashlib
 import itertools
 import json
+import math
 import re
 from typing import Annotated, Any, Literal
 
 from pydantic import (
+    AfterValidator,
     BaseModel,
     BeforeValidator,
     ConfigDict,
     Field,
+    ValidationInfo,
     field_validator,
     model_validator,
 )
@@ -31,7 +34,14 @@ def _no_bool(value: object) -> object:
     return value
 
 
-Int = Annotated[int, BeforeValidator(_no_bool)]
+def _of_64_bits(value: int) -> int:
+    # Libraries behind this take no larger one, and Python does not even print it.
+    if abs(value) >= 2**63:
+        raise ValueError("must be below 2^63")
+    return value
+
+
+Int = Annotated[int, BeforeValidator(_no_bool), AfterValidator(_of_64_bits)]
 Float = Annotated[float, BeforeValidator(_no_bool)]
 Precision = Literal["auto", "fp32", "bf16", "fp16"]
 
@@ -106,7 +116,7 @@ class AdapterSection(Section):
 
     kind: Literal["lora", "rslora", "dora"] = Field("lora", description="PEFT method.")
     r: Int = Field(8, ge=1, description="Rank.")
-    lora_alpha: float | str = Field(
+    lora_alpha: Annotated[float | str, BeforeValidator(_no_bool)] = Field(
         "2r", description="Scaling numerator: a number, or a multiple of the rank such as `2r`."
     )
     lora_dropout: Float = Field(0.05, ge=0, lt=1, description="Dropout before the adapter.")
@@ -118,16 +128,15 @@ class AdapterSection(Section):
     @field_validator("lora_alpha")
     @classmethod
     def _alpha_is_number_or_multiple(cls, value: float | str) -> float | str:
-        if isinstance(value, bool):
-            raise ValueError("must be a number or a multiple of the rank such as 2r")
-        if isinstance(value, str) and not re.fullmatch(r"\d+(\.\d+)?r", value):
-            try:
-                value = float(value)
-            except ValueError:
-                raise ValueError("must be a number or a multiple of the rank such as 2r") from None
-        if not isinstance(value, str) and value <= 0:
-            raise ValueError("must be greater than 0")
-        return value
+        multiple = isinstance(value, str) and re.fullmatch(r"\d+(\.\d+)?r", value)
+        try:
+            number = float(str(value).removesuffix("r") if multiple else value)
+        except ValueError:
+            raise ValueError("must be a number or a multiple of the rank such as 2r") from None
+        # Also what YAML takes for text, and Python for a number: nan, inf, 1e999.
+        if not 0 < number < math.inf:
+            raise ValueError("must be greater than 0, and finite")
+        return value if multiple else number
 
     @field_validator("target_modules", mode="before")
     @classmethod
@@ -181,19 +190,13 @@ class TrainingSection(Section):
         None, ge=1, description="Stop after so many validations without a better loss."
     )
 
-    @model_validator(mode="after")
-    def _validation_needs_eval_steps(self) -> TrainingSection:
-        needs = [
-            name
-            for name, used in (
-                ("keep_best", self.keep_best),
-                ("early_stopping_patience", self.early_stopping_patience is not None),
-            )
-            if used and self.eval_steps is None
-        ]
-        if needs:
-            raise ValueError(f"{' and '.join(needs)} needs training.eval_steps")
-        return self
+    @field_validator("keep_best", "early_stopping_patience")
+    @classmethod
+    def _needs_eval_steps(cls, value: int | None, info: ValidationInfo) -> int | None:
+        # eval_steps is not among the data if it is wrong itself.
+        if value and info.data.get("eval_steps", value) is None:
+            raise ValueError("needs training.eval_steps")
+        return value
 
 
 class EvaluationSection(Section):
@@ -221,9 +224,20 @@ class GridSection(Section):
         if self.cells and self.axes:
             raise ValueError("give cells or axes, not both")
         for axis in self.axes:
-            if not axis or len({len(values) for values in axis.values()}) != 1:
+            if not axis or not all(axis.values()):
+                raise ValueError("an axis has no values")
+            if len({len(values) for values in axis.values()}) != 1:
                 raise ValueError(f"keys of one axis need equally many values: {sorted(axis)}")
+        keys = [key for axis in self.axes for key in axis]
+        if twice := sorted({key for key in keys if keys.count(key) > 1}):
+            raise ValueError(f"keys in two axes, where one would hide the other: {twice}")
         return self
+
+    def count(self) -> int:
+        """How many cells there are; one if no grid."""
+        if self.cells:
+            return len(self.cells)
+        return math.prod(len(next(iter(axis.values()))) for axis in self.axes)
 
     def settings(self) -> list[dict[str, Any]]:
         """One mapping of dotted keys a cell, in the order written; one empty cell if no grid."""
@@ -257,6 +271,7 @@ class Recipe(CellRecipe):
     name: str = Field(
         description="Name of the experiment and of its folder.",
         pattern=r"^[a-z0-9][a-z0-9._-]*$",
+        max_length=100,
     )
     description: str = Field("", description="One line for people.")
     grid: GridSection = Field(

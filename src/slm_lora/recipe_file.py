@@ -3,6 +3,12 @@
 from __future__ import annotations
 
 import difflib
+import hashlib
+import re
+import reprlib
+import types
+import typing
+from collections import Counter
 from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass, field
 from pathlib import Path
@@ -10,12 +16,20 @@ from typing import Any, TypeVar
 
 import yaml
 from pydantic import BaseModel, ValidationError
+from pydantic.fields import FieldInfo
 
 from slm_lora.errors import UsageError
 from slm_lora.recipe import CellRecipe, Recipe
 
 Settings = dict[str, Any]
 _Model = TypeVar("_Model", bound=BaseModel)
+
+MOST_CELLS = 10_000
+"""Cells times seeds; axes multiply quickly, and more than this is a slip."""
+
+_SURROGATE = re.compile("[\ud800-\udfff]")
+_LONGEST_NAME = 120
+"""Characters of a cell's name: it is a folder's, and files are named after it."""
 
 
 @dataclass(frozen=True, slots=True)
@@ -33,13 +47,14 @@ class _Sources:
 
     file: str
     lines: dict[str, int] = field(default_factory=dict)
-    overrides: set[str] = field(default_factory=set)
+    overrides: dict[str, None] = field(default_factory=dict)
 
     def explain(self, key: str) -> str:
-        """`file`, or `override`, and the end of a message: the line, if there is one."""
+        """`override` or the file's name: what a message on the key begins with."""
         return "override" if self._from_override(key) else self.file
 
     def line(self, key: str) -> str:
+        """The line to end the message with, if there is one."""
         if self._from_override(key):
             return ""
         parts = key.split(".")
@@ -49,15 +64,59 @@ class _Sources:
         return ""
 
     def _from_override(self, key: str) -> bool:
-        return any(key == o or key.startswith(f"{o}.") for o in self.overrides)
+        return any(
+            key == o
+            or key.startswith(f"{o}.")
+            # a section that only an override brought into being
+            or (o.startswith(f"{key}.") and key not in self.lines)
+            for o in self.overrides
+        )
 
 
-def known_keys(model: type[BaseModel] = Recipe, prefix: str = "") -> Iterator[str]:
-    """All dotted keys of the schema, sections before what is in them."""
+# --- the schema's keys -------------------------------------------------------------------------
+
+
+def _is_section(info: FieldInfo) -> bool:
+    return isinstance(info.annotation, type) and issubclass(info.annotation, BaseModel)
+
+
+def _fields(model: type[BaseModel], prefix: str = "") -> Iterator[tuple[str, FieldInfo]]:
     for name, info in model.model_fields.items():
-        yield prefix + name
-        if isinstance(info.annotation, type) and issubclass(info.annotation, BaseModel):
-            yield from known_keys(info.annotation, f"{prefix}{name}.")
+        yield prefix + name, info
+        if _is_section(info):
+            yield from _fields(typing.cast(type[BaseModel], info.annotation), f"{prefix}{name}.")
+
+
+def known_keys(model: type[BaseModel] = Recipe) -> Iterator[str]:
+    """All dotted keys of the schema, sections before what is in them."""
+    for key, _ in _fields(model):
+        yield key
+
+
+def _why_not_settable(key: str, model: type[BaseModel]) -> str:
+    """Why a dotted key cannot be set on its own, or nothing if it can."""
+    fields = dict(_fields(model))
+    if key in fields:
+        if not _is_section(fields[key]):
+            return ""
+        inner = next(each for each in fields if each.startswith(f"{key}."))
+        return f"'{_shown(key)}' is a section; set what is in it, such as '{inner}'"
+    parent, _, last = key.rpartition(".")
+    if last and parent in fields and typing.get_origin(fields[parent].annotation) is dict:
+        return ""
+    return f"unknown key '{_shown(key)}'{_did_you_mean(key, list(fields))}"
+
+
+def _did_you_mean(key: str, keys: list[str]) -> str:
+    close = difflib.get_close_matches(key, keys, n=1, cutoff=0.6)
+    if not close:
+        # The right name in the wrong section.
+        last = key.rsplit(".", 1)[-1]
+        close = [known for known in keys if known.rsplit(".", 1)[-1] == last][:1]
+    return f"; did you mean '{close[0]}'?" if close else ""
+
+
+# --- reading -----------------------------------------------------------------------------------
 
 
 def load_recipe(path: Path, overrides: Sequence[str] = ()) -> tuple[Recipe, list[Cell]]:
@@ -74,8 +133,8 @@ def load_recipe(path: Path, overrides: Sequence[str] = ()) -> tuple[Recipe, list
         text = path.read_text(encoding="utf-8")
     except FileNotFoundError:
         raise UsageError(f"{path}: no such recipe{_nearby(path)}") from None
-    except (OSError, UnicodeDecodeError) as error:
-        raise UsageError(f"{path}: cannot be read ({error})") from error
+    except (OSError, ValueError) as error:  # ValueError: no UTF-8, or no possible path
+        raise UsageError(_one_line(f"{path}: cannot be read ({error})")) from error
     return parse_recipe(text, path.name, overrides)
 
 
@@ -88,14 +147,14 @@ def parse_recipe(text: str, file: str, overrides: Sequence[str] = ()) -> tuple[R
     sources = _Sources(file)
     mistakes: list[str] = []
     settings = _parse_yaml(text, sources, mistakes)
+    in_overrides: list[str] = []
     for override in overrides:
-        _apply_override(settings, override, sources, mistakes)
+        _apply_override(settings, override, sources, in_overrides)
     recipe = _validated(Recipe, settings, sources, mistakes)
+    mistakes.extend(in_overrides)
+    cells = [] if recipe is None or mistakes else _cells(recipe, settings, sources, mistakes)
     if recipe is None or mistakes:
-        raise UsageError("\n".join(dict.fromkeys(mistakes)))
-    cells = _cells(recipe, settings, sources, mistakes)
-    if mistakes:
-        raise UsageError("\n".join(dict.fromkeys(mistakes)))
+        raise UsageError("\n".join(dict.fromkeys(map(_one_line, mistakes))))
     return recipe, cells
 
 
@@ -108,34 +167,49 @@ def _nearby(path: Path) -> str:
 def _parse_yaml(text: str, sources: _Sources, mistakes: list[str]) -> Settings:
     try:
         node = yaml.compose(text, Loader=yaml.SafeLoader)
-        value = yaml.safe_load(text)
-    except (yaml.YAMLError, ValueError, RecursionError) as error:
+        value = _value(text)
+    except Exception as error:  # a tag forces a value on its constructor, which fails in any way
         mark = getattr(error, "problem_mark", None)
         where = f" (line {mark.line + 1})" if mark else ""
-        problem = getattr(error, "problem", None) or str(error).splitlines()[0]
-        raise UsageError(f"{sources.file}: not valid YAML: {problem}{where}") from error
+        problem = getattr(error, "problem", None) or str(error) or type(error).__name__
+        raise UsageError(
+            f"{sources.file}: not valid YAML: {_one_line(problem.splitlines()[0])}{where}"
+        ) from error
     if value is None:
         return {}
     if not isinstance(node, yaml.MappingNode) or not isinstance(value, dict):
         raise UsageError(f"{sources.file}: must be a mapping of keys to values")
-    _record_lines(node, "", sources, mistakes)
+    _record_lines(node, "", sources, mistakes, set())
+    return value
+
+
+def _value(text: str) -> Any:
+    value = yaml.safe_load(text)
+    if "\\" in text:  # an escape can write what no file can hold
+        for event in yaml.parse(text, Loader=yaml.SafeLoader):
+            if isinstance(event, yaml.ScalarEvent) and _SURROGATE.search(event.value):
+                mark: Any = event.start_mark
+                raise yaml.MarkedYAMLError(
+                    problem="half a character (lone surrogate)", problem_mark=mark
+                )
     return value
 
 
 def _record_lines(
-    node: yaml.MappingNode, prefix: str, sources: _Sources, mistakes: list[str]
+    node: yaml.MappingNode, prefix: str, sources: _Sources, mistakes: list[str], done: set[int]
 ) -> None:
+    # Through anchors a mapping may stand in many places, or in itself: once is enough.
+    done.add(id(node))
     seen: set[str] = set()
     for key_node, value_node in node.value:
         key = prefix + str(key_node.value)
         line = key_node.start_mark.line + 1
         if key in seen:
-            mistakes.append(f"{sources.file}: '{key}' is written twice (line {line})")
+            mistakes.append(f"{sources.file}: '{_shown(key)}' is written twice (line {line})")
         seen.add(key)
         sources.lines[key] = line
-        # A key that holds itself through an anchor would never end.
-        if isinstance(value_node, yaml.MappingNode) and key.count(".") < 8:
-            _record_lines(value_node, f"{key}.", sources, mistakes)
+        if isinstance(value_node, yaml.MappingNode) and id(value_node) not in done:
+            _record_lines(value_node, f"{key}.", sources, mistakes, done)
 
 
 def _apply_override(
@@ -144,27 +218,54 @@ def _apply_override(
     key, separator, raw = override.partition("=")
     key = key.strip()
     if not separator or not key:
-        mistakes.append(f"override: '{override}' is not key=value")
+        mistakes.append(f"override: '{_shown(override)}' is not key=value")
         return
     try:
-        value = yaml.safe_load(raw)
-    except (yaml.YAMLError, ValueError):
-        mistakes.append(f"override: {key} = {raw}: not a value in YAML")
+        value = _value(raw)
+    except Exception:  # see _parse_yaml
+        mistakes.append(f"override: {_shown(key)} = {_shown(raw)}: not a value in YAML")
+        return
+    if why := _why_not_settable(key, Recipe):
+        mistakes.append(f"override: {why}")
         return
     if raw == "":
         value = ""
     _set(settings, key, value)
-    sources.overrides.add(key)
+    sources.overrides[key] = None
 
 
 def _set(settings: Settings, key: str, value: Any) -> None:
     *parents, last = key.split(".")
     for parent in parents:
         inner = settings.get(parent)
+        if inner is not None and not isinstance(inner, dict):
+            return  # a mistake of the file's, that validation finds
         # Copied, never changed in place: cells share what they do not override.
-        settings[parent] = dict(inner) if isinstance(inner, dict) else {}
+        settings[parent] = dict(inner or {})
         settings = settings[parent]
     settings[last] = value
+
+
+# --- explaining --------------------------------------------------------------------------------
+
+_SAID = {
+    "int_type": "must be a whole number",
+    "int_parsing": "must be a whole number",
+    "int_parsing_size": "must be below 2^63",
+    "int_from_float": "must be a whole number",
+    "float_type": "must be a number",
+    "float_parsing": "must be a number",
+    "finite_number": "must be finite",
+    "bool_type": "must be true or false",
+    "bool_parsing": "must be true or false",
+    "string_type": "must be text",
+    "tuple_type": "must be a list",
+    "dict_type": "must be a mapping of keys to values",
+    "model_type": "must be a mapping of keys to values",
+    "model_attributes_type": "must be a mapping of keys to values",
+    "string_pattern_mismatch": "must be of a-z, 0-9 and . _ -, a letter or digit first",
+}
+"""Mistakes in plain words, by pydantic's name for them."""
 
 
 def _validated(
@@ -173,48 +274,92 @@ def _validated(
     try:
         return model.model_validate(settings)
     except ValidationError as error:
-        keys = list(known_keys())
-        for each in error.errors():
-            mistakes.append(_explained(dict(each), keys, sources, place))
+        found: dict[str, str] = {}
+        for each in error.errors(include_url=False):
+            key, literal = _key_of(each["loc"], model)
+            explained = _explained(dict(each), key, sources, place)
+            # Of a union every branch has an error to tell: the first is enough, and of a list
+            # or one certain word the list.
+            if not literal or not any(other.startswith(key) for other in found):
+                found.setdefault(key, explained)
+        mistakes.extend(found.values())
         return None
 
 
-def _explained(error: dict[str, Any], keys: list[str], sources: _Sources, place: str) -> str:
-    location = [str(part) for part in error["loc"]]
-    # What pydantic adds for the branches of a union is not a key.
-    known = [part for part in location if not part.startswith(("literal[", "tuple[", "function-"))]
-    while len(known) > 1 and ".".join(known) not in keys and known[-1] in ("float", "str", "int"):
-        known.pop()
-    key = ".".join(known)
+def _key_of(location: tuple[int | str, ...], model: type[BaseModel]) -> tuple[str, bool]:
+    """The dotted key at a place that pydantic tells, and whether it is that of a single word.
+
+    Behind a key of several types pydantic names the type that it tried.
+    """
+    fields = dict(_fields(model))
+    parts: list[str] = []
+    literal = False
+    for part in location:
+        info = fields.get(".".join(parts))
+        if isinstance(part, str) and info is not None and _is_union(info.annotation):
+            literal = part.startswith("literal[")
+        elif part != "[key]":
+            parts.append(str(part))
+    return ".".join(parts), literal
+
+
+def _is_union(annotation: object) -> bool:
+    if typing.get_origin(annotation) not in (typing.Union, types.UnionType):
+        return False
+    return len([each for each in typing.get_args(annotation) if each is not type(None)]) > 1
+
+
+def _explained(error: dict[str, Any], key: str, sources: _Sources, place: str) -> str:
     source = place or sources.explain(key)
     line = "" if place else sources.line(key)
+    if error["type"] == "invalid_key" or "[key]" in error["loc"][-1:]:
+        return f"{source}: {_shown(key)}: a key must be text{line}"
     if error["type"] == "extra_forbidden":
-        return f"{source}: unknown key '{key}'{line}{_did_you_mean(key, keys)}"
+        keys = list(known_keys())
+        section, _, last = key.rpartition(".")
+        if key in keys:
+            return f"{source}: '{key}' must be written as '{last}' under '{section}'{line}"
+        return f"{source}: unknown key '{_shown(key)}'{line}{_did_you_mean(key, keys)}"
     if error["type"] == "missing":
         return f"{source}: '{key}' is missing"
     message = str(error["msg"]).removeprefix("Value error, ")
-    message = message.replace("Input should be", "must be").replace("a valid ", "a ")
-    shown = error["input"]
-    if not key or isinstance(shown, BaseModel | dict):
-        return f"{source}: {f'{key}: ' if key else ''}{message}{line}"
+    message = _SAID.get(error["type"], message.replace("Input should be", "must be"))
+    value = error["input"]
+    if not key or isinstance(value, BaseModel | dict):
+        return f"{source}: {f'{_shown(key)}: ' if key else ''}{message}{line}"
     hint = ""
-    if error["type"] == "literal_error" and isinstance(shown, str):
+    if error["type"] == "literal_error" and isinstance(value, str):
         choices = [
             c.strip(" '") for c in str(error["ctx"]["expected"]).replace(" or ", ",").split(",")
         ]
-        close = difflib.get_close_matches(shown, choices, n=1)
+        close = difflib.get_close_matches(value, choices, n=1)
         hint = f"; did you mean '{close[0]}'?" if close else ""
-    return f"{source}: {key} = {shown}: {message}{line}{hint}"
+    return f"{source}: {_shown(key)} = {_shown(value)}: {message}{line}{hint}"
 
 
-def _did_you_mean(key: str, keys: list[str]) -> str:
-    close = difflib.get_close_matches(key, keys, n=1, cutoff=0.6)
-    if not close:
-        # The right name in the wrong section.
-        last = key.rsplit(".", 1)[-1]
-        close = [known for known in keys if known.rsplit(".", 1)[-1] == last][:1]
-    return f"; did you mean '{close[0]}'?" if close else ""
+_BRIEF = reprlib.Repr()
+_BRIEF.maxlevel = 2
 
+
+def _shown(value: object, most: int = 60) -> str:
+    """A value as YAML would have it, short enough for a message."""
+    if value is None:
+        return "null"
+    if isinstance(value, bool):
+        return "true" if value else "false"
+    try:
+        text = value if isinstance(value, str) else _BRIEF.repr(value)
+    except ValueError:  # Python prints no number of more than 4,300 digits
+        return "a number of thousands of digits"
+    return text if len(text) <= most else f"{text[: most - 1]}…"
+
+
+def _one_line(text: str) -> str:
+    # What is shown may come from a file: it must not break the line, nor the terminal.
+    return "".join(c if c.isprintable() else c.encode("unicode_escape").decode() for c in text)
+
+
+# --- cells -------------------------------------------------------------------------------------
 
 _SHORT = {
     "adapter.r": "r",
@@ -229,29 +374,52 @@ _NOT_IN_CELLS = ("name", "description", "grid", "seeds")
 def _cells(
     recipe: Recipe, settings: Settings, sources: _Sources, mistakes: list[str]
 ) -> list[Cell]:
-    keys = set(known_keys(CellRecipe))
+    count = recipe.grid.count() * max(1, len(recipe.seeds))
+    source = sources.explain("grid.cells" if recipe.grid.cells else "grid.axes")
+    if count > MOST_CELLS:
+        mistakes.append(f"{source}: {count} cells (with seeds); at most {MOST_CELLS}")
+        return []
+    grid = recipe.grid.settings()
+    before = len(mistakes)
+    for index, varied in enumerate(grid, start=1):
+        for key in varied:
+            if why := _why_not_settable(key, CellRecipe):
+                mistakes.append(f"{source}: grid cell {index}: {why}")
+    if recipe.seeds and any("seed" in varied for varied in grid):
+        mistakes.append(f"{source}: the grid sets 'seed', and so do 'seeds'; leave one out")
+    for key in sources.overrides:
+        if all(key in varied for varied in grid) or (key == "seed" and recipe.seeds):
+            by = "seeds" if key == "seed" and recipe.seeds else "grid"
+            mistakes.append(f"override: {key} has no effect: '{by}' sets it in every cell")
+    if len(mistakes) > before:
+        return []
     shared = {name: value for name, value in settings.items() if name not in _NOT_IN_CELLS}
     cells = []
     # Seed-major, so that any finished prefix holds every setting equally often.
     for seed in recipe.seeds or (None,):
-        for index, varied in enumerate(recipe.grid.settings(), start=1):
-            place = f"{sources.explain('grid')}: grid cell {index}"
-            unknown = [key for key in varied if key not in keys]
-            for key in unknown:
-                mistakes.append(f"{place}: unknown key '{key}'{_did_you_mean(key, sorted(keys))}")
+        for index, varied in enumerate(grid, start=1):
             own = dict(shared)
-            chosen = dict(varied) if seed is None else {**varied, "seed": seed}
+            chosen = varied if seed is None else {**varied, "seed": seed}
             for key, value in chosen.items():
                 _set(own, key, value)
-            if unknown:
-                continue
-            cell = _validated(CellRecipe, own, sources, mistakes, place)
+            cell = _validated(CellRecipe, own, sources, mistakes, f"{source}: grid cell {index}")
             if cell is not None:
-                cells.append(Cell(_cell_name(cell, chosen), chosen, cell))
-    doubles = {c.name for c in cells if sum(o.name == c.name for o in cells) > 1}
-    for name in sorted(doubles):
-        mistakes.append(f"{sources.file}: grid has the cell {name} more than once")
+                # As validated: `2e-4` is text in YAML, and a number here.
+                values = {key: _value_at(cell, key) for key in chosen}
+                cells.append(Cell(_cell_name(cell, values), values, cell))
+    # Folders are named after cells, and some file systems take R8 for r8.
+    times = Counter(cell.name.casefold() for cell in cells)
+    for name in dict.fromkeys(cell.name for cell in cells):
+        if times[name.casefold()] > 1:
+            mistakes.append(f"{source}: the grid has the cell {name} more than once")
     return cells
+
+
+def _value_at(cell: CellRecipe, key: str) -> Any:
+    value: Any = cell
+    for part in key.split("."):
+        value = value[part] if isinstance(value, dict) else getattr(value, part)
+    return value
 
 
 def _cell_name(cell: CellRecipe, chosen: Mapping[str, Any]) -> str:
@@ -261,10 +429,22 @@ def _cell_name(cell: CellRecipe, chosen: Mapping[str, Any]) -> str:
     for key in [*order, *sorted(set(chosen) - {*order, "seed"}), "seed"]:
         if key not in chosen:
             continue
-        value = chosen[key]
         if key == "adapter.lora_alpha" and cell.adapter.lora_alpha == "2r":
             continue
-        shown = "+".join(map(str, value)) if isinstance(value, list | tuple) else str(value)
         prefix = _SHORT.get(key, key.rsplit(".", 1)[-1].replace("_", ""))
-        parts.append(prefix + "".join(c if c.isalnum() or c in ".+" else "_" for c in shown))
-    return "-".join(parts) or f"r{cell.adapter.r}"
+        parts.append(prefix + _in_name(chosen[key]))
+    name = "".join(
+        c if c.isascii() and (c.isalnum() or c in "._+-") else "_" for c in "-".join(parts)
+    )
+    if len(name) > _LONGEST_NAME:
+        digest = hashlib.sha256(name.encode()).hexdigest()[:8]
+        name = f"{name[: _LONGEST_NAME - 9]}-{digest}"
+    return name or f"r{cell.adapter.r}"
+
+
+def _in_name(value: Any) -> str:
+    if isinstance(value, list | tuple):
+        return "+".join(map(str, value))
+    if isinstance(value, float):
+        return str(value).removesuffix(".0")
+    return str(value)

@@ -28,7 +28,7 @@ def make_examples(lengths: list[int], seed: int = 0) -> list[Example]:
             row_id=f"{index:04d}",
             group_id=f"{index:04d}",
             category="",
-            ids=rng.integers(3, 480, length).astype(np.int32),
+            ids=rng.integers(3, 256, length).astype(np.int32),
             response=np.arange(length) >= length // 2,
             bytes_all=length,
             bytes_response=length,

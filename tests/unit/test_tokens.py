@@ -40,7 +40,7 @@ def bos_tokenizer(tiny_folder: Path) -> Any:
         single=f"{BOS} $A", special_tokens=[(BOS, backend.token_to_id(BOS))]
     )
     plain = AutoTokenizer.from_pretrained(tiny_folder, local_files_only=True)
-    tokenizer = PreTrainedTokenizerFast(
+    tokenizer = PreTrainedTokenizerFast(  # type: ignore[no-untyped-call]
         tokenizer_object=backend,
         bos_token=BOS,
         eos_token="<|im_end|>",
@@ -170,7 +170,7 @@ def test_eos_is_a_label_although_it_also_pads(tokenizer: Any, kind: TemplateKind
     assert tokenizer.pad_token_id == tokenizer.eos_token_id == example.ids[-1]
     assert example.response[-1]
     for loss_on in ("all", "response"):
-        labels = pack([example], loss_on).labels  # type: ignore[arg-type]
+        labels = pack([example], loss_on).labels
         assert labels[-2] == tokenizer.eos_token_id
 
 
@@ -209,7 +209,7 @@ def test_a_row_without_text_has_no_tokens(plain_tokenizer: Any) -> None:
 
 def test_a_tokenizer_without_eos_ends_with_the_text(tiny_folder: Path) -> None:
     backend = Tokenizer.from_file(str(tiny_folder / "tokenizer.json"))
-    bare = PreTrainedTokenizerFast(tokenizer_object=backend)
+    bare = PreTrainedTokenizerFast(tokenizer_object=backend)  # type: ignore[no-untyped-call]
     assert one(bare, "plain", pair("a", "b")).ids.tolist() == ids(bare, "ab")
 
 
@@ -349,7 +349,7 @@ def test_a_vocabulary_that_cannot_spell_a_special_token_is_found_out() -> None:
     words = {"<unk>": 0, "</s>": 1, "salt": 2}
     backend = Tokenizer(models.WordLevel(words, unk_token="<unk>"))
     backend.pre_tokenizer = pre_tokenizers.WhitespaceSplit()
-    tokenizer = PreTrainedTokenizerFast(
+    tokenizer = PreTrainedTokenizerFast(  # type: ignore[no-untyped-call]
         tokenizer_object=backend, eos_token="</s>", unk_token="<unk>"
     )
     assert one(tokenizer, "plain", pair("salt ", "pepper")).ids.tolist() == [2, 0, 1]

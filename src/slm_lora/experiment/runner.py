@@ -21,6 +21,7 @@ from slm_lora.progress import Reporter
 from slm_lora.records import LossOn, RowScore
 from slm_lora.runs import SCORES_FILE, STEPS_FILE, Run, find_run, new_run, write_lines
 from slm_lora.storage import sha256_file
+from slm_lora.training.checkpoint import Checkpointer
 from slm_lora.training.loop import Step, TrainingResult, total_steps, train
 
 if TYPE_CHECKING:
@@ -44,6 +45,10 @@ class Places:
     def adapter(self, cell: str) -> Path:
         """Folder of one cell's adapter."""
         return self.adapters / f"{self.experiment}-{cell}"
+
+    def checkpoint(self, cell: str, identity: str) -> Path:
+        """Folder of one unfinished cell's checkpoint."""
+        return self.results / "checkpoints" / f"{cell}-{identity[:8]}"
 
 
 BASE = "base"
@@ -138,7 +143,8 @@ def _run_cell(job: Job, base: Base, places: Places, reporter: Reporter) -> Run:
     machine.reset_peak_memory(job.device.type)
     adapted = adapter.attach(base, job.cell.recipe.adapter, job.cell.recipe.seed)
     try:
-        result = _train(job, base, adapted, reporter)
+        checkpointer = Checkpointer(places.checkpoint(name, job.identity), job.identity)
+        result = _train(job, base, adapted, checkpointer, reporter)
         peak = machine.peak_memory_bytes(job.device.type)
         scores, evaluation = _evaluate(base, job, name, reporter)
         parameters = adapter.count_parameters(adapted)
@@ -162,10 +168,13 @@ def _run_cell(job: Job, base: Base, places: Places, reporter: Reporter) -> Run:
     with new_run(places.results, name, job.identity, record) as run:
         write_scores(scores, run / SCORES_FILE)
         write_lines(run / STEPS_FILE, [asdict(step) for step in result.history])
+    checkpointer.remove()
     return _found(places, name, job.identity)
 
 
-def _train(job: Job, base: Base, adapted: PeftModel, reporter: Reporter) -> TrainingResult:
+def _train(
+    job: Job, base: Base, adapted: PeftModel, checkpointer: Checkpointer, reporter: Reporter
+) -> TrainingResult:
     section = job.cell.recipe.training
 
     def validate() -> float:
@@ -178,13 +187,17 @@ def _train(job: Job, base: Base, adapted: PeftModel, reporter: Reporter) -> Trai
         return held_out_loss(scores, section.loss_on).loss
 
     total = total_steps(len(job.prepared.train), section)
+    shown = 0
     with reporter.task(job.cell.name, total, "steps") as task:
 
         def on_step(step: Step) -> None:
+            nonlocal shown
             note = f"loss {step.loss:.3f}"
             if step.validation_loss is not None:
                 note += f"  validation {step.validation_loss:.3f}"
-            task.advance(1, step.tokens, note)
+            # The first step of a later sitting brings those of the earlier ones along.
+            task.advance(step.step - shown, step.tokens, note)
+            shown = step.step
 
         result = train(
             base,
@@ -194,6 +207,7 @@ def _train(job: Job, base: Base, adapted: PeftModel, reporter: Reporter) -> Trai
             job.cell.recipe.seed,
             validate=validate,
             on_step=on_step,
+            checkpointer=checkpointer,
         )
         task.close(
             f"trained {len(result.history)} steps  loss {result.history[-1].loss:.3f}  "

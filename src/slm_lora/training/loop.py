@@ -21,6 +21,7 @@ from slm_lora.model.forward import batch_nll
 from slm_lora.model.load import Base
 from slm_lora.recipe import TrainingSection
 from slm_lora.records import Example
+from slm_lora.training.checkpoint import Checkpointer
 from slm_lora.training.optimizer import adamw, learning_rate
 
 if TYPE_CHECKING:
@@ -104,6 +105,15 @@ def _steps(
             done += 1
 
 
+_Best = tuple[float, int, dict[str, torch.Tensor]]
+
+
+def _validations_since(history: Sequence[Step], best: _Best | None) -> int:
+    """Validations after the best one."""
+    after = 0 if best is None else best[1]
+    return sum(s.validation_loss is not None for s in history if s.step > after)
+
+
 def train(
     base: Base,
     adapted: PeftModel,
@@ -113,6 +123,7 @@ def train(
     *,
     validate: Callable[[], float] | None = None,
     on_step: Callable[[Step], None] = lambda step: None,
+    checkpointer: Checkpointer | None = None,
 ) -> TrainingResult:
     """Train the adapter in place.
 
@@ -123,7 +134,8 @@ def train(
         section: how to train.
         seed: order and dropout.
         validate: loss on the validation set, in nats per label token.
-        on_step: told of every step.
+        on_step: told of every step of this sitting.
+        checkpointer: saves now and then, and takes up what an earlier sitting saved.
 
     Raises:
         DataError: no example has a label.
@@ -137,19 +149,27 @@ def train(
             "the template"
         )
     total = total_steps(len(usable), section)
-    parameters = [p for p in adapted.parameters() if p.requires_grad]
+    named = {name: p for name, p in adapted.named_parameters() if p.requires_grad}
+    parameters = list(named.values())
     optimizer = adamw(parameters, section)
     scaler = torch.amp.GradScaler(base.device.type, enabled=base.precision == "fp16")
-    best: tuple[float, int, dict[str, torch.Tensor]] | None = None
+    best: _Best | None = None
     patience = section.early_stopping_patience
-    since_best = 0
     history: list[Step] = []
-    seconds, stopped_early = 0.0, False
+    if checkpointer is not None and (resumed := checkpointer.load(named, optimizer)):
+        history, best = resumed.history, resumed.best
+        scaler.load_state_dict(resumed.scaler)
+    resumed_at = len(history)
+    seconds = history[-1].seconds if history else 0.0
+    saved_at = time.monotonic()
+    stopped_early = False
 
     adapted.train()
     for number, step_examples in enumerate(
         _steps(usable, section.effective_batch_size, seed, total)
     ):
+        if number < resumed_at:
+            continue
         began = time.perf_counter()
         rate = learning_rate(section, number, total)
         for group in optimizer.param_groups:
@@ -181,9 +201,8 @@ def train(
             adapted.eval()
             validation_loss = validate()
             adapted.train()
-            since_best += 1
             if best is None or validation_loss < best[0]:
-                best, since_best = (validation_loss, number + 1, trainable_state(adapted)), 0
+                best = (validation_loss, number + 1, trainable_state(adapted))
         step = Step(
             step=number + 1,
             total_steps=total,
@@ -199,9 +218,12 @@ def train(
         )
         history.append(step)
         on_step(step)
-        if patience is not None and since_best >= patience:
+        if patience is not None and _validations_since(history, best) >= patience:
             stopped_early = True
             break
+        if checkpointer and time.monotonic() - saved_at >= checkpointer.every_seconds:
+            checkpointer.save(named, optimizer, history, best, scaler.state_dict())
+            saved_at = time.monotonic()
     adapted.eval()
     kept = len(history)
     if section.keep_best and best is not None:

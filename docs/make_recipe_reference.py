@@ -1,0 +1,98 @@
+"""Write docs/recipe.md from the schema, or check that it is up to date (--check)."""
+
+from __future__ import annotations
+
+import sys
+from collections.abc import Iterator
+from pathlib import Path
+from typing import Any
+
+from pydantic import BaseModel
+from pydantic_core import PydanticUndefined
+
+from slm_lora.recipe import Recipe
+
+TARGET = Path(__file__).parent / "recipe.md"
+HEAD = """# Recipe reference
+
+One YAML file describes an experiment. This page is generated from the schema
+(`python docs/make_recipe_reference.py`); names are those of PEFT and TRL where they have one.
+Every key can be overridden on the command line by its dotted name: `adapter.r=16`.
+
+"""
+
+
+def sections() -> Iterator[tuple[str, str, type[BaseModel]]]:
+    """Title, dotted prefix and schema of every section; the top level first."""
+    yield "Top level", "", Recipe
+    for name, info in Recipe.model_fields.items():
+        if isinstance(info.annotation, type) and issubclass(info.annotation, BaseModel):
+            yield f"`{name}`", f"{name}.", info.annotation
+
+
+def default(info: Any) -> str:
+    """The default as YAML writes it."""
+    if info.is_required():
+        return "required"
+    value = info.default
+    if value is PydanticUndefined:
+        value = info.default_factory()
+    if value is None:
+        return "unset"
+    if isinstance(value, bool):
+        return f"`{str(value).lower()}`"
+    if isinstance(value, tuple | list):
+        return f"`[{', '.join(map(str, value))}]`"
+    return f"`{value}`" if value not in ("", {}) else "empty"
+
+
+def page() -> str:
+    """The whole page."""
+    parts = [HEAD]
+    for title, prefix, model in sections():
+        parts.append(f"## {title}\n\n{(model.__doc__ or '').strip()}\n\n")
+        parts.append("| Key | Default | Meaning |\n| :-- | :-- | :-- |\n")
+        for name, info in model.model_fields.items():
+            if isinstance(info.annotation, type) and issubclass(info.annotation, BaseModel):
+                continue
+            meaning = (info.description or "").replace("|", "\\|")
+            parts.append(f"| `{prefix}{name}` | {default(info)} | {meaning} |\n")
+        parts.append("\n")
+    parts.append(TAIL)
+    return "".join(parts)
+
+
+TAIL = """## Grids
+
+Cells can be listed, or be the product of axes; keys within one axis move together:
+
+```yaml
+grid:
+  cells:
+    - {data.size: 1500, adapter.r: 8}
+    - {data.size: 3000, adapter.r: 16}
+```
+
+```yaml
+grid:
+  axes:
+    - {adapter.r: [8, 16], adapter.lora_alpha: [16, 16]}   # two settings, alpha fixed
+    - {data.size: [1500, 3000]}                            # times two sizes
+seeds: [0, 1, 2]                                           # times three seeds
+```
+
+A multiple of the rank, such as `lora_alpha: 2r` (the default), follows the rank by itself.
+"""
+
+
+def main() -> None:
+    """Write, or with --check compare."""
+    if "--check" in sys.argv[1:]:
+        if not TARGET.exists() or TARGET.read_text(encoding="utf-8") != page():
+            sys.exit(f"{TARGET} is not up to date: run python docs/make_recipe_reference.py")
+        return
+    TARGET.write_text(page(), encoding="utf-8")
+
+
+if __name__ == "__main__":
+    main()

@@ -1,0 +1,311 @@
+"""The command, end to end on a tiny model: files, numbers, restarts, clients from elsewhere."""
+
+from __future__ import annotations
+
+import json
+import math
+import subprocess
+import sys
+from collections.abc import Callable
+from pathlib import Path
+from typing import Any
+
+import pyarrow.parquet as pq
+import pytest
+import torch
+from safetensors.torch import load_file, save_file
+
+from slm_lora.cli import _guarded, app
+from slm_lora.model import adapter
+from slm_lora.model.load import Base
+
+from ..conftest import make_rows, write_jsonl
+
+RECIPE = """
+name: tiny
+model: {{name: {model}}}
+data: {{name: {rows}, test_rows: 20, validation_rows: 10, max_length: 128}}
+adapter: {{lora_alpha: 2r}}
+training:
+  num_train_epochs: 2
+  learning_rate: 1e-2
+  effective_batch_size: 8
+  precision: fp32
+grid:
+  cells:
+    - {{data.size: 40, adapter.r: 2}}
+    - {{data.size: 40, adapter.r: 4}}
+    - {{data.size: 80, adapter.r: 4}}
+"""
+
+
+def command(*words: object) -> int:
+    """The command in this process, with its exit code."""
+    return _guarded(lambda: app([str(word) for word in words], standalone_mode=False))
+
+
+class Lab:
+    """A folder with a recipe, rows and a model, and what an experiment left there."""
+
+    def __init__(self, folder: Path, model: Path) -> None:
+        self.folder = folder
+        self.rows = write_jsonl(folder / "rows.jsonl", make_rows(120))
+        self.recipe = folder / "tiny.yaml"
+        self.recipe.write_text(RECIPE.format(model=model, rows=self.rows), encoding="utf-8")
+        self.results, self.adapters = folder / "results" / "tiny", folder / "adapter"
+
+    def run(self, *overrides: str) -> int:
+        where = ("--results", self.results.parent, "--adapters", self.adapters)
+        return command("experiment", self.recipe, *overrides, *where)
+
+    def metrics(self) -> dict[str, Any]:
+        found: dict[str, Any] = json.loads((self.results / "metrics.json").read_text())
+        return found
+
+
+@pytest.fixture(scope="module")
+def lab(tmp_path_factory: pytest.TempPathFactory, tiny_folder: Path) -> Lab:
+    made = Lab(tmp_path_factory.mktemp("lab"), tiny_folder)
+    assert made.run() == 0
+    return made
+
+
+def test_everything_is_there(lab: Lab) -> None:
+    table = (lab.results / "experiment_table.md").read_text()
+    assert "| Model | Dataset Size | r | Epochs | Eval Loss | Perplexity |" in table
+    assert [line.split("|")[2:4] for line in table.splitlines() if line.startswith("| LoRA")] == [
+        [" 40 ", " 2 "], [" 40 ", " 4 "], [" 80 ", " 4 "],
+    ]  # fmt: skip
+    analysis = (lab.results / "analysis.md").read_text()
+    for title in ("Perplexity reduction", "Effect of the rank", "dataset size", "Diminishing"):
+        assert title in analysis
+    assert {p.name for p in lab.adapters.iterdir()} == {
+        "tiny-r2-40", "tiny-r4-40", "tiny-r4-80",
+    }  # fmt: skip
+    assert not list((lab.results).rglob("*.tmp")) and not list(lab.folder.rglob(".*"))
+    assert not (lab.results / "checkpoints").exists() or not list(
+        (lab.results / "checkpoints").iterdir()
+    )
+
+
+def test_perplexity_is_exp_of_the_loss_of_the_same_scores(lab: Lab) -> None:
+    for run in lab.metrics()["runs"]:
+        scores = pq.read_table(lab.results / "runs" / run["folder"] / "scores.parquet").to_pydict()
+        for kind in ("all", "response"):
+            found = run["evaluation"][kind]
+            loss = math.fsum(scores[f"nll_{kind}"]) / sum(scores[f"tokens_{kind}"])
+            assert found["loss"] == pytest.approx(loss, rel=1e-12)
+            assert found["perplexity"] == math.exp(found["loss"])
+        assert scores["row_id"] == sorted(scores["row_id"])
+        assert len(scores["row_id"]) == 20
+    schema = pq.read_schema(lab.results / "runs" / run["folder"] / "scores.parquet")
+    assert schema.names == [
+        "row_id", "group_id", "category", "split", "nll_all", "tokens_all", "bytes_all",
+        "nll_response", "tokens_response", "bytes_response",
+    ]  # fmt: skip
+    assert str(schema.field("nll_all").type) == "double"
+
+
+def test_training_rows_are_nine_tenths_and_all_cells_share_the_test_rows(lab: Lab) -> None:
+    runs = lab.metrics()["runs"]
+    assert [r["data"]["sets"]["train"]["rows"] for r in runs[1:]] == [36, 36, 72]
+    assert len({r["data"]["held_out_sha256"] for r in runs}) == 1
+    assert [r["cell"] for r in runs] == ["base", "r2-40", "r4-40", "r4-80"]
+
+
+def test_nothing_names_a_path_of_this_machine(lab: Lab) -> None:
+    for path in [*lab.results.rglob("*.json"), *lab.results.rglob("*.md"),
+                 *lab.adapters.rglob("*.json")]:  # fmt: skip
+        text = path.read_text()
+        assert str(lab.folder) not in text and "/tmp" not in text and "/root" not in text
+
+
+def test_a_finished_experiment_is_not_run_again(lab: Lab) -> None:
+    before = {p: p.stat().st_mtime_ns for p in (lab.results / "runs").rglob("*")}
+    assert lab.run() == 0
+    assert before == {p: p.stat().st_mtime_ns for p in (lab.results / "runs").rglob("*")}
+
+
+def test_an_interrupted_experiment_goes_on(lab: Lab, tmp_path: Path, tiny_folder: Path) -> None:
+    other = Lab(tmp_path, tiny_folder)
+    script = (
+        "import sys, slm_lora.experiment.runner as r\n"
+        "old = r.train\n"
+        "seen = []\n"
+        "def train(*a, **k):\n"
+        "    seen.append(1)\n"
+        "    if len(seen) == 2: raise KeyboardInterrupt\n"
+        "    return old(*a, **k)\n"
+        "r.train = train\n"
+        "import torch; torch.set_num_threads(1)\n"
+        "from slm_lora.cli import main\n"
+        "sys.argv = ['slm-lora', 'experiment', *sys.argv[1:]]\n"
+        "main()\n"
+    )
+    where = ["--results", str(other.results.parent), "--adapters", str(other.adapters)]
+    stopped = subprocess.run(
+        [sys.executable, "-c", script, str(other.recipe), *where],
+        capture_output=True, text=True, check=False,
+    )  # fmt: skip
+    assert stopped.returncode == 75, stopped.stderr
+    assert "the same command continues" in stopped.stderr
+    done = sorted(p.name for p in (other.results / "runs").iterdir())
+    assert [name.rsplit("-", 1)[0] for name in done] == ["base", "r2-40"]
+    assert other.run() == 0
+    for mine, theirs in zip(other.metrics()["runs"], lab.metrics()["runs"], strict=True):
+        assert mine["hash"] == theirs["hash"]
+        assert mine["evaluation"]["all"]["loss"] == theirs["evaluation"]["all"]["loss"]
+
+
+def test_report_makes_the_same_files_again(lab: Lab) -> None:
+    names = ("experiment_table.md", "metrics.json", "analysis.md")
+    before = {name: (lab.results / name).read_text() for name in names}
+    for name in names:
+        (lab.results / name).unlink()
+    assert command("report", lab.results) == 0
+    assert before == {name: (lab.results / name).read_text() for name in names}
+
+
+def test_evaluate_finds_the_tables_loss(lab: Lab, capsys: pytest.CaptureFixture[str]) -> None:
+    reported = lab.metrics()["runs"][1]["evaluation"]["all"]["loss"]
+    chosen = (
+        "grid.cells=[{data.size: 40, adapter.r: 2}]",
+        "--adapter",
+        lab.adapters / "tiny-r2-40",
+    )
+    assert command("evaluate", lab.recipe, *chosen) == 0
+    assert f"loss {reported:.5f}" in capsys.readouterr().out
+
+
+@pytest.mark.parametrize("budget", [1, 100, 100_000])
+def test_loss_does_not_depend_on_the_evaluation_batch(
+    lab: Lab, budget: int, capsys: pytest.CaptureFixture[str]
+) -> None:
+    reported = lab.metrics()["runs"][2]["evaluation"]["all"]["loss"]
+    scores = lab.folder / f"scores-{budget}.parquet"
+    words = (f"evaluation.micro_batch_tokens={budget}", "--adapter", lab.adapters / "tiny-r4-40")
+    assert command("evaluate", lab.recipe, *words, "--scores", scores) == 0
+    found = pq.read_table(scores).to_pydict()
+    loss = sum(found["nll_all"]) / sum(found["tokens_all"])
+    assert abs(loss - reported) < 1e-5
+
+
+def outside(lab: Lab, model: Path, adapter_folder: Path) -> float:
+    run = next((lab.results / "runs").glob("r4-80-*"))
+    script = Path(__file__).parent / "recompute_loss.py"
+    assert "slm_lora" not in script.read_text().split('"""')[2]
+    words = [script, lab.rows, model, adapter_folder, run, "fp32"]
+    done = subprocess.run(
+        [sys.executable, *map(str, words)], capture_output=True, text=True, check=True
+    )
+    return float(done.stdout.split()[-1])
+
+
+def test_transformers_and_peft_alone_find_the_same_loss(
+    lab: Lab, tiny_folder: Path, tmp_path: Path
+) -> None:
+    good = lab.adapters / "tiny-r4-80"
+    assert abs(outside(lab, tiny_folder, good)) < 1e-5
+    broken = tmp_path / "broken"
+    broken.mkdir()
+    for path in good.iterdir():
+        (broken / path.name).write_bytes(path.read_bytes())
+    tensors = load_file(good / adapter.WEIGHTS)
+    name = next(name for name in sorted(tensors) if "lora_B" in name)
+    save_file({**tensors, name: torch.zeros_like(tensors[name])}, broken / adapter.WEIGHTS)
+    assert abs(outside(lab, tiny_folder, broken)) > 1e-4
+
+
+def test_an_adapter_goes_back_on_its_base_only(
+    lab: Lab, load_tiny: Callable[..., Base], tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    folder = tmp_path / "adapter"
+    folder.mkdir()
+    for path in (lab.adapters / "tiny-r4-80").iterdir():
+        (folder / path.name).write_bytes(path.read_bytes())
+    tensors = load_file(folder / adapter.WEIGHTS)
+    gone = sorted(tensors)[0]
+    save_file({k: v for k, v in tensors.items() if k != gone}, folder / adapter.WEIGHTS)
+    assert command("evaluate", lab.recipe, "--adapter", folder) == 4
+    assert gone.removeprefix("base_model.") in capsys.readouterr().err
+    (folder / adapter.WEIGHTS).write_bytes(
+        (lab.adapters / "tiny-r4-80" / adapter.WEIGHTS).read_bytes()[:-9]
+    )
+    assert command("evaluate", lab.recipe, "--adapter", folder) == 4
+    about = json.loads((folder / adapter.ABOUT).read_text())
+    about["base"]["sha256"] = "0" * 64
+    (folder / adapter.ABOUT).write_text(json.dumps(about))
+    capsys.readouterr()
+    assert command("evaluate", lab.recipe, "--adapter", folder) == 4
+    assert "was trained on tiny-llama with weights 000000000000" in capsys.readouterr().err
+
+
+def test_plan_trains_nothing(lab: Lab, tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    assert command("experiment", lab.recipe, "--plan", "--results", tmp_path / "r") == 0
+    shown = capsys.readouterr().out
+    assert "r4-80" in shown and "nothing was trained" in shown
+    assert not (tmp_path / "r").exists()
+
+
+@pytest.mark.parametrize(
+    ("words", "code", "message"),
+    [
+        (["adapter.rr=1"], 2, "override: unknown key 'adapter.rr'; did you mean 'adapter.r'?"),
+        (["data.name=gone.jsonl"], 3, "gone.jsonl"),
+        (["data.test_rows=500"], 3, "data.test_rows = 118 fits"),
+        (["grid.cells=[{data.size: 4000}]"], 3, "fits"),
+        (["model.name=./nowhere"], 2, "model.name = ./nowhere: no such folder"),
+        (["training.precision=fp16"], 2, "use training.precision=bf16 or fp32"),
+        (["adapter.target_modules=[q_prj]"], 2, "has no q_prj; it has down_proj"),
+        (["data.max_length=2", "training.loss_on=response"], 3, "no label tokens left"),
+        (["data.on_long_row=refuse", "data.max_length=5"], 3, "over data.max_length = 5"),
+        (["data.template=missing.jinja"], 2, "missing.jinja: cannot be read"),
+    ],
+)  # fmt: skip
+def test_a_mistake_is_one_line_with_its_exit_code(
+    lab: Lab, tmp_path: Path, capfd: pytest.CaptureFixture[str], words: list[str], code: int,
+    message: str,
+) -> None:  # fmt: skip
+    out = tmp_path / "results"
+    assert command("experiment", lab.recipe, *words, "--results", out,
+                   "--adapters", tmp_path / "adapter") == code  # fmt: skip
+    said = capfd.readouterr().err
+    assert message in said
+    assert "Traceback" not in said
+    assert not list(tmp_path.rglob("adapter_model*"))
+    assert not [p for p in out.rglob("*") if p.name.startswith(".")]
+
+
+def test_a_model_folder_without_weights(
+    lab: Lab, tiny_folder: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    folder = tmp_path / "hollow"
+    folder.mkdir()
+    for path in tiny_folder.iterdir():
+        if path.suffix != ".safetensors":
+            (folder / path.name).write_bytes(path.read_bytes())
+    assert lab.run(f"model.name={folder}") == 2
+    assert "no weights: no model.safetensors" in capsys.readouterr().err
+    cut = (tiny_folder / "model.safetensors").read_bytes()[:-100]
+    (folder / "model.safetensors").write_bytes(cut)
+    assert lab.run(f"model.name={folder}") == 4
+    assert "not a whole safetensors file" in capsys.readouterr().err
+
+
+def test_help_is_quick_and_needs_no_torch() -> None:
+    script = (
+        "import sys; from slm_lora.cli import _guarded, app\n"
+        "_guarded(lambda: app(['--help'], standalone_mode=False))\n"
+        "sys.exit('torch' in sys.modules or 'transformers' in sys.modules)"
+    )
+    done = subprocess.run([sys.executable, "-c", script], capture_output=True, check=False)
+    assert done.returncode == 0
+    assert b"experiment" in done.stdout
+
+
+def test_data_commands(lab: Lab, capsys: pytest.CaptureFixture[str]) -> None:
+    assert command("data", "check", lab.recipe) == 0
+    assert "120 rows in" in capsys.readouterr().out
+    assert command("data", "show", lab.recipe, "--rows", 1) == 0
+    shown = capsys.readouterr().out
+    assert "Response" in shown and "<|im_end|>]" in shown

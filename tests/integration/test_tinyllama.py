@@ -1,0 +1,135 @@
+"""The described experiment's path on TinyLlama's true architecture and tokenizer.
+
+Weights are random, so losses mean nothing; parameter counts, memory and the whole way from the
+recipe to a loaded adapter are real. Needs `shared/tinyllama` beside the repository.
+"""
+
+from __future__ import annotations
+
+from pathlib import Path
+
+import pytest
+import torch
+
+from slm_lora.data.prepare import prepare
+from slm_lora.data.sources import read_rows
+from slm_lora.experiment.jobs import make_jobs
+from slm_lora.model import adapter
+from slm_lora.model.adapter import trainable_state
+from slm_lora.model.load import load_base
+from slm_lora.model.source import resolve
+from slm_lora.recipe import AdapterSection, ModelSection
+from slm_lora.recipe_file import load_recipe
+from slm_lora.training.loop import train
+
+from ..conftest import make_rows, write_jsonl
+
+REPOSITORY = Path(__file__).parents[2]
+SHARED = REPOSITORY.parent / "shared" / "tinyllama"
+RECIPE = REPOSITORY / "recipes" / "tinyllama-dolly.yaml"
+
+pytestmark = pytest.mark.skipif(
+    not SHARED.is_dir(), reason=f"no {SHARED}: TinyLlama's path is NOT tested"
+)
+
+
+def test_the_described_recipe_says_what_was_described() -> None:
+    recipe, cells = load_recipe(RECIPE)
+    assert recipe.model.name == "TinyLlama/TinyLlama-1.1B-Chat-v1.0"
+    assert recipe.data.name == "databricks/databricks-dolly-15k"
+    assert [(c.recipe.data.size, c.recipe.adapter.r, c.recipe.adapter.alpha) for c in cells] == [
+        (1500, 8, 16), (1500, 16, 32), (3000, 16, 32),
+    ]  # fmt: skip
+    for cell in cells:
+        made, training = cell.recipe.adapter, cell.recipe.training
+        assert made.target_modules == ("q_proj", "v_proj")
+        assert (made.lora_dropout, made.bias) == (0.05, "none")
+        assert (training.num_train_epochs, training.learning_rate) == (3, 2e-4)
+        assert (training.effective_batch_size, training.precision) == (16, "fp16")
+
+
+@pytest.fixture(scope="module")
+def folder(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    from transformers import AutoTokenizer, LlamaConfig, LlamaForCausalLM
+
+    made = tmp_path_factory.mktemp("models") / "tinyllama-random"
+    config = LlamaConfig.from_pretrained(SHARED)
+    with torch.device("meta"):
+        model = LlamaForCausalLM(config)
+    model = model.to(torch.bfloat16).to_empty(device="cpu")
+    generator = torch.Generator().manual_seed(0)
+    # One normal draw, repeated: 1.1 billion of their own would take longer than the training.
+    noise = torch.randn(1 << 22, generator=generator).to(torch.bfloat16) * 0.02
+    with torch.no_grad():
+        for parameter in model.parameters():
+            flat = parameter.view(-1)
+            for start in range(0, len(flat), len(noise)):
+                part = flat[start : start + len(noise)]
+                part.copy_(noise[: len(part)])
+            if parameter.ndim == 1:
+                parameter.fill_(1)
+    model.save_pretrained(made)
+    AutoTokenizer.from_pretrained(SHARED).save_pretrained(made)
+    return made
+
+
+def test_two_steps_saved_and_loaded_again(folder: Path, tmp_path: Path) -> None:
+    rows = write_jsonl(tmp_path / "rows.jsonl", make_rows(120))
+    _, cells = load_recipe(
+        RECIPE,
+        [
+            f"model.name={folder}", f"data.name={rows}", "training.precision=bf16",
+            "data.test_rows=10", "data.validation_rows=5", "training.max_steps=2",
+            "training.effective_batch_size=4",
+            "grid.cells=[{data.size: 20, adapter.r: 8}]",
+        ],
+    )  # fmt: skip
+    job = make_jobs(cells)[0]
+    torch.set_num_threads(2)
+    base = load_base(job.source, device=torch.device("cpu"), precision="bf16")
+    assert base.packed, base.why_plain
+    first = job.prepared.train[0]
+    assert first.ids[0] == 1, "BOS first"
+    assert first.ids[-1] == 2 and first.response[-1], "EOS last, and a label"
+
+    wide = adapter.attach(base, AdapterSection(r=16), 0)
+    assert adapter.count_parameters(wide).trainable == 2_252_800
+    adapter.detach(wide)
+    adapted = adapter.attach(base, job.cell.recipe.adapter, 0)
+    counted = adapter.count_parameters(adapted)
+    assert counted.trainable == 1_126_400
+    assert 0.10 < counted.percent < 0.11
+    result = train(base, adapted, job.prepared.train, job.cell.recipe.training, 0)
+    assert len(result.history) == 2
+    trained = trainable_state(adapted)
+    assert any(value.abs().max() > 0 for name, value in trained.items() if "lora_B" in name)
+    adapter.save(adapted, tmp_path / "adapter", {"base": {
+        "name": job.source.name, "sha256": job.source.sha256}}, None)  # fmt: skip
+    adapter.detach(adapted)
+    again = dict(adapter.load(base, tmp_path / "adapter").named_parameters())
+    assert all(torch.equal(again[name].cpu(), value) for name, value in trained.items())
+    torch.set_num_threads(1)
+
+
+def test_dolly_has_the_described_sizes() -> None:
+    dolly = SHARED.parent / "data" / "databricks-dolly-15k.jsonl"
+    if not dolly.is_file():
+        pytest.skip(f"no {dolly}: the described sizes are NOT tested")
+    from transformers import AutoTokenizer
+
+    _, cells = load_recipe(RECIPE, [f"data.name={dolly}"])
+    rows = read_rows(cells[0].recipe.data)
+    tokenizer = AutoTokenizer.from_pretrained(SHARED)
+    small = prepare(rows, cells[0].recipe.data, 0, tokenizer)
+    large = prepare(rows, cells[2].recipe.data, 0, tokenizer)
+    assert (len(small.train), len(large.train)) == (1350, 2700)
+    assert (len(small.test), len(small.validation)) == (1000, 300)
+    assert [e.row_id for e in small.test] == [e.row_id for e in large.test]
+    assert {e.row_id for e in small.train} < {e.row_id for e in large.train}
+
+
+def test_resolve_refuses_the_folder_without_weights() -> None:
+    from slm_lora.errors import UsageError
+
+    with pytest.raises(UsageError, match="no weights"):
+        resolve(ModelSection(name=str(SHARED)))

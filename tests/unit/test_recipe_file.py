@@ -1,0 +1,648 @@
+"""Recipes are read whole or refused with every mistake, its place and its remedy."""
+
+from __future__ import annotations
+
+import itertools
+import re
+from collections.abc import Mapping
+from pathlib import Path
+from typing import Any
+
+import pytest
+import yaml
+from hypothesis import example, given, settings
+from hypothesis import strategies as st
+
+from slm_lora.errors import UsageError
+from slm_lora.recipe import CellRecipe, Recipe, recipe_hash
+from slm_lora.recipe_file import MOST_CELLS, Cell, known_keys, load_recipe, parse_recipe
+
+FILE = "my.yaml"
+
+
+def read(text: str, *overrides: str) -> tuple[Recipe, list[Cell]]:
+    return parse_recipe(text, FILE, overrides)
+
+
+def cells(text: str, *overrides: str) -> list[Cell]:
+    return read(f"name: x\n{text}", *overrides)[1]
+
+
+def names(text: str, *overrides: str) -> list[str]:
+    return [cell.name for cell in cells(text, *overrides)]
+
+
+def mistakes(text: str, *overrides: str) -> list[str]:
+    with pytest.raises(UsageError) as caught:
+        read(text, *overrides)
+    return str(caught.value).split("\n")
+
+
+def mistake(text: str, *overrides: str) -> str:
+    """The only mistake of a recipe that has a name."""
+    (found,) = mistakes(f"name: x\n{text}", *overrides)
+    return found
+
+
+# --- explaining --------------------------------------------------------------------------------
+
+
+def test_all_mistakes_at_once() -> None:
+    text = (
+        "name: Big Words\n"
+        "data:\n"
+        "  formt: dolly\n"
+        "  max_length: 1\n"
+        "adapter:\n"
+        "  lora_dropout: 1.5\n"
+        "  kind: loar\n"
+        "training:\n"
+        "  learning_rate: fast\n"
+        "seeds: [0, one]\n"
+    )
+    assert mistakes(text, "adapter.rr=16", "training.num_train_epochs=-1") == [
+        "my.yaml: data.max_length = 1: must be greater than or equal to 2 (line 4)",
+        "my.yaml: unknown key 'data.formt' (line 3); did you mean 'data.format'?",
+        "my.yaml: adapter.kind = loar: must be 'lora', 'rslora' or 'dora' (line 7); "
+        "did you mean 'lora'?",
+        "my.yaml: adapter.lora_dropout = 1.5: must be less than 1 (line 6)",
+        "override: training.num_train_epochs = -1: must be greater than 0",
+        "my.yaml: training.learning_rate = fast: must be a number (line 9)",
+        "my.yaml: name = Big Words: must be of a-z, 0-9 and . _ -, a letter or digit first "
+        "(line 1)",
+        "my.yaml: seeds.1 = one: must be a whole number (line 10)",
+        "override: unknown key 'adapter.rr'; did you mean 'adapter.r'?",
+    ]
+
+
+@pytest.mark.parametrize(
+    ("text", "said"),
+    [
+        ("adaptr: {r: 8}", "unknown key 'adaptr' (line 2); did you mean 'adapter'?"),
+        ("data: {colums: {}}", "unknown key 'data.colums' (line 2); did you mean 'data.columns'?"),
+        # the right name in the wrong section
+        ("\nr: 8", "unknown key 'r' (line 3); did you mean 'adapter.r'?"),
+        ("data: {lr_scheduler_type: linear}", "did you mean 'training.lr_scheduler_type'?"),
+        ("zzz: 1", "unknown key 'zzz' (line 2)"),
+        ("adapter.r: 8", "'adapter.r' must be written as 'r' under 'adapter' (line 2)"),
+        ("adapter:\n  kind: 3", "adapter.kind = 3: must be 'lora', 'rslora' or 'dora' (line 3)"),
+        ("adapter:", "adapter = null: must be a mapping of keys to values (line 2)"),
+        ("adapter: 5", "adapter = 5: must be a mapping of keys to values (line 2)"),
+        ("data: {columns: [a]}", "data.columns = ['a']: must be a mapping of keys to values"),
+        ("data: {columns: {float: 3}}", "data.columns.float = 3: must be text (line 2)"),
+        ("data: {columns: {3: a}}", "data.columns.3: a key must be text (line 2)"),
+        ("3: a", "3: a key must be text (line 2)"),
+        ("adapter: {lora_alpha: [1]}", "adapter.lora_alpha = [1]: must be a number (line 2)"),
+        ("adapter: {target_modules: 5}", "adapter.target_modules = 5: must be a list (line 2)"),
+        ("adapter: {target_modules: [v, 5]}", "adapter.target_modules.1 = 5: must be text"),
+        ("adapter: {target_modules: []}", "must name at least one module (line 2)"),
+        ("training: {keep_best: maybe}", "training.keep_best = maybe: must be true or false"),
+        ("training: {keep_best: true}", "training.keep_best = true: needs training.eval_steps"),
+        ("training: {early_stopping_patience: 2}", "needs training.eval_steps (line 2)"),
+        ("description: {a: 1}", "description: must be text (line 2)"),
+        ("model: {name: null}", "model.name = null: must be text (line 2)"),
+        (f"name2: 1\n# {'x' * 99}", "did you mean 'name'?"),
+        (f"data: {{name: [{'word, ' * 99}]}}", "data.name = ['word', 'word', 'word', 'word', "),
+    ],
+)
+def test_one_mistake(text: str, said: str) -> None:
+    found = mistake(text)
+    assert found.startswith("my.yaml: ")
+    assert said in found
+    assert len(found) < 200
+
+
+def test_a_wrong_eval_steps_is_the_only_mistake() -> None:
+    assert "eval_steps = 0" in mistake("training: {eval_steps: 0, keep_best: true}")
+
+
+def test_a_key_written_twice() -> None:
+    found = mistakes("name: x\ndata:\n  size: 30\n  name: a\n  size: 40\nname: x\n")
+    assert found == [
+        "my.yaml: 'data.size' is written twice (line 5)",
+        "my.yaml: 'name' is written twice (line 6)",
+    ]
+
+
+def test_the_name_is_missing() -> None:
+    assert mistakes("") == mistakes("# nothing\n") == ["my.yaml: 'name' is missing"]
+    assert read("", "name=x")[0].name == "x"
+
+
+def test_what_is_no_mapping_or_no_yaml() -> None:
+    for text in ("- a", "a", "3", "[]"):
+        assert mistakes(text) == ["my.yaml: must be a mapping of keys to values"]
+    assert mistakes("name: x\ndata: [1\n") == [
+        "my.yaml: not valid YAML: expected ',' or ']', but got '<stream end>' (line 3)"
+    ]
+    assert mistakes("name: x\n\tdata: 3")[0].endswith("(line 2)")
+    assert "undefined alias" in mistakes("name: *x")[0]
+
+
+def test_a_message_stays_one_printable_line() -> None:
+    text = 'name: "a\\nb\\e[31m\\u2028"\n"k\\nk": 1\n!<!%0A> x: 1\n'
+    assert len(mistakes(text)) == 1
+    found = mistakes('name: "a\\nb\\e[31m\\u2028"\n"k\\nk": 1\n')
+    assert len(found) == 2
+    assert all(line.isprintable() for line in found)
+    assert r"name = a\nb\x1b[31m\u2028: must be" in found[0]
+
+
+# --- overrides ---------------------------------------------------------------------------------
+
+
+def test_an_override_is_applied_and_read_as_yaml() -> None:
+    text = "name: x\nadapter: {r: 4, lora_dropout: 0.1}\n"
+    recipe, _ = read(
+        text,
+        "adapter.r=16",
+        "training.learning_rate=1e-3",
+        "data.columns.response=answer",
+        "adapter.target_modules=[k_proj, o_proj]",
+        "data.size=null",
+        "description=a=b",
+        "training.keep_best=no",
+        " seeds = [1, 2]",
+    )
+    assert (recipe.adapter.r, recipe.adapter.lora_dropout) == (16, 0.1)
+    assert recipe.training.learning_rate == 0.001
+    assert recipe.data.columns == {"response": "answer"}
+    assert recipe.adapter.target_modules == ("k_proj", "o_proj")
+    assert recipe.data.size is None
+    assert recipe.description == "a=b"
+    assert recipe.training.keep_best is False
+    assert recipe.seeds == (1, 2)
+    assert read("name: x\ndescription: long", "description=")[0].description == ""
+    assert read("name: x\nadapter:\n", "adapter.r=4")[0].adapter.r == 4
+
+
+def test_the_last_override_of_a_key_counts() -> None:
+    assert read("name: x", "adapter.r=4", "adapter.r=2")[0].adapter.r == 2
+
+
+@pytest.mark.parametrize(
+    ("override", "said"),
+    [
+        ("adapter.r=0", "override: adapter.r = 0: must be greater than or equal to 1"),
+        ("adapter.r=", "override: adapter.r = : must be a whole number"),
+        ("adapter.rr=16", "override: unknown key 'adapter.rr'; did you mean 'adapter.r'?"),
+        ("r=16", "override: unknown key 'r'; did you mean 'adapter.r'?"),
+        ("adapter.r", "override: 'adapter.r' is not key=value"),
+        ("=", "override: '=' is not key=value"),
+        ("", "override: '' is not key=value"),
+        (" =1", "override: ' =1' is not key=value"),
+        (".=1", "override: unknown key '.'"),
+        ("a..b=1", "override: unknown key 'a..b'"),
+        ("data..size=1", "override: unknown key 'data..size'; did you mean 'data.size'?"),
+        ("name.x=1", "override: unknown key 'name.x'; did you mean 'name'?"),
+        ("data.columns.=1", "override: unknown key 'data.columns.'; did you mean 'data.columns'?"),
+        ("data.columns.a=1", "override: data.columns.a = 1: must be text"),
+        ("grid.cells=3", "override: grid.cells = 3: must be a list"),
+        ("grid.cells=[3]", "override: grid.cells.0 = 3: must be a mapping of keys to values"),
+        (
+            "grid.cells=[{r: 3}]",
+            "override: grid cell 1: unknown key 'r'; did you mean 'adapter.r'?",
+        ),
+        ("grid.axes.0=3", "override: unknown key 'grid.axes.0'; did you mean 'grid.axes'?"),
+        (
+            "data={size: 30}",
+            "override: 'data' is a section; set what is in it, such as 'data.name'",
+        ),
+        ("adapter.r=[1", "override: adapter.r = [1: not a value in YAML"),
+        ("adapter.r=" + "[" * 1500, "not a value in YAML"),
+        ("adapter.r=!!timestamp x", "override: adapter.r = !!timestamp x: not a value in YAML"),
+        ("adapter.r=!!python/name:os.system", "not a value in YAML"),
+        ('description="\\ud800"', "not a value in YAML"),
+    ],
+)
+def test_a_wrong_override(override: str, said: str) -> None:
+    found = mistake("", override)
+    assert said in found
+    assert found.startswith("override: ")
+    assert len(found) < 200
+
+
+def test_what_an_override_does_not_cause_is_the_files() -> None:
+    text = "name: x\ndata: {size: 1}\nadapter: 8\n"
+    assert mistakes(text, "data.test_rows=0", "adapter.r=8") == [
+        "my.yaml: data.size = 1: must be greater than or equal to 2 (line 2)",
+        "override: data.test_rows = 0: must be greater than or equal to 1",
+        "my.yaml: adapter = 8: must be a mapping of keys to values (line 3)",
+    ]
+
+
+def test_an_override_that_the_grid_would_undo_is_refused() -> None:
+    grid = "grid: {cells: [{adapter.r: 8, data.size: 20}, {adapter.r: 16}]}"
+    assert "adapter.r has no effect: 'grid' sets it" in mistake(grid, "adapter.r=4")
+    assert [cell.recipe.data.size for cell in cells(grid, "data.size=30")] == [20, 30]
+    assert "seed has no effect: 'seeds' sets it" in mistake("seeds: [1, 2]", "seed=4")
+    assert [cell.recipe.seed for cell in cells("", "seed=4")] == [4]
+
+
+# --- values ------------------------------------------------------------------------------------
+
+
+def test_numbers_however_yaml_takes_them() -> None:
+    for written in ("2e-4", "2.0e-4", "0.0002", "'2e-4'"):
+        recipe, _ = read(f"name: x\ntraining: {{learning_rate: {written}}}")
+        assert recipe.training.learning_rate == 0.0002
+        assert read("name: x", f"training.learning_rate={written}")[0] == recipe
+    assert read("name: x\ntraining: {num_train_epochs: 0.5}")[0].training.num_train_epochs == 0.5
+
+
+@pytest.mark.parametrize(
+    "key", ["data.size", "adapter.r", "training.max_steps", "seed", "adapter.lora_dropout"]
+)
+@pytest.mark.parametrize("written", ["true", "yes", "off"])
+def test_a_boolean_is_no_number(key: str, written: str) -> None:
+    assert "must be a number, not true or false" in mistake("", f"{key}={written}")
+
+
+def test_a_boolean_among_the_seeds() -> None:
+    assert "seeds.1 = true: must be a number" in mistake("seeds: [0, yes]")
+
+
+@pytest.mark.parametrize(
+    ("written", "alpha"),
+    [("2r", 32), ("1.5r", 24), ("16", 16), ("'16'", 16), ("0.5", 0.5), ("1e1", 10)],
+)
+def test_alpha_is_a_number_or_a_multiple_of_the_rank(written: str, alpha: float) -> None:
+    recipe, _ = read(f"name: x\nadapter: {{r: 16, lora_alpha: {written}}}")
+    assert recipe.adapter.alpha == alpha
+
+
+@pytest.mark.parametrize(
+    ("written", "said"),
+    [
+        ("3x", "must be a number or a multiple of the rank such as 2r"),
+        ("r", "must be a number or a multiple of the rank such as 2r"),
+        ("-2r", "must be a number or a multiple of the rank such as 2r"),
+        ("0", "must be greater than 0"),
+        ("-1", "must be greater than 0"),
+        ("0r", "must be greater than 0"),
+        ("nan", "must be greater than 0, and finite"),
+        ("inf", "must be greater than 0, and finite"),
+        ("1e999", "must be greater than 0, and finite"),
+        (".inf", "must be finite"),
+        ("true", "must be a number, not true or false"),
+        ("null", "must be a number"),
+    ],
+)
+def test_no_alpha(written: str, said: str) -> None:
+    found = mistake("", f"adapter.lora_alpha={written}")
+    assert found.startswith("override: adapter.lora_alpha = ")
+    assert said in found
+
+
+@pytest.mark.parametrize("written", [".nan", ".inf", "-.inf", "1e999", "nan"])
+def test_no_number_is_infinite(written: str) -> None:
+    assert "must be finite" in mistake("", f"training.max_grad_norm={written}")
+
+
+@pytest.mark.parametrize("written", [str(2**63), "9" * 400, "0x" + "f" * 9000, "-0x" + "f" * 9000])
+def test_no_seed_is_longer_than_64_bits(written: str) -> None:
+    found = mistake("", f"seed={written}")
+    assert "must be" in found
+    assert len(found) < 200
+    assert read("name: x", f"seed={2**63 - 1}")[0].seed == 2**63 - 1
+
+
+def test_one_module_may_stand_alone() -> None:
+    recipe, _ = read("name: x\nadapter: {target_modules: q_proj}")
+    assert recipe.adapter.target_modules == ("q_proj",)
+    recipe, _ = read("name: x\nadapter: {target_modules: all-linear}")
+    assert recipe.adapter.target_modules == "all-linear"
+
+
+def test_the_hash_is_of_the_settings_not_of_their_spelling() -> None:
+    once = read("name: x\ntraining: {learning_rate: 2e-4}\nadapter: {r: 8}")[0]
+    again = read("adapter:\n  r: 8.0\nname: 'x'\n")[0]
+    assert recipe_hash(once) == recipe_hash(again)
+    assert recipe_hash(once) != recipe_hash(read("name: x", "adapter.r=4")[0])
+
+
+# --- the grid ----------------------------------------------------------------------------------
+
+
+def test_without_a_grid_there_is_one_cell() -> None:
+    (cell,) = cells("adapter: {r: 4}\nseed: 3")
+    assert (cell.name, cell.settings) == ("r4", {})
+    assert cell.recipe == CellRecipe.model_validate({"adapter": {"r": 4}, "seed": 3})
+
+
+def test_cells_are_as_listed_and_share_the_rest() -> None:
+    found = cells(
+        "adapter: {lora_dropout: 0.2, r: 2}\n"
+        "grid: {cells: [{data.size: 1500, adapter.r: 8}, {adapter.r: 16}, {}]}"
+    )
+    assert [cell.name for cell in found] == ["r8-1500", "r16", "r2"]
+    assert [cell.recipe.adapter.r for cell in found] == [8, 16, 2]
+    assert [cell.recipe.data.size for cell in found] == [1500, None, None]
+    assert {cell.recipe.adapter.lora_dropout for cell in found} == {0.2}
+    assert found[0].settings == {"data.size": 1500, "adapter.r": 8}
+
+
+def test_axes_multiply_and_tied_keys_move_together() -> None:
+    found = cells(
+        "grid:\n"
+        "  axes:\n"
+        "    - {data.size: [100, 200, 300]}\n"
+        "    - {adapter.r: [8, 16], adapter.lora_alpha: [32, 2r]}\n"
+    )
+    values = [(c.recipe.data.size, c.recipe.adapter.r, c.recipe.adapter.alpha) for c in found]
+    assert values == [(size, r, 32.0) for size, r in itertools.product((100, 200, 300), (8, 16))]
+    assert [c.name for c in found[:2]] == ["r8-100-loraalpha32", "r16-100"]
+
+
+def test_seeds_go_over_the_whole_grid_one_after_the_other() -> None:
+    text = "seeds: [3, 1]\ngrid: {axes: [{adapter.r: [8, 16]}]}"
+    assert names(text) == ["r8-seed3", "r16-seed3", "r8-seed1", "r16-seed1"]
+    assert [cell.recipe.seed for cell in cells(text)] == [3, 3, 1, 1]
+    assert names("seeds: [0, 1]") == ["seed0", "seed1"]
+
+
+def test_settings_are_the_values_not_their_spelling() -> None:
+    (cell,) = cells("grid: {cells: [{training.learning_rate: 2e-4, adapter.r: '8'}]}")
+    assert cell.settings == {"training.learning_rate": 0.0002, "adapter.r": 8}
+    assert cell.name == "r8-learningrate0.0002"
+
+
+@pytest.mark.parametrize(
+    ("grid", "said"),
+    [
+        ("cells: [{adapter.r: 8}], axes: [{adapter.r: [8]}]", "give cells or axes, not both"),
+        ("axes: [{adapter.r: [8, 16], data.size: [20]}]", "one axis need equally many values"),
+        ("axes: [{}]", "an axis has no values"),
+        ("axes: [{adapter.r: []}]", "an axis has no values"),
+        ("axes: [{adapter.r: [8]}, {adapter.r: [16]}]", "keys in two axes"),
+        ("axes: [{adapter.r: 8}]", "grid.axes.0.adapter.r = 8: must be a list"),
+        ("cells: [{adapter.rr: 8}]", "grid cell 1: unknown key 'adapter.rr'; did you mean"),
+        ("cells: [{seeds: [1]}]", "grid cell 1: unknown key 'seeds'; did you mean 'seed'?"),
+        ("cells: [{adapter: {r: 8}}]", "grid cell 1: 'adapter' is a section; set what is in it"),
+        ("cells: [{data.size: 20}, {data.size: 1}]", "grid cell 2: data.size = 1: must be greater"),
+        ("cells: [{training.keep_best: true}]", "grid cell 1: training.keep_best = true: needs"),
+        ("cells: [{adapter.r: 8}, {adapter.r: 8.0}]", "the cell r8 more than once"),
+        ("cells: [{}, {}]", "the cell r8 more than once"),
+        ("cells: [{adapter.r: 8}, {}]", "the cell r8 more than once"),
+        ("cells: [{data.name: Q}, {data.name: q}]", "the cell nameQ more than once"),
+        ("cells: [{data.name: a/b}, {data.name: a_b}]", "the cell namea_b more than once"),
+        ("cell: []", "unknown key 'grid.cell' (line 2); did you mean 'grid.cells'?"),
+    ],
+)
+def test_a_wrong_grid(grid: str, said: str) -> None:
+    found = mistakes(f"name: x\ngrid: {{{grid}}}")
+    assert said in found[0]
+    assert all(line.startswith("my.yaml: ") for line in found)
+
+
+def test_seeds_in_the_grid_and_beside_it() -> None:
+    assert "leave one out" in mistake("seeds: [1, 2]\ngrid: {cells: [{seed: 3}, {adapter.r: 4}]}")
+    assert "r8-seed1 more than once" in mistake("seeds: [1, 1]\ngrid: {cells: [{adapter.r: 8}]}")
+
+
+def test_mistakes_of_all_cells_once_each() -> None:
+    grid = "grid: {cells: [{adapter.r: 0}, {data.size: 1, adapter.r: x}]}\nseeds: [1, 2, 3]"
+    assert [line.removeprefix("my.yaml: grid cell ") for line in mistakes(f"name: x\n{grid}")] == [
+        "1: adapter.r = 0: must be greater than or equal to 1",
+        "2: data.size = 1: must be greater than or equal to 2",
+        "2: adapter.r = x: must be a whole number",
+    ]
+
+
+def test_a_grid_beyond_reason_is_not_unfolded() -> None:
+    values = list(range(1, 501))
+    keys = ["adapter.r", "seed", "data.size", "training.max_steps"]
+    text = yaml.safe_dump({"grid": {"axes": [{key: values} for key in keys]}})
+    assert f"at most {MOST_CELLS}" in mistake(text)
+
+
+def test_cells_do_not_share_what_one_of_them_changes() -> None:
+    found = cells(
+        "data: {columns: {category: topic}}\n"
+        "grid: {cells: [{data.columns.response: answer}, {adapter.r: 4}]}"
+    )
+    assert found[0].recipe.data.columns == {"category": "topic", "response": "answer"}
+    assert found[1].recipe.data.columns == {"category": "topic"}
+    assert found[0].name == "responseanswer"
+
+
+VALUES: Mapping[str, st.SearchStrategy[Any]] = {
+    "adapter.r": st.integers(1, 64),
+    "adapter.kind": st.sampled_from(["lora", "rslora", "dora"]),
+    "data.size": st.one_of(st.none(), st.integers(2, 5000)),
+    "data.name": st.text(min_size=1, max_size=300).filter(str.isprintable),
+    "data.template": st.sampled_from(["chat", "../a b.jinja", "é.jinja", "a" * 400, "..", "\\n"]),
+    "adapter.lora_alpha": st.sampled_from(["2r", "0.5r", 16, 0.25]),
+    "adapter.target_modules": st.sampled_from(["all-linear", ["q_proj", "v_proj"], "k_proj"]),
+    "training.learning_rate": st.floats(1e-9, 1.0, exclude_min=True),
+    "training.keep_best": st.just(False),
+    "data_seed": st.integers(0, 2**63 - 1),
+}
+
+
+@settings(max_examples=100, deadline=None)
+@given(st.lists(st.fixed_dictionaries({}, optional=VALUES), min_size=1, max_size=5))
+def test_names_are_distinct_and_fit_every_file_system(listed: list[dict[str, Any]]) -> None:
+    text = yaml.safe_dump({"name": "x", "grid": {"cells": listed}})
+    try:
+        _, found = read(text)
+    except UsageError as error:
+        refused = str(error)
+        found = []
+    if not found:
+        assert all(line.endswith("more than once") for line in refused.split("\n"))
+        return
+    shown = [cell.name for cell in found]
+    assert len({name.casefold() for name in shown}) == len(listed)
+    for name in shown:
+        assert re.fullmatch(r"[A-Za-z0-9][A-Za-z0-9._+-]{0,119}", name)
+
+
+# --- files -------------------------------------------------------------------------------------
+
+
+def test_a_recipe_from_a_file(tmp_path: Path) -> None:
+    path = tmp_path / "mine.yaml"
+    path.write_text("\ufeffname: x\ndescription: Größe\n", encoding="utf-8")
+    recipe, found = load_recipe(path, ["adapter.r=4"])
+    assert (recipe.description, [cell.name for cell in found]) == ("Größe", ["r4"])
+    path.write_text("name: X!\n")
+    with pytest.raises(UsageError, match=r"^mine\.yaml: name = X!: must be .*\(line 1\)$"):
+        load_recipe(path)
+
+
+def test_files_that_cannot_be_read(tmp_path: Path) -> None:
+    (tmp_path / "mine.yaml").write_text("name: x")
+    with pytest.raises(UsageError, match=r"no such recipe; did you mean .*mine\.yaml\?$"):
+        load_recipe(tmp_path / "mime.yaml")
+    with pytest.raises(UsageError, match=r"no such recipe$"):
+        load_recipe(tmp_path / "none" / "mine.yaml")
+    with pytest.raises(UsageError, match=r"cannot be read"):
+        load_recipe(tmp_path)
+    with pytest.raises(UsageError, match=r"cannot be read"):
+        load_recipe(tmp_path / "a\0b")
+    (tmp_path / "latin.yaml").write_bytes(b"name: \xe9")
+    with pytest.raises(UsageError, match=r"latin\.yaml: cannot be read .*utf-8"):
+        load_recipe(tmp_path / "latin.yaml")
+
+
+RECIPES = sorted((Path(__file__).resolve().parents[2] / "recipes").glob("*.yaml"))
+
+
+@pytest.mark.parametrize("path", RECIPES, ids=lambda path: path.stem)
+def test_the_recipes_that_come_along(path: Path) -> None:
+    recipe, found = load_recipe(path)
+    assert recipe.name == path.stem
+    assert found
+
+
+# --- whatever is written -----------------------------------------------------------------------
+
+
+def loads_or_explains(text: str, overrides: list[str]) -> None:
+    """Nothing else may happen; and what loads can be hashed and written down."""
+    try:
+        recipe, found = parse_recipe(text, FILE, overrides)
+    except UsageError as error:
+        for line in str(error).split("\n"):
+            assert line.startswith((f"{FILE}: ", "override: "))
+            assert line.isprintable()
+            assert len(line) < 500
+    else:
+        assert found
+        for each in (recipe, *(cell.recipe for cell in found)):
+            recipe_hash(each)
+            each.model_dump_json().encode()
+
+
+KEYS = list(known_keys())
+LAST = sorted({key.rsplit(".", 1)[-1] for key in KEYS})
+SCALARS = st.one_of(
+    st.none(),
+    st.booleans(),
+    st.integers(),
+    st.just(2**70),
+    st.floats(),
+    st.dates(),
+    st.datetimes(),
+    st.binary(max_size=5),
+    st.text(max_size=8).filter(lambda text: text.isprintable()),
+    st.sampled_from(["2e-4", "2r", "all-linear", "lora", "auto", "nan", "x", 16, 1500, 0.5]),
+)
+ODD_KEYS = st.one_of(st.sampled_from([*KEYS, *LAST]), SCALARS)
+TREES = st.recursive(
+    SCALARS,
+    lambda inner: st.one_of(
+        st.lists(inner, max_size=4),
+        st.dictionaries(ODD_KEYS, inner, max_size=4),
+    ),
+    max_leaves=12,
+)
+SECTIONS = ["model", "data", "adapter", "training", "evaluation", "grid"]
+RECIPE_TREES = st.fixed_dictionaries(
+    {"name": st.sampled_from(["x", "ok", 3, None])},
+    optional={
+        **{s: st.one_of(TREES, st.dictionaries(st.sampled_from(LAST), TREES)) for s in SECTIONS},
+        "seeds": st.one_of(TREES, st.lists(st.integers(-1, 3), max_size=3)),
+        "grid": st.one_of(
+            st.fixed_dictionaries(
+                {"cells": st.lists(st.dictionaries(st.sampled_from(KEYS), TREES), max_size=3)}
+            ),
+            st.fixed_dictionaries(
+                {
+                    "axes": st.lists(
+                        st.dictionaries(st.sampled_from(KEYS), st.lists(SCALARS, max_size=3)),
+                        max_size=3,
+                    )
+                }
+            ),
+        ),
+    },
+)
+NEARLY_RIGHT = st.fixed_dictionaries(
+    {"name": st.just("x")},
+    optional={
+        "seeds": st.lists(st.integers(0, 9), max_size=3, unique=True),
+        "data": st.fixed_dictionaries(
+            {}, optional={"columns": st.dictionaries(st.text(max_size=5), st.text(max_size=5))}
+        ),
+        "grid": st.fixed_dictionaries(
+            {"cells": st.lists(st.fixed_dictionaries({}, optional=VALUES), max_size=2)}
+        ),
+    },
+)
+PIECES = st.sampled_from(
+    [
+        *("name: x\n", "data:\n", "  size: 30\n", "seeds: ", "grid:\n", "  cells: ", "adapter: "),
+        *("&a ", "*a", "<<: ", "? ", ": ", "- ", "[", "]", "{", "}", ", ", "\n", "  ", "| ", "> "),
+        *("!!int ", "!!float ", "!!bool ", "!!timestamp ", "!!binary ", "!!set ", "!!omap "),
+        *("!!merge ", "!!null ", "!!pairs ", "!!python/object:os.system ", "!x ", "!<%0A> "),
+        *(
+            "0x" + "f" * 5000,
+            "2024-13-45",
+            "9999-12-31T23:59:59-23:59",
+            "190:20:30",
+            ".nan",
+            "=",
+            "~",
+        ),
+        *(
+            '"\\ud800"',
+            '"\\0"',
+            "'",
+            '"',
+            "# ",
+            "---\n",
+            "...\n",
+            "%YAML 1.3\n",
+            "\ufeff",
+            "\t",
+            "\0",
+        ),
+    ]
+)
+OVERRIDES = st.lists(
+    st.one_of(
+        st.text(max_size=12),
+        st.builds(
+            lambda key, value: f"{key}={value}",
+            st.one_of(
+                st.sampled_from([*KEYS, *LAST, "", ".", "..", "a..b", "data.columns.x", "name.x"]),
+                st.text(".=abr", max_size=6),
+            ),
+            st.one_of(st.lists(PIECES, max_size=4).map("".join), st.text(max_size=6)),
+        ),
+    ),
+    max_size=3,
+)
+NESTED = "[" * 1500
+BOMB = "a: &a {x: 1}\n" + "".join(
+    f"{b}: &{b} {{{', '.join(f'k{n}: *{a}' for n in range(9))}}}\n"
+    for a, b in itertools.pairwise("abcdefghij")
+)
+LIST_BOMB = "a: &a [1]\n" + "".join(
+    f"{b}: &{b} [{', '.join([f'*{a}'] * 9)}]\n" for a, b in itertools.pairwise("abcdefghij")
+)
+
+
+@settings(max_examples=150, deadline=None)
+@given(st.one_of(st.text(), st.lists(PIECES, max_size=12).map("".join)), OVERRIDES)
+@example(NESTED, [])
+@example("{a: " * 1500, [])
+@example("name: x", [f"data.size={NESTED}"])
+@example("name: &x {a: *x}\ndata: *x\ngrid: {cells: [*x], axes: *x}", ["seeds=&x [*x]"])
+@example("name: x\ngrid: {cells: &x [{data.size: *x}]}", [])
+@example("name: x\n<<: &x {<<: *x}", [])
+@example('name: x\ngrid: {cells: [{data.name: !!binary gIGC}, {data.name: "\\ud800"}]}', [])
+@example(BOMB + "data: *j\nseeds: *j", [])
+@example(LIST_BOMB + "seeds: *j\ndata: {name: *j}\ngrid: {axes: *j, cells: [*j]}", [])
+@example("1: 1\nnull: 2\n2024-01-01: 3\n[1]: 4\n? {a: b}\n: 5\n.nan: 6\n.nan: 7", [])
+def test_any_text_loads_or_is_explained(text: str, overrides: list[str]) -> None:
+    loads_or_explains(text, overrides)
+    loads_or_explains(f"name: x\n{text}", overrides)
+
+
+@settings(max_examples=200, deadline=None)
+@given(st.one_of(RECIPE_TREES, NEARLY_RIGHT), OVERRIDES)
+def test_any_tree_loads_or_is_explained(tree: dict[str, Any], overrides: list[str]) -> None:
+    loads_or_explains(yaml.safe_dump(tree, sort_keys=False, allow_unicode=True), overrides)
