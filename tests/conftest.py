@@ -11,7 +11,7 @@ import torch
 
 from slm_lora.model.load import Base, load_base
 from slm_lora.model.source import ModelSource, resolve
-from slm_lora.recipe import ModelSection
+from slm_lora.recipe.schema import ModelSection
 
 CHAT_TEMPLATE = (
     "{% for message in messages %}"

@@ -55,7 +55,7 @@ def experiment(
     from slm_lora.experiment.report import terminal_table, write_report
     from slm_lora.experiment.runner import Places, run_jobs
     from slm_lora.progress import Reporter
-    from slm_lora.recipe_file import load_recipe
+    from slm_lora.recipe.reading import load_recipe
 
     read, cells = load_recipe(recipe, overrides or [])
     places = Places(read.name, results / read.name, adapters)
@@ -90,7 +90,7 @@ def train(
     from slm_lora.experiment.jobs import make_jobs
     from slm_lora.experiment.runner import Places, run_cells
     from slm_lora.progress import Reporter
-    from slm_lora.recipe_file import load_recipe
+    from slm_lora.recipe.reading import load_recipe
 
     read, cells = load_recipe(recipe, overrides or [])
     names = [each.name for each in cells]
@@ -123,7 +123,7 @@ def evaluate(
     from slm_lora.experiment.jobs import make_jobs
     from slm_lora.experiment.runner import evaluate_adapter
     from slm_lora.progress import Reporter
-    from slm_lora.recipe_file import load_recipe
+    from slm_lora.recipe.reading import load_recipe
 
     _, cells = load_recipe(recipe, overrides or [])
     _quiet_libraries()
@@ -178,7 +178,7 @@ def data_show(recipe: RecipeFile, overrides: Overrides = None, rows: Rows = 2) -
 
     from slm_lora.experiment.jobs import make_jobs
     from slm_lora.model.load import load_tokenizer
-    from slm_lora.recipe_file import load_recipe
+    from slm_lora.recipe.reading import load_recipe
 
     _, cells = load_recipe(recipe, overrides or [])
     _quiet_libraries()
@@ -211,7 +211,7 @@ def data_show(recipe: RecipeFile, overrides: Overrides = None, rows: Rows = 2) -
 def data_check(recipe: RecipeFile, overrides: Overrides = None) -> None:
     """Read, split and tokenise a recipe's rows, and say what was found."""
     from slm_lora.experiment.jobs import data_record, make_jobs
-    from slm_lora.recipe_file import load_recipe
+    from slm_lora.recipe.reading import load_recipe
 
     _, cells = load_recipe(recipe, overrides or [])
     _quiet_libraries()

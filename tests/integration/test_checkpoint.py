@@ -14,7 +14,7 @@ from slm_lora.errors import IntegrityError
 from slm_lora.model import adapter
 from slm_lora.model.adapter import trainable_state
 from slm_lora.model.load import Base
-from slm_lora.recipe import AdapterSection, TrainingSection
+from slm_lora.recipe.schema import AdapterSection, TrainingSection
 from slm_lora.training.checkpoint import Checkpointer
 from slm_lora.training.loop import Step, TrainingResult, train
 

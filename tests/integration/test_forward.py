@@ -15,7 +15,7 @@ from slm_lora.model import adapter, attention
 from slm_lora.model.forward import batch_nll, score_documents
 from slm_lora.model.load import DTYPES, Base
 from slm_lora.model.loss import CHUNK, summed_nll, token_nll
-from slm_lora.recipe import AdapterSection
+from slm_lora.recipe.schema import AdapterSection
 from slm_lora.records import Example
 
 LoadTiny = Callable[..., Base]

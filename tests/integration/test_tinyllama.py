@@ -18,8 +18,8 @@ from slm_lora.model import adapter
 from slm_lora.model.adapter import trainable_state
 from slm_lora.model.load import load_base
 from slm_lora.model.source import resolve
-from slm_lora.recipe import AdapterSection, ModelSection
-from slm_lora.recipe_file import load_recipe
+from slm_lora.recipe.reading import load_recipe
+from slm_lora.recipe.schema import AdapterSection, ModelSection
 from slm_lora.training.loop import train
 
 from ..conftest import make_rows, write_jsonl

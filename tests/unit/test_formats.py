@@ -8,7 +8,7 @@ import pytest
 
 from slm_lora.data.formats import RowError, recognise, to_row, wanted
 from slm_lora.errors import DataError, UsageError
-from slm_lora.recipe import DataSection
+from slm_lora.recipe.schema import DataSection
 from slm_lora.records import Turn
 
 AUTO = DataSection()

@@ -28,7 +28,7 @@ from slm_lora import storage
 from slm_lora.data import files, hub, sources
 from slm_lora.data.sources import BadRow, MalformedRowsError, RowSet, ensure_ml_qa, read_rows
 from slm_lora.errors import DataError, SlmLoraError, StorageError, UsageError
-from slm_lora.recipe import DataSection
+from slm_lora.recipe.schema import DataSection
 
 SECRET = "xyzzy"
 """Stands in the text of malformed rows; no message may show it."""

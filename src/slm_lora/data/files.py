@@ -16,7 +16,7 @@ from slm_lora import storage
 from slm_lora.data import formats
 from slm_lora.data.formats import RowError
 from slm_lora.errors import DataError, StorageError
-from slm_lora.recipe import DataSection
+from slm_lora.recipe.schema import DataSection
 
 ROW_BYTES = 10_000_000
 """Longest row that is read, in bytes of UTF-8; anything longer is a file gone wrong."""

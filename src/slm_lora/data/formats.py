@@ -11,7 +11,7 @@ from collections.abc import Callable, Collection, Mapping, Set
 from dataclasses import dataclass
 
 from slm_lora.errors import DataError, UsageError
-from slm_lora.recipe import DataSection
+from slm_lora.recipe.schema import DataSection
 from slm_lora.records import Role, Row, Turn
 
 Fields = Mapping[str, object]

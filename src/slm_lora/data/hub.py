@@ -8,7 +8,7 @@ from pathlib import Path
 from slm_lora.data import formats
 from slm_lora.data.files import Table, arrow_table
 from slm_lora.errors import DataError, SlmLoraError, StorageError
-from slm_lora.recipe import DataSection
+from slm_lora.recipe.schema import DataSection
 
 HUB_TIMEOUT = 5.0
 """Seconds to wait for the hub's first answer."""

@@ -12,7 +12,7 @@ from slm_lora.data.splits import SPLIT_VERSION, split_rows
 from slm_lora.data.templates import Template, choose_template
 from slm_lora.data.tokens import LongRows, RowTokenizer
 from slm_lora.errors import DataError
-from slm_lora.recipe import DataSection
+from slm_lora.recipe.schema import DataSection
 from slm_lora.records import Example
 
 if TYPE_CHECKING:
@@ -27,6 +27,7 @@ class Prepared:
     validation: tuple[Example, ...]
     train: tuple[Example, ...]
     template: Template
+    chat_template: str | None
     rows_available: int
     groups: int
     duplicates: int
@@ -101,6 +102,7 @@ def prepare(
         validation=sets["validation"],
         train=sets["train"],
         template=template,
+        chat_template=tokenize.chat_template,
         rows_available=len(usable),
         groups=len(set(split.group_of.values())),
         duplicates=rows.duplicates,

@@ -20,7 +20,7 @@ from slm_lora.data.files import READERS, Record, Table, check_size, read_file
 from slm_lora.data.formats import RowError
 from slm_lora.data.hub import read_hub
 from slm_lora.errors import DataError, UsageError
-from slm_lora.recipe import DataSection
+from slm_lora.recipe.schema import DataSection
 from slm_lora.records import Row
 
 SKIPPED_SHARE = 0.1

@@ -19,6 +19,7 @@ from slm_lora.data.templates import (
     Rendered,
     Specials,
     Template,
+    as_chat_template,
     check_private_use,
     jinja_renderer,
     render_chat,
@@ -56,6 +57,7 @@ class RowTokenizer:
         space_after_bos: whether text after a written-out BOS needs a space before it to become
             the same tokens as text that BOS is put before: some tokenizers begin every text
             with a space of their own, but not the text behind a special token.
+        chat_template: the training template for programs that prompt through chat templates.
 
     Raises:
         UsageError: a slow tokenizer (no character offsets), or no chat template to use.
@@ -106,6 +108,13 @@ class RowTokenizer:
         # Not EOS alone: the mark that ends a turn is another token in some models.
         self._ends = tuple(map(self.specials.owned, range(len(self.specials.tokens))))
         self._render_chat = self._chat_renderer(tokenizer)
+        own = tokenizer.chat_template
+        self.chat_template = as_chat_template(
+            template,
+            self.bos_id is not None,
+            own if isinstance(own, str) else None,
+            self.space_after_bos,
+        )
 
     def _chat_renderer(self, tokenizer: PreTrainedTokenizerBase) -> ChatRenderer | None:
         if self.template.kind == "jinja":

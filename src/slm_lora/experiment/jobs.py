@@ -12,8 +12,8 @@ from slm_lora.data.sources import RowSet, read_rows
 from slm_lora.data.splits import SPLIT_VERSION
 from slm_lora.errors import UsageError
 from slm_lora.model.source import ModelSource, resolve
-from slm_lora.recipe import ModelSection
-from slm_lora.recipe_file import Cell
+from slm_lora.recipe.cells import Cell
+from slm_lora.recipe.schema import ModelSection
 from slm_lora.runs import RUN_FORMAT, content_hash
 
 if TYPE_CHECKING:

@@ -11,8 +11,6 @@ from typing import TYPE_CHECKING, Any
 import torch
 
 from slm_lora import machine
-from slm_lora.data.templates import as_chat_template
-from slm_lora.data.tokens import RowTokenizer
 from slm_lora.evaluation.perplexity import held_out_loss, score, write_scores
 from slm_lora.experiment.jobs import Job, data_record
 from slm_lora.model import adapter
@@ -149,7 +147,7 @@ def _run_cell(job: Job, base: Base, places: Places, reporter: Reporter) -> Run:
         scores, evaluation = _evaluate(base, job, name, reporter)
         parameters = adapter.count_parameters(adapted)
         folder = places.adapter(name)
-        adapter.save(adapted, folder, _about(job, places), _chat_template(job, base))
+        adapter.save(adapted, folder, _about(job, places), job.prepared.chat_template)
     finally:
         adapter.detach(adapted)
     record = {
@@ -303,12 +301,6 @@ def _about(job: Job, places: Places) -> dict[str, Any]:
         "run": job.identity,
         "versions": machine.versions(),
     }
-
-
-def _chat_template(job: Job, base: Base) -> str | None:
-    adds_bos = RowTokenizer(base.tokenizer, job.prepared.template).bos_id is not None
-    own = base.tokenizer.chat_template
-    return as_chat_template(job.prepared.template, adds_bos, own if isinstance(own, str) else None)
 
 
 def _found(places: Places, cell: str, identity: str) -> Run:

@@ -15,7 +15,7 @@ import torch
 from slm_lora.errors import IntegrityError, UsageError
 from slm_lora.model.load import Base
 from slm_lora.model.methods import peft_config
-from slm_lora.recipe import AdapterSection
+from slm_lora.recipe.schema import AdapterSection
 from slm_lora.storage import atomic_folder
 
 if TYPE_CHECKING:

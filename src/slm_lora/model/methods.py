@@ -5,7 +5,7 @@ from __future__ import annotations
 from typing import TYPE_CHECKING
 
 from slm_lora.model.source import ModelSource
-from slm_lora.recipe import AdapterSection
+from slm_lora.recipe.schema import AdapterSection
 
 if TYPE_CHECKING:
     from peft import LoraConfig

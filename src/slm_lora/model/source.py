@@ -10,7 +10,7 @@ from pathlib import Path
 
 from slm_lora.errors import IntegrityError, StorageError, UsageError
 from slm_lora.model.embedded import EMBEDDED, fetch
-from slm_lora.recipe import ModelSection
+from slm_lora.recipe.schema import ModelSection
 
 # Safe formats only: never pickled weights, never code.
 _WANTED = ("*.safetensors", "*.safetensors.index.json", "*.json", "*.jinja", "tokenizer.model")

@@ -19,7 +19,7 @@ from slm_lora.errors import DataError, NumericError
 from slm_lora.model.adapter import restore_state, trainable_state
 from slm_lora.model.forward import batch_nll
 from slm_lora.model.load import Base
-from slm_lora.recipe import TrainingSection
+from slm_lora.recipe.schema import TrainingSection
 from slm_lora.records import Example
 from slm_lora.training.checkpoint import Checkpointer
 from slm_lora.training.optimizer import adamw, learning_rate

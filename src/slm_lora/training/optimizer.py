@@ -7,7 +7,7 @@ from collections.abc import Iterable
 
 import torch
 
-from slm_lora.recipe import TrainingSection
+from slm_lora.recipe.schema import TrainingSection
 
 
 def adamw(parameters: Iterable[torch.nn.Parameter], section: TrainingSection) -> torch.optim.AdamW:

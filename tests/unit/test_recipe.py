@@ -14,8 +14,10 @@ from hypothesis import example, given, settings
 from hypothesis import strategies as st
 
 from slm_lora.errors import UsageError
-from slm_lora.recipe import CellRecipe, Recipe, recipe_hash
-from slm_lora.recipe_file import MOST_CELLS, Cell, known_keys, load_recipe, parse_recipe
+from slm_lora.recipe.cells import MOST_CELLS, Cell
+from slm_lora.recipe.mistakes import known_keys
+from slm_lora.recipe.reading import load_recipe, parse_recipe
+from slm_lora.recipe.schema import CellRecipe, Recipe, recipe_hash
 
 FILE = "my.yaml"
 

@@ -1,7 +1,7 @@
 """The one schema of an experiment: sections, defaults, and how a grid unfolds into cells.
 
 Names are those of PEFT and TRL where they have one. Reading a file, applying overrides and
-explaining mistakes is in ``recipe_file``.
+explaining mistakes is in ``reading`` and ``mistakes``, unfolding the grid in ``cells``.
 """
 
 from __future__ import annotations
