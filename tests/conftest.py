@@ -8,6 +8,8 @@ from pathlib import Path
 
 import pytest
 import torch
+from tokenizers import Tokenizer, decoders, models, pre_tokenizers, trainers
+from transformers import PreTrainedTokenizerFast
 
 from slm_lora.model.load import Base, load_base
 from slm_lora.model.source import ModelSource, resolve
@@ -53,13 +55,8 @@ def one_thread() -> None:
     torch.set_num_threads(1)
 
 
-@pytest.fixture(scope="session")
-def tiny_folder(tmp_path_factory: pytest.TempPathFactory) -> Path:
-    """A model folder as users have them: config, safetensors, fast tokenizer, chat template."""
-    from tokenizers import Tokenizer, decoders, models, pre_tokenizers, trainers
-    from transformers import LlamaConfig, LlamaForCausalLM, PreTrainedTokenizerFast
-
-    folder = tmp_path_factory.mktemp("models") / "tiny-llama"
+def tiny_tokenizer() -> PreTrainedTokenizerFast:
+    """Byte-level BPE with SmolLM2's special tokens and a chat template of the same kind."""
     raw = Tokenizer(models.BPE())
     raw.pre_tokenizer = pre_tokenizers.ByteLevel(add_prefix_space=False)
     raw.decoder = decoders.ByteLevel()
@@ -70,7 +67,7 @@ def tiny_folder(tmp_path_factory: pytest.TempPathFactory) -> Path:
         show_progress=False,
     )
     raw.train_from_iterator([" ".join(row.values()) for row in make_rows(60)], trainer)
-    tokenizer = PreTrainedTokenizerFast(
+    return PreTrainedTokenizerFast(
         tokenizer_object=raw,
         eos_token="<|im_end|>",
         pad_token="<|im_end|>",
@@ -78,6 +75,15 @@ def tiny_folder(tmp_path_factory: pytest.TempPathFactory) -> Path:
         additional_special_tokens=["<|im_start|>"],
         chat_template=CHAT_TEMPLATE,
     )
+
+
+@pytest.fixture(scope="session")
+def tiny_folder(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """A model folder as users have them: config, safetensors, fast tokenizer, chat template."""
+    from transformers import LlamaConfig, LlamaForCausalLM
+
+    folder = tmp_path_factory.mktemp("models") / "tiny-llama"
+    tokenizer = tiny_tokenizer()
     torch.manual_seed(7)
     model = LlamaForCausalLM(
         LlamaConfig(

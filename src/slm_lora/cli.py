@@ -13,7 +13,7 @@ from typing import Annotated, Any, Literal
 import typer
 
 from slm_lora import __version__
-from slm_lora.errors import STOPPED_RESUMABLE, SlmLoraError, UsageError
+from slm_lora.errors import STOPPED_RESUMABLE, SlmLoraError, StorageError, UsageError
 
 app = typer.Typer(
     help="Controlled LoRA experiments on small language models: which differences are real.",
@@ -62,7 +62,8 @@ def experiment(
     reporter = Reporter()
     reporter.say(f"{read.name}: {read.description or recipe.name}")
     _quiet_libraries()
-    jobs = make_jobs(cells)
+    reporter.say("  reading rows and model; a first time fetches or builds what is not there")
+    jobs = make_jobs(cells, will_train=not plan)
     _say_data(jobs[0], reporter)
     if plan:
         _print_plan(jobs, places)
@@ -182,7 +183,7 @@ def data_show(recipe: RecipeFile, overrides: Overrides = None, rows: Rows = 2) -
 
     _, cells = load_recipe(recipe, overrides or [])
     _quiet_libraries()
-    job = make_jobs(cells[:1])[0]
+    job = make_jobs(cells[:1], will_train=False)[0]
     tokenizer = load_tokenizer(job.source)
     on_response = job.cell.recipe.training.loss_on == "response"
     out = _console()
@@ -216,7 +217,7 @@ def data_check(recipe: RecipeFile, overrides: Overrides = None) -> None:
     _, cells = load_recipe(recipe, overrides or [])
     _quiet_libraries()
     out = _console()
-    for job in make_jobs(cells):
+    for job in make_jobs(cells, will_train=False):
         record = data_record(job)
         out.print(f"{job.cell.name}: {record['origin']}", soft_wrap=True)
         out.print(
@@ -312,7 +313,8 @@ def _print_plan(jobs: Any, places: Any) -> None:
 
 
 def _print_where(results: Path, adapters: list[Path]) -> None:
-    from slm_lora.experiment.report import ANALYSIS_FILE, METRICS_FILE, TABLE_FILE
+    from slm_lora.experiment.report import ANALYSIS_FILE, TABLE_FILE
+    from slm_lora.runs import METRICS_FILE
 
     out = _console()
     for label, path in (
@@ -323,8 +325,7 @@ def _print_where(results: Path, adapters: list[Path]) -> None:
     ):
         out.print(f"{label:9} {path}", soft_wrap=True)
     for path in adapters:
-        missing = "" if path.is_dir() else "  (not here: trained elsewhere; scores are)"
-        out.print(f"{'adapter':9} {path}{missing}", soft_wrap=True)
+        out.print(f"{'adapter':9} {path}", soft_wrap=True)
 
 
 def _quiet_libraries() -> None:
@@ -360,14 +361,19 @@ def _guarded(command: Callable[[], object]) -> int:
     except KeyboardInterrupt:
         print("stopped; the same command continues where it stopped", file=sys.stderr)
         return STOPPED_RESUMABLE
-    except MemoryError:
-        print("out of memory; lower training.micro_batch_tokens", file=sys.stderr)
-        return SlmLoraError.exit_code
     except Exception as error:
         # Click's own usage errors know how to show themselves.
         if hasattr(error, "show") and hasattr(error, "exit_code"):
             error.show()
             return int(error.exit_code)
+        # torch's own (a RuntimeError) by name, as torch may not even be loaded.
+        if isinstance(error, MemoryError) or type(error).__name__ == "OutOfMemoryError":
+            print(
+                "out of memory; lower training.micro_batch_tokens and "
+                "evaluation.micro_batch_tokens, or data.max_length",
+                file=sys.stderr,
+            )
+            return StorageError.exit_code
         raise
 
 

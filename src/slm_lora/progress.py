@@ -39,6 +39,7 @@ class Task:
                 TimeRemainingColumn(),
                 TextColumn("left"),
                 console=console,
+                transient=True,
             )
             self._row = self._bar.add_task(label, total=total, note="")
             self._bar.start()
@@ -67,7 +68,6 @@ class Task:
         """Take the bar away and leave one line."""
         if self._bar is not None:
             self._bar.stop()
-            self._bar.remove_task(self._row)
         elapsed = clock(time.monotonic() - self._began)
         self._console.print(f"  {self._label}  {summary}  {elapsed}", soft_wrap=True)
 

@@ -17,6 +17,8 @@ RUN_FORMAT = 1
 """Version of run.json; raised when results of the same inputs would no longer compare."""
 
 RUN_FILE, SCORES_FILE, STEPS_FILE = "run.json", "scores.parquet", "steps.jsonl"
+METRICS_FILE = "metrics.json"
+"""Beside the run folders: what the last table was made of."""
 
 
 @dataclass(frozen=True, slots=True)
@@ -82,8 +84,14 @@ def read_run(folder: Path) -> Run:
 
 
 def list_runs(results: Path) -> list[Run]:
-    """All runs of an experiment, by folder name."""
-    return [read_run(path.parent) for path in sorted((results / "runs").glob(f"*/{RUN_FILE}"))]
+    """The runs of an experiment's last table; all that are there, before there is a table."""
+    folders = sorted(path.parent for path in (results / "runs").glob(f"*/{RUN_FILE}"))
+    try:
+        metrics = json.loads((results / METRICS_FILE).read_text(encoding="utf-8"))
+        last = {str(run["folder"]) for run in metrics["runs"]}
+    except (OSError, ValueError, KeyError, TypeError):
+        last = {folder.name for folder in folders}
+    return [read_run(folder) for folder in folders if folder.name in last]
 
 
 @contextmanager
@@ -97,7 +105,7 @@ def new_run(results: Path, cell: str, identity: str, record: Mapping[str, Any]) 
 
 def write_lines(path: Path, records: Sequence[Mapping[str, Any]]) -> None:
     """One JSON object a line."""
-    lines = (json.dumps(record, separators=(",", ":")) for record in records)
+    lines = (json.dumps(record, separators=(",", ":"), allow_nan=False) for record in records)
     path.write_text("".join(f"{line}\n" for line in lines), encoding="utf-8")
 
 

@@ -78,9 +78,15 @@ def atomic_folder(target: Path) -> Iterator[Path]:
                     with path.open("rb+") as written:
                         os.fsync(written.fileno())
             _sync_folder(filled)
+            old = Path(name) / "old"
             if target.exists():
-                target.replace(Path(name) / "old")
-            filled.replace(target)
+                target.replace(old)
+            try:
+                filled.replace(target)
+            except BaseException:
+                if old.exists():
+                    old.replace(target)
+                raise
             _sync_folder(target.parent)
     except OSError as error:
         raise StorageError(f"cannot write {target}: {error.strerror or error}") from error

@@ -157,6 +157,32 @@ def test_an_interrupted_experiment_goes_on(lab: Lab, tmp_path: Path, tiny_folder
         assert mine["evaluation"]["all"]["loss"] == theirs["evaluation"]["all"]["loss"]
 
 
+def test_a_cell_whose_adapter_is_gone_is_trained_again(lab: Lab) -> None:
+    weights = lab.adapters / "tiny-r2-40" / adapter.WEIGHTS
+    before = weights.read_bytes()
+    run = next((lab.results / "runs").glob("r2-40-*"))
+    weights.unlink()
+    assert lab.run() == 0
+    assert weights.read_bytes() == before, "the same bits again"
+    assert next((lab.results / "runs").glob("r2-40-*")) == run
+
+
+def test_a_single_test_row_has_no_interval(tmp_path: Path, tiny_folder: Path) -> None:
+    small = Lab(tmp_path, tiny_folder)
+    assert small.run("data.test_rows=1", "data.validation_rows=1") == 0
+    run = small.metrics()["runs"][1]
+    assert run["intervals"]["all"]["low"] is None
+    assert run["evaluation"]["all"]["rows"] == 1
+
+
+@pytest.mark.parametrize("kind", ["rslora", "dora"])
+def test_other_methods_train_save_and_load(lab: Lab, tmp_path: Path, kind: str) -> None:
+    out = ("--results", tmp_path / "results", "--adapters", tmp_path / "adapter")
+    one = (f"adapter.kind={kind}", "grid.cells=[{data.size: 40}]")
+    assert command("train", lab.recipe, *one, *out) == 0
+    assert command("evaluate", lab.recipe, *one, "--adapter", tmp_path / "adapter/tiny-40") == 0
+
+
 def test_report_makes_the_same_files_again(lab: Lab) -> None:
     names = ("experiment_table.md", "metrics.json", "analysis.md")
     before = {name: (lab.results / name).read_text() for name in names}
@@ -256,6 +282,9 @@ def test_plan_trains_nothing(lab: Lab, tmp_path: Path, capsys: pytest.CaptureFix
         (["grid.cells=[{data.size: 4000}]"], 3, "fits"),
         (["model.name=./nowhere"], 2, "model.name = ./nowhere: no such folder"),
         (["training.precision=fp16"], 2, "use training.precision=bf16 or fp32"),
+        (["adapter.target_modules=[lm_head]"], 2, "has no lm_head"),
+        (["data.max_length=4096"], 2, "tiny-llama takes 512 tokens at most"),
+        (["evaluation.headline=response", "data.max_length=2"], 3, "no label tokens left"),
         (["adapter.target_modules=[q_prj]"], 2, "has no q_prj; it has down_proj"),
         (["data.max_length=2", "training.loss_on=response"], 3, "no label tokens left"),
         (["data.on_long_row=refuse", "data.max_length=5"], 3, "over data.max_length = 5"),

@@ -3,20 +3,26 @@
 from __future__ import annotations
 
 from collections.abc import Callable
+from pathlib import Path
 
 import numpy as np
 import pytest
 import torch
+import transformers
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
 from slm_lora.data.batches import pack
+from slm_lora.errors import UsageError
 from slm_lora.model import adapter, attention
 from slm_lora.model.forward import batch_nll, score_documents
-from slm_lora.model.load import DTYPES, Base
+from slm_lora.model.load import DTYPES, Base, load_base
 from slm_lora.model.loss import CHUNK, summed_nll, token_nll
-from slm_lora.recipe.schema import AdapterSection
+from slm_lora.model.source import resolve
+from slm_lora.recipe.schema import AdapterSection, ModelSection
 from slm_lora.records import Example
+
+from ..conftest import tiny_tokenizer
 
 LoadTiny = Callable[..., Base]
 
@@ -129,6 +135,56 @@ def test_bf16_is_no_further_from_fp64_than_transformers_own(
     theirs = gradients(load_tiny("bf16", plain=True), examples) - reference
     # Two different roundings of equal size: a tenth of slack.
     assert ours.item() < 1.1 * (theirs.norm() / reference.norm()).item()
+
+
+@pytest.mark.parametrize(
+    ("kind", "message"),
+    [("GraniteConfig", "scales, caps or shifts"), ("Gemma2Config", "scales, caps or shifts")],
+)
+def test_a_model_with_a_special_head_is_refused(kind: str, message: str, tmp_path: Path) -> None:
+    config = getattr(transformers, kind)(
+        vocab_size=90, hidden_size=16, intermediate_size=24, num_hidden_layers=1,
+        num_attention_heads=2, num_key_value_heads=1, head_dim=8,
+        logits_scaling=4.0, final_logit_softcapping=2.0,
+    )  # fmt: skip
+    torch.manual_seed(0)
+    save_model(config, tmp_path)
+    with pytest.raises(UsageError, match=message):
+        load(tmp_path)
+
+
+def save_model(config: transformers.PretrainedConfig, folder: Path) -> None:
+    model = transformers.AutoModelForCausalLM.from_config(config)
+    for parameter in model.parameters():
+        torch.nn.init.normal_(parameter, std=0.5)
+    model.save_pretrained(folder)
+
+
+def load(folder: Path) -> Base:
+    """Without a tokenizer's files there is still the model to try."""
+    tiny_tokenizer().save_pretrained(folder)
+    source = resolve(ModelSection(name=str(folder)))
+    return load_base(source, device=torch.device("cpu"), precision="fp32")
+
+
+@pytest.mark.parametrize("kind", ["MistralConfig", "Qwen2Config", "Qwen3Config"])
+def test_other_models_score_as_transformers_does(kind: str, tmp_path: Path) -> None:
+    config = getattr(transformers, kind)(
+        vocab_size=300, hidden_size=16, intermediate_size=24, num_hidden_layers=2,
+        num_attention_heads=4, num_key_value_heads=2, head_dim=4, sliding_window=8,
+    )  # fmt: skip
+    torch.manual_seed(0)
+    save_model(config, tmp_path)
+    base = load(tmp_path)
+    # Only Mistral uses its window by default; packed attention knows none.
+    assert base.packed == (kind != "MistralConfig"), base.why_plain
+    examples = make_examples([30, 12, 5])
+    found = score_documents(base, pack(examples, "all")).nll_all
+    for index, example in enumerate(examples):
+        ids = torch.from_numpy(example.ids).long().unsqueeze(0)
+        plain = transformers.AutoModelForCausalLM.from_pretrained(tmp_path)
+        wanted = plain(input_ids=ids, labels=ids).loss.item() * (example.length - 1)
+        assert found[index] == pytest.approx(wanted, rel=1e-4)
 
 
 def test_micro_batches_give_the_gradient_of_the_whole(load_tiny: LoadTiny) -> None:

@@ -37,7 +37,9 @@ def read_hub(section: DataSection) -> tuple[Table, str]:
         loaded = datasets.load_dataset(
             name, revision=commit or section.revision, split=section.split, keep_in_memory=False
         )
-        table = loaded.select_columns(formats.wanted(loaded.column_names, section))
+        # Without a column that a format knows, all are kept, for the message that names them.
+        wanted = formats.wanted(loaded.column_names, section) or loaded.column_names
+        table = loaded.select_columns(wanted)
         batches = table.with_format("arrow")[:].to_batches()
     except Exception as error:
         raise _hub_failure(section, error) from error

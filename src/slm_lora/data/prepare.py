@@ -93,9 +93,11 @@ def prepare(
         ("train", split.train),
     ):
         chosen = [by_id[row_id] for row_id in ids]
-        examples, long[name] = tokenize.encode(
+        examples, counted = tokenize.encode(
             chosen, split.group_of, section.max_length, section.on_long_row
         )
+        if section.on_long_row != "drop":  # counted over all rows above
+            long[name] = counted
         sets[name] = tuple(examples)
     return Prepared(
         test=sets["test"],

@@ -159,11 +159,14 @@ def split_rows(
     groups = [members[group] for group in seeded_order(members, "held out", split_seed)]
     sets: list[list[Group]] = []
     # Groups to be left over: one for each set that is still to be drawn.
-    for key, wanted, spared in (
-        ("test_rows", wanted_test, 2),
-        ("validation_rows", wanted_validation, 1),
+    for key, asked, wanted, spared in (
+        ("test_rows", test_rows, wanted_test, 2),
+        ("validation_rows", validation_rows, wanted_validation, 1),
     ):
         taken = _draw(groups, wanted)
+        # A default is met as nearly as whole groups allow; what was asked for is met or refused.
+        if asked is None and len(taken) > 0:
+            wanted = _rows(taken)
         if _rows(taken) < wanted or len(groups) - len(taken) < spared:
             raise DataError(
                 f"data.{key} = {wanted}: cannot be drawn from {_rows(groups)} rows in groups of "

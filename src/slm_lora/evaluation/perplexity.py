@@ -18,6 +18,9 @@ from slm_lora.model.load import Base
 from slm_lora.records import Example, LossOn, RowScore
 from slm_lora.storage import atomic_path
 
+_LARGEST_LOSS = 700.0
+"""Beyond this exp is no number any more; a uniform guess is at most about 12."""
+
 
 @dataclass(frozen=True, slots=True)
 class HeldOutLoss:
@@ -85,6 +88,7 @@ def held_out_loss(scores: Sequence[RowScore], tokens: LossOn) -> HeldOutLoss:
 
     Raises:
         DataError: no label token among the rows.
+        NumericError: a loss whose perplexity is beyond floating point.
     """
     if tokens == "all":
         nll = math.fsum(s.nll_all for s in scores)
@@ -95,6 +99,10 @@ def held_out_loss(scores: Sequence[RowScore], tokens: LossOn) -> HeldOutLoss:
     if count == 0:
         raise DataError(f"no label tokens left: {len(scores)} rows have no {tokens} token to score")
     loss = nll / count
+    if loss > _LARGEST_LOSS:
+        raise NumericError(
+            f"loss {loss:.1f} nats a token: the training has diverged; lower training.learning_rate"
+        )
     return HeldOutLoss(
         loss=loss,
         perplexity=math.exp(loss),

@@ -9,7 +9,7 @@ from __future__ import annotations
 import itertools
 import math
 from collections.abc import Iterator, Sequence
-from dataclasses import asdict, dataclass
+from dataclasses import dataclass
 from typing import Any
 
 from slm_lora.experiment.statistics import Estimate, paired_difference
@@ -30,9 +30,7 @@ class Contrast:
             "first": self.first.run.folder.name,
             "second": self.second.run.folder.name,
             "tokens": self.first.headline,
-            **asdict(self.difference),
-            "low": self.difference.low,
-            "high": self.difference.high,
+            **self.difference.record(),
         }
 
 
@@ -51,10 +49,10 @@ def against_base(lines: Sequence[Line]) -> list[Contrast]:
     ]
 
 
-def _base_key(line: Line) -> tuple[str, str, str]:
+def _base_key(line: Line) -> tuple[str, str, str, str]:
     record = line.run.record
-    model = record["model"]
-    return model["sha256"], model["precision"], record["data"]["held_out_sha256"]
+    model, device = record["model"], record["machine"]["device"]
+    return model["sha256"], model["precision"], device, record["data"]["held_out_sha256"]
 
 
 def by_key(lines: Sequence[Line], key: str) -> list[Contrast]:
@@ -187,6 +185,8 @@ def _returns(lines: Sequence[Line]) -> str:
         rows = [
             line.run.record["data"]["sets"]["train"]["rows"] for line in (each.first, each.second)
         ]
+        if rows[0] == rows[1]:  # sizes that round to the same number of training rows
+            continue
         doublings = math.log2(rows[1] / rows[0])
         d = each.difference
         share = d.value / to_first.difference.value if to_first.difference.value else math.nan

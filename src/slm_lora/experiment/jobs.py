@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import json
 from collections.abc import Sequence
 from dataclasses import asdict, dataclass
 from pathlib import Path
@@ -10,10 +11,10 @@ from typing import TYPE_CHECKING, Any
 from slm_lora.data.prepare import Prepared, prepare
 from slm_lora.data.sources import RowSet, read_rows
 from slm_lora.data.splits import SPLIT_VERSION
-from slm_lora.errors import UsageError
+from slm_lora.errors import DataError, UsageError
 from slm_lora.model.source import ModelSource, resolve
 from slm_lora.recipe.cells import Cell
-from slm_lora.recipe.schema import ModelSection
+from slm_lora.recipe.schema import DataSection, ModelSection
 from slm_lora.runs import RUN_FORMAT, content_hash
 
 if TYPE_CHECKING:
@@ -44,16 +45,20 @@ class Job:
     recipe: dict[str, Any]
 
 
-def make_jobs(cells: Sequence[Cell]) -> list[Job]:
+def make_jobs(cells: Sequence[Cell], will_train: bool = True) -> list[Job]:
     """Resolve models, read rows and tokenise them for all cells; nothing is loaded yet.
+
+    Args:
+        cells: from `reading.load_recipe`.
+        will_train: False where device and precision need not be there (plans, looks at data).
 
     Raises:
         SlmLoraError: whatever is wrong with models or rows, and cells on different test rows.
     """
     sources: dict[ModelSection, ModelSource] = {}
-    tokenizers: dict[str, PreTrainedTokenizerBase] = {}
+    tokenizers: dict[ModelSource, PreTrainedTokenizerBase] = {}
     row_sets: dict[str, RowSet] = {}
-    sets: dict[tuple[str, str, int], Prepared] = {}
+    sets: dict[tuple[ModelSource, str, int], Prepared] = {}
     jobs = []
     for cell in cells:
         section = cell.recipe.data
@@ -65,14 +70,16 @@ def make_jobs(cells: Sequence[Cell]) -> list[Job]:
         if cell.recipe.model not in sources:
             sources[cell.recipe.model] = resolve(cell.recipe.model)
         source = sources[cell.recipe.model]
-        if source.sha256 not in tokenizers:
+        if source not in tokenizers:
             from slm_lora.model.load import load_tokenizer
 
-            tokenizers[source.sha256] = load_tokenizer(source)
-        set_key = (source.sha256, section.model_dump_json(), cell.recipe.data_seed)
+            tokenizers[source] = load_tokenizer(source)
+        _check_length(section, source)
+        set_key = (source, section.model_dump_json(), cell.recipe.data_seed)
         if set_key not in sets:
-            sets[set_key] = prepare(rows, section, cell.recipe.data_seed, tokenizers[source.sha256])
-        jobs.append(_job(cell, source, sets[set_key], rows))
+            sets[set_key] = prepare(rows, section, cell.recipe.data_seed, tokenizers[source])
+        _check_headline(cell, sets[set_key])
+        jobs.append(_job(cell, source, sets[set_key], rows, will_train))
     _check_same_test_rows(jobs)
     return jobs
 
@@ -80,12 +87,41 @@ def make_jobs(cells: Sequence[Cell]) -> list[Job]:
 _ROW_FIELDS = {"name", "revision", "split", "format", "columns", "on_bad_row"}
 
 
-def _job(cell: Cell, source: ModelSource, prepared: Prepared, rows: RowSet) -> Job:
+def _check_length(section: DataSection, source: ModelSource) -> None:
+    """Positions beyond those that the model was made for have no meaning, or no embedding."""
+    config = json.loads((source.path / "config.json").read_text(encoding="utf-8"))
+    config |= config.get("text_config") or {}
+    most = config.get("max_position_embeddings") or config.get("n_positions")
+    if isinstance(most, int) and section.max_length > most:
+        raise UsageError(
+            f"data.max_length = {section.max_length}: {source.name} takes {most} tokens at most"
+        )
+
+
+def _check_headline(cell: Cell, prepared: Prepared) -> None:
+    if cell.recipe.evaluation.headline == "response" and not any(
+        example.response[1:].any() for example in prepared.test
+    ):
+        raise DataError(
+            "no label tokens left: no test row has a response token to score "
+            "(evaluation.headline = response); raise data.max_length, or check the template"
+        )
+
+
+def _job(
+    cell: Cell, source: ModelSource, prepared: Prepared, rows: RowSet, will_train: bool
+) -> Job:
     from slm_lora.model.load import choose_device, choose_precision
 
     training = cell.recipe.training
-    device = choose_device(training.device)
-    precision = choose_precision(training.precision, device)
+    try:
+        device = choose_device(training.device)
+        precision = choose_precision(training.precision, device)
+    except UsageError:
+        if will_train:
+            raise
+        device = choose_device("auto")
+        precision = choose_precision("auto", device)
     recipe = _portable_recipe(cell, source, precision, device.type)
     scored = {
         "format": RUN_FORMAT,
@@ -93,7 +129,8 @@ def _job(cell: Cell, source: ModelSource, prepared: Prepared, rows: RowSet) -> J
         "base": source.sha256,
         "held_out": prepared.held_out_hash,
         "precision": precision,
-        "evaluation": recipe["evaluation"],
+        "device": device.type,
+        "micro_batch_tokens": recipe["evaluation"]["micro_batch_tokens"],
     }
     trained = {
         "train": prepared.train_hash,
@@ -132,10 +169,14 @@ def _check_same_test_rows(jobs: Sequence[Job]) -> None:
     first = jobs[0]
     wanted = [example.row_id for example in first.prepared.test]
     for job in jobs[1:]:
-        if [example.row_id for example in job.prepared.test] != wanted:
+        rows = [example.row_id for example in job.prepared.test] == wanted
+        # Models with other tokenizers share rows, not tokens; one model's cells share both.
+        tokens = job.prepared.held_out_hash == first.prepared.held_out_hash
+        if not rows or (job.source == first.source and not tokens):
             raise UsageError(
                 f"grid: cells {first.cell.name} and {job.cell.name} would be scored on different "
-                "test rows, so they could not be compared; vary data.size or data_seed instead"
+                f"test {'tokens' if rows else 'rows'}, so they could not be compared; run them as "
+                "two experiments"
             )
 
 

@@ -89,7 +89,9 @@ def _peak_bytes(job: Job, mean_length: float, is_base: bool) -> int:
     config = json.loads((job.source.path / "config.json").read_text(encoding="utf-8"))
     size = torch.finfo(DTYPES[job.precision]).bits // 8
     weights = size * sum(math.prod(s) for s in tensor_shapes(job.source.path).values())
-    hidden, layers = int(config["hidden_size"]), int(config["num_hidden_layers"])
+    config |= config.get("text_config") or {}
+    hidden = int(config.get("hidden_size") or config.get("n_embd") or 0)
+    layers = int(config.get("num_hidden_layers") or config.get("n_layer") or 0)
     inner = int(config.get("intermediate_size", 4 * hidden))
     training = job.cell.recipe.training
     # A step rarely holds twice the mean; a micro-batch never holds more than its budget.

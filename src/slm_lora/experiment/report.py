@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import math
 from collections.abc import Sequence
-from dataclasses import asdict
 from pathlib import Path
 
 from rich.table import Table
@@ -20,10 +19,10 @@ from slm_lora.experiment.table import (
     markdown_table,
     read_lines,
 )
-from slm_lora.runs import Run, to_json
+from slm_lora.runs import METRICS_FILE, Run, to_json
 from slm_lora.storage import atomic_write_text
 
-TABLE_FILE, METRICS_FILE, ANALYSIS_FILE = "experiment_table.md", "metrics.json", "analysis.md"
+TABLE_FILE, ANALYSIS_FILE = "experiment_table.md", "analysis.md"
 
 
 def write_report(runs: Sequence[Run], results: Path) -> list[Line]:
@@ -83,12 +82,13 @@ def _table_file(lines: Sequence[Line]) -> str:
 
 
 def _cut_rows(lines: Sequence[Line]) -> list[str]:
-    test = lines[0].run.record["data"]["long_rows"].get("test")
-    if not test or not test["rows"]:
+    counted = lines[0].run.record["data"]["long_rows"]
+    which, test = ("test rows", counted["test"]) if "test" in counted else ("rows", counted["all"])
+    if not test["rows"]:
         return []
     limit = lines[0].setting("data.max_length")
     return [
-        f"{test['rows']} test rows were longer than {limit} tokens ({test['policy']}; "
+        f"{test['rows']} {which} were longer than {limit} tokens ({test['policy']}; "
         f"{test['tokens_cut']} tokens cut, the longest row had {test['longest']})."
     ]
 
@@ -101,8 +101,7 @@ def _metrics(lines: Sequence[Line]) -> dict[str, object]:
                 "folder": line.run.folder.name,
                 **line.run.record,
                 "intervals": {
-                    tokens: {"low": line.loss(tokens).low, "high": line.loss(tokens).high,
-                             **asdict(line.loss(tokens))}
+                    tokens: line.loss(tokens).record()
                     for tokens in ("all", "response")
                     if tokens in line.run.record["evaluation"]
                 },

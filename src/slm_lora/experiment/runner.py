@@ -61,9 +61,9 @@ class _LoadedBase:
         self._base: Base | None = None
 
     def for_job(self, job: Job) -> Base:
-        wanted = (job.source.sha256, job.precision, job.device)
+        wanted = (job.source, job.precision, job.device)
         base = self._base
-        if base is None or (base.source.sha256, base.precision, base.device) != wanted:
+        if base is None or (base.source, base.precision, base.device) != wanted:
             self._base = None
             self._reporter.say(
                 f"  loading {job.source.name} in {job.precision} on {job.device.type}"
@@ -105,12 +105,22 @@ def _run_cells(
     runs = []
     for job in jobs:
         run = find_run(places.results, job.cell.name, job.identity)
-        if run is None:
+        if run is None or not _has_adapter(run, places):
             run = _run_cell(job, loaded.for_job(job), places, reporter)
         else:
             reporter.say(f"  {job.cell.name}  finished earlier")
         runs.append(run)
     return runs
+
+
+def _has_adapter(run: Run, places: Places) -> bool:
+    """Whether the adapter of a finished cell is here, and is that very one.
+
+    Results are shared without adapters, and another recipe's cell of the same name replaces
+    the adapter; in both cases the cell is trained again.
+    """
+    weights = places.adapter(run.cell) / adapter.WEIGHTS
+    return weights.is_file() and sha256_file(weights) == run.record["adapter"]["sha256"]
 
 
 def evaluate_adapter(
@@ -152,7 +162,7 @@ def _run_cell(job: Job, base: Base, places: Places, reporter: Reporter) -> Run:
         adapter.detach(adapted)
     record = {
         **_common(job, base, places),
-        "settings": dict(job.cell.settings),
+        "settings": {key: _at(job.recipe, key) for key in job.cell.settings},
         "adapter": {
             "folder": folder.name,
             "sha256": sha256_file(folder / adapter.WEIGHTS),
@@ -267,6 +277,7 @@ def _training_record(result: TrainingResult, peak: int) -> dict[str, Any]:
         "rows_without_labels": result.rows_without_labels,
         "kept_step": result.kept_step,
         "stopped_early": result.stopped_early,
+        "skipped_steps": sum(step.skipped for step in result.history),
     }
 
 
@@ -301,6 +312,14 @@ def _about(job: Job, places: Places) -> dict[str, Any]:
         "run": job.identity,
         "versions": machine.versions(),
     }
+
+
+def _at(recipe: dict[str, Any], key: str) -> Any:
+    """A dotted key of the resolved recipe, where local paths are file names."""
+    value: Any = recipe
+    for part in key.split("."):
+        value = value[part]
+    return value
 
 
 def _found(places: Places, cell: str, identity: str) -> Run:

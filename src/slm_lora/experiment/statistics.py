@@ -40,6 +40,17 @@ class Estimate:
         """Upper end of the 95 % interval."""
         return self.value + _Z95 * self.standard_error
 
+    def record(self) -> dict[str, float | int | None]:
+        """For JSON, which has no infinity: what is not known from one group is null."""
+        known = math.isfinite(self.standard_error)
+        return {
+            "value": self.value,
+            "standard_error": self.standard_error if known else None,
+            "low": self.low if known else None,
+            "high": self.high if known else None,
+            "groups": self.groups,
+        }
+
     @property
     def excludes_zero(self) -> bool:
         """Whether the whole interval lies on one side of zero."""

@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import json
 import os
-import re
 from collections.abc import Mapping
 from dataclasses import dataclass
 from pathlib import Path
@@ -65,10 +64,12 @@ def detach(adapted: PeftModel) -> None:
 def _check_targets(base: Base, section: AdapterSection) -> None:
     if section.target_modules == "all-linear":
         return
+    # The loss multiplies with the output embedding itself: an adapter on it would not train.
+    head = base.causal.get_output_embeddings()  # type: ignore[no-untyped-call]
     names = {
         name.rsplit(".", 1)[-1]
         for name, module in base.causal.named_modules()
-        if isinstance(module, torch.nn.Linear)
+        if isinstance(module, torch.nn.Linear) and module is not head
     }
     if unknown := [name for name in section.target_modules if name not in names]:
         raise UsageError(
@@ -129,7 +130,7 @@ def load(base: Base, folder: Path) -> PeftModel:
         UsageError: no adapter in the folder.
         IntegrityError: made for another base, or tensors that are missing or do not fit.
     """
-    from peft import PeftModel
+    from peft import PeftModel, get_peft_model_state_dict
     from safetensors import SafetensorError, safe_open
 
     if not (folder / "adapter_config.json").is_file() or not (folder / WEIGHTS).is_file():
@@ -139,14 +140,11 @@ def load(base: Base, folder: Path) -> PeftModel:
         with safe_open(folder / WEIGHTS, framework="pt") as file:
             saved = {name: tuple(file.get_slice(name).get_shape()) for name in file.keys()}  # noqa: SIM118
         adapted = PeftModel.from_pretrained(base.causal, os.fspath(folder))
-    except (SafetensorError, RuntimeError, ValueError, json.JSONDecodeError) as error:
+    except (SafetensorError, RuntimeError, ValueError, TypeError, KeyError) as error:
         reason = str(error).splitlines()[0]
         raise IntegrityError(f"{folder}: the adapter does not load: {reason}") from error
-    wanted = {
-        re.sub(r"\.default(?=\.)|\.default$", "", name): tuple(parameter.shape)
-        for name, parameter in adapted.named_parameters()
-        if ".default" in name
-    }
+    # Under the names that PEFT saves them by.
+    wanted = {name: tuple(t.shape) for name, t in get_peft_model_state_dict(adapted).items()}
     misfits = sorted(n for n in wanted.keys() | saved.keys() if wanted.get(n) != saved.get(n))
     if misfits:
         detach(adapted)

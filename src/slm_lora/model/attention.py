@@ -225,11 +225,20 @@ def _for_transformers(
     scaling: float | None = None,
     dropout: float = 0.0,
     document_lengths: Tensor | None = None,
+    sliding_window: int | None = None,
+    softcap: float | None = None,
+    s_aux: Tensor | None = None,
     **_: Any,
 ) -> tuple[Tensor, None]:
-    """The signature of transformers: [1, heads, T, head_dim] in, [1, T, heads, head_dim] out."""
+    """The signature of transformers: [1, heads, T, head_dim] in, [1, T, heads, head_dim] out.
+
+    Raises:
+        ValueError: the model asks for more than causal softmax attention.
+    """
     if document_lengths is None:
         raise ValueError("packed attention needs document_lengths")
+    if sliding_window is not None or softcap is not None or s_aux is not None:
+        raise ValueError("its attention has a sliding window, a cap or a sink")
     scale = scaling if scaling is not None else query.shape[-1] ** -0.5
     q, k, v = (x.squeeze(0).transpose(0, 1) for x in (query, key, value))
     return packed_attention(q, k, v, document_lengths, scale).unsqueeze(0), None

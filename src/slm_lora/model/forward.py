@@ -27,7 +27,7 @@ def batch_nll(base: Base, batch: MicroBatch) -> Tensor:
     """
     scored = _scored(batch)
     hidden = _hidden(base, batch)[scored.to(base.device)]
-    return summed_nll(hidden, _head(base.causal), _labels(base, batch, scored))
+    return summed_nll(hidden, output_embedding(base.causal), _labels(base, batch, scored))
 
 
 @dataclass(frozen=True, slots=True)
@@ -45,7 +45,7 @@ def score_documents(base: Base, batch: MicroBatch) -> DocumentScores:
     scored = _scored(batch)
     with torch.no_grad():
         hidden = _hidden(base, batch)[scored.to(base.device)]
-        nll = token_nll(hidden, _head(base.causal), _labels(base, batch, scored))
+        nll = token_nll(hidden, output_embedding(base.causal), _labels(base, batch, scored))
     losses = nll.to("cpu", torch.float64).numpy()
     document = batch.document[scored.numpy()]
     response = batch.response[scored.numpy()].astype(np.float64)
@@ -68,7 +68,7 @@ def packed_logits(causal: PreTrainedModel, documents: list[Tensor]) -> Tensor:
         torch.cat([torch.arange(int(n)) for n in lengths]).to(causal.device),
         lengths,
     )
-    return hidden @ _head(causal).t()
+    return hidden @ output_embedding(causal).t()
 
 
 def _scored(batch: MicroBatch) -> Tensor:
@@ -80,7 +80,8 @@ def _labels(base: Base, batch: MicroBatch, scored: Tensor) -> Tensor:
     return torch.from_numpy(batch.labels)[scored].to(base.device)
 
 
-def _head(causal: PreTrainedModel) -> Tensor:
+def output_embedding(causal: PreTrainedModel) -> Tensor:
+    """Weights of the output layer, [vocabulary, width]."""
     weight: Tensor = causal.get_output_embeddings().weight  # type: ignore[no-untyped-call]
     return weight
 

@@ -82,10 +82,16 @@ class _SummedNLL(torch.autograd.Function):
         hidden_gradient, weight_gradient = ctx.saved_tensors
         factor = upstream[0]
         return (
-            None if hidden_gradient is None else hidden_gradient * factor.to(hidden_gradient),
+            None if hidden_gradient is None else _scaled(hidden_gradient, factor),
             None if weight_gradient is None else (weight_gradient * factor).to(ctx.weight_dtype),
             None,
         )
+
+
+def _scaled(gradient: Tensor, factor: Tensor) -> Tensor:
+    # In fp32 or wider: 1/tokens itself would be rounded to 0.4 % in bf16, or overflow in fp16.
+    wide = torch.promote_types(gradient.dtype, torch.float32)
+    return (gradient.to(wide) * factor.to(wide)).to(gradient.dtype)
 
 
 def summed_nll(hidden: Tensor, weight: Tensor, labels: Tensor) -> Tensor:

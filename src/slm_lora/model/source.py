@@ -13,7 +13,7 @@ from slm_lora.model.embedded import EMBEDDED, fetch
 from slm_lora.recipe.schema import ModelSection
 
 # Safe formats only: never pickled weights, never code.
-_WANTED = ("*.safetensors", "*.safetensors.index.json", "*.json", "*.jinja", "tokenizer.model")
+_WANTED = ("model*.safetensors", "*.json", "*.jinja", "*.txt", "tokenizer.model")
 
 
 @dataclass(frozen=True, slots=True)
@@ -85,7 +85,8 @@ def weight_files(folder: Path) -> list[Path]:
     Raises:
         UsageError: there are none; says so when there are pickled ones instead.
     """
-    files = sorted(folder.glob("*.safetensors"))
+    # Other copies of the weights (Mistral's consolidated ones, say) are not what is loaded.
+    files = sorted(folder.glob("model*.safetensors"))
     if not (folder / "config.json").is_file():
         raise UsageError(f"model folder {folder}: no config.json; is this a transformers model?")
     if not files:

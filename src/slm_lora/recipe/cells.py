@@ -120,6 +120,8 @@ def _cell_name(cell: CellRecipe, chosen: Mapping[str, Any]) -> str:
 
 
 def _in_name(value: Any) -> str:
+    if isinstance(value, str) and "/" in value:
+        return value.rstrip("/").rsplit("/", 1)[-1]  # of a path or a hub id the last part
     if isinstance(value, list | tuple):
         return "+".join(map(str, value))
     if isinstance(value, float):

@@ -6,9 +6,7 @@ explaining mistakes is in ``reading`` and ``mistakes``, unfolding the grid in ``
 
 from __future__ import annotations
 
-import hashlib
 import itertools
-import json
 import math
 import re
 from typing import Annotated, Any, Literal
@@ -165,7 +163,10 @@ class TrainingSection(Section):
     max_steps: Int | None = Field(None, ge=1, description="Stop after so many optimizer steps.")
     effective_batch_size: Int = Field(16, ge=1, description="Examples per optimizer step.")
     micro_batch_tokens: Int = Field(
-        4096, ge=1, description="Tokens computed at once: the memory knob; no effect on results."
+        4096,
+        ge=1,
+        description="Tokens computed at once: the memory knob. Results move by rounding, and by "
+        "which values dropout draws.",
     )
     loss_on: LossOn = Field("all", description="Tokens trained on: whole text, or response only.")
     learning_rate: Float = Field(2e-4, gt=0, description="Peak learning rate.")
@@ -278,13 +279,3 @@ class Recipe(CellRecipe):
         default_factory=lambda: GridSection(), description="The cells; unset: one cell."
     )
     seeds: tuple[Int, ...] = Field((), description="Seeds, each over the whole grid.")
-
-
-def canonical_json(value: BaseModel) -> str:
-    """The value as JSON with sorted keys: equal for equal settings, however they were written."""
-    return json.dumps(value.model_dump(mode="json"), sort_keys=True, separators=(",", ":"))
-
-
-def recipe_hash(value: BaseModel) -> str:
-    """SHA-256 of `canonical_json`."""
-    return hashlib.sha256(canonical_json(value).encode()).hexdigest()

@@ -2,7 +2,7 @@
 
 Order and dropout follow from the seed and the step number, so a checkpoint is the adapter's
 weights, the optimizer's moments and the steps so far. It is written whole or not at all, and is
-only taken up by the run with the same identity; anything else is ignored and said so.
+only taken up by the run with the same identity; another's is passed over.
 """
 
 from __future__ import annotations
@@ -58,8 +58,9 @@ class Checkpointer:
         tensors: dict[str, torch.Tensor] = {}
         for name, parameter in parameters.items():
             tensors[f"weight/{name}"] = parameter.detach().cpu().contiguous()
-            for moment in _MOMENTS:
-                tensors[f"{moment}/{name}"] = optimizer.state[parameter][moment].cpu().contiguous()
+            # Empty before the first update that was not skipped (fp16).
+            for moment, value in optimizer.state[parameter].items():
+                tensors[f"{moment}/{name}"] = value.cpu().contiguous()
         about: dict[str, Any] = {
             "identity": self.identity,
             "history": [asdict(step) for step in history],
@@ -94,14 +95,17 @@ class Checkpointer:
             history = [Step(**step) for step in about["history"]]
             best: tuple[float, int, dict[str, torch.Tensor]] | None = None
             with safe_open(self.folder / _STATE, framework="pt") as file, torch.no_grad():
+                saved = set(file.keys())
                 for name, parameter in parameters.items():
                     parameter.copy_(file.get_tensor(f"weight/{name}"))
-                    state = {
-                        moment: file.get_tensor(f"{moment}/{name}").to(parameter.device)
-                        for moment in _MOMENTS
-                    }
-                    steps = torch.tensor(float(len(history)))
-                    optimizer.state[parameter] = {"step": steps, **state}
+                    if f"step/{name}" in saved:
+                        optimizer.state[parameter] = {
+                            "step": file.get_tensor(f"step/{name}"),
+                            **{
+                                moment: file.get_tensor(f"{moment}/{name}").to(parameter.device)
+                                for moment in _MOMENTS
+                            },
+                        }
                 if "best" in about:
                     kept = {name: file.get_tensor(f"best/{name}") for name in parameters}
                     best = (about["best"]["loss"], about["best"]["step"], kept)

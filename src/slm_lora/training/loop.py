@@ -6,6 +6,7 @@ into micro-batches. Order and dropout depend on the seed and the step alone.
 
 from __future__ import annotations
 
+import hashlib
 import math
 import time
 from collections.abc import Callable, Iterator, Sequence
@@ -34,7 +35,8 @@ class Step:
 
     ``loss`` is nats per label token, of this step's examples, before its update; ``tokens``
     are all real tokens computed (no padding is), ``seconds`` since the loop began, validation
-    left out. ``validation_loss`` is set on steps where the validation set was scored.
+    left out. ``validation_loss`` is set on steps where the validation set was scored; ``skipped``
+    means that an fp16 gradient overflowed and nothing was updated (``grad_norm`` is 0 then).
     """
 
     step: int
@@ -48,6 +50,7 @@ class Step:
     label_tokens: int
     seconds: float
     validation_loss: float | None = None
+    skipped: bool = False
 
 
 @dataclass(frozen=True, slots=True)
@@ -103,6 +106,15 @@ def _steps(
                 return
             yield order[start : start + batch]
             done += 1
+
+
+MOST_SKIPPED = 25
+"""Steps in a row that fp16 may skip: a scale of 65,536 halved so often is far below 1."""
+
+
+def _dropout_seed(seed: int, step: int) -> int:
+    digest = hashlib.sha256(f"dropout:{seed}:{step}".encode()).digest()
+    return int.from_bytes(digest[:8], "big") >> 1
 
 
 _Best = tuple[float, int, dict[str, torch.Tensor]]
@@ -175,7 +187,7 @@ def train(
         for group in optimizer.param_groups:
             group["lr"] = rate
         # Dropout depends on seed and step alone, so that a step can be done again exactly.
-        torch.manual_seed((seed << 32) + number)
+        torch.manual_seed(_dropout_seed(seed, number))
         labels = sum(label_count(example, section.loss_on) for example in step_examples)
         loss = 0.0
         for micro in by_token_budget(step_examples, section.micro_batch_tokens):
@@ -184,8 +196,12 @@ def train(
             loss += share.item()
         scaler.unscale_(optimizer)
         norm = torch.nn.utils.clip_grad_norm_(parameters, section.max_grad_norm).item()
-        # With fp16 an overflow of the scaled gradient skips the step and lowers the scale.
-        if not math.isfinite(loss) or not (math.isfinite(norm) or scaler.is_enabled()):
+        # With fp16 an overflow of the scaled gradient skips the step and lowers the scale; that
+        # settles within a few steps, or the loss itself is the trouble.
+        skipped = scaler.is_enabled() and not math.isfinite(norm)
+        recent = [step.skipped for step in history[-MOST_SKIPPED:]]
+        hopeless = skipped and len(recent) == MOST_SKIPPED and all(recent)
+        if not math.isfinite(loss) or hopeless or not (math.isfinite(norm) or skipped):
             rows = ", ".join(example.row_id[:8] for example in step_examples)
             raise NumericError(
                 f"step {number + 1} of {total}: loss {loss}, gradient norm {norm}; "
@@ -209,7 +225,8 @@ def train(
             epoch=(number + 1) / steps_per_epoch(len(usable), section.effective_batch_size),
             loss=loss,
             learning_rate=rate,
-            grad_norm=norm,
+            grad_norm=0.0 if skipped else norm,
+            skipped=skipped,
             examples=len(step_examples),
             tokens=sum(example.length for example in step_examples),
             label_tokens=labels,
