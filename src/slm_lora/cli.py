@@ -34,6 +34,7 @@ Overrides = Annotated[
 ]
 ResultsDir = Annotated[Path, typer.Option("--results", help="Folder for tables and scores.")]
 AdaptersDir = Annotated[Path, typer.Option("--adapters", help="Folder for adapters.")]
+CellName = Annotated[str, typer.Option("--cell", help="Cell of the grid, where it has several.")]
 Rows = Annotated[int, typer.Option("--rows", min=1, help="How many rows to show.")]
 
 
@@ -81,9 +82,7 @@ def experiment(
 def train(
     recipe: RecipeFile,
     overrides: Overrides = None,
-    cell: Annotated[
-        str, typer.Option("--cell", help="Cell of the grid, where it has several.")
-    ] = "",
+    cell: CellName = "",
     results: ResultsDir = Path("results"),
     adapters: AdaptersDir = Path("adapter"),
 ) -> None:
@@ -94,15 +93,13 @@ def train(
     from slm_lora.recipe.reading import load_recipe
 
     read, cells = load_recipe(recipe, overrides or [])
-    names = [each.name for each in cells]
-    if cell and cell not in names:
-        raise UsageError(f"--cell {cell}: the recipe has the cells {', '.join(names)}")
+    chosen = _chosen_cell(cells, cell)
     if not cell and len(cells) > 1:
-        raise UsageError(f"the recipe has {len(cells)} cells; choose one: --cell {names[0]} …")
+        raise UsageError(f"the recipe has {len(cells)} cells; choose one: --cell {chosen.name} …")
     reporter = Reporter()
     _quiet_libraries()
     places = Places(read.name, results / read.name, adapters)
-    jobs = make_jobs([each for each in cells if cell in ("", each.name)])
+    jobs = make_jobs([chosen])
     _say_data(jobs[0], reporter)
     run = run_cells(jobs, places, reporter)[0]
     _console().print(f"\n{run.folder}\n{places.adapter(run.cell)}", soft_wrap=True)
@@ -115,6 +112,7 @@ def evaluate(
     adapter: Annotated[
         Path | None, typer.Option("--adapter", help="Adapter folder; without it, the base.")
     ] = None,
+    cell: CellName = "",
     scores: Annotated[
         Path | None, typer.Option("--scores", help="Write per-row scores to this Parquet file.")
     ] = None,
@@ -129,7 +127,7 @@ def evaluate(
     _, cells = load_recipe(recipe, overrides or [])
     _quiet_libraries()
     reporter = Reporter()
-    job = make_jobs(cells[:1])[0]
+    job = make_jobs([_chosen_cell(cells, cell)])[0]
     _say_data(job, reporter)
     found, record = evaluate_adapter(job, adapter, reporter)
     out = _console()
@@ -173,7 +171,9 @@ def data_build() -> None:
 
 
 @data_app.command("show")
-def data_show(recipe: RecipeFile, overrides: Overrides = None, rows: Rows = 2) -> None:
+def data_show(
+    recipe: RecipeFile, overrides: Overrides = None, cell: CellName = "", rows: Rows = 2
+) -> None:
     """Show training rows as the model sees them: loss is taken on what is marked."""
     from rich.text import Text
 
@@ -183,7 +183,7 @@ def data_show(recipe: RecipeFile, overrides: Overrides = None, rows: Rows = 2) -
 
     _, cells = load_recipe(recipe, overrides or [])
     _quiet_libraries()
-    job = make_jobs(cells[:1], will_train=False)[0]
+    job = make_jobs([_chosen_cell(cells, cell)], will_train=False)[0]
     tokenizer = load_tokenizer(job.source)
     on_response = job.cell.recipe.training.loss_on == "response"
     out = _console()
@@ -210,14 +210,24 @@ def data_show(recipe: RecipeFile, overrides: Overrides = None, rows: Rows = 2) -
 
 @data_app.command("check")
 def data_check(recipe: RecipeFile, overrides: Overrides = None) -> None:
-    """Read, split and tokenise a recipe's rows, and say what was found."""
+    """Read, split and tokenise a recipe's rows, and say what was found; names every bad row."""
+    from slm_lora.data.sources import MalformedRowsError
     from slm_lora.experiment.jobs import data_record, make_jobs
     from slm_lora.recipe.reading import load_recipe
 
     _, cells = load_recipe(recipe, overrides or [])
     _quiet_libraries()
     out = _console()
-    for job in make_jobs(cells, will_train=False):
+    try:
+        jobs = make_jobs(cells, will_train=False)
+    except MalformedRowsError as error:
+        # The error names a few lines; whoever checks wants them all.
+        for bad in error.bad_rows:
+            out.print(f"{bad.source}: {bad.reason}", soft_wrap=True)
+        raise
+    for bad in jobs[0].rows.bad_rows:
+        out.print(f"skipped {bad.source}: {bad.reason}", soft_wrap=True)
+    for job in jobs:
         record = data_record(job)
         out.print(f"{job.cell.name}: {record['origin']}", soft_wrap=True)
         out.print(
@@ -270,6 +280,14 @@ def _console() -> Any:
     from rich.console import Console
 
     return Console(highlight=False, markup=False)
+
+
+def _chosen_cell(cells: list[Any], name: str) -> Any:
+    """The named cell; without a name, the first (cells share what looks at data need)."""
+    names = [each.name for each in cells]
+    if name and name not in names:
+        raise UsageError(f"--cell {name}: the recipe has the cells {', '.join(names)}")
+    return cells[names.index(name) if name else 0]
 
 
 def _say_data(job: Any, reporter: Any) -> None:

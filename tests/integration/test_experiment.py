@@ -332,6 +332,24 @@ def test_help_is_quick_and_needs_no_torch() -> None:
     assert b"experiment" in done.stdout
 
 
+def test_data_check_names_every_bad_row(
+    lab: Lab, tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    rows = make_rows(120)
+    for index in (3, 7, 20, 50, 51):
+        rows[index]["response"] = " "
+    path = write_jsonl(tmp_path / "bad.jsonl", rows)
+    assert command("data", "check", lab.recipe, f"data.name={path}") == 3
+    said = capsys.readouterr()
+    assert [line.split(" ")[0] for line in said.out.splitlines()] == [
+        f"bad.jsonl:{number}:" for number in (4, 8, 21, 51, 52)
+    ]
+    assert "set data.on_bad_row=skip" in said.err
+    words = (f"data.name={path}", "data.on_bad_row=skip")
+    assert command("data", "check", lab.recipe, *words) == 0
+    assert "5 malformed rows skipped" in capsys.readouterr().out
+
+
 def test_data_commands(lab: Lab, capsys: pytest.CaptureFixture[str]) -> None:
     assert command("data", "check", lab.recipe) == 0
     assert "120 rows in" in capsys.readouterr().out

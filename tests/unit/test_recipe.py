@@ -387,7 +387,7 @@ def test_settings_are_the_values_not_their_spelling() -> None:
         ("cells: [{}, {}]", "the cell r8 more than once"),
         ("cells: [{adapter.r: 8}, {}]", "the cell r8 more than once"),
         ("cells: [{data.name: Q}, {data.name: q}]", "the cell nameQ more than once"),
-        ("cells: [{data.name: a/b}, {data.name: a_b}]", "the cell namea_b more than once"),
+        ("cells: [{data.name: a b}, {data.name: a_b}]", "the cell namea_b more than once"),
         ("cell: []", "unknown key 'grid.cell' (line 2); did you mean 'grid.cells'?"),
     ],
 )

@@ -19,6 +19,8 @@ from slm_lora.data.tokens import LongRows, RowTokenizer
 from slm_lora.errors import DataError, UsageError
 from slm_lora.records import Example, Role, Row, Turn
 
+from ..conftest import tiny_tokenizer
+
 NAMED: list[TemplateKind] = ["instruction_response", "plain", "chat"]
 SPECIALS = ["<|endoftext|>", "<|im_start|>", "<|im_end|>"]
 BOS = "<|endoftext|>"
@@ -749,3 +751,13 @@ def test_tinyllama_is_prompted_as_it_was_trained(tinyllama: Any, kind: TemplateK
         found = prompted(tinyllama, Template(kind), messages(row))
         assert found[: len(trained)] == trained
         assert not decoded(tinyllama, found[len(trained) :]).strip()
+
+
+def test_a_template_that_writes_the_date_writes_the_same_one_every_day() -> None:
+    tokenizer = tiny_tokenizer()
+    tokenizer.chat_template = (
+        "{{ strftime_now('%d %b %Y') }}{% for message in messages %}"
+        "{{ message['content'] + eos_token }}{% endfor %}"
+    )
+    row = Row((Turn("user", "Which day?"), Turn("assistant", "That one.")))
+    assert RowTokenizer(tokenizer, Template("chat")).render(row).text.startswith("26 Jul 2024")

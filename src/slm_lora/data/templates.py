@@ -8,6 +8,7 @@ spelt in row text are hidden from the template behind others while it renders.
 
 from __future__ import annotations
 
+import datetime
 import json
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass
@@ -18,6 +19,10 @@ from slm_lora.errors import DataError, UsageError
 from slm_lora.records import Row, Turn
 
 TemplateKind = Literal["instruction_response", "chat", "plain", "jinja"]
+TEMPLATE_DATE = datetime.date(2024, 7, 26)
+"""Today, for templates that write the date: the day that those of Llama 3 and its kin write by
+themselves where no clock is given."""
+
 Span = tuple[int, int]
 ChatRenderer = Callable[[list[dict[str, str]], bool], str]
 
@@ -228,6 +233,7 @@ def jinja_renderer(source: str, tokens: dict[str, str]) -> ChatRenderer:
     )
     environment.filters["tojson"] = _plain_json  # Jinja's own is for HTML: it escapes < and '
     environment.globals["raise_exception"] = refuse
+    environment.globals["strftime_now"] = TEMPLATE_DATE.strftime
     try:
         template = environment.from_string(source)
     except jinja2.TemplateSyntaxError as error:

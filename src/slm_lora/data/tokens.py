@@ -117,9 +117,13 @@ class RowTokenizer:
         )
 
     def _chat_renderer(self, tokenizer: PreTrainedTokenizerBase) -> ChatRenderer | None:
+        named = {k: str(v) for k, v in tokenizer.special_tokens_map.items()}
+        own = tokenizer.chat_template
         if self.template.kind == "jinja":
-            named = {k: str(v) for k, v in tokenizer.special_tokens_map.items()}
             plain = jinja_renderer(self.template.source, named)
+        elif self.template.kind == "chat" and isinstance(own, str) and "strftime_now" in own:
+            # transformers would write today's date, and training text change at midnight.
+            plain = jinja_renderer(own, named)
         elif self.template.kind == "chat":
             if not tokenizer.chat_template:
                 raise UsageError(
@@ -129,7 +133,9 @@ class RowTokenizer:
 
             def plain(messages: list[dict[str, str]], add_generation_prompt: bool) -> str:
                 text: Any = tokenizer.apply_chat_template(
-                    messages, tokenize=False, add_generation_prompt=add_generation_prompt
+                    messages,
+                    tokenize=False,
+                    add_generation_prompt=add_generation_prompt,
                 )
                 return str(text)
         else:

@@ -5,6 +5,7 @@ from __future__ import annotations
 import math
 from collections.abc import Sequence
 from pathlib import Path
+from typing import Literal
 
 from rich.table import Table
 
@@ -47,7 +48,8 @@ def terminal_table(lines: Sequence[Line]) -> Table:
     titles = header(lines)
     shown = len(titles) - len(MEASURED)
     for index, title in enumerate([*titles[:shown], "95 % interval"]):
-        table.add_column(title, justify="left" if index == 0 else "right", no_wrap=index > 0)
+        side: Literal["left", "right"] = "left" if index == 0 else "right"
+        table.add_column(title, justify=side, no_wrap=index > 0, overflow="fold")
     for line in lines:
         loss = line.loss()
         interval = f"{math.exp(loss.low):.2f} – {math.exp(loss.high):.2f}"

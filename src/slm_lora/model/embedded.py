@@ -6,6 +6,8 @@ table calls the model by a name that says so. Fetching is something the user ask
 
 from __future__ import annotations
 
+import contextlib
+import io
 import subprocess
 import sys
 import tempfile
@@ -99,12 +101,14 @@ def _dequantise(gguf: Path, target: Path, name: str) -> None:
 
     logging.disable_progress_bar()  # type: ignore[no-untyped-call]
     folder = str(gguf.parent)
-    model = AutoModelForCausalLM.from_pretrained(
-        folder,
-        gguf_file=gguf.name,
-        quantization_config=GgufConfig(gguf_file=gguf.name, dequantize=True),
-        dtype=torch.float32,
-    )
+    # Its progress bar cannot be turned off, and is noise in a log.
+    with contextlib.redirect_stderr(io.StringIO()):
+        model = AutoModelForCausalLM.from_pretrained(
+            folder,
+            gguf_file=gguf.name,
+            quantization_config=GgufConfig(gguf_file=gguf.name, dequantize=True),
+            dtype=torch.float32,
+        )
     # The weights are plain now; the saved configuration must not say otherwise.
     model.config.__dict__.pop("quantization_config", None)
     model.config._name_or_path = name
