@@ -11,7 +11,8 @@ import torch
 from tokenizers import Tokenizer, decoders, models, pre_tokenizers, trainers
 from transformers import PreTrainedTokenizerFast
 
-from slm_lora.model.load import Base, load_base
+from slm_lora.model.base import Base
+from slm_lora.model.load import load_base
 from slm_lora.model.source import ModelSource, resolve
 from slm_lora.recipe.schema import ModelSection
 

@@ -88,3 +88,27 @@ class RowScore:
     nll_response: float
     tokens_response: int
     bytes_response: int
+
+
+@dataclass(frozen=True, slots=True)
+class Step:
+    """What is known after one optimizer step.
+
+    ``loss`` is nats per label token, of this step's examples, before its update; ``tokens``
+    are all real tokens computed (no padding is), ``seconds`` since the loop began, validation
+    left out. ``validation_loss`` is set on steps where the validation set was scored; ``skipped``
+    means that an fp16 gradient overflowed and nothing was updated (``grad_norm`` is 0 then).
+    """
+
+    step: int
+    total_steps: int
+    epoch: float
+    loss: float
+    learning_rate: float
+    grad_norm: float
+    examples: int
+    tokens: int
+    label_tokens: int
+    seconds: float
+    validation_loss: float | None = None
+    skipped: bool = False

@@ -13,10 +13,11 @@ import torch
 from slm_lora.errors import IntegrityError
 from slm_lora.model import adapter
 from slm_lora.model.adapter import trainable_state
-from slm_lora.model.load import Base
+from slm_lora.model.base import Base
 from slm_lora.recipe.schema import AdapterSection, TrainingSection
+from slm_lora.records import Step
 from slm_lora.training.checkpoint import Checkpointer
-from slm_lora.training.loop import Step, TrainingResult, train
+from slm_lora.training.loop import TrainingResult, train
 
 from .test_forward import make_examples
 from .test_training import LENGTHS

@@ -17,7 +17,7 @@ from safetensors.torch import load_file, save_file
 
 from slm_lora.cli import _guarded, app
 from slm_lora.model import adapter
-from slm_lora.model.load import Base
+from slm_lora.model.base import Base
 
 from ..conftest import make_rows, write_jsonl
 

@@ -13,7 +13,7 @@ from slm_lora.errors import DataError, NumericError
 from slm_lora.evaluation.perplexity import held_out_loss, score
 from slm_lora.model import adapter
 from slm_lora.model.adapter import trainable_state
-from slm_lora.model.load import Base
+from slm_lora.model.base import Base
 from slm_lora.recipe.schema import AdapterSection, TrainingSection
 from slm_lora.records import Example
 from slm_lora.training.loop import TrainingResult, total_steps, train

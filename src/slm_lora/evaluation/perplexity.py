@@ -13,8 +13,8 @@ from pathlib import Path
 
 from slm_lora.data.batches import by_token_budget, pack
 from slm_lora.errors import DataError, IntegrityError, NumericError
+from slm_lora.model.base import Base
 from slm_lora.model.forward import score_documents
-from slm_lora.model.load import Base
 from slm_lora.records import Example, LossOn, RowScore
 from slm_lora.storage import atomic_path
 

@@ -21,7 +21,7 @@ if TYPE_CHECKING:
     import torch
     from transformers import PreTrainedTokenizerBase
 
-    from slm_lora.model.load import PrecisionName
+    from slm_lora.model.base import PrecisionName
 
 
 @dataclass(frozen=True)

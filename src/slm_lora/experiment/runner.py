@@ -14,13 +14,14 @@ from slm_lora import machine
 from slm_lora.evaluation.perplexity import held_out_loss, score, write_scores
 from slm_lora.experiment.jobs import Job, data_record
 from slm_lora.model import adapter
-from slm_lora.model.load import Base, load_base
+from slm_lora.model.base import Base
+from slm_lora.model.load import load_base
 from slm_lora.progress import Reporter
-from slm_lora.records import LossOn, RowScore
+from slm_lora.records import LossOn, RowScore, Step
 from slm_lora.runs import SCORES_FILE, STEPS_FILE, Run, find_run, new_run, write_lines
 from slm_lora.storage import sha256_file
 from slm_lora.training.checkpoint import Checkpointer
-from slm_lora.training.loop import Step, TrainingResult, total_steps, train
+from slm_lora.training.loop import TrainingResult, total_steps, train
 
 if TYPE_CHECKING:
     from peft import PeftModel

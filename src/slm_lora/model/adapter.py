@@ -12,7 +12,7 @@ from typing import TYPE_CHECKING, Any
 import torch
 
 from slm_lora.errors import IntegrityError, UsageError
-from slm_lora.model.load import Base
+from slm_lora.model.base import Base
 from slm_lora.model.methods import peft_config
 from slm_lora.recipe.schema import AdapterSection
 from slm_lora.storage import atomic_folder

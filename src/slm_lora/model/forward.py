@@ -16,7 +16,7 @@ from slm_lora.model.loss import summed_nll, token_nll
 if TYPE_CHECKING:
     from transformers import PreTrainedModel
 
-    from slm_lora.model.load import Base
+    from slm_lora.model.base import Base
 
 
 def batch_nll(base: Base, batch: MicroBatch) -> Tensor:

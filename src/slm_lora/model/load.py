@@ -3,47 +3,24 @@
 from __future__ import annotations
 
 import functools
-from dataclasses import dataclass
-from typing import TYPE_CHECKING, Any, Literal
+from typing import TYPE_CHECKING, Any
 
 import torch
 
 from slm_lora.errors import IntegrityError, UsageError
 from slm_lora.model import attention
+from slm_lora.model.base import Base, PrecisionName
+from slm_lora.model.forward import output_embedding, packed_logits
 from slm_lora.model.source import ModelSource, weight_files
 
 if TYPE_CHECKING:
     from transformers import PreTrainedModel, PreTrainedTokenizerBase
 
-PrecisionName = Literal["fp32", "bf16", "fp16"]
 DTYPES: dict[str, torch.dtype] = {
     "fp32": torch.float32,
     "bf16": torch.bfloat16,
     "fp16": torch.float16,
 }
-
-
-@dataclass(frozen=True)
-class Base:
-    """A frozen causal language model, ready to compute.
-
-    Attributes:
-        source: where it came from.
-        causal: the transformers model; an adapter's layers are put into it in place.
-        tokenizer: its tokenizer, unchanged.
-        device: where it computes.
-        precision: of its weights.
-        packed: whether documents are packed (else: padded batches, the plain way).
-        why_plain: one line for the user where ``packed`` is False.
-    """
-
-    source: ModelSource
-    causal: PreTrainedModel
-    tokenizer: PreTrainedTokenizerBase
-    device: torch.device
-    precision: PrecisionName
-    packed: bool
-    why_plain: str = ""
 
 
 def choose_device(wanted: str) -> torch.device:
@@ -186,8 +163,6 @@ def _check_head(source: ModelSource, causal: PreTrainedModel) -> None:
 
     Some scale them, cap them or add a bias; the loss here would leave that out.
     """
-    from slm_lora.model.forward import output_embedding
-
     ids = _sample(causal, 7, seed=1).unsqueeze(0).to(causal.device)
     with torch.no_grad():
         hidden = causal.base_model(input_ids=ids, use_cache=False).last_hidden_state[0]
@@ -207,8 +182,6 @@ def _try_packed(causal: PreTrainedModel) -> tuple[bool, str]:
     The test is the proof: two short documents, packed, against each alone in transformers'
     own way. It catches models whose attention, head or positions the packed way does not know.
     """
-    from slm_lora.model.forward import packed_logits
-
     before: Any = causal.config._attn_implementation
     documents = [_sample(causal, length, seed=length) for length in (13, 7)]
     try:

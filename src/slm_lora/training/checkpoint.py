@@ -12,17 +12,15 @@ import shutil
 from collections.abc import Mapping
 from dataclasses import asdict, dataclass
 from pathlib import Path
-from typing import TYPE_CHECKING, Any
+from typing import Any
 
 import torch
 from safetensors import SafetensorError, safe_open
 from safetensors.torch import save_file
 
 from slm_lora.errors import IntegrityError
+from slm_lora.records import Step
 from slm_lora.storage import atomic_folder, sha256_file
-
-if TYPE_CHECKING:
-    from slm_lora.training.loop import Step
 
 _STATE, _ABOUT = "state.safetensors", "checkpoint.json"
 _MOMENTS = ("exp_avg", "exp_avg_sq")
@@ -82,8 +80,6 @@ class Checkpointer:
         Raises:
             IntegrityError: the checkpoint is this run's, but broken.
         """
-        from slm_lora.training.loop import Step
-
         if not (self.folder / _ABOUT).is_file():
             return None
         try:

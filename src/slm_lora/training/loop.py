@@ -18,39 +18,15 @@ import torch
 from slm_lora.data.batches import by_token_budget, epoch_order, label_count, pack, steps_per_epoch
 from slm_lora.errors import DataError, NumericError
 from slm_lora.model.adapter import restore_state, trainable_state
+from slm_lora.model.base import Base
 from slm_lora.model.forward import batch_nll
-from slm_lora.model.load import Base
 from slm_lora.recipe.schema import TrainingSection
-from slm_lora.records import Example
+from slm_lora.records import Example, Step
 from slm_lora.training.checkpoint import Checkpointer
 from slm_lora.training.optimizer import adamw, learning_rate
 
 if TYPE_CHECKING:
     from peft import PeftModel
-
-
-@dataclass(frozen=True, slots=True)
-class Step:
-    """What is known after one optimizer step.
-
-    ``loss`` is nats per label token, of this step's examples, before its update; ``tokens``
-    are all real tokens computed (no padding is), ``seconds`` since the loop began, validation
-    left out. ``validation_loss`` is set on steps where the validation set was scored; ``skipped``
-    means that an fp16 gradient overflowed and nothing was updated (``grad_norm`` is 0 then).
-    """
-
-    step: int
-    total_steps: int
-    epoch: float
-    loss: float
-    learning_rate: float
-    grad_norm: float
-    examples: int
-    tokens: int
-    label_tokens: int
-    seconds: float
-    validation_loss: float | None = None
-    skipped: bool = False
 
 
 @dataclass(frozen=True, slots=True)

@@ -1,0 +1,38 @@
+"""A loaded base model: what training and scoring are handed."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+from typing import TYPE_CHECKING, Literal
+
+import torch
+
+from slm_lora.model.source import ModelSource
+
+if TYPE_CHECKING:
+    from transformers import PreTrainedModel, PreTrainedTokenizerBase
+
+PrecisionName = Literal["fp32", "bf16", "fp16"]
+
+
+@dataclass(frozen=True)
+class Base:
+    """A frozen causal language model, ready to compute.
+
+    Attributes:
+        source: where it came from.
+        causal: the transformers model; an adapter's layers are put into it in place.
+        tokenizer: its tokenizer, unchanged.
+        device: where it computes.
+        precision: of its weights.
+        packed: whether documents are packed (else: padded batches, the plain way).
+        why_plain: one line for the user where ``packed`` is False.
+    """
+
+    source: ModelSource
+    causal: PreTrainedModel
+    tokenizer: PreTrainedTokenizerBase
+    device: torch.device
+    precision: PrecisionName
+    packed: bool
+    why_plain: str = ""
