@@ -3,8 +3,10 @@
 from __future__ import annotations
 
 import json
-from collections.abc import Callable
+import socket
+from collections.abc import Callable, Iterator
 from pathlib import Path
+from typing import Any
 
 import pytest
 import torch
@@ -76,6 +78,23 @@ def tiny_tokenizer() -> PreTrainedTokenizerFast:
         additional_special_tokens=["<|im_start|>"],
         chat_template=CHAT_TEMPLATE,
     )
+
+
+@pytest.fixture(autouse=True)
+def nobody_asks_the_network(monkeypatch: pytest.MonkeyPatch) -> Iterator[None]:
+    """Fails a test in which a name is looked up: libraries ask hubs, and swallow the failure."""
+    asked: list[str] = []
+    real = socket.getaddrinfo
+
+    def look_up(host: str, *rest: Any, **more: Any) -> Any:
+        if host not in ("localhost", "127.0.0.1", "::1", None):
+            asked.append(host)
+            raise socket.gaierror(f"{host}: no network in tests")
+        return real(host, *rest, **more)
+
+    monkeypatch.setattr(socket, "getaddrinfo", look_up)
+    yield
+    assert not asked, f"asked the network for {asked}"
 
 
 @pytest.fixture(scope="session")

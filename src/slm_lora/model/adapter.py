@@ -144,7 +144,10 @@ def load(base: Base, folder: Path) -> PeftModel:
         reason = str(error).splitlines()[0]
         raise IntegrityError(f"{folder}: the adapter does not load: {reason}") from error
     # Under the names that PEFT saves them by.
-    wanted = {name: tuple(t.shape) for name, t in get_peft_model_state_dict(adapted).items()}
+    wanted = {
+        name: tuple(t.shape)
+        for name, t in get_peft_model_state_dict(adapted, save_embedding_layers=False).items()
+    }
     misfits = sorted(n for n in wanted.keys() | saved.keys() if wanted.get(n) != saved.get(n))
     if misfits:
         detach(adapted)
