@@ -144,10 +144,9 @@ def load(base: Base, folder: Path) -> PeftModel:
         reason = str(error).splitlines()[0]
         raise IntegrityError(f"{folder}: the adapter does not load: {reason}") from error
     # Under the names that PEFT saves them by.
-    wanted = {
-        name: tuple(t.shape)
-        for name, t in get_peft_model_state_dict(adapted, save_embedding_layers=False).items()
-    }
+    # (Else PEFT asks the hub whether the base has other embeddings.)
+    own = get_peft_model_state_dict(adapted, save_embedding_layers=False)
+    wanted = {name: tuple(tensor.shape) for name, tensor in own.items()}
     misfits = sorted(n for n in wanted.keys() | saved.keys() if wanted.get(n) != saved.get(n))
     if misfits:
         detach(adapted)
