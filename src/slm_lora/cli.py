@@ -234,13 +234,15 @@ def data_check(recipe: RecipeFile, overrides: Overrides = None) -> None:
             f"  format {record['format']}, template {record['template']['kind']}; "
             f"{record['rows_available']} rows in {record['groups']} groups, "
             f"{record['duplicates_dropped']} exact duplicates dropped, "
-            f"{record['bad_rows_skipped']} malformed rows skipped"
+            f"{record['bad_rows_skipped']} malformed rows skipped",
+            soft_wrap=True,
         )
         for name, found in record["sets"].items():
             long = record["long_rows"].get(name, record["long_rows"].get("all"))
             out.print(
                 f"  {name:10} {found['rows']:6} rows {found['tokens']:9} tokens; "
-                f"{long['rows']} over {job.cell.recipe.data.max_length} tokens ({long['policy']})"
+                f"{long['rows']} over {job.cell.recipe.data.max_length} tokens ({long['policy']})",
+                soft_wrap=True,
             )
 
 
