@@ -116,26 +116,31 @@ def test_attention_equals_softmax_attention(lengths: list[int]) -> None:
         torch.testing.assert_close(one, other, rtol=1e-9, atol=1e-10)
 
 
-def test_fp32_gradients_are_those_of_fp64(
+@pytest.fixture
+def error_to_fp64(
     load_tiny: LoadTiny, monkeypatch: pytest.MonkeyPatch
-) -> None:
+) -> Callable[[str, bool], float]:
+    """Relative distance of the gradients, in a precision and packed or plain, to plain fp64."""
     examples = make_examples(LENGTHS)
     monkeypatch.setitem(DTYPES, "fp64", torch.float64)
     reference = gradients(load_tiny("fp64", plain=True), examples, double=True)
-    found = gradients(load_tiny("fp32"), examples)
-    assert ((found - reference).norm() / reference.norm()).item() < 1e-5
+
+    def error(precision: str, plain: bool) -> float:
+        found = gradients(load_tiny(precision, plain=plain), examples)
+        return ((found - reference).norm() / reference.norm()).item()
+
+    return error
+
+
+def test_fp32_gradients_are_those_of_fp64(error_to_fp64: Callable[[str, bool], float]) -> None:
+    assert error_to_fp64("fp32", False) < 1e-5
 
 
 def test_bf16_is_no_further_from_fp64_than_transformers_own(
-    load_tiny: LoadTiny, monkeypatch: pytest.MonkeyPatch
+    error_to_fp64: Callable[[str, bool], float],
 ) -> None:
-    examples = make_examples(LENGTHS)
-    monkeypatch.setitem(DTYPES, "fp64", torch.float64)
-    reference = gradients(load_tiny("fp64", plain=True), examples, double=True)
-    ours = (gradients(load_tiny("bf16"), examples) - reference).norm() / reference.norm()
-    theirs = gradients(load_tiny("bf16", plain=True), examples) - reference
     # Two different roundings of equal size: a tenth of slack.
-    assert ours.item() < 1.1 * (theirs.norm() / reference.norm()).item()
+    assert error_to_fp64("bf16", False) < 1.1 * error_to_fp64("bf16", True)
 
 
 @pytest.mark.parametrize(

@@ -79,7 +79,21 @@ def _alike(lines: Sequence[Line], key: str) -> Iterator[list[Line]]:
     return (group for group in groups.values() if len(group) > 1)
 
 
-def analysis(lines: Sequence[Line]) -> str:
+@dataclass(frozen=True)
+class Contrasts:
+    """All comparisons of an experiment, made once for the metrics and the analysis."""
+
+    base: list[Contrast]
+    rank: list[Contrast]
+    data_size: list[Contrast]
+
+
+def all_contrasts(lines: Sequence[Line]) -> Contrasts:
+    """Every adapter against its base, and neighbours in rank and in data size."""
+    return Contrasts(against_base(lines), by_key(lines, "adapter.r"), by_key(lines, "data.size"))
+
+
+def analysis(lines: Sequence[Line], found: Contrasts) -> str:
     """The analysis as Markdown."""
     tuned = [line for line in lines if not line.is_base]
     seeds = {line.recipe["seed"] for line in tuned}
@@ -88,10 +102,10 @@ def analysis(lines: Sequence[Line]) -> str:
             [
                 "# Analysis",
                 _basis(lines, len(seeds)),
-                "## Perplexity reduction\n\n" + _reduction(against_base(lines)),
-                "## Effect of the rank\n\n" + _neighbours(by_key(lines, "adapter.r"), "rank"),
-                "## Effect of the dataset size\n\n" + _sizes(by_key(lines, "data.size")),
-                "## Diminishing returns\n\n" + _returns(lines),
+                "## Perplexity reduction\n\n" + _reduction(found.base),
+                "## Effect of the rank\n\n" + _neighbours(found.rank, "rank"),
+                "## Effect of the dataset size\n\n" + _sizes(found.data_size),
+                "## Diminishing returns\n\n" + _returns(found),
             ]
         )
         + "\n"
@@ -176,10 +190,10 @@ def _sizes(contrasts: Sequence[Contrast]) -> str:
     return said
 
 
-def _returns(lines: Sequence[Line]) -> str:
+def _returns(found: Contrasts) -> str:
     said = []
-    for each in by_key(lines, "data.size"):
-        to_first = next((c for c in against_base(lines) if c.second is each.first), None)
+    for each in found.data_size:
+        to_first = next((c for c in found.base if c.second is each.first), None)
         if to_first is None:
             continue
         rows = [
@@ -198,7 +212,7 @@ def _returns(lines: Sequence[Line]) -> str:
             + ("The further gain is not shown to be more than nothing." if not d.excludes_zero
                else "Where it ends cannot be said from two sizes.")
         )  # fmt: skip
-    for each in by_key(lines, "adapter.r"):
+    for each in found.rank:
         parameters = [
             line.run.record["adapter"]["trainable_parameters"] for line in (each.first, each.second)
         ]

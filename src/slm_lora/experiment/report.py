@@ -10,7 +10,7 @@ from typing import Literal
 from rich.table import Table
 
 from slm_lora.errors import UsageError
-from slm_lora.experiment.analysis import against_base, analysis, by_key
+from slm_lora.experiment.analysis import Contrasts, all_contrasts, analysis
 from slm_lora.experiment.table import (
     MEASURED,
     Line,
@@ -36,9 +36,10 @@ def write_report(runs: Sequence[Run], results: Path) -> list[Line]:
     if not runs:
         raise UsageError(f"{results}: no finished run in it")
     lines = read_lines(runs)
+    found = all_contrasts(lines)
     atomic_write_text(results / TABLE_FILE, _table_file(lines))
-    atomic_write_text(results / METRICS_FILE, to_json(_metrics(lines)))
-    atomic_write_text(results / ANALYSIS_FILE, analysis(lines))
+    atomic_write_text(results / METRICS_FILE, to_json(_metrics(lines, found)))
+    atomic_write_text(results / ANALYSIS_FILE, analysis(lines, found))
     return lines
 
 
@@ -95,7 +96,7 @@ def _cut_rows(lines: Sequence[Line]) -> list[str]:
     ]
 
 
-def _metrics(lines: Sequence[Line]) -> dict[str, object]:
+def _metrics(lines: Sequence[Line], found: Contrasts) -> dict[str, object]:
     return {
         "experiment": lines[0].run.record["experiment"],
         "runs": [
@@ -111,8 +112,8 @@ def _metrics(lines: Sequence[Line]) -> dict[str, object]:
             for line in lines
         ],
         "contrasts": {
-            "base": [each.record() for each in against_base(lines)],
-            "rank": [each.record() for each in by_key(lines, "adapter.r")],
-            "data_size": [each.record() for each in by_key(lines, "data.size")],
+            "base": [each.record() for each in found.base],
+            "rank": [each.record() for each in found.rank],
+            "data_size": [each.record() for each in found.data_size],
         },
     }  # fmt: skip

@@ -10,7 +10,7 @@ import torch
 from slm_lora.model.source import ModelSource
 
 if TYPE_CHECKING:
-    from transformers import PreTrainedModel, PreTrainedTokenizerBase
+    from transformers import PreTrainedModel
 
 PrecisionName = Literal["fp32", "bf16", "fp16"]
 
@@ -22,7 +22,6 @@ class Base:
     Attributes:
         source: where it came from.
         causal: the transformers model; an adapter's layers are put into it in place.
-        tokenizer: its tokenizer, unchanged.
         device: where it computes.
         precision: of its weights.
         packed: whether documents are packed (else: padded batches, the plain way).
@@ -31,7 +30,6 @@ class Base:
 
     source: ModelSource
     causal: PreTrainedModel
-    tokenizer: PreTrainedTokenizerBase
     device: torch.device
     precision: PrecisionName
     packed: bool

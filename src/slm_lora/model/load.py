@@ -108,13 +108,13 @@ def load_base(
             or one whose logits are more than a product with the output embedding.
         IntegrityError: tensors are missing or do not fit the configuration.
     """
-    causal, tokenizer = _read(source, precision), load_tokenizer(source)
+    causal = _read(source, precision)
     torch.nn.Module.to(causal, device)
     torch.nn.Module.eval(causal)
     causal.requires_grad_(False)
     _check_head(source, causal)
     packed, why = (False, "asked for") if plain else _try_packed(causal)
-    return Base(source, causal, tokenizer, device, precision, packed, why)
+    return Base(source, causal, device, precision, packed, why)
 
 
 def _read(source: ModelSource, precision: PrecisionName) -> PreTrainedModel:
