@@ -43,7 +43,7 @@ def sitting(
     stop_before = 0
     if checkpointer is not None and (checkpointer.folder / "checkpoint.json").exists():
         about = json.loads((checkpointer.folder / "checkpoint.json").read_text())
-        stop_before = len(about["history"])
+        stop_before = len(about["about"]["history"])
     result = None
     with contextlib.suppress(KeyboardInterrupt):
         result = train(

@@ -23,6 +23,7 @@ class MicroBatch:
         labels: the token that follows, or -100 where nothing is scored; int64 [T].
         document: index of the document of every token, int64 [T].
         response: whether the label is a response token, bool [T].
+        row_ids: of the documents, in order.
     """
 
     ids: npt.NDArray[np.int64]
@@ -31,6 +32,7 @@ class MicroBatch:
     labels: npt.NDArray[np.int64]
     document: npt.NDArray[np.int64]
     response: npt.NDArray[np.bool_]
+    row_ids: tuple[str, ...]
 
 
 IGNORED = -100
@@ -59,6 +61,7 @@ def pack(examples: Sequence[Example], loss_on: LossOn) -> MicroBatch:
         labels=labels,
         document=np.repeat(np.arange(len(lengths)), lengths),
         response=response,
+        row_ids=tuple(example.row_id for example in examples),
     )
 
 

@@ -37,7 +37,7 @@ class Prepared:
     @property
     def held_out_hash(self) -> str:
         """SHA-256 over the tokens of test and validation set: equal if scores compare."""
-        return _hash((*self.test, *self.validation))
+        return _hash(self.test, self.validation)
 
     @property
     def train_hash(self) -> str:
@@ -45,12 +45,14 @@ class Prepared:
         return _hash(self.train)
 
 
-def _hash(examples: Sequence[Example]) -> str:
+def _hash(*sets: Sequence[Example]) -> str:
     digest = hashlib.sha256(f"{SPLIT_VERSION}\0".encode())
-    for example in examples:
-        digest.update(example.row_id.encode())
-        digest.update(example.ids.tobytes())
-        digest.update(example.response.tobytes())
+    for examples in sets:
+        digest.update(f"{len(examples)} rows\0".encode())
+        for example in examples:
+            digest.update(f"{example.row_id}\0{example.group_id}\0{example.length}\0".encode())
+            digest.update(example.ids.tobytes())
+            digest.update(example.response.tobytes())
     return digest.hexdigest()
 
 

@@ -6,6 +6,7 @@ number; both from the same per-row scores, so neither depends on the batch size.
 
 from __future__ import annotations
 
+import functools
 import math
 from collections.abc import Callable, Sequence
 from dataclasses import asdict, dataclass
@@ -15,6 +16,7 @@ from slm_lora.data.batches import by_token_budget, pack
 from slm_lora.errors import DataError, IntegrityError, NumericError
 from slm_lora.model.base import Base
 from slm_lora.model.forward import score_documents
+from slm_lora.model.fusion import attempt
 from slm_lora.records import Example, LossOn, RowScore
 from slm_lora.storage import atomic_path
 
@@ -38,6 +40,7 @@ def score(
     examples: Sequence[Example],
     split: str,
     micro_batch_tokens: int,
+    compiled: bool = False,
     on_tokens: Callable[[int], None] = lambda tokens: None,
 ) -> list[RowScore]:
     """Score every example under the base with whatever adapter is on it.
@@ -47,6 +50,7 @@ def score(
         examples: rows to score.
         split: name of the set, kept with every score.
         micro_batch_tokens: tokens computed at once.
+        compiled: whether to compile (see `model.fusion`).
         on_tokens: told of the tokens done since the last call.
 
     Returns:
@@ -58,7 +62,7 @@ def score(
     scores = []
     for micro in by_token_budget(examples, micro_batch_tokens):
         batch = pack(micro, "all")
-        found = score_documents(base, batch)
+        found = attempt(compiled, functools.partial(score_documents, base, batch))
         for index, example in enumerate(micro):
             if not math.isfinite(found.nll_all[index]):
                 raise NumericError(

@@ -12,7 +12,7 @@ from slm_lora.data.prepare import Prepared, prepare
 from slm_lora.data.sources import RowSet, read_rows
 from slm_lora.data.splits import SPLIT_VERSION
 from slm_lora.errors import DataError, UsageError
-from slm_lora.model.source import ModelSource, resolve
+from slm_lora.model.source import ModelSource, hash_config, resolve
 from slm_lora.recipe.cells import Cell
 from slm_lora.recipe.schema import DataSection, ModelSection
 from slm_lora.runs import RUN_FORMAT, content_hash
@@ -127,9 +127,11 @@ def _job(
         "format": RUN_FORMAT,
         "split": SPLIT_VERSION,
         "base": source.sha256,
+        "config": hash_config(source.path),
         "held_out": prepared.held_out_hash,
         "precision": precision,
         "device": device.type,
+        "compile": recipe["training"]["compile"],
         "micro_batch_tokens": recipe["evaluation"]["micro_batch_tokens"],
     }
     trained = {

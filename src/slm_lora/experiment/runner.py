@@ -13,11 +13,11 @@ import torch
 from slm_lora import machine
 from slm_lora.evaluation.perplexity import held_out_loss, score, write_scores
 from slm_lora.experiment.jobs import Job, data_record
-from slm_lora.model import adapter
+from slm_lora.model import adapter, fusion
 from slm_lora.model.base import Base
 from slm_lora.model.load import load_base
 from slm_lora.progress import Reporter
-from slm_lora.records import LossOn, RowScore, Step
+from slm_lora.records import Example, LossOn, RowScore, Step
 from slm_lora.runs import SCORES_FILE, STEPS_FILE, Run, find_run, new_run, write_lines
 from slm_lora.storage import sha256_file
 from slm_lora.training.checkpoint import Checkpointer
@@ -185,6 +185,7 @@ def _train(
     job: Job, base: Base, adapted: PeftModel, checkpointer: Checkpointer, reporter: Reporter
 ) -> TrainingResult:
     section = job.cell.recipe.training
+    compile_validation = _compiles(job, job.prepared.validation, base)
 
     def validate() -> float:
         scores = score(
@@ -192,6 +193,7 @@ def _train(
             job.prepared.validation,
             "validation",
             job.cell.recipe.evaluation.micro_batch_tokens,
+            compile_validation,
         )
         return held_out_loss(scores, section.loss_on).loss
 
@@ -222,6 +224,8 @@ def _train(
             f"trained {len(result.history)} steps  loss {result.history[-1].loss:.3f}  "
             f"{result.tokens_per_s:.0f} tok/s"
         )
+    if fusion.failure():
+        reporter.say(f"  note: computed without compiling ({fusion.failure()})")
     if result.rows_without_labels:
         reporter.say(f"  note: {result.rows_without_labels} training rows had no label token")
     return result
@@ -233,6 +237,7 @@ def _evaluate(
     torch.nn.Module.eval(base.causal)
     examples = job.prepared.test
     tokens = sum(example.length for example in examples)
+    compiled = _compiles(job, examples, base)
     began = time.perf_counter()
     # Longest rows come first, so tokens, not rows, tell how far it is.
     with reporter.task(label, tokens, "test tokens") as task:
@@ -241,6 +246,7 @@ def _evaluate(
             examples,
             "test",
             job.cell.recipe.evaluation.micro_batch_tokens,
+            compiled,
             on_tokens=lambda done: task.advance(done, done),
         )
         seconds = time.perf_counter() - began
@@ -255,7 +261,13 @@ def _evaluate(
         "headline": job.cell.recipe.evaluation.headline,
         "seconds": seconds,
         "tokens_per_s": tokens / seconds,
+        "compiled": compiled and not fusion.failure(),
     }
+
+
+def _compiles(job: Job, examples: Sequence[Example], base: Base) -> bool:
+    tokens = sum(example.length for example in examples)
+    return fusion.wanted(job.cell.recipe.training.compile, tokens, base.device)
 
 
 def _kinds(scores: Sequence[RowScore]) -> tuple[LossOn, ...]:
@@ -274,6 +286,7 @@ def _training_record(result: TrainingResult, peak: int) -> dict[str, Any]:
         "first_step_seconds": result.first_step_seconds,
         "tokens_per_s": result.tokens_per_s,
         "peak_memory_bytes": peak,
+        "compiled": result.compiled,
         "last_step_loss": last.loss,
         "rows_without_labels": result.rows_without_labels,
         "kept_step": result.kept_step,

@@ -13,6 +13,7 @@ import torch
 
 from slm_lora.errors import IntegrityError, UsageError
 from slm_lora.model.base import Base
+from slm_lora.model.dropout import replace_dropout
 from slm_lora.model.methods import peft_config
 from slm_lora.recipe.schema import AdapterSection
 from slm_lora.storage import atomic_folder
@@ -51,9 +52,11 @@ def attach(base: Base, section: AdapterSection, seed: int) -> PeftModel:
     _check_targets(base, section)
     with torch.random.fork_rng(devices=[]):
         torch.manual_seed(seed)
-        return get_peft_model(
+        adapted = get_peft_model(
             base.causal, peft_config(section, base.source), autocast_adapter_dtype=True
         )
+    replace_dropout(adapted)
+    return adapted
 
 
 def detach(adapted: PeftModel) -> None:

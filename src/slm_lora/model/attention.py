@@ -1,11 +1,11 @@
 """Causal attention over packed documents: each sees itself only, and padding is never computed
 outside of it.
 
-Documents are sorted by length and put into buckets; a bucket takes lengths down to
-``BUCKET_SHARE`` of its longest, so little is padded inside. Queries, keys and values are
-gathered to [documents × kv heads, group × length, head dim] and attended to by batched matrix
-products; the backward pass recomputes the probabilities. The operator is a `torch.library`
-custom one, so it sits inside compiled layers without breaking their graph.
+Queries, keys and values are gathered to [documents × kv heads, …, head dim] (see `packing`)
+and attended to by batched matrix products; the backward pass computes the probabilities again
+from the logarithms of their sums, as FlashAttention-2 does (Dao 2023, arXiv 2307.08691). The
+operator is a `torch.library` custom one, so it sits inside compiled layers without breaking
+their graph.
 
 transformers finds it under the name ``PACKED`` through its `AttentionInterface`; the model is
 called with ``document_lengths`` (int64 [documents], on the CPU) besides its usual arguments.
@@ -13,101 +13,15 @@ called with ``document_lengths`` (int64 [documents], on the CPU) besides its usu
 
 from __future__ import annotations
 
-import functools
-from dataclasses import dataclass
 from typing import Any
 
 import torch
 from torch import Tensor, nn
 
+from slm_lora.model.fusion import fused
+from slm_lora.model.packing import layout
+
 PACKED = "slm_lora_packed"
-
-BUCKET_SHARE = 0.85
-"""A bucket's shortest document is at least this share of its longest."""
-
-
-@dataclass(frozen=True)
-class _Bucket:
-    """Rows of the packed queries ([tokens × heads]) and keys ([tokens × kv heads]) to gather.
-
-    Padding gathers its document's last token; what it computes is dropped, and its gradient
-    is set to zero through ``padding``.
-    """
-
-    documents: int
-    longest: int
-    query_rows: Tensor
-    key_rows: Tensor
-    padding: Tensor
-
-
-@dataclass(frozen=True)
-class _Layout:
-    buckets: tuple[_Bucket, ...]
-    query_back: Tensor
-    key_back: Tensor
-
-
-def _buckets(lengths: tuple[int, ...]) -> list[list[int]]:
-    order = sorted(range(len(lengths)), key=lambda d: -lengths[d])
-    buckets: list[list[int]] = []
-    for document in order:
-        if not buckets or lengths[document] < BUCKET_SHARE * lengths[buckets[-1][0]]:
-            buckets.append([])
-        buckets[-1].append(document)
-    return buckets
-
-
-@functools.lru_cache(maxsize=8)
-def _layout(lengths: tuple[int, ...], heads: int, kv_heads: int, device: torch.device) -> _Layout:
-    """Index tensors for one packing; cached, as every layer of a pass asks for the same."""
-    starts = torch.tensor((0, *lengths)).cumsum(0)
-    group = heads // kv_heads
-    head = torch.arange(heads).view(1, kv_heads, group, 1)
-    kv_head = torch.arange(kv_heads).view(1, kv_heads, 1)
-    buckets = []
-    for documents in _buckets(lengths):
-        longest = lengths[documents[0]]
-        own = torch.tensor([lengths[d] for d in documents]).view(-1, 1)
-        position = torch.arange(longest).view(1, -1)
-        tokens = starts[documents].view(-1, 1) + position.minimum(own - 1)
-        padding = (position >= own).view(len(documents), 1, 1, longest)
-        buckets.append(
-            _Bucket(
-                documents=len(documents),
-                longest=longest,
-                query_rows=(tokens.view(len(documents), 1, 1, longest) * heads + head).flatten(),
-                key_rows=(tokens.view(len(documents), 1, longest) * kv_heads + kv_head).flatten(),
-                padding=padding.expand(-1, kv_heads, group, -1).reshape(-1, group * longest, 1),
-            )
-        )
-    total = int(starts[-1])
-
-    def back(gathered: list[Tensor], padding: list[Tensor], rows: int) -> Tensor:
-        # Where each packed row stands among all gathered rows, padding left out.
-        where = torch.empty(rows, dtype=torch.long)
-        index, real = torch.cat(gathered), ~torch.cat(padding)
-        where[index[real]] = torch.arange(len(index))[real]
-        return where.to(device)
-
-    query_padding = [b.padding.flatten() for b in buckets]
-    key_padding = [
-        b.padding.view(b.documents, kv_heads, group, b.longest)[:, :, 0].flatten() for b in buckets
-    ]
-    return _Layout(
-        buckets=tuple(
-            _Bucket(
-                b.documents,
-                b.longest,
-                b.query_rows.to(device),
-                b.key_rows.to(device),
-                b.padding.to(device),
-            )
-            for b in buckets
-        ),
-        query_back=back([b.query_rows for b in buckets], query_padding, total * heads),
-        key_back=back([b.key_rows for b in buckets], key_padding, total * kv_heads),
-    )
 
 
 def _wide(x: Tensor) -> Tensor:
@@ -115,23 +29,56 @@ def _wide(x: Tensor) -> Tensor:
     return x.to(torch.promote_types(x.dtype, torch.float32))
 
 
-def _probabilities(scores: Tensor, longest: int, scale: float) -> Tensor:
-    """Causal softmax of raw scores [b, group × longest, longest], in fp32 or wider, cast back."""
-    b = scores.shape[0]
-    future = torch.ones(longest, longest, dtype=torch.bool, device=scores.device).triu(1)
-    wide = _wide(scores).view(b, -1, longest, longest) * scale
-    wide = wide.masked_fill(future, float("-inf"))
-    return torch.softmax(wide, dim=-1).to(scores.dtype).view_as(scores)
+def _positions(rows: int, keys: int, device: torch.device) -> Tensor:
+    """Positions of a block's queries, [rows, 1]: its last one is that of the last key."""
+    return torch.arange(rows, device=device).unsqueeze(1) + (keys - rows)
 
 
-def _score_gradient(probabilities: Tensor, upstream: Tensor, scale: float) -> Tensor:
-    """Gradient of the raw scores from that of the probabilities (both [b, rows, keys])."""
-    p, dp = _wide(probabilities), _wide(upstream)
-    return (p * (dp - (p * dp).sum(-1, keepdim=True)) * scale).to(probabilities.dtype)
+@fused
+def _probabilities(scores: Tensor, rows: int, scale: float) -> tuple[Tensor, Tensor]:
+    """Causal softmax of raw scores [b, n × rows, keys]; logarithms of its sums [b × n × rows]."""
+    wide = _wide(scores.view(-1, rows, scores.shape[-1])) * scale
+    keys = wide.shape[-1]
+    past = torch.arange(keys, device=wide.device) <= _positions(rows, keys, wide.device)
+    wide = torch.where(past, wide, float("-inf"))
+    largest = wide.amax(-1, keepdim=True)
+    exponential = (wide - largest).exp()
+    total = exponential.sum(-1, keepdim=True)
+    probabilities = (exponential / total).to(scores.dtype).view(scores.shape)
+    return probabilities, (largest + total.log()).flatten()
 
 
-def _gathered(rows: Tensor, index: Tensor, documents: int, kv_heads: int, head_dim: int) -> Tensor:
-    return rows.index_select(0, index).view(documents * kv_heads, -1, head_dim)
+@fused
+def _score_gradient(
+    scores: Tensor,
+    upstream: Tensor,
+    log_total: Tensor,
+    dot: Tensor,
+    lengths: Tensor,
+    rows: int,
+    scale: float,
+) -> tuple[Tensor, Tensor]:
+    """Probabilities again, and the gradient of the raw scores, zero where queries are padding.
+
+    Args:
+        scores: raw, [b, n × rows, keys].
+        upstream: gradient of the probabilities, as the scores.
+        log_total: from `_probabilities`.
+        dot: product of a query's output and its gradient, [b × n × rows].
+        lengths: real length of the document, [b × n].
+        rows: queries of the block.
+        scale: factor of the scores.
+    """
+    keys = scores.shape[-1]
+    shape = (-1, rows, keys)
+    wide = _wide(scores.view(shape)) * scale
+    position = _positions(rows, keys, scores.device)
+    seen = (torch.arange(keys, device=scores.device) <= position) & (
+        position < lengths.view(-1, 1, 1)
+    )
+    p = torch.where(seen, (wide - log_total.view(-1, rows, 1)).exp(), 0)
+    gradient = p * (_wide(upstream.view(shape)) - dot.view(-1, rows, 1)) * scale
+    return p.to(scores.dtype).view(scores.shape), gradient.to(scores.dtype).view(scores.shape)
 
 
 def _rows(x: Tensor) -> Tensor:
@@ -139,7 +86,9 @@ def _rows(x: Tensor) -> Tensor:
 
 
 @torch.library.custom_op("slm_lora::packed_attention", mutates_args=())
-def packed_attention(q: Tensor, k: Tensor, v: Tensor, lengths: Tensor, scale: float) -> Tensor:
+def packed_attention(
+    q: Tensor, k: Tensor, v: Tensor, lengths: Tensor, scale: float
+) -> tuple[Tensor, Tensor]:
     """Causal attention within each document.
 
     Args:
@@ -150,70 +99,106 @@ def packed_attention(q: Tensor, k: Tensor, v: Tensor, lengths: Tensor, scale: fl
         scale: factor of the scores.
 
     Returns:
-        [T, heads, head_dim], contiguous.
+        Outputs [T, heads, head_dim], and the logarithm of the softmax's sum [T × heads], in fp32
+        or wider, for the backward pass.
     """
     kv_heads, head_dim = k.shape[1], k.shape[2]
-    layout = _layout(tuple(lengths.tolist()), q.shape[1], kv_heads, q.device)
-    outputs = []
-    for b in layout.buckets:
-        qg = _gathered(_rows(q), b.query_rows, b.documents, kv_heads, head_dim)
-        kg = _gathered(_rows(k), b.key_rows, b.documents, kv_heads, head_dim)
-        vg = _gathered(_rows(v), b.key_rows, b.documents, kv_heads, head_dim)
-        p = _probabilities(qg @ kg.transpose(1, 2), b.longest, scale)
-        outputs.append(_rows(p @ vg))
-    return torch.cat(outputs).index_select(0, layout.query_back).view(q.shape)
+    where = layout(tuple(lengths.tolist()), q.shape[1], kv_heads, q.device)
+    outputs, log_totals = [], []
+    for bucket in where.buckets:
+        batch = bucket.documents * kv_heads
+        keys = _rows(k).index_select(0, bucket.keys).view(batch, -1, head_dim)
+        values = _rows(v).index_select(0, bucket.keys).view(batch, -1, head_dim)
+        for block in bucket.blocks:
+            queries = _rows(q).index_select(0, block.queries).view(batch, -1, head_dim)
+            scores = queries @ keys[:, : block.stop].transpose(1, 2)
+            p, log_total = _probabilities(scores, block.stop - block.start, scale)
+            outputs.append(_rows(p @ values[:, : block.stop]))
+            log_totals.append(log_total)
+    return (
+        torch.cat(outputs).index_select(0, where.queries_back).view(q.shape),
+        torch.cat(log_totals).index_select(0, where.queries_back),
+    )
 
 
 @packed_attention.register_fake
-def _(q: Tensor, k: Tensor, v: Tensor, lengths: Tensor, scale: float) -> Tensor:
-    return q.new_empty(q.shape)
+def _(q: Tensor, k: Tensor, v: Tensor, lengths: Tensor, scale: float) -> tuple[Tensor, Tensor]:
+    wide = torch.promote_types(q.dtype, torch.float32)
+    return q.new_empty(q.shape), q.new_empty(q.shape[0] * q.shape[1], dtype=wide)
 
 
 @torch.library.custom_op("slm_lora::packed_attention_backward", mutates_args=())
 def packed_attention_backward(
-    out_gradient: Tensor, q: Tensor, k: Tensor, v: Tensor, lengths: Tensor, scale: float
+    out_gradient: Tensor,
+    q: Tensor,
+    k: Tensor,
+    v: Tensor,
+    out: Tensor,
+    log_total: Tensor,
+    lengths: Tensor,
+    scale: float,
 ) -> tuple[Tensor, Tensor, Tensor]:
     """Gradients of `packed_attention` with respect to q, k and v."""
     kv_heads, head_dim = k.shape[1], k.shape[2]
-    layout = _layout(tuple(lengths.tolist()), q.shape[1], kv_heads, q.device)
+    where = layout(tuple(lengths.tolist()), q.shape[1], kv_heads, q.device)
+    dot = (_wide(out_gradient) * _wide(out)).sum(-1).flatten()
     dqs, dks, dvs = [], [], []
-    for b in layout.buckets:
-        qg = _gathered(_rows(q), b.query_rows, b.documents, kv_heads, head_dim)
-        kg = _gathered(_rows(k), b.key_rows, b.documents, kv_heads, head_dim)
-        vg = _gathered(_rows(v), b.key_rows, b.documents, kv_heads, head_dim)
-        og = _gathered(_rows(out_gradient), b.query_rows, b.documents, kv_heads, head_dim)
-        og = og.masked_fill(b.padding, 0)
-        p = _probabilities(qg @ kg.transpose(1, 2), b.longest, scale)
-        ds = _score_gradient(p, og @ vg.transpose(1, 2), scale)
-        dqs.append(_rows(ds @ kg))
-        dks.append(_rows(ds.transpose(1, 2) @ qg))
-        dvs.append(_rows(p.transpose(1, 2) @ og))
+    for bucket in where.buckets:
+        batch = bucket.documents * kv_heads
+        keys = _rows(k).index_select(0, bucket.keys).view(batch, -1, head_dim)
+        values = _rows(v).index_select(0, bucket.keys).view(batch, -1, head_dim)
+        dk, dv = torch.zeros_like(_wide(keys)), torch.zeros_like(_wide(values))
+        for block in bucket.blocks:
+            queries = _rows(q).index_select(0, block.queries).view(batch, -1, head_dim)
+            upstream = _rows(out_gradient).index_select(0, block.queries).view(queries.shape)
+            seen = slice(block.stop)
+            p, ds = _score_gradient(
+                queries @ keys[:, seen].transpose(1, 2),
+                upstream @ values[:, seen].transpose(1, 2),
+                log_total.index_select(0, block.queries),
+                dot.index_select(0, block.queries),
+                bucket.lengths,
+                block.stop - block.start,
+                scale,
+            )
+            dqs.append(_rows(ds @ keys[:, seen]))
+            dk[:, seen] += ds.transpose(1, 2) @ queries
+            dv[:, seen] += p.transpose(1, 2) @ upstream
+        dks.append(_rows(dk))
+        dvs.append(_rows(dv))
     return (
-        torch.cat(dqs).index_select(0, layout.query_back).view(q.shape),
-        torch.cat(dks).index_select(0, layout.key_back).view(k.shape),
-        torch.cat(dvs).index_select(0, layout.key_back).view(v.shape),
+        torch.cat(dqs).index_select(0, where.queries_back).view(q.shape),
+        torch.cat(dks).index_select(0, where.keys_back).to(k.dtype).view(k.shape),
+        torch.cat(dvs).index_select(0, where.keys_back).to(v.dtype).view(v.shape),
     )
 
 
 @packed_attention_backward.register_fake
 def _(
-    out_gradient: Tensor, q: Tensor, k: Tensor, v: Tensor, lengths: Tensor, scale: float
+    out_gradient: Tensor,
+    q: Tensor,
+    k: Tensor,
+    v: Tensor,
+    out: Tensor,
+    log_total: Tensor,
+    lengths: Tensor,
+    scale: float,
 ) -> tuple[Tensor, Tensor, Tensor]:
     return q.new_empty(q.shape), k.new_empty(k.shape), v.new_empty(v.shape)
 
 
-def _save_inputs(ctx: Any, inputs: tuple[Any, ...], output: Tensor) -> None:
+def _save(ctx: Any, inputs: tuple[Any, ...], output: tuple[Tensor, Tensor]) -> None:
     q, k, v, lengths, ctx.scale = inputs
-    ctx.save_for_backward(q, k, v, lengths)
+    ctx.save_for_backward(q, k, v, *output, lengths)
+    ctx.set_materialize_grads(False)
 
 
-def _backward(ctx: Any, out_gradient: Tensor) -> tuple[Tensor | None, ...]:
-    q, k, v, lengths = ctx.saved_tensors
-    gradients = packed_attention_backward(out_gradient, q, k, v, lengths, ctx.scale)
+def _backward(ctx: Any, out_gradient: Tensor, _: Tensor | None) -> tuple[Tensor | None, ...]:
+    gradients = packed_attention_backward(out_gradient, *ctx.saved_tensors, ctx.scale)
     return (*gradients, None, None)
 
 
-packed_attention.register_autograd(_backward, setup_context=_save_inputs)
+packed_attention.register_autograd(_backward, setup_context=_save)
 
 
 def _for_transformers(
@@ -241,7 +226,8 @@ def _for_transformers(
         raise ValueError("its attention has a sliding window, a cap or a sink")
     scale = scaling if scaling is not None else query.shape[-1] ** -0.5
     q, k, v = (x.squeeze(0).transpose(0, 1) for x in (query, key, value))
-    return packed_attention(q, k, v, document_lengths, scale).unsqueeze(0), None
+    out, _log_total = packed_attention(q, k, v, document_lengths, scale)
+    return out.unsqueeze(0), None
 
 
 def register() -> None:

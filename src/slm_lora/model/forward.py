@@ -11,6 +11,7 @@ import torch
 from torch import Tensor
 
 from slm_lora.data.batches import IGNORED, MicroBatch
+from slm_lora.model.dropout import set_keys, token_keys
 from slm_lora.model.loss import summed_nll, token_nll
 
 if TYPE_CHECKING:
@@ -19,14 +20,20 @@ if TYPE_CHECKING:
     from slm_lora.model.base import Base
 
 
-def batch_nll(base: Base, batch: MicroBatch) -> Tensor:
+def batch_nll(base: Base, batch: MicroBatch, dropout_seed: str = "") -> Tensor:
     """Sum of the NLL over the batch's labels, with gradients to whatever trains.
+
+    Args:
+        base: with its adapter.
+        batch: what to compute.
+        dropout_seed: together with a row's id it decides the dropout masks of that row.
 
     Returns:
         float64 scalar in nats (float32 on Apple's GPUs).
     """
     scored = _scored(batch)
-    hidden = _hidden(base, batch)[scored.to(base.device)]
+    keys = token_keys(batch, dropout_seed).to(base.device)
+    hidden = _hidden(base, batch, keys)[scored.to(base.device)]
     return summed_nll(hidden, output_embedding(base.causal), _labels(base, batch, scored))
 
 
@@ -86,34 +93,52 @@ def output_embedding(causal: PreTrainedModel) -> Tensor:
     return weight
 
 
-def _hidden(base: Base, batch: MicroBatch) -> Tensor:
+def _hidden(base: Base, batch: MicroBatch, dropout_keys: Tensor | None = None) -> Tensor:
     """Final hidden states [T, width], in the order of the batch's tokens."""
     ids = torch.from_numpy(batch.ids).to(base.device)
+    if dropout_keys is not None:
+        set_keys(
+            base.causal,
+            dropout_keys.unsqueeze(0) if base.packed else _padded(dropout_keys, batch.lengths),
+        )
     if not base.packed:
         return _padded_hidden(base.causal, ids, batch.lengths)
     positions = torch.from_numpy(batch.positions).to(base.device)
     return _packed_hidden(base.causal, ids, positions, torch.tensor(batch.lengths))
 
 
+def _mixed_precision(causal: PreTrainedModel) -> torch.autocast:
+    """The fp32 adapter of a bf16 or fp16 base multiplies in the base's precision, as everywhere
+    (`bf16=True` of transformers' Trainer does the same); its gradients are summed in fp32."""
+    half = causal.dtype in (torch.bfloat16, torch.float16)
+    return torch.autocast(causal.device.type, causal.dtype if half else None, enabled=half)
+
+
 def _packed_hidden(
     causal: PreTrainedModel, ids: Tensor, positions: Tensor, lengths: Tensor
 ) -> Tensor:
-    output = causal.base_model(
-        input_ids=ids.unsqueeze(0),
-        position_ids=positions.unsqueeze(0),
-        use_cache=False,
-        document_lengths=lengths,
-    )
+    with _mixed_precision(causal):
+        output = causal.base_model(
+            input_ids=ids.unsqueeze(0),
+            position_ids=positions.unsqueeze(0),
+            use_cache=False,
+            document_lengths=lengths,
+        )
     hidden: Tensor = output.last_hidden_state[0]
     return hidden
 
 
 def _padded_hidden(causal: PreTrainedModel, ids: Tensor, lengths: tuple[int, ...]) -> Tensor:
-    documents = torch.split(ids, list(lengths))
-    padded = torch.nn.utils.rnn.pad_sequence(list(documents), batch_first=True)
-    mask = torch.nn.utils.rnn.pad_sequence(
-        [torch.ones_like(document) for document in documents], batch_first=True
-    )
-    output = causal.base_model(input_ids=padded, attention_mask=mask, use_cache=False)
+    mask = _padded(torch.ones_like(ids), lengths)
+    with _mixed_precision(causal):
+        output = causal.base_model(
+            input_ids=_padded(ids, lengths), attention_mask=mask, use_cache=False
+        )
     hidden: Tensor = output.last_hidden_state[mask.bool()]
     return hidden
+
+
+def _padded(packed: Tensor, lengths: tuple[int, ...]) -> Tensor:
+    """Values of tokens, [T], as [documents, longest] with zeros at the end."""
+    documents = torch.split(packed, list(lengths))
+    return torch.nn.utils.rnn.pad_sequence(list(documents), batch_first=True)

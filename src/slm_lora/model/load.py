@@ -11,6 +11,7 @@ from slm_lora.errors import IntegrityError, UsageError
 from slm_lora.model import attention
 from slm_lora.model.base import Base, PrecisionName
 from slm_lora.model.forward import output_embedding, packed_logits
+from slm_lora.model.fusion import fuse_layers
 from slm_lora.model.source import ModelSource, weight_files
 
 if TYPE_CHECKING:
@@ -113,6 +114,7 @@ def load_base(
     torch.nn.Module.eval(causal)
     causal.requires_grad_(False)
     _check_head(source, causal)
+    fuse_layers(causal)
     packed, why = (False, "asked for") if plain else _try_packed(causal)
     return Base(source, causal, device, precision, packed, why)
 

@@ -7,8 +7,43 @@ from typing import Any
 import torch
 from torch import Tensor
 
-CHUNK = 512
+from slm_lora.model.fusion import fused
+
+CHUNK = 256
 """Positions whose logits exist at once: 512 × a vocabulary of 49,152 is 50 MB in bf16."""
+
+
+def _total_dtype(device: torch.device) -> torch.dtype:
+    # Apple's GPUs have no float64.
+    return torch.float32 if device.type == "mps" else torch.float64
+
+
+def _log_total(wide: Tensor, logits: Tensor) -> Tensor:
+    """Logarithm of the softmax's sum, [positions, 1], of logits and their wide copy."""
+    largest = wide.amax(1, keepdim=True)
+    # Compiled sums have few accumulators: over a vocabulary, fp32 would lose two digits. What
+    # bf16 logits lost before is more.
+    exact = _total_dtype(logits.device) if logits.dtype == torch.float32 else wide.dtype
+    total = (wide - largest).exp().sum(1, keepdim=True, dtype=exact)
+    return total.log().to(wide.dtype) + largest
+
+
+@fused
+def _nll(logits: Tensor, labels: Tensor) -> Tensor:
+    """NLL [positions] in fp32 or wider of logits [positions, vocabulary] in any precision."""
+    wide = logits.to(torch.promote_types(logits.dtype, torch.float32))
+    return (_log_total(wide, logits) - wide.gather(1, labels.unsqueeze(1))).squeeze(1)
+
+
+@fused
+def _nll_and_gradient(logits: Tensor, labels: Tensor) -> tuple[Tensor, Tensor]:
+    """As `_nll`, with the gradient of its sum: softmax minus one-hot, in the logits' precision."""
+    wide = logits.to(torch.promote_types(logits.dtype, torch.float32))
+    log_total = _log_total(wide, logits)
+    nll = (log_total - wide.gather(1, labels.unsqueeze(1))).squeeze(1)
+    own = torch.arange(wide.shape[1], device=wide.device) == labels.unsqueeze(1)
+    gradient = (wide - log_total).exp() - own.to(wide.dtype)
+    return nll, gradient.to(logits.dtype)
 
 
 def token_nll(hidden: Tensor, weight: Tensor, labels: Tensor) -> Tensor:
@@ -24,25 +59,10 @@ def token_nll(hidden: Tensor, weight: Tensor, labels: Tensor) -> Tensor:
     """
     with torch.no_grad():
         parts = [
-            _chunk_nll(_logits(h, weight), y)
+            _nll(h.to(weight.dtype) @ weight.t(), y)
             for h, y in zip(torch.split(hidden, CHUNK), torch.split(labels, CHUNK), strict=True)
         ]
         return torch.cat(parts) if parts else hidden.new_zeros(0, dtype=torch.float32)
-
-
-def _logits(hidden: Tensor, weight: Tensor) -> Tensor:
-    logits = hidden.to(weight.dtype) @ weight.t()
-    return logits.to(torch.promote_types(logits.dtype, torch.float32))
-
-
-def _total_dtype(device: torch.device) -> torch.dtype:
-    # Apple's GPUs have no float64.
-    return torch.float32 if device.type == "mps" else torch.float64
-
-
-def _chunk_nll(logits: Tensor, labels: Tensor) -> Tensor:
-    own = logits.gather(1, labels.unsqueeze(1)).squeeze(1)
-    return torch.logsumexp(logits, dim=1) - own
 
 
 class _SummedNLL(torch.autograd.Function):
@@ -61,14 +81,8 @@ class _SummedNLL(torch.autograd.Function):
         )
         for start in range(0, len(labels), CHUNK):
             h, y = hidden[start : start + CHUNK], labels[start : start + CHUNK]
-            logits = _logits(h, weight)
-            log_total = torch.logsumexp(logits, dim=1, keepdim=True)
-            own = logits.gather(1, y.unsqueeze(1))
-            total += (log_total - own).sum(dtype=wide)
-            # Softmax minus one-hot, in place of the logits.
-            gradient = logits.sub_(log_total).exp_()
-            gradient[torch.arange(len(y), device=y.device), y] -= 1
-            low = gradient.to(weight.dtype)
+            nll, low = _nll_and_gradient(h.to(weight.dtype) @ weight.t(), y)
+            total += nll.sum(dtype=wide)
             if hidden_gradient is not None:
                 hidden_gradient[start : start + CHUNK] = low @ weight
             if weight_gradient is not None:

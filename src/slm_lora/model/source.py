@@ -126,6 +126,16 @@ def hash_weights(folder: Path) -> str:
     return digest.hexdigest()
 
 
+_COSMETIC = {"_name_or_path", "architectures", "dtype", "torch_dtype", "transformers_version"}
+
+
+def hash_config(folder: Path) -> str:
+    """SHA-256 of what the configuration says about how the weights are computed with."""
+    config = json.loads((folder / "config.json").read_text(encoding="utf-8"))
+    kept = {key: value for key, value in config.items() if key not in _COSMETIC}
+    return hashlib.sha256(json.dumps(kept, sort_keys=True).encode()).hexdigest()
+
+
 def tensor_shapes(folder: Path) -> dict[str, tuple[int, ...]]:
     """Shape of every tensor of a model folder, from the files' headers alone."""
     return {

@@ -163,10 +163,9 @@ class TrainingSection(Section):
     max_steps: Int | None = Field(None, ge=1, description="Stop after so many optimizer steps.")
     effective_batch_size: Int = Field(16, ge=1, description="Examples per optimizer step.")
     micro_batch_tokens: Int = Field(
-        4096,
+        2048,
         ge=1,
-        description="Tokens computed at once: the memory knob. Results move by rounding, and by "
-        "which values dropout draws.",
+        description="Tokens computed at once: the memory knob. Results move by rounding only.",
     )
     loss_on: LossOn = Field("all", description="Tokens trained on: whole text, or response only.")
     learning_rate: Float = Field(2e-4, gt=0, description="Peak learning rate.")
@@ -183,6 +182,12 @@ class TrainingSection(Section):
         "auto", description="Of the frozen base; the adapter is always fp32."
     )
     device: Literal["auto", "cpu", "cuda", "mps"] = Field("auto", description="Where to compute.")
+    compile: bool | Literal["auto"] = Field(
+        "auto",
+        description="Compile the model's layers, for training and scoring. Results move by "
+        "rounding. `auto`: where the run is long enough to win the time back and a compiler is "
+        "there (C++ on a CPU, Triton on a GPU).",
+    )
     eval_steps: Int | None = Field(
         None, ge=1, description="Score the validation set every so many optimizer steps."
     )

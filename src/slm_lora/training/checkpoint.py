@@ -20,6 +20,7 @@ from safetensors.torch import save_file
 
 from slm_lora.errors import IntegrityError
 from slm_lora.records import Step
+from slm_lora.runs import content_hash
 from slm_lora.storage import atomic_folder, sha256_file
 
 _STATE, _ABOUT = "state.safetensors", "checkpoint.json"
@@ -70,7 +71,8 @@ class Checkpointer:
         with atomic_folder(self.folder) as temporary:
             save_file(tensors, temporary / _STATE)
             about["sha256"] = sha256_file(temporary / _STATE)
-            (temporary / _ABOUT).write_text(json.dumps(about), encoding="utf-8")
+            sealed = {"about": about, "sha256": content_hash(about)}
+            (temporary / _ABOUT).write_text(json.dumps(sealed), encoding="utf-8")
 
     def load(
         self, parameters: Mapping[str, torch.nn.Parameter], optimizer: torch.optim.Optimizer
@@ -83,9 +85,12 @@ class Checkpointer:
         if not (self.folder / _ABOUT).is_file():
             return None
         try:
-            about = json.loads((self.folder / _ABOUT).read_text(encoding="utf-8"))
+            sealed = json.loads((self.folder / _ABOUT).read_text(encoding="utf-8"))
+            about = sealed["about"]
             if about["identity"] != self.identity:
                 return None
+            if sealed["sha256"] != content_hash(about):
+                raise ValueError("what it says of itself does not match its SHA-256")
             if about["sha256"] != sha256_file(self.folder / _STATE):
                 raise ValueError("its state does not match its SHA-256")
             history = [Step(**step) for step in about["history"]]

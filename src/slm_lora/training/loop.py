@@ -6,6 +6,7 @@ into micro-batches. Order and dropout depend on the seed and the step alone.
 
 from __future__ import annotations
 
+import functools
 import hashlib
 import math
 import time
@@ -17,9 +18,11 @@ import torch
 
 from slm_lora.data.batches import by_token_budget, epoch_order, label_count, pack, steps_per_epoch
 from slm_lora.errors import DataError, NumericError
+from slm_lora.model import fusion
 from slm_lora.model.adapter import restore_state, trainable_state
 from slm_lora.model.base import Base
 from slm_lora.model.forward import batch_nll
+from slm_lora.model.fusion import attempt
 from slm_lora.recipe.schema import TrainingSection
 from slm_lora.records import Example, Step
 from slm_lora.training.checkpoint import Checkpointer
@@ -37,6 +40,7 @@ class TrainingResult:
     stopped_early: bool
     kept_step: int
     rows_without_labels: int
+    compiled: bool
 
     @property
     def tokens(self) -> int:
@@ -55,11 +59,14 @@ class TrainingResult:
 
     @property
     def tokens_per_s(self) -> float:
-        """Real tokens per second, the first step left out where there is more than one."""
-        if len(self.history) == 1:
+        """Real tokens per second after the warm-up: the first step, and the second, which
+        compiles, where there are more."""
+        warm_up = self.history[: min(2, len(self.history) - 1)]
+        if not warm_up:
             return self.tokens / self.seconds
-        first = self.history[0]
-        return (self.tokens - first.tokens) / (self.seconds - first.seconds)
+        return (self.tokens - sum(step.tokens for step in warm_up)) / (
+            self.seconds - warm_up[-1].seconds
+        )
 
 
 def total_steps(rows: int, section: TrainingSection) -> int:
@@ -88,11 +95,6 @@ MOST_SKIPPED = 25
 """Steps in a row that fp16 may skip: a scale of 65,536 halved so often is far below 1."""
 
 
-def _dropout_seed(seed: int, step: int) -> int:
-    digest = hashlib.sha256(f"dropout:{seed}:{step}".encode()).digest()
-    return int.from_bytes(digest[:8], "big") >> 1
-
-
 _Best = tuple[float, int, dict[str, torch.Tensor]]
 
 
@@ -100,6 +102,25 @@ def _validations_since(history: Sequence[Step], best: _Best | None) -> int:
     """Validations after the best one."""
     after = 0 if best is None else best[1]
     return sum(s.validation_loss is not None for s in history if s.step > after)
+
+
+def _backward(
+    base: Base,
+    optimizer: torch.optim.Optimizer,
+    scaler: torch.amp.GradScaler,
+    examples: Sequence[Example],
+    section: TrainingSection,
+    dropout_seed: str,
+) -> float:
+    """Loss of a step in nats per label token; its gradient is left on the parameters."""
+    optimizer.zero_grad(set_to_none=True)
+    labels = sum(label_count(example, section.loss_on) for example in examples)
+    loss = 0.0
+    for micro in by_token_budget(examples, section.micro_batch_tokens):
+        share = batch_nll(base, pack(micro, section.loss_on), dropout_seed) / labels
+        torch.autograd.backward(scaler.scale(share))
+        loss += share.item()
+    return loss
 
 
 def train(
@@ -137,6 +158,9 @@ def train(
             "the template"
         )
     total = total_steps(len(usable), section)
+    epochs = total / steps_per_epoch(len(usable), section.effective_batch_size)
+    tokens = round(epochs * sum(example.length for example in usable))
+    compiled = fusion.wanted(section.compile, tokens, base.device)
     named = {name: p for name, p in adapted.named_parameters() if p.requires_grad}
     parameters = list(named.values())
     optimizer = adamw(parameters, section)
@@ -162,14 +186,17 @@ def train(
         rate = learning_rate(section, number, total)
         for group in optimizer.param_groups:
             group["lr"] = rate
-        # Dropout depends on seed and step alone, so that a step can be done again exactly.
-        torch.manual_seed(_dropout_seed(seed, number))
-        labels = sum(label_count(example, section.loss_on) for example in step_examples)
-        loss = 0.0
-        for micro in by_token_budget(step_examples, section.micro_batch_tokens):
-            share = batch_nll(base, pack(micro, section.loss_on)) / labels
-            torch.autograd.backward(scaler.scale(share))
-            loss += share.item()
+        # Dropout depends on seed, step and row alone, so that a step can be done again exactly.
+        # (The generator serves models that drop out values of their own.)
+        dropout_seed = f"dropout:{seed}:{number}"
+        torch.manual_seed(int.from_bytes(hashlib.sha256(dropout_seed.encode()).digest()[:7], "big"))
+        # The first step shows at once that the run works; compiling begins with the second.
+        loss = attempt(
+            compiled and number > 0,
+            functools.partial(
+                _backward, base, optimizer, scaler, step_examples, section, dropout_seed
+            ),
+        )
         scaler.unscale_(optimizer)
         norm = torch.nn.utils.clip_grad_norm_(parameters, section.max_grad_norm).item()
         # With fp16 an overflow of the scaled gradient skips the step and lowers the scale; that
@@ -185,7 +212,6 @@ def train(
             )
         scaler.step(optimizer)
         scaler.update()
-        optimizer.zero_grad(set_to_none=True)
         seconds += time.perf_counter() - began
 
         validation_loss = None
@@ -205,7 +231,7 @@ def train(
             skipped=skipped,
             examples=len(step_examples),
             tokens=sum(example.length for example in step_examples),
-            label_tokens=labels,
+            label_tokens=sum(label_count(each, section.loss_on) for each in step_examples),
             seconds=seconds,
             validation_loss=validation_loss,
         )
@@ -222,4 +248,11 @@ def train(
     if section.keep_best and best is not None:
         restore_state(adapted, best[2])
         kept = best[1]
-    return TrainingResult(tuple(history), stopped_early, kept, len(examples) - len(usable))
+    optimizer.zero_grad(set_to_none=True)
+    return TrainingResult(
+        tuple(history),
+        stopped_early,
+        kept,
+        len(examples) - len(usable),
+        compiled and not fusion.failure(),
+    )
