@@ -82,16 +82,32 @@ def test_another_runs_checkpoint_is_not_taken_up(
     assert wanted
 
 
-@pytest.mark.parametrize("file", ["state.safetensors", "checkpoint.json"])
+def flip_the_middle(data: bytes) -> bytes:
+    return (
+        data[: len(data) // 2] + bytes([data[len(data) // 2] ^ 0xFF]) + data[len(data) // 2 + 1 :]
+    )
+
+
+def change_a_loss(data: bytes) -> bytes:
+    # Still JSON, and still a loss.
+    return data.replace(b'"loss": ', b'"loss": 1', 1)
+
+
+@pytest.mark.parametrize(
+    ("file", "damage"),
+    [
+        ("state.safetensors", flip_the_middle),
+        ("checkpoint.json", flip_the_middle),
+        ("checkpoint.json", change_a_loss),
+    ],
+)
 def test_a_broken_checkpoint_is_found_out(
-    load_tiny: Callable[..., Base], tmp_path: Path, file: str
+    load_tiny: Callable[..., Base], tmp_path: Path, file: str, damage: Callable[[bytes], bytes]
 ) -> None:
     checkpointer = Checkpointer(tmp_path / "point", "abc", every_seconds=0)
     sitting(load_tiny(), checkpointer, 5)
     path = tmp_path / "point" / file
-    data = bytearray(path.read_bytes())
-    data[len(data) // 2] ^= 0xFF
-    path.write_bytes(data)
+    path.write_bytes(damage(path.read_bytes()))
     base = load_tiny()
     adapted = adapter.attach(base, AdapterSection(r=4, lora_dropout=0.1), 3)
     with pytest.raises(IntegrityError, match="the checkpoint is broken"):

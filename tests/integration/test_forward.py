@@ -44,9 +44,12 @@ def make_examples(lengths: list[int], seed: int = 0) -> list[Example]:
     ]
 
 
-def gradients(base: Base, examples: list[Example], double: bool = False) -> torch.Tensor:
+def gradients(
+    base: Base, examples: list[Example], double: bool = False, dropout: float = 0.0
+) -> torch.Tensor:
     """Adapter gradients of the summed NLL, with a B that is not zero."""
-    adapted = adapter.attach(base, AdapterSection(r=4, lora_dropout=0.0), seed=3)
+    adapted = adapter.attach(base, AdapterSection(r=4, lora_dropout=dropout), seed=3)
+    adapted.train()
     generator = torch.Generator().manual_seed(1)
     for name, parameter in adapted.named_parameters():
         if "lora_B" in name:
@@ -198,6 +201,17 @@ def test_micro_batches_give_the_gradient_of_the_whole(load_tiny: LoadTiny) -> No
     whole = gradients(load_tiny(), examples)
     parts = sum(gradients(load_tiny(), [example]) for example in examples)
     assert ((whole - parts).norm() / whole.norm()).item() < 1e-5
+
+
+def test_dropout_does_not_depend_on_packing(load_tiny: LoadTiny) -> None:
+    examples = make_examples(LENGTHS)
+    packed = gradients(load_tiny(), examples, dropout=0.3)
+    padded = gradients(load_tiny(plain=True), examples, dropout=0.3)
+    alone = sum(gradients(load_tiny(), [example], dropout=0.3) for example in examples)
+    without = gradients(load_tiny(), examples)
+    for other in (padded, alone):
+        assert ((packed - other).norm() / packed.norm()).item() < 1e-5
+    assert ((packed - without).norm() / packed.norm()).item() > 1e-2
 
 
 @pytest.mark.parametrize("positions", [1, CHUNK - 1, CHUNK, 2 * CHUNK + 3])

@@ -45,13 +45,15 @@ def distance(one: dict[str, torch.Tensor], other: dict[str, torch.Tensor]) -> fl
     return max((one[name] - other[name]).abs().max().item() for name in one)
 
 
-def test_a_step_does_not_depend_on_the_micro_batch(load_tiny: LoadTiny) -> None:
+@pytest.mark.parametrize("dropout", [0.0, 0.2])
+def test_a_step_does_not_depend_on_the_micro_batch(load_tiny: LoadTiny, dropout: float) -> None:
     examples = make_examples(LENGTHS)
     # SGD-like comparison: AdamW's first steps turn rounding of tiny gradients into full steps,
     # so losses are compared over two epochs and gradient norms with them.
-    whole, _ = run(load_tiny(), examples, effective_batch_size=16, micro_batch_tokens=4096)
+    settings = {"effective_batch_size": 16, "dropout": dropout}
+    whole, _ = run(load_tiny(), examples, micro_batch_tokens=4096, **settings)
     for budget in (1, 60, 200):
-        parts, _ = run(load_tiny(), examples, effective_batch_size=16, micro_batch_tokens=budget)
+        parts, _ = run(load_tiny(), examples, micro_batch_tokens=budget, **settings)
         for one, other in zip(whole.history, parts.history, strict=True):
             assert one.loss == pytest.approx(other.loss, rel=1e-4)
             assert one.label_tokens == other.label_tokens

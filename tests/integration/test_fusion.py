@@ -1,0 +1,152 @@
+"""Compiled code: it runs, it computes what the plain code does, and it is compiled once."""
+
+from __future__ import annotations
+
+import shutil
+from collections.abc import Callable, Iterator
+
+import pytest
+import torch
+from torch._dynamo.utils import counters
+
+from slm_lora.data.batches import pack
+from slm_lora.model import adapter, fusion
+from slm_lora.model.base import Base
+from slm_lora.model.dropout import TokenDropout
+from slm_lora.model.forward import batch_nll, score_documents
+from slm_lora.model.load import DTYPES
+from slm_lora.recipe.schema import AdapterSection, TrainingSection
+from slm_lora.training.loop import train
+
+from .test_forward import LENGTHS, gradients, make_examples
+
+LoadTiny = Callable[..., Base]
+
+pytestmark = pytest.mark.skipif(
+    not fusion.wanted("auto", 10**9, torch.device("cpu")), reason="no C++ compiler here"
+)
+
+
+@pytest.fixture(autouse=True)
+def nothing_failed_before(monkeypatch: pytest.MonkeyPatch) -> Iterator[None]:
+    monkeypatch.setattr(fusion, "_failure", "")
+    counters.clear()
+    yield
+    assert not counters["graph_break"]
+
+
+@pytest.mark.parametrize("dropout", [0.0, 0.3])
+def test_compiled_gradients_are_those_of_fp64(
+    load_tiny: LoadTiny, monkeypatch: pytest.MonkeyPatch, dropout: float
+) -> None:
+    examples = make_examples(LENGTHS)
+    monkeypatch.setitem(DTYPES, "fp64", torch.float64)
+    reference = gradients(load_tiny("fp64", plain=True), examples, double=True, dropout=dropout)
+
+    def error(precision: str, plain: bool, on: bool) -> float:
+        with fusion.fusion(on):
+            found = gradients(load_tiny(precision, plain=plain), examples, dropout=dropout)
+        return ((found - reference).norm() / reference.norm()).item()
+
+    assert error("fp32", plain=False, on=True) < 1e-5
+    assert error("bf16", plain=False, on=True) < 1.1 * error("bf16", plain=True, on=False)
+
+
+def test_compiled_scores_equal_plain_ones(load_tiny: LoadTiny) -> None:
+    base, batch = load_tiny(), pack(make_examples(LENGTHS), "all")
+    plain = score_documents(base, batch).nll_all
+    torch._dynamo.reset()
+    with fusion.fusion(True):
+        compiled = score_documents(base, batch).nll_all
+    assert counters["stats"]["unique_graphs"] > 0
+    assert compiled == pytest.approx(plain, rel=1e-6)
+
+
+@pytest.mark.parametrize("p", [0.05, 0.3, 0.6])
+def test_compiled_dropout_has_the_same_mask(p: float) -> None:
+    # One shape for all p: code with another p's threshold must not be taken from a cache.
+    dropout = TokenDropout(p, "a", 96)
+    dropout.keys = torch.randint(-(2**31), 2**31, (1, 37), dtype=torch.int64).to(torch.int32)
+    weight = torch.ones(3, 96)
+
+    def product(x: torch.Tensor) -> torch.Tensor:
+        with torch.autocast("cpu", torch.bfloat16):
+            return torch.nn.functional.linear(dropout(x.float()), weight)
+
+    x = torch.ones(1, 37, 96, dtype=torch.bfloat16, requires_grad=True)
+    plain, compiled = product(x), torch.compile(product, dynamic=True)(x)
+    assert torch.equal(plain, compiled)
+    for one, other in zip(
+        torch.autograd.grad(plain.sum(), x), torch.autograd.grad(compiled.sum(), x), strict=True
+    ):
+        assert torch.equal(one, other)
+
+
+def test_new_shapes_compile_nothing_new(load_tiny: LoadTiny) -> None:
+    base = load_tiny("bf16")
+    adapted = adapter.attach(base, AdapterSection(r=4, lora_dropout=0.1), seed=0)
+    adapted.train()
+    generator = torch.Generator().manual_seed(0)
+
+    def step(number: int) -> None:
+        many = int(torch.randint(2, 12, (1,), generator=generator))
+        lengths = torch.randint(2, 400, (many,), generator=generator).tolist()
+        batch_nll(base, pack(make_examples(lengths, seed=number), "all")).backward()
+
+    torch._dynamo.reset()
+    with fusion.fusion(True):
+        for number in range(4):
+            step(number)
+        compiled = counters["stats"]["unique_graphs"]
+        assert compiled > 0
+        for number in range(4, 20):
+            step(number)
+    assert counters["stats"]["unique_graphs"] == compiled
+
+
+def test_a_long_training_compiles_from_its_second_step(load_tiny: LoadTiny) -> None:
+    examples = make_examples(LENGTHS)
+
+    def losses(setting: bool) -> list[float]:
+        base = load_tiny()
+        adapted = adapter.attach(base, AdapterSection(r=4, lora_dropout=0.1), seed=0)
+        section = TrainingSection(
+            num_train_epochs=2, effective_batch_size=4, compile=setting, learning_rate=1e-3
+        )
+        result = train(base, adapted, examples, section, 0)
+        assert result.compiled == setting
+        return [step.loss for step in result.history]
+
+    plain = losses(False)
+    assert counters["stats"]["unique_graphs"] == 0
+    torch._dynamo.reset()
+    compiled = losses(True)
+    assert counters["stats"]["unique_graphs"] > 0
+    assert compiled == pytest.approx(plain, rel=1e-5)
+
+
+def test_where_compiling_fails_it_is_done_without() -> None:
+    tried = []
+
+    def work() -> str:
+        tried.append(fusion._on)
+        if fusion._on:
+            raise RuntimeError("no such instruction\nand much more")
+        return "done"
+
+    assert fusion.attempt(True, work) == "done"
+    assert fusion.failure() == "no such instruction"
+    # From then on nothing tries again.
+    assert fusion.attempt(True, work) == "done"
+    assert tried == [True, False, False]
+
+
+def test_short_runs_do_not_compile(monkeypatch: pytest.MonkeyPatch) -> None:
+    cpu = torch.device("cpu")
+    assert not fusion.wanted("auto", fusion.PAYS_FROM["cpu"] - 1, cpu)
+    assert fusion.wanted("auto", fusion.PAYS_FROM["cpu"], cpu)
+    assert fusion.wanted(True, 1, cpu)
+    assert not fusion.wanted(False, 10**9, cpu)
+    monkeypatch.delenv("CXX", raising=False)
+    monkeypatch.setattr(shutil, "which", lambda name: None)
+    assert not fusion.wanted("auto", 10**9, cpu)

@@ -1,0 +1,91 @@
+"""Dropout by hash: the share it promises, and a mask that nothing but its keys decides."""
+
+from __future__ import annotations
+
+import math
+
+import numpy as np
+import pytest
+import torch
+from hypothesis import given, settings
+from hypothesis import strategies as st
+
+from slm_lora.data.batches import pack
+from slm_lora.model.dropout import TokenDropout, token_keys
+from slm_lora.records import Example
+
+
+def examples(lengths: list[int]) -> list[Example]:
+    return [
+        Example(f"row {i}", "", "", np.full(n, i, np.int32), np.ones(n, bool), n, n)
+        for i, n in enumerate(lengths)
+    ]
+
+
+def mask(p: float, name: str, keys: torch.Tensor, width: int) -> torch.Tensor:
+    """Which values are kept, bool [tokens, width]."""
+    dropout = TokenDropout(p, name, width)
+    dropout.keys = keys.unsqueeze(0)
+    return dropout(torch.ones(1, len(keys), width))[0] != 0
+
+
+def keys(seed: str = "s", tokens: int = 2000) -> torch.Tensor:
+    return token_keys(pack(examples([tokens // 2, tokens // 2]), "all"), seed)
+
+
+def assert_share(kept: torch.Tensor, share: float) -> None:
+    """Within five standard deviations of a binomial draw."""
+    spread = math.sqrt(share * (1 - share) / kept.numel())
+    assert abs(kept.double().mean().item() - share) < 5 * spread
+
+
+@pytest.mark.parametrize("p", [0.01, 0.05, 0.1, 0.5, 0.9])
+def test_the_share_is_as_asked_overall_by_token_and_by_column(p: float) -> None:
+    kept = mask(p, "layers.3.q_proj", keys(), 512)
+    assert_share(kept, 1 - p)
+    for part in (kept.double().mean(0), kept.double().mean(1)):
+        # Shares of columns and of tokens spread as independent draws do, neither more nor less.
+        draws = kept.numel() / len(part)
+        ratio = part.var().item() / (p * (1 - p) / draws)
+        assert abs(ratio - 1) < 6 * math.sqrt(2 / len(part))
+
+
+@pytest.mark.parametrize(
+    ("one", "other"),
+    [
+        (mask(0.5, "a", keys(), 64), mask(0.5, "b", keys(), 64)),
+        (mask(0.5, "a", keys("step 1"), 64), mask(0.5, "a", keys("step 2"), 64)),
+        (mask(0.5, "a", keys(), 64)[:-1], mask(0.5, "a", keys(), 64)[1:]),
+        (mask(0.5, "a", keys(), 64)[:, :-1], mask(0.5, "a", keys(), 64)[:, 1:]),
+        (mask(0.5, "a", keys(), 64)[:1000], mask(0.5, "a", keys(), 64)[1000:]),
+    ],
+    ids=["modules", "steps", "tokens", "columns", "rows"],
+)
+def test_masks_are_independent(one: torch.Tensor, other: torch.Tensor) -> None:
+    assert_share(one == other, 0.5)
+
+
+@settings(max_examples=30, deadline=None)
+@given(lengths=st.lists(st.integers(1, 40), min_size=1, max_size=6), seed=st.text(max_size=5))
+def test_keys_do_not_depend_on_the_neighbours(lengths: list[int], seed: str) -> None:
+    rows = examples(lengths)
+    alone = [token_keys(pack([row], "all"), seed) for row in rows]
+    assert torch.equal(token_keys(pack(rows, "all"), seed), torch.cat(alone))
+
+
+def test_kept_values_are_scaled_and_the_gradient_has_the_same_mask() -> None:
+    dropout = TokenDropout(0.25, "a", 32)
+    dropout.keys = keys(tokens=10).unsqueeze(0)
+    x = torch.full((1, 10, 32), 3.0, requires_grad=True)
+    out = dropout(x)
+    assert set(out.flatten().tolist()) == {0.0, 4.0}
+    (gradient,) = torch.autograd.grad(out.sum(), x)
+    assert torch.equal(gradient, out / 3)
+
+
+def test_nothing_is_dropped_outside_of_training_and_nothing_without_keys() -> None:
+    dropout = TokenDropout(0.5, "a", 4)
+    x = torch.ones(1, 3, 4)
+    with pytest.raises(RuntimeError, match="no keys"):
+        dropout(x)
+    assert dropout.eval()(x) is x
