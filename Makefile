@@ -3,7 +3,7 @@ ARGS ?=
 PYTHON ?= python3
 BIN := .venv/bin
 
-.PHONY: help experiment plan test check format clean
+.PHONY: help experiment plan test bench check format clean
 
 help:  ## List the targets.
 	@grep -hE '^[a-z-]+:.*## ' $(MAKEFILE_LIST) | sort | awk -F ':.*## ' '{printf "  make %-12s %s\n", $$1, $$2}'
@@ -18,6 +18,10 @@ plan: .venv/installed  ## Show what an experiment would do, and train nothing.
 
 test: .venv/installed-dev  ## Run the tests.
 	$(BIN)/python -m pytest
+
+bench: .venv/installed requirements-bench.txt  ## Measure speed and memory against TRL and the naive script: ARGS='--data dolly.jsonl'.
+	$(BIN)/python -m pip install --quiet --disable-pip-version-check -r requirements-bench.txt
+	$(BIN)/python benchmarks/bench.py $(ARGS)
 
 check: .venv/installed-dev  ## Formatter, linter, type checker, import contract, generated docs.
 	$(BIN)/ruff format --check .

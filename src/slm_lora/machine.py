@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import contextlib
+import ctypes
 import importlib.metadata
 import os
 import platform
@@ -55,12 +56,18 @@ def _memory_bytes() -> int:
 
 
 def reset_peak_memory(device: str) -> None:
-    """Begin to measure peak memory anew; see `peak_memory_bytes`."""
+    """Begin to measure peak memory anew; see `peak_memory_bytes`.
+
+    What earlier work freed is given back to the operating system first: the C library keeps
+    it, and would count it as ours.
+    """
     if device == "cuda":
         import torch
 
         torch.cuda.reset_peak_memory_stats()
     elif sys.platform == "linux":
+        with contextlib.suppress(OSError, AttributeError):  # not every C library has it
+            ctypes.CDLL(None).malloc_trim(0)
         # "5" sets the process's high-water mark of resident memory back to what it is now.
         with contextlib.suppress(OSError):
             Path("/proc/self/clear_refs").write_text("5", encoding="ascii")

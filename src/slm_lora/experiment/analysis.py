@@ -1,139 +1,77 @@
-"""Computed paragraphs: perplexity reduction, effect of rank, of data size, diminishing returns.
+"""Computed paragraphs: perplexity reduction, effects of what the grid varies, diminishing returns.
 
-Every sentence comes from a paired difference on the test rows, and none says more than one
-seed can carry: an interval here covers the choice of rows, never the seed.
+Every sentence comes from a contrast and says no more than its verdict: with one seed nothing
+about the settings, only about these very adapters.
 """
 
 from __future__ import annotations
 
-import itertools
 import math
-from collections.abc import Iterator, Sequence
-from dataclasses import dataclass
-from typing import Any
+from collections.abc import Sequence
 
-from slm_lora.experiment.statistics import Estimate, paired_difference
+from slm_lora.experiment.contrasts import Contrast
+from slm_lora.experiment.statistics import Difference
 from slm_lora.experiment.table import Line
 
-
-@dataclass(frozen=True)
-class Contrast:
-    """Two runs that differ in one thing; ``difference`` is second minus first."""
-
-    first: Line
-    second: Line
-    difference: Estimate
-
-    def record(self) -> dict[str, Any]:
-        """For metrics.json."""
-        return {
-            "first": self.first.run.folder.name,
-            "second": self.second.run.folder.name,
-            "tokens": self.first.headline,
-            **self.difference.record(),
-        }
+_NAMES = {
+    "adapter.r": "rank",
+    "data.size": "dataset size",
+    "adapter.target_modules": "target modules",
+    "adapter.kind": "kind of adapter",
+}
 
 
-def contrast(first: Line, second: Line) -> Contrast:
-    """Second against first, on the headline's tokens, row by row."""
-    return Contrast(first, second, paired_difference(first.scores, second.scores, first.headline))
-
-
-def against_base(lines: Sequence[Line]) -> list[Contrast]:
-    """Every adapter against its base."""
-    bases = {_base_key(line): line for line in lines if line.is_base}
-    return [
-        contrast(bases[_base_key(line)], line)
-        for line in lines
-        if not line.is_base and _base_key(line) in bases
-    ]
-
-
-def _base_key(line: Line) -> tuple[str, str, str, str]:
-    record = line.run.record
-    model, device = record["model"], record["machine"]["device"]
-    return model["sha256"], model["precision"], device, record["data"]["held_out_sha256"]
-
-
-def by_key(lines: Sequence[Line], key: str) -> list[Contrast]:
-    """Neighbours along one key (rank, data size) with everything else equal."""
-    tuned = [line for line in lines if not line.is_base and line.setting(key) is not None]
-    found = []
-    for group in _alike(tuned, key):
-        group.sort(key=lambda line: line.setting(key))
-        found += [contrast(a, b) for a, b in itertools.pairwise(group)]
-    return found
-
-
-def _alike(lines: Sequence[Line], key: str) -> Iterator[list[Line]]:
-    """Lines in groups that differ in ``key`` (and, for the rank, in alpha) only."""
-    groups: dict[str, list[Line]] = {}
-    for line in lines:
-        rest = {section: dict(value) if isinstance(value, dict) else value
-                for section, value in line.recipe.items()}  # fmt: skip
-        section, name = key.split(".")
-        rest[section].pop(name)
-        if key == "adapter.r":
-            rest["adapter"]["lora_alpha"] /= line.setting(key)
-        groups.setdefault(repr(sorted(rest.items())), []).append(line)
-    return (group for group in groups.values() if len(group) > 1)
-
-
-@dataclass(frozen=True)
-class Contrasts:
-    """All comparisons of an experiment, made once for the metrics and the analysis."""
-
-    base: list[Contrast]
-    rank: list[Contrast]
-    data_size: list[Contrast]
-
-
-def all_contrasts(lines: Sequence[Line]) -> Contrasts:
-    """Every adapter against its base, and neighbours in rank and in data size."""
-    return Contrasts(against_base(lines), by_key(lines, "adapter.r"), by_key(lines, "data.size"))
-
-
-def analysis(lines: Sequence[Line], found: Contrasts) -> str:
+def analysis(lines: Sequence[Line], found: Sequence[Contrast]) -> str:
     """The analysis as Markdown."""
-    tuned = [line for line in lines if not line.is_base]
-    seeds = {line.recipe["seed"] for line in tuned}
-    return (
-        "\n\n".join(
-            [
-                "# Analysis",
-                _basis(lines, len(seeds)),
-                "## Perplexity reduction\n\n" + _reduction(found.base),
-                "## Effect of the rank\n\n" + _neighbours(found.rank, "rank"),
-                "## Effect of the dataset size\n\n" + _sizes(found.data_size),
-                "## Diminishing returns\n\n" + _returns(found),
-            ]
-        )
-        + "\n"
-    )
+    to_base = [each for each in found if each.key == "base"]
+    keys = ["adapter.r", "data.size"]
+    keys += [k for k in dict.fromkeys(c.key for c in found) if k not in (*keys, "base")]
+    parts = [
+        "# Analysis",
+        _basis(lines, found),
+        "## Perplexity reduction\n\n" + _reduction(to_base),
+    ]
+    for key in keys:
+        of_key = [each for each in found if each.key == key]
+        parts.append(f"## Effect of the {_name(key)}\n\n" + _effect(of_key, key))
+    parts.append("## Diminishing returns\n\n" + _returns(found))
+    return "\n\n".join(parts) + "\n"
 
 
-def _basis(lines: Sequence[Line], seeds: int) -> str:
+def _name(key: str) -> str:
+    return _NAMES.get(key, key.rsplit(".", 1)[-1].replace("_", " "))
+
+
+def _basis(lines: Sequence[Line], found: Sequence[Contrast]) -> str:
     first = lines[0]
     loss = first.loss()
     tokens = {"all": "every token of the text", "response": "the tokens of the response"}
-    record = first.run.record
-    one = (
-        "one seed a cell, so what another seed would give is not covered, and no adapter is "
-        "called better than another"
+    seeds = max((each.difference.seeds for each in found), default=1)
+    covered = (
+        "They cover the choice of test rows: with one seed a cell, what another seed would give "
+        "is not covered, and no adapter is called better than another."
         if seeds < 2
-        else f"{seeds} seeds, each compared within itself"
+        else f"They cover the choice of test rows and of the seed ({seeds} seeds): of Student's "
+        "interval over seeds and a two-way bootstrap over groups and seeds, the wider."
     )
+    family = f" p-values are corrected for all {len(found)} comparisons (Holm)." if found else ""
     return (
         f"Held-out loss is the total negative log-likelihood of {tokens[first.headline]} over "
         f"their number, perplexity is exp of that number; both on the same "
         f"{len(first.scores)} test rows in {loss.groups} groups for every cell. Differences are "
-        f"paired row by row; 95 % intervals are clustered by group of related rows. They cover "
-        f"the choice of test rows: {one}. Base weights in {record['model']['precision']}."
+        f"paired row by row; 95 % intervals are bootstrapped (BCa) over groups of related rows. "
+        f"{covered}{family} Base weights in {first.run.record['model']['precision']}."
     )
 
 
-def _nats(estimate: Estimate) -> str:
-    return f"{estimate.value:+.4f} nats ({estimate.low:+.4f} to {estimate.high:+.4f})"
+def _nats(d: Difference) -> str:
+    if d.groups < 2:
+        return f"{d.value:+.4f} nats (no interval from one group)"
+    return f"{d.value:+.4f} nats ({d.low:+.4f} to {d.high:+.4f})"
+
+
+def _p(p: float) -> str:
+    return "p < 0.001" if p < 0.001 else f"p = {p:.3f}"
 
 
 def _reduction(contrasts: Sequence[Contrast]) -> str:
@@ -141,83 +79,104 @@ def _reduction(contrasts: Sequence[Contrast]) -> str:
         return "No adapter to compare with the base."
     said = []
     for each in contrasts:
-        before = each.first.run.record["evaluation"][each.first.headline]["perplexity"]
-        after = each.second.run.record["evaluation"][each.first.headline]["perplexity"]
         d = each.difference
+        losses = [
+            [line.run.record["evaluation"][line.headline]["loss"] for line in arm.lines]
+            for arm in (each.first, each.second)
+        ]
+        before, after = (math.exp(sum(arm) / len(arm)) for arm in losses)
         # exp of a difference of losses is the ratio of perplexities.
         change = [100 * (math.exp(x) - 1) for x in (d.value, d.low, d.high)]
-        verdict = (
-            f"perplexity {'falls' if d.value < 0 else 'rises'} from {before:.3f} to {after:.3f}: "
-            f"{change[0]:+.1f} % ({change[1]:+.1f} to {change[2]:+.1f} %)"
-            if d.excludes_zero
-            else f"perplexity {before:.3f} and {after:.3f}: no difference shown ({_nats(d)})"
+        said.append(
+            f"- {each.second.name}: perplexity {'falls' if d.value < 0 else 'rises'} from "
+            f"{before:.3f} to {after:.3f}: {change[0]:+.1f} % ({change[1]:+.1f} to "
+            f"{change[2]:+.1f} %), {_p(each.p_corrected)}."
+            if each.verdict == "different"
+            else f"- {each.second.name}: perplexity {before:.3f} and {after:.3f}: no difference "
+            f"shown ({_nats(d)}, {_p(each.p_corrected)})."
         )
-        said.append(f"- {each.second.run.cell}: {verdict}.")
     return "\n".join(said)
 
 
-def _neighbours(contrasts: Sequence[Contrast], what: str) -> str:
+def _effect(contrasts: Sequence[Contrast], key: str) -> str:
     if not contrasts:
-        return f"No two cells differ in {what} alone."
-    return "\n".join(_neighbour(each) for each in contrasts)
-
-
-def _neighbour(each: Contrast) -> str:
-    d = each.difference
-    names = f"{each.second.run.cell} against {each.first.run.cell}"
-    if not d.excludes_zero:
-        return f"- {names}: {_nats(d)}. The interval holds zero: inconclusive."
-    lower = "lower" if d.value < 0 else "higher"
-    return (
-        f"- {names}: {_nats(d)}. The loss of this pair of adapters is {lower} beyond the choice "
-        "of test rows; whether it would be with other seeds is not known."
-    )
-
-
-def _sizes(contrasts: Sequence[Contrast]) -> str:
-    said = _neighbours(contrasts, "dataset size")
-    if contrasts:
+        return f"No two cells differ in {_name(key)} alone."
+    said = "\n".join(f"- {sentence(each)}" for each in contrasts)
+    if key == "data.size":
+        steps = "; ".join(
+            dict.fromkeys(
+                f"{arm.name}: {arm.line.run.record['training']['steps']}"
+                for each in contrasts
+                for arm in (each.first, each.second)
+            )
+        )
         said += (
             "\n\nMore rows at the same number of epochs are also more optimizer steps; the two "
-            "are not told apart here ("
-            + "; ".join(
-                f"{c.first.run.cell}: {c.first.run.record['training']['steps']} steps, "
-                f"{c.second.run.cell}: {c.second.run.record['training']['steps']}"
-                for c in contrasts
-            )
-            + ")."
+            f"are not told apart here (steps: {steps})."
         )
     return said
 
 
-def _returns(found: Contrasts) -> str:
-    said = []
-    for each in found.data_size:
-        to_first = next((c for c in found.base if c.second is each.first), None)
-        if to_first is None:
-            continue
-        rows = [
-            line.run.record["data"]["sets"]["train"]["rows"] for line in (each.first, each.second)
-        ]
-        if rows[0] == rows[1]:  # sizes that round to the same number of training rows
-            continue
-        doublings = math.log2(rows[1] / rows[0])
-        d = each.difference
-        share = d.value / to_first.difference.value if to_first.difference.value else math.nan
-        said.append(
-            f"- Rank {each.first.setting('adapter.r')}: the first {rows[0]} training rows change "
-            f"the loss by {_nats(to_first.difference)}; going on to {rows[1]} changes it by "
-            f"{_nats(d)}, {d.value / doublings:+.4f} a doubling, which is {100 * share:.1f} % of "
-            "the first change. "
-            + ("The further gain is not shown to be more than nothing." if not d.excludes_zero
-               else "Where it ends cannot be said from two sizes.")
-        )  # fmt: skip
-    for each in found.rank:
-        parameters = [
-            line.run.record["adapter"]["trainable_parameters"] for line in (each.first, each.second)
-        ]
-        said.append(
-            f"- {each.second.run.cell} trains {parameters[1] / parameters[0]:.1f} times the "
-            f"parameters of {each.first.run.cell}, for {_nats(each.difference)}."
+def sentence(each: Contrast) -> str:
+    """One contrast between two arms, with number, interval and what follows from them."""
+    d = each.difference
+    said = f"{each.second.name} against {each.first.name}: {_nats(d)}, {_p(each.p_corrected)}. "
+    lower = "lower" if d.value < 0 else "higher"
+    if each.verdict == "different":
+        return said + (
+            f"The loss is {lower}: beyond the choice of test rows and of the seed."
+            if each.covers_seeds
+            else f"The loss of this pair of adapters is {lower} beyond the choice of test rows; "
+            "whether it would be with other seeds is not known."
         )
+    if each.verdict == "equivalent":
+        return said + (
+            f"Equivalent within ±{d.margin:g} nats"
+            + ("." if each.covers_seeds else ", for this pair of adapters; other seeds may differ.")
+        )
+    return said + "Inconclusive" + _what_would_decide(each)
+
+
+def _what_would_decide(each: Contrast) -> str:
+    needed = each.needed()
+    if needed is None:
+        return "."
+    seeds = "several seeds" if needed.seeds is None else f"{needed.seeds} seeds"
+    return f"; about {needed.rows:,} test rows and {seeds} would decide (80 % power)."
+
+
+def _returns(found: Sequence[Contrast]) -> str:
+    said = []
+    to_base = {id(each.second): each.difference for each in found if each.key == "base"}
+    for each in found:
+        d = each.difference
+        if each.key == "data.size":
+            rows = [
+                arm.line.run.record["data"]["sets"]["train"]["rows"]
+                for arm in (each.first, each.second)
+            ]
+            first = to_base.get(id(each.first))
+            if first is None or rows[0] == rows[1]:  # sizes may round to the same rows
+                continue
+            share = f", which is {100 * d.value / first.value:.1f} % of the first change" * bool(
+                first.value
+            )
+            said.append(
+                f"- {each.second.name}: the first {rows[0]} training rows change the loss by "
+                f"{_nats(first)}; going on to {rows[1]} changes it by {_nats(d)}, "
+                f"{d.value / math.log2(rows[1] / rows[0]):+.4f} a doubling{share}."
+                + ("" if each.verdict == "different"
+                   else " The further gain is not shown to be more than nothing.")
+            )  # fmt: skip
+        elif each.key == "adapter.r":
+            parameters = [
+                arm.line.run.record["adapter"]["trainable_parameters"]
+                for arm in (each.first, each.second)
+            ]
+            doublings = math.log2(parameters[1] / parameters[0])
+            said.append(
+                f"- {each.second.name} trains {parameters[1] / parameters[0]:.1f} times the "
+                f"parameters of {each.first.name}, for {_nats(d)}, {d.value / doublings:+.4f} a "
+                "doubling."
+            )
     return "\n".join(said) or "No two cells differ in rank or dataset size alone."

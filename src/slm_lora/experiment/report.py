@@ -10,7 +10,8 @@ from typing import Literal
 from rich.table import Table
 
 from slm_lora.errors import UsageError
-from slm_lora.experiment.analysis import Contrasts, all_contrasts, analysis
+from slm_lora.experiment.analysis import analysis
+from slm_lora.experiment.contrasts import Contrast, all_contrasts
 from slm_lora.experiment.table import (
     MEASURED,
     Line,
@@ -73,7 +74,7 @@ def _table_file(lines: Sequence[Line]) -> str:
         + ".",
         f"Run on {machine['processor']}, {machine['cores']} cores, {machine['memory_gb']} GB"
         + (f", {machine['gpu']}" if "gpu" in machine else "")
-        + ". Tokens/s counts real tokens of training, the first step left out.",
+        + ". Tokens/s counts real tokens of training, the first two steps left out.",
         *_cut_rows(lines),
     ]
     return (
@@ -96,7 +97,7 @@ def _cut_rows(lines: Sequence[Line]) -> list[str]:
     ]
 
 
-def _metrics(lines: Sequence[Line], found: Contrasts) -> dict[str, object]:
+def _metrics(lines: Sequence[Line], found: Sequence[Contrast]) -> dict[str, object]:
     return {
         "experiment": lines[0].run.record["experiment"],
         "runs": [
@@ -111,9 +112,5 @@ def _metrics(lines: Sequence[Line], found: Contrasts) -> dict[str, object]:
             }
             for line in lines
         ],
-        "contrasts": {
-            "base": [each.record() for each in found.base],
-            "rank": [each.record() for each in found.rank],
-            "data_size": [each.record() for each in found.data_size],
-        },
+        "contrasts": [each.record() for each in found],
     }  # fmt: skip

@@ -212,6 +212,9 @@ class EvaluationSection(Section):
     micro_batch_tokens: Int = Field(
         4096, ge=1, description="Tokens scored at once: the memory knob."
     )
+    equivalence_margin: Float = Field(
+        0.01, gt=0, description="Nats per token that count as no difference between two cells."
+    )
 
 
 class GridSection(Section):

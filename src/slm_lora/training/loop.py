@@ -24,7 +24,7 @@ from slm_lora.model.base import Base
 from slm_lora.model.forward import batch_nll
 from slm_lora.model.fusion import attempt
 from slm_lora.recipe.schema import TrainingSection
-from slm_lora.records import Example, Step
+from slm_lora.records import Example, LossOn, Step
 from slm_lora.training.checkpoint import Checkpointer
 from slm_lora.training.optimizer import adamw, learning_rate
 
@@ -95,6 +95,9 @@ MOST_SKIPPED = 25
 """Steps in a row that fp16 may skip: a scale of 65,536 halved so often is far below 1."""
 
 
+PLAIN_TOKENS = 512
+"""Tokens at once in the first, plain step of a training that compiles."""
+
 _Best = tuple[float, int, dict[str, torch.Tensor]]
 
 
@@ -109,15 +112,16 @@ def _backward(
     optimizer: torch.optim.Optimizer,
     scaler: torch.amp.GradScaler,
     examples: Sequence[Example],
-    section: TrainingSection,
+    loss_on: LossOn,
+    budget: int,
     dropout_seed: str,
 ) -> float:
     """Loss of a step in nats per label token; its gradient is left on the parameters."""
     optimizer.zero_grad(set_to_none=True)
-    labels = sum(label_count(example, section.loss_on) for example in examples)
+    labels = sum(label_count(example, loss_on) for example in examples)
     loss = 0.0
-    for micro in by_token_budget(examples, section.micro_batch_tokens):
-        share = batch_nll(base, pack(micro, section.loss_on), dropout_seed) / labels
+    for micro in by_token_budget(examples, budget):
+        share = batch_nll(base, pack(micro, loss_on), dropout_seed) / labels
         torch.autograd.backward(scaler.scale(share))
         loss += share.item()
     return loss
@@ -191,12 +195,16 @@ def train(
         dropout_seed = f"dropout:{seed}:{number}"
         torch.manual_seed(int.from_bytes(hashlib.sha256(dropout_seed.encode()).digest()[:7], "big"))
         # The first step shows at once that the run works; compiling begins with the second.
+        # Plain code holds more at once, so it takes smaller bites.
+        plain_first = compiled and number == 0
+        budget = section.micro_batch_tokens
         loss = attempt(
-            compiled and number > 0,
+            compiled and not plain_first,
             functools.partial(
-                _backward, base, optimizer, scaler, step_examples, section, dropout_seed
+                _backward, base, optimizer, scaler, step_examples, section.loss_on,
+                min(budget, PLAIN_TOKENS) if plain_first else budget, dropout_seed,
             ),
-        )
+        )  # fmt: skip
         scaler.unscale_(optimizer)
         norm = torch.nn.utils.clip_grad_norm_(parameters, section.max_grad_norm).item()
         # With fp16 an overflow of the scaled gradient skips the step and lowers the scale; that

@@ -1,0 +1,205 @@
+"""slm-lora against its peers and against the machine's limit, in turn, on the same rows.
+
+Every contender runs in a process of its own, the whole round again and again, so that a machine
+that grows slower or faster does so for all. Medians of the rounds are reported.
+"""
+
+from __future__ import annotations
+
+import argparse
+import json
+import statistics
+import subprocess
+import sys
+import tempfile
+import time
+from importlib.metadata import version
+from pathlib import Path
+from typing import Any
+
+from contender import EFFECTIVE_BATCH_SIZE, MAX_LENGTH, PREFIX, R
+from rich.console import Console
+from rich.table import Table
+
+from slm_lora import machine
+from slm_lora.data.sources import read_rows
+from slm_lora.data.splits import seeded_order
+from slm_lora.model.source import resolve
+from slm_lora.recipe.schema import DataSection, ModelSection
+from slm_lora.storage import atomic_path
+
+HERE = Path(__file__).parent
+CONTENDERS = (
+    "limit",
+    "train_slm_lora",
+    "train_trl",
+    "train_trainer",
+    "score_slm_lora",
+    "score_padded",
+)
+Figures = dict[str, Any]
+
+
+def run(contender: str, model: Path, rows: Path) -> Figures:
+    """One process: what it measured, with its peak memory and the time to its first step."""
+    began = time.time()
+    process = subprocess.Popen(
+        [sys.executable, HERE / f"{contender}.py", model, rows],
+        stdout=subprocess.PIPE,
+        stderr=subprocess.PIPE,
+        text=True,
+    )
+    output, errors = process.communicate()
+    if process.returncode:
+        sys.exit(f"{contender} failed:\n{errors[-2000:]}{output[-500:]}")
+    told = [line for line in output.splitlines() if line.startswith(PREFIX)]
+    figures: Figures = json.loads(told[-1].removeprefix(PREFIX))
+    if "first_step_at" in figures:
+        figures["first_step_seconds"] = figures.pop("first_step_at") - began
+    if "tokens" in figures:
+        figures["tokens_per_s"] = figures["tokens"] / figures["seconds"]
+    return figures
+
+
+def write_rows(data: str, many: int, path: Path) -> None:
+    """The same rows for all: drawn by a seeded hash of their content."""
+    found = {row.row_id: row for row in read_rows(DataSection(name=data, format="dolly")).rows}
+    chosen = seeded_order(found, "bench", 0)[:many]
+    with path.open("w", encoding="utf-8") as file:
+        for row_id in chosen:
+            instruction, response = (turn.text for turn in found[row_id].turns)
+            row = {"instruction": instruction, "context": "", "response": response}
+            file.write(json.dumps(row) + "\n")
+
+
+def summary(rounds: list[dict[str, Figures]]) -> Figures:
+    """Medians, and ratios formed round by round."""
+
+    def median(contender: str, key: str) -> float:
+        return statistics.median(each[contender][key] for each in rounds)
+
+    def ratio(key: str, one: str, other: str, other_key: str = "") -> float:
+        return statistics.median(each[one][key] / each[other][other_key or key] for each in rounds)
+
+    ours, trl, trainer = "train_slm_lora", "train_trl", "train_trainer"
+    return {
+        "limit": {
+            key: median("limit", key)
+            for key in ("gflop_per_s", "training_tokens_per_s", "scoring_tokens_per_s")
+        },
+        "training": {
+            "tokens_per_s": median(ours, "tokens_per_s"),
+            "trl_best_tokens_per_s": median(trl, "tokens_per_s"),
+            "trainer_tokens_per_s": median(trainer, "tokens_per_s"),
+            "ratio_to_trl_best": ratio("tokens_per_s", ours, trl),
+            "ratio_to_trainer": ratio("tokens_per_s", ours, trainer),
+            "fraction_of_limit": ratio("tokens_per_s", ours, "limit", "training_tokens_per_s"),
+            "warm_up_seconds": median(ours, "warm_up_seconds"),
+        },
+        "evaluation": {
+            "tokens_per_s": median("score_slm_lora", "tokens_per_s"),
+            "padded_tokens_per_s": median("score_padded", "tokens_per_s"),
+            "ratio_to_padded": ratio("tokens_per_s", "score_slm_lora", "score_padded"),
+            "fraction_of_limit": ratio(
+                "tokens_per_s", "score_slm_lora", "limit", "scoring_tokens_per_s"
+            ),
+            "loss": median("score_slm_lora", "loss"),
+            "padded_loss": median("score_padded", "loss"),
+        },
+        "memory": {
+            "peak_bytes": median(ours, "peak_memory_bytes"),
+            "trl_best_peak_bytes": median(trl, "peak_memory_bytes"),
+            "trainer_peak_bytes": median(trainer, "peak_memory_bytes"),
+            "ratio_to_trl_best": ratio("peak_memory_bytes", ours, trl),
+        },
+        "first_step": {
+            "seconds": median(ours, "first_step_seconds"),
+            "trl_seconds": median(trl, "first_step_seconds"),
+            "trainer_seconds": median(trainer, "first_step_seconds"),
+            "ratio_to_trl": ratio("first_step_seconds", ours, trl),
+        },
+    }
+
+
+def show(found: Figures) -> None:
+    """The table on the terminal."""
+    training, evaluation, memory, first = (
+        found[key] for key in ("training", "evaluation", "memory", "first_step")
+    )
+    table = Table("", "slm-lora", "TRL", "Trainer + PEFT", "padded fp32 loop", "of the limit")
+    table.add_row(
+        "training, tokens/s",
+        f"{training['tokens_per_s']:.0f}",
+        f"{training['trl_best_tokens_per_s']:.0f}  ({training['ratio_to_trl_best']:.2f} ×)",
+        f"{training['trainer_tokens_per_s']:.0f}  ({training['ratio_to_trainer']:.2f} ×)",
+        "",
+        f"{training['fraction_of_limit']:.0%}",
+    )
+    table.add_row(
+        "scoring, tokens/s",
+        f"{evaluation['tokens_per_s']:.0f}",
+        "",
+        "",
+        f"{evaluation['padded_tokens_per_s']:.0f}  ({evaluation['ratio_to_padded']:.2f} ×)",
+        f"{evaluation['fraction_of_limit']:.0%}",
+    )
+    table.add_row(
+        "peak memory, GB",
+        f"{memory['peak_bytes'] / 1e9:.2f}",
+        f"{memory['trl_best_peak_bytes'] / 1e9:.2f}",
+        f"{memory['trainer_peak_bytes'] / 1e9:.2f}",
+    )
+    table.add_row(
+        "start to first step, s",
+        f"{first['seconds']:.1f}",
+        f"{first['trl_seconds']:.1f}",
+        f"{first['trainer_seconds']:.1f}",
+    )
+    Console().print(table)
+
+
+def main() -> None:
+    arguments = argparse.ArgumentParser(description=__doc__)
+    arguments.add_argument("--data", default="databricks/databricks-dolly-15k")
+    arguments.add_argument("--rows", type=int, default=304)
+    arguments.add_argument("--rounds", type=int, default=3)
+    arguments.add_argument("--out", type=Path, default=Path("results/bench/bench.json"))
+    given = arguments.parse_args()
+    source = resolve(ModelSection())
+    rounds: list[dict[str, Figures]] = []
+    with tempfile.TemporaryDirectory() as folder:
+        rows = Path(folder) / "rows.jsonl"
+        write_rows(given.data, given.rows, rows)
+        # Once unrecorded: a compiler's cache is warm from the second run on.
+        run("train_slm_lora", source.path, rows)
+        for number in range(given.rounds):
+            rounds.append({})
+            for contender in CONTENDERS:
+                figures = rounds[-1][contender] = run(contender, source.path, rows)
+                rate = figures.get("tokens_per_s", figures.get("training_tokens_per_s"))
+                print(f"round {number + 1}  {contender:15} {rate:6.0f} tokens/s", flush=True)
+    found = summary(rounds)
+    record = {
+        **found,
+        "command": "make bench",
+        "work": {
+            "model": source.name,
+            "r": R,
+            "data": Path(given.data).name,
+            "rows": given.rows,
+            "max_length": MAX_LENGTH,
+            "effective_batch_size": EFFECTIVE_BATCH_SIZE,
+            "precision": "bf16",
+        },
+        "machine": machine.describe("cpu"),
+        "versions": machine.versions() | {"trl": version("trl")},
+        "rounds": rounds,
+    }
+    given.out.parent.mkdir(parents=True, exist_ok=True)
+    with atomic_path(given.out) as path:
+        path.write_text(json.dumps(record, indent=2) + "\n", encoding="utf-8")
+    show(found)
+    print(f"\n{given.out}")
+
+
+main()

@@ -1,0 +1,34 @@
+"""slm-lora's scoring of held-out rows, compiled."""
+
+from __future__ import annotations
+
+import sys
+import time
+
+from contender import tell, work
+from ours import base_and_examples
+
+from slm_lora.evaluation.perplexity import held_out_loss, score
+from slm_lora.model import fusion
+from slm_lora.recipe.schema import EvaluationSection
+
+WARM_UP_ROWS = 40
+
+
+def main() -> None:
+    base, examples = base_and_examples(work())
+    budget = EvaluationSection().micro_batch_tokens
+    score(base, examples[:WARM_UP_ROWS], "test", budget, compiled=True)
+    began = time.time()
+    scores = score(base, examples, "test", budget, compiled=True)
+    seconds = time.time() - began
+    if not base.packed or fusion.failure():
+        sys.exit(f"the fast path did not run: {base.why_plain or fusion.failure()}")
+    tell(
+        tokens=sum(example.length for example in examples),
+        seconds=seconds,
+        loss=held_out_loss(scores, "all").loss,
+    )
+
+
+main()

@@ -1,0 +1,65 @@
+"""The script that most people write: transformers' Trainer with PEFT, padded batches, bf16."""
+
+from __future__ import annotations
+
+import tempfile
+
+import torch
+from contender import EFFECTIVE_BATCH_SIZE, LEARNING_RATE, MAX_LENGTH, Clock, lora, text, work
+from peft import get_peft_model
+from transformers import (
+    AutoModelForCausalLM,
+    AutoTokenizer,
+    DataCollatorForLanguageModeling,
+    Trainer,
+    TrainerCallback,
+    TrainingArguments,
+)  # fmt: skip
+
+MICRO_BATCH = 4
+
+
+def main() -> None:
+    given, clock = work(), Clock()
+    tokenizer = AutoTokenizer.from_pretrained(given.model)
+    model = get_peft_model(
+        AutoModelForCausalLM.from_pretrained(given.model, dtype=torch.bfloat16),
+        lora(),
+    )  # fmt: skip
+    rows = [
+        tokenizer(text(row, tokenizer.eos_token), truncation=True, max_length=MAX_LENGTH)
+        for row in given.read()
+    ]
+    pad = DataCollatorForLanguageModeling(tokenizer, mlm=False)
+    tokens: list[int] = []
+
+    def collate(some: list[dict[str, list[int]]]) -> dict[str, torch.Tensor]:
+        tokens.append(sum(len(row["input_ids"]) for row in some))
+        batch: dict[str, torch.Tensor] = pad(some)
+        return batch
+
+    class Steps(TrainerCallback):
+        def on_step_end(self, *_: object, **__: object) -> None:
+            clock.step()
+
+    accumulated = EFFECTIVE_BATCH_SIZE // MICRO_BATCH
+    with tempfile.TemporaryDirectory() as folder:
+        trainer = Trainer(
+            model=model,
+            train_dataset=rows,
+            data_collator=collate,
+            args=TrainingArguments(
+                output_dir=folder, bf16=True, per_device_train_batch_size=MICRO_BATCH,
+                gradient_accumulation_steps=accumulated, num_train_epochs=1,
+                learning_rate=LEARNING_RATE, use_cpu=True, report_to="none",
+                save_strategy="no", logging_strategy="no", disable_tqdm=True,
+            ),
+            callbacks=[Steps()],
+        )  # fmt: skip
+        clock.begin()
+        trainer.train()
+    per_step = [sum(tokens[i : i + accumulated]) for i in range(0, len(tokens), accumulated)]
+    clock.tell_training(per_step, warm_up=1)
+
+
+main()

@@ -1,0 +1,152 @@
+"""Planted truths: what the statistics say of data whose truth is known."""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Sequence
+
+import numpy as np
+import pytest
+from hypothesis import given, settings
+from hypothesis import strategies as st
+
+from slm_lora.errors import IntegrityError
+from slm_lora.experiment.statistics import (
+    Paired,
+    difference,
+    holm,
+    interval,
+    loss_estimate,
+    needed_for_difference,
+    needed_for_equivalence,
+    p_value,
+    paired,
+)
+from slm_lora.records import RowScore
+
+
+def score(row: str, group: str, nll: float, tokens: int) -> RowScore:
+    return RowScore(row, group, "", "test", nll, tokens, 1, nll / 2, tokens // 2, 1)
+
+
+def sample(
+    seed: int, *, groups: int = 200, seeds: int = 1, effect: float = 0.0, seed_spread: float = 0.0
+) -> Paired:
+    """Skewed differences over groups of unequal size, with an effect in nats per token."""
+    rng = np.random.default_rng(seed)
+    tokens = rng.integers(5, 200, groups).astype(float)
+    shift = effect + seed_spread * rng.standard_normal((seeds, 1))
+    nats = tokens * (shift + 0.1 * (rng.exponential(size=(1, groups)) - 1))
+    return Paired(nats + 0.2 * rng.standard_normal((seeds, groups)), tokens)
+
+
+def test_loss_is_total_nll_over_tokens_and_groups_are_the_units() -> None:
+    rows = [score("a", "g1", 10.0, 4), score("b", "g1", 2.0, 4), score("c", "g2", 3.0, 2)]
+    found = loss_estimate(rows, "all")
+    assert found.value == pytest.approx(1.5)
+    # Residuals by hand: g1 12 - 1.5·8 = 0, g2 3 - 1.5·2 = 0.
+    assert found.standard_error == pytest.approx(0)
+    assert found.groups == 2
+    # The same rows as three groups: residuals 4, -4, 0.
+    alone = [score(r.row_id, r.row_id, r.nll_all, r.tokens_all) for r in rows]
+    assert loss_estimate(alone, "all").standard_error == pytest.approx(math.sqrt(32 * 3 / 2) / 10)
+
+
+def test_one_group_says_nothing_of_its_error() -> None:
+    rows = [score("a", "g", 1.0, 2), score("b", "g", 2.0, 2)]
+    assert loss_estimate(rows, "all").standard_error == math.inf
+    both = paired([(rows, rows)], "all")
+    assert interval(both, 0.95) == (-math.inf, math.inf)
+    assert p_value(both) == 1
+
+
+@settings(max_examples=20, deadline=None)
+@given(order=st.permutations(range(12)))
+def test_rows_may_come_in_any_order(order: Sequence[int]) -> None:
+    rng = np.random.default_rng(1)
+    first = [score(f"r{i}", f"g{i % 5}", float(rng.random()), 3) for i in range(12)]
+    second = [score(s.row_id, s.group_id, s.nll_all + 0.1, 3) for s in first]
+    wanted = paired([(first, second)], "all")
+    found = paired([(first, [second[i] for i in order])], "all")
+    assert np.array_equal(wanted.nats, found.nats)
+    assert found.value == pytest.approx(0.4 / 12)
+
+
+@pytest.mark.parametrize(
+    ("change", "message"),
+    [
+        (score("other", "g0", 1.0, 3), "different rows"),
+        (score("r0", "g0", 1.0, 4), "on 3 and on 4 tokens"),
+        (score("r0", "g9", 1.0, 3), "different groups"),
+    ],
+)
+def test_runs_on_other_rows_do_not_compare(change: RowScore, message: str) -> None:
+    first = [score(f"r{i}", f"g{i}", 1.0, 3) for i in range(3)]
+    with pytest.raises(IntegrityError, match=message):
+        paired([(first, [change, *first[1:]])], "all")
+
+
+def test_an_arm_against_itself_is_no_difference() -> None:
+    rows = [score(f"r{i}", f"g{i}", float(i), 3) for i in range(9)]
+    found = difference(paired([(rows, rows)], "all"), 0.01)
+    assert (found.value, found.low, found.high, found.p) == (0, 0, 0, 1)
+    assert found.equivalent
+
+
+def test_swapping_the_arms_flips_the_sign() -> None:
+    one = sample(3, effect=0.01)
+    other = difference(Paired(-one.nats, one.tokens), 0.01)
+    found = difference(one, 0.01)
+    assert other.value == pytest.approx(-found.value)
+    assert other.low == pytest.approx(-found.high, abs=2e-4)
+    assert other.p == pytest.approx(found.p, abs=0.01)
+
+
+@pytest.mark.parametrize(("effect", "found"), [(0.05, True), (-0.05, True), (0.0, False)])
+def test_a_planted_effect_is_found_and_none_is_not(effect: float, found: bool) -> None:
+    result = difference(sample(5, effect=effect), 0.01)
+    assert result.excludes_zero == found
+    assert (result.p < 0.05) == found
+    assert result.low < effect < result.high
+
+
+def test_with_seeds_that_disagree_rows_alone_would_be_too_sure() -> None:
+    one_seed = sample(7, groups=1000, seeds=1, effect=0.0, seed_spread=0.05)
+    # Of this one pair of adapters it is true that they differ; of the settings it is not.
+    assert difference(one_seed, 0.01).excludes_zero
+    several = sample(7, groups=1000, seeds=4, effect=0.0, seed_spread=0.05)
+    found = difference(several, 0.01)
+    assert found.covers == "rows and seeds"
+    assert not found.excludes_zero
+    assert found.p > 0.05
+    assert not found.equivalent
+
+
+def test_equivalence_needs_a_narrow_interval() -> None:
+    assert difference(sample(1, groups=3000), 0.01).equivalent
+    assert not difference(sample(1, groups=50), 0.01).equivalent
+    assert not difference(sample(1, groups=3000, effect=0.02), 0.01).equivalent
+
+
+def test_what_is_needed_follows_from_both_variances() -> None:
+    found = sample(2, groups=300, effect=0.004)
+    rows = needed_for_difference(found, rows=400)
+    assert rows is not None and rows.seeds is None
+    assert rows.rows == math.ceil(400 * (2.8016 * found.row_error / abs(found.value)) ** 2)
+    noisy = sample(2, groups=300, seeds=3, seed_spread=0.02)
+    both = needed_for_equivalence(noisy, 400, margin=0.01)
+    assert both is not None and both.seeds is not None and both.seeds > 3
+    # With so many seeds and rows, the standard error is what the test needs.
+    error = math.hypot(
+        noisy.seed_deviation / math.sqrt(both.seeds), noisy.row_error * math.sqrt(400 / both.rows)
+    )
+    assert error <= 0.01 / (1.6449 + 1.2816) * 1.001
+
+
+def test_holm_by_hand() -> None:
+    assert holm([0.01, 0.04, 0.03]) == pytest.approx([0.03, 0.06, 0.06])
+    assert holm([]) == []
+
+
+def test_reports_are_repeatable() -> None:
+    assert difference(sample(4, seeds=3), 0.01) == difference(sample(4, seeds=3), 0.01)
