@@ -159,6 +159,32 @@ def report(
     _print_where(experiment_folder, [])
 
 
+@app.command()
+def compare(
+    first: Annotated[Path, typer.Argument(metavar="RUN_A", help="results/<experiment>/runs/…")],
+    second: Annotated[Path, typer.Argument(metavar="RUN_B", help="The run compared with it.")],
+    as_json: Annotated[bool, typer.Option("--json", help="For programs.")] = False,
+) -> None:
+    """Compare two runs row by row: difference of their losses, interval, and what it shows.
+
+    Runs that were scored on different rows are refused.
+    """
+    from slm_lora.experiment import contrasts
+    from slm_lora.experiment.analysis import sentence
+    from slm_lora.runs import read_run, to_json
+
+    found = contrasts.compare(read_run(first), read_run(second))
+    out = _console()
+    if as_json:
+        print(to_json(found.record()), end="")
+        return
+    for arm in (found.first, found.second):
+        loss = arm.line.loss()
+        out.print(f"{arm.name}  loss {loss.value:.4f} ({loss.low:.4f} to {loss.high:.4f})")
+    out.print(sentence(found))
+    out.print("Below zero the second has the lower loss; the intervals cover the test rows.")
+
+
 @data_app.command("build")
 def data_build() -> None:
     """Build the embedded data set ml-qa from the installed libraries' docstrings."""

@@ -23,7 +23,9 @@ from slm_lora.experiment.statistics import (
     needed_for_equivalence,
     paired,
 )
-from slm_lora.experiment.table import Line
+from slm_lora.experiment.table import Line, read_line
+from slm_lora.recipe.schema import EvaluationSection
+from slm_lora.runs import Run
 
 Verdict = Literal["different", "equivalent", "inconclusive"]
 
@@ -153,8 +155,22 @@ def all_contrasts(lines: Sequence[Line]) -> list[Contrast]:
     ]
 
 
+def compare(first: Run, second: Run) -> Contrast:
+    """Two runs, whatever they differ in, on the first's headline tokens.
+
+    Raises:
+        IntegrityError: they were not scored on the same tokens of the same rows.
+    """
+    one, other = read_line(first), read_line(second)
+    sample = paired([(one.scores, other.scores)], one.headline)
+    found = difference(sample, _margin(one))
+    return Contrast("compare", Arm((one,)), Arm((other,)), ((one, other),), sample, found, found.p)
+
+
 def _margin(line: Line) -> float:
-    return float(line.recipe["evaluation"]["equivalence_margin"])
+    # Runs of before there was the key have the default.
+    default = EvaluationSection().equivalence_margin
+    return float(line.recipe["evaluation"].get("equivalence_margin", default))
 
 
 def _base_key(line: Line) -> tuple[str, str, str, str]:

@@ -49,6 +49,15 @@ class Line:
         return value
 
 
+def read_line(run: Run) -> Line:
+    """A run with its scores.
+
+    Raises:
+        IntegrityError: the scores are broken.
+    """
+    return Line(run, tuple(read_scores(run.scores_path)))
+
+
 def read_lines(runs: Sequence[Run]) -> list[Line]:
     """Runs with their scores: base first, then by seed, data size, rank and name."""
 
@@ -60,7 +69,7 @@ def read_lines(runs: Sequence[Run]) -> list[Line]:
             line.run.cell,
         )  # fmt: skip
 
-    return sorted((Line(run, tuple(read_scores(run.scores_path))) for run in runs), key=order)
+    return sorted(map(read_line, runs), key=order)
 
 
 DESCRIBED = ("Model", "Dataset Size", "r", "Epochs", "Eval Loss", "Perplexity")
