@@ -20,7 +20,7 @@ def describe(device: str) -> dict[str, str | int | float]:
     import torch
 
     facts: dict[str, str | int | float] = {
-        "processor": _processor(),
+        "processor": processor(),
         "cores": os.cpu_count() or 1,
         "threads": torch.get_num_threads(),
         "memory_gb": round(_memory_bytes() / 1e9, 1),
@@ -38,7 +38,8 @@ def versions() -> dict[str, str]:
     return found | {name: importlib.metadata.version(name) for name in _LIBRARIES}
 
 
-def _processor() -> str:
+def processor() -> str:
+    """Name of the CPU, as the operating system gives it."""
     try:
         for line in Path("/proc/cpuinfo").read_text(encoding="utf-8").splitlines():
             if line.startswith("model name"):

@@ -18,6 +18,7 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
+from slm_lora.model import native
 from slm_lora.model.fusion import fused
 from slm_lora.model.packing import layout
 
@@ -102,6 +103,8 @@ def packed_attention(
         Outputs [T, heads, head_dim], and the logarithm of the softmax's sum [T × heads], in fp32
         or wider, for the backward pass.
     """
+    if native.usable(q):
+        return native.forward(q, k, v, lengths, scale)
     kv_heads, head_dim = k.shape[1], k.shape[2]
     where = layout(tuple(lengths.tolist()), q.shape[1], kv_heads, q.device)
     outputs, log_totals = [], []
@@ -139,6 +142,8 @@ def packed_attention_backward(
     scale: float,
 ) -> tuple[Tensor, Tensor, Tensor]:
     """Gradients of `packed_attention` with respect to q, k and v."""
+    if native.usable(q):
+        return native.backward(out_gradient, q, k, v, out, log_total, lengths, scale)
     kv_heads, head_dim = k.shape[1], k.shape[2]
     where = layout(tuple(lengths.tolist()), q.shape[1], kv_heads, q.device)
     dot = (_wide(out_gradient) * _wide(out)).sum(-1).flatten()
