@@ -7,6 +7,7 @@ import ctypes
 import importlib.metadata
 import os
 import platform
+import shutil
 import sys
 from pathlib import Path
 
@@ -47,6 +48,11 @@ def processor() -> str:
     except OSError:
         pass
     return platform.processor() or platform.machine()
+
+
+def cpp_compiler() -> str | None:
+    """The C++ compiler of this machine, or None."""
+    return os.environ.get("CXX") or shutil.which("g++") or shutil.which("clang++")
 
 
 def _memory_bytes() -> int:

@@ -78,10 +78,17 @@ class Reporter:
     def __init__(self, console: Console | None = None, quiet: bool = False) -> None:
         # Highlighting would colour the numbers inside names.
         self.console = console or Console(highlight=False, quiet=quiet, stderr=True)
+        self._said: set[str] = set()
 
     def say(self, line: str) -> None:
         """One line for the user."""
         self.console.print(line, soft_wrap=True, markup=False)
+
+    def say_once(self, line: str) -> None:
+        """As `say`, unless it was said before."""
+        if line not in self._said:
+            self._said.add(line)
+            self.say(line)
 
     @contextmanager
     def task(self, label: str, total: int, unit: str) -> Iterator[Task]:

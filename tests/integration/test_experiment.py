@@ -192,6 +192,31 @@ def test_report_makes_the_same_files_again(lab: Lab) -> None:
     assert before == {name: (lab.results / name).read_text() for name in names}
 
 
+def test_compare_finds_what_the_experiment_found(
+    lab: Lab, capsys: pytest.CaptureFixture[str]
+) -> None:
+    runs = lab.results / "runs"
+    found = next(c for c in lab.metrics()["contrasts"] if c["key"] == "adapter.r")
+    names = found["pairs"][0]
+    assert command("compare", *(runs / name for name in names), "--json") == 0
+    compared = json.loads(capsys.readouterr().out)
+    for key in ("pairs", "value", "low", "high", "p", "groups", "margin"):
+        assert compared[key] == found[key]
+    assert command("compare", *(runs / name for name in names)) == 0
+    said = " ".join(capsys.readouterr().out.split())
+    assert f"r4-40 against r2-40: {found['value']:+.4f} nats" in said
+
+
+def test_compare_refuses_other_rows(
+    lab: Lab, tmp_path: Path, tiny_folder: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    small = Lab(tmp_path, tiny_folder)
+    assert small.run("data.test_rows=10", "grid.cells=[{data.size: 40}]") == 0
+    one, other = (next((each.results / "runs").glob("base-*")) for each in (lab, small))
+    assert command("compare", one, other) == 4
+    assert "scored on different rows" in capsys.readouterr().err
+
+
 def test_evaluate_finds_the_tables_loss(lab: Lab, capsys: pytest.CaptureFixture[str]) -> None:
     reported = lab.metrics()["runs"][1]["evaluation"]["all"]["loss"]
     chosen = (

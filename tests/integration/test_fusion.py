@@ -10,6 +10,7 @@ import torch
 from torch._dynamo.utils import counters
 
 from slm_lora.data.batches import pack
+from slm_lora.errors import DataError
 from slm_lora.model import adapter, fusion
 from slm_lora.model.base import Base
 from slm_lora.model.dropout import TokenDropout
@@ -139,6 +140,18 @@ def test_where_compiling_fails_it_is_done_without() -> None:
     # From then on nothing tries again.
     assert fusion.attempt(True, work) == "done"
     assert tried == [True, False, False]
+
+
+@pytest.mark.parametrize(
+    "error", [MemoryError(), torch.OutOfMemoryError(), DataError("x"), ValueError("in the work")]
+)
+def test_what_is_not_the_compilers_fault_is_not_blamed_on_it(error: Exception) -> None:
+    def work() -> None:
+        raise error
+
+    with pytest.raises(type(error)):
+        fusion.attempt(True, work)
+    assert not fusion.failure()
 
 
 def test_short_runs_do_not_compile(monkeypatch: pytest.MonkeyPatch) -> None:

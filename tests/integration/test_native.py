@@ -2,6 +2,9 @@
 
 from __future__ import annotations
 
+from collections.abc import Iterator
+from pathlib import Path
+
 import pytest
 import torch
 from hypothesis import given, settings
@@ -85,3 +88,27 @@ def test_extreme_scores_stay_finite() -> None:
     found = computed(large, [40, 7], 1.0)
     assert all(torch.isfinite(x).all() for x in found)
     assert distances(found, wanted)[0] < 1e-2
+
+
+@pytest.fixture
+def nothing_compiled(monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> Iterator[None]:
+    monkeypatch.setenv("SLM_LORA_CACHE", str(tmp_path))
+    monkeypatch.setattr(native, "_failure", "")
+    native._library.cache_clear()
+    yield
+    native._library.cache_clear()
+
+
+@pytest.mark.usefixtures("nothing_compiled")
+def test_a_compiler_that_fails_is_named_and_done_without(
+    monkeypatch: pytest.MonkeyPatch, tmp_path: Path
+) -> None:
+    compiler = tmp_path / "c++"
+    compiler.write_text("#!/bin/sh\necho no such target >&2\nexit 1\n")
+    compiler.chmod(0o755)
+    monkeypatch.setenv("CXX", str(compiler))
+    given_ = tensors([5], 2, 1, 32)
+    assert not native.usable(given_[0])
+    assert torch.isfinite(computed(given_, [5], 1.0)[0]).all()
+    assert native.failure() == f"{compiler}: no such target"
+    assert not list(tmp_path.rglob("*.so"))

@@ -126,13 +126,13 @@ def sentence(each: Contrast) -> str:
         return said + (
             f"The loss is {lower}: beyond the choice of test rows and of the seed."
             if each.covers_seeds
-            else f"The loss of this pair of adapters is {lower} beyond the choice of test rows; "
+            else f"The loss of this pair of runs is {lower} beyond the choice of test rows; "
             "whether it would be with other seeds is not known."
         )
     if each.verdict == "equivalent":
         return said + (
             f"Equivalent within ±{d.margin:g} nats"
-            + ("." if each.covers_seeds else ", for this pair of adapters; other seeds may differ.")
+            + ("." if each.covers_seeds else ", for this pair of runs; other seeds may differ.")
         )
     return said + "Inconclusive" + _what_would_decide(each)
 

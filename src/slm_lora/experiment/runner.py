@@ -13,7 +13,7 @@ import torch
 from slm_lora import machine
 from slm_lora.evaluation.perplexity import held_out_loss, score, write_scores
 from slm_lora.experiment.jobs import Job, data_record
-from slm_lora.model import adapter, fusion
+from slm_lora.model import adapter, fusion, native
 from slm_lora.model.base import Base
 from slm_lora.model.load import load_base
 from slm_lora.progress import Reporter
@@ -224,8 +224,7 @@ def _train(
             f"trained {len(result.history)} steps  loss {result.history[-1].loss:.3f}  "
             f"{result.tokens_per_s:.0f} tok/s"
         )
-    if fusion.failure():
-        reporter.say(f"  note: computed without compiling ({fusion.failure()})")
+    _say_fallbacks(reporter)
     if result.rows_without_labels:
         reporter.say(f"  note: {result.rows_without_labels} training rows had no label token")
     return result
@@ -256,6 +255,7 @@ def _evaluate(
             f"scored {len(examples)} test rows  loss {shown.loss:.4f}  "
             f"perplexity {shown.perplexity:.3f}  {tokens / seconds:.0f} tok/s"
         )
+    _say_fallbacks(reporter)
     record: dict[str, Any] = {kind: asdict(loss) for kind, loss in losses.items()}
     return scores, record | {
         "headline": job.cell.recipe.evaluation.headline,
@@ -268,6 +268,13 @@ def _evaluate(
 def _compiles(job: Job, examples: Sequence[Example], base: Base) -> bool:
     tokens = sum(example.length for example in examples)
     return fusion.wanted(job.cell.recipe.training.compile, tokens, base.device)
+
+
+def _say_fallbacks(reporter: Reporter) -> None:
+    if fusion.failure():
+        reporter.say_once(f"  note: computed without compiling ({fusion.failure()})")
+    if native.failure():
+        reporter.say_once(f"  note: attention by matrix products ({native.failure()})")
 
 
 def _kinds(scores: Sequence[RowScore]) -> tuple[LossOn, ...]:

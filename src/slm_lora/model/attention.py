@@ -143,7 +143,7 @@ def packed_attention_backward(
 ) -> tuple[Tensor, Tensor, Tensor]:
     """Gradients of `packed_attention` with respect to q, k and v."""
     if native.usable(q):
-        return native.backward(out_gradient, q, k, v, out, log_total, lengths, scale)
+        return native.backward((out_gradient, q, k, v, out, log_total), lengths, scale)
     kv_heads, head_dim = k.shape[1], k.shape[2]
     where = layout(tuple(lengths.tolist()), q.shape[1], kv_heads, q.device)
     dot = (_wide(out_gradient) * _wide(out)).sum(-1).flatten()
@@ -180,14 +180,7 @@ def packed_attention_backward(
 
 @packed_attention_backward.register_fake
 def _(
-    out_gradient: Tensor,
-    q: Tensor,
-    k: Tensor,
-    v: Tensor,
-    out: Tensor,
-    log_total: Tensor,
-    lengths: Tensor,
-    scale: float,
+    out_gradient: Tensor, q: Tensor, k: Tensor, v: Tensor, *_: object
 ) -> tuple[Tensor, Tensor, Tensor]:
     return q.new_empty(q.shape), k.new_empty(k.shape), v.new_empty(v.shape)
 

@@ -9,7 +9,6 @@ from __future__ import annotations
 
 import functools
 import os
-import shutil
 import sysconfig
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
@@ -18,6 +17,8 @@ from typing import TYPE_CHECKING, ParamSpec, TypeVar
 
 import torch
 
+from slm_lora import machine
+from slm_lora.errors import SlmLoraError
 from slm_lora.storage import cache_dir
 
 if TYPE_CHECKING:
@@ -43,9 +44,11 @@ def wanted(setting: bool | str, tokens: int, device: torch.device) -> bool:
 
 def _has_compiler(device: torch.device) -> bool:
     if device.type == "cuda":
-        return bool(torch.utils._triton.has_triton())
-    compiler = os.environ.get("CXX") or shutil.which("g++") or shutil.which("clang++")
-    return bool(compiler) and (Path(sysconfig.get_path("include")) / "Python.h").is_file()
+        from torch.utils._triton import has_triton
+
+        return has_triton()
+    headers = Path(sysconfig.get_path("include")) / "Python.h"
+    return machine.cpp_compiler() is not None and headers.is_file()
 
 
 def fused(function: Callable[P, R]) -> Callable[P, R]:
@@ -92,14 +95,21 @@ def attempt(on: bool, work: Callable[[], R]) -> R:
         work: may be done twice.
     """
     global _failure
+    error: Exception | None = None
     if on and not _failure:
         try:
             with fusion(True):
                 return work()
-        except Exception as error:  # compilers raise all kinds; what is not theirs comes again
-            _failure = (str(error).strip().splitlines() or [type(error).__name__])[0]
+        except (SlmLoraError, MemoryError, torch.OutOfMemoryError):
+            raise
+        except Exception as caught:  # compilers raise all kinds
+            error = caught
     with fusion(False):
-        return work()
+        done = work()
+    # Only now is it known that compiling was the trouble.
+    if error is not None:
+        _failure = (str(error).strip().splitlines() or [type(error).__name__])[0]
+    return done
 
 
 def failure() -> str:

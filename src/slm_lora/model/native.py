@@ -11,7 +11,6 @@ import functools
 import hashlib
 import os
 import platform
-import shutil
 import subprocess
 import sys
 from pathlib import Path
@@ -26,10 +25,11 @@ _SOURCE = Path(__file__).with_name("attention.cpp")
 _FLAGS = ("-O3", "-march=native", "-std=c++17", "-fopenmp", "-shared", "-fPIC")
 _WIDTHS = 16
 """Widths of a head are a multiple of this: whole vectors."""
+_failure = ""
 
 
 def usable(q: Tensor) -> bool:
-    """Whether it computes for such queries, [T, heads, head_dim], here."""
+    """Whether it computes for such queries, [T, heads, head_dim], on this machine."""
     return (
         q.dtype == torch.bfloat16
         and q.device.type == "cpu"
@@ -50,20 +50,19 @@ def forward(
 
 
 def backward(
-    out_gradient: Tensor,
-    q: Tensor,
-    k: Tensor,
-    v: Tensor,
-    out: Tensor,
-    log_total: Tensor,
-    lengths: Tensor,
-    scale: float,
+    tensors: tuple[Tensor, ...], lengths: Tensor, scale: float
 ) -> tuple[Tensor, Tensor, Tensor]:
-    """As `attention.packed_attention_backward`."""
-    given = [x.contiguous() for x in (out_gradient, q, k, v, out, log_total)]
-    found = torch.empty_like(given[1]), torch.empty_like(given[2]), torch.empty_like(given[3])
+    """As `attention.packed_attention_backward`, whose first six arguments are ``tensors``."""
+    given = [x.contiguous() for x in tensors]
+    q, k, v = given[1:4]
+    found = torch.empty_like(q), torch.empty_like(k), torch.empty_like(v)
     _call("attention_backward", (*given, *found), q, k, lengths, scale)
     return found
+
+
+def failure() -> str:
+    """Why compiling it failed; empty if it did not, or was not tried."""
+    return _failure
 
 
 def _call(
@@ -83,7 +82,8 @@ def _call(
 
 @functools.cache
 def _library() -> ctypes.CDLL | None:
-    compiler = os.environ.get("CXX") or shutil.which("g++") or shutil.which("clang++")
+    global _failure
+    compiler = machine.cpp_compiler()
     here = sys.platform == "linux" and platform.machine() == "x86_64"
     if not here or compiler is None or not torch.cpu._is_avx512_bf16_supported():
         return None
@@ -100,5 +100,9 @@ def _library() -> ctypes.CDLL | None:
                     capture_output=True,
                 )
         return ctypes.CDLL(os.fspath(path))
-    except (OSError, subprocess.CalledProcessError):
-        return None
+    except subprocess.CalledProcessError as error:
+        said = error.stderr.decode(errors="replace").strip().splitlines()
+        _failure = f"{compiler}: {said[0] if said else f'exit code {error.returncode}'}"
+    except OSError as error:
+        _failure = str(error)
+    return None

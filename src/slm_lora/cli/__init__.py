@@ -1,0 +1,86 @@
+"""The command ``slm-lora``. Thin: it parses, calls, and explains errors; heavy libraries are
+imported inside the commands, so that ``--help`` is instant."""
+
+from __future__ import annotations
+
+import signal
+import sys
+from collections.abc import Callable
+
+import typer
+
+from slm_lora import __version__
+from slm_lora.cli import data, experiments, models
+from slm_lora.errors import STOPPED_RESUMABLE, SlmLoraError, StorageError
+
+app = typer.Typer(
+    help="Controlled LoRA experiments on small language models: which differences are real.",
+    no_args_is_help=True,
+    add_completion=False,
+    pretty_exceptions_enable=False,
+    rich_markup_mode=None,
+)
+for command in (
+    experiments.experiment,
+    experiments.train,
+    experiments.evaluate,
+    experiments.report,
+    experiments.compare,
+):
+    app.command()(command)
+
+data_app = typer.Typer(help="Build, show and check data sets.", no_args_is_help=True)
+data_app.command("build")(data.build)
+data_app.command("show")(data.show)
+data_app.command("check")(data.check)
+app.add_typer(data_app, name="data")
+
+models_app = typer.Typer(help="List and fetch embedded models.", no_args_is_help=True)
+models_app.command("list")(models.list_models)
+models_app.command("fetch")(models.fetch_model)
+app.add_typer(models_app, name="models")
+
+
+@app.command()
+def version() -> None:
+    """Print the version."""
+    typer.echo(f"slm-lora {__version__}")
+
+
+def main() -> None:
+    """Entry point: errors become one line and an exit code, Ctrl-C a resumable stop."""
+    # A scheduler's request to stop is Ctrl-C by another name.
+    signal.signal(signal.SIGTERM, signal.default_int_handler)
+    sys.exit(_guarded(lambda: app(standalone_mode=False)))
+
+
+_TYPER_INTERRUPTED = 130
+"""What typer makes of Ctrl-C, instead of letting it through."""
+
+
+def _guarded(command: Callable[[], object]) -> int:
+    try:
+        result = command()
+        if result == _TYPER_INTERRUPTED:
+            raise KeyboardInterrupt
+        return result if isinstance(result, int) else 0
+    except SlmLoraError as error:
+        print(error, file=sys.stderr)
+        return error.exit_code
+    except KeyboardInterrupt:
+        print("stopped; the same command continues where it stopped", file=sys.stderr)
+        return STOPPED_RESUMABLE
+    except Exception as error:
+        # Click's own usage errors know how to show themselves.
+        if hasattr(error, "show") and hasattr(error, "exit_code"):
+            error.show()
+            return int(error.exit_code)
+        # torch's own (a RuntimeError) by name, as torch may not even be loaded.
+        if isinstance(error, MemoryError) or type(error).__name__ == "OutOfMemoryError":
+            print(
+                "out of memory; lower training.micro_batch_tokens and "
+                "evaluation.micro_batch_tokens, or data.max_length",
+                file=sys.stderr,
+            )
+            return StorageError.exit_code
+        raise

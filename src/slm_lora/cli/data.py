@@ -1,0 +1,103 @@
+"""Commands that build, show and check data sets."""
+
+from __future__ import annotations
+
+import itertools
+from typing import Annotated
+
+import typer
+
+from slm_lora.cli.options import (
+    CellName,
+    Overrides,
+    RecipeFile,
+    chosen_cell,
+    console,
+    quiet_libraries,
+)
+
+Rows = Annotated[int, typer.Option("--rows", min=1, help="How many rows to show.")]
+
+
+def build() -> None:
+    """Build the embedded data set ml-qa from the installed libraries' docstrings."""
+    from slm_lora.data.sources import ensure_ml_qa
+
+    path = ensure_ml_qa()
+    with path.open(encoding="utf-8") as handle:
+        count = sum(1 for _ in handle)
+    console().print(f"ml-qa: {count} pairs\n{path}", soft_wrap=True)
+
+
+def show(
+    recipe: RecipeFile, overrides: Overrides = None, cell: CellName = "", rows: Rows = 2
+) -> None:
+    """Show training rows as the model sees them: loss is taken on what is marked."""
+    from rich.text import Text
+
+    from slm_lora.experiment.jobs import make_jobs
+    from slm_lora.model.load import load_tokenizer
+    from slm_lora.recipe.reading import load_recipe
+
+    _, cells = load_recipe(recipe, overrides or [])
+    quiet_libraries()
+    job = make_jobs([chosen_cell(cells, cell)], will_train=False)[0]
+    tokenizer = load_tokenizer(job.source)
+    on_response = job.cell.recipe.training.loss_on == "response"
+    out = console()
+    for example in job.prepared.train[:rows]:
+        out.print(
+            f"row {example.row_id[:8]}  {example.category}  {example.length} tokens, "
+            f"{int(example.response.sum())} of the response"
+        )
+        shown = Text()
+        labels = [
+            position > 0 and (response or not on_response)
+            for position, response in enumerate(example.response.tolist())
+        ]
+        pairs = zip(labels, example.ids.tolist(), strict=True)
+        for marked, run in itertools.groupby(pairs, key=lambda pair: pair[0]):
+            text = str(tokenizer.decode([token for _, token in run]))
+            # Off a terminal there is no colour: brackets mark the labels instead.
+            if marked and not out.is_terminal:
+                text = f"[{text}]"
+            shown.append(text, style="reverse" if marked else "dim")
+        out.print(shown, soft_wrap=True)
+        out.print()
+
+
+def check(recipe: RecipeFile, overrides: Overrides = None) -> None:
+    """Read, split and tokenise a recipe's rows, and say what was found; names every bad row."""
+    from slm_lora.data.sources import MalformedRowsError
+    from slm_lora.experiment.jobs import data_record, make_jobs
+    from slm_lora.recipe.reading import load_recipe
+
+    _, cells = load_recipe(recipe, overrides or [])
+    quiet_libraries()
+    out = console()
+    try:
+        jobs = make_jobs(cells, will_train=False)
+    except MalformedRowsError as error:
+        # The error names a few lines; whoever checks wants them all.
+        for bad in error.bad_rows:
+            out.print(f"{bad.source}: {bad.reason}", soft_wrap=True)
+        raise
+    for bad in jobs[0].rows.bad_rows:
+        out.print(f"skipped {bad.source}: {bad.reason}", soft_wrap=True)
+    for job in jobs:
+        record = data_record(job)
+        out.print(f"{job.cell.name}: {record['origin']}", soft_wrap=True)
+        out.print(
+            f"  format {record['format']}, template {record['template']['kind']}; "
+            f"{record['rows_available']} rows in {record['groups']} groups, "
+            f"{record['duplicates_dropped']} exact duplicates dropped, "
+            f"{record['bad_rows_skipped']} malformed rows skipped",
+            soft_wrap=True,
+        )
+        for name, found in record["sets"].items():
+            long = record["long_rows"].get(name, record["long_rows"].get("all"))
+            out.print(
+                f"  {name:10} {found['rows']:6} rows {found['tokens']:9} tokens; "
+                f"{long['rows']} over {job.cell.recipe.data.max_length} tokens ({long['policy']})",
+                soft_wrap=True,
+            )

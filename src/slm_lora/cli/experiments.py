@@ -1,0 +1,218 @@
+"""Commands that run experiments, score, report and compare."""
+
+from __future__ import annotations
+
+from pathlib import Path
+from typing import Annotated, Any, Literal
+
+import typer
+
+from slm_lora.cli.options import (
+    AdaptersDir,
+    CellName,
+    Overrides,
+    RecipeFile,
+    ResultsDir,
+    chosen_cell,
+    console,
+    quiet_libraries,
+)
+from slm_lora.errors import UsageError
+
+
+def experiment(
+    recipe: RecipeFile,
+    overrides: Overrides = None,
+    plan: Annotated[
+        bool, typer.Option("--plan", help="Show cells, tokens, time and memory; train nothing.")
+    ] = False,
+    results: ResultsDir = Path("results"),
+    adapters: AdaptersDir = Path("adapter"),
+) -> None:
+    """Run a whole experiment: base, every cell of the grid, table, metrics and analysis.
+
+    Finished cells are kept: the same command continues after an interruption.
+    """
+    from slm_lora.experiment.jobs import make_jobs
+    from slm_lora.experiment.report import terminal_table, write_report
+    from slm_lora.experiment.runner import Places, run_jobs
+    from slm_lora.progress import Reporter
+    from slm_lora.recipe.reading import load_recipe
+
+    read, cells = load_recipe(recipe, overrides or [])
+    places = Places(read.name, results / read.name, adapters)
+    reporter = Reporter()
+    reporter.say(f"{read.name}: {read.description or recipe.name}")
+    quiet_libraries()
+    reporter.say("  reading rows and model; a first time fetches or builds what is not there")
+    jobs = make_jobs(cells, will_train=not plan)
+    _say_data(jobs[0], reporter)
+    if plan:
+        _print_plan(jobs, places)
+        return
+    runs = run_jobs(jobs, places, reporter)
+    lines = write_report(runs, places.results)
+    out = console()
+    out.print()
+    out.print(terminal_table(lines))
+    out.print()
+    _print_where(places.results, [places.adapter(job.cell.name) for job in jobs])
+
+
+def train(
+    recipe: RecipeFile,
+    overrides: Overrides = None,
+    cell: CellName = "",
+    results: ResultsDir = Path("results"),
+    adapters: AdaptersDir = Path("adapter"),
+) -> None:
+    """Train and score one cell of a recipe, without the base."""
+    from slm_lora.experiment.jobs import make_jobs
+    from slm_lora.experiment.runner import Places, run_cells
+    from slm_lora.progress import Reporter
+    from slm_lora.recipe.reading import load_recipe
+
+    read, cells = load_recipe(recipe, overrides or [])
+    chosen = chosen_cell(cells, cell)
+    if not cell and len(cells) > 1:
+        raise UsageError(f"the recipe has {len(cells)} cells; choose one: --cell {chosen.name} …")
+    reporter = Reporter()
+    quiet_libraries()
+    places = Places(read.name, results / read.name, adapters)
+    jobs = make_jobs([chosen])
+    _say_data(jobs[0], reporter)
+    run = run_cells(jobs, places, reporter)[0]
+    console().print(f"\n{run.folder}\n{places.adapter(run.cell)}", soft_wrap=True)
+
+
+def evaluate(
+    recipe: RecipeFile,
+    overrides: Overrides = None,
+    adapter: Annotated[
+        Path | None, typer.Option("--adapter", help="Adapter folder; without it, the base.")
+    ] = None,
+    cell: CellName = "",
+    scores: Annotated[
+        Path | None, typer.Option("--scores", help="Write per-row scores to this Parquet file.")
+    ] = None,
+) -> None:
+    """Score the base, or an adapter, on a recipe's test rows."""
+    from slm_lora.evaluation.perplexity import write_scores
+    from slm_lora.experiment.jobs import make_jobs
+    from slm_lora.experiment.runner import evaluate_adapter
+    from slm_lora.progress import Reporter
+    from slm_lora.recipe.reading import load_recipe
+
+    _, cells = load_recipe(recipe, overrides or [])
+    quiet_libraries()
+    reporter = Reporter()
+    job = make_jobs([chosen_cell(cells, cell)])[0]
+    _say_data(job, reporter)
+    found, record = evaluate_adapter(job, adapter, reporter)
+    out = console()
+    for tokens, label in (("all", "whole text"), ("response", "response only")):
+        if tokens in record:
+            loss = record[tokens]
+            out.print(
+                f"{label:13}  loss {loss['loss']:.5f}  perplexity {loss['perplexity']:.4f}  "
+                f"{loss['tokens']} tokens  {loss['rows']} rows"
+            )
+    if scores is not None:
+        write_scores(found, scores)
+        out.print(f"{scores}", soft_wrap=True)
+
+
+def report(
+    experiment_folder: Annotated[
+        Path, typer.Argument(metavar="FOLDER", help="results/<experiment>")
+    ],
+) -> None:
+    """Make table, metrics and analysis again from the run folders of an experiment."""
+    from slm_lora.experiment.report import terminal_table, write_report
+    from slm_lora.runs import list_runs
+
+    out = console()
+    out.print(terminal_table(write_report(list_runs(experiment_folder), experiment_folder)))
+    out.print()
+    _print_where(experiment_folder, [])
+
+
+def compare(
+    first: Annotated[Path, typer.Argument(metavar="RUN_A", help="results/<experiment>/runs/…")],
+    second: Annotated[Path, typer.Argument(metavar="RUN_B", help="The run compared with it.")],
+    as_json: Annotated[bool, typer.Option("--json", help="For programs.")] = False,
+) -> None:
+    """Compare two runs row by row: difference of their losses, interval, and what it shows.
+
+    Runs that were scored on different rows are refused.
+    """
+    from slm_lora.experiment import contrasts
+    from slm_lora.experiment.analysis import sentence
+    from slm_lora.runs import read_run, to_json
+
+    found = contrasts.compare(read_run(first), read_run(second))
+    out = console()
+    if as_json:
+        print(to_json(found.record()), end="")
+        return
+    for arm in (found.first, found.second):
+        loss = arm.line.loss()
+        out.print(f"{arm.name}  loss {loss.value:.4f} ({loss.low:.4f} to {loss.high:.4f})")
+    out.print(sentence(found))
+    out.print("Below zero the second has the lower loss; the intervals cover the test rows.")
+
+
+def _say_data(job: Any, reporter: Any) -> None:
+    sets = job.prepared
+    reporter.say(
+        f"{job.source.name} · {job.rows.origin.split(' ')[0]} · {sets.rows_available} rows: "
+        f"{len(sets.test)} test, {len(sets.validation)} validation"
+    )
+
+
+def _print_plan(jobs: Any, places: Any) -> None:
+    from rich.table import Table
+
+    from slm_lora.experiment.plan import plan
+    from slm_lora.progress import clock
+
+    cells = plan(jobs, places)
+    table = Table(box=None, pad_edge=False, header_style="bold")
+    titles = ("Cell", "Rows", "Steps", "Training tokens", "Test tokens", "Time", "Memory")
+    sides: list[Literal["left", "right"]] = ["left", *["right"] * 6]  # type: ignore[list-item]
+    for title, side in zip(titles, sides, strict=True):
+        table.add_column(title, justify=side)
+    for cell in cells:
+        table.add_row(
+            cell.name,
+            f"{cell.training_rows}",
+            f"{cell.steps}",
+            f"{cell.training_tokens}",
+            f"{cell.test_tokens}",
+            "finished" if cell.finished else f"about {clock(cell.seconds)}",
+            f"{cell.peak_bytes / 1e9:.1f} GB",
+        )
+    out = console()
+    out.print(table)
+    left = sum(cell.seconds for cell in cells if not cell.finished)
+    out.print(
+        f"about {clock(left)} in all on {jobs[0].device.type} in {jobs[0].precision}: an estimate "
+        "from a matrix product timed now; nothing was trained",
+        soft_wrap=True,
+    )
+
+
+def _print_where(results: Path, adapters: list[Path]) -> None:
+    from slm_lora.experiment.report import ANALYSIS_FILE, TABLE_FILE
+    from slm_lora.runs import METRICS_FILE
+
+    out = console()
+    for label, path in (
+        ("table", results / TABLE_FILE),
+        ("analysis", results / ANALYSIS_FILE),
+        ("metrics", results / METRICS_FILE),
+        ("scores", results / "runs"),
+    ):
+        out.print(f"{label:9} {path}", soft_wrap=True)
+    for path in adapters:
+        out.print(f"{'adapter':9} {path}", soft_wrap=True)

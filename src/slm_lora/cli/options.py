@@ -1,0 +1,44 @@
+"""What several commands share: their arguments, and how they speak."""
+
+from __future__ import annotations
+
+from pathlib import Path
+from typing import Annotated, Any
+
+import typer
+
+from slm_lora.errors import UsageError
+
+RecipeFile = Annotated[Path, typer.Argument(metavar="RECIPE", help="A recipe, as in recipes/.")]
+Overrides = Annotated[
+    list[str] | None,
+    typer.Argument(metavar="[KEY=VALUE]...", help="Overrides, e.g. adapter.r=16 data.size=500."),
+]
+ResultsDir = Annotated[Path, typer.Option("--results", help="Folder for tables and scores.")]
+AdaptersDir = Annotated[Path, typer.Option("--adapters", help="Folder for adapters.")]
+CellName = Annotated[str, typer.Option("--cell", help="Cell of the grid, where it has several.")]
+
+
+def console() -> Any:
+    """The terminal, or plain text off one."""
+    from rich.console import Console
+
+    return Console(highlight=False, markup=False)
+
+
+def chosen_cell(cells: list[Any], name: str) -> Any:
+    """The named cell; without a name, the first (cells share what looks at data need)."""
+    names = [each.name for each in cells]
+    if name and name not in names:
+        raise UsageError(f"--cell {name}: the recipe has the cells {', '.join(names)}")
+    return cells[names.index(name) if name else 0]
+
+
+def quiet_libraries() -> None:
+    """Libraries warn about each other; what concerns the user we say ourselves."""
+    import os
+    import warnings
+
+    os.environ.setdefault("TOKENIZERS_PARALLELISM", "true")
+    warnings.filterwarnings("ignore", category=FutureWarning, module="transformers.*")
+    warnings.filterwarnings("ignore", category=UserWarning, module="peft.*")
