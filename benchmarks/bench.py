@@ -67,7 +67,7 @@ def write_rows(data: str, many: int, path: Path) -> None:
     chosen = seeded_order(found, "bench", 0)[:many]
     with path.open("w", encoding="utf-8") as file:
         for row_id in chosen:
-            instruction, response = (turn.text for turn in found[row_id].turns)
+            instruction, response = (turn.content for turn in found[row_id].turns)
             row = {"instruction": instruction, "context": "", "response": response}
             file.write(json.dumps(row) + "\n")
 

@@ -62,19 +62,24 @@ def _memory_bytes() -> int:
         return 0
 
 
+def release_freed_memory() -> None:
+    """Give what was freed back to the operating system: the C library keeps it, in pieces."""
+    if sys.platform == "linux":
+        with contextlib.suppress(OSError, AttributeError):  # not every C library has it
+            ctypes.CDLL(None).malloc_trim(0)
+
+
 def reset_peak_memory(device: str) -> None:
     """Begin to measure peak memory anew; see `peak_memory_bytes`.
 
-    What earlier work freed is given back to the operating system first: the C library keeps
-    it, and would count it as ours.
+    What earlier work freed is given back first, or it would count as ours.
     """
     if device == "cuda":
         import torch
 
         torch.cuda.reset_peak_memory_stats()
     elif sys.platform == "linux":
-        with contextlib.suppress(OSError, AttributeError):  # not every C library has it
-            ctypes.CDLL(None).malloc_trim(0)
+        release_freed_memory()
         # "5" sets the process's high-water mark of resident memory back to what it is now.
         with contextlib.suppress(OSError):
             Path("/proc/self/clear_refs").write_text("5", encoding="ascii")

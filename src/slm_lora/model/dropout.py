@@ -14,6 +14,7 @@ import numpy as np
 import numpy.typing as npt
 import torch
 from torch import Tensor, nn
+from torch.utils.checkpoint import checkpoint
 
 from slm_lora.data.batches import MicroBatch
 
@@ -77,9 +78,18 @@ class TokenDropout(nn.Module):
             return x
         if self.keys is None:
             raise RuntimeError("dropout has no keys for this batch")
+        if torch.compiler.is_compiling():
+            # The mask is cheaper to compute again in the backward pass than to keep.
+            masked: Tensor = checkpoint(
+                self._masked, x, self.keys, use_reentrant=False, preserve_rng_state=False
+            )
+            return masked
+        return self._masked(x, self.keys)
+
+    def _masked(self, x: Tensor, keys: Tensor) -> Tensor:
         # Both sides are mixed already; products carry every bit into the high ones, which
         # decide the comparison. A shift of a signed number copies its sign: masked off.
-        h = (self.keys.unsqueeze(-1) ^ self.columns) * _FIRST
+        h = (keys.unsqueeze(-1) ^ self.columns) * _FIRST
         h = (h ^ ((h >> 15) & 0x1FFFF)) * _SECOND
         return torch.where(h >= self.least, x * self.scale, 0)
 

@@ -16,6 +16,7 @@ from typing import TYPE_CHECKING
 
 import torch
 
+from slm_lora import machine
 from slm_lora.data.batches import by_token_budget, epoch_order, label_count, pack, steps_per_epoch
 from slm_lora.errors import DataError, NumericError
 from slm_lora.model import fusion
@@ -97,6 +98,10 @@ MOST_SKIPPED = 25
 
 PLAIN_TOKENS = 512
 """Tokens at once in the first, plain step of a training that compiles."""
+
+TRIM_EVERY = 8
+"""Steps after which a heap in pieces is given back; at once after the first step, which is
+plain, and the second, which compiles."""
 
 _Best = tuple[float, int, dict[str, torch.Tensor]]
 
@@ -220,6 +225,8 @@ def train(
             )
         scaler.step(optimizer)
         scaler.update()
+        if number < 2 or number % TRIM_EVERY == 0:
+            machine.release_freed_memory()
         seconds += time.perf_counter() - began
 
         validation_loss = None
