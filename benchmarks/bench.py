@@ -32,6 +32,7 @@ HERE = Path(__file__).parent
 CONTENDERS = (
     "limit",
     "train_slm_lora",
+    "train_slm_lora_full",
     "train_trl",
     "train_trainer",
     "score_slm_lora",
@@ -81,11 +82,16 @@ def summary(rounds: list[dict[str, Figures]]) -> Figures:
     def ratio(key: str, one: str, other: str, other_key: str = "") -> float:
         return statistics.median(each[one][key] / each[other][other_key or key] for each in rounds)
 
-    ours, trl, trainer = "train_slm_lora", "train_trl", "train_trainer"
+    ours, full, trl, trainer = "train_slm_lora", "train_slm_lora_full", "train_trl", "train_trainer"
     return {
         "limit": {
             key: median("limit", key)
-            for key in ("gflop_per_s", "training_tokens_per_s", "scoring_tokens_per_s")
+            for key in (
+                "gflop_per_s",
+                "training_tokens_per_s",
+                "full_training_tokens_per_s",
+                "scoring_tokens_per_s",
+            )
         },
         "training": {
             "tokens_per_s": median(ours, "tokens_per_s"),
@@ -95,6 +101,11 @@ def summary(rounds: list[dict[str, Figures]]) -> Figures:
             "ratio_to_trainer": ratio("tokens_per_s", ours, trainer),
             "fraction_of_limit": ratio("tokens_per_s", ours, "limit", "training_tokens_per_s"),
             "warm_up_seconds": median(ours, "warm_up_seconds"),
+        },
+        "full_training": {
+            "tokens_per_s": median(full, "tokens_per_s"),
+            "fraction_of_limit": ratio("tokens_per_s", full, "limit", "full_training_tokens_per_s"),
+            "peak_bytes": median(full, "peak_memory_bytes"),
         },
         "evaluation": {
             "tokens_per_s": median("score_slm_lora", "tokens_per_s"),
@@ -123,8 +134,8 @@ def summary(rounds: list[dict[str, Figures]]) -> Figures:
 
 def show(found: Figures) -> None:
     """The table on the terminal."""
-    training, evaluation, memory, first = (
-        found[key] for key in ("training", "evaluation", "memory", "first_step")
+    training, full, evaluation, memory, first = (
+        found[key] for key in ("training", "full_training", "evaluation", "memory", "first_step")
     )
     table = Table("", "slm-lora", "TRL", "Trainer + PEFT", "padded fp32 loop", "of the limit")
     table.add_row(
@@ -134,6 +145,14 @@ def show(found: Figures) -> None:
         f"{training['trainer_tokens_per_s']:.0f}  ({training['ratio_to_trainer']:.2f} ×)",
         "",
         f"{training['fraction_of_limit']:.0%}",
+    )
+    table.add_row(
+        "full fine-tuning, tokens/s",
+        f"{full['tokens_per_s']:.0f}",
+        "",
+        "",
+        "",
+        f"{full['fraction_of_limit']:.0%}",
     )
     table.add_row(
         "scoring, tokens/s",
@@ -177,7 +196,7 @@ def main() -> None:
             for contender in CONTENDERS:
                 figures = rounds[-1][contender] = run(contender, source.path, rows)
                 rate = figures.get("tokens_per_s", figures.get("training_tokens_per_s"))
-                print(f"round {number + 1}  {contender:15} {rate:6.0f} tokens/s", flush=True)
+                print(f"round {number + 1}  {contender:20} {rate:6.0f} tokens/s", flush=True)
     found = summary(rounds)
     record = {
         **found,

@@ -1,18 +1,22 @@
-"""The base model and the rows, as the contenders of slm-lora take them."""
+"""slm-lora as the contenders run it: base model and rows, and its own loop, compiled."""
 
 from __future__ import annotations
 
+import sys
+
 import torch
-from contender import MAX_LENGTH, Work
+from contender import EFFECTIVE_BATCH_SIZE, LEARNING_RATE, MAX_LENGTH, Clock, Work, work
 
 from slm_lora.data.sources import read_rows
 from slm_lora.data.templates import choose_template
 from slm_lora.data.tokens import RowTokenizer
+from slm_lora.model import adapter, fusion
 from slm_lora.model.base import Base
 from slm_lora.model.load import load_base, load_tokenizer
 from slm_lora.model.source import resolve
-from slm_lora.recipe.schema import DataSection, ModelSection
+from slm_lora.recipe.schema import AdapterSection, DataSection, ModelSection, TrainingSection
 from slm_lora.records import Example
+from slm_lora.training.loop import train
 
 
 def base_and_examples(given: Work) -> tuple[Base, list[Example]]:
@@ -24,3 +28,22 @@ def base_and_examples(given: Work) -> tuple[Base, list[Example]]:
         rows.rows, {row.row_id: row.row_id for row in rows.rows}, MAX_LENGTH
     )
     return load_base(source, device=torch.device("cpu"), precision="bf16"), list(examples)
+
+
+def measure_training(trained: AdapterSection) -> None:
+    """One epoch, as `slm-lora train` runs it; exits where the fast path did not run."""
+    clock = Clock()
+    base, examples = base_and_examples(work())
+    adapted = adapter.attach(base, trained, seed=0)
+    section = TrainingSection(
+        num_train_epochs=1,
+        effective_batch_size=EFFECTIVE_BATCH_SIZE,
+        learning_rate=LEARNING_RATE,
+        compile=True,
+    )
+    clock.begin()
+    result = train(base, adapted, examples, section, seed=0, on_step=lambda step: clock.step())
+    if not base.packed or not result.compiled:
+        sys.exit(f"the fast path did not run: {base.why_plain or fusion.failure()}")
+    # The first step runs plain, the second compiles.
+    clock.tell_training([step.tokens for step in result.history], warm_up=2)

@@ -175,12 +175,31 @@ def test_a_single_test_row_has_no_interval(tmp_path: Path, tiny_folder: Path) ->
     assert run["evaluation"]["all"]["rows"] == 1
 
 
-@pytest.mark.parametrize("kind", ["rslora", "dora"])
-def test_other_methods_train_save_and_load(lab: Lab, tmp_path: Path, kind: str) -> None:
+@pytest.mark.parametrize("kind", ["rslora", "dora", "pissa", "full"])
+def test_other_methods_are_scored_as_they_were_saved(
+    lab: Lab, tmp_path: Path, kind: str, capsys: pytest.CaptureFixture[str]
+) -> None:
     out = ("--results", tmp_path / "results", "--adapters", tmp_path / "adapter")
     one = (f"adapter.kind={kind}", "grid.cells=[{data.size: 40}]")
     assert command("train", lab.recipe, *one, *out) == 0
+    record = json.loads(next(tmp_path.rglob("run.json")).read_text())
+    capsys.readouterr()
     assert command("evaluate", lab.recipe, *one, "--adapter", tmp_path / "adapter/tiny-40") == 0
+    assert f"loss {record['evaluation']['all']['loss']:.5f}" in capsys.readouterr().out
+    untrained = next(run for run in lab.metrics()["runs"] if "adapter" not in run)
+    assert record["evaluation"]["all"]["loss"] < untrained["evaluation"]["all"]["loss"] - 0.1
+
+
+@pytest.mark.parametrize("kind", ["full", "pissa"])
+def test_a_method_that_alters_the_base_leaves_no_trace(lab: Lab, tmp_path: Path, kind: str) -> None:
+    out = ("--results", tmp_path / "results", "--adapters", tmp_path / "adapter")
+    cells = f"[{{adapter.kind: {kind}, data.size: 40}}, {{data.size: 40, adapter.r: 2}}]"
+    assert command("experiment", lab.recipe, f"grid.cells={cells}", *out) == 0
+    after, alone = (
+        (folder / "tiny-r2-40" / adapter.WEIGHTS).read_bytes()
+        for folder in (tmp_path / "adapter", lab.adapters)
+    )
+    assert after == alone
 
 
 def test_report_makes_the_same_files_again(lab: Lab) -> None:
@@ -303,7 +322,7 @@ def test_plan_trains_nothing(lab: Lab, tmp_path: Path, capsys: pytest.CaptureFix
     [
         (["adapter.rr=1"], 2, "override: unknown key 'adapter.rr'; did you mean 'adapter.r'?"),
         (["data.name=gone.jsonl"], 3, "gone.jsonl"),
-        (["data.test_rows=500"], 3, "data.test_rows = 118 fits"),
+        (["data.test_rows=500"], 3, "data.test_rows = 109 fits"),
         (["grid.cells=[{data.size: 4000}]"], 3, "fits"),
         (["model.name=./nowhere"], 2, "model.name = ./nowhere: no such folder"),
         (["training.precision=fp16"], 2, "use training.precision=bf16 or fp32"),

@@ -15,9 +15,9 @@ from hypothesis import strategies as st
 from slm_lora.data.batches import pack
 from slm_lora.errors import UsageError
 from slm_lora.model import adapter, attention
-from slm_lora.model.base import Base
+from slm_lora.model.base import DTYPES, Base
 from slm_lora.model.forward import batch_nll, score_documents
-from slm_lora.model.load import DTYPES, load_base
+from slm_lora.model.load import load_base
 from slm_lora.model.loss import CHUNK, summed_nll, token_nll
 from slm_lora.model.source import resolve
 from slm_lora.recipe.schema import AdapterSection, ModelSection

@@ -12,10 +12,9 @@ from torch._dynamo.utils import counters
 from slm_lora.data.batches import pack
 from slm_lora.errors import DataError
 from slm_lora.model import adapter, fusion
-from slm_lora.model.base import Base
+from slm_lora.model.base import DTYPES, Base
 from slm_lora.model.dropout import TokenDropout
 from slm_lora.model.forward import batch_nll, score_documents
-from slm_lora.model.load import DTYPES
 from slm_lora.recipe.schema import AdapterSection, TrainingSection
 from slm_lora.training.loop import train
 

@@ -103,7 +103,7 @@ def test_two_steps_saved_and_loaded_again(folder: Path, tmp_path: Path) -> None:
     assert len(result.history) == 2
     trained = trainable_state(adapted)
     assert any(value.abs().max() > 0 for name, value in trained.items() if "lora_B" in name)
-    adapter.save(adapted, tmp_path / "adapter", {"base": {
+    adapter.save(base, adapted, tmp_path / "adapter", {"base": {
         "name": job.source.name, "sha256": job.source.sha256}}, None)  # fmt: skip
     adapter.detach(adapted)
     again = dict(adapter.load(base, tmp_path / "adapter").named_parameters())

@@ -65,8 +65,8 @@ def test_all_mistakes_at_once() -> None:
     assert mistakes(text, "adapter.rr=16", "training.num_train_epochs=-1") == [
         "my.yaml: data.max_length = 1: must be greater than or equal to 2 (line 4)",
         "my.yaml: unknown key 'data.formt' (line 3); did you mean 'data.format'?",
-        "my.yaml: adapter.kind = loar: must be 'lora', 'rslora' or 'dora' (line 7); "
-        "did you mean 'lora'?",
+        "my.yaml: adapter.kind = loar: must be 'lora', 'rslora', 'dora', 'pissa' or 'full' "
+        "(line 7); did you mean 'lora'?",
         "my.yaml: adapter.lora_dropout = 1.5: must be less than 1 (line 6)",
         "override: training.num_train_epochs = -1: must be greater than 0",
         "my.yaml: training.learning_rate = fast: must be a number (line 9)",
@@ -87,7 +87,10 @@ def test_all_mistakes_at_once() -> None:
         ("data: {lr_scheduler_type: linear}", "did you mean 'training.lr_scheduler_type'?"),
         ("zzz: 1", "unknown key 'zzz' (line 2)"),
         ("adapter.r: 8", "'adapter.r' must be written as 'r' under 'adapter' (line 2)"),
-        ("adapter:\n  kind: 3", "adapter.kind = 3: must be 'lora', 'rslora' or 'dora' (line 3)"),
+        (
+            "adapter:\n  kind: 3",
+            "adapter.kind = 3: must be 'lora', 'rslora', 'dora', 'pissa' or 'full' (line 3)",
+        ),
         ("adapter:", "adapter = null: must be a mapping of keys to values (line 2)"),
         ("adapter: 5", "adapter = 5: must be a mapping of keys to values (line 2)"),
         ("data: {columns: [a]}", "data.columns = ['a']: must be a mapping of keys to values"),

@@ -10,6 +10,7 @@ import pytest
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
+from slm_lora.data.near_duplicates import similar_pairs
 from slm_lora.data.splits import (
     Split,
     group_rows,
@@ -353,3 +354,44 @@ def test_what_a_refusal_proposes_works(
     assert asked["test_rows"] in (None, len(found.test))
     assert asked["validation_rows"] in (None, len(found.validation))
     assert found.train
+
+
+# --- near-duplicates ---------------------------------------------------------------------------
+
+
+@settings(max_examples=200)
+@given(
+    texts=st.lists(st.frozensets(st.sampled_from("abcdefghij"), max_size=8), max_size=12),
+    threshold=st.sampled_from([0.3, 0.5, 2 / 3, 0.75, 0.8, 0.9, 1.0]),
+)
+def test_every_similar_pair_is_found_and_no_other(
+    texts: list[frozenset[str]], threshold: float
+) -> None:
+    wanted = {
+        frozenset((i, j))
+        for i, one in enumerate(texts)
+        for j, other in enumerate(texts[:i])
+        if one and other and len(one & other) >= threshold * len(one | other) - 1e-9
+    }
+    found = [frozenset(pair) for pair in similar_pairs(texts, threshold)]
+    assert set(found) == wanted
+    assert len(found) == len(wanted), "each once"
+
+
+def test_nearly_the_same_prompt_ties_rows() -> None:
+    rows = [
+        row("Who is the founder of House Tarly in the series of books?"),
+        row("Who is the founder of House Florent in the series of books?"),
+        row("Who is the author of the series of books?"),
+        row("Name five rivers.", context="The Rhine flows through six countries of Europe."),
+        row("Name six rivers.", context="The Rhine flows through six countries of Europe!"),
+    ]
+    assert groups(rows) == {frozenset({0, 1}), frozenset({2}), frozenset({3, 4})}
+
+
+def test_rows_that_name_their_group_are_taken_at_their_word() -> None:
+    questions = ["What does the parameter axis of numpy.sum do in this function?"]
+    questions.append(questions[0].replace("sum", "mean"))
+    assert groups([row(q) for q in questions]) == {frozenset({0, 1})}
+    named = [row(q, group_hint=q) for q in questions]
+    assert groups(named) == {frozenset({0}), frozenset({1})}

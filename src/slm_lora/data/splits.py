@@ -15,10 +15,11 @@ from collections import defaultdict
 from collections.abc import Iterable, Sequence
 from dataclasses import dataclass
 
+from slm_lora.data.near_duplicates import similar_pairs
 from slm_lora.errors import DataError
 from slm_lora.records import Row
 
-SPLIT_VERSION = 1
+SPLIT_VERSION = 2
 """Raised when the same rows would be divided in another way."""
 
 TRAINING_SHARE = 0.9
@@ -41,12 +42,22 @@ def _normalised(text: str) -> str:
     return " ".join(re.findall(r"\w+", folded)) or folded.strip()
 
 
+def _instruction(row: Row) -> str:
+    """The first question. Without one, the text itself; never the system turn, which a whole set
+    may share."""
+    asked = [turn.content for turn in row.turns if turn.role == "user"]
+    own = asked or [turn.content for turn in row.turns if turn.role != "system"]
+    return own[0]
+
+
+def prompt_words(row: Row) -> frozenset[str]:
+    """Words of instruction and context, which near-duplicates share most of."""
+    return frozenset(_normalised(f"{_instruction(row)} {row.context}").split())
+
+
 def _keys(row: Row) -> Iterable[tuple[str, str]]:
     """What ties a row to others: its instruction, its context, and a group that it names."""
-    asked = [turn.content for turn in row.turns if turn.role == "user"]
-    # Without a question, the text itself; never the system turn, which a whole set may share.
-    own = asked or [turn.content for turn in row.turns if turn.role != "system"]
-    yield "instruction", _normalised(own[0])
+    yield "instruction", _normalised(_instruction(row))
     if context := _normalised(row.context):
         yield "context", context
     if row.group_hint:
@@ -54,7 +65,9 @@ def _keys(row: Row) -> Iterable[tuple[str, str]]:
 
 
 def group_rows(rows: Sequence[Row]) -> dict[str, str]:
-    """Row id → group id, by union-find over shared instruction, context or named group.
+    """Row id → group id, by union-find over shared instruction, context or named group, and over
+    prompts that are near-duplicates (`near_duplicates`). Rows that name their group know better
+    which of them are related: among those no near-duplicates are looked for.
 
     A group's id is its smallest row id, so it does not depend on the order of the rows.
     """
@@ -66,20 +79,26 @@ def group_rows(rows: Sequence[Row]) -> dict[str, str]:
             row_id = parent[row_id]
         return row_id
 
+    def tie(one: str, other: str) -> None:
+        # The smaller id becomes the root: the root is then the group's smallest id.
+        low, high = sorted((root(one), root(other)))
+        parent[high] = low
+
     first_with: dict[tuple[str, str], str] = {}
     for row in rows:
         for key in _keys(row):
-            # The smaller id becomes the root: the root is then the group's smallest id.
-            low, high = sorted((root(row.row_id), root(first_with.setdefault(key, row.row_id))))
-            parent[high] = low
+            tie(row.row_id, first_with.setdefault(key, row.row_id))
+    unnamed = [row for row in rows if not row.group_hint]
+    for one, other in similar_pairs([prompt_words(row) for row in unnamed]):
+        tie(unnamed[one].row_id, unnamed[other].row_id)
     return {row_id: root(row_id) for row_id in parent}
 
 
 def seeded_order(ids: Iterable[str], purpose: str, seed: int) -> list[str]:
-    """Ids in the order of SHA-256(version, purpose, seed, id): random, and the same everywhere."""
+    """Ids in the order of SHA-256(1, purpose, seed, id): random, and the same everywhere."""
 
     def key(identity: str) -> bytes:
-        return hashlib.sha256(f"{SPLIT_VERSION}:{purpose}:{seed}:{identity}".encode()).digest()
+        return hashlib.sha256(f"1:{purpose}:{seed}:{identity}".encode()).digest()
 
     return sorted(ids, key=key)
 
@@ -153,8 +172,8 @@ def split_rows(
     if len(members) < 3:
         raise DataError(
             f"data.name: the {len(rows)} rows are {len(members)} groups of related rows (the same "
-            "instruction, context or group), and test, validation and training set need one "
-            "each; give more rows"
+            "instruction, context or group, or nearly the same prompt), and test, validation and "
+            "training set need one each; give more rows"
         )
     groups = [members[group] for group in seeded_order(members, "held out", split_seed)]
     sets: list[list[Group]] = []

@@ -12,7 +12,7 @@ import torch
 
 from slm_lora.experiment.jobs import Job
 from slm_lora.experiment.runner import BASE, Places
-from slm_lora.model.load import DTYPES
+from slm_lora.model.base import DTYPES
 from slm_lora.model.source import tensor_shapes
 from slm_lora.runs import run_folder
 from slm_lora.training.loop import total_steps
@@ -57,9 +57,10 @@ def _planned(job: Job, places: Places, name: str, identity: str) -> PlannedCell:
     training_tokens = 0 if is_base else round(examples * mean)
     weights = _matrix_weights(job)
     rate = _matrix_rate(job)
-    # 2 FLOP a weight and token forward, 2 more for the gradient of the inputs; the frozen
-    # weights have none of their own.
-    seconds = 4 * weights * training_tokens / (rate * TRAINING_EFFICIENCY)
+    # 2 FLOP a weight and token forward, 2 more for the gradient of the inputs, and 2 for that of
+    # the weights, which frozen ones do not have.
+    full = job.cell.recipe.adapter.kind == "full"
+    seconds = (6 if full else 4) * weights * training_tokens / (rate * TRAINING_EFFICIENCY)
     seconds += 2 * weights * test_tokens / (rate * SCORING_EFFICIENCY)
     return PlannedCell(
         name=name,
@@ -88,7 +89,10 @@ def _matrix_weights(job: Job) -> int:
 def _peak_bytes(job: Job, mean_length: float, is_base: bool) -> int:
     config = json.loads((job.source.path / "config.json").read_text(encoding="utf-8"))
     size = torch.finfo(DTYPES[job.precision]).bits // 8
-    weights = size * sum(math.prod(s) for s in tensor_shapes(job.source.path).values())
+    many = sum(math.prod(s) for s in tensor_shapes(job.source.path).values())
+    # Where all of it trains: weights, gradient and two moments in fp32, and a copy for products.
+    full = job.cell.recipe.adapter.kind == "full" and not is_base
+    weights = many * (16 + size if full else size)
     config |= config.get("text_config") or {}
     hidden = int(config.get("hidden_size") or config.get("n_embd") or 0)
     layers = int(config.get("num_hidden_layers") or config.get("n_layer") or 0)

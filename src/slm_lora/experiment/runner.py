@@ -6,9 +6,9 @@ import time
 from collections.abc import Sequence
 from dataclasses import asdict, dataclass
 from pathlib import Path
-from typing import TYPE_CHECKING, Any
+from typing import Any
 
-import torch
+from torch import nn
 
 from slm_lora import machine
 from slm_lora.evaluation.perplexity import held_out_loss, score, write_scores
@@ -16,15 +16,14 @@ from slm_lora.experiment.jobs import Job, data_record
 from slm_lora.model import adapter, fusion, native
 from slm_lora.model.base import Base
 from slm_lora.model.load import load_base
+from slm_lora.model.source import resolve
 from slm_lora.progress import Reporter
+from slm_lora.recipe.schema import ModelSection
 from slm_lora.records import Example, LossOn, RowScore, Step
 from slm_lora.runs import SCORES_FILE, STEPS_FILE, Run, find_run, new_run, write_lines
 from slm_lora.storage import sha256_file
 from slm_lora.training.checkpoint import Checkpointer
 from slm_lora.training.loop import TrainingResult, total_steps, train
-
-if TYPE_CHECKING:
-    from peft import PeftModel
 
 
 @dataclass(frozen=True, slots=True)
@@ -60,6 +59,10 @@ class _LoadedBase:
     def __init__(self, reporter: Reporter) -> None:
         self._reporter = reporter
         self._base: Base | None = None
+
+    def drop(self) -> None:
+        """Forget it: a training altered it."""
+        self._base = None
 
     def for_job(self, job: Job) -> Base:
         wanted = (job.source, job.precision, job.device)
@@ -107,7 +110,7 @@ def _run_cells(
     for job in jobs:
         run = find_run(places.results, job.cell.name, job.identity)
         if run is None or not _has_adapter(run, places):
-            run = _run_cell(job, loaded.for_job(job), places, reporter)
+            run = _run_cell(job, loaded, places, reporter)
         else:
             reporter.say(f"  {job.cell.name}  finished earlier")
         runs.append(run)
@@ -120,22 +123,31 @@ def _has_adapter(run: Run, places: Places) -> bool:
     Results are shared without adapters, and another recipe's cell of the same name replaces
     the adapter; in both cases the cell is trained again.
     """
-    weights = places.adapter(run.cell) / adapter.WEIGHTS
-    return weights.is_file() and sha256_file(weights) == run.record["adapter"]["sha256"]
+    weights = adapter.weights_file(places.adapter(run.cell))
+    return weights is not None and sha256_file(weights) == run.record["adapter"]["sha256"]
 
 
 def evaluate_adapter(
     job: Job, folder: Path | None, reporter: Reporter
 ) -> tuple[list[RowScore], dict[str, Any]]:
-    """Score a saved adapter (None: the base) on the job's test rows.
+    """Score a saved adapter, or fully trained model (None: the base), on the job's test rows.
 
     Raises:
         IntegrityError: the adapter does not belong to this base.
     """
-    base = _LoadedBase(reporter).for_job(job)
-    if folder is not None:
-        adapter.load(base, folder)
+    loaded = _LoadedBase(reporter)
+    base = loaded.for_job(job) if folder is None else _with_saved(folder, job, loaded)
     return _evaluate(base, job, BASE if folder is None else folder.name, reporter)
+
+
+def _with_saved(folder: Path, job: Job, loaded: _LoadedBase) -> Base:
+    """The base with a saved adapter, or the model that full fine-tuning saved."""
+    if (folder / adapter.MODEL_WEIGHTS).is_file():
+        source = resolve(ModelSection(name=str(folder)))
+        return load_base(source, device=job.device, precision=job.precision)
+    base = loaded.for_job(job)
+    adapter.load(base, folder)
+    return base
 
 
 def _run_base(job: Job, base: Base, places: Places, reporter: Reporter) -> Run:
@@ -147,26 +159,36 @@ def _run_base(job: Job, base: Base, places: Places, reporter: Reporter) -> Run:
     return _found(places, BASE, job.base_identity)
 
 
-def _run_cell(job: Job, base: Base, places: Places, reporter: Reporter) -> Run:
-    name = job.cell.name
+def _run_cell(job: Job, loaded: _LoadedBase, places: Places, reporter: Reporter) -> Run:
+    name, section, folder = job.cell.name, job.cell.recipe.adapter, places.adapter(job.cell.name)
+    base = loaded.for_job(job)
     machine.reset_peak_memory(job.device.type)
-    adapted = adapter.attach(base, job.cell.recipe.adapter, job.cell.recipe.seed)
+    adapted = adapter.attach(base, section, job.cell.recipe.seed)
     try:
         checkpointer = Checkpointer(places.checkpoint(name, job.identity), job.identity)
         result = _train(job, base, adapted, checkpointer, reporter)
         peak = machine.peak_memory_bytes(job.device.type)
-        scores, evaluation = _evaluate(base, job, name, reporter)
         parameters = adapter.count_parameters(adapted)
-        folder = places.adapter(name)
-        adapter.save(adapted, folder, _about(job, places), job.prepared.chat_template)
+        adapter.save(base, adapted, folder, _about(job, places), job.prepared.chat_template)
+        if adapter.alters_base(section):
+            # What is scored is what was saved, on the base as it was.
+            loaded.drop()
+            base = _with_saved(folder, job, loaded)
+        scores, evaluation = _evaluate(base, job, name, reporter)
     finally:
-        adapter.detach(adapted)
+        if adapter.alters_base(section):
+            loaded.drop()
+        else:
+            adapter.detach(adapted)
+    weights = adapter.weights_file(folder)
+    assert weights is not None
     record = {
         **_common(job, base, places),
         "settings": {key: _at(job.recipe, key) for key in job.cell.settings},
         "adapter": {
             "folder": folder.name,
-            "sha256": sha256_file(folder / adapter.WEIGHTS),
+            "sha256": sha256_file(weights),
+            "bytes": weights.stat().st_size,
             "trainable_parameters": parameters.trainable,
             "all_parameters": parameters.total,
             "percent": parameters.percent,
@@ -182,7 +204,7 @@ def _run_cell(job: Job, base: Base, places: Places, reporter: Reporter) -> Run:
 
 
 def _train(
-    job: Job, base: Base, adapted: PeftModel, checkpointer: Checkpointer, reporter: Reporter
+    job: Job, base: Base, adapted: nn.Module, checkpointer: Checkpointer, reporter: Reporter
 ) -> TrainingResult:
     section = job.cell.recipe.training
     compile_validation = _compiles(job, job.prepared.validation, base)
@@ -233,7 +255,7 @@ def _train(
 def _evaluate(
     base: Base, job: Job, label: str, reporter: Reporter
 ) -> tuple[list[RowScore], dict[str, Any]]:
-    torch.nn.Module.eval(base.causal)
+    nn.Module.eval(base.causal)
     examples = job.prepared.test
     tokens = sum(example.length for example in examples)
     compiled = _compiles(job, examples, base)

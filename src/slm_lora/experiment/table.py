@@ -72,6 +72,13 @@ def read_lines(runs: Sequence[Run]) -> list[Line]:
     return sorted(map(read_line, runs), key=order)
 
 
+KINDS = {
+    "lora": "LoRA",
+    "rslora": "rsLoRA",
+    "dora": "DoRA",
+    "pissa": "PiSSA",
+    "full": "Full fine-tuning",
+}
 DESCRIBED = ("Model", "Dataset Size", "r", "Epochs", "Eval Loss", "Perplexity")
 MEASURED = (
     "Training Rows", "Trainable Parameters", "Trainable %", "Tokens/s", "Time", "Peak Memory",
@@ -106,12 +113,12 @@ def cells(line: Line, lines: Sequence[Line]) -> list[str]:
         varied = ["–"] * len(varied_keys(lines))
         return [record["model"]["name"], "–", "–", "–", *scores, *varied, *["–"] * len(MEASURED)]
     adapter, training = record["adapter"], record["training"]
-    kind = {"lora": "LoRA", "rslora": "rsLoRA", "dora": "DoRA"}[line.setting("adapter.kind")]
+    full = line.setting("adapter.kind") == "full"
     size = line.setting("data.size")
     return [
-        kind,
+        KINDS[line.setting("adapter.kind")],
         "all" if size is None else f"{size}",
-        f"{line.setting('adapter.r')}",
+        "–" if full else f"{line.setting('adapter.r')}",
         f"{training['epochs']:g}" if training["epochs"] == int(training["epochs"])
         else f"{training['epochs']:.2f}",
         *scores,

@@ -1,4 +1,5 @@
-"""An adapter on a base: put on, taken off, saved, loaded; always in PEFT's own format."""
+"""What is trained: an adapter put on a base, taken off, saved and loaded in PEFT's own format;
+or the whole base, saved as a model of its own."""
 
 from __future__ import annotations
 
@@ -7,9 +8,10 @@ import os
 from collections.abc import Mapping
 from dataclasses import dataclass
 from pathlib import Path
-from typing import TYPE_CHECKING, Any
+from typing import TYPE_CHECKING, Any, TypeGuard
 
 import torch
+from torch import nn
 
 from slm_lora.errors import IntegrityError, UsageError
 from slm_lora.model.base import Base
@@ -22,6 +24,10 @@ if TYPE_CHECKING:
     from peft import PeftModel
 
 WEIGHTS = "adapter_model.safetensors"
+MODEL_WEIGHTS = "model.safetensors"
+"""In place of `WEIGHTS` where all weights were trained."""
+_BEGINNING = "slm_lora_beginning"
+"""Attribute of a PiSSA model: the adapter's weights before training."""
 ABOUT = "slm_lora.json"
 """Beside PEFT's own files: recipe, base and its hash, prompt template."""
 
@@ -39,16 +45,26 @@ class ParameterCount:
         return 100 * self.trainable / self.total
 
 
-def attach(base: Base, section: AdapterSection, seed: int) -> PeftModel:
-    """Put a fresh adapter on the base, in fp32, initialised from ``seed``.
+def alters_base(section: AdapterSection) -> bool:
+    """Whether the base is another one afterwards, and has to be loaded again."""
+    return section.kind in ("full", "pissa")
 
-    The base's modules are wrapped in place; `detach` undoes that.
+
+def attach(base: Base, section: AdapterSection, seed: int) -> nn.Module:
+    """Put a fresh adapter on the base, in fp32, initialised from ``seed``; or make all weights
+    of the base fp32 and trainable.
+
+    The base's modules are wrapped in place; `detach` undoes that, unless `alters_base`.
 
     Raises:
         UsageError: a target module that the base does not have.
     """
     from peft import get_peft_model
 
+    if section.kind == "full":
+        for parameter in base.causal.parameters():
+            parameter.data = parameter.data.float()
+        return base.causal.requires_grad_(True)
     _check_targets(base, section)
     with torch.random.fork_rng(devices=[]):
         torch.manual_seed(seed)
@@ -56,12 +72,21 @@ def attach(base: Base, section: AdapterSection, seed: int) -> PeftModel:
             base.causal, peft_config(section, base.source), autocast_adapter_dtype=True
         )
     replace_dropout(adapted)
+    if section.kind == "pissa":
+        setattr(adapted, _BEGINNING, {n: t.clone() for n, t in _state(adapted).items()})
     return adapted
 
 
-def detach(adapted: PeftModel) -> None:
-    """Take the adapter off again; the base is as it was."""
-    adapted.unload()
+def detach(adapted: nn.Module) -> None:
+    """Take the adapter off again; the base is as it was, unless `alters_base`."""
+    if _is_adapter(adapted):
+        adapted.unload()
+
+
+def _is_adapter(adapted: nn.Module) -> TypeGuard[PeftModel]:
+    from peft import PeftModel
+
+    return isinstance(adapted, PeftModel)
 
 
 def _check_targets(base: Base, section: AdapterSection) -> None:
@@ -72,7 +97,7 @@ def _check_targets(base: Base, section: AdapterSection) -> None:
     names = {
         name.rsplit(".", 1)[-1]
         for name, module in base.causal.named_modules()
-        if isinstance(module, torch.nn.Linear) and module is not head
+        if isinstance(module, nn.Linear) and module is not head
     }
     if unknown := [name for name in section.target_modules if name not in names]:
         raise UsageError(
@@ -81,13 +106,14 @@ def _check_targets(base: Base, section: AdapterSection) -> None:
         )
 
 
-def count_parameters(adapted: PeftModel) -> ParameterCount:
+def count_parameters(adapted: nn.Module) -> ParameterCount:
     """Trainable and all parameters, as `PeftModel.print_trainable_parameters` counts them."""
-    trainable, total = adapted.get_nb_trainable_parameters()
-    return ParameterCount(trainable, total)
+    parameters = list(adapted.parameters())
+    trainable = sum(each.numel() for each in parameters if each.requires_grad)
+    return ParameterCount(trainable, sum(each.numel() for each in parameters))
 
 
-def trainable_state(adapted: PeftModel) -> dict[str, torch.Tensor]:
+def trainable_state(adapted: nn.Module) -> dict[str, torch.Tensor]:
     """A copy of the weights that train, by name, on the CPU."""
     return {
         name: parameter.detach().to("cpu", copy=True)
@@ -96,7 +122,7 @@ def trainable_state(adapted: PeftModel) -> dict[str, torch.Tensor]:
     }
 
 
-def restore_state(adapted: PeftModel, state: Mapping[str, torch.Tensor]) -> None:
+def restore_state(adapted: nn.Module, state: Mapping[str, torch.Tensor]) -> None:
     """Put back what `trainable_state` copied."""
     parameters = dict(adapted.named_parameters())
     with torch.no_grad():
@@ -105,25 +131,82 @@ def restore_state(adapted: PeftModel, state: Mapping[str, torch.Tensor]) -> None
 
 
 def save(
-    adapted: PeftModel, folder: Path, about: Mapping[str, Any], chat_template: str | None
+    base: Base,
+    adapted: nn.Module,
+    folder: Path,
+    about: Mapping[str, Any],
+    chat_template: str | None,
 ) -> None:
-    """Write the adapter in PEFT's layout, with what it was trained on beside it.
+    """Write the adapter in PEFT's layout, with what it was trained on beside it; or the model in
+    transformers' layout, in the base's precision, with its tokenizer.
 
     Args:
-        adapted: base with adapter.
+        base: what it was trained on.
+        adapted: from `attach`; altered, where it `alters_base`.
         folder: replaced if it exists; complete or absent.
         about: recipe, base, template; written as JSON.
         chat_template: the training template in the form of a tokenizer's chat template.
     """
     with atomic_folder(folder) as temporary:
-        adapted.save_pretrained(str(temporary), save_embedding_layers=False)
-        # PEFT's model card names the base by its path on this machine.
-        (temporary / "README.md").unlink(missing_ok=True)
+        if _is_adapter(adapted):
+            _save_adapter(adapted, temporary)
+        else:
+            _save_model(base, temporary)
         (temporary / ABOUT).write_text(
             json.dumps(about, indent=2, ensure_ascii=False) + "\n", encoding="utf-8"
         )
         if chat_template is not None:
             (temporary / "chat_template.jinja").write_text(chat_template, encoding="utf-8")
+
+
+def _save_adapter(adapted: PeftModel, folder: Path) -> None:
+    adapted.save_pretrained(str(folder), save_embedding_layers=False)
+    # PEFT's model card names the base by its path on this machine.
+    (folder / "README.md").unlink(missing_ok=True)
+    if beginning := getattr(adapted, _BEGINNING, None):
+        _fit_original_base(folder, beginning)
+
+
+def _fit_original_base(folder: Path, beginning: Mapping[str, torch.Tensor]) -> None:
+    """Turn a PiSSA adapter in place into the LoRA adapter that does the same to the base as it
+    was: the base lost B₀A₀, so it is BA - B₀A₀, of rank 2r."""
+    from peft import LoraConfig
+    from safetensors.torch import load_file, save_file
+
+    state = load_file(folder / WEIGHTS)
+    for name, tensor in state.items():
+        side, sign = (0, 1) if "lora_A" in name else (1, -1)
+        state[name] = torch.cat([tensor, sign * beginning[name]], side)
+    save_file(state, folder / WEIGHTS, metadata={"format": "pt"})
+    config = LoraConfig.from_pretrained(str(folder))
+    # Twice both: the scaling, alpha/r, stays.
+    config.r, config.lora_alpha = 2 * config.r, 2 * config.lora_alpha
+    config.init_lora_weights = True
+    config.save_pretrained(str(folder))
+
+
+def _state(adapted: PeftModel) -> dict[str, torch.Tensor]:
+    """The adapter's weights under the names that PEFT saves them by."""
+    from peft import get_peft_model_state_dict
+
+    # (Else PEFT asks the hub whether the base has other embeddings.)
+    state: dict[str, torch.Tensor] = get_peft_model_state_dict(adapted, save_embedding_layers=False)
+    return {name: tensor.detach().cpu().contiguous() for name, tensor in state.items()}
+
+
+def _save_model(base: Base, folder: Path) -> None:
+    from slm_lora.model.load import load_tokenizer
+
+    for parameter in base.causal.parameters():
+        parameter.data = parameter.data.to(base.dtype)
+    base.causal.save_pretrained(folder, max_shard_size="1000GB")
+    load_tokenizer(base.source).save_pretrained(folder)
+
+
+def weights_file(folder: Path) -> Path | None:
+    """The file of the weights in a folder that `save` wrote, if there is one."""
+    files = (folder / WEIGHTS, folder / MODEL_WEIGHTS)
+    return next((file for file in files if file.is_file()), None)
 
 
 def load(base: Base, folder: Path) -> PeftModel:
@@ -133,7 +216,7 @@ def load(base: Base, folder: Path) -> PeftModel:
         UsageError: no adapter in the folder.
         IntegrityError: made for another base, or tensors that are missing or do not fit.
     """
-    from peft import PeftModel, get_peft_model_state_dict
+    from peft import PeftModel
     from safetensors import SafetensorError, safe_open
 
     if not (folder / "adapter_config.json").is_file() or not (folder / WEIGHTS).is_file():
@@ -146,10 +229,7 @@ def load(base: Base, folder: Path) -> PeftModel:
     except (SafetensorError, RuntimeError, ValueError, TypeError, KeyError) as error:
         reason = str(error).splitlines()[0]
         raise IntegrityError(f"{folder}: the adapter does not load: {reason}") from error
-    # Under the names that PEFT saves them by.
-    # (Else PEFT asks the hub whether the base has other embeddings.)
-    own = get_peft_model_state_dict(adapted, save_embedding_layers=False)
-    wanted = {name: tuple(tensor.shape) for name, tensor in own.items()}
+    wanted = {name: tuple(tensor.shape) for name, tensor in _state(adapted).items()}
     misfits = sorted(n for n in wanted.keys() | saved.keys() if wanted.get(n) != saved.get(n))
     if misfits:
         detach(adapted)

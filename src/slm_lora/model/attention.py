@@ -223,7 +223,8 @@ def _for_transformers(
     if sliding_window is not None or softcap is not None or s_aux is not None:
         raise ValueError("its attention has a sliding window, a cap or a sink")
     scale = scaling if scaling is not None else query.shape[-1] ** -0.5
-    q, k, v = (x.squeeze(0).transpose(0, 1) for x in (query, key, value))
+    # Under autocast only products are in half precision; rotations leave q and k in fp32.
+    q, k, v = (x.squeeze(0).transpose(0, 1).to(value.dtype) for x in (query, key, value))
     out, _log_total = packed_attention(q, k, v, document_lengths, scale)
     return out.unsqueeze(0), None
 

@@ -14,16 +14,22 @@ if TYPE_CHECKING:
 
 PrecisionName = Literal["fp32", "bf16", "fp16"]
 
+DTYPES: dict[str, torch.dtype] = {
+    "fp32": torch.float32,
+    "bf16": torch.bfloat16,
+    "fp16": torch.float16,
+}
+
 
 @dataclass(frozen=True)
 class Base:
-    """A frozen causal language model, ready to compute.
+    """A causal language model, ready to compute; frozen, unless all of it is trained.
 
     Attributes:
         source: where it came from.
         causal: the transformers model; an adapter's layers are put into it in place.
         device: where it computes.
-        precision: of its weights.
+        precision: of its weights, or of its products where all of it is trained.
         packed: whether documents are packed (else: padded batches, the plain way).
         why_plain: one line for the user where ``packed`` is False.
     """
@@ -34,3 +40,8 @@ class Base:
     precision: PrecisionName
     packed: bool
     why_plain: str = ""
+
+    @property
+    def dtype(self) -> torch.dtype:
+        """The precision as torch names it."""
+        return DTYPES[self.precision]

@@ -34,7 +34,7 @@ def batch_nll(base: Base, batch: MicroBatch, dropout_seed: str = "") -> Tensor:
     scored = _scored(batch)
     keys = token_keys(batch, dropout_seed).to(base.device)
     hidden = _hidden(base, batch, keys)[scored.to(base.device)]
-    return summed_nll(hidden, output_embedding(base.causal), _labels(base, batch, scored))
+    return summed_nll(hidden, _head(base), _labels(base, batch, scored))
 
 
 @dataclass(frozen=True, slots=True)
@@ -52,7 +52,7 @@ def score_documents(base: Base, batch: MicroBatch) -> DocumentScores:
     scored = _scored(batch)
     with torch.no_grad():
         hidden = _hidden(base, batch)[scored.to(base.device)]
-        nll = token_nll(hidden, output_embedding(base.causal), _labels(base, batch, scored))
+        nll = token_nll(hidden, _head(base), _labels(base, batch, scored))
     losses = nll.to("cpu", torch.float64).numpy()
     document = batch.document[scored.numpy()]
     response = batch.response[scored.numpy()].astype(np.float64)
@@ -93,6 +93,11 @@ def output_embedding(causal: PreTrainedModel) -> Tensor:
     return weight
 
 
+def _head(base: Base) -> Tensor:
+    """The output embedding in the precision of the products."""
+    return output_embedding(base.causal).to(base.dtype)
+
+
 def _hidden(base: Base, batch: MicroBatch, dropout_keys: Tensor | None = None) -> Tensor:
     """Final hidden states [T, width], in the order of the batch's tokens."""
     ids = torch.from_numpy(batch.ids).to(base.device)
@@ -101,39 +106,38 @@ def _hidden(base: Base, batch: MicroBatch, dropout_keys: Tensor | None = None) -
             base.causal,
             dropout_keys.unsqueeze(0) if base.packed else _padded(dropout_keys, batch.lengths),
         )
-    if not base.packed:
-        return _padded_hidden(base.causal, ids, batch.lengths)
-    positions = torch.from_numpy(batch.positions).to(base.device)
-    return _packed_hidden(base.causal, ids, positions, torch.tensor(batch.lengths))
+    with _mixed_precision(base):
+        if not base.packed:
+            return _padded_hidden(base.causal, ids, batch.lengths)
+        positions = torch.from_numpy(batch.positions).to(base.device)
+        return _packed_hidden(base.causal, ids, positions, torch.tensor(batch.lengths))
 
 
-def _mixed_precision(causal: PreTrainedModel) -> torch.autocast:
-    """The fp32 adapter of a bf16 or fp16 base multiplies in the base's precision, as everywhere
-    (`bf16=True` of transformers' Trainer does the same); its gradients are summed in fp32."""
-    half = causal.dtype in (torch.bfloat16, torch.float16)
-    return torch.autocast(causal.device.type, causal.dtype if half else None, enabled=half)
+def _mixed_precision(base: Base) -> torch.autocast:
+    """What trains is fp32 and multiplies in the base's bf16 or fp16, as everywhere (`bf16=True`
+    of transformers' Trainer does the same); its gradients are summed in fp32."""
+    half = base.dtype in (torch.bfloat16, torch.float16)
+    return torch.autocast(base.device.type, base.dtype if half else None, enabled=half)
 
 
 def _packed_hidden(
     causal: PreTrainedModel, ids: Tensor, positions: Tensor, lengths: Tensor
 ) -> Tensor:
-    with _mixed_precision(causal):
-        output = causal.base_model(
-            input_ids=ids.unsqueeze(0),
-            position_ids=positions.unsqueeze(0),
-            use_cache=False,
-            document_lengths=lengths,
-        )
+    output = causal.base_model(
+        input_ids=ids.unsqueeze(0),
+        position_ids=positions.unsqueeze(0),
+        use_cache=False,
+        document_lengths=lengths,
+    )
     hidden: Tensor = output.last_hidden_state[0]
     return hidden
 
 
 def _padded_hidden(causal: PreTrainedModel, ids: Tensor, lengths: tuple[int, ...]) -> Tensor:
     mask = _padded(torch.ones_like(ids), lengths)
-    with _mixed_precision(causal):
-        output = causal.base_model(
-            input_ids=_padded(ids, lengths), attention_mask=mask, use_cache=False
-        )
+    output = causal.base_model(
+        input_ids=_padded(ids, lengths), attention_mask=mask, use_cache=False
+    )
     hidden: Tensor = output.last_hidden_state[mask.bool()]
     return hidden
 

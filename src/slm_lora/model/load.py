@@ -9,19 +9,13 @@ import torch
 
 from slm_lora.errors import IntegrityError, UsageError
 from slm_lora.model import attention
-from slm_lora.model.base import Base, PrecisionName
+from slm_lora.model.base import DTYPES, Base, PrecisionName
 from slm_lora.model.forward import output_embedding, packed_logits
 from slm_lora.model.fusion import fuse_layers
 from slm_lora.model.source import ModelSource, weight_files
 
 if TYPE_CHECKING:
     from transformers import PreTrainedModel, PreTrainedTokenizerBase
-
-DTYPES: dict[str, torch.dtype] = {
-    "fp32": torch.float32,
-    "bf16": torch.bfloat16,
-    "fp16": torch.float16,
-}
 
 
 def choose_device(wanted: str) -> torch.device:

@@ -15,7 +15,8 @@ def peft_config(section: AdapterSection, source: ModelSource) -> LoraConfig:
     """The `peft.LoraConfig` of a recipe's adapter.
 
     LoRA: Hu et al. 2021 (arXiv 2106.09685), scaling alpha/r. rsLoRA: Kalajdzievski 2023
-    (arXiv 2312.03732), alpha/√r. DoRA: Liu et al. 2024 (arXiv 2402.09353).
+    (arXiv 2312.03732), alpha/√r. DoRA: Liu et al. 2024 (arXiv 2402.09353). PiSSA: Meng et al.
+    2024 (arXiv 2404.02948), initialised from the largest singular values, which the base loses.
     """
     from peft import LoraConfig
 
@@ -31,6 +32,7 @@ def peft_config(section: AdapterSection, source: ModelSource) -> LoraConfig:
         target_modules=targets if isinstance(targets, str) else list(targets),
         use_rslora=section.kind == "rslora",
         use_dora=section.kind == "dora",
+        init_lora_weights="pissa" if section.kind == "pissa" else True,
         # Never a path of this machine: what people put on the adapter must exist for them.
         base_model_name_or_path=source.name,
         revision=source.revision,

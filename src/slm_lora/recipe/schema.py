@@ -110,9 +110,13 @@ class DataSection(Section):
 
 
 class AdapterSection(Section):
-    """The adapter that is trained; names as in `peft.LoraConfig`."""
+    """What is trained; names as in `peft.LoraConfig`."""
 
-    kind: Literal["lora", "rslora", "dora"] = Field("lora", description="PEFT method.")
+    kind: Literal["lora", "rslora", "dora", "pissa", "full"] = Field(
+        "lora",
+        description="PEFT method, or `full`: every weight of the model, and the keys below have "
+        "no effect. An adapter of `pissa` is saved as one of rank 2r that fits the original base.",
+    )
     r: Int = Field(8, ge=1, description="Rank.")
     lora_alpha: Annotated[float | str, BeforeValidator(_no_bool)] = Field(
         "2r", description="Scaling numerator: a number, or a multiple of the rank such as `2r`."
@@ -173,6 +177,9 @@ class TrainingSection(Section):
         "linear", description="Decay after the warm-up (to 0, unless constant)."
     )
     warmup_ratio: Float = Field(0.0, ge=0, lt=1, description="Share of the steps for warm-up.")
+    loraplus_lr_ratio: Float | None = Field(
+        None, gt=0, description="LoRA+: learning rate of B as a multiple of that of A."
+    )
     weight_decay: Float = Field(0.0, ge=0, description="Decoupled weight decay (AdamW).")
     adam_beta1: Float = Field(0.9, ge=0, lt=1, description="AdamW β₁.")
     adam_beta2: Float = Field(0.999, ge=0, lt=1, description="AdamW β₂.")

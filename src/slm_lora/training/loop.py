@@ -12,7 +12,6 @@ import math
 import time
 from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass
-from typing import TYPE_CHECKING
 
 import torch
 
@@ -28,9 +27,6 @@ from slm_lora.recipe.schema import TrainingSection
 from slm_lora.records import Example, LossOn, Step
 from slm_lora.training.checkpoint import Checkpointer
 from slm_lora.training.optimizer import adamw, learning_rate
-
-if TYPE_CHECKING:
-    from peft import PeftModel
 
 
 @dataclass(frozen=True, slots=True)
@@ -134,7 +130,7 @@ def _backward(
 
 def train(
     base: Base,
-    adapted: PeftModel,
+    adapted: torch.nn.Module,
     examples: Sequence[Example],
     section: TrainingSection,
     seed: int,
@@ -143,10 +139,10 @@ def train(
     on_step: Callable[[Step], None] = lambda step: None,
     checkpointer: Checkpointer | None = None,
 ) -> TrainingResult:
-    """Train the adapter in place.
+    """Train in place: an adapter, or the whole base.
 
     Args:
-        base: the frozen base that carries the adapter.
+        base: the base, that carries the adapter.
         adapted: the base with its adapter, from `adapter.attach`.
         examples: training rows.
         section: how to train.
@@ -172,7 +168,7 @@ def train(
     compiled = fusion.wanted(section.compile, tokens, base.device)
     named = {name: p for name, p in adapted.named_parameters() if p.requires_grad}
     parameters = list(named.values())
-    optimizer = adamw(parameters, section)
+    optimizer = adamw(named, section)
     scaler = torch.amp.GradScaler(base.device.type, enabled=base.precision == "fp16")
     best: _Best | None = None
     patience = section.early_stopping_patience
@@ -194,7 +190,7 @@ def train(
         began = time.perf_counter()
         rate = learning_rate(section, number, total)
         for group in optimizer.param_groups:
-            group["lr"] = rate
+            group["lr"] = rate * group["times"]
         # Dropout depends on seed, step and row alone, so that a step can be done again exactly.
         # (The generator serves models that drop out values of their own.)
         dropout_seed = f"dropout:{seed}:{number}"

@@ -3,21 +3,32 @@
 from __future__ import annotations
 
 import math
-from collections.abc import Iterable
+from collections.abc import Mapping
+from typing import Any
 
 import torch
 
 from slm_lora.recipe.schema import TrainingSection
 
 
-def adamw(parameters: Iterable[torch.nn.Parameter], section: TrainingSection) -> torch.optim.AdamW:
-    """AdamW (Loshchilov & Hutter 2019, arXiv 1711.05101) over the parameters that train."""
+def adamw(named: Mapping[str, torch.nn.Parameter], section: TrainingSection) -> torch.optim.AdamW:
+    """AdamW (Loshchilov & Hutter 2019, arXiv 1711.05101) over the parameters that train.
+
+    With ``loraplus_lr_ratio`` the B matrices are a group of their own, whose ``times`` says how
+    much faster they learn (LoRA+, Hayou et al. 2024, arXiv 2402.12354).
+    """
+    faster = [p for name, p in named.items() if "lora_B" in name and section.loraplus_lr_ratio]
+    others = [p for p in named.values() if not any(p is each for each in faster)]
+    groups: list[dict[str, Any]] = [{"params": others, "times": 1.0}]
+    if faster:
+        groups.append({"params": faster, "times": section.loraplus_lr_ratio})
     return torch.optim.AdamW(
-        parameters,
+        groups,
         lr=section.learning_rate,
         betas=(section.adam_beta1, section.adam_beta2),
         eps=section.adam_epsilon,
         weight_decay=section.weight_decay,
+        fused=True,
     )
 
 

@@ -1,0 +1,9 @@
+"""Full fine-tuning with slm-lora."""
+
+from __future__ import annotations
+
+from ours import measure_training
+
+from slm_lora.recipe.schema import AdapterSection
+
+measure_training(AdapterSection(kind="full"))
