@@ -62,8 +62,24 @@ def _memory_bytes() -> int:
         return 0
 
 
+_M_TRIM_THRESHOLD, _M_MMAP_MAX = -1, -4
+
+
+def keep_freed_memory() -> None:
+    """Let the C library keep what is freed for the next allocation, however large.
+
+    Else it returns large blocks at once, and a training step spends a tenth of its time on
+    pages that it had a moment ago. `release_freed_memory` returns them now and then.
+    """
+    if sys.platform == "linux":
+        with contextlib.suppress(OSError, AttributeError):  # not every C library has it
+            library = ctypes.CDLL(None)
+            library.mallopt(_M_MMAP_MAX, 0)
+            library.mallopt(_M_TRIM_THRESHOLD, -1)
+
+
 def release_freed_memory() -> None:
-    """Give what was freed back to the operating system: the C library keeps it, in pieces."""
+    """Give what was freed back to the operating system; see `keep_freed_memory`."""
     if sys.platform == "linux":
         with contextlib.suppress(OSError, AttributeError):  # not every C library has it
             ctypes.CDLL(None).malloc_trim(0)

@@ -7,6 +7,7 @@ from typing import TYPE_CHECKING, Any
 
 import torch
 
+from slm_lora import machine
 from slm_lora.errors import IntegrityError, UsageError
 from slm_lora.model import attention
 from slm_lora.model.base import DTYPES, Base, PrecisionName
@@ -103,6 +104,8 @@ def load_base(
             or one whose logits are more than a product with the output embedding.
         IntegrityError: tensors are missing or do not fit the configuration.
     """
+    if device.type == "cpu":
+        machine.keep_freed_memory()
     causal = _read(source, precision)
     torch.nn.Module.to(causal, device)
     torch.nn.Module.eval(causal)

@@ -79,12 +79,14 @@ class _SummedNLL(torch.autograd.Function):
             if ctx.needs_input_grad[1]
             else None
         )
-        for start in range(0, len(labels), CHUNK):
-            h, y = hidden[start : start + CHUNK], labels[start : start + CHUNK]
+        # Every chunk adds a gradient of the size of the whole vocabulary: fewer of them.
+        chunk = CHUNK if weight_gradient is None else 4 * CHUNK
+        for start in range(0, len(labels), chunk):
+            h, y = hidden[start : start + chunk], labels[start : start + chunk]
             nll, low = _nll_and_gradient(h.to(weight.dtype) @ weight.t(), y)
             total += nll.sum(dtype=wide)
             if hidden_gradient is not None:
-                hidden_gradient[start : start + CHUNK] = low @ weight
+                hidden_gradient[start : start + chunk] = low @ weight
             if weight_gradient is not None:
                 weight_gradient += low.t() @ h.to(weight.dtype)
         ctx.save_for_backward(hidden_gradient, weight_gradient)
