@@ -3,7 +3,7 @@ ARGS ?=
 PYTHON ?= python3
 BIN := .venv/bin
 
-.PHONY: help experiment plan test bench check format clean
+.PHONY: help experiment plan test bench calibration check format clean
 
 help:  ## List the targets.
 	@grep -hE '^[a-z-]+:.*## ' $(MAKEFILE_LIST) | sort | awk -F ':.*## ' '{printf "  make %-12s %s\n", $$1, $$2}'
@@ -22,6 +22,10 @@ test: .venv/installed-dev  ## Run the tests.
 bench: .venv/installed requirements-bench.txt  ## Measure speed and memory against TRL and the naive script: ARGS='--data dolly.jsonl'.
 	$(BIN)/python -m pip install --quiet --disable-pip-version-check -r requirements-bench.txt
 	$(BIN)/python benchmarks/bench.py $(ARGS)
+
+calibration: .venv/installed  ## Train sixteen seeds of one cell, and test the statistics on planted truths over them.
+	$(BIN)/slm-lora experiment recipes/calibration.yaml $(ARGS)
+	$(BIN)/python benchmarks/calibration.py
 
 check: .venv/installed-dev  ## Formatter, linter, type checker, import contract, generated docs.
 	$(BIN)/ruff format --check .

@@ -33,6 +33,21 @@ class Run:
         """Name of the cell, ``base`` for the base model."""
         return str(self.record["cell"])
 
+    def steps(self) -> list[dict[str, Any]]:
+        """The optimizer steps of its training; none for the base.
+
+        Raises:
+            IntegrityError: the file is missing or broken.
+        """
+        path = self.folder / STEPS_FILE
+        if "training" not in self.record:
+            return []
+        try:
+            lines = path.read_text(encoding="utf-8").splitlines()
+            return [json.loads(line) for line in lines]
+        except (OSError, ValueError) as error:
+            raise IntegrityError(f"{path}: broken ({error}); delete the run's folder") from error
+
     @property
     def scores_path(self) -> Path:
         """Per-row scores on the test set."""

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import json
 import math
+import re
 import subprocess
 import sys
 from collections.abc import Callable
@@ -76,9 +77,10 @@ def test_everything_is_there(lab: Lab) -> None:
     assert [line.split("|")[2:4] for line in table.splitlines() if line.startswith("| LoRA")] == [
         [" 40 ", " 2 "], [" 40 ", " 4 "], [" 80 ", " 4 "],
     ]  # fmt: skip
-    analysis = (lab.results / "analysis.md").read_text()
+    report = (lab.results / "report.md").read_text()
     for title in ("Perplexity reduction", "Effect of the rank", "dataset size", "Diminishing"):
-        assert title in analysis
+        assert title in report
+    assert "do to the held-out loss of tiny-llama on rows.jsonl?" in report
     assert {p.name for p in lab.adapters.iterdir()} == {
         "tiny-r2-40", "tiny-r4-40", "tiny-r4-80",
     }  # fmt: skip
@@ -203,12 +205,23 @@ def test_a_method_that_alters_the_base_leaves_no_trace(lab: Lab, tmp_path: Path,
 
 
 def test_report_makes_the_same_files_again(lab: Lab) -> None:
-    names = ("experiment_table.md", "metrics.json", "analysis.md")
+    names = ("experiment_table.md", "metrics.json", "report.md", "report.html")
     before = {name: (lab.results / name).read_text() for name in names}
     for name in names:
         (lab.results / name).unlink()
     assert command("report", lab.results) == 0
     assert before == {name: (lab.results / name).read_text() for name in names}
+
+
+def test_the_page_is_whole_and_fetches_nothing(lab: Lab) -> None:
+    page = (lab.results / "report.html").read_text()
+    assert page.count("<svg") == page.count("</svg>") >= 4
+    assert "<script" not in page
+    # Names of XML and licences are no addresses that a browser would follow by itself.
+    assert not re.search(r"(src|href)=[\"'](?!#)", page)
+    assert not re.search(r"url\((?!#)", page)
+    for figure in re.findall(r"<figure>.*?</figure>", page, re.DOTALL):
+        assert re.search(r"<figcaption>\w", figure)
 
 
 def test_compare_finds_what_the_experiment_found(
@@ -396,7 +409,11 @@ def test_data_check_names_every_bad_row(
 
 def test_data_commands(lab: Lab, capsys: pytest.CaptureFixture[str]) -> None:
     assert command("data", "check", lab.recipe) == 0
-    assert "120 rows in" in capsys.readouterr().out
+    checked = capsys.readouterr().out
+    assert "120 rows in" in checked
+    for part in ("would leak", "prompts with different answers: 0", "labels a training row (all)",
+                 "length in tokens", "related in any of these ways", "<|im_end|>]"):  # fmt: skip
+        assert part in checked
     assert command("data", "show", lab.recipe, "--rows", 1) == 0
     shown = capsys.readouterr().out
     assert "Response" in shown and "<|im_end|>]" in shown

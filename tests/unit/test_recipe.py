@@ -366,6 +366,17 @@ def test_seeds_go_over_the_whole_grid_one_after_the_other() -> None:
     assert names("seeds: [0, 1]") == ["seed0", "seed1"]
 
 
+def test_where_sizes_vary_each_seed_draws_rows_of_its_own() -> None:
+    def drawn(text: str) -> list[int]:
+        return [cell.recipe.data_seed for cell in cells(text)]
+
+    sizes = "grid: {axes: [{data.size: [100, 200]}]}"
+    assert drawn(f"seeds: [3, 1]\n{sizes}") == [3, 3, 1, 1]
+    assert drawn(f"seeds: [3, 1]\ndata_seed: 7\n{sizes}") == [7, 7, 7, 7]
+    assert drawn("seeds: [3, 1]\ngrid: {axes: [{adapter.r: [8, 16]}]}") == [0, 0, 0, 0]
+    assert drawn(sizes) == [0, 0]
+
+
 def test_settings_are_the_values_not_their_spelling() -> None:
     (cell,) = cells("grid: {cells: [{training.learning_rate: 2e-4, adapter.r: '8'}]}")
     assert cell.settings == {"training.learning_rate": 0.0002, "adapter.r": 8}

@@ -42,19 +42,26 @@ def sample(
 
 def test_loss_is_total_nll_over_tokens_and_groups_are_the_units() -> None:
     rows = [score("a", "g1", 10.0, 4), score("b", "g1", 2.0, 4), score("c", "g2", 3.0, 2)]
-    found = loss_estimate(rows, "all")
+    found = loss_estimate([rows], "all")
     assert found.value == pytest.approx(1.5)
     # Residuals by hand: g1 12 - 1.5·8 = 0, g2 3 - 1.5·2 = 0.
     assert found.standard_error == pytest.approx(0)
     assert found.groups == 2
     # The same rows as three groups: residuals 4, -4, 0.
     alone = [score(r.row_id, r.row_id, r.nll_all, r.tokens_all) for r in rows]
-    assert loss_estimate(alone, "all").standard_error == pytest.approx(math.sqrt(32 * 3 / 2) / 10)
+    assert loss_estimate([alone], "all").standard_error == pytest.approx(math.sqrt(32 * 3 / 2) / 10)
+
+
+def test_several_seeds_have_the_mean_of_their_losses() -> None:
+    runs = [[score("a", "g", nll, 4), score("b", "h", 1.0, 4)] for nll in (3.0, 7.0)]
+    assert loss_estimate(runs, "all").value == pytest.approx((4 / 8 + 8 / 8) / 2)
+    with pytest.raises(IntegrityError, match="different rows"):
+        loss_estimate([runs[0], runs[1][:1]], "all")
 
 
 def test_one_group_says_nothing_of_its_error() -> None:
     rows = [score("a", "g", 1.0, 2), score("b", "g", 2.0, 2)]
-    assert loss_estimate(rows, "all").standard_error == math.inf
+    assert loss_estimate([rows], "all").standard_error == math.inf
     both = paired([(rows, rows)], "all")
     assert interval(both, 0.95) == (-math.inf, math.inf)
     assert p_value(both) == 1

@@ -3,7 +3,8 @@
 from __future__ import annotations
 
 import itertools
-from typing import Annotated
+from collections import Counter
+from typing import TYPE_CHECKING, Annotated
 
 import typer
 
@@ -15,6 +16,9 @@ from slm_lora.cli.options import (
     console,
     quiet_libraries,
 )
+
+if TYPE_CHECKING:
+    from slm_lora.experiment.jobs import Job
 
 Rows = Annotated[int, typer.Option("--rows", min=1, help="How many rows to show.")]
 
@@ -33,15 +37,19 @@ def show(
     recipe: RecipeFile, overrides: Overrides = None, cell: CellName = "", rows: Rows = 2
 ) -> None:
     """Show training rows as the model sees them: loss is taken on what is marked."""
-    from rich.text import Text
-
     from slm_lora.experiment.jobs import make_jobs
-    from slm_lora.model.load import load_tokenizer
     from slm_lora.recipe.reading import load_recipe
 
     _, cells = load_recipe(recipe, overrides or [])
     quiet_libraries()
-    job = make_jobs([chosen_cell(cells, cell)], will_train=False)[0]
+    _show_rows(make_jobs([chosen_cell(cells, cell)], will_train=False)[0], rows)
+
+
+def _show_rows(job: Job, rows: int) -> None:
+    from rich.text import Text
+
+    from slm_lora.model.load import load_tokenizer
+
     tokenizer = load_tokenizer(job.source)
     on_response = job.cell.recipe.training.loss_on == "response"
     out = console()
@@ -66,8 +74,12 @@ def show(
         out.print()
 
 
-def check(recipe: RecipeFile, overrides: Overrides = None) -> None:
-    """Read, split and tokenise a recipe's rows, and say what was found; names every bad row."""
+def check(recipe: RecipeFile, overrides: Overrides = None, rows: Rows = 2) -> None:
+    """Read, split and tokenise a recipe's rows, and say what was found.
+
+    Names every bad row; counts duplicates and what a random split would leak, conflicting
+    answers, categories, lengths and what a limit on them costs; shows a few rows.
+    """
     from slm_lora.data.sources import MalformedRowsError
     from slm_lora.experiment.jobs import data_record, make_jobs
     from slm_lora.recipe.reading import load_recipe
@@ -101,3 +113,61 @@ def check(recipe: RecipeFile, overrides: Overrides = None) -> None:
                 f"{long['rows']} over {job.cell.recipe.data.max_length} tokens ({long['policy']})",
                 soft_wrap=True,
             )
+    _say_facts(jobs[0])
+    out.print()
+    _show_rows(jobs[0], rows)
+
+
+_RELATIONS = {
+    "instruction": "same instruction (case, punctuation and spacing aside)",
+    "context": "same context",
+    "hint": "same named group",
+    "near": "nearly the same prompt (4 of 5 words shared)",
+    None: "related in any of these ways",
+}
+
+
+def _say_facts(job: Job) -> None:
+    from slm_lora.data.batches import label_count
+    from slm_lora.data.checks import facts
+    from slm_lora.data.tokens import RowTokenizer
+    from slm_lora.model.load import load_tokenizer
+
+    rows = job.rows.rows
+    tokenize = RowTokenizer(load_tokenizer(job.source), job.prepared.template)
+    whole, _ = tokenize.encode(rows, {row.row_id: row.row_id for row in rows})
+    found = facts(rows, [example.length for example in whole])
+    out = console()
+
+    def say(line: str) -> None:
+        out.print(line, soft_wrap=True)
+
+    if found.related:
+        say("\nrelated rows; a 90/10 split drawn row by row would leak so many of its test rows")
+        for each in found.related:
+            say(
+                f"  {_RELATIONS[each.relation]:55} {each.rows:6} rows in {each.groups:5} groups  "
+                f"{each.leak:6.1%}"
+            )
+    prompts, answered = found.conflicts
+    say(f"\nprompts with different answers: {prompts} ({answered} rows)")
+    if found.categories:
+        held = Counter(example.category for example in job.prepared.test)
+        say("\ncategory: rows, test rows")
+        for name, many in found.categories:
+            say(f"  {name:30} {many:6} {held[name]:6}")
+    labels = sorted(label_count(e, job.cell.recipe.training.loss_on) for e in job.prepared.train)
+    say(
+        f"\nlabels a training row ({job.cell.recipe.training.loss_on}): "
+        f"{labels[0]} to {labels[-1]}, median {labels[len(labels) // 2]}, "
+        f"{sum(not many for many in labels)} rows without"
+    )
+    say("\nlength in tokens, uncut: rows")
+    largest = max(many for _, many in found.lengths)
+    for end, many in found.lengths:
+        say(f"  up to {end:6} {many:6} {'█' * round(40 * many / largest)}")
+    for cost in found.costs:
+        say(
+            f"  max_length {cost.limit:5} cuts {cost.rows:6.2%} of rows, "
+            f"{cost.tokens:6.2%} of tokens"
+        )

@@ -29,7 +29,7 @@ def experiment(
     results: ResultsDir = Path("results"),
     adapters: AdaptersDir = Path("adapter"),
 ) -> None:
-    """Run a whole experiment: base, every cell of the grid, table, metrics and analysis.
+    """Run a whole experiment: base, every cell of the grid, table, metrics and report.
 
     Finished cells are kept: the same command continues after an interruption.
     """
@@ -51,7 +51,7 @@ def experiment(
         _print_plan(jobs, places)
         return
     runs = run_jobs(jobs, places, reporter)
-    lines = write_report(runs, places.results)
+    lines = write_report(runs, places.results, jobs[0].cell.recipe.evaluation.headline)
     out = console()
     out.print()
     out.print(terminal_table(lines))
@@ -127,7 +127,7 @@ def report(
         Path, typer.Argument(metavar="FOLDER", help="results/<experiment>")
     ],
 ) -> None:
-    """Make table, metrics and analysis again from the run folders of an experiment."""
+    """Make table, metrics and report again from the run folders of an experiment."""
     from slm_lora.experiment.report import terminal_table, write_report
     from slm_lora.runs import list_runs
 
@@ -203,13 +203,13 @@ def _print_plan(jobs: Any, places: Any) -> None:
 
 
 def _print_where(results: Path, adapters: list[Path]) -> None:
-    from slm_lora.experiment.report import ANALYSIS_FILE, TABLE_FILE
+    from slm_lora.experiment.report import PAGE_FILE, TABLE_FILE
     from slm_lora.runs import METRICS_FILE
 
     out = console()
     for label, path in (
         ("table", results / TABLE_FILE),
-        ("analysis", results / ANALYSIS_FILE),
+        ("report", results / PAGE_FILE),
         ("metrics", results / METRICS_FILE),
         ("scores", results / "runs"),
     ):

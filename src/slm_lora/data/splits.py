@@ -14,6 +14,7 @@ import unicodedata
 from collections import defaultdict
 from collections.abc import Iterable, Sequence
 from dataclasses import dataclass
+from typing import Literal
 
 from slm_lora.data.near_duplicates import similar_pairs
 from slm_lora.errors import DataError
@@ -55,7 +56,12 @@ def prompt_words(row: Row) -> frozenset[str]:
     return frozenset(_normalised(f"{_instruction(row)} {row.context}").split())
 
 
-def _keys(row: Row) -> Iterable[tuple[str, str]]:
+Relation = Literal["instruction", "context", "hint", "near"]
+RELATIONS: tuple[Relation, ...] = ("instruction", "context", "hint", "near")
+"""Equal normalised instruction; equal context; same named group; nearly the same prompt."""
+
+
+def _keys(row: Row) -> Iterable[tuple[Relation, str]]:
     """What ties a row to others: its instruction, its context, and a group that it names."""
     yield "instruction", _normalised(_instruction(row))
     if context := _normalised(row.context):
@@ -64,10 +70,10 @@ def _keys(row: Row) -> Iterable[tuple[str, str]]:
         yield "hint", row.group_hint
 
 
-def group_rows(rows: Sequence[Row]) -> dict[str, str]:
+def group_rows(rows: Sequence[Row], by: Sequence[Relation] = RELATIONS) -> dict[str, str]:
     """Row id → group id, by union-find over shared instruction, context or named group, and over
-    prompts that are near-duplicates (`near_duplicates`). Rows that name their group know better
-    which of them are related: among those no near-duplicates are looked for.
+    prompts that are near-duplicates (`near_duplicates`), or over some of these. Rows that name
+    their group know better which are related: among those no near-duplicates are looked for.
 
     A group's id is its smallest row id, so it does not depend on the order of the rows.
     """
@@ -84,11 +90,13 @@ def group_rows(rows: Sequence[Row]) -> dict[str, str]:
         low, high = sorted((root(one), root(other)))
         parent[high] = low
 
-    first_with: dict[tuple[str, str], str] = {}
+    first_with: dict[tuple[Relation, str], str] = {}
     for row in rows:
         for key in _keys(row):
+            if key[0] not in by:
+                continue
             tie(row.row_id, first_with.setdefault(key, row.row_id))
-    unnamed = [row for row in rows if not row.group_hint]
+    unnamed = [row for row in rows if not row.group_hint and "near" in by]
     for one, other in similar_pairs([prompt_words(row) for row in unnamed]):
         tie(unnamed[one].row_id, unnamed[other].row_id)
     return {row_id: root(row_id) for row_id in parent}

@@ -1,4 +1,4 @@
-"""Computed paragraphs: perplexity reduction, effects of what the grid varies, diminishing returns.
+"""Computed sentences: the question, what the contrasts answer, and what they cannot tell apart.
 
 Every sentence comes from a contrast and says no more than its verdict: with one seed nothing
 about the settings, only about these very adapters.
@@ -7,60 +7,104 @@ about the settings, only about these very adapters.
 from __future__ import annotations
 
 import math
+from collections import Counter
 from collections.abc import Sequence
 
-from slm_lora.experiment.contrasts import Contrast
+from slm_lora.experiment.contrasts import Arm, Contrast, amount
+from slm_lora.experiment.curve import LearningCurve
+from slm_lora.experiment.page import plain
 from slm_lora.experiment.statistics import Difference
-from slm_lora.experiment.table import Line
+from slm_lora.experiment.table import KINDS, Line
 
 _NAMES = {
     "adapter.r": "rank",
     "data.size": "dataset size",
     "adapter.target_modules": "target modules",
-    "adapter.kind": "kind of adapter",
+    "adapter.kind": "method",
+    "adapter.lora_alpha": "alpha/r",
 }
 
 
-def analysis(lines: Sequence[Line], found: Sequence[Contrast]) -> str:
-    """The analysis as Markdown."""
+def question(lines: Sequence[Line], tuned: Sequence[Arm], found: Sequence[Contrast]) -> str:
+    """What the experiment asks, from what its contrasts vary."""
+    model = plain(lines[0].run.record["model"]["name"])
+    data = plain(lines[0].run.record["data"]["origin"].split(" ")[0])
+    asked = [_kinds(tuned)] if tuned else []
+    for key, tied in {c.key: c.tied for c in found if c.key != "base"}.items():
+        of_key = [arm for c in found if c.key == key for arm in (c.first, c.second)]
+        values = sorted(of_key, key=lambda arm: amount(arm, key) or 0)
+        listed = ", ".join(dict.fromkeys(shown(arm.setting(key)) for arm in values))
+        asked.append(f"the {name_of(key, tied)} ({listed})")
+    what = f"the held-out loss of {model} on {data}"
+    if not asked:
+        return f"What is {what}?"
+    if len(asked) == 1:
+        return f"What does {asked[0]} do to {what}?"
+    return f"What do {', '.join(asked[:-1])} and {asked[-1]} do to {what}?"
+
+
+def _kinds(tuned: Sequence[Arm]) -> str:
+    return " or ".join(dict.fromkeys(KINDS[arm.setting("adapter.kind")] for arm in tuned))
+
+
+def answer(found: Sequence[Contrast]) -> str:
+    """One sentence a contrast, those with the base first."""
     to_base = [each for each in found if each.key == "base"]
+    parts = ["### Perplexity reduction\n\n" + _reduction(to_base)]
     keys = ["adapter.r", "data.size"]
     keys += [k for k in dict.fromkeys(c.key for c in found) if k not in (*keys, "base")]
-    parts = [
-        "# Analysis",
-        _basis(lines, found),
-        "## Perplexity reduction\n\n" + _reduction(to_base),
-    ]
     for key in keys:
         of_key = [each for each in found if each.key == key]
-        parts.append(f"## Effect of the {_name(key)}\n\n" + _effect(of_key, key))
-    parts.append("## Diminishing returns\n\n" + _returns(found))
-    return "\n\n".join(parts) + "\n"
+        name = name_of(key, of_key[0].tied if of_key else ())
+        parts.append(f"### Effect of the {name}\n\n" + _effect(of_key, name))
+    return "\n\n".join(parts)
 
 
-def _name(key: str) -> str:
-    return _NAMES.get(key, key.rsplit(".", 1)[-1].replace("_", " "))
+def name_of(key: str, tied: Sequence[str] = ()) -> str:
+    """A key in words, with those that are tied to it."""
+    name = _NAMES.get(key, key.rsplit(".", 1)[-1].replace("_", " "))
+    return f"{name} with its {' and '.join(map(name_of, tied))}" if tied else name
 
 
-def _basis(lines: Sequence[Line], found: Sequence[Contrast]) -> str:
+def shown(value: object) -> str:
+    """A setting as people write it."""
+    if value is None:
+        return "all"
+    return "+".join(map(str, value)) if isinstance(value, list | tuple) else str(value)
+
+
+def basis(lines: Sequence[Line], found: Sequence[Contrast]) -> str:
+    """What the numbers are, and what their intervals cover."""
     first = lines[0]
     loss = first.loss()
     tokens = {"all": "every token of the text", "response": "the tokens of the response"}
-    seeds = max((each.difference.seeds for each in found), default=1)
+    counts = sorted({each.difference.seeds for each in found} or {1})
+    seeds = counts[0]
     covered = (
-        "They cover the choice of test rows: with one seed a cell, what another seed would give "
-        "is not covered, and no adapter is called better than another."
+        "95 % intervals are bootstrapped (BCa) over groups of related rows. They cover the choice "
+        "of test rows: with one seed, what another seed would give is not covered, and no adapter "
+        "is called better than another."
         if seeds < 2
-        else f"They cover the choice of test rows and of the seed ({seeds} seeds): of Student's "
-        "interval over seeds and a two-way bootstrap over groups and seeds, the wider."
+        else "95 % intervals cover the choice of test rows and of the seed "
+        f"({' or '.join(map(str, counts))} seeds): of Student's interval over seeds and a two-way "
+        "bootstrap over groups of related rows and seeds, the wider."
     )
-    family = f" p-values are corrected for all {len(found)} comparisons (Holm)." if found else ""
+    if seeds < 2 < counts[-1]:
+        covered += " Comparisons of several seeds, where there are, cover the seed as well."
+    if len({line.recipe["data_seed"] for line in lines if not line.is_base}) > 1:
+        covered += " Each seed also draws its own training rows."
+    family = (
+        f" p-values are corrected for all {len(found)} comparisons (Holm); equivalence tests, "
+        "categories and curves are not."
+        if found
+        else ""
+    )
     return (
         f"Held-out loss is the total negative log-likelihood of {tokens[first.headline]} over "
         f"their number, perplexity is exp of that number; both on the same "
         f"{len(first.scores)} test rows in {loss.groups} groups for every cell. Differences are "
-        f"paired row by row; 95 % intervals are bootstrapped (BCa) over groups of related rows. "
-        f"{covered}{family} Base weights in {first.run.record['model']['precision']}."
+        f"paired row by row; {covered}{family} Base weights in "
+        f"{first.run.record['model']['precision']}."
     )
 
 
@@ -98,23 +142,10 @@ def _reduction(contrasts: Sequence[Contrast]) -> str:
     return "\n".join(said)
 
 
-def _effect(contrasts: Sequence[Contrast], key: str) -> str:
+def _effect(contrasts: Sequence[Contrast], name: str) -> str:
     if not contrasts:
-        return f"No two cells differ in {_name(key)} alone."
-    said = "\n".join(f"- {sentence(each)}" for each in contrasts)
-    if key == "data.size":
-        steps = "; ".join(
-            dict.fromkeys(
-                f"{arm.name}: {arm.line.run.record['training']['steps']}"
-                for each in contrasts
-                for arm in (each.first, each.second)
-            )
-        )
-        said += (
-            "\n\nMore rows at the same number of epochs are also more optimizer steps; the two "
-            f"are not told apart here (steps: {steps})."
-        )
-    return said
+        return f"No two cells differ in {name} alone."
+    return "\n".join(f"- {sentence(each)}" for each in contrasts)
 
 
 def sentence(each: Contrast) -> str:
@@ -123,11 +154,16 @@ def sentence(each: Contrast) -> str:
     said = f"{each.second.name} against {each.first.name}: {_nats(d)}, {_p(each.p_corrected)}. "
     lower = "lower" if d.value < 0 else "higher"
     if each.verdict == "different":
-        return said + (
-            f"The loss is {lower}: beyond the choice of test rows and of the seed."
-            if each.covers_seeds
-            else f"The loss of this pair of runs is {lower} beyond the choice of test rows; "
-            "whether it would be with other seeds is not known."
+        small = f" It is within ±{d.margin:g} nats, which counts as none." if d.equivalent else ""
+        return (
+            said
+            + (
+                f"The loss is {lower}: beyond the choice of test rows and of the seed."
+                if each.covers_seeds
+                else f"The loss of this pair of runs is {lower} beyond the choice of test rows; "
+                "whether it would be with other seeds is not known."
+            )
+            + small
         )
     if each.verdict == "equivalent":
         return said + (
@@ -145,17 +181,76 @@ def _what_would_decide(each: Contrast) -> str:
     return f"; about {needed.rows:,} test rows and {seeds} would decide (80 % power)."
 
 
-def _returns(found: Sequence[Contrast]) -> str:
+def confounds(found: Sequence[Contrast]) -> str:
+    """What changes along with the settings that are compared."""
+    of_key: dict[str, list[Contrast]] = {}
+    for each in found:
+        of_key.setdefault(each.key, []).append(each)
     said = []
-    to_base = {id(each.second): each.difference for each in found if each.key == "base"}
+    if sizes := of_key.get("data.size"):
+        steps = _per_arm(sizes, "training", "steps")
+        same = all(_steps(each.first) == _steps(each.second) for each in sizes)
+        said.append(
+            f"Sizes are compared at the same number of optimizer steps ({_steps(sizes[0].first)}): "
+            "a smaller set is passed over more often."
+            if same
+            else "More rows are also more optimizer steps; the two are not told apart here "
+            f"(steps: {steps})."
+        )
+    if (ranks := of_key.get("adapter.r")) and not ranks[0].tied:
+        first = ranks[0].first
+        ratio = first.setting("adapter.lora_alpha") / first.setting("adapter.r")
+        said.append(
+            f"Ranks are compared at the same alpha/r ({ratio:g}) and learning rate; a larger rank "
+            f"trains more weights ({_per_arm(ranks, 'adapter', 'trainable_parameters')})."
+        )
+    if modules := of_key.get("adapter.target_modules"):
+        said.append(
+            "More target modules are also more trainable weights "
+            f"({_per_arm(modules, 'adapter', 'trainable_parameters')})."
+        )
+    kinds = of_key.get("adapter.kind", [])
+    if kinds and "training.learning_rate" not in kinds[0].tied:
+        rate = kinds[0].first.setting("training.learning_rate")
+        said.append(
+            f"Methods are compared at the same learning rate ({rate:g}); each may have a better "
+            "one."
+        )
+    if any(each.second.is_full for each in kinds):
+        precision = kinds[0].second.line.run.record["model"]["precision"]
+        said.append(
+            f"What full fine-tuning trained is saved and scored in {precision}, adapters in fp32 "
+            f"on a base in {precision}: small changes of a weight may be lost to rounding."
+        )
+    said += [
+        f"Cells of another {name_of(key)} also have another {' and '.join(map(name_of, tied))}; "
+        "what is said of the one is said of all."
+        for key, tied in {key: each[0].tied for key, each in of_key.items()}.items()
+        if tied
+    ]
+    return "\n".join(f"- {each}" for each in said)
+
+
+def _steps(arm: Arm) -> int:
+    return int(arm.line.run.record["training"]["steps"])
+
+
+def _per_arm(contrasts: Sequence[Contrast], section: str, key: str) -> str:
+    arms = {arm.name: arm for each in contrasts for arm in (each.first, each.second)}
+    return "; ".join(f"{name}: {arm.line.run.record[section][key]:,}" for name, arm in arms.items())
+
+
+def returns(found: Sequence[Contrast], curves: Sequence[LearningCurve]) -> str:
+    """Gains a doubling of rank, of rows and of trainable weights, and the learning curve."""
+    said = []
+    to_base = {each.second.name: each.difference for each in found if each.key == "base"}
     for each in found:
         d = each.difference
+        if each.tied:
+            continue
         if each.key == "data.size":
-            rows = [
-                arm.line.run.record["data"]["sets"]["train"]["rows"]
-                for arm in (each.first, each.second)
-            ]
-            first = to_base.get(id(each.first))
+            rows = [arm.training_rows for arm in (each.first, each.second)]
+            first = to_base.get(each.first.name)
             if first is None or rows[0] == rows[1]:  # sizes may round to the same rows
                 continue
             share = f", which is {100 * d.value / first.value:.1f} % of the first change" * bool(
@@ -164,19 +259,66 @@ def _returns(found: Sequence[Contrast]) -> str:
             said.append(
                 f"- {each.second.name}: the first {rows[0]} training rows change the loss by "
                 f"{_nats(first)}; going on to {rows[1]} changes it by {_nats(d)}, "
-                f"{d.value / math.log2(rows[1] / rows[0]):+.4f} a doubling{share}."
-                + ("" if each.verdict == "different"
-                   else " The further gain is not shown to be more than nothing.")
-            )  # fmt: skip
-        elif each.key == "adapter.r":
-            parameters = [
+                f"{_per_doubling(d, rows)}{share}." + _not_shown(each)
+            )
+        elif each.key in ("adapter.r", "adapter.target_modules"):
+            many = [
                 arm.line.run.record["adapter"]["trainable_parameters"]
                 for arm in (each.first, each.second)
             ]
-            doublings = math.log2(parameters[1] / parameters[0])
-            said.append(
-                f"- {each.second.name} trains {parameters[1] / parameters[0]:.1f} times the "
-                f"parameters of {each.first.name}, for {_nats(d)}, {d.value / doublings:+.4f} a "
-                "doubling."
-            )
+            if many[0] != many[1]:
+                said.append(
+                    f"- {each.second.name} trains {many[1] / many[0]:.1f} times the weights of "
+                    f"{each.first.name}, for {_nats(d)}, {_per_doubling(d, many)}."
+                    + _not_shown(each)
+                )
+    said += [f"- {_curve(each)}" for each in curves]
     return "\n".join(said) or "No two cells differ in rank or dataset size alone."
+
+
+def _per_doubling(d: Difference, amounts: Sequence[float]) -> str:
+    doublings = math.log2(amounts[1] / amounts[0])
+    ends = sorted((d.low / doublings, d.high / doublings))
+    span = f" ({ends[0]:+.4f} to {ends[1]:+.4f})" if math.isfinite(ends[0]) else ""
+    return f"{d.value / doublings:+.4f}{span} a doubling"
+
+
+def _not_shown(each: Contrast) -> str:
+    if each.verdict == "different":
+        return "" if each.covers_seeds else " Of this pair of runs; other seeds may differ."
+    return " The further gain is not shown to be more than nothing."
+
+
+def _curve(curve: LearningCurve) -> str:
+    if not curve.falls:
+        return f"{curve.name}: over {len(curve.sizes)} sizes, loss does not fall with rows."
+    floor, exponent = curve.floor, curve.exponent
+    covers = "test rows and seeds" if curve.seeds > 1 else "test rows, not seeds"
+    return (
+        f"{curve.name}: E + A·N^(−β) through {len(curve.sizes)} sizes has β = {exponent[0]:.2f} "
+        f"({exponent[1]:.2f} to {exponent[2]:.2f}) and E = {floor[0]:.3f} ({floor[1]:.3f} to "
+        f"{floor[2]:.3f}); at {2 * curve.sizes[-1]:,} training rows it expects "
+        f"{curve.middle[-1]:.4f} ({curve.low[-1]:.4f} to {curve.high[-1]:.4f}). The intervals "
+        f"cover {covers}, not that another form might fit as well."
+    )
+
+
+def category_table(tuned: Sequence[Arm], base: Line | None) -> str:
+    """Losses by category of rows as Markdown; empty where rows have no categories."""
+    arms = [*([Arm((base,))] if base else []), *tuned]
+    scores = arms[0].line.scores
+    scored = Counter(score.category for score in scores if score.tokens_response)
+    del scored[""]
+    if len(scored) < 2:
+        return ""
+    names = sorted(name for name, _ in scored.most_common(30))
+    rows = [
+        "| Category | Rows | " + " | ".join(arm.name for arm in arms) + " |",
+        "| :-- | --: |" + " --: |" * len(arms),
+    ]
+    for name in names:
+        within = [arm.within(name) for arm in arms]
+        many = sum(score.category == name for score in scores)
+        losses = " | ".join(f"{each.value:.4f}" for each in within)
+        rows.append(f"| {plain(name)} | {many} | {losses} |")
+    return "\n".join(rows)

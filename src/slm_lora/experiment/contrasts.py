@@ -9,16 +9,19 @@ from __future__ import annotations
 
 import itertools
 import re
+from collections import Counter
 from collections.abc import Sequence
 from dataclasses import dataclass
 from typing import Any, Literal
 
 from slm_lora.experiment.statistics import (
     Difference,
+    Estimate,
     Needed,
     Paired,
     difference,
     holm,
+    loss_estimate,
     needed_for_difference,
     needed_for_equivalence,
     paired,
@@ -37,6 +40,11 @@ class Arm:
     lines: tuple[Line, ...]
 
     @property
+    def is_full(self) -> bool:
+        """Whether all weights were trained: keys of an adapter have no effect then."""
+        return bool(self.setting("adapter.kind") == "full")
+
+    @property
     def line(self) -> Line:
         """The first seed's line: settings are those of all."""
         return self.lines[0]
@@ -45,11 +53,27 @@ class Arm:
     def name(self) -> str:
         """Name of the cell, without the seed where there are several."""
         name = self.line.run.cell
-        return name if len(self.lines) == 1 else re.sub(r"-?(seed|data)\d+", "", name)
+        if len(self.lines) == 1:
+            return name
+        return re.sub(r"-?\b(seed|data)\d+", "", name).strip("-") or f"r{self.setting('adapter.r')}"
 
     def setting(self, key: str) -> Any:
         """A dotted key of the resolved recipe."""
         return self.line.setting(key)
+
+    def loss(self) -> Estimate:
+        """Loss, mean over seeds; its interval covers the choice of test rows."""
+        return loss_estimate([line.scores for line in self.lines], self.line.headline)
+
+    def within(self, category: str) -> Estimate:
+        """As `loss`, among the rows of a category."""
+        runs = [[s for s in line.scores if s.category == category] for line in self.lines]
+        return loss_estimate(runs, self.line.headline)
+
+    @property
+    def training_rows(self) -> int:
+        """Rows that it was trained on."""
+        return int(self.line.run.record["data"]["sets"]["train"]["rows"])
 
 
 @dataclass(frozen=True)
@@ -58,6 +82,7 @@ class Contrast:
 
     Attributes:
         key: what they differ in: ``base``, or a dotted key of the recipe.
+        tied: other keys, whose values go one to one with those of ``key`` in all arms.
         first: what is compared against.
         second: the other; differences are second minus first.
         pairs: of lines, one a seed.
@@ -67,6 +92,7 @@ class Contrast:
     """
 
     key: str
+    tied: tuple[str, ...]
     first: Arm
     second: Arm
     pairs: tuple[tuple[Line, Line], ...]
@@ -100,6 +126,7 @@ class Contrast:
         known = self.sample.groups > 1
         return {
             "key": self.key,
+            "tied": list(self.tied),
             "pairs": [[a.run.folder.name, b.run.folder.name] for a, b in self.pairs],
             "tokens": self.first.line.headline,
             "value": d.value,
@@ -129,24 +156,29 @@ def all_contrasts(lines: Sequence[Line]) -> list[Contrast]:
     """Every arm against its base, then neighbours along every key that varies."""
     bases = {_base_key(line): line for line in lines if line.is_base}
     tuned = arms(lines)
-    found: list[tuple[str, Arm, Arm, tuple[tuple[Line, Line], ...]]] = []
+    found: list[tuple[str, tuple[str, ...], Arm, Arm, tuple[tuple[Line, Line], ...]]] = []
     for arm in tuned:
         if base := bases.get(_base_key(arm.line)):
-            found.append(("base", Arm((base,)), arm, tuple((base, line) for line in arm.lines)))
-    for key in _varied(tuned):
-        for alike in _alike(tuned, key):
-            found += [
-                (key, one, other, pairs)
-                for one, other in _neighbours(alike, key)
-                if (pairs := _by_seed(one, other))
-            ]
+            pairs = tuple((base, line) for line in arm.lines)
+            found.append(("base", (), Arm((base,)), arm, pairs))
+    kinds = [arm for arm in tuned if not arm.is_full], [arm for arm in tuned if arm.is_full]
+    differing = [
+        (key, tied, one, other)
+        for some in kinds
+        for key, tied in varied(some).items()
+        for alike in _alike(some, (key, *tied))
+        for one, other in _neighbours(alike, key)
+    ]
+    for key, tied, one, other in [*differing, *_against_full(*kinds)]:
+        if pairs := _by_seed(one, other):
+            found.append((key, tied, one, other, pairs))
     samples = [
         paired([(a.scores, b.scores) for a, b in pairs], first.line.headline)
-        for _, first, _, pairs in found
+        for _, _, first, _, pairs in found
     ]
     differences = [
         difference(sample, _margin(first.line))
-        for (_, first, *_), sample in zip(found, samples, strict=True)
+        for (_, _, first, *_), sample in zip(found, samples, strict=True)
     ]
     corrected = holm([each.p for each in differences])
     return [
@@ -164,7 +196,41 @@ def compare(first: Run, second: Run) -> Contrast:
     one, other = read_line(first), read_line(second)
     sample = paired([(one.scores, other.scores)], one.headline)
     found = difference(sample, _margin(one))
-    return Contrast("compare", Arm((one,)), Arm((other,)), ((one, other),), sample, found, found.p)
+    return Contrast(
+        "compare", (), Arm((one,)), Arm((other,)), ((one, other),), sample, found, found.p
+    )
+
+
+LEAST_GROUPS = 10
+"""Groups of a category that are compared."""
+
+
+def by_category(each: Contrast) -> list[tuple[str, int, Difference]]:
+    """The difference among the rows of every category: its name, its rows, the difference.
+
+    Categories of fewer than ten groups are left out, as a bootstrap says nothing of so few; so
+    are all beyond the twenty largest.
+    """
+    found = []
+    scores = each.pairs[0][0].scores
+    many = Counter(score.category for score in scores if score.category).most_common(20)
+    for name in sorted(name for name, rows in many if rows >= LEAST_GROUPS):
+        pairs = [
+            tuple([s for s in line.scores if s.category == name] for line in pair)
+            for pair in each.pairs
+        ]
+        sample = paired([(a, b) for a, b in pairs], each.first.line.headline)
+        if sample.groups >= LEAST_GROUPS:
+            found.append((name, len(pairs[0][0]), difference(sample, each.difference.margin)))
+    return found
+
+
+def series_along(key: str, tuned: Sequence[Arm]) -> list[list[Arm]]:
+    """Arms that differ in ``key`` alone, a number, in its order; at least two of them each."""
+    return [
+        sorted(alike, key=lambda arm: amount(arm, key) or 0)
+        for alike in _alike([arm for arm in tuned if not arm.is_full], (key,))
+    ]
 
 
 def _margin(line: Line) -> float:
@@ -179,8 +245,8 @@ def _base_key(line: Line) -> tuple[str, str, str, str]:
     return model["sha256"], model["precision"], device, record["data"]["held_out_sha256"]
 
 
-def _settings(line: Line, without: str = "") -> list[tuple[str, str]]:
-    """The recipe flat, without seeds, and without a key (the rank takes alpha/r along)."""
+def _settings(line: Line, without: Sequence[str] = ()) -> list[tuple[str, str]]:
+    """The recipe flat, without seeds, and without some keys (the rank takes alpha/r along)."""
     recipe = {
         section: dict(value) if isinstance(value, dict) else value
         for section, value in line.recipe.items()
@@ -192,35 +258,102 @@ def _settings(line: Line, without: str = "") -> list[tuple[str, str]]:
         for section, value in recipe.items()
         for name, each in value.items()
     }
-    flat.pop(without, None)
-    return sorted(flat.items())
+    return sorted((key, value) for key, value in flat.items() if key not in without)
 
 
-def _varied(tuned: Sequence[Arm]) -> list[str]:
-    """Keys that differ between arms: rank and data size first, then by name."""
-    values: dict[str, set[str]] = {}
+def varied(tuned: Sequence[Arm]) -> dict[str, tuple[str, ...]]:
+    """Keys that differ between arms, and to each the keys that are tied to it.
+
+    Rank and data size come first, then the rest by name. Keys are tied if every value of one
+    goes with one value of the other: a learning rate for each method, say. They differ as one.
+    """
+    values: dict[str, list[str]] = {}
     for arm in tuned:
         for key, value in _settings(arm.line):
-            values.setdefault(key, set()).add(value)
-    order = {"adapter.r": 0, "data.size": 1}
-    varied = [key for key, seen in values.items() if len(seen) > 1 and "." in key]
-    return sorted(varied, key=lambda key: (order.get(key, 2), key))
+            values.setdefault(key, []).append(value)
+    shared = [key for key, each in values.items() if len(each) == len(tuned) and "." in key]
+    order = {key: place for place, key in enumerate(_FIRST)}
+    found: dict[str, tuple[str, ...]] = {}
+    for key in sorted(shared, key=lambda key: (order.get(key, len(order)), key)):
+        if len(set(values[key])) < 2:
+            continue
+        for other in found:
+            pairs = set(zip(values[other], values[key], strict=True))
+            if len(pairs) == len(set(values[other])) == len(set(values[key])):
+                found[other] += (key,)
+                break
+        else:
+            found[key] = ()
+    return found
 
 
-def _alike(tuned: Sequence[Arm], key: str) -> list[list[Arm]]:
+def _against_full(
+    adapters: Sequence[Arm], full: Sequence[Arm]
+) -> list[tuple[str, tuple[str, ...], Arm, Arm]]:
+    """Every adapter with the full training that differs from it in nothing else, but for keys,
+    such as a learning rate, that have one value for all adapters and another for all weights."""
+
+    def rest(arm: Arm) -> dict[str, str]:
+        return {k: v for k, v in _settings(arm.line) if not k.startswith("adapter.")}
+
+    def values(some: Sequence[Arm], key: str) -> set[str | None]:
+        return {rest(arm).get(key) for arm in some}
+
+    tied = tuple(
+        key
+        for key in sorted({key for arm in [*adapters, *full] for key in rest(arm)})
+        if len(values(adapters, key)) == len(values(full, key)) == 1
+        and values(adapters, key) != values(full, key)
+    )
+
+    def same(arm: Arm) -> object:
+        return _base_key(arm.line), [pair for pair in rest(arm).items() if pair[0] not in tied]
+
+    return [
+        ("adapter.kind", tied, one, other)
+        for one in adapters
+        for other in full
+        if same(one) == same(other)
+    ]
+
+
+_FIRST = ("adapter.r", "data.size", "adapter.kind", "adapter.target_modules")
+
+
+def _alike(tuned: Sequence[Arm], keys: Sequence[str]) -> list[list[Arm]]:
+    """Arms that differ in nothing but the keys."""
     groups: dict[str, list[Arm]] = {}
     for arm in tuned:
-        rest = repr((_base_key(arm.line), _settings(arm.line, without=key)))
+        rest = repr((_base_key(arm.line), _settings(arm.line, without=keys)))
         groups.setdefault(rest, []).append(arm)
     return [group for group in groups.values() if len(group) > 1]
 
 
 def _neighbours(alike: Sequence[Arm], key: str) -> list[tuple[Arm, Arm]]:
-    """Numbers in order, each with the next; anything else, each with the first."""
-    values = [arm.setting(key) for arm in alike]
-    if all(isinstance(value, int | float) and not isinstance(value, bool) for value in values):
-        return list(itertools.pairwise(sorted(alike, key=lambda arm: arm.setting(key))))
-    return [(alike[0], other) for other in alike[1:]]
+    """What has an order, each with the next; anything else, each with the first."""
+    if all(amount(arm, key) is not None for arm in alike):
+        return list(itertools.pairwise(sorted(alike, key=lambda arm: amount(arm, key) or 0)))
+    first, *others = sorted(alike, key=lambda arm: _usual(arm.setting(key)))
+    return [(first, other) for other in others]
+
+
+def _usual(value: Any) -> tuple[int, str]:
+    """Order of what has no size: LoRA comes before its variations."""
+    return (_KINDS.index(value) if value in _KINDS else len(_KINDS)), str(value)
+
+
+_KINDS = ("lora", "rslora", "dora", "pissa")
+
+
+def amount(arm: Arm, key: str) -> float | None:
+    """The setting as a number, where it has an order: data size in training rows (unset, it is
+    all of them), target modules in weights that train."""
+    if key == "data.size":
+        return arm.training_rows
+    if key == "adapter.target_modules":
+        return int(arm.line.run.record["adapter"]["trainable_parameters"])
+    value = arm.setting(key)
+    return value if isinstance(value, int | float) and not isinstance(value, bool) else None
 
 
 def _by_seed(one: Arm, other: Arm) -> tuple[tuple[Line, Line], ...]:

@@ -1,17 +1,26 @@
-"""Write what came out of an experiment: table, metrics, analysis. Reads run folders only."""
+"""Write what came out of an experiment: table, metrics, report. Reads run folders only."""
 
 from __future__ import annotations
 
 import math
 from collections.abc import Sequence
 from pathlib import Path
-from typing import Literal
+from typing import Any, Literal
 
 from rich.table import Table
 
 from slm_lora.errors import UsageError
-from slm_lora.experiment.analysis import analysis
-from slm_lora.experiment.contrasts import Contrast, all_contrasts
+from slm_lora.experiment import analysis, curve, figures
+from slm_lora.experiment.contrasts import (
+    Arm,
+    Contrast,
+    all_contrasts,
+    arms,
+    by_category,
+    series_along,
+)
+from slm_lora.experiment.figures import Picture
+from slm_lora.experiment.page import Section, as_html, as_markdown, plain
 from slm_lora.experiment.table import (
     MEASURED,
     Line,
@@ -21,14 +30,20 @@ from slm_lora.experiment.table import (
     markdown_table,
     read_lines,
 )
+from slm_lora.records import LossOn
 from slm_lora.runs import METRICS_FILE, Run, to_json
 from slm_lora.storage import atomic_write_text
 
-TABLE_FILE, ANALYSIS_FILE = "experiment_table.md", "analysis.md"
+TABLE_FILE, REPORT_FILE, PAGE_FILE = "experiment_table.md", "report.md", "report.html"
 
 
-def write_report(runs: Sequence[Run], results: Path) -> list[Line]:
-    """Write the three files of an experiment and return the table's lines.
+def write_report(runs: Sequence[Run], results: Path, headline: LossOn | None = None) -> list[Line]:
+    """Write the files of an experiment and return the table's lines.
+
+    Args:
+        runs: of one experiment.
+        results: its folder.
+        headline: tokens behind the table; unset, those of the first run.
 
     Raises:
         UsageError: there are no runs.
@@ -36,11 +51,16 @@ def write_report(runs: Sequence[Run], results: Path) -> list[Line]:
     """
     if not runs:
         raise UsageError(f"{results}: no finished run in it")
-    lines = read_lines(runs)
+    lines = read_lines(runs, headline)
     found = all_contrasts(lines)
-    atomic_write_text(results / TABLE_FILE, _table_file(lines))
-    atomic_write_text(results / METRICS_FILE, to_json(_metrics(lines, found)))
-    atomic_write_text(results / ANALYSIS_FILE, analysis(lines, found))
+    curves = _curves(lines)
+    title = lines[0].run.record["experiment"]
+    # Numbers first, words and pictures after them.
+    atomic_write_text(results / TABLE_FILE, f"# {title}\n\n{_table(lines)}\n")
+    atomic_write_text(results / METRICS_FILE, to_json(_metrics(lines, found, curves)))
+    sections = _sections(lines, found, curves)
+    atomic_write_text(results / REPORT_FILE, as_markdown(title, sections))
+    atomic_write_text(results / PAGE_FILE, as_html(title, sections))
     return lines
 
 
@@ -59,7 +79,80 @@ def terminal_table(lines: Sequence[Line]) -> Table:
     return table
 
 
-def _table_file(lines: Sequence[Line]) -> str:
+def _curves(lines: Sequence[Line]) -> list[curve.LearningCurve]:
+    fitted = []
+    for series in series_along("data.size", arms(lines)):
+        sized = [(arm.training_rows, [line.scores for line in arm.lines]) for arm in series]
+        name = figures.name_without("data.size", series[0])
+        if found := curve.fit(name, sized, series[0].line.headline):
+            fitted.append(found)
+    return fitted
+
+
+def _sections(
+    lines: Sequence[Line], found: Sequence[Contrast], curves: Sequence[curve.LearningCurve]
+) -> list[Section]:
+    tuned = arms(lines)
+    base = next((line for line in lines if line.is_base), None)
+    others = [each for each in found if each.key != "base"]
+    pictures = [
+        figures.forest([each for each in found if each.key == "base"], "Against the base"),
+        figures.forest(others, "Between trainings"),
+        *(
+            figures.perplexity_against(key, analysis.name_of(key), series_along(key, tuned))
+            for key in ("adapter.r", "data.size")
+        ),
+    ]
+    return [
+        Section("Question", analysis.question(lines, tuned, found)),
+        Section("Answer", analysis.answer(found), _there(pictures)),
+        Section("Table", _table(lines)),
+        Section(
+            "Diminishing returns",
+            analysis.returns(found, curves),
+            _there([*map(figures.learning_curve, curves), figures.cost(tuned)]),
+        ),
+        *_categories(lines, found, tuned, base),
+        Section("Training", _trained(tuned), _there([figures.training_curves(tuned)])),
+        Section(
+            "What the numbers are",
+            "\n\n".join([analysis.basis(lines, found), analysis.confounds(found)]),
+        ),
+        Section("Setup", _setup(lines)),
+    ]
+
+
+def _trained(tuned: Sequence[Arm]) -> str:
+    said = []
+    for arm in tuned:
+        record = arm.line.run.record["training"]
+        said.append(
+            f"- {arm.name}: {record['steps']} steps over {record['tokens']:,} tokens, last loss "
+            f"{record['last_step_loss']:.3f}"
+            + (f", first of {len(arm.lines)} seeds" if len(arm.lines) > 1 else "")
+        )
+    return "\n".join(said) or "Nothing was trained."
+
+
+def _there(pictures: Sequence[Picture | None]) -> tuple[Picture, ...]:
+    return tuple(each for each in pictures if each is not None)
+
+
+def _categories(
+    lines: Sequence[Line], found: Sequence[Contrast], tuned: Sequence[Arm], base: Line | None
+) -> list[Section]:
+    text = analysis.category_table(tuned, base)
+    if not text:
+        return []
+    to_base = [each for each in found if each.key == "base"]
+    pictures = []
+    if to_base:
+        best = min(to_base, key=lambda each: each.difference.value)
+        pictures.append(figures.categories(by_category(best), best.second.name, best.first.name))
+    return [Section("By category", f"Held-out loss, nats a token.\n\n{text}", _there(pictures))]
+
+
+def _table(lines: Sequence[Line]) -> str:
     record = lines[0].run.record
     data, machine = record["data"], record["machine"]
     tokens = "the whole text" if lines[0].headline == "all" else "the response"
@@ -75,14 +168,49 @@ def _table_file(lines: Sequence[Line]) -> str:
         f"Run on {machine['processor']}, {machine['cores']} cores, {machine['memory_gb']} GB"
         + (f", {machine['gpu']}" if "gpu" in machine else "")
         + ". Tokens/s counts real tokens of training, the first two steps left out.",
-        *_cut_rows(lines),
     ]
     return (
-        f"# {record['experiment']}\n\n{markdown_table(lines)}\n"
+        f"{markdown_table(lines)}\n"
         + "\n".join(f"- {note}" for note in notes)
-        + f"\n\n## Whole text and response only, with 95 % intervals\n\n{both_losses(lines)}\n"
-        "Intervals cover the choice of test rows, not the training seed.\n"
+        + "\n\n### Whole text and response only, with 95 % intervals\n\n"
+        + f"{both_losses(lines)}\n"
+        "Intervals cover the choice of test rows, not the training seed."
     )
+
+
+def _setup(lines: Sequence[Line]) -> str:
+    record = lines[0].run.record
+    data, model = record["data"], record["model"]
+    sets = {line.run.cell: line.run.record["data"]["sets"] for line in lines if not line.is_base}
+    sets = sets or {lines[0].run.cell: data["sets"]}
+    trained = sorted({each["train"]["rows"] for each in sets.values()})
+    first = data["sets"]
+    facts = [
+        f"Model: {model['name']}"
+        + (f", revision {model['revision']}" if model["revision"] else "")
+        + f"; SHA-256 of its weights {model['sha256'][:16]}…; computed in {model['precision']}.",
+        f"Data: {plain(data['origin'])}, format {data['format']}, template "
+        f"{data['template']['kind']}; "
+        f"{data['rows_available']} rows in {data['groups']} groups of related rows (same "
+        f"instruction, context or named group, or nearly the same prompt; split version "
+        f"{data['split_version']}).",
+        f"Left out: {data['duplicates_dropped']} exact duplicates, {data['bad_rows_skipped']} "
+        "malformed rows.",
+        f"Sets: {first['test']['rows']} test rows ({first['test']['tokens']} tokens), "
+        f"{first['validation']['rows']} validation rows, "
+        + " and ".join(map(str, trained))
+        + f" training rows; SHA-256 of the held-out tokens {data['held_out_sha256'][:16]}….",
+        *_cut_rows(lines),
+        "Versions: " + ", ".join(f"{k} {v}" for k, v in record["versions"].items()) + ".",
+        f"Runs: {', '.join(f'`{line.run.folder.name}`' for line in lines)}.",
+    ]
+    again = (
+        "The resolved recipe, every hash and every number are in `metrics.json`, the loss of every "
+        "test row in `runs/*/scores.parquet`. The same recipe on the same rows and base gives the "
+        "same hashes, which end the names of the run folders. This file is made from them by:"
+    )
+    command = f"slm-lora report results/{record['experiment']}"
+    return "\n".join(f"- {each}" for each in facts) + f"\n\n{again}\n\n```\n{command}\n```"
 
 
 def _cut_rows(lines: Sequence[Line]) -> list[str]:
@@ -97,7 +225,9 @@ def _cut_rows(lines: Sequence[Line]) -> list[str]:
     ]
 
 
-def _metrics(lines: Sequence[Line], found: Sequence[Contrast]) -> dict[str, object]:
+def _metrics(
+    lines: Sequence[Line], found: Sequence[Contrast], curves: Sequence[curve.LearningCurve]
+) -> dict[str, Any]:
     return {
         "experiment": lines[0].run.record["experiment"],
         "runs": [
@@ -113,4 +243,5 @@ def _metrics(lines: Sequence[Line], found: Sequence[Contrast]) -> dict[str, obje
             for line in lines
         ],
         "contrasts": [each.record() for each in found],
+        "learning_curves": [each.record() for each in curves],
     }  # fmt: skip

@@ -11,6 +11,7 @@ from typing import Any
 from torch import nn
 
 from slm_lora import machine
+from slm_lora.errors import UsageError
 from slm_lora.evaluation.perplexity import held_out_loss, score, write_scores
 from slm_lora.experiment.jobs import Job, data_record
 from slm_lora.model import adapter, fusion, native
@@ -143,6 +144,12 @@ def evaluate_adapter(
 def _with_saved(folder: Path, job: Job, loaded: _LoadedBase) -> Base:
     """The base with a saved adapter, or the model that full fine-tuning saved."""
     if (folder / adapter.MODEL_WEIGHTS).is_file():
+        if not (folder / adapter.ABOUT).is_file():
+            raise UsageError(
+                f"{folder}: a model, but without {adapter.ABOUT}, which says what it was trained "
+                "from; to score any model, name it in model.name"
+            )
+        adapter.check_base(job.source, folder)
         source = resolve(ModelSection(name=str(folder)))
         return load_base(source, device=job.device, precision=job.precision)
     base = loaded.for_job(job)

@@ -11,6 +11,7 @@ and the training seed, and an interval says which of them it covers:
 
 from __future__ import annotations
 
+import functools
 import math
 from collections.abc import Sequence
 from dataclasses import dataclass
@@ -143,10 +144,22 @@ class Difference:
         return self.low > 0 or self.high < 0
 
 
-def loss_estimate(scores: Sequence[RowScore], tokens: LossOn) -> Estimate:
-    """Loss of one model, with its clustered standard error."""
-    _, nats, counts = _sums(scores, tokens)
-    return _ratio(nats, counts)
+def loss_estimate(runs: Sequence[Sequence[RowScore]], tokens: LossOn) -> Estimate:
+    """Loss of one model, or the mean over its seeds, with its clustered standard error."""
+    nats, counts = group_sums(runs, tokens)
+    return _ratio(nats.mean(0), counts)
+
+
+def group_sums(runs: Sequence[Sequence[RowScore]], tokens: LossOn) -> tuple[Floats, Floats]:
+    """Nats [runs, groups] and label tokens [groups] of runs on the same rows.
+
+    Raises:
+        IntegrityError: they were not scored on the same tokens of the same rows.
+    """
+    for other in runs[1:]:
+        _check_same_rows(runs[0], other, tokens)
+    sums = [_sums(scores, tokens) for scores in runs]
+    return np.stack([nats for _, nats, _ in sums]), sums[0][2]
 
 
 def paired(arms: Sequence[tuple[Sequence[RowScore], Sequence[RowScore]]], tokens: LossOn) -> Paired:
@@ -155,18 +168,8 @@ def paired(arms: Sequence[tuple[Sequence[RowScore], Sequence[RowScore]]], tokens
     Raises:
         IntegrityError: runs were not scored on the same tokens of the same rows.
     """
-    nats = []
-    same: tuple[list[str], Floats] | None = None
-    for first, second in arms:
-        _check_same_rows(first, second, tokens)
-        groups, one, counts = _sums(first, tokens)
-        _, other, _ = _sums(second, tokens)
-        if same is not None and (same[0] != groups or not np.array_equal(same[1], counts)):
-            raise IntegrityError("seeds were scored on different rows; they do not compare")
-        same = groups, counts
-        nats.append(other - one)
-    assert same is not None, "no pair"
-    return Paired(np.stack(nats), same[1])
+    nats, counts = group_sums([scores for pair in arms for scores in pair], tokens)
+    return Paired(nats[1::2] - nats[0::2], counts)
 
 
 def difference(sample: Paired, margin: float) -> Difference:
@@ -260,7 +263,8 @@ def _bca(sample: Paired, confidence: float) -> tuple[float, float]:
     from scipy import stats
 
     nats = sample.nats[0]
-    if np.ptp(nats / sample.tokens) == 0:  # all groups differ by the same: nothing to resample
+    each = nats / sample.tokens
+    if np.ptp(each) <= 1e-12 * np.abs(each).max():  # the same in all groups, to rounding
         return sample.value, sample.value
 
     def ratio(numerator: Floats, tokens: Floats, axis: int = -1) -> Floats:
@@ -293,7 +297,14 @@ def _student(sample: Paired, confidence: float) -> tuple[float, float]:
 
 
 def _two_way(sample: Paired, confidence: float) -> tuple[float, float]:
-    """Percentiles over resampled groups and, independently, resampled seeds."""
+    tail = 50 * (1 - confidence)
+    low, high = np.percentile(_two_way_samples(sample), [tail, 100 - tail])
+    return float(low), float(high)
+
+
+@functools.lru_cache(maxsize=1)
+def _two_way_samples(sample: Paired) -> Floats:
+    """The difference over resampled groups and, independently, resampled seeds."""
     rng = np.random.default_rng(0)
     values: list[Floats] = []
     for start in range(0, RESAMPLES, 500):
@@ -302,9 +313,7 @@ def _two_way(sample: Paired, confidence: float) -> tuple[float, float]:
         seeds = rng.multinomial(sample.seeds, [1 / sample.seeds] * sample.seeds, many)
         nats = ((seeds / sample.seeds) @ sample.nats * groups).sum(1)
         values.append(nats / (groups @ sample.tokens))
-    tail = 50 * (1 - confidence)
-    low, high = np.percentile(np.concatenate(values), [tail, 100 - tail])
-    return float(low), float(high)
+    return np.concatenate(values)
 
 
 def _sign_flip(sample: Paired) -> float:

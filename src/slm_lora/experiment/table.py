@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Mapping, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from typing import Any
 
 from slm_lora.evaluation.perplexity import read_scores
@@ -15,10 +15,11 @@ from slm_lora.runs import Run
 
 @dataclass(frozen=True)
 class Line:
-    """One run with its scores, ready to be shown."""
+    """One run with its scores, ready to be shown; ``headline``: the tokens behind the table."""
 
     run: Run
     scores: tuple[RowScore, ...]
+    headline: LossOn = "all"
 
     @property
     def is_base(self) -> bool:
@@ -31,15 +32,9 @@ class Line:
         recipe: Mapping[str, Any] = self.run.record["recipe"]
         return recipe
 
-    @property
-    def headline(self) -> LossOn:
-        """The tokens behind the table: whole text or responses."""
-        tokens: LossOn = self.run.record["evaluation"]["headline"]
-        return tokens
-
     def loss(self, tokens: LossOn | None = None) -> Estimate:
         """Loss with its interval, of the headline unless said otherwise."""
-        return loss_estimate(self.scores, tokens or self.headline)
+        return loss_estimate([self.scores], tokens or self.headline)
 
     def setting(self, key: str) -> Any:
         """A dotted key of the resolved recipe."""
@@ -55,11 +50,14 @@ def read_line(run: Run) -> Line:
     Raises:
         IntegrityError: the scores are broken.
     """
-    return Line(run, tuple(read_scores(run.scores_path)))
+    return Line(run, tuple(read_scores(run.scores_path)), run.record["evaluation"]["headline"])
 
 
-def read_lines(runs: Sequence[Run]) -> list[Line]:
-    """Runs with their scores: base first, then by seed, data size, rank and name."""
+def read_lines(runs: Sequence[Run], headline: LossOn | None = None) -> list[Line]:
+    """Runs with their scores: base first, then by seed, data size, rank and name.
+
+    All have one headline: the given, or that of the first run.
+    """
 
     def order(line: Line) -> tuple[Any, ...]:
         recipe = line.recipe
@@ -69,7 +67,8 @@ def read_lines(runs: Sequence[Run]) -> list[Line]:
             line.run.cell,
         )  # fmt: skip
 
-    return sorted(map(read_line, runs), key=order)
+    lines = sorted(map(read_line, runs), key=order)
+    return [replace(line, headline=headline or lines[0].headline) for line in lines]
 
 
 KINDS = {

@@ -17,6 +17,7 @@ from slm_lora.errors import IntegrityError, UsageError
 from slm_lora.model.base import Base
 from slm_lora.model.dropout import replace_dropout
 from slm_lora.model.methods import peft_config
+from slm_lora.model.source import ModelSource
 from slm_lora.recipe.schema import AdapterSection
 from slm_lora.storage import atomic_folder
 
@@ -221,7 +222,7 @@ def load(base: Base, folder: Path) -> PeftModel:
 
     if not (folder / "adapter_config.json").is_file() or not (folder / WEIGHTS).is_file():
         raise UsageError(f"{folder}: no adapter (adapter_config.json and {WEIGHTS}) in it")
-    _check_base(base, folder)
+    check_base(base.source, folder)
     try:
         with safe_open(folder / WEIGHTS, framework="pt") as file:
             saved = {name: tuple(file.get_slice(name).get_shape()) for name in file.keys()}  # noqa: SIM118
@@ -241,8 +242,12 @@ def load(base: Base, folder: Path) -> PeftModel:
     return adapted
 
 
-def _check_base(base: Base, folder: Path) -> None:
-    """An adapter that says which base it was trained on is only put on that one."""
+def check_base(source: ModelSource, folder: Path) -> None:
+    """What says which base it was trained on is only used with that one.
+
+    Raises:
+        IntegrityError: it was another, or what it says is broken.
+    """
     try:
         about = json.loads((folder / ABOUT).read_text(encoding="utf-8"))
         trained_on = str(about["base"]["sha256"]), str(about["base"]["name"])
@@ -250,8 +255,8 @@ def _check_base(base: Base, folder: Path) -> None:
         return
     except (ValueError, KeyError, TypeError) as error:
         raise IntegrityError(f"{folder / ABOUT}: broken ({error})") from error
-    if trained_on[0] != base.source.sha256:
+    if trained_on[0] != source.sha256:
         raise IntegrityError(
             f"{folder}: was trained on {trained_on[1]} with weights {trained_on[0][:12]}…, "
-            f"not on {base.source.name} with weights {base.source.sha256[:12]}…"
+            f"not on {source.name} with weights {source.sha256[:12]}…"
         )

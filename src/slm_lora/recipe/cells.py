@@ -70,6 +70,8 @@ def unfold(recipe: Recipe, settings: Settings, sources: Sources, mistakes: list[
             mistakes.append(f"override: {key} has no effect: '{by}' sets it in every cell")
     if len(mistakes) > before:
         return []
+    # What a size is worth depends on the rows it takes: chance that other seeds must cover.
+    draws_rows = "data_seed" not in settings and any("data.size" in varied for varied in grid)
     shared = {name: value for name, value in settings.items() if name not in _NOT_IN_CELLS}
     cells = []
     # Seed-major, so that any finished prefix holds every setting equally often.
@@ -79,6 +81,8 @@ def unfold(recipe: Recipe, settings: Settings, sources: Sources, mistakes: list[
             chosen = varied if seed is None else {**varied, "seed": seed}
             for key, value in chosen.items():
                 set_key(own, key, value)
+            if draws_rows and seed is not None:
+                own.setdefault("data_seed", seed)
             cell = validated(CellRecipe, own, sources, mistakes, f"{source}: grid cell {index}")
             if cell is not None:
                 # As validated: `2e-4` is text in YAML, and a number here.

@@ -278,7 +278,12 @@ class CellRecipe(Section):
     training: TrainingSection = Field(default_factory=lambda: TrainingSection())
     evaluation: EvaluationSection = Field(default_factory=lambda: EvaluationSection())
     seed: Int = Field(0, ge=0, description="Initialisation, order and dropout.")
-    data_seed: Int = Field(0, ge=0, description="Which rows the training subset takes.")
+    data_seed: Int = Field(
+        0,
+        ge=0,
+        description="Which rows the training subset takes. Unset, it goes with `seeds` where the "
+        "grid varies data.size.",
+    )
 
 
 class Recipe(CellRecipe):

@@ -101,7 +101,7 @@ class Checkpointer:
                     parameter.copy_(file.get_tensor(f"weight/{name}"))
                     if f"step/{name}" in saved:
                         optimizer.state[parameter] = {
-                            "step": file.get_tensor(f"step/{name}"),
+                            "step": file.get_tensor(f"step/{name}").to(parameter.device),
                             **{
                                 moment: file.get_tensor(f"{moment}/{name}").to(parameter.device)
                                 for moment in _MOMENTS

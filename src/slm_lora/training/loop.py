@@ -178,7 +178,7 @@ def train(
         scaler.load_state_dict(resumed.scaler)
     resumed_at = len(history)
     seconds = history[-1].seconds if history else 0.0
-    saved_at = time.monotonic()
+    saved_at, wait = time.monotonic(), 0.0
     stopped_early = False
 
     adapted.train()
@@ -251,9 +251,11 @@ def train(
         if patience is not None and _validations_since(history, best) >= patience:
             stopped_early = True
             break
-        if checkpointer and time.monotonic() - saved_at >= checkpointer.every_seconds:
+        if checkpointer and time.monotonic() - saved_at >= max(checkpointer.every_seconds, wait):
+            began = time.monotonic()
             checkpointer.save(named, optimizer, history, best, scaler.state_dict())
             saved_at = time.monotonic()
+            wait = 20 * (saved_at - began)  # all weights of a model take their time
     adapted.eval()
     kept = len(history)
     if section.keep_best and best is not None:

@@ -1,0 +1,52 @@
+"""The report as one file of HTML: no script, nothing fetched, readable on a phone and on paper."""
+
+from __future__ import annotations
+
+import re
+from collections.abc import Sequence
+from dataclasses import dataclass
+from importlib.resources import files
+
+from slm_lora.experiment.figures import Picture
+
+
+@dataclass(frozen=True, slots=True)
+class Section:
+    """A part of a report: Markdown, and the pictures that follow it."""
+
+    title: str
+    text: str
+    pictures: tuple[Picture, ...] = ()
+
+
+def plain(text: str) -> str:
+    """Text that comes from data or from elsewhere, so that Markdown takes it for nothing else."""
+    return re.sub(r"([\\`*_\[\]<>|#!~])", r"\\\1", " ".join(text.split()))
+
+
+def as_markdown(title: str, sections: Sequence[Section]) -> str:
+    """The report without its pictures."""
+    parts = [f"# {title}", *(f"## {each.title}\n\n{each.text}" for each in sections)]
+    return "\n\n".join(part.strip() for part in parts) + "\n"
+
+
+def as_html(title: str, sections: Sequence[Section]) -> str:
+    """The report in one file. What comes from data is text: nothing in it is taken for HTML."""
+    import jinja2
+    from markdown_it import MarkdownIt
+
+    markdown = MarkdownIt("commonmark", {"html": False}).enable("table")
+    markdown.disable(["image", "link", "autolink"])
+    page = files("slm_lora.experiment").joinpath("page.html").read_text(encoding="utf-8")
+    template = jinja2.Environment(autoescape=True, trim_blocks=True, lstrip_blocks=True)
+    return template.from_string(page).render(
+        title=title,
+        sections=[
+            {
+                "title": each.title,
+                "html": markdown.render(each.text),
+                "pictures": each.pictures,
+            }
+            for each in sections
+        ],
+    )

@@ -1,0 +1,129 @@
+"""Which cells are compared, and in which name."""
+
+from __future__ import annotations
+
+from pathlib import Path
+from typing import Any
+
+import pytest
+
+from slm_lora.experiment import analysis
+from slm_lora.experiment.contrasts import Arm, all_contrasts, arms, by_category, varied
+from slm_lora.experiment.table import Line
+from slm_lora.recipe.cells import set_key
+from slm_lora.recipe.schema import CellRecipe
+from slm_lora.records import RowScore
+from slm_lora.runs import Run
+
+
+def line(name: str, loss: float, **settings: Any) -> Line:
+    """A run with settings (``adapter__r`` for adapter.r) on 40 rows whose mean loss is given."""
+    own: dict[str, Any] = {}
+    for key, value in settings.items():
+        set_key(own, key.replace("__", "."), value)
+    recipe = CellRecipe.model_validate(own).model_dump(mode="json")
+    recipe["adapter"]["lora_alpha"] = 2.0 * recipe["adapter"]["r"]
+    scores = tuple(
+        RowScore(
+            f"{i:02d}", f"{i:02d}", "odd" if i % 2 else "even", "test",
+            10 * (loss + 0.01 * ((i * 7) % 5 - 2)), 10, 1, 0.0, 10, 1,
+        )
+        for i in range(40)
+    )  # fmt: skip
+    record = {
+        "cell": name,
+        "recipe": recipe,
+        "model": {"name": "tiny", "sha256": "0", "precision": "fp32"},
+        "machine": {"device": "cpu"},
+        "data": {"held_out_sha256": "0", "origin": "rows.jsonl", "sets": {"train": {"rows": 9}}},
+        "evaluation": {"headline": "all"},
+        "training": {"steps": 5},
+    }
+    if name != "base":
+        record["adapter"] = {"trainable_parameters": recipe["adapter"]["r"]}
+    return Line(Run(Path(name), record), scores)
+
+
+def compared(lines: list[Line]) -> list[tuple[str, str, str]]:
+    return [(each.key, each.first.name, each.second.name) for each in all_contrasts(lines)]
+
+
+def test_neighbours_along_each_key_and_every_arm_with_the_base() -> None:
+    lines = [line("base", 3.0)] + [
+        line(f"r{r}-{n}", 2.0, adapter__r=r, data__size=n)
+        for r, n in ((4, 100), (8, 100), (16, 100), (16, 200))
+    ]
+    assert compared(lines) == [
+        ("base", "base", "r4-100"), ("base", "base", "r8-100"),
+        ("base", "base", "r16-100"), ("base", "base", "r16-200"),
+        ("adapter.r", "r4-100", "r8-100"), ("adapter.r", "r8-100", "r16-100"),
+        ("data.size", "r16-100", "r16-200"),
+    ]  # fmt: skip
+
+
+def test_keys_that_move_together_are_one_difference() -> None:
+    lines = [
+        line("lora", 2.0, adapter__kind="lora", training__learning_rate=1e-3),
+        line("full", 1.9, adapter__kind="full", training__learning_rate=1e-4),
+    ]
+    (found,) = all_contrasts(lines)
+    assert (found.key, found.tied) == ("adapter.kind", ("training.learning_rate",))
+    asked = analysis.question(lines, arms(lines), [found])
+    assert "the method with its learning rate (lora, full)" in asked
+    assert "also have another learning rate" in analysis.confounds([found])
+    # Once the rates cross, they are two differences again.
+    lines.append(line("slow", 2.1, adapter__kind="lora", training__learning_rate=1e-4))
+    assert compared(lines) == [
+        ("training.learning_rate", "slow", "lora"), ("adapter.kind", "slow", "full"),
+    ]  # fmt: skip
+
+
+def test_sizes_and_steps_that_match_are_one_difference() -> None:
+    lines = [
+        line(f"{n}", 2.0, data__size=n, training__max_steps=steps)
+        for n, steps in ((100, 40), (200, 50), (400, 60))
+    ]
+    assert varied(arms(lines)) == {"data.size": ("training.max_steps",)}
+
+
+def test_ranks_mean_nothing_to_full_fine_tuning() -> None:
+    lines = [line(f"r{r}", 2.0, adapter__r=r) for r in (4, 8)]
+    lines.append(line("full", 1.9, adapter__kind="full", adapter__r=16))
+    assert compared(lines) == [
+        ("adapter.r", "r4", "r8"), ("adapter.kind", "r4", "full"), ("adapter.kind", "r8", "full"),
+    ]  # fmt: skip
+
+
+def test_methods_are_compared_with_lora() -> None:
+    lines = [line(kind, 2.0, adapter__kind=kind) for kind in ("dora", "lora", "pissa")]
+    assert compared(lines) == [
+        ("adapter.kind", "lora", "dora"), ("adapter.kind", "lora", "pissa"),
+    ]  # fmt: skip
+
+
+def test_all_rows_are_the_largest_size() -> None:
+    lines = [line(name, 2.0, data__size=n) for name, n in (("all", None), ("100", 100))]
+    lines[0].run.record["data"]["sets"]["train"]["rows"] = 900
+    assert compared(lines) == [("data.size", "100", "all")]
+
+
+def test_seeds_are_one_arm() -> None:
+    lines = [
+        line(f"r{r}-seed{seed}", 2.0 - r / 100, adapter__r=r, seed=seed)
+        for seed in (0, 1, 2)
+        for r in (4, 8)
+    ]
+    (found,) = all_contrasts(lines)
+    assert (found.first.name, found.second.name, len(found.pairs)) == ("r4", "r8", 3)
+    assert found.difference.covers == "rows and seeds"
+    assert found.second.loss().value == pytest.approx(1.92)
+
+
+def test_categories_are_compared_apart() -> None:
+    lines = [line("base", 3.0), line("r8", 2.0)]
+    (found,) = all_contrasts(lines)
+    parts = by_category(found)
+    assert [(name, rows) for name, rows, _ in parts] == [("even", 20), ("odd", 20)]
+    assert all(d.value == pytest.approx(-1) for _, _, d in parts)
+    table = analysis.category_table([Arm((lines[1],))], lines[0])
+    assert "| even | 20 | 3.0000 | 2.0000 |" in table
