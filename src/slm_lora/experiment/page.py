@@ -21,7 +21,8 @@ class Section:
 
 def plain(text: str) -> str:
     """Text that comes from data or from elsewhere, so that Markdown takes it for nothing else."""
-    return re.sub(r"([\\`*_\[\]<>|#!~])", r"\\\1", " ".join(text.split()))
+    # An underscore inside a word is just that to Markdown.
+    return re.sub(r"[\\`*\[\]<>|#!~]|(?<!\w)_|_(?!\w)", r"\\\g<0>", " ".join(text.split()))
 
 
 def as_markdown(title: str, sections: Sequence[Section]) -> str:

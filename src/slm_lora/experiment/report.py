@@ -192,8 +192,9 @@ def _setup(lines: Sequence[Line]) -> str:
         f"Data: {plain(data['origin'])}, format {data['format']}, template "
         f"{data['template']['kind']}; "
         f"{data['rows_available']} rows in {data['groups']} groups of related rows (same "
-        f"instruction, context or named group, or nearly the same prompt; split version "
-        f"{data['split_version']}).",
+        "instruction, context or named group"
+        + (", or nearly the same prompt" if data["split_version"] > 1 else "")
+        + f"; split version {data['split_version']}).",
         f"Left out: {data['duplicates_dropped']} exact duplicates, {data['bad_rows_skipped']} "
         "malformed rows.",
         f"Sets: {first['test']['rows']} test rows ({first['test']['tokens']} tokens), "
