@@ -174,7 +174,7 @@ def show(found: Figures) -> None:
         f"{first['trl_seconds']:.1f}",
         f"{first['trainer_seconds']:.1f}",
     )
-    Console().print(table)
+    Console(width=120).print(table)
 
 
 def main() -> None:
