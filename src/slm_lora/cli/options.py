@@ -21,9 +21,13 @@ CellName = Annotated[str, typer.Option("--cell", help="Cell of the grid, where i
 
 def console() -> Any:
     """The terminal, or plain text off one."""
+    import sys
+
     from rich.console import Console
 
-    return Console(highlight=False, markup=False)
+    # A table in a log file need not fit 80 columns.
+    width = None if sys.stdout.isatty() else 140
+    return Console(highlight=False, markup=False, width=width)
 
 
 def chosen_cell(cells: list[Any], name: str) -> Any:

@@ -29,7 +29,8 @@ def question(lines: Sequence[Line], tuned: Sequence[Arm], found: Sequence[Contra
     """What the experiment asks, from what its contrasts vary."""
     model = plain(lines[0].run.record["model"]["name"])
     data = plain(lines[0].run.record["data"]["origin"].split(" ")[0])
-    asked = [_kinds(tuned)] if tuned else []
+    varied = {each.key for each in found}
+    asked = [_kinds(tuned)] if tuned and "adapter.kind" not in varied else []
     for key, tied in {c.key: c.tied for c in found if c.key != "base"}.items():
         of_key = [arm for c in found if c.key == key for arm in (c.first, c.second)]
         values = sorted(of_key, key=lambda arm: amount(arm, key) or 0)
@@ -51,12 +52,10 @@ def answer(found: Sequence[Contrast]) -> str:
     """One sentence a contrast, those with the base first."""
     to_base = [each for each in found if each.key == "base"]
     parts = ["### Perplexity reduction\n\n" + _reduction(to_base)]
-    keys = ["adapter.r", "data.size"]
-    keys += [k for k in dict.fromkeys(c.key for c in found) if k not in (*keys, "base")]
-    for key in keys:
+    for key in dict.fromkeys(each.key for each in found if each.key != "base"):
         of_key = [each for each in found if each.key == key]
-        name = name_of(key, of_key[0].tied if of_key else ())
-        parts.append(f"### Effect of the {name}\n\n" + _effect(of_key, name))
+        name = name_of(key, of_key[0].tied)
+        parts.append(f"### Effect of the {name}\n\n" + _effect(of_key))
     return "\n\n".join(parts)
 
 
@@ -142,9 +141,7 @@ def _reduction(contrasts: Sequence[Contrast]) -> str:
     return "\n".join(said)
 
 
-def _effect(contrasts: Sequence[Contrast], name: str) -> str:
-    if not contrasts:
-        return f"No two cells differ in {name} alone."
+def _effect(contrasts: Sequence[Contrast]) -> str:
     return "\n".join(f"- {sentence(each)}" for each in contrasts)
 
 

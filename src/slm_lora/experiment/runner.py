@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import gc
 import time
 from collections.abc import Sequence
 from dataclasses import asdict, dataclass
@@ -70,6 +71,7 @@ class _LoadedBase:
         base = self._base
         if base is None or (base.source, base.precision, base.device) != wanted:
             self._base = None
+            gc.collect()  # layers that are `fused` refer to themselves
             self._reporter.say(
                 f"  loading {job.source.name} in {job.precision} on {job.device.type}"
             )
