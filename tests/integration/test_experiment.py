@@ -169,6 +169,18 @@ def test_a_cell_whose_adapter_is_gone_is_trained_again(lab: Lab) -> None:
     assert next((lab.results / "runs").glob("r2-40-*")) == run
 
 
+def test_without_keeping_adapters_scores_are_enough(lab: Lab, tmp_path: Path) -> None:
+    out = ("--results", tmp_path / "results", "--adapters", tmp_path / "adapter")
+    words = ("grid.cells=[{data.size: 40, adapter.r: 2}]", "keep_adapters=false")
+    assert command("experiment", lab.recipe, *words, *out) == 0
+    assert not list((tmp_path / "adapter").iterdir())
+    run = next((tmp_path / "results" / "tiny" / "runs").glob("r2-40-*"))
+    assert run.name == next((lab.results / "runs").glob("r2-40-*")).name, "the same run"
+    written = (run / "run.json").stat().st_mtime_ns
+    assert command("experiment", lab.recipe, *words, *out) == 0
+    assert (run / "run.json").stat().st_mtime_ns == written, "trained again"
+
+
 def test_a_single_test_row_has_no_interval(tmp_path: Path, tiny_folder: Path) -> None:
     small = Lab(tmp_path, tiny_folder)
     assert small.run("data.test_rows=1", "data.validation_rows=1") == 0

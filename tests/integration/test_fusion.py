@@ -23,7 +23,7 @@ from .test_forward import LENGTHS, gradients, make_examples
 LoadTiny = Callable[..., Base]
 
 pytestmark = pytest.mark.skipif(
-    not fusion.wanted("auto", 10**9, torch.device("cpu")), reason="no C++ compiler here"
+    not fusion.wanted("auto", 10**9, torch.device("cpu"), half=False), reason="no C++ compiler here"
 )
 
 
@@ -155,10 +155,11 @@ def test_what_is_not_the_compilers_fault_is_not_blamed_on_it(error: Exception) -
 
 def test_short_runs_do_not_compile(monkeypatch: pytest.MonkeyPatch) -> None:
     cpu = torch.device("cpu")
-    assert not fusion.wanted("auto", fusion.PAYS_FROM["cpu"] - 1, cpu)
-    assert fusion.wanted("auto", fusion.PAYS_FROM["cpu"], cpu)
-    assert fusion.wanted(True, 1, cpu)
-    assert not fusion.wanted(False, 10**9, cpu)
+    for half, least in zip((True, False), fusion.PAYS_FROM["cpu"], strict=True):
+        assert not fusion.wanted("auto", least - 1, cpu, half)
+        assert fusion.wanted("auto", least, cpu, half)
+    assert fusion.wanted(True, 1, cpu, half=True)
+    assert not fusion.wanted(False, 10**9, cpu, half=True)
     monkeypatch.delenv("CXX", raising=False)
     monkeypatch.setattr(shutil, "which", lambda name: None)
-    assert not fusion.wanted("auto", 10**9, cpu)
+    assert not fusion.wanted("auto", 10**9, cpu, half=True)

@@ -40,7 +40,7 @@ def experiment(
     from slm_lora.recipe.reading import load_recipe
 
     read, cells = load_recipe(recipe, overrides or [])
-    places = Places(read.name, results / read.name, adapters)
+    places = Places(read.name, results / read.name, adapters, read.keep_adapters)
     reporter = Reporter()
     reporter.say(f"{read.name}: {read.description or recipe.name}")
     quiet_libraries()
@@ -56,7 +56,8 @@ def experiment(
     out.print()
     out.print(terminal_table(lines))
     out.print()
-    _print_where(places.results, [places.adapter(job.cell.name) for job in jobs])
+    kept = jobs if places.keep_adapters else []
+    _print_where(places.results, [places.adapter(job.cell.name) for job in kept])
 
 
 def train(
@@ -78,11 +79,12 @@ def train(
         raise UsageError(f"the recipe has {len(cells)} cells; choose one: --cell {chosen.name} …")
     reporter = Reporter()
     quiet_libraries()
-    places = Places(read.name, results / read.name, adapters)
+    places = Places(read.name, results / read.name, adapters, read.keep_adapters)
     jobs = make_jobs([chosen])
     _say_data(jobs[0], reporter)
     run = run_cells(jobs, places, reporter)[0]
-    console().print(f"\n{run.folder}\n{places.adapter(run.cell)}", soft_wrap=True)
+    kept = f"\n{places.adapter(run.cell)}" if places.keep_adapters else ""
+    console().print(f"\n{run.folder}{kept}", soft_wrap=True)
 
 
 def evaluate(

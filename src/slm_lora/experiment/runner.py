@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import gc
+import shutil
 import time
 from collections.abc import Sequence
 from dataclasses import asdict, dataclass
@@ -36,11 +37,13 @@ class Places:
         experiment: its name.
         results: folder of tables and run folders.
         adapters: folder that adapter folders are put into.
+        keep_adapters: whether they stay there; else scores are all that a finished cell needs.
     """
 
     experiment: str
     results: Path
     adapters: Path
+    keep_adapters: bool = True
 
     def adapter(self, cell: str) -> Path:
         """Folder of one cell's adapter."""
@@ -112,7 +115,7 @@ def _run_cells(
     runs = []
     for job in jobs:
         run = find_run(places.results, job.cell.name, job.identity)
-        if run is None or not _has_adapter(run, places):
+        if run is None or (places.keep_adapters and not _has_adapter(run, places)):
             run = _run_cell(job, loaded, places, reporter)
         else:
             reporter.say(f"  {job.cell.name}  finished earlier")
@@ -209,6 +212,8 @@ def _run_cell(job: Job, loaded: _LoadedBase, places: Places, reporter: Reporter)
         write_scores(scores, run / SCORES_FILE)
         write_lines(run / STEPS_FILE, [asdict(step) for step in result.history])
     checkpointer.remove()
+    if not places.keep_adapters:
+        shutil.rmtree(folder)
     return _found(places, name, job.identity)
 
 
@@ -298,7 +303,7 @@ def _evaluate(
 
 def _compiles(job: Job, examples: Sequence[Example], base: Base) -> bool:
     tokens = sum(example.length for example in examples)
-    return fusion.wanted(job.cell.recipe.training.compile, tokens, base.device)
+    return fusion.wanted(job.cell.recipe.training.compile, tokens, base.device, base.half)
 
 
 def _say_fallbacks(reporter: Reporter) -> None:

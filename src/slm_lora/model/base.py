@@ -45,3 +45,8 @@ class Base:
     def dtype(self) -> torch.dtype:
         """The precision as torch names it."""
         return DTYPES[self.precision]
+
+    @property
+    def half(self) -> bool:
+        """Whether it computes in half precision."""
+        return self.precision != "fp32"

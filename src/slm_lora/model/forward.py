@@ -116,8 +116,7 @@ def _hidden(base: Base, batch: MicroBatch, dropout_keys: Tensor | None = None) -
 def _mixed_precision(base: Base) -> torch.autocast:
     """What trains is fp32 and multiplies in the base's bf16 or fp16, as everywhere (`bf16=True`
     of transformers' Trainer does the same); its gradients are summed in fp32."""
-    half = base.dtype in (torch.bfloat16, torch.float16)
-    return torch.autocast(base.device.type, base.dtype if half else None, enabled=half)
+    return torch.autocast(base.device.type, base.dtype if base.half else None, enabled=base.half)
 
 
 def _packed_hidden(

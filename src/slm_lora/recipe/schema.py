@@ -299,3 +299,8 @@ class Recipe(CellRecipe):
         default_factory=lambda: GridSection(), description="The cells; unset: one cell."
     )
     seeds: tuple[Int, ...] = Field((), description="Seeds, each over the whole grid.")
+    keep_adapters: bool = Field(
+        True,
+        description="False: an adapter is removed once it is scored, and a finished cell is one "
+        "with scores. For large grids of which only the numbers are wanted.",
+    )

@@ -165,7 +165,7 @@ def train(
     total = total_steps(len(usable), section)
     epochs = total / steps_per_epoch(len(usable), section.effective_batch_size)
     tokens = round(epochs * sum(example.length for example in usable))
-    compiled = fusion.wanted(section.compile, tokens, base.device)
+    compiled = fusion.wanted(section.compile, tokens, base.device, base.half)
     named = {name: p for name, p in adapted.named_parameters() if p.requires_grad}
     parameters = list(named.values())
     optimizer = adamw(named, section)
