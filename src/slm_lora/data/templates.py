@@ -131,10 +131,7 @@ def render_chat(
     Raises:
         DataError: the template changes earlier turns when later ones follow.
     """
-    messages = [{"role": turn.role, "content": turn.content} for turn in row.turns]
-    if include_context and row.context:
-        first = next(m for m in messages if m["role"] == "user")
-        first["content"] = f"{row.context}\n\n{first['content']}"
+    messages = chat_messages(row, include_context)
     text = render(messages, False)
     spans = []
     for index, message in enumerate(messages):
@@ -153,6 +150,15 @@ def render_chat(
     if not text[last:].strip():
         text = text[:last]
     return Rendered(text, tuple(spans))
+
+
+def chat_messages(row: Row, include_context: bool) -> list[dict[str, str]]:
+    """A row's turns as a chat template takes them; a context stands before the instruction."""
+    messages = [{"role": turn.role, "content": turn.content} for turn in row.turns]
+    if include_context and row.context:
+        first = next(m for m in messages if m["role"] == "user")
+        first["content"] = f"{row.context}\n\n{first['content']}"
+    return messages
 
 
 def _before(content: str, text: str) -> str:

@@ -20,6 +20,7 @@ from slm_lora.data.templates import (
     Specials,
     Template,
     as_chat_template,
+    chat_messages,
     check_private_use,
     jinja_renderer,
     render_chat,
@@ -145,11 +146,7 @@ class RowTokenizer:
     def render(self, row: Row) -> Rendered:
         """The row's text, its special tokens hidden or owned, with its response spans."""
         check_private_use(row)
-        hidden = Row(
-            tuple(Turn(turn.role, self.specials.hide(turn.content)) for turn in row.turns),
-            context=self.specials.hide(row.context),
-            source=row.source,
-        )
+        hidden = self._hidden(row)
         if self.template.kind == "instruction_response":
             rendered = render_instruction_response(hidden, self.template.include_context)
         elif self.template.kind == "plain":
@@ -162,6 +159,63 @@ class RowTokenizer:
         spans = tuple((int(ends[i - 1]), int(ends[i])) for i in range(1, len(shown), 2))
         return Rendered("".join(shown), spans)
 
+    @property
+    def holds_conversations(self) -> bool:
+        """Whether the template has several turns; the named ones for instructions have one."""
+        return self._render_chat is not None
+
+    def prompt(self, turns: Sequence[Turn], context: str = "") -> list[int]:
+        """Token ids of what stands before a response: the training text, up to where it begins.
+
+        Args:
+            turns: the conversation, a user's turn last.
+            context: put where the template puts one, if it was trained with contexts.
+
+        Raises:
+            UsageError: the template has no place for such turns.
+            DataError: the text spells what cannot be told from a special token.
+        """
+        roles = [turn.role for turn in turns]
+        if self._render_chat is None and roles != ["user"]:
+            raise UsageError(
+                f"the template '{self.template.kind}' takes one instruction at a time, "
+                f"not the turns {', '.join(roles)}; send the last one alone"
+            )
+        if roles[-1:] != ["user"]:
+            raise UsageError("the last turn must be the user's: it is what is answered")
+        if self._render_chat is None:
+            asked = Row((*turns, Turn("assistant", "")), context=context, source="prompt")
+            text = self.render(asked).text
+        else:
+            text = self._chat_prompt(turns, context)
+        raw_ids: list[int] = self._backend.encode(text, add_special_tokens=False).ids
+        if not self._never_text.isdisjoint(raw_ids):
+            raise DataError(
+                "prompt: the text spells a special token, and this tokenizer has no other tokens "
+                "for it; write it otherwise"
+            )
+        ids = [self._id_of[i] if i >= self._first_new_id else i for i in raw_ids]
+        return [self.bos_id, *ids] if self.bos_id is not None and ids[:1] != [self.bos_id] else ids
+
+    def _chat_prompt(self, turns: Sequence[Turn], context: str) -> str:
+        from jinja2 import TemplateError
+
+        assert self._render_chat is not None
+        row = Row(tuple(turns), context=context, source="prompt")
+        check_private_use(row)
+        messages = chat_messages(self._hidden(row), self.template.include_context)
+        try:
+            return self.specials.show(self._render_chat(messages, True))
+        except TemplateError as error:  # many refuse a system turn, or roles out of turn
+            raise UsageError(f"the chat template refuses these turns ({_reason(error)})") from error
+
+    def _hidden(self, row: Row) -> Row:
+        return Row(
+            tuple(Turn(turn.role, self.specials.hide(turn.content)) for turn in row.turns),
+            context=self.specials.hide(row.context),
+            source=row.source,
+        )
+
     def _rendered_chat(self, hidden: Row) -> Rendered:
         from jinja2 import TemplateError
 
@@ -169,10 +223,9 @@ class RowTokenizer:
         try:
             return render_chat(hidden, self.template.include_context, self._render_chat, self._ends)
         except TemplateError as error:  # many refuse a system turn, or roles out of turn
-            reason = (str(error).splitlines() or [type(error).__name__])[0]
             raise DataError(
-                f"{hidden.source}: the model's chat template refuses the row ({reason}); mend or "
-                "remove it, or give a template of your own (data.template=path.jinja)"
+                f"{hidden.source}: the model's chat template refuses the row ({_reason(error)}); "
+                "mend or remove it, or give a template of your own (data.template=path.jinja)"
             ) from error
 
     def encode(
@@ -265,6 +318,10 @@ class RowTokenizer:
 
     def _bytes(self, text: str) -> int:
         return len(self.specials.strip(text).encode("utf-8"))
+
+
+def _reason(error: Exception) -> str:
+    return (str(error).splitlines() or [type(error).__name__])[0]
 
 
 def _cut(rendered: Rendered) -> list[str]:

@@ -11,12 +11,21 @@ from slm_lora.experiment.figures import Picture
 
 
 @dataclass(frozen=True, slots=True)
+class Column:
+    """Text as it is, beside other columns: nothing in it is taken for Markdown or HTML."""
+
+    title: str
+    text: str
+
+
+@dataclass(frozen=True, slots=True)
 class Section:
-    """A part of a report: Markdown, and the pictures that follow it."""
+    """A part of a report: Markdown, and the pictures and columns that follow it."""
 
     title: str
     text: str
     pictures: tuple[Picture, ...] = ()
+    columns: tuple[Column, ...] = ()
 
 
 def plain(text: str) -> str:
@@ -26,9 +35,14 @@ def plain(text: str) -> str:
 
 
 def as_markdown(title: str, sections: Sequence[Section]) -> str:
-    """The report without its pictures."""
-    parts = [f"# {title}", *(f"## {each.title}\n\n{each.text}" for each in sections)]
-    return "\n\n".join(part.strip() for part in parts) + "\n"
+    """The report without its pictures; columns stand one below the other."""
+    parts = [f"# {title}"]
+    for each in sections:
+        parts += [f"## {plain(each.title)}", each.text]
+        for column in each.columns:
+            quoted = "\n".join(f"> {plain(line)}" for line in column.text.splitlines() or [""])
+            parts += [f"**{plain(column.title)}**", quoted]
+    return "\n\n".join(part.strip() for part in parts if part.strip()) + "\n"
 
 
 def as_html(title: str, sections: Sequence[Section]) -> str:
@@ -47,6 +61,7 @@ def as_html(title: str, sections: Sequence[Section]) -> str:
                 "title": each.title,
                 "html": markdown.render(each.text),
                 "pictures": each.pictures,
+                "columns": each.columns,
             }
             for each in sections
         ],

@@ -186,12 +186,14 @@ def _fit_original_base(folder: Path, beginning: Mapping[str, torch.Tensor]) -> N
     config.save_pretrained(str(folder))
 
 
-def _state(adapted: PeftModel) -> dict[str, torch.Tensor]:
+def _state(adapted: PeftModel, name: str = "default") -> dict[str, torch.Tensor]:
     """The adapter's weights under the names that PEFT saves them by."""
     from peft import get_peft_model_state_dict
 
     # (Else PEFT asks the hub whether the base has other embeddings.)
-    state: dict[str, torch.Tensor] = get_peft_model_state_dict(adapted, save_embedding_layers=False)
+    state: dict[str, torch.Tensor] = get_peft_model_state_dict(
+        adapted, adapter_name=name, save_embedding_layers=False
+    )
     return {name: tensor.detach().cpu().contiguous() for name, tensor in state.items()}
 
 
@@ -210,8 +212,16 @@ def weights_file(folder: Path) -> Path | None:
     return next((file for file in files if file.is_file()), None)
 
 
-def load(base: Base, folder: Path) -> PeftModel:
+def load(
+    base: Base, folder: Path, *, beside: PeftModel | None = None, name: str = "default"
+) -> PeftModel:
     """Put a saved adapter on the base; nothing is guessed, nothing is left out.
+
+    Args:
+        base: what it was trained on.
+        folder: that `save` or PEFT wrote.
+        beside: the base with other adapters on it, that this one joins.
+        name: PEFT's name for it; without dots, as it becomes part of names of modules.
 
     Raises:
         UsageError: no adapter in the folder.
@@ -226,14 +236,21 @@ def load(base: Base, folder: Path) -> PeftModel:
     try:
         with safe_open(folder / WEIGHTS, framework="pt") as file:
             saved = {name: tuple(file.get_slice(name).get_shape()) for name in file.keys()}  # noqa: SIM118
-        adapted = PeftModel.from_pretrained(base.causal, os.fspath(folder))
+        if beside is None:
+            adapted = PeftModel.from_pretrained(base.causal, os.fspath(folder), adapter_name=name)
+        else:
+            beside.load_adapter(os.fspath(folder), adapter_name=name)
+            adapted = beside
     except (SafetensorError, RuntimeError, ValueError, TypeError, KeyError) as error:
         reason = str(error).splitlines()[0]
         raise IntegrityError(f"{folder}: the adapter does not load: {reason}") from error
-    wanted = {name: tuple(tensor.shape) for name, tensor in _state(adapted).items()}
+    wanted = {key: tuple(tensor.shape) for key, tensor in _state(adapted, name).items()}
     misfits = sorted(n for n in wanted.keys() | saved.keys() if wanted.get(n) != saved.get(n))
     if misfits:
-        detach(adapted)
+        if beside is None:
+            detach(adapted)
+        else:
+            beside.delete_adapter(name)
         raise IntegrityError(
             f"{folder}: {len(misfits)} tensors do not fit {base.source.name}: "
             f"{', '.join(misfits[:3])}{', …' if len(misfits) > 3 else ''}"

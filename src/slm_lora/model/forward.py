@@ -106,14 +106,14 @@ def _hidden(base: Base, batch: MicroBatch, dropout_keys: Tensor | None = None) -
             base.causal,
             dropout_keys.unsqueeze(0) if base.packed else _padded(dropout_keys, batch.lengths),
         )
-    with _mixed_precision(base):
+    with mixed_precision(base):
         if not base.packed:
             return _padded_hidden(base.causal, ids, batch.lengths)
         positions = torch.from_numpy(batch.positions).to(base.device)
         return _packed_hidden(base.causal, ids, positions, torch.tensor(batch.lengths))
 
 
-def _mixed_precision(base: Base) -> torch.autocast:
+def mixed_precision(base: Base) -> torch.autocast:
     """What trains is fp32 and multiplies in the base's bf16 or fp16, as everywhere (`bf16=True`
     of transformers' Trainer does the same); its gradients are summed in fp32."""
     return torch.autocast(base.device.type, base.dtype if base.half else None, enabled=base.half)

@@ -1,0 +1,281 @@
+"""Commands that let a model speak: chat, generate, compare-outputs."""
+
+from __future__ import annotations
+
+import sys
+from pathlib import Path
+from typing import Annotated, Any
+
+import typer
+
+from slm_lora.cli.options import console, quiet_libraries
+from slm_lora.errors import UsageError
+
+Adapter = Annotated[Path | None, typer.Option("--adapter", help="Adapter folder; else the base.")]
+BaseModel = Annotated[
+    str | None,
+    typer.Option("--base", help="Model name or folder; else the one the adapter names."),
+]
+Device = Annotated[str, typer.Option("--device", help="auto, cpu, cuda or mps.")]
+Precision = Annotated[str, typer.Option("--precision", help="auto, fp32, bf16 or fp16.")]
+MaxNew = Annotated[int, typer.Option("--max-new-tokens", min=1, help="Longest reply, in tokens.")]
+Temperature = Annotated[
+    float, typer.Option("--temperature", min=0, help="0: always the most likely token.")
+]
+TopP = Annotated[float, typer.Option("--top-p", min=0, max=1, help="Nucleus sampling.")]
+TopK = Annotated[int, typer.Option("--top-k", min=0, help="Among so many tokens; 0: all.")]
+Penalty = Annotated[
+    float, typer.Option("--repetition-penalty", min=0.01, help="Above 1: fewer repetitions.")
+]
+Seed = Annotated[int, typer.Option("--seed", min=0, help="Of what is sampled.")]
+Stop = Annotated[
+    list[str] | None, typer.Option("--stop", help="Text that ends a reply; may be repeated.")
+]
+
+
+def chat(
+    adapter: Adapter = None,
+    base: BaseModel = None,
+    system: Annotated[
+        str, typer.Option("--system", help="System prompt, where the template has one.")
+    ] = "",
+    max_new_tokens: MaxNew = 512,
+    temperature: Temperature = 0.7,
+    top_p: TopP = 0.95,
+    top_k: TopK = 0,
+    repetition_penalty: Penalty = 1.0,
+    seed: Seed = 0,
+    stop: Stop = None,
+    device: Device = "auto",
+    precision: Precision = "auto",
+) -> None:
+    """Talk to a model in the terminal, prompted exactly as it was trained.
+
+    Ctrl-C stops a reply, not the program; an empty line or Ctrl-D ends it; /new begins anew.
+    """
+    from slm_lora.evaluation.generate import Sampling
+    from slm_lora.records import Turn
+
+    variants = _opened(base, [adapter] if adapter else [], device, precision)
+    name = variants.names[-1]
+    prompter = variants.prompters[name]
+    sampling = Sampling(
+        max_new_tokens, temperature, top_p, top_k, repetition_penalty, seed, tuple(stop or ())
+    )
+    beginning = [Turn("system", system)] if system else []
+    prompter.prompt([*beginning, Turn("user", "?")])  # refuses what the template has no place for
+    several = prompter.holds_conversations
+    out = console()
+    out.print(
+        f"{variants.base.source.name} · {name} · template {prompter.template.kind}"
+        + ("" if several else " (one question at a time: it was trained on no more)"),
+        soft_wrap=True,
+    )
+    turns = list(beginning)
+    while (asked := _asked()) is not None:
+        if asked == "/new":
+            turns = list(beginning)
+            continue
+        if not several:
+            turns = list(beginning)
+        turns.append(Turn("user", asked))
+        said = _streamed(variants, name, turns, sampling)
+        turns.append(Turn("assistant", said))
+
+
+def _asked() -> str | None:
+    """The next question; None at the end."""
+    try:
+        return input("\n> ").strip() or None
+    except (EOFError, KeyboardInterrupt):
+        print()
+        return None
+
+
+def _streamed(variants: Any, name: str, turns: list[Any], sampling: Any) -> str:
+    """Print a reply as it comes; what was said until its end or Ctrl-C."""
+    from slm_lora.evaluation.generate import Reply
+
+    said = ""
+    try:
+        reply = Reply(variants, name, variants.prompters[name].prompt(turns), sampling)
+        for piece in reply.pieces():
+            said += piece
+            print(_printable(piece), end="", flush=True)
+    except KeyboardInterrupt:
+        print(" [stopped]", end="")
+    except UsageError as error:  # the conversation has grown too long, say
+        print(error, end="")
+    print()
+    return said
+
+
+def _printable(text: str) -> str:
+    """Text that cannot steer the terminal: escape sequences show as what they are."""
+    return "".join(c if c.isprintable() or c in "\n\t" else repr(c)[1:-1] for c in text)
+
+
+def generate(
+    prompt: Annotated[str | None, typer.Argument(help="The prompt; or --prompts.")] = None,
+    prompts: Annotated[
+        Path | None, typer.Option("--prompts", help="File: text, a prompt a line, or JSON lines.")
+    ] = None,
+    out: Annotated[
+        Path | None, typer.Option("--out", help="JSON lines to write; else the terminal.")
+    ] = None,
+    adapter: Adapter = None,
+    base: BaseModel = None,
+    max_new_tokens: MaxNew = 256,
+    temperature: Temperature = 0.0,
+    top_p: TopP = 1.0,
+    top_k: TopK = 0,
+    repetition_penalty: Penalty = 1.0,
+    seed: Seed = 0,
+    stop: Stop = None,
+    device: Device = "auto",
+    precision: Precision = "auto",
+) -> None:
+    """Answer one prompt, or a file of them."""
+    import json
+
+    from slm_lora.data.prompts import Prompt, read_prompts
+    from slm_lora.evaluation.generate import Reply, Sampling, prompt_ids
+    from slm_lora.progress import Reporter
+    from slm_lora.records import Turn
+    from slm_lora.storage import atomic_write_text
+
+    if (prompt is None) == (prompts is None):
+        raise UsageError("give one prompt, or a file of them with --prompts")
+    asked = read_prompts(prompts) if prompts else [Prompt((Turn("user", prompt or ""),))]
+    variants = _opened(base, [adapter] if adapter else [], device, precision)
+    name = variants.names[-1]
+    sampling = Sampling(
+        max_new_tokens, temperature, top_p, top_k, repetition_penalty, seed, tuple(stop or ())
+    )
+    if prompts is None:
+        reply = Reply(variants, name, prompt_ids(variants, name, asked[0]), sampling)
+        for piece in reply.pieces():
+            print(_printable(piece), end="", flush=True)
+        print()
+        return
+    lines = []
+    with Reporter().task(name, len(asked), "prompts") as task:
+        for each in asked:
+            reply = Reply(variants, name, prompt_ids(variants, name, each), sampling)
+            text = "".join(reply.pieces())
+            lines.append(
+                {
+                    "prompt": each.turns[-1].content,
+                    "response": text,
+                    "finish_reason": reply.finished,
+                    "tokens": len(reply.ids),
+                }
+            )
+            task.advance(1, len(reply.ids))
+        task.close(f"answered {len(asked)} prompts")
+    written = "".join(json.dumps(line, ensure_ascii=False) + "\n" for line in lines)
+    if out is None:
+        print(written, end="")
+    else:
+        atomic_write_text(out, written)
+        console().print(f"{out}", soft_wrap=True)
+
+
+def compare_outputs(
+    prompts: Annotated[Path, typer.Argument(help="File of prompts, as for generate.")],
+    adapters: Annotated[
+        list[Path] | None, typer.Option("--adapter", help="Adapter folder; may be repeated.")
+    ] = None,
+    out: Annotated[
+        list[Path] | None,
+        typer.Option("--out", help="File to write: .md, .html or .json; may be repeated."),
+    ] = None,
+    base: BaseModel = None,
+    max_new_tokens: MaxNew = 96,
+    sampled: Annotated[bool, typer.Option(help="Also a sampled answer of each.")] = True,
+    temperature: Temperature = 0.7,
+    top_p: TopP = 0.95,
+    seed: Seed = 0,
+    device: Device = "auto",
+    precision: Precision = "auto",
+) -> None:
+    """Ask the base and adapters the same prompts: answers side by side, greedy and sampled, with
+    the loss of the reference answer where the file has one."""
+    from slm_lora.data.prompts import read_prompts
+    from slm_lora.evaluation.generate import Sampling
+    from slm_lora.experiment import side_by_side
+    from slm_lora.experiment.page import as_html, as_markdown
+    from slm_lora.progress import Reporter
+    from slm_lora.runs import to_json
+    from slm_lora.storage import atomic_write_text
+
+    if wrong := [path for path in out or [] if path.suffix not in (".md", ".html", ".json")]:
+        raise UsageError(f"--out {wrong[0]}: ends in none of .md, .html, .json")
+    asked = read_prompts(prompts)
+    variants = _opened(base, adapters or [], device, precision)
+    greedy = Sampling(max_new_tokens)
+    drawn = Sampling(max_new_tokens, temperature, top_p, seed=seed) if sampled else None
+    many = len(asked) * len(variants.names) * (1 + sampled)
+    with Reporter().task("answers", many, "answers") as task:
+        found = side_by_side.compare_outputs(
+            variants, asked, greedy, drawn, lambda tokens: task.advance(1, tokens)
+        )
+        task.close(f"{many} answers")
+    sections = side_by_side.sections(found)
+    title = f"{variants.base.source.name}: outputs side by side"
+    about = {
+        "max_new_tokens": max_new_tokens,
+        "sampled": {"temperature": temperature, "top_p": top_p, "seed": seed} if sampled else None,
+    }
+    for path in out or []:
+        written = {
+            ".md": lambda: as_markdown(title, sections),
+            ".html": lambda: as_html(title, sections),
+            ".json": lambda: to_json(side_by_side.record(found, variants, about)),
+        }[path.suffix]()
+        atomic_write_text(path, written)
+    _print_side_by_side(found)
+    for path in out or []:
+        console().print(f"{path}", soft_wrap=True)
+
+
+def _print_side_by_side(found: list[Any]) -> None:
+    """Columns on a terminal, as many as fit; the rest below them."""
+    from rich.console import Console
+    from rich.table import Table
+
+    shown = Console(highlight=False, markup=False, width=None if sys.stdout.isatty() else 140)
+    fitting = max(1, shown.width // 36)
+    for number, each in enumerate(found, 1):
+        shown.print(f"\n{number}. {_printable(each.prompt)}", style="bold")
+        for start in range(0, len(each.answers), fitting):
+            some = each.answers[start : start + fitting]
+            table = Table(box=None, pad_edge=False, padding=(0, 2, 0, 0), header_style="dim")
+            for answer in some:
+                loss = "" if answer.loss is None else f"  loss {answer.loss:.3f}"
+                table.add_column(f"{answer.variant}{loss}", ratio=1)
+            table.add_row(*(_printable(answer.greedy) for answer in some))
+            if any(answer.sampled for answer in some):
+                table.add_row()
+                table.add_row(*(f"sampled: {_printable(answer.sampled)}" for answer in some))
+            shown.print(table)
+
+
+def _opened(base: str | None, adapters: list[Path], device: str, precision: str) -> Any:
+    """Load, and say what there is to say."""
+    from slm_lora.model.variants import open_variants
+    from slm_lora.progress import Reporter
+
+    quiet_libraries()
+    _check_choice("--device", device, ("auto", "cpu", "cuda", "mps"))
+    _check_choice("--precision", precision, ("auto", "fp32", "bf16", "fp16"))
+    found = open_variants(base, adapters, device=device, precision=precision)
+    reporter = Reporter()
+    for note in found.notes:
+        reporter.say(f"note: {note}")
+    return found
+
+
+def _check_choice(option: str, value: str, known: tuple[str, ...]) -> None:
+    if value not in known:
+        raise UsageError(f"{option} {value}: not one of {', '.join(known)}")

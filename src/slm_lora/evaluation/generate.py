@@ -1,0 +1,221 @@
+"""Replies, token by token: greedy or sampled, with a key-value cache, one reply at a time or
+several in turn.
+
+A reply is computed alone (never in a batch with others), so that its text does not depend on
+what else is asked at the same time.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Iterator, Sequence
+from dataclasses import dataclass
+from typing import TYPE_CHECKING, Any, Literal
+
+import torch
+
+from slm_lora.data.batches import pack
+from slm_lora.data.prompts import Prompt
+from slm_lora.errors import UsageError
+from slm_lora.model.forward import mixed_precision, output_embedding, score_documents
+from slm_lora.model.variants import Variants
+
+if TYPE_CHECKING:
+    from tokenizers.decoders import DecodeStream
+    from transformers import LogitsProcessorList
+
+Finish = Literal["", "stop", "length"]
+
+
+@dataclass(frozen=True, slots=True)
+class Sampling:
+    """How the next token is chosen, and when a reply ends.
+
+    Attributes:
+        max_new_tokens: of the reply, its end included.
+        temperature: 0 takes the most likely token.
+        top_p: sample among the most likely tokens of this much probability.
+        top_k: sample among so many most likely tokens; 0: all.
+        repetition_penalty: above 1 makes tokens less likely that were there (Keskar et al.
+            2019, arXiv 1909.05858).
+        seed: of the samples.
+        stop: texts that end the reply, and are not part of it.
+    """
+
+    max_new_tokens: int = 256
+    temperature: float = 0.0
+    top_p: float = 1.0
+    top_k: int = 0
+    repetition_penalty: float = 1.0
+    seed: int = 0
+    stop: tuple[str, ...] = ()
+
+
+class Reply:
+    """A reply in the making.
+
+    Attributes:
+        ids: tokens so far, the end's included.
+        finished: empty while there is more: ``stop`` (the model ended it, or a stop text came)
+            or ``length``.
+    """
+
+    def __init__(
+        self, variants: Variants, variant: str, prompt: Sequence[int], sampling: Sampling
+    ) -> None:
+        """
+        Args:
+            variants: the base and its adapters.
+            variant: who answers.
+            prompt: token ids.
+            sampling: how.
+
+        Raises:
+            UsageError: the prompt leaves no room for a reply.
+        """
+        from transformers import DynamicCache
+
+        if len(prompt) >= variants.longest:
+            raise UsageError(
+                f"prompt: {len(prompt)} tokens, and {variants.base.source.name} takes "
+                f"{variants.longest} with the reply; shorten it"
+            )
+        self.ids: list[int] = []
+        self.finished: Finish = ""
+        self._variants, self._variant, self._sampling = variants, variant, sampling
+        self._prompt = list(prompt)
+        self._room = min(sampling.max_new_tokens, variants.longest - len(prompt))
+        self._cache = DynamicCache(config=variants.base.causal.config)
+        self._generator = torch.Generator().manual_seed(sampling.seed)
+        self._warp = _warpers(sampling)
+        self._text = _Text(variants, self._prompt, sampling.stop)
+
+    def advance(self) -> str:
+        """Compute the next token; the text that is certain now, which may be none."""
+        token = self._choose(self._next_logits())
+        self.ids.append(token)
+        if token in self._variants.ends:
+            self.finished = "stop"
+            return self._text.rest()
+        new, stopped = self._text.add(token)
+        if stopped:
+            self.finished = "stop"
+        elif len(self.ids) >= self._room:
+            self.finished = "length"
+            new += self._text.rest()
+        return new
+
+    def pieces(self) -> Iterator[str]:
+        """Its text, piece by piece, to its end."""
+        while not self.finished:
+            if new := self.advance():
+                yield new
+
+    @torch.inference_mode()
+    def _next_logits(self) -> torch.Tensor:
+        """Logits of the token that follows, fp32 [1, vocabulary], on the CPU."""
+        base = self._variants.base
+        self._variants.use(self._variant)
+        given = torch.tensor([self.ids[-1:] or self._prompt], device=base.device)
+        with mixed_precision(base):
+            found = base.causal.base_model(
+                input_ids=given, past_key_values=self._cache, use_cache=True
+            )
+            logits = found.last_hidden_state[:, -1] @ output_embedding(base.causal).t()
+        on_cpu: torch.Tensor = logits.to("cpu", torch.float32)
+        return on_cpu
+
+    def _choose(self, logits: torch.Tensor) -> int:
+        seen: Any = torch.tensor([[*self._prompt, *self.ids]])
+        logits = self._warp(seen, logits)
+        if self._sampling.temperature == 0:
+            return int(logits.argmax())
+        chances = torch.softmax(logits[0], 0)
+        return int(torch.multinomial(chances, 1, generator=self._generator))
+
+
+def _warpers(sampling: Sampling) -> LogitsProcessorList:
+    """transformers' own, in the order of its `generate`."""
+    from transformers import (
+        LogitsProcessorList,
+        RepetitionPenaltyLogitsProcessor,
+        TemperatureLogitsWarper,
+        TopKLogitsWarper,
+        TopPLogitsWarper,
+    )
+
+    warp = LogitsProcessorList()
+    if sampling.repetition_penalty != 1:
+        warp.append(RepetitionPenaltyLogitsProcessor(sampling.repetition_penalty))
+    if sampling.temperature == 0:
+        return warp
+    if sampling.temperature != 1:
+        warp.append(TemperatureLogitsWarper(sampling.temperature))
+    if sampling.top_k:
+        warp.append(TopKLogitsWarper(sampling.top_k))
+    if sampling.top_p < 1:
+        warp.append(TopPLogitsWarper(sampling.top_p))
+    return warp
+
+
+class _Text:
+    """Tokens to text as they come. What may be the beginning of a stop text is held back."""
+
+    def __init__(self, variants: Variants, prompt: list[int], stop: tuple[str, ...]) -> None:
+        from tokenizers.decoders import DecodeStream
+
+        self._stream: DecodeStream = DecodeStream(ids=prompt, skip_special_tokens=True)
+        self._backend = variants.tokenizer.backend_tokenizer
+        self._stop = tuple(text for text in stop if text)
+        self._held = ""
+
+    def add(self, token: int) -> tuple[str, bool]:
+        """Text that is certain now, and whether a stop text came."""
+        self._held += self._stream.step(self._backend, token) or ""
+        ends = [at for text in self._stop if (at := self._held.find(text)) >= 0]
+        if ends:
+            return self._held[: min(ends)], True
+        certain = len(self._held) - self._doubtful()
+        new, self._held = self._held[:certain], self._held[certain:]
+        return new, False
+
+    def rest(self) -> str:
+        """What was held back: no stop text came of it."""
+        new, self._held = self._held, ""
+        return new
+
+    def _doubtful(self) -> int:
+        """Characters at the end that a stop text may begin with."""
+        most = max(map(len, self._stop), default=1) - 1
+        return next(
+            (
+                many
+                for many in range(min(most, len(self._held)), 0, -1)
+                if any(text.startswith(self._held[-many:]) for text in self._stop)
+            ),
+            0,
+        )
+
+
+def prompt_ids(variants: Variants, variant: str, prompt: Prompt) -> list[int]:
+    """Tokens of a prompt as a variant was trained to be asked."""
+    return variants.prompters[variant].prompt(prompt.turns, prompt.context)
+
+
+def reference_loss(variants: Variants, variant: str, asked_as: str, prompt: Prompt) -> float | None:
+    """NLL a token, in nats, of the answer that a prompt brings along; None if it brings none.
+
+    Args:
+        variants: the base and its adapters.
+        variant: whose loss.
+        asked_as: the variant whose template the text is made with.
+        prompt: with its reference.
+    """
+    if not prompt.reference:
+        return None
+    row = prompt.answered
+    examples, _ = variants.prompters[asked_as].encode(
+        [row], {row.row_id: row.row_id}, variants.longest
+    )
+    variants.use(variant)
+    found = score_documents(variants.base, pack(examples, "all"))
+    return float(found.nll_response[0] / found.tokens_response[0])

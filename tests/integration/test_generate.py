@@ -1,0 +1,330 @@
+"""Replies: those of transformers and PEFT, from prompts that training would have made."""
+
+from __future__ import annotations
+
+import json
+import shutil
+import signal
+import subprocess
+import sys
+from pathlib import Path
+
+import pytest
+import torch
+from hypothesis import given, settings
+from hypothesis import strategies as st
+from peft import PeftModel
+from transformers import AutoModelForCausalLM, AutoTokenizer
+
+from slm_lora.cli import _guarded, app
+from slm_lora.data.prompts import Prompt
+from slm_lora.data.templates import Template, TemplateKind
+from slm_lora.data.tokens import RowTokenizer
+from slm_lora.errors import IntegrityError, UsageError
+from slm_lora.evaluation.generate import Reply, Sampling, _Text, prompt_ids, reference_loss
+from slm_lora.model import adapter
+from slm_lora.model.base import Base
+from slm_lora.model.load import load_base, load_tokenizer
+from slm_lora.model.source import ModelSource
+from slm_lora.model.variants import BASE, Variants, open_variants
+from slm_lora.recipe.schema import AdapterSection
+from slm_lora.records import Row, Turn
+
+QUESTIONS = ("Tell me fact 3 about bread.", "What of <|im_end|> and tea?", "Maps?\nAnd clocks?")
+
+
+def asked(text: str) -> Prompt:
+    return Prompt((Turn("user", text),))
+
+
+def make_adapter(source: ModelSource, folder: Path, kind: TemplateKind, seed: int) -> Path:
+    """An adapter that says something else than its base: trained weights would be small."""
+    base: Base = load_base(source, device=torch.device("cpu"), precision="fp32")
+    adapted = adapter.attach(base, AdapterSection(r=4), seed)
+    torch.manual_seed(seed)
+    for name, parameter in adapted.named_parameters():
+        if "lora_B" in name:
+            parameter.data.normal_(std=0.5)
+    template = Template(kind)
+    about = {
+        "base": {"name": source.name, "revision": None, "sha256": source.sha256},
+        "template": {"kind": kind, "include_context": False, "source": ""},
+    }
+    made = RowTokenizer(load_tokenizer(source), template)
+    adapter.save(base, adapted, folder, about, made.chat_template)
+    return folder
+
+
+@pytest.fixture(scope="module")
+def folders(tiny_source: ModelSource, tmp_path_factory: pytest.TempPathFactory) -> tuple[Path, ...]:
+    where = tmp_path_factory.mktemp("adapters")
+    return (
+        make_adapter(tiny_source, where / "one", "instruction_response", 1),
+        make_adapter(tiny_source, where / "two.5", "chat", 2),
+    )
+
+
+@pytest.fixture(scope="module")
+def variants(tiny_source: ModelSource, folders: tuple[Path, ...]) -> Variants:
+    return open_variants(str(tiny_source.path), folders, precision="fp32")
+
+
+def said(variants: Variants, name: str, question: str, sampling: Sampling) -> tuple[str, list[int]]:
+    reply = Reply(variants, name, prompt_ids(variants, name, asked(question)), sampling)
+    return "".join(reply.pieces()), reply.ids
+
+
+@pytest.mark.parametrize("question", QUESTIONS)
+def test_greedy_replies_are_those_of_transformers_and_peft(
+    variants: Variants, tiny_source: ModelSource, folders: tuple[Path, ...], question: str
+) -> None:
+    texts = set()
+    for name, folder in zip(variants.names, (None, *folders), strict=True):
+        plain = AutoModelForCausalLM.from_pretrained(tiny_source.path)
+        model = plain if folder is None else PeftModel.from_pretrained(plain, str(folder))
+        ids = torch.tensor([prompt_ids(variants, name, asked(question))])
+        wanted = (
+            model.eval()
+            .generate(
+                input_ids=ids,
+                attention_mask=torch.ones_like(ids),
+                max_new_tokens=30,
+                do_sample=False,
+            )[0, ids.shape[1] :]
+            .tolist()
+        )
+        text, found = said(variants, name, question, Sampling(30))
+        assert found == wanted
+        decoded = variants.tokenizer.decode(wanted, skip_special_tokens=True)
+        assert text == decoded.rstrip("�")  # a character cut at the end is not shown
+        texts.add(text)
+    assert len(texts) == 3, "base and adapters say different things"
+
+
+def test_replies_in_turn_are_those_one_after_the_other(variants: Variants) -> None:
+    wanted = {
+        name: said(variants, name, QUESTIONS[0], Sampling(20, 0.9)) for name in variants.names
+    }
+    replies = {
+        name: Reply(
+            variants, name, prompt_ids(variants, name, asked(QUESTIONS[0])), Sampling(20, 0.9)
+        )
+        for name in variants.names
+    }
+    texts = dict.fromkeys(replies, "")
+    while any(not reply.finished for reply in replies.values()):
+        for name, reply in replies.items():
+            if not reply.finished:
+                texts[name] += reply.advance()
+    assert {name: (texts[name], reply.ids) for name, reply in replies.items()} == wanted
+
+
+def test_sampling_follows_its_seed_and_its_limits(variants: Variants) -> None:
+    first = said(variants, BASE, QUESTIONS[0], Sampling(20, 1.0, seed=1))
+    assert first == said(variants, BASE, QUESTIONS[0], Sampling(20, 1.0, seed=1))
+    assert first != said(variants, BASE, QUESTIONS[0], Sampling(20, 1.0, seed=2))
+    greedy = said(variants, BASE, QUESTIONS[0], Sampling(20))
+    for narrow in (Sampling(20, 1.0, top_k=1), Sampling(20, 1.0, top_p=1e-6)):
+        assert said(variants, BASE, QUESTIONS[0], narrow) == greedy
+
+
+@pytest.mark.parametrize("kind", ["instruction_response", "chat", "plain"])
+@pytest.mark.parametrize("question", QUESTIONS)
+def test_a_prompt_is_the_beginning_of_the_training_text(
+    tiny_source: ModelSource, kind: TemplateKind, question: str
+) -> None:
+    tokenize = RowTokenizer(load_tokenizer(tiny_source), Template(kind))
+    row = Row((Turn("user", question), Turn("assistant", "Bread is old.")))
+    example = tokenize.encode([row], {row.row_id: ""})[0][0]
+    prompt = tokenize.prompt([Turn("user", question)])
+    assert example.ids[: len(prompt)].tolist() == prompt
+    assert example.response[: len(prompt)].sum() == 0 and example.response[len(prompt)]
+
+
+def test_a_context_is_where_training_had_it(tiny_source: ModelSource) -> None:
+    row = Row((Turn("user", "Why?"), Turn("assistant", "So.")), context="A note.")
+    for kind in ("instruction_response", "chat"):
+        tokenize = RowTokenizer(load_tokenizer(tiny_source), Template(kind, include_context=True))  # type: ignore[arg-type]
+        example = tokenize.encode([row], {row.row_id: ""})[0][0]
+        prompt = tokenize.prompt([Turn("user", "Why?")], "A note.")
+        assert example.ids[: len(prompt)].tolist() == prompt
+
+
+def test_a_conversation_goes_through_a_chat_template_only(tiny_source: ModelSource) -> None:
+    turns = [
+        Turn("system", "Be short."),
+        Turn("user", "Tea?"),
+        Turn("assistant", "Yes."),
+        Turn("user", "Why?"),
+    ]
+    tokenizer = load_tokenizer(tiny_source)
+    chat = RowTokenizer(tokenizer, Template("chat"))
+    assert chat.holds_conversations
+    messages = [{"role": turn.role, "content": turn.content} for turn in turns]
+    wanted = tokenizer.apply_chat_template(messages, add_generation_prompt=True)["input_ids"]
+    assert chat.prompt(turns) == list(wanted)
+    single = RowTokenizer(tokenizer, Template("instruction_response"))
+    with pytest.raises(UsageError, match="one instruction at a time"):
+        single.prompt(turns)
+    with pytest.raises(UsageError, match="last turn"):
+        chat.prompt(turns[:3])
+
+
+def test_the_loss_of_a_reference_is_that_of_plain_transformers(
+    variants: Variants, tiny_source: ModelSource, folders: tuple[Path, ...]
+) -> None:
+    prompt = Prompt((Turn("user", "Tea?"),), reference="Tea is made of leaves.")
+    model = PeftModel.from_pretrained(
+        AutoModelForCausalLM.from_pretrained(tiny_source.path), str(folders[0])
+    ).eval()
+    tokenizer = AutoTokenizer.from_pretrained(tiny_source.path)
+    asked_ids = tokenizer("Instruction:\nTea?\nResponse:\n")["input_ids"]
+    whole = tokenizer(f"Instruction:\nTea?\nResponse:\n{prompt.reference}")["input_ids"]
+    ids = torch.tensor([[*whole, tokenizer.eos_token_id]])
+    with torch.no_grad():
+        scores = model(ids).logits.log_softmax(-1)[0, :-1].gather(1, ids[0, 1:, None])[:, 0]
+    wanted = -scores[len(asked_ids) - 1 :].mean().item()
+    assert reference_loss(variants, "one", "one", prompt) == pytest.approx(wanted, abs=1e-5)
+    other = reference_loss(variants, BASE, "one", prompt)
+    assert other is not None and abs(other - wanted) > 1e-3
+    assert reference_loss(variants, BASE, "one", asked("Tea?")) is None
+
+
+def test_a_prompt_that_leaves_no_room_is_refused(variants: Variants) -> None:
+    with pytest.raises(UsageError, match="shorten"):
+        Reply(variants, BASE, [5] * 512, Sampling())
+    reply = Reply(variants, BASE, [5] * 509, Sampling(100))
+    list(reply.pieces())
+    assert len(reply.ids) <= 3
+
+
+def test_another_template_beside_the_adapter_is_refused(
+    tiny_source: ModelSource, folders: tuple[Path, ...], tmp_path: Path
+) -> None:
+    changed = shutil.copytree(folders[0], tmp_path / "changed")
+    (changed / "chat_template.jinja").write_text("{{ messages[0]['content'] }}")
+    with pytest.raises(IntegrityError, match="not the template that the adapter was trained"):
+        open_variants(str(tiny_source.path), [changed], precision="fp32")
+    foreign = shutil.copytree(folders[0], tmp_path / "foreign")
+    (foreign / adapter.ABOUT).unlink()
+    found = open_variants(str(tiny_source.path), [foreign], precision="fp32")
+    assert "not trained here" in found.notes[0]
+    assert (
+        found.prompters["foreign"].prompt([Turn("user", "Tea?")])
+        == found.tokenizer("Instruction:\nTea?\nResponse:\n")["input_ids"]
+    )
+    (foreign / "chat_template.jinja").unlink()
+    found = open_variants(str(tiny_source.path), [foreign], precision="fp32")
+    assert "says nothing of the prompts" in found.notes[0]
+
+
+@settings(max_examples=200, deadline=None)
+@given(
+    text=st.text("ab\n", min_size=1, max_size=40),
+    stop=st.lists(st.text("ab\n", min_size=1, max_size=4), max_size=3),
+)
+def test_stop_texts_are_found_however_tokens_fall(text: str, stop: list[str]) -> None:
+    variants = _text_only()
+    ids = variants.tokenizer(text)["input_ids"]
+    decode = _Text(variants, [], tuple(stop))  # type: ignore[arg-type]
+    shown, stopped = "", False
+    for token in ids:
+        new, stopped = decode.add(token)
+        shown += new
+        if stopped:
+            break
+    else:
+        shown += decode.rest()
+    # The first stop text that is complete ends the reply, not one that begins earlier.
+    wanted, so_far = text, ""
+    for token in ids:
+        so_far += variants.tokenizer.decode([token])
+        if ends := [so_far.find(each) for each in stop if each in so_far]:
+            wanted = text[: min(ends)]
+            break
+    assert shown == wanted
+    assert stopped == (wanted != text)
+
+
+class _text_only:
+    from tests.conftest import tiny_tokenizer
+
+    tokenizer = tiny_tokenizer()
+
+
+def run(*words: object) -> int:
+    return _guarded(lambda: app([str(word) for word in words], standalone_mode=False))
+
+
+def test_generate_writes_a_line_a_prompt(
+    tiny_source: ModelSource, folders: tuple[Path, ...], tmp_path: Path, variants: Variants
+) -> None:
+    prompts = tmp_path / "prompts.jsonl"
+    prompts.write_text(
+        '{"instruction": "Tea?"}\n\n{"messages": [{"role": "user", "content": "Salt?"}]}\n'
+    )
+    out = tmp_path / "out.jsonl"
+    words = ("--adapter", folders[0], "--base", tiny_source.path, "--precision", "fp32")
+    assert run("generate", "--prompts", prompts, "--out", out, "--max-new-tokens", 9, *words) == 0
+    lines = [json.loads(line) for line in out.read_text().splitlines()]
+    assert [line["prompt"] for line in lines] == ["Tea?", "Salt?"]
+    assert lines[0]["response"] == said(variants, "one", "Tea?", Sampling(9))[0]
+    assert lines[0]["tokens"] <= 9 and lines[0]["finish_reason"] in ("stop", "length")
+
+
+def test_outputs_stand_side_by_side(
+    tiny_source: ModelSource, folders: tuple[Path, ...], tmp_path: Path,
+    capsys: pytest.CaptureFixture[str],
+) -> None:  # fmt: skip
+    prompts = tmp_path / "prompts.jsonl"
+    prompts.write_text('{"instruction": "<b>Tea</b> *now*?", "response": "Yes."}\n')
+    outs = [tmp_path / f"side{end}" for end in (".md", ".html", ".json")]
+    words = ("--adapter", folders[0], "--adapter", folders[1], "--base", tiny_source.path)
+    named = [word for out in outs for word in ("--out", out)]
+    assert run("compare-outputs", prompts, *words, *named, "--max-new-tokens", 8) == 0
+    markdown, page, found = (out.read_text() for out in outs)
+    answers = json.loads(found)["prompts"][0]["answers"]
+    assert [answer["variant"] for answer in answers] == ["base", "one", "two.5"]
+    assert len({answer["loss"] for answer in answers}) == 3
+    assert "<b>Tea" not in page and "&lt;b&gt;Tea" in page
+    assert "base: loss of the reference" in page and "one, sampled" in markdown
+    assert "base  loss" in capsys.readouterr().out
+    assert run("compare-outputs", prompts, *words, "--out", tmp_path / "side.txt") == 2
+
+
+def test_bad_prompts_name_their_line(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    for line, reason in (
+        ("{", "not JSON"), ("[]", "not a JSON object"), ('{"prompt": " "}', "has none of"),
+        ('{"prompt": 3}', "not text"), ('{"messages": [{"role": "user"}]}', "role and content"),
+        ('{"messages": [{"role": "tool", "content": "x"}]}', "roles"),
+        ('{"messages": [{"role": "assistant", "content": "x"}]}', "must be the user's"),
+    ):  # fmt: skip
+        path = tmp_path / "prompts.jsonl"
+        path.write_text('{"prompt": "Tea?"}\n' + line + "\n")
+        assert run("generate", "--prompts", path) == 3
+        assert f"{path}:2: " in (error := capsys.readouterr().err) and reason in error
+
+
+def test_ctrl_c_stops_a_reply_and_not_the_chat(
+    tiny_source: ModelSource, folders: tuple[Path, ...]
+) -> None:
+    process = subprocess.Popen(
+        [
+            sys.executable, "-u", "-c", "from slm_lora.cli import main; main()", "chat",
+            "--adapter", str(folders[1]), "--base", str(tiny_source.path),
+            "--max-new-tokens", "450", "--temperature", "1", "--precision", "fp32",
+        ],
+        stdin=subprocess.PIPE, stdout=subprocess.PIPE, stderr=subprocess.PIPE, text=True,
+    )  # fmt: skip
+    assert process.stdin and process.stdout
+    assert "template chat" in process.stdout.readline()
+    process.stdin.write("Tea?\n")
+    process.stdin.flush()
+    for _ in range(8):  # the prompt, and the first of the reply
+        process.stdout.read(1)
+    process.send_signal(signal.SIGINT)
+    process.stdin.write("Salt?\n\n")
+    process.stdin.flush()
+    out, errors = process.communicate(timeout=120)
+    assert process.returncode == 0, errors
+    assert "[stopped]" in out and out.count("\n> ") >= 2
