@@ -10,7 +10,7 @@ from collections.abc import Callable
 import typer
 
 from slm_lora import __version__
-from slm_lora.cli import data, experiments, models, outputs
+from slm_lora.cli import data, experiments, models, outputs, serving
 from slm_lora.errors import STOPPED_RESUMABLE, SlmLoraError, StorageError
 
 app = typer.Typer(
@@ -29,6 +29,7 @@ for command in (
     outputs.chat,
     outputs.generate,
     outputs.compare_outputs,
+    serving.serve,
 ):
     app.command()(command)
 

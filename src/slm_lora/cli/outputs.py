@@ -56,7 +56,7 @@ def chat(
     from slm_lora.evaluation.generate import Sampling
     from slm_lora.records import Turn
 
-    variants = _opened(base, [adapter] if adapter else [], device, precision)
+    variants = opened(base, [adapter] if adapter else [], device, precision)
     name = variants.names[-1]
     prompter = variants.prompters[name]
     sampling = Sampling(
@@ -147,7 +147,7 @@ def generate(
     if (prompt is None) == (prompts is None):
         raise UsageError("give one prompt, or a file of them with --prompts")
     asked = read_prompts(prompts) if prompts else [Prompt((Turn("user", prompt or ""),))]
-    variants = _opened(base, [adapter] if adapter else [], device, precision)
+    variants = opened(base, [adapter] if adapter else [], device, precision)
     name = variants.names[-1]
     sampling = Sampling(
         max_new_tokens, temperature, top_p, top_k, repetition_penalty, seed, tuple(stop or ())
@@ -212,7 +212,7 @@ def compare_outputs(
     if wrong := [path for path in out or [] if path.suffix not in (".md", ".html", ".json")]:
         raise UsageError(f"--out {wrong[0]}: ends in none of .md, .html, .json")
     asked = read_prompts(prompts)
-    variants = _opened(base, adapters or [], device, precision)
+    variants = opened(base, adapters or [], device, precision)
     greedy = Sampling(max_new_tokens)
     drawn = Sampling(max_new_tokens, temperature, top_p, seed=seed) if sampled else None
     many = len(asked) * len(variants.names) * (1 + sampled)
@@ -261,7 +261,7 @@ def _print_side_by_side(found: list[Any]) -> None:
             shown.print(table)
 
 
-def _opened(base: str | None, adapters: list[Path], device: str, precision: str) -> Any:
+def opened(base: str | None, adapters: list[Path], device: str, precision: str) -> Any:
     """Load, and say what there is to say."""
     from slm_lora.model.variants import open_variants
     from slm_lora.progress import Reporter

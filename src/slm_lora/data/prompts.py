@@ -3,11 +3,12 @@
 from __future__ import annotations
 
 import json
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
+from slm_lora.data.splits import seeded_order
 from slm_lora.errors import DataError, UsageError
 from slm_lora.records import Row, Turn
 
@@ -58,6 +59,16 @@ def read_prompts(path: Path) -> list[Prompt]:
     if path.suffix not in (".jsonl", ".json"):
         return [Prompt((Turn("user", line),), source=source) for source, line in written]
     return [_from_json(line, source) for source, line in written]
+
+
+def from_rows(rows: Sequence[Row], many: int) -> list[Prompt]:
+    """Some rows, drawn by a seeded hash, as prompts with their answers as references."""
+    found = {row.row_id: row for row in rows if len(row.turns) > 1}
+    return [
+        Prompt(row.turns[:-1], row.context, row.turns[-1].content, row.source)
+        for row in map(found.__getitem__, seeded_order(found, "examples", 0)[:many])
+        if row.turns[-1].role == "assistant"
+    ]
 
 
 def _from_json(line: str, source: str) -> Prompt:

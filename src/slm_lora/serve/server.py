@@ -1,0 +1,70 @@
+"""The process that serves: its socket, its patience with slow clients, its end."""
+
+from __future__ import annotations
+
+import asyncio
+import socket
+from typing import Any
+
+import uvicorn
+from starlette.types import ASGIApp
+from uvicorn.protocols.http.h11_impl import H11Protocol
+
+from slm_lora.errors import UsageError
+
+PATIENCE = 15.0
+"""Seconds that a client may take to send the head of a request."""
+
+
+class _ImpatientProtocol(H11Protocol):
+    """Closes connections on which no whole head of a request comes."""
+
+    def connection_made(self, transport: asyncio.Transport) -> None:  # type: ignore[override]
+        super().connection_made(transport)
+        self._arm()
+
+    def on_response_complete(self) -> None:
+        super().on_response_complete()
+        if not self.transport.is_closing():
+            self._arm()
+
+    def _arm(self) -> None:
+        self.loop.call_later(PATIENCE, self._close_if_nothing_came, self.cycle)
+
+    def _close_if_nothing_came(self, before: Any) -> None:
+        if self.cycle is before and not self.transport.is_closing():
+            self.transport.close()
+
+
+def listen(host: str, port: int) -> socket.socket:
+    """A socket that listens.
+
+    Raises:
+        UsageError: the address is taken, or none of this machine's.
+    """
+    family = socket.AF_INET6 if ":" in host else socket.AF_INET
+    try:
+        return socket.create_server((host, port), family=family, backlog=512)
+    except OSError as error:
+        raise UsageError(
+            f"--host {host} --port {port}: {error.strerror or error}; choose another --port "
+            "(0: any free one)"
+        ) from error
+
+
+def serve(app: ASGIApp, listening: socket.socket) -> None:
+    """Serve until Ctrl-C or SIGTERM."""
+    config = uvicorn.Config(
+        app,
+        http=_ImpatientProtocol,
+        ws="none",
+        loop="asyncio",
+        lifespan="on",
+        log_level="warning",
+        access_log=False,
+        server_header=False,
+        h11_max_incomplete_event_size=32 * 1024,
+        timeout_keep_alive=5,
+        timeout_graceful_shutdown=3,
+    )
+    uvicorn.Server(config).run(sockets=[listening])

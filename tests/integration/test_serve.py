@@ -1,0 +1,395 @@
+"""The server, asked by clients of others: OpenAI's package, a browser, plain sockets."""
+
+from __future__ import annotations
+
+import asyncio
+import contextlib
+import http.client
+import socket
+import threading
+import time
+from collections.abc import Iterator
+from pathlib import Path
+from typing import Any
+
+import pytest
+
+from slm_lora.data.prompts import Prompt
+from slm_lora.errors import UsageError
+from slm_lora.evaluation.generate import Reply, Sampling, prompt_ids
+from slm_lora.model.source import ModelSource
+from slm_lora.model.variants import BASE, Variants, open_variants
+from slm_lora.records import Turn
+
+from .test_generate import make_adapter
+
+openai = pytest.importorskip("openai", reason="needs the package openai (make test-all)")
+pytest.importorskip("gradio", reason="needs the extra serve (make test-all)")
+
+from slm_lora.serve import server as serving  # noqa: E402
+from slm_lora.serve.api import make_app  # noqa: E402
+from slm_lora.serve.engine import BusyError, Engine  # noqa: E402
+from slm_lora.serve.guard import LOOPBACK, Guard  # noqa: E402
+from slm_lora.serve.page import mount_page  # noqa: E402
+
+MOST_BYTES, PATIENCE, MOST_TOKENS = 100_000, 1.5, 200
+
+
+@pytest.fixture(scope="module")
+def variants(tiny_source: ModelSource, tmp_path_factory: pytest.TempPathFactory) -> Variants:
+    where = tmp_path_factory.mktemp("adapters")
+    folders = [
+        make_adapter(tiny_source, where / "single", "instruction_response", 1),
+        make_adapter(tiny_source, where / "talker", "chat", 2),
+    ]
+    return open_variants(str(tiny_source.path), folders, precision="fp32")
+
+
+class Served:
+    """A server on a free port, in a thread of this process."""
+
+    def __init__(self, variants: Variants, token: str | None = None, page: bool = False) -> None:
+        self.engine = Engine(variants, most_tokens=MOST_TOKENS, most_waiting=70)
+        app = make_app(self.engine)
+        if page:
+            examples = [Prompt((Turn("user", "Tea?"),), reference="Leaves in water.")]
+            app = mount_page(app, self.engine, examples)
+        guarded = Guard(app, hosts=LOOPBACK, token=token, most_bytes=MOST_BYTES, patience=PATIENCE)
+        listening = serving.listen("127.0.0.1", 0)
+        self.port = listening.getsockname()[1]
+        self.url = f"http://127.0.0.1:{self.port}"
+        threading.Thread(target=serving.serve, args=(guarded, listening), daemon=True).start()
+
+    def client(self, key: str = "none") -> Any:
+        return openai.OpenAI(base_url=f"{self.url}/v1", api_key=key, max_retries=0, timeout=120)
+
+    def ask(
+        self, path: str = "/v1/models", body: bytes | None = None, **headers: str
+    ) -> tuple[int, bytes]:
+        connection = http.client.HTTPConnection("127.0.0.1", self.port, timeout=30)
+        named = {name.replace("_", "-"): value for name, value in headers.items()}
+        method = "GET" if body is None else "POST"
+        connection.request(method, path, body, {"Content-Type": "application/json", **named})
+        answer = connection.getresponse()
+        return answer.status, answer.read()
+
+
+@pytest.fixture(scope="module")
+def served(variants: Variants) -> Iterator[Served]:
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setattr(serving, "PATIENCE", PATIENCE)
+        made = Served(variants)
+        yield made
+        made.engine.close()
+
+
+QUESTION = [{"role": "user", "content": "Tell me fact 3 about bread."}]
+
+
+def wanted(variants: Variants, name: str, question: str, sampling: Sampling) -> tuple[str, Reply]:
+    prompt = Prompt((Turn("user", question),))
+    reply = Reply(variants, name, prompt_ids(variants, name, prompt), sampling)
+    return "".join(reply.pieces()), reply
+
+
+def test_the_openai_client_gets_what_the_model_says(served: Served, variants: Variants) -> None:
+    client = served.client()
+    assert [model.id for model in client.models.list()] == ["base", "single", "talker"]
+    assert client.models.retrieve("single").id == "single"
+    texts = set()
+    for name in variants.names:
+        text, reply = wanted(variants, name, QUESTION[0]["content"], Sampling(25))
+        asked = {"model": name, "messages": QUESTION, "max_tokens": 25, "temperature": 0}
+        found = client.chat.completions.create(**asked)
+        assert found.choices[0].message.content == text
+        assert found.choices[0].finish_reason == reply.finished
+        assert found.usage.completion_tokens == len(reply.ids)
+        streamed = list(
+            client.chat.completions.create(
+                **asked, stream=True, stream_options={"include_usage": True}
+            )
+        )
+        assert "".join(c.choices[0].delta.content or "" for c in streamed if c.choices) == text
+        assert streamed[-2].choices[0].finish_reason == reply.finished
+        assert streamed[-1].usage == found.usage
+        texts.add(text)
+    assert len(texts) == 3
+
+
+def test_completions_take_text_as_it_is(served: Served, variants: Variants) -> None:
+    client = served.client()
+    raw = "Instruction:\nTea?\nResponse:\n"
+    found = client.completions.create(model="single", prompt=raw, max_tokens=12, temperature=0)
+    text, reply = wanted(variants, "single", "Tea?", Sampling(12))
+    assert found.choices[0].text == text and found.usage.completion_tokens == len(reply.ids)
+    pieces = client.completions.create(
+        model="single", prompt=raw, max_tokens=12, temperature=0, stream=True
+    )
+    assert "".join(piece.choices[0].text for piece in pieces) == text
+
+
+def test_seed_stop_and_conversations(served: Served, variants: Variants) -> None:
+    client = served.client()
+
+    def said(**more: Any) -> str:
+        asked = {"model": "base", "messages": QUESTION, "max_tokens": 20, **more}
+        content: str = client.chat.completions.create(**asked).choices[0].message.content
+        return content
+
+    assert said(seed=7) == said(seed=7) != said(seed=8)
+    whole = said(temperature=0)
+    stop = whole[5:7]
+    assert said(temperature=0, stop=stop) == whole[: whole.index(stop)]
+    turns = [
+        {"role": "system", "content": "Be short."}, *QUESTION,
+        {"role": "assistant", "content": "It rises."}, {"role": "user", "content": "Why?"},
+    ]  # fmt: skip
+    assert said(model="talker", messages=turns) is not None
+    with pytest.raises(openai.BadRequestError, match="one instruction at a time"):
+        said(model="single", messages=turns)
+
+
+def test_errors_are_those_that_clients_know(served: Served) -> None:
+    client = served.client()
+    with pytest.raises(openai.NotFoundError) as missing:
+        client.chat.completions.create(model="../../etc", messages=QUESTION)
+    assert missing.value.code == "model_not_found" and missing.value.param == "model"
+    for more, name in (
+        ({"temperature": -1}, "temperature"), ({"n": 2}, "n"), ({"max_tokens": 0}, "max_tokens"),
+        ({"messages": []}, "messages"), ({"logprobs": True}, "logprobs"),
+        ({"messages": [{"role": "user", "content": [{"type": "image_url"}]}]}, "messages"),
+    ):  # fmt: skip
+        with pytest.raises(openai.BadRequestError) as bad:
+            client.chat.completions.create(**{"model": "base", "messages": QUESTION, **more})
+        assert bad.value.param.startswith(name) and bad.value.type == "invalid_request_error"
+    long = [{"role": "user", "content": "bread " * 2000}]
+    with pytest.raises(openai.BadRequestError, match="shorten"):
+        client.chat.completions.create(model="base", messages=long)
+    assert served.ask("/v1/chat/completions", b"{not json")[0] == 400
+    assert served.ask("/v1/nothing")[0] == 404
+
+
+def test_max_tokens_is_clamped(served: Served) -> None:
+    asked = {"model": "base", "messages": QUESTION, "max_tokens": 10**9, "temperature": 1}
+    found = served.client().chat.completions.create(**asked, seed=3)
+    assert found.usage.completion_tokens <= MOST_TOKENS
+
+
+def test_sixty_four_at_once_get_what_each_would_get_alone(
+    served: Served, variants: Variants
+) -> None:
+    asked = [
+        (variants.names[i % 3], f"Tell me fact {i} about tea.", Sampling(12, float(i % 2), seed=i))
+        for i in range(64)
+    ]
+    alone = [wanted(variants, *each)[0] for each in asked]
+
+    async def all_at_once() -> list[str]:
+        client = openai.AsyncOpenAI(base_url=f"{served.url}/v1", api_key="x", max_retries=0)
+
+        async def one(name: str, question: str, how: Sampling) -> str:
+            found = await client.chat.completions.create(
+                model=name, messages=[{"role": "user", "content": question}],
+                max_tokens=how.max_new_tokens, temperature=how.temperature, seed=how.seed,
+            )  # fmt: skip
+            content: str = found.choices[0].message.content
+            return content
+
+        return await asyncio.gather(*(one(*each) for each in asked))
+
+    assert asyncio.run(all_at_once()) == alone
+
+
+def test_a_full_queue_says_so_and_recovers(variants: Variants) -> None:
+    engine = Engine(variants, at_once=1, most_waiting=2)
+
+    async def crowd() -> tuple[int, int]:
+        ids = variants.prompters[BASE].prompt([Turn("user", "Tea?")])
+        text = wanted(variants, BASE, "Tea?", Sampling(50))[0]
+        tickets, refused = [], 0
+        for _ in range(10):
+            try:
+                tickets.append(engine.submit(BASE, ids, Sampling(50)))
+            except BusyError:
+                refused += 1
+        for ticket in tickets:
+            assert "".join([piece async for piece in ticket.pieces()]) == text
+        last = engine.submit(BASE, ids, Sampling(50))
+        assert "".join([piece async for piece in last.pieces()]) == text
+        return len(tickets), refused
+
+    done, refused = asyncio.run(crowd())
+    assert refused >= 6 and done + refused == 10
+    engine.close()
+
+
+def test_who_goes_away_is_not_computed_for(served: Served, variants: Variants) -> None:
+    body = (
+        b'{"model": "base", "max_tokens": 200, "temperature": 1, "seed": 3, "stream": %s, '
+        b'"messages": [{"role": "user", "content": "Tea?"}]}'
+    )
+    for stream in (b"true", b"false"):
+        data = body % stream
+        for _ in range(20):
+            with socket.create_connection(("127.0.0.1", served.port)) as client:
+                head = f"Host: localhost\r\nContent-Length: {len(data)}\r\n"
+                head += "Content-Type: application/json\r\n\r\n"
+                client.sendall(f"POST /v1/chat/completions HTTP/1.1\r\n{head}".encode() + data)
+                if stream == b"true":
+                    client.recv(10)
+    # Twenty whole replies each way would take many times as long as this one.
+    began = time.monotonic()
+    found = served.client().chat.completions.create(model="base", messages=QUESTION, max_tokens=5)
+    assert found.choices[0].message.content is not None
+    alone = time.monotonic()
+    wanted(variants, BASE, "Tea?", Sampling(200, 1.0, seed=3))
+    assert alone - began < 20 * (time.monotonic() - alone) + 1
+
+
+@pytest.mark.parametrize(
+    ("headers", "status"),
+    [
+        ({}, 200),
+        ({"Host": "localhost:1"}, 200),
+        ({"Host": "[::1]"}, 200),
+        ({"Host": "evil.example"}, 403),
+        ({"Host": "localhost.evil.example"}, 403),
+        ({"Host": "127.0.0.1.evil.example:80"}, 403),
+        ({"Host": ""}, 403),
+        ({"Origin": "http://localhost:7860"}, 200),
+        ({"Origin": "https://evil.example"}, 403),
+        ({"Origin": "null"}, 403),
+        ({"Origin": "file://"}, 403),
+    ],
+)
+def test_only_our_own_names_and_pages_may_ask(
+    served: Served, headers: dict[str, str], status: int
+) -> None:
+    assert served.ask(**headers)[0] == status
+
+
+def test_other_origins_may_not_read(served: Served) -> None:
+    connection = http.client.HTTPConnection("127.0.0.1", served.port)
+    connection.request("GET", "/v1/models", headers={"Origin": "http://localhost:1"})
+    assert connection.getresponse().getheader("access-control-allow-origin") is None
+
+
+def test_a_token_is_asked_for_where_there_is_one(variants: Variants) -> None:
+    made = Served(variants, token="a-secret", page=True)
+    assert made.ask()[0] == 401 and made.ask("/")[0] == 401
+    assert made.ask(Authorization="Bearer a-secret")[0] == 200
+    for wrong in ("Bearer a-secre", "Bearer ", "a-secret", "Basic a-secret"):
+        assert made.ask(Authorization=wrong)[0] == 401
+    assert made.ask("/?token=wrong")[0] == 401
+    connection = http.client.HTTPConnection("127.0.0.1", made.port)
+    connection.request("GET", "/?token=a-secret")
+    answer = connection.getresponse()
+    assert answer.status == 303 and answer.getheader("location") == "/"
+    cookie = answer.getheader("set-cookie") or ""
+    assert "HttpOnly" in cookie and "SameSite=Strict" in cookie
+    assert made.ask("/", Cookie=cookie.split(";")[0])[0] == 200
+    with pytest.raises(openai.AuthenticationError):
+        made.client("wrong").models.list()
+    assert len(list(made.client("a-secret").models.list())) == 3
+    made.engine.close()
+
+
+def test_a_body_of_50_mb_is_refused(served: Served) -> None:
+    with contextlib.suppress(ConnectionError):  # it may close before all is sent
+        assert served.ask("/v1/completions", b"x" * 50_000_000)[0] == 413
+    with socket.create_connection(("127.0.0.1", served.port), timeout=30) as client:
+        head = "Host: localhost\r\nTransfer-Encoding: chunked\r\n\r\n"
+        client.sendall(f"POST /v1/completions HTTP/1.1\r\n{head}".encode())
+        with contextlib.suppress(ConnectionError):
+            for _ in range(500):
+                client.sendall(b"186a0\r\n" + b"x" * 100_000 + b"\r\n")
+        with contextlib.suppress(ConnectionError):
+            assert b" 413 " in client.recv(100)
+    assert served.ask()[0] == 200
+
+
+def test_two_hundred_slow_clients_are_closed_and_others_served(served: Served) -> None:
+    slow = [socket.create_connection(("127.0.0.1", served.port)) for _ in range(200)]
+    for number, client in enumerate(slow):
+        if number % 3 == 0:
+            client.sendall(b"GET /v1/mod")
+        elif number % 3 == 1:
+            client.sendall(
+                b"POST /v1/completions HTTP/1.1\r\nHost: localhost\r\nContent-Length: 90\r\n\r\n{"
+            )
+    assert served.ask()[0] == 200, "while they wait"
+    deadline = time.monotonic() + 20 * PATIENCE
+    for client in slow:
+        client.settimeout(max(0.1, deadline - time.monotonic()))
+        with contextlib.suppress(ConnectionError):
+            while client.recv(1000):
+                pass
+        client.close()
+    assert time.monotonic() < deadline
+    assert served.ask()[0] == 200
+
+
+def test_a_template_in_a_request_is_text(served: Served, variants: Variants) -> None:
+    attack = "{{ 7 * 7 }}{% for x in ().__class__.__base__.__subclasses__() %}{% endfor %}"
+    for name in variants.names:
+        found = served.client().chat.completions.create(
+            model=name, messages=[{"role": "user", "content": attack}], max_tokens=4, temperature=0
+        )
+        assert found.choices[0].message.content == wanted(variants, name, attack, Sampling(4))[0]
+        prompter = variants.prompters[name]
+        assert attack in variants.tokenizer.decode(prompter.prompt([Turn("user", attack)]))
+
+
+def test_a_port_that_is_taken_is_explained() -> None:
+    with socket.create_server(("127.0.0.1", 0)) as taken:
+        port = taken.getsockname()[1]
+        with pytest.raises(UsageError, match=f"--port {port}: .*choose another"):
+            serving.listen("127.0.0.1", port)
+
+
+def letters(text: str) -> str:
+    return "".join(c for c in text if c.isalnum())
+
+
+def test_the_page_shows_base_and_adapter_side_by_side(variants: Variants, tmp_path: Path) -> None:
+    playwright = pytest.importorskip("playwright.sync_api", reason="needs playwright")
+    browser_path = Path("/usr/bin/chromium")
+    if not browser_path.exists():
+        pytest.skip("needs Chromium")
+    # All are asked as the first chosen adapter was trained to be. (Computed before the server
+    # is, as both use the same model.)
+    ids = prompt_ids(variants, "talker", Prompt((Turn("user", "Tea?"),)))
+    texts = {
+        name: "".join(Reply(variants, name, ids, Sampling(160)).pieces()) for name in variants.names
+    }
+    made = Served(variants, page=True)
+    outside: list[str] = []
+    with playwright.sync_playwright() as driver:
+        browser = driver.chromium.launch(
+            executable_path=browser_path,
+            args=["--no-sandbox", "--disable-gpu", "--disable-background-networking"],
+        )
+        page = browser.new_page()
+        page.on("request", lambda request: outside.append(request.url))
+        page.goto(made.url, wait_until="domcontentloaded")
+        page.get_by_label("Question").fill("Tea?")
+        page.get_by_label("Second adapter").click()
+        page.get_by_role("option", name="single").click()
+        page.get_by_role("button", name="Sampling").click()
+        page.get_by_label("Reference answer").fill("Leaves in water.")
+        page.get_by_role("button", name="Ask").click()
+        shown = {}
+        for place, name in (("base", BASE), ("first", "talker"), ("second", "single")):
+            text = texts[name]
+            box = page.locator(f"#{place} textarea")
+            deadline = time.monotonic() + 60
+            # Browsers turn control characters, of which this model makes many, into others.
+            while letters(box.input_value()) != letters(text):
+                assert time.monotonic() < deadline, box.input_value()
+                page.wait_for_timeout(100)
+            shown[name] = page.locator(f"#{place}").inner_text()
+        assert all("loss" in label for label in shown.values())
+        page.screenshot(path=tmp_path / "page.png")
+        browser.close()
+    assert not [url for url in outside if not url.startswith((made.url, "data:", "blob:"))]
+    made.engine.close()
