@@ -3,10 +3,10 @@ ARGS ?=
 PYTHON ?= python3
 BIN := .venv/bin
 
-.PHONY: help experiment plan test bench calibration check format clean
+.PHONY: help experiment plan demo test test-all bench bench-generate calibration check format clean
 
 help:  ## List the targets.
-	@grep -hE '^[a-z-]+:.*## ' $(MAKEFILE_LIST) | sort | awk -F ':.*## ' '{printf "  make %-12s %s\n", $$1, $$2}'
+	@grep -hE '^[a-z-]+:.*## ' $(MAKEFILE_LIST) | sort | awk -F ':.*## ' '{printf "  make %-15s %s\n", $$1, $$2}'
 	@echo
 	@echo "  make experiment RECIPE=recipes/tinyllama-dolly.yaml ARGS='training.device=cuda'"
 
@@ -16,12 +16,21 @@ experiment: .venv/installed  ## Run an experiment: RECIPE=… (default: quicksta
 plan: .venv/installed  ## Show what an experiment would do, and train nothing.
 	$(BIN)/slm-lora experiment $(RECIPE) --plan $(ARGS)
 
+demo: .venv/installed-serve  ## Serve the last experiment's adapters: a page and an OpenAI-style API.
+	$(BIN)/slm-lora serve $(ARGS)
+
 test: .venv/installed-dev  ## Run the tests.
+	$(BIN)/python -m pytest
+
+test-all: .venv/installed-clients  ## The tests with every extra and with clients of others.
 	$(BIN)/python -m pytest
 
 bench: .venv/installed requirements-bench.txt  ## Measure speed and memory against TRL and the naive script: ARGS='--data dolly.jsonl'.
 	$(BIN)/python -m pip install --quiet --disable-pip-version-check -r requirements-bench.txt
 	$(BIN)/python benchmarks/bench.py $(ARGS)
+
+bench-generate: .venv/installed  ## Measure replies against transformers' generate: ARGS='--adapter adapter/…'.
+	$(BIN)/python benchmarks/generate.py $(ARGS)
 
 calibration: .venv/installed  ## Train sixteen seeds of one cell, and test the statistics on planted truths over them.
 	$(BIN)/slm-lora experiment recipes/calibration.yaml $(ARGS)
@@ -51,4 +60,12 @@ clean:  ## Remove the environment and caches (results and adapters stay).
 
 .venv/installed-dev: .venv/installed requirements-dev.txt
 	$(BIN)/python -m pip install --quiet --disable-pip-version-check -r requirements-dev.txt
+	touch $@
+
+.venv/installed-serve: .venv/installed requirements-serve.txt
+	$(BIN)/python -m pip install --quiet --disable-pip-version-check -r requirements-serve.txt
+	touch $@
+
+.venv/installed-clients: .venv/installed-dev .venv/installed-serve requirements-clients.txt
+	$(BIN)/python -m pip install --quiet --disable-pip-version-check -r requirements-clients.txt
 	touch $@
