@@ -5,6 +5,7 @@ from __future__ import annotations
 import json
 import math
 import re
+import shutil
 import subprocess
 import sys
 from collections.abc import Callable
@@ -179,6 +180,42 @@ def test_without_keeping_adapters_scores_are_enough(lab: Lab, tmp_path: Path) ->
     written = (run / "run.json").stat().st_mtime_ns
     assert command("experiment", lab.recipe, *words, *out) == 0
     assert (run / "run.json").stat().st_mtime_ns == written, "trained again"
+
+
+def test_a_report_names_rows_by_rule_and_shows_outputs(
+    lab: Lab, tmp_path: Path, tiny_folder: Path
+) -> None:
+    results = shutil.copytree(lab.results, tmp_path / "tiny")
+    prompts = tmp_path / "prompts.jsonl"
+    prompts.write_text('{"instruction": "Why <tea>?", "response": "It wakes."}\n')
+    adapters = ("--adapter", lab.adapters / "tiny-r2-40", "--base", tiny_folder)
+    out = ("--out", results / "outputs.json", "--max-new-tokens", "6")
+    assert command("compare-outputs", prompts, *adapters, *out) == 0
+    assert command("report", results) == 0
+    report, page = ((results / f"report.{end}").read_text() for end in ("md", "html"))
+    assert "## Outputs side by side" in report and "### 1. Why \\<tea\\>?" in report
+    assert "<h3>1. Why &lt;tea&gt;?</h3>" in page and "tiny-r2-40, sampled" in page
+    table = report[report.index("## Rows") :].split("\n## ")[0]
+    picked = [line.split("|") for line in table.splitlines() if "`" in line]
+    changes = [float(cells[7]) for cells in picked]
+    best = min(
+        (c for c in lab.metrics()["contrasts"] if c["key"] == "base"), key=lambda c: c["value"]
+    )
+    scores = [
+        pq.read_table(results / "runs" / folder / "scores.parquet").to_pydict()
+        for folder in best["pairs"][0]
+    ]
+    every = sorted(
+        after / tokens - before / tokens
+        for before, after, tokens in zip(
+            scores[0]["nll_all"], scores[1]["nll_all"], scores[0]["tokens_all"], strict=True
+        )
+    )
+    wanted = [*every[:2], every[len(every) // 2], *every[-2:]]
+    assert changes[:5] == pytest.approx(wanted, abs=1e-4)
+    assert len({cells[2] for cells in picked}) == len(picked) == 8
+    (results / "outputs.json").write_text("{}")
+    assert command("report", results) == 4
 
 
 def test_a_single_test_row_has_no_interval(tmp_path: Path, tiny_folder: Path) -> None:

@@ -20,12 +20,14 @@ class Column:
 
 @dataclass(frozen=True, slots=True)
 class Section:
-    """A part of a report: Markdown, and the pictures and columns that follow it."""
+    """A part of a report: Markdown, and the pictures and columns that follow it; ``level`` is
+    that of its heading."""
 
     title: str
     text: str
     pictures: tuple[Picture, ...] = ()
     columns: tuple[Column, ...] = ()
+    level: int = 2
 
 
 def plain(text: str) -> str:
@@ -38,7 +40,7 @@ def as_markdown(title: str, sections: Sequence[Section]) -> str:
     """The report without its pictures; columns stand one below the other."""
     parts = [f"# {title}"]
     for each in sections:
-        parts += [f"## {plain(each.title)}", each.text]
+        parts += [f"{'#' * each.level} {plain(each.title)}", each.text]
         for column in each.columns:
             quoted = "\n".join(f"> {plain(line)}" for line in column.text.splitlines() or [""])
             parts += [f"**{plain(column.title)}**", quoted]
@@ -59,6 +61,7 @@ def as_html(title: str, sections: Sequence[Section]) -> str:
         sections=[
             {
                 "title": each.title,
+                "level": each.level,
                 "html": markdown.render(each.text),
                 "pictures": each.pictures,
                 "columns": each.columns,

@@ -10,7 +10,7 @@ from typing import Any, Literal
 from rich.table import Table
 
 from slm_lora.errors import UsageError
-from slm_lora.experiment import analysis, curve, figures
+from slm_lora.experiment import analysis, curve, examples, figures
 from slm_lora.experiment.contrasts import (
     Arm,
     Contrast,
@@ -58,7 +58,7 @@ def write_report(runs: Sequence[Run], results: Path, headline: LossOn | None = N
     # Numbers first, words and pictures after them.
     atomic_write_text(results / TABLE_FILE, f"# {title}\n\n{_table(lines)}\n")
     atomic_write_text(results / METRICS_FILE, to_json(_metrics(lines, found, curves)))
-    sections = _sections(lines, found, curves)
+    sections = _sections(lines, found, curves, results)
     atomic_write_text(results / REPORT_FILE, as_markdown(title, sections))
     atomic_write_text(results / PAGE_FILE, as_html(title, sections))
     return lines
@@ -90,7 +90,10 @@ def _curves(lines: Sequence[Line]) -> list[curve.LearningCurve]:
 
 
 def _sections(
-    lines: Sequence[Line], found: Sequence[Contrast], curves: Sequence[curve.LearningCurve]
+    lines: Sequence[Line],
+    found: Sequence[Contrast],
+    curves: Sequence[curve.LearningCurve],
+    results: Path,
 ) -> list[Section]:
     tuned = arms(lines)
     base = next((line for line in lines if line.is_base), None)
@@ -113,12 +116,14 @@ def _sections(
             _there([*map(figures.learning_curve, curves), figures.cost(tuned)]),
         ),
         *_categories(lines, found, tuned, base),
+        *examples.rows(found),
         Section("Training", _trained(tuned), _there([figures.training_curves(tuned)])),
         Section(
             "What the numbers are",
             "\n\n".join([analysis.basis(lines, found), analysis.confounds(found)]),
         ),
         Section("Setup", _setup(lines)),
+        *examples.outputs(results),
     ]
 
 

@@ -87,8 +87,8 @@ def compare_outputs(
     ]
 
 
-def sections(compared: Sequence[Compared]) -> list[Section]:
-    """One section a prompt, its answers as columns."""
+def sections(compared: Sequence[Compared], level: int = 2) -> list[Section]:
+    """One section a prompt, its answers as columns; ``level`` of their headings."""
     return [
         Section(
             f"{number}. {' '.join(each.prompt.split())[:120]}",
@@ -104,6 +104,7 @@ def sections(compared: Sequence[Compared]) -> list[Section]:
                     ),
                 )
             ),
+            level=level,
         )
         for number, each in enumerate(compared, 1)
     ]
@@ -123,3 +124,19 @@ def record(compared: Sequence[Compared], variants: Variants, about: dict[str, An
         **about,
         "prompts": [asdict(each) for each in compared],
     }
+
+
+def read(found: Any) -> list[Compared]:
+    """The prompts and answers of what `record` made.
+
+    Raises:
+        KeyError, TypeError: it is something else.
+    """
+    return [
+        Compared(
+            each["prompt"],
+            each["reference"],
+            tuple(Answer(**answer) for answer in each["answers"]),
+        )
+        for each in found["prompts"]
+    ]

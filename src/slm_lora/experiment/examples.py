@@ -1,0 +1,118 @@
+"""Single rows and single answers in a report: chosen by rule, never by taste."""
+
+from __future__ import annotations
+
+import json
+from collections.abc import Sequence
+from pathlib import Path
+from typing import Any
+
+from slm_lora.data.splits import seeded_order
+from slm_lora.errors import IntegrityError
+from slm_lora.experiment import side_by_side
+from slm_lora.experiment.contrasts import Arm, Contrast
+from slm_lora.experiment.page import Section, plain
+from slm_lora.records import LossOn, RowScore
+
+OUTPUTS_FILE = "outputs.json"
+"""Beside the run folders: what `compare-outputs` wrote, if anybody asked."""
+
+
+def outputs(results: Path) -> list[Section]:
+    """Answers to prompts, side by side, where the experiment's folder has them.
+
+    Raises:
+        IntegrityError: the file is broken.
+    """
+    path = results / OUTPUTS_FILE
+    if not path.is_file():
+        return []
+    try:
+        found = json.loads(path.read_text(encoding="utf-8"))
+        compared = side_by_side.read(found)
+        how = _how(found)
+    except (ValueError, KeyError, TypeError) as error:
+        raise IntegrityError(f"{path}: broken ({error}); make it again or delete it") from error
+    return [Section("Outputs side by side", how), *side_by_side.sections(compared, level=3)]
+
+
+def _how(found: dict[str, Any]) -> str:
+    sampled = found["sampled"]
+    drawn = (
+        f" and sampled (temperature {sampled['temperature']:g}, top p {sampled['top_p']:g}, seed "
+        f"{sampled['seed']} and on)"
+        if sampled
+        else ""
+    )
+    return (
+        f"{len(found['prompts'])} prompts of a fixed list, each to {plain(found['base'])} and to "
+        f"every adapter in the template that they were trained with, greedy{drawn}, "
+        f"{found['max_new_tokens']} tokens at most. Losses are those of the list's own answer, "
+        "nats a token."
+    )
+
+
+def rows(found: Sequence[Contrast]) -> list[Section]:
+    """Rows of the test set by how the largest fall in loss treats them; named, not shown."""
+    to_base = [each for each in found if each.key == "base"]
+    if not to_base:
+        return []
+    best = min(to_base, key=lambda each: each.difference.value)
+    lines = [
+        "| Chosen as | Row | Category | Tokens | "
+        f"{best.first.name} | {best.second.name} | Difference |",
+        "| :-- | :-- | :-- | --: | --: | --: | --: |",
+    ]
+    for rule, score, before, after in _chosen(best):
+        lines.append(
+            f"| {rule} | `{score.row_id[:12]}` | {plain(score.category) or '–'} | "
+            f"{_tokens(score, best.first.line.headline)} | {before:.4f} | {after:.4f} | "
+            f"{after - before:+.4f} |"
+        )
+    text = (
+        f"Test rows under {best.first.name} and {best.second.name}, nats a token: chosen by rule, "
+        "named by the beginning of their id, not by their text.\n\n" + "\n".join(lines)
+    )
+    return [Section("Rows", text)]
+
+
+def _chosen(best: Contrast) -> list[tuple[str, RowScore, float, float]]:
+    headline = best.first.line.headline
+    before, after = _losses(best.first, headline), _losses(best.second, headline)
+    of_row = {score.row_id: score for score in best.first.line.scores if score.row_id in before}
+    order = sorted(of_row, key=lambda row: (after[row] - before[row], row))
+    if len(order) < 3:
+        return []
+    middle = len(order) // 2
+    picked = [
+        *(("largest fall", row) for row in order[:2]),
+        ("median change", order[middle]),
+        *(("largest rise, or least fall", row) for row in order[-2:]),
+    ]
+    taken = {row for _, row in picked}
+    left = [row for row in seeded_order(order, "report", 0) if row not in taken]
+    picked += [("at random", row) for row in left[:3]]
+    return [(rule, of_row[row], before[row], after[row]) for rule, row in _once(picked)]
+
+
+def _once(picked: Sequence[tuple[str, str]]) -> list[tuple[str, str]]:
+    """Every row once, under the first rule that chose it."""
+    first: dict[str, str] = {}
+    for rule, row in picked:
+        first.setdefault(row, rule)
+    return [(rule, row) for row, rule in first.items()]
+
+
+def _losses(arm: Arm, headline: LossOn) -> dict[str, float]:
+    """Loss a token of every row that has any, mean over seeds."""
+    sums: dict[str, float] = {}
+    for line in arm.lines:
+        for score in line.scores:
+            if tokens := _tokens(score, headline):
+                nll = score.nll_all if headline == "all" else score.nll_response
+                sums[score.row_id] = sums.get(score.row_id, 0.0) + nll / tokens / len(arm.lines)
+    return sums
+
+
+def _tokens(score: RowScore, headline: LossOn) -> int:
+    return score.tokens_all if headline == "all" else score.tokens_response
