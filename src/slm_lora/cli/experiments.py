@@ -10,6 +10,7 @@ import typer
 from slm_lora.cli.options import (
     AdaptersDir,
     CellName,
+    DiscardCheckpoints,
     Overrides,
     RecipeFile,
     ResultsDir,
@@ -28,6 +29,7 @@ def experiment(
     ] = False,
     results: ResultsDir = Path("results"),
     adapters: AdaptersDir = Path("adapter"),
+    discard: DiscardCheckpoints = False,
 ) -> None:
     """Run a whole experiment: base, every cell of the grid, table, metrics and report.
 
@@ -40,7 +42,9 @@ def experiment(
     from slm_lora.recipe.reading import load_recipe
 
     read, cells = load_recipe(recipe, overrides or [])
-    places = Places(read.name, results / read.name, adapters, read.keep_adapters)
+    places = Places(
+        read.name, results / read.name, adapters, read.keep_adapters, read.checkpoint_seconds
+    )
     reporter = Reporter()
     reporter.say(f"{read.name}: {read.description or recipe.name}")
     quiet_libraries()
@@ -50,7 +54,7 @@ def experiment(
     if plan:
         _print_plan(jobs, places)
         return
-    runs = run_jobs(jobs, places, reporter)
+    runs = run_jobs(jobs, places, reporter, discard)
     lines = write_report(runs, places.results, jobs[0].cell.recipe.evaluation.headline)
     out = console()
     out.print()
@@ -66,6 +70,7 @@ def train(
     cell: CellName = "",
     results: ResultsDir = Path("results"),
     adapters: AdaptersDir = Path("adapter"),
+    discard: DiscardCheckpoints = False,
 ) -> None:
     """Train and score one cell of a recipe, without the base."""
     from slm_lora.experiment.jobs import make_jobs
@@ -79,10 +84,12 @@ def train(
         raise UsageError(f"the recipe has {len(cells)} cells; choose one: --cell {chosen.name} …")
     reporter = Reporter()
     quiet_libraries()
-    places = Places(read.name, results / read.name, adapters, read.keep_adapters)
+    places = Places(
+        read.name, results / read.name, adapters, read.keep_adapters, read.checkpoint_seconds
+    )
     jobs = make_jobs([chosen])
     _say_data(jobs[0], reporter)
-    run = run_cells(jobs, places, reporter)[0]
+    run = run_cells(jobs, places, reporter, discard)[0]
     kept = f"\n{places.adapter(run.cell)}" if places.keep_adapters else ""
     console().print(f"\n{run.folder}{kept}", soft_wrap=True)
 

@@ -5,7 +5,8 @@ from __future__ import annotations
 import gc
 import shutil
 import time
-from collections.abc import Sequence
+from collections.abc import Iterator, Sequence
+from contextlib import contextmanager
 from dataclasses import asdict, dataclass
 from pathlib import Path
 from typing import Any
@@ -16,6 +17,8 @@ from slm_lora import machine
 from slm_lora.errors import UsageError
 from slm_lora.evaluation.perplexity import held_out_loss, score, write_scores
 from slm_lora.experiment.jobs import Job, data_record
+from slm_lora.experiment.unfinished import check_unfinished, made_of, setting
+from slm_lora.lock import only_process
 from slm_lora.model import adapter, fusion, native
 from slm_lora.model.base import Base
 from slm_lora.model.load import load_base
@@ -24,8 +27,9 @@ from slm_lora.progress import Reporter
 from slm_lora.recipe.schema import ModelSection
 from slm_lora.records import Example, LossOn, RowScore, Step
 from slm_lora.runs import SCORES_FILE, STEPS_FILE, Run, find_run, new_run, write_lines
-from slm_lora.storage import sha256_file
-from slm_lora.training.checkpoint import Checkpointer
+from slm_lora.stopping import gentle_stop
+from slm_lora.storage import recover, recover_all, require_space, sha256_file
+from slm_lora.training.checkpoint import Checkpointer, space_needed
 from slm_lora.training.loop import TrainingResult, total_steps, train
 
 
@@ -38,20 +42,27 @@ class Places:
         results: folder of tables and run folders.
         adapters: folder that adapter folders are put into.
         keep_adapters: whether they stay there; else scores are all that a finished cell needs.
+        checkpoint_seconds: least time between two checkpoints of a training.
     """
 
     experiment: str
     results: Path
     adapters: Path
     keep_adapters: bool = True
+    checkpoint_seconds: float = 60.0
 
     def adapter(self, cell: str) -> Path:
         """Folder of one cell's adapter."""
         return self.adapters / f"{self.experiment}-{cell}"
 
+    @property
+    def checkpoints(self) -> Path:
+        """Folder of all unfinished cells."""
+        return self.results / "checkpoints"
+
     def checkpoint(self, cell: str, identity: str) -> Path:
-        """Folder of one unfinished cell's checkpoint."""
-        return self.results / "checkpoints" / f"{cell}-{identity[:8]}"
+        """Folder of one unfinished cell's checkpoints."""
+        return self.checkpoints / f"{cell}-{identity[:8]}"
 
 
 BASE = "base"
@@ -85,28 +96,65 @@ class _LoadedBase:
         return base
 
 
-def run_jobs(jobs: Sequence[Job], places: Places, reporter: Reporter) -> list[Run]:
+def run_jobs(
+    jobs: Sequence[Job], places: Places, reporter: Reporter, discard: bool = False
+) -> list[Run]:
     """Run what is not finished; return all runs, the base first.
 
     Finished runs are known by their identity and are read, not run again, so the same call
     continues an experiment that was interrupted.
+
+    Args:
+        jobs: the cells.
+        places: where everything goes.
+        reporter: told how it goes.
+        discard: remove unfinished trainings of these cells that were made of something else.
+
+    Raises:
+        IntegrityError: another process is at work there, or such a training is in the way.
+        StopRequested: a signal asked for it; the same call continues.
     """
-    loaded = _LoadedBase(reporter)
-    runs: dict[str, Run] = {}
-    for job in jobs:
-        if job.base_identity not in runs:
-            run = find_run(places.results, BASE, job.base_identity)
-            if run is None:
-                run = _run_base(job, loaded.for_job(job), places, reporter)
-            else:
-                reporter.say(f"  {BASE}  finished earlier")
-            runs[job.base_identity] = run
-    return [*runs.values(), *_run_cells(jobs, places, reporter, loaded)]
+    with _at_work(jobs, places, discard):
+        loaded = _LoadedBase(reporter)
+        runs: dict[str, Run] = {}
+        for job in jobs:
+            if job.base_identity not in runs:
+                run = find_run(places.results, BASE, job.base_identity)
+                if run is None:
+                    run = _run_base(job, loaded.for_job(job), places, reporter)
+                else:
+                    reporter.say(f"  {BASE}  finished earlier")
+                runs[job.base_identity] = run
+        return [*runs.values(), *_run_cells(jobs, places, reporter, loaded)]
 
 
-def run_cells(jobs: Sequence[Job], places: Places, reporter: Reporter) -> list[Run]:
+def run_cells(
+    jobs: Sequence[Job], places: Places, reporter: Reporter, discard: bool = False
+) -> list[Run]:
     """As `run_jobs`, without the base."""
-    return _run_cells(jobs, places, reporter, _LoadedBase(reporter))
+    with _at_work(jobs, places, discard):
+        return _run_cells(jobs, places, reporter, _LoadedBase(reporter))
+
+
+@contextmanager
+def _at_work(jobs: Sequence[Job], places: Places, discard: bool) -> Iterator[None]:
+    """The experiment's folder to ourselves, rid of what killed processes left."""
+    with only_process(places.results):
+        for folder in (places.results, places.results / "runs", places.checkpoints):
+            recover_all(folder)
+        for job in jobs:
+            recover(places.adapter(job.cell.name))
+        unfinished = [job for job in jobs if _finished(job, places) is None]
+        check_unfinished(unfinished, places.checkpoints, discard)
+        yield
+
+
+def _finished(job: Job, places: Places) -> Run | None:
+    """The run of a cell that need not be trained."""
+    run = find_run(places.results, job.cell.name, job.identity)
+    if run is None or (places.keep_adapters and not _has_adapter(run, places)):
+        return None
+    return run
 
 
 def _run_cells(
@@ -114,10 +162,12 @@ def _run_cells(
 ) -> list[Run]:
     runs = []
     for job in jobs:
-        run = find_run(places.results, job.cell.name, job.identity)
-        if run is None or (places.keep_adapters and not _has_adapter(run, places)):
+        run = _finished(job, places)
+        if run is None:
             run = _run_cell(job, loaded, places, reporter)
         else:
+            # A process may have died between recording the run and this.
+            shutil.rmtree(places.checkpoint(job.cell.name, job.identity), ignore_errors=True)
             reporter.say(f"  {job.cell.name}  finished earlier")
         runs.append(run)
     return runs
@@ -143,6 +193,11 @@ def evaluate_adapter(
     """
     loaded = _LoadedBase(reporter)
     base = loaded.for_job(job) if folder is None else _with_saved(folder, job, loaded)
+    if folder is not None and not adapter.is_sealed(folder):
+        reporter.say(
+            f"  warning: {folder} does not say the SHA-256 of its files ({adapter.ABOUT}): only "
+            "the shapes of its tensors were checked"
+        )
     return _evaluate(base, job, BASE if folder is None else folder.name, reporter)
 
 
@@ -177,7 +232,15 @@ def _run_cell(job: Job, loaded: _LoadedBase, places: Places, reporter: Reporter)
     machine.reset_peak_memory(job.device.type)
     adapted = adapter.attach(base, section, job.cell.recipe.seed)
     try:
-        checkpointer = Checkpointer(places.checkpoint(name, job.identity), job.identity)
+        checkpointer = Checkpointer(
+            places.checkpoint(name, job.identity),
+            job.identity,
+            places.checkpoint_seconds,
+            made_of(job),
+            setting(job),
+            reporter.say,
+        )
+        _require_space(job, places, adapter.count_parameters(adapted).trainable)
         result = _train(job, base, adapted, checkpointer, reporter)
         peak = machine.peak_memory_bytes(job.device.type)
         parameters = adapter.count_parameters(adapted)
@@ -217,6 +280,22 @@ def _run_cell(job: Job, loaded: _LoadedBase, places: Places, reporter: Reporter)
     return _found(places, name, job.identity)
 
 
+def _require_space(job: Job, places: Places, parameters: int) -> None:
+    """Room for checkpoints, adapter and scores, before any training."""
+    cell = job.cell.recipe
+    # (PiSSA's adapter is saved at twice its rank.)
+    saved = 4 * parameters * (2 if cell.adapter.kind == "pissa" else 1) + 1_000_000
+    steps = total_steps(len(job.prepared.train), cell.training)
+    points = space_needed(parameters, cell.training.keep_best, steps)
+    held = places.checkpoint(job.cell.name, job.identity)
+    there = sum(path.stat().st_size for path in held.rglob("*") if path.is_file())
+    scores = 500 * len(job.prepared.test) + 400 * steps
+    require_space(places.adapters, saved, "the adapter")
+    require_space(
+        places.results, max(0, points - there) + saved + scores, "checkpoints, adapter and scores"
+    )
+
+
 def _train(
     job: Job, base: Base, adapted: nn.Module, checkpointer: Checkpointer, reporter: Reporter
 ) -> TrainingResult:
@@ -230,12 +309,13 @@ def _train(
             "validation",
             job.cell.recipe.evaluation.micro_batch_tokens,
             compile_validation,
+            on_tokens=lambda done: stop.check(),
         )
         return held_out_loss(scores, section.loss_on).loss
 
     total = total_steps(len(job.prepared.train), section)
     shown = 0
-    with reporter.task(job.cell.name, total, "steps") as task:
+    with gentle_stop() as stop, reporter.task(job.cell.name, total, "steps") as task:
 
         def on_step(step: Step) -> None:
             nonlocal shown
@@ -255,12 +335,15 @@ def _train(
             validate=validate,
             on_step=on_step,
             checkpointer=checkpointer,
+            stop=stop,
         )
         task.close(
             f"trained {len(result.history)} steps  loss {result.history[-1].loss:.3f}  "
             f"{result.tokens_per_s:.0f} tok/s"
         )
     _say_fallbacks(reporter)
+    if skipped := sum(step.skipped for step in result.history):
+        reporter.say(f"  note: {skipped} steps were skipped, as their fp16 gradient overflowed")
     if result.rows_without_labels:
         reporter.say(f"  note: {result.rows_without_labels} training rows had no label token")
     return result
@@ -274,15 +357,20 @@ def _evaluate(
     tokens = sum(example.length for example in examples)
     compiled = _compiles(job, examples, base)
     began = time.perf_counter()
-    # Longest rows come first, so tokens, not rows, tell how far it is.
-    with reporter.task(label, tokens, "test tokens") as task:
+
+    def on_tokens(done: int) -> None:
+        # Longest rows come first, so tokens, not rows, tell how far it is.
+        task.advance(done, done)
+        stop.check()
+
+    with gentle_stop() as stop, reporter.task(label, tokens, "test tokens") as task:
         scores = score(
             base,
             examples,
             "test",
             job.cell.recipe.evaluation.micro_batch_tokens,
             compiled,
-            on_tokens=lambda done: task.advance(done, done),
+            on_tokens=on_tokens,
         )
         seconds = time.perf_counter() - began
         losses = {kind: held_out_loss(scores, kind) for kind in _kinds(scores)}
