@@ -49,6 +49,7 @@ class Lab:
     """A folder with a recipe, rows and a model, and what an experiment left there."""
 
     def __init__(self, folder: Path, model: Path) -> None:
+        folder.mkdir(exist_ok=True)
         self.folder = folder
         self.rows = write_jsonl(folder / "rows.jsonl", make_rows(120))
         self.recipe = folder / "tiny.yaml"

@@ -178,6 +178,15 @@ def _save_adapter(adapted: PeftModel, folder: Path) -> None:
     (folder / "README.md").unlink(missing_ok=True)
     if beginning := getattr(adapted, _BEGINNING, None):
         _fit_original_base(folder, beginning)
+    _order_targets(folder / "adapter_config.json")
+
+
+def _order_targets(path: Path) -> None:
+    """PEFT writes a set of names in an order that differs from process to process."""
+    config = json.loads(path.read_text(encoding="utf-8"))
+    if isinstance(config["target_modules"], list):
+        config["target_modules"].sort()
+    path.write_text(json.dumps(config, indent=2, sort_keys=True), encoding="utf-8")
 
 
 def _fit_original_base(folder: Path, beginning: Mapping[str, torch.Tensor]) -> None:
