@@ -1,4 +1,4 @@
-"""What is not finite stops a run or skips a step, by name; the gradient is exact however divided."""
+"""What is not finite stops a run or skips a step, by name; a step is exact however divided."""
 
 from __future__ import annotations
 
