@@ -37,8 +37,8 @@ Case = tuple[str, int]
 Verdict = dict[str, Any]
 
 KILLED = -signal.SIGKILL
-RANDOM, SCORING, TWICE, THROUGH_COMMAND = 40, 24, 30, 12
-STEPS, VALIDATIONS, OPERATIONS_STOPPED, COMMANDS_STOPPED = 10, 4, 4, 3
+RANDOM, SCORING, TWICE, THROUGH_COMMAND = 40, 24, 30, 10
+STEPS, VALIDATIONS, OPERATIONS_STOPPED, COMMANDS_STOPPED = 11, 4, 4, 2
 
 
 def kill_cases(operations: int) -> list[Case]:
@@ -98,11 +98,13 @@ def verdict(lab: Lab, case: Case, wanted: Any, operations: int, seconds: float) 
         "stopped command": lambda: _command(lab, folder, number, STOPPED_RESUMABLE),
     }[kind]()
     through_command = "command" in kind
-    ended = _wait(_launch(lab, folder)) if through_command else run(lab, folder)
+    ended = _launch(lab, folder).wait() if through_command else run(lab, folder)
     found = {"kind": kind, "number": number, "first": begun, "second": ended}
     if ended == 0:
         left = outcome(folder)
-        found["equal"] = left == wanted
+        # Some are done before the fault comes; none may end in another way.
+        expected = (KILLED, STOPPED_RESUMABLE, 0)
+        found["equal"] = left == wanted and begun in expected
     else:
         found["equal"] = False
     if found["equal"]:
@@ -138,20 +140,14 @@ def _launch(lab: Lab, folder: Path) -> subprocess.Popen[bytes]:
     )
 
 
-def _wait(process: subprocess.Popen[bytes]) -> int:
-    return process.wait()
-
-
 def _command(lab: Lab, folder: Path, number: int, wanted: int) -> int:
     """Start the command, and end it once a certain file appears."""
     results = folder / "results" / NAME
     signs: list[Callable[[], bool]] = [
-        lambda: (results / "runs").exists(),
         lambda: any(results.glob("runs/base-*")),
         lambda: any(results.glob("checkpoints/*/step-000001")),
         lambda: any(results.glob("checkpoints/*/step-000002")),
         lambda: any(results.glob("checkpoints/*/.step-000003*")),
-        lambda: any(results.glob("checkpoints/*/step-000004")),
         lambda: any(results.glob("checkpoints/*/step-000005")),
         lambda: any((folder / "adapter").glob(".faults-*")),
         lambda: (folder / "adapter" / "faults-r2").exists(),
@@ -159,7 +155,7 @@ def _command(lab: Lab, folder: Path, number: int, wanted: int) -> int:
         lambda: any(results.glob("runs/r2-*")),
         lambda: (results / "experiment_table.md").exists(),
     ]
-    sign = signs[number - 1] if wanted == KILLED else signs[number + 1]
+    sign = signs[number - 1] if wanted == KILLED else signs[number]
     process = _launch(lab, folder)
     while process.poll() is None and not sign():
         time.sleep(0.001)

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import contextlib
+import errno
 import os
 import sys
 from collections.abc import Iterator
@@ -85,3 +86,7 @@ def _lock(descriptor: int) -> None:
             fcntl.lockf(descriptor, fcntl.LOCK_EX | fcntl.LOCK_NB)
         except PermissionError as error:  # what some systems say for "held"
             raise BlockingIOError from error
+        except OSError as error:
+            # A file system without locks (some of a network's) is no reason not to work.
+            if error.errno not in (errno.ENOLCK, errno.ENOSYS, errno.EOPNOTSUPP):
+                raise

@@ -286,7 +286,7 @@ def _require_space(job: Job, places: Places, parameters: int) -> None:
     # (PiSSA's adapter is saved at twice its rank.)
     saved = 4 * parameters * (2 if cell.adapter.kind == "pissa" else 1) + 1_000_000
     steps = total_steps(len(job.prepared.train), cell.training)
-    points = space_needed(parameters, cell.training.keep_best, steps)
+    points = space_needed(parameters, cell.training.eval_steps is not None, steps)
     held = places.checkpoint(job.cell.name, job.identity)
     there = sum(path.stat().st_size for path in held.rglob("*") if path.is_file())
     scores = 500 * len(job.prepared.test) + 400 * steps
