@@ -69,7 +69,7 @@ def campaign(folder: Path, keep: int | None) -> dict[str, Any]:
         sys.exit("two undisturbed runs differ: nothing can be compared")
 
     def some(cases: Sequence[Any]) -> list[Any]:
-        return list(cases[::keep]) if keep else list(cases)
+        return list(cases[keep - 1 :: keep]) if keep else list(cases)
 
     def killed(case: Any) -> dict[str, Any]:
         return kills.verdict(lab, case, wanted, operations, seconds)

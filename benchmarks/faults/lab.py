@@ -29,7 +29,8 @@ from transformers import LlamaConfig, LlamaForCausalLM, PreTrainedTokenizerFast
 
 from slm_lora.cli import _guarded
 from slm_lora.experiment.jobs import Job, make_jobs
-from slm_lora.experiment.runner import Places, run_jobs
+from slm_lora.experiment.places import Places
+from slm_lora.experiment.runner import run_jobs
 from slm_lora.progress import Reporter
 from slm_lora.recipe.reading import load_recipe
 

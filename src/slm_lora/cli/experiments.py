@@ -36,8 +36,9 @@ def experiment(
     Finished cells are kept: the same command continues after an interruption.
     """
     from slm_lora.experiment.jobs import make_jobs
+    from slm_lora.experiment.places import Places
     from slm_lora.experiment.report import terminal_table, write_report
-    from slm_lora.experiment.runner import Places, run_jobs
+    from slm_lora.experiment.runner import run_jobs
     from slm_lora.progress import Reporter
     from slm_lora.recipe.reading import load_recipe
 
@@ -74,7 +75,8 @@ def train(
 ) -> None:
     """Train and score one cell of a recipe, without the base."""
     from slm_lora.experiment.jobs import make_jobs
-    from slm_lora.experiment.runner import Places, run_cells
+    from slm_lora.experiment.places import Places
+    from slm_lora.experiment.runner import run_cells
     from slm_lora.progress import Reporter
     from slm_lora.recipe.reading import load_recipe
 

@@ -5,9 +5,8 @@ from __future__ import annotations
 import gc
 import shutil
 import time
-from collections.abc import Iterator, Sequence
-from contextlib import contextmanager
-from dataclasses import asdict, dataclass
+from collections.abc import Sequence
+from dataclasses import asdict
 from pathlib import Path
 from typing import Any
 
@@ -17,8 +16,8 @@ from slm_lora import machine
 from slm_lora.errors import UsageError
 from slm_lora.evaluation.perplexity import held_out_loss, score, write_scores
 from slm_lora.experiment.jobs import Job, data_record
-from slm_lora.experiment.unfinished import check_unfinished, made_of, setting
-from slm_lora.lock import only_process
+from slm_lora.experiment.places import BASE, Places, at_work, finished, require_room
+from slm_lora.experiment.unfinished import made_of, setting
 from slm_lora.model import adapter, fusion, native
 from slm_lora.model.base import Base
 from slm_lora.model.load import load_base
@@ -28,45 +27,9 @@ from slm_lora.recipe.schema import ModelSection
 from slm_lora.records import Example, LossOn, RowScore, Step
 from slm_lora.runs import SCORES_FILE, STEPS_FILE, Run, find_run, new_run, write_lines
 from slm_lora.stopping import gentle_stop
-from slm_lora.storage import recover, recover_all, require_space, sha256_file
-from slm_lora.training.checkpoint import Checkpointer, space_needed
+from slm_lora.storage import sha256_file
+from slm_lora.training.checkpoint import Checkpointer
 from slm_lora.training.loop import TrainingResult, total_steps, train
-
-
-@dataclass(frozen=True, slots=True)
-class Places:
-    """Where an experiment's results and adapters go.
-
-    Attributes:
-        experiment: its name.
-        results: folder of tables and run folders.
-        adapters: folder that adapter folders are put into.
-        keep_adapters: whether they stay there; else scores are all that a finished cell needs.
-        checkpoint_seconds: least time between two checkpoints of a training.
-    """
-
-    experiment: str
-    results: Path
-    adapters: Path
-    keep_adapters: bool = True
-    checkpoint_seconds: float = 60.0
-
-    def adapter(self, cell: str) -> Path:
-        """Folder of one cell's adapter."""
-        return self.adapters / f"{self.experiment}-{cell}"
-
-    @property
-    def checkpoints(self) -> Path:
-        """Folder of all unfinished cells."""
-        return self.results / "checkpoints"
-
-    def checkpoint(self, cell: str, identity: str) -> Path:
-        """Folder of one unfinished cell's checkpoints."""
-        return self.checkpoints / f"{cell}-{identity[:8]}"
-
-
-BASE = "base"
-"""Name of the base model's cell."""
 
 
 class _LoadedBase:
@@ -114,7 +77,7 @@ def run_jobs(
         IntegrityError: another process is at work there, or such a training is in the way.
         StopRequested: a signal asked for it; the same call continues.
     """
-    with _at_work(jobs, places, discard):
+    with at_work(jobs, places, discard):
         loaded = _LoadedBase(reporter)
         runs: dict[str, Run] = {}
         for job in jobs:
@@ -132,29 +95,8 @@ def run_cells(
     jobs: Sequence[Job], places: Places, reporter: Reporter, discard: bool = False
 ) -> list[Run]:
     """As `run_jobs`, without the base."""
-    with _at_work(jobs, places, discard):
+    with at_work(jobs, places, discard):
         return _run_cells(jobs, places, reporter, _LoadedBase(reporter))
-
-
-@contextmanager
-def _at_work(jobs: Sequence[Job], places: Places, discard: bool) -> Iterator[None]:
-    """The experiment's folder to ourselves, rid of what killed processes left."""
-    with only_process(places.results):
-        for folder in (places.results, places.results / "runs", places.checkpoints):
-            recover_all(folder)
-        for job in jobs:
-            recover(places.adapter(job.cell.name))
-        unfinished = [job for job in jobs if _finished(job, places) is None]
-        check_unfinished(unfinished, places.checkpoints, discard)
-        yield
-
-
-def _finished(job: Job, places: Places) -> Run | None:
-    """The run of a cell that need not be trained."""
-    run = find_run(places.results, job.cell.name, job.identity)
-    if run is None or (places.keep_adapters and not _has_adapter(run, places)):
-        return None
-    return run
 
 
 def _run_cells(
@@ -162,7 +104,7 @@ def _run_cells(
 ) -> list[Run]:
     runs = []
     for job in jobs:
-        run = _finished(job, places)
+        run = finished(job, places)
         if run is None:
             run = _run_cell(job, loaded, places, reporter)
         else:
@@ -171,16 +113,6 @@ def _run_cells(
             reporter.say(f"  {job.cell.name}  finished earlier")
         runs.append(run)
     return runs
-
-
-def _has_adapter(run: Run, places: Places) -> bool:
-    """Whether the adapter of a finished cell is here, and is that very one.
-
-    Results are shared without adapters, and another recipe's cell of the same name replaces
-    the adapter; in both cases the cell is trained again.
-    """
-    weights = adapter.weights_file(places.adapter(run.cell))
-    return weights is not None and sha256_file(weights) == run.record["adapter"]["sha256"]
 
 
 def evaluate_adapter(
@@ -240,7 +172,7 @@ def _run_cell(job: Job, loaded: _LoadedBase, places: Places, reporter: Reporter)
             setting(job),
             reporter.say,
         )
-        _require_space(job, places, adapter.count_parameters(adapted).trainable)
+        require_room(job, places, adapter.count_parameters(adapted).trainable)
         result = _train(job, base, adapted, checkpointer, reporter)
         peak = machine.peak_memory_bytes(job.device.type)
         parameters = adapter.count_parameters(adapted)
@@ -278,22 +210,6 @@ def _run_cell(job: Job, loaded: _LoadedBase, places: Places, reporter: Reporter)
     if not places.keep_adapters:
         shutil.rmtree(folder)
     return _found(places, name, job.identity)
-
-
-def _require_space(job: Job, places: Places, parameters: int) -> None:
-    """Room for checkpoints, adapter and scores, before any training."""
-    cell = job.cell.recipe
-    # (PiSSA's adapter is saved at twice its rank.)
-    saved = 4 * parameters * (2 if cell.adapter.kind == "pissa" else 1) + 1_000_000
-    steps = total_steps(len(job.prepared.train), cell.training)
-    points = space_needed(parameters, cell.training.eval_steps is not None, steps)
-    held = places.checkpoint(job.cell.name, job.identity)
-    there = sum(path.stat().st_size for path in held.rglob("*") if path.is_file())
-    scores = 500 * len(job.prepared.test) + 400 * steps
-    require_space(places.adapters, saved, "the adapter")
-    require_space(
-        places.results, max(0, points - there) + saved + scores, "checkpoints, adapter and scores"
-    )
 
 
 def _train(

@@ -30,7 +30,7 @@ KEPT = 2
 """Checkpoints that stay: the newest, and the one before, should the newest be broken."""
 
 _TENSORS, _TRAINING, _MANIFEST = "state.safetensors", "state.json", "manifest.json"
-_MOMENTS = ("exp_avg", "exp_avg_sq")
+_MOMENTS = ("step", "exp_avg", "exp_avg_sq")
 
 Best = tuple[float, int, dict[str, torch.Tensor]]
 """Validation loss, step and weights of the best validation so far."""
@@ -169,14 +169,16 @@ class Checkpointer:
             training = json.loads((generation / _TRAINING).read_text(encoding="utf-8"))
             history = [Step(**step) for step in training["history"]]
             with safe_open(generation / _TENSORS, framework="pt") as file:
-                _put_back(file, parameters, optimizer)
-                best = training["best"] and (
-                    training["best"]["loss"],
-                    training["best"]["step"],
-                    {name: file.get_tensor(f"best/{name}") for name in parameters},
-                )
-        except (OSError, ValueError, KeyError, TypeError, RuntimeError, SafetensorError) as error:
+                saved = {name: file.get_tensor(name) for name in file.keys()}  # noqa: SIM118
+            best = training["best"] and (
+                training["best"]["loss"],
+                training["best"]["step"],
+                {name: saved[f"best/{name}"] for name in parameters},
+            )
+        except (OSError, ValueError, KeyError, TypeError, SafetensorError) as error:
             raise IntegrityError(f"{generation}: broken ({error})") from error
+        # Only now that all of it was read: half a state would be another training.
+        _put_back(saved, parameters, optimizer)
         self._say_what_changed(about)
         return Resumed(history, best, training["scaler"])
 
@@ -199,21 +201,17 @@ class Checkpointer:
 
 
 def _put_back(
-    file: Any,
+    saved: Mapping[str, torch.Tensor],
     parameters: Mapping[str, torch.nn.Parameter],
     optimizer: torch.optim.Optimizer,
 ) -> None:
-    saved = set(file.keys())
     with torch.no_grad():
         for name, parameter in parameters.items():
-            parameter.copy_(file.get_tensor(f"weight/{name}"))
+            parameter.copy_(saved[f"weight/{name}"])
             if f"step/{name}" in saved:
                 optimizer.state[parameter] = {
-                    "step": file.get_tensor(f"step/{name}").to(parameter.device),
-                    **{
-                        moment: file.get_tensor(f"{moment}/{name}").to(parameter.device)
-                        for moment in _MOMENTS
-                    },
+                    moment: saved[f"{moment}/{name}"].to(parameter.device, copy=True)
+                    for moment in _MOMENTS
                 }
 
 
