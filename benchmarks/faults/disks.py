@@ -106,8 +106,10 @@ def _on_a_bad_disk(
         room = 120_000 * level
         code = hooked(lambda: _fill(filler, room, mounting, said=True))
     else:
-        room = 4096 * level
-        code = hooked(at_call(Updater, "step", 1, lambda: _fill(filler, room, mounting)))
+        # Nine pages are enough for all that is left to write; without any, once earlier, once
+        # later.
+        room, when = 4096 * max(0, level - 1), 2 if level == 0 else 1
+        code = hooked(at_call(Updater, "step", when, lambda: _fill(filler, room, mounting)))
     return code, len(steps.read_bytes())
 
 
