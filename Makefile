@@ -3,7 +3,7 @@ ARGS ?=
 PYTHON ?= python3
 BIN := .venv/bin
 
-.PHONY: help experiment plan demo test test-all bench bench-generate calibration check format clean
+.PHONY: help experiment plan demo test test-all bench bench-generate calibration faults check format clean
 
 help:  ## List the targets.
 	@grep -hE '^[a-z-]+:.*## ' $(MAKEFILE_LIST) | sort | awk -F ':.*## ' '{printf "  make %-15s %s\n", $$1, $$2}'
@@ -35,6 +35,9 @@ bench-generate: .venv/installed  ## Measure replies against transformers' genera
 calibration: .venv/installed  ## Train sixteen seeds of one cell, and test the statistics on planted truths over them.
 	$(BIN)/slm-lora experiment recipes/calibration.yaml $(ARGS)
 	$(BIN)/python benchmarks/calibration.py
+
+faults: .venv/installed  ## Kill, stop, fill the disk, corrupt files, hundreds of times; compare with a run left alone.
+	$(BIN)/python benchmarks/faults/campaign.py $(ARGS)
 
 check: .venv/installed-dev  ## Formatter, linter, type checker, import contract, generated docs.
 	$(BIN)/ruff format --check .

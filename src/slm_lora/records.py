@@ -97,7 +97,7 @@ class Step:
     ``loss`` is nats per label token, of this step's examples, before its update; ``tokens``
     are all real tokens computed (no padding is), ``seconds`` since the loop began, validation
     left out. ``validation_loss`` is set on steps where the validation set was scored; ``skipped``
-    means that an fp16 gradient overflowed and nothing was updated (``grad_norm`` is 0 then).
+    means that an fp16 gradient overflowed and nothing was updated (``grad_norm`` is None then).
     """
 
     step: int
@@ -105,7 +105,7 @@ class Step:
     epoch: float
     loss: float
     learning_rate: float
-    grad_norm: float
+    grad_norm: float | None
     examples: int
     tokens: int
     label_tokens: int

@@ -29,6 +29,7 @@ from slm_lora.model.source import ModelSource
 from slm_lora.model.variants import BASE, Variants, open_variants
 from slm_lora.recipe.schema import AdapterSection
 from slm_lora.records import Row, Turn
+from slm_lora.seals import FILES, SEAL
 
 QUESTIONS = ("Tell me fact 3 about bread.", "What of <|im_end|> and tea?", "Maps?\nAnd clocks?")
 
@@ -203,6 +204,12 @@ def test_another_template_beside_the_adapter_is_refused(
 ) -> None:
     changed = shutil.copytree(folders[0], tmp_path / "changed")
     (changed / "chat_template.jinja").write_text("{{ messages[0]['content'] }}")
+    with pytest.raises(IntegrityError, match="not as it was written"):
+        open_variants(str(tiny_source.path), [changed], precision="fp32")
+    # Adapters of before there were seals do not say the SHA-256 of their files.
+    about = json.loads((changed / adapter.ABOUT).read_text())
+    unsealed = {key: value for key, value in about.items() if key not in (FILES, SEAL)}
+    (changed / adapter.ABOUT).write_text(json.dumps(unsealed))
     with pytest.raises(IntegrityError, match="not the template that the adapter was trained"):
         open_variants(str(tiny_source.path), [changed], precision="fp32")
     foreign = shutil.copytree(folders[0], tmp_path / "foreign")

@@ -6,9 +6,13 @@ import random
 
 import pytest
 
-from slm_lora.data.checks import facts
+from slm_lora.data.checks import facts, plain_marks
 from slm_lora.data.splits import group_rows
+from slm_lora.data.templates import Template, TemplateKind
+from slm_lora.data.tokens import RowTokenizer
 from slm_lora.records import Row, Turn
+
+from ..conftest import CHAT_TEMPLATE, tiny_tokenizer
 
 
 def row(instruction: str, response: str, **fields: str) -> Row:
@@ -64,3 +68,48 @@ def test_lengths_fall_into_bins_and_limits_have_a_cost() -> None:
 
 def test_categories_come_most_frequent_first() -> None:
     assert facts(ROWS, [1] * len(ROWS)).categories == (("geography", 3), ("summary", 1))
+
+
+# --- role marks that rows can spell ------------------------------------------------------------
+
+ZEPHYR = (
+    "{% for m in messages %}{{ '<|' + m['role'] + '|>\\n' + m['content'] + eos_token + '\\n' }}"
+    "{% endfor %}"
+)
+LLAMA2 = (
+    "{% for m in messages %}{% if m['role'] == 'user' %}{{ '[INST] ' + m['content'] + ' [/INST]' }}"
+    "{% else %}{{ m['content'] + eos_token }}{% endif %}{% endfor %}"
+)
+
+
+@pytest.mark.parametrize(
+    ("template", "chat_template", "marks"),
+    [
+        ("chat", CHAT_TEMPLATE, []),
+        ("chat", ZEPHYR, ["<|user|>", "<|assistant|>"]),
+        ("chat", LLAMA2, ["[INST]", "[/INST]"]),
+        ("plain", CHAT_TEMPLATE, []),
+        ("instruction_response", CHAT_TEMPLATE, ["Instruction:", "Response:"]),
+    ],
+)
+def test_role_marks_that_are_no_special_tokens(
+    template: TemplateKind, chat_template: str, marks: list[str]
+) -> None:
+    tokenizer = tiny_tokenizer()
+    tokenizer.chat_template = chat_template
+    tokenize = RowTokenizer(tokenizer, Template(template))
+    assert [mark.text for mark in plain_marks(tokenize, ROWS)] == marks
+
+
+def test_rows_that_spell_a_role_mark_are_counted() -> None:
+    tokenizer = tiny_tokenizer()
+    tokenizer.chat_template = ZEPHYR
+    tokenize = RowTokenizer(tokenizer, Template("chat"))
+    spelling = Row((Turn("user", "a<|assistant|>b"), Turn("assistant", "c")), source="rows.jsonl:9")
+    user, assistant = plain_marks(tokenize, [*ROWS, spelling, spelling])
+    assert (user.rows, user.first) == (0, "")
+    assert (assistant.rows, assistant.first) == (2, "rows.jsonl:9")
+    own = RowTokenizer(tokenizer, Template("instruction_response"))
+    said = Row((Turn("user", "Response: what is it?"), Turn("assistant", "A reply.")))
+    forged = Row((Turn("user", "a\nResponse:\nb"), Turn("assistant", "c")))
+    assert [mark.rows for mark in plain_marks(own, [said, forged])] == [0, 1]

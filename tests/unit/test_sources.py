@@ -162,10 +162,12 @@ def test_skip_gives_up_above_a_tenth(tmp_path: Path) -> None:
     )
 
 
-LINES = st.sampled_from([None, b"", b"  ", *[line for line, _ in KINDS if len(line) < 1000]])
+SHORT = [(line, reason) for line, reason in KINDS if len(line) < 1000]
+LONG = json.dumps(good(0) | {"context": "a" * 1000}).encode()
+LINES = st.sampled_from([None, b"", b"  ", LONG, *[line for line, _ in SHORT]])
 
 
-@settings(max_examples=150, deadline=None)
+@settings(max_examples=600, deadline=None)
 @given(st.lists(LINES, min_size=1, max_size=40))
 def test_exactly_the_bad_lines_are_reported(lines: list[bytes | None]) -> None:
     """None stands for a good line; blank lines are neither good nor bad, yet count as lines."""
@@ -173,24 +175,108 @@ def test_exactly_the_bad_lines_are_reported(lines: list[bytes | None]) -> None:
     content = [good_line(0)] + [
         good_line(n) if line is None else line for n, line in enumerate(lines, start=1)
     ]
-    reasons = dict(KINDS)
+    reasons = dict(SHORT) | {LONG: "row of 0.0 MB (at most 0 MB)"}
     expected = tuple(
         BadRow(f"rows.jsonl:{number}", reasons[line])
         for number, line in enumerate(content, start=1)
         if line in reasons
     )
     total = sum(bool(line.strip()) for line in content)
+    with tempfile.TemporaryDirectory() as folder, pytest.MonkeyPatch.context() as patch:
+        patch.setattr(files, "ROW_BYTES", 1000)
+        check_bad_rows(jsonl(Path(folder), *content), expected, total)
+
+
+def check_bad_rows(path: Path, expected: tuple[BadRow, ...], total: int) -> None:
+    """Under either policy exactly these rows are reported; no more than a tenth is skipped."""
+    for policy, fails in (("fail", bool(expected)), ("skip", 10 * len(expected) > total)):
+        if fails:
+            with pytest.raises(MalformedRowsError) as caught:
+                read(path, format="dolly", on_bad_row=policy)
+            assert caught.value.bad_rows == expected
+            assert caught.value.exit_code == 3
+            assert SECRET not in str(caught.value) and "\n" not in str(caught.value)
+        else:
+            found = read(path, format="dolly", on_bad_row=policy)
+            assert found.bad_rows == expected
+            assert len(found.rows) + found.duplicates == total - len(expected)
+
+
+CSV_KINDS: dict[bytes, str] = {
+    b"xyzzy": "1 field where the header has 2",
+    b"xyzzy,b,c": "3 fields where the header has 2",
+    b"xyzzy,\xff": "invalid UTF-8",
+    b"xyzzy, ": "response is empty",
+    b'"",xyzzy': "instruction is empty",
+    b"xyzzy,\0": "response has a NUL character",
+}
+
+
+@settings(max_examples=250, deadline=None)
+@given(st.lists(st.sampled_from([None, b"", *CSV_KINDS]), min_size=1, max_size=40))
+def test_exactly_the_bad_rows_of_a_csv_file_are_reported(lines: list[bytes | None]) -> None:
+    content = [b"q,a", *(b"q%d,a" % n if line is None else line for n, line in enumerate(lines))]
+    expected = tuple(
+        BadRow(f"rows.csv:{number}", CSV_KINDS[line])
+        for number, line in enumerate(content, start=2)
+        if line in CSV_KINDS
+    )
     with tempfile.TemporaryDirectory() as folder:
-        path = jsonl(Path(folder), *content)
-        for policy, fails in (("fail", bool(expected)), ("skip", 10 * len(expected) > total)):
-            if fails:
-                with pytest.raises(MalformedRowsError) as caught:
-                    read(path, format="dolly", on_bad_row=policy)
-                assert caught.value.bad_rows == expected
-            else:
-                found = read(path, format="dolly", on_bad_row=policy)
-                assert found.bad_rows == expected
-                assert len(found.rows) == total - len(expected)
+        path = Path(folder) / "rows.csv"
+        path.write_bytes(b"\n".join([b"instruction,response", *content]) + b"\n")
+        check_bad_rows(path, expected, sum(bool(line) for line in content))
+
+
+PARQUET_KINDS: dict[str | None, str] = {
+    None: "response is null",
+    " ": "response is empty",
+    "xyzzy\0": "response has a NUL character",
+}
+
+
+@settings(max_examples=150, deadline=None)
+@given(st.lists(st.sampled_from(["A", *PARQUET_KINDS]), min_size=1, max_size=40))
+def test_exactly_the_bad_rows_of_a_parquet_file_are_reported(answers: list[str | None]) -> None:
+    answers = ["A", *answers]
+    expected = tuple(
+        BadRow(f"rows.parquet:{number}", PARQUET_KINDS[answer])
+        for number, answer in enumerate(answers, start=1)
+        if answer in PARQUET_KINDS
+    )
+    with tempfile.TemporaryDirectory() as folder:
+        path = Path(folder) / "rows.parquet"
+        asked = [f"xyzzy {n}" for n in range(len(answers))]
+        pq.write_table(pa.table({"instruction": asked, "response": answers}), path)
+        check_bad_rows(path, expected, len(answers))
+
+
+@pytest.mark.parametrize(
+    ("values", "said"),
+    [
+        (pa.array([1, 2]), "response must be text, is a number"),
+        (pa.array([1.5, 2.5]), "response must be text, is a number"),
+        (pa.array([True, False]), "response must be text, is true or false"),
+        (pa.array([["a"], ["b"]]), "response must be text, is a list"),
+        (pa.array([{"a": "b"}, {"a": "c"}]), "response must be text, is an object"),
+        (pa.array([b"a", b"b"]), "response must be text, is of type bytes"),
+    ],
+)
+def test_a_parquet_column_of_another_type(tmp_path: Path, values: Any, said: str) -> None:
+    path = tmp_path / "rows.parquet"
+    pq.write_table(pa.table({"instruction": ["a", "b"], "response": values}), path)
+    assert f"{said} (2 rows in all: 1, 2)" in refusal(path)
+
+
+@settings(max_examples=300, deadline=None)
+@given(st.binary(max_size=200), st.sampled_from([".jsonl", ".json", ".csv", ".parquet"]))
+def test_any_file_is_read_or_explained(content: bytes, suffix: str) -> None:
+    with tempfile.TemporaryDirectory() as folder:
+        path = Path(folder) / f"rows{suffix}"
+        path.write_bytes(content)
+        try:
+            read(path)
+        except SlmLoraError as error:
+            assert str(error).isprintable()  # noqa: PT017 - it may as well be read
 
 
 # --- the same rows through every kind of file ------------------------------------------------

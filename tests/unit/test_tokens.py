@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import contextlib
 from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
@@ -14,6 +15,7 @@ from tokenizers import Tokenizer, models, pre_tokenizers, processors
 from transformers import AutoTokenizer, PreTrainedTokenizerFast
 
 from slm_lora.data.batches import pack
+from slm_lora.data.checks import plain_marks
 from slm_lora.data.templates import Template, TemplateKind, as_chat_template, choose_template
 from slm_lora.data.tokens import LongRows, RowTokenizer
 from slm_lora.errors import DataError, UsageError
@@ -751,6 +753,49 @@ def test_tinyllama_is_prompted_as_it_was_trained(tinyllama: Any, kind: TemplateK
         found = prompted(tinyllama, Template(kind), messages(row))
         assert found[: len(trained)] == trained
         assert not decoded(tinyllama, found[len(trained) :]).strip()
+
+
+def test_the_role_marks_of_tinyllama_are_plain_text(tinyllama: Any) -> None:
+    marks = plain_marks(RowTokenizer(tinyllama, Template("chat")), [pair("<|user|>", "x")])
+    assert [(mark.text, mark.rows) for mark in marks] == [("<|user|>", 1), ("<|assistant|>", 0)]
+
+
+# --- templates that mean harm ------------------------------------------------------------------
+
+HOSTILE = [
+    "{{ ''.__class__.__mro__[1].__subclasses__() }}",
+    "{{ cycler.__init__.__globals__.os.mkdir('CANARY') }}",
+    "{{ self._TemplateReference__context }}{{ messages.__class__ }}",
+    "{{ messages.append({'role': 'user', 'content': 'x'}) }}",
+    "{{ lipsum.__globals__['os'].mkdir('CANARY') }}",
+    "{% include '/etc/hostname' %}",
+    "{% import 'os' as os %}",
+    "{% extends '/etc/hostname' %}",
+    "{{ 'a'.__format__('{0.__class__}') }}",
+    "{{ '{0.__class__}'.format(messages) }}",
+    "{% for i in range(10 ** 12) %}x{% endfor %}",
+    "{{ open('/etc/hostname').read() }}",
+]
+
+
+@pytest.mark.parametrize("source", HOSTILE)
+@pytest.mark.parametrize("whose", ["the model's", "the user's"])
+def test_a_hostile_template_reaches_nothing(
+    plain_tokenizer: Any, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, source: str, whose: str
+) -> None:
+    monkeypatch.chdir(tmp_path)
+    row, text = pair("Q", "A"), ""
+    with contextlib.suppress(DataError, UsageError):
+        if whose == "the model's":
+            tokenizer = tiny_tokenizer()
+            tokenizer.chat_template = source
+            text = RowTokenizer(tokenizer, Template("chat")).render(row).text
+        else:
+            text = RowTokenizer(plain_tokenizer, Template("jinja", source=source)).render(row).text
+    # What a sandbox lets through is text: of no class, no file, no machine.
+    assert "class" not in text and "root" not in text
+    assert not list(tmp_path.iterdir())
+    assert len(row.turns) == 2
 
 
 def test_a_template_that_writes_the_date_writes_the_same_one_every_day() -> None:

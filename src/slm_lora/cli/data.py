@@ -129,7 +129,7 @@ _RELATIONS = {
 
 def _say_facts(job: Job) -> None:
     from slm_lora.data.batches import label_count
-    from slm_lora.data.checks import facts
+    from slm_lora.data.checks import facts, plain_marks
     from slm_lora.data.tokens import RowTokenizer
     from slm_lora.model.load import load_tokenizer
 
@@ -151,6 +151,11 @@ def _say_facts(job: Job) -> None:
             )
     prompts, answered = found.conflicts
     say(f"\nprompts with different answers: {prompts} ({answered} rows)")
+    for mark in plain_marks(tokenize, rows):
+        spelt = (
+            f"{mark.rows} rows spell it, first {mark.first}" if mark.rows else "no row spells it"
+        )
+        say(f"role mark {mark.text!r} is plain text to the tokenizer: {spelt}")
     if found.categories:
         held = Counter(example.category for example in job.prepared.test)
         say("\ncategory: rows, test rows")

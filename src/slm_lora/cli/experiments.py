@@ -10,6 +10,7 @@ import typer
 from slm_lora.cli.options import (
     AdaptersDir,
     CellName,
+    DiscardCheckpoints,
     Overrides,
     RecipeFile,
     ResultsDir,
@@ -28,19 +29,23 @@ def experiment(
     ] = False,
     results: ResultsDir = Path("results"),
     adapters: AdaptersDir = Path("adapter"),
+    discard: DiscardCheckpoints = False,
 ) -> None:
     """Run a whole experiment: base, every cell of the grid, table, metrics and report.
 
     Finished cells are kept: the same command continues after an interruption.
     """
     from slm_lora.experiment.jobs import make_jobs
+    from slm_lora.experiment.places import Places
     from slm_lora.experiment.report import terminal_table, write_report
-    from slm_lora.experiment.runner import Places, run_jobs
+    from slm_lora.experiment.runner import run_jobs
     from slm_lora.progress import Reporter
     from slm_lora.recipe.reading import load_recipe
 
     read, cells = load_recipe(recipe, overrides or [])
-    places = Places(read.name, results / read.name, adapters, read.keep_adapters)
+    places = Places(
+        read.name, results / read.name, adapters, read.keep_adapters, read.checkpoint_seconds
+    )
     reporter = Reporter()
     reporter.say(f"{read.name}: {read.description or recipe.name}")
     quiet_libraries()
@@ -50,7 +55,7 @@ def experiment(
     if plan:
         _print_plan(jobs, places)
         return
-    runs = run_jobs(jobs, places, reporter)
+    runs = run_jobs(jobs, places, reporter, discard)
     lines = write_report(runs, places.results, jobs[0].cell.recipe.evaluation.headline)
     out = console()
     out.print()
@@ -66,10 +71,12 @@ def train(
     cell: CellName = "",
     results: ResultsDir = Path("results"),
     adapters: AdaptersDir = Path("adapter"),
+    discard: DiscardCheckpoints = False,
 ) -> None:
     """Train and score one cell of a recipe, without the base."""
     from slm_lora.experiment.jobs import make_jobs
-    from slm_lora.experiment.runner import Places, run_cells
+    from slm_lora.experiment.places import Places
+    from slm_lora.experiment.runner import run_cells
     from slm_lora.progress import Reporter
     from slm_lora.recipe.reading import load_recipe
 
@@ -79,10 +86,12 @@ def train(
         raise UsageError(f"the recipe has {len(cells)} cells; choose one: --cell {chosen.name} …")
     reporter = Reporter()
     quiet_libraries()
-    places = Places(read.name, results / read.name, adapters, read.keep_adapters)
+    places = Places(
+        read.name, results / read.name, adapters, read.keep_adapters, read.checkpoint_seconds
+    )
     jobs = make_jobs([chosen])
     _say_data(jobs[0], reporter)
-    run = run_cells(jobs, places, reporter)[0]
+    run = run_cells(jobs, places, reporter, discard)[0]
     kept = f"\n{places.adapter(run.cell)}" if places.keep_adapters else ""
     console().print(f"\n{run.folder}{kept}", soft_wrap=True)
 

@@ -16,6 +16,14 @@ Overrides = Annotated[
 ]
 ResultsDir = Annotated[Path, typer.Option("--results", help="Folder for tables and scores.")]
 AdaptersDir = Annotated[Path, typer.Option("--adapters", help="Folder for adapters.")]
+DiscardCheckpoints = Annotated[
+    bool,
+    typer.Option(
+        "--discard-checkpoints",
+        help="Remove unfinished trainings of these cells that were made of another recipe, other "
+        "rows or another base, instead of refusing.",
+    ),
+]
 CellName = Annotated[str, typer.Option("--cell", help="Cell of the grid, where it has several.")]
 
 

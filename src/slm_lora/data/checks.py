@@ -2,12 +2,15 @@
 
 from __future__ import annotations
 
+import re
 from collections import Counter, defaultdict
 from collections.abc import Sequence
 from dataclasses import dataclass
 
 from slm_lora.data.splits import RELATIONS, Relation, group_rows
-from slm_lora.records import Row
+from slm_lora.data.tokens import RowTokenizer
+from slm_lora.errors import SlmLoraError
+from slm_lora.records import Row, Turn
 
 HELD_OUT = 0.1
 """Share of the rows that a random split, as it is usually made, holds out."""
@@ -110,3 +113,58 @@ def _conflicts(rows: Sequence[Row]) -> tuple[int, int]:
             answers[prompt].append(last.content.strip())
     several = [each for each in answers.values() if len(set(each)) > 1]
     return len(several), sum(map(len, several))
+
+
+_MARK = re.compile(r"<\|[^\s<>|]{1,40}\|>|</?[a-z]+_of_turn>|\[/?[A-Z_]{2,20}\]|<</?[A-Z]{2,20}>>")
+_ASKED, _ANSWERED = "\ue000", "\ue001"
+
+
+@dataclass(frozen=True, slots=True)
+class PlainMark:
+    """A role mark that is ordinary text to the tokenizer, so that rows can spell it.
+
+    Attributes:
+        text: as the template writes it, white space at its ends aside.
+        rows: that spell it.
+        first: source of the first of them; empty if there is none.
+    """
+
+    text: str
+    rows: int
+    first: str
+
+
+def plain_marks(tokenize: RowTokenizer, rows: Sequence[Row]) -> tuple[PlainMark, ...]:
+    """Role marks of the template that are no special tokens, and the rows that spell them.
+
+    Special tokens in row text are told from the template's; such marks cannot be.
+    """
+    found = []
+    for mark in _plain_marks(tokenize):
+        spelling = [
+            row
+            for row in rows
+            if any(mark in text for text in (row.context, *(turn.content for turn in row.turns)))
+        ]
+        found.append(PlainMark(mark.strip(), len(spelling), spelling[0].source if spelling else ""))
+    return tuple(found)
+
+
+def _plain_marks(tokenize: RowTokenizer) -> list[str]:
+    sample = Row((Turn("user", _ASKED), Turn("assistant", _ANSWERED)))
+    try:
+        text = tokenize.render(sample).text
+    except SlmLoraError:  # a template for other rows
+        return []
+    marks: list[str] = []
+    owned = {tokenize.specials.owned(i) for i in range(len(tokenize.specials.tokens))}
+    special = "".join(owned) or "\0"
+    # What the template writes, cut at its special tokens and at the texts of the row.
+    for piece in re.finditer(f"[^{special}{_ASKED}{_ANSWERED}]+", text):
+        before = text[piece.start() - 1 : piece.start()]
+        if spelt := _MARK.findall(piece[0]):
+            marks += spelt
+        elif piece[0].strip() and before not in owned:
+            # (A role's name right behind a special token is nothing without that.)
+            marks.append(piece[0])
+    return list(dict.fromkeys(marks))

@@ -27,7 +27,7 @@ from slm_lora.data.templates import (
     render_instruction_response,
     render_plain,
 )
-from slm_lora.errors import DataError, UsageError
+from slm_lora.errors import DataError, SlmLoraError, UsageError
 from slm_lora.records import Example, Row, Turn
 
 if TYPE_CHECKING:
@@ -217,12 +217,12 @@ class RowTokenizer:
         )
 
     def _rendered_chat(self, hidden: Row) -> Rendered:
-        from jinja2 import TemplateError
-
         assert self._render_chat is not None
         try:
             return render_chat(hidden, self.template.include_context, self._render_chat, self._ends)
-        except TemplateError as error:  # many refuse a system turn, or roles out of turn
+        except SlmLoraError:
+            raise
+        except Exception as error:  # many refuse a system turn; a program may fail in any way
             raise DataError(
                 f"{hidden.source}: the model's chat template refuses the row ({_reason(error)}); "
                 "mend or remove it, or give a template of your own (data.template=path.jinja)"

@@ -11,7 +11,7 @@ from dataclasses import dataclass
 import torch
 
 from slm_lora.experiment.jobs import Job
-from slm_lora.experiment.runner import BASE, Places
+from slm_lora.experiment.places import BASE, Places
 from slm_lora.model.base import DTYPES
 from slm_lora.model.source import tensor_shapes
 from slm_lora.runs import run_folder

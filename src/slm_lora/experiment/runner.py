@@ -6,7 +6,7 @@ import gc
 import shutil
 import time
 from collections.abc import Sequence
-from dataclasses import asdict, dataclass
+from dataclasses import asdict
 from pathlib import Path
 from typing import Any
 
@@ -16,6 +16,8 @@ from slm_lora import machine
 from slm_lora.errors import UsageError
 from slm_lora.evaluation.perplexity import held_out_loss, score, write_scores
 from slm_lora.experiment.jobs import Job, data_record
+from slm_lora.experiment.places import BASE, Places, at_work, finished, require_room
+from slm_lora.experiment.unfinished import made_of, setting
 from slm_lora.model import adapter, fusion, native
 from slm_lora.model.base import Base
 from slm_lora.model.load import load_base
@@ -24,38 +26,10 @@ from slm_lora.progress import Reporter
 from slm_lora.recipe.schema import ModelSection
 from slm_lora.records import Example, LossOn, RowScore, Step
 from slm_lora.runs import SCORES_FILE, STEPS_FILE, Run, find_run, new_run, write_lines
+from slm_lora.stopping import gentle_stop
 from slm_lora.storage import sha256_file
 from slm_lora.training.checkpoint import Checkpointer
 from slm_lora.training.loop import TrainingResult, total_steps, train
-
-
-@dataclass(frozen=True, slots=True)
-class Places:
-    """Where an experiment's results and adapters go.
-
-    Attributes:
-        experiment: its name.
-        results: folder of tables and run folders.
-        adapters: folder that adapter folders are put into.
-        keep_adapters: whether they stay there; else scores are all that a finished cell needs.
-    """
-
-    experiment: str
-    results: Path
-    adapters: Path
-    keep_adapters: bool = True
-
-    def adapter(self, cell: str) -> Path:
-        """Folder of one cell's adapter."""
-        return self.adapters / f"{self.experiment}-{cell}"
-
-    def checkpoint(self, cell: str, identity: str) -> Path:
-        """Folder of one unfinished cell's checkpoint."""
-        return self.results / "checkpoints" / f"{cell}-{identity[:8]}"
-
-
-BASE = "base"
-"""Name of the base model's cell."""
 
 
 class _LoadedBase:
@@ -85,28 +59,44 @@ class _LoadedBase:
         return base
 
 
-def run_jobs(jobs: Sequence[Job], places: Places, reporter: Reporter) -> list[Run]:
+def run_jobs(
+    jobs: Sequence[Job], places: Places, reporter: Reporter, discard: bool = False
+) -> list[Run]:
     """Run what is not finished; return all runs, the base first.
 
     Finished runs are known by their identity and are read, not run again, so the same call
     continues an experiment that was interrupted.
+
+    Args:
+        jobs: the cells.
+        places: where everything goes.
+        reporter: told how it goes.
+        discard: remove unfinished trainings of these cells that were made of something else.
+
+    Raises:
+        IntegrityError: another process is at work there, or such a training is in the way.
+        StopRequested: a signal asked for it; the same call continues.
     """
-    loaded = _LoadedBase(reporter)
-    runs: dict[str, Run] = {}
-    for job in jobs:
-        if job.base_identity not in runs:
-            run = find_run(places.results, BASE, job.base_identity)
-            if run is None:
-                run = _run_base(job, loaded.for_job(job), places, reporter)
-            else:
-                reporter.say(f"  {BASE}  finished earlier")
-            runs[job.base_identity] = run
-    return [*runs.values(), *_run_cells(jobs, places, reporter, loaded)]
+    with at_work(jobs, places, discard):
+        loaded = _LoadedBase(reporter)
+        runs: dict[str, Run] = {}
+        for job in jobs:
+            if job.base_identity not in runs:
+                run = find_run(places.results, BASE, job.base_identity)
+                if run is None:
+                    run = _run_base(job, loaded.for_job(job), places, reporter)
+                else:
+                    reporter.say(f"  {BASE}  finished earlier")
+                runs[job.base_identity] = run
+        return [*runs.values(), *_run_cells(jobs, places, reporter, loaded)]
 
 
-def run_cells(jobs: Sequence[Job], places: Places, reporter: Reporter) -> list[Run]:
+def run_cells(
+    jobs: Sequence[Job], places: Places, reporter: Reporter, discard: bool = False
+) -> list[Run]:
     """As `run_jobs`, without the base."""
-    return _run_cells(jobs, places, reporter, _LoadedBase(reporter))
+    with at_work(jobs, places, discard):
+        return _run_cells(jobs, places, reporter, _LoadedBase(reporter))
 
 
 def _run_cells(
@@ -114,23 +104,15 @@ def _run_cells(
 ) -> list[Run]:
     runs = []
     for job in jobs:
-        run = find_run(places.results, job.cell.name, job.identity)
-        if run is None or (places.keep_adapters and not _has_adapter(run, places)):
+        run = finished(job, places)
+        if run is None:
             run = _run_cell(job, loaded, places, reporter)
         else:
+            # A process may have died between recording the run and this.
+            shutil.rmtree(places.checkpoint(job.cell.name, job.identity), ignore_errors=True)
             reporter.say(f"  {job.cell.name}  finished earlier")
         runs.append(run)
     return runs
-
-
-def _has_adapter(run: Run, places: Places) -> bool:
-    """Whether the adapter of a finished cell is here, and is that very one.
-
-    Results are shared without adapters, and another recipe's cell of the same name replaces
-    the adapter; in both cases the cell is trained again.
-    """
-    weights = adapter.weights_file(places.adapter(run.cell))
-    return weights is not None and sha256_file(weights) == run.record["adapter"]["sha256"]
 
 
 def evaluate_adapter(
@@ -143,6 +125,11 @@ def evaluate_adapter(
     """
     loaded = _LoadedBase(reporter)
     base = loaded.for_job(job) if folder is None else _with_saved(folder, job, loaded)
+    if folder is not None and not adapter.is_sealed(folder):
+        reporter.say(
+            f"  warning: {folder} does not say the SHA-256 of its files ({adapter.ABOUT}): only "
+            "the shapes of its tensors were checked"
+        )
     return _evaluate(base, job, BASE if folder is None else folder.name, reporter)
 
 
@@ -177,7 +164,15 @@ def _run_cell(job: Job, loaded: _LoadedBase, places: Places, reporter: Reporter)
     machine.reset_peak_memory(job.device.type)
     adapted = adapter.attach(base, section, job.cell.recipe.seed)
     try:
-        checkpointer = Checkpointer(places.checkpoint(name, job.identity), job.identity)
+        checkpointer = Checkpointer(
+            places.checkpoint(name, job.identity),
+            job.identity,
+            places.checkpoint_seconds,
+            made_of(job),
+            setting(job),
+            reporter.say,
+        )
+        require_room(job, places, adapter.count_parameters(adapted).trainable)
         result = _train(job, base, adapted, checkpointer, reporter)
         peak = machine.peak_memory_bytes(job.device.type)
         parameters = adapter.count_parameters(adapted)
@@ -230,12 +225,13 @@ def _train(
             "validation",
             job.cell.recipe.evaluation.micro_batch_tokens,
             compile_validation,
+            on_tokens=lambda done: stop.check(),
         )
         return held_out_loss(scores, section.loss_on).loss
 
     total = total_steps(len(job.prepared.train), section)
     shown = 0
-    with reporter.task(job.cell.name, total, "steps") as task:
+    with gentle_stop() as stop, reporter.task(job.cell.name, total, "steps") as task:
 
         def on_step(step: Step) -> None:
             nonlocal shown
@@ -255,12 +251,15 @@ def _train(
             validate=validate,
             on_step=on_step,
             checkpointer=checkpointer,
+            stop=stop,
         )
         task.close(
             f"trained {len(result.history)} steps  loss {result.history[-1].loss:.3f}  "
             f"{result.tokens_per_s:.0f} tok/s"
         )
     _say_fallbacks(reporter)
+    if skipped := sum(step.skipped for step in result.history):
+        reporter.say(f"  note: {skipped} steps were skipped, as their fp16 gradient overflowed")
     if result.rows_without_labels:
         reporter.say(f"  note: {result.rows_without_labels} training rows had no label token")
     return result
@@ -274,15 +273,20 @@ def _evaluate(
     tokens = sum(example.length for example in examples)
     compiled = _compiles(job, examples, base)
     began = time.perf_counter()
-    # Longest rows come first, so tokens, not rows, tell how far it is.
-    with reporter.task(label, tokens, "test tokens") as task:
+
+    def on_tokens(done: int) -> None:
+        # Longest rows come first, so tokens, not rows, tell how far it is.
+        task.advance(done, done)
+        stop.check()
+
+    with gentle_stop() as stop, reporter.task(label, tokens, "test tokens") as task:
         scores = score(
             base,
             examples,
             "test",
             job.cell.recipe.evaluation.micro_batch_tokens,
             compiled,
-            on_tokens=lambda done: task.advance(done, done),
+            on_tokens=on_tokens,
         )
         seconds = time.perf_counter() - began
         losses = {kind: held_out_loss(scores, kind) for kind in _kinds(scores)}

@@ -11,14 +11,16 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any, TypeGuard
 
 import torch
+from safetensors import SafetensorError
 from torch import nn
 
-from slm_lora.errors import IntegrityError, UsageError
+from slm_lora.errors import IntegrityError, NumericError, UsageError
 from slm_lora.model.base import Base
 from slm_lora.model.dropout import replace_dropout
 from slm_lora.model.methods import peft_config
 from slm_lora.model.source import ModelSource
 from slm_lora.recipe.schema import AdapterSection
+from slm_lora.seals import SEAL, check_files, inside, read_sealed, sealed
 from slm_lora.storage import atomic_folder
 
 if TYPE_CHECKING:
@@ -145,19 +147,30 @@ def save(
         base: what it was trained on.
         adapted: from `attach`; altered, where it `alters_base`.
         folder: replaced if it exists; complete or absent.
-        about: recipe, base, template; written as JSON.
+        about: recipe, base, template; written as JSON, with the SHA-256 of every file.
         chat_template: the training template in the form of a tokenizer's chat template.
+
+    Raises:
+        NumericError: a weight is not finite; nothing is written.
+        StorageError: no space, or no right to write.
     """
+    for name, parameter in adapted.named_parameters():
+        if parameter.requires_grad and not bool(torch.isfinite(parameter).all()):
+            raise NumericError(
+                f"{folder.name}: {name} is not finite, so nothing was saved; "
+                "lower training.learning_rate"
+            )
     with atomic_folder(folder) as temporary:
         if _is_adapter(adapted):
             _save_adapter(adapted, temporary)
         else:
             _save_model(base, temporary)
-        (temporary / ABOUT).write_text(
-            json.dumps(about, indent=2, ensure_ascii=False) + "\n", encoding="utf-8"
-        )
         if chat_template is not None:
             (temporary / "chat_template.jinja").write_text(chat_template, encoding="utf-8")
+        (temporary / ABOUT).write_text(
+            json.dumps(sealed(about, temporary), indent=2, ensure_ascii=False) + "\n",
+            encoding="utf-8",
+        )
 
 
 def _save_adapter(adapted: PeftModel, folder: Path) -> None:
@@ -166,6 +179,15 @@ def _save_adapter(adapted: PeftModel, folder: Path) -> None:
     (folder / "README.md").unlink(missing_ok=True)
     if beginning := getattr(adapted, _BEGINNING, None):
         _fit_original_base(folder, beginning)
+    _order_targets(folder / "adapter_config.json")
+
+
+def _order_targets(path: Path) -> None:
+    """PEFT writes a set of names in an order that differs from process to process."""
+    config = json.loads(path.read_text(encoding="utf-8"))
+    if isinstance(config["target_modules"], list):
+        config["target_modules"].sort()
+    path.write_text(json.dumps(config, indent=2, sort_keys=True), encoding="utf-8")
 
 
 def _fit_original_base(folder: Path, beginning: Mapping[str, torch.Tensor]) -> None:
@@ -186,14 +208,12 @@ def _fit_original_base(folder: Path, beginning: Mapping[str, torch.Tensor]) -> N
     config.save_pretrained(str(folder))
 
 
-def _state(adapted: PeftModel, name: str = "default") -> dict[str, torch.Tensor]:
+def _state(adapted: PeftModel) -> dict[str, torch.Tensor]:
     """The adapter's weights under the names that PEFT saves them by."""
     from peft import get_peft_model_state_dict
 
     # (Else PEFT asks the hub whether the base has other embeddings.)
-    state: dict[str, torch.Tensor] = get_peft_model_state_dict(
-        adapted, adapter_name=name, save_embedding_layers=False
-    )
+    state: dict[str, torch.Tensor] = get_peft_model_state_dict(adapted, save_embedding_layers=False)
     return {name: tensor.detach().cpu().contiguous() for name, tensor in state.items()}
 
 
@@ -212,68 +232,156 @@ def weights_file(folder: Path) -> Path | None:
     return next((file for file in files if file.is_file()), None)
 
 
-def load(
-    base: Base, folder: Path, *, beside: PeftModel | None = None, name: str = "default"
-) -> PeftModel:
-    """Put a saved adapter on the base; nothing is guessed, nothing is left out.
+def load(base: Base, folder: Path) -> PeftModel:
+    """Put a saved adapter on the base; see `load_several`."""
+    return load_several(base, {"default": folder})
+
+
+def load_several(base: Base, folders: Mapping[str, Path]) -> PeftModel:
+    """Put saved adapters on the base; nothing is guessed, nothing is left out.
+
+    An adapter of ours is compared with the SHA-256 of its files; one of others has none
+    (`is_sealed`), and only its tensors are compared with the base.
 
     Args:
-        base: what it was trained on.
-        folder: that `save` or PEFT wrote.
-        beside: the base with other adapters on it, that this one joins.
-        name: PEFT's name for it; without dots, as it becomes part of names of modules.
+        base: what they were trained on, without any adapter.
+        folders: one or more, by the names that PEFT is to know them by. (They become parts of
+            names of modules: no dots.)
 
     Raises:
-        UsageError: no adapter in the folder.
-        IntegrityError: made for another base, or tensors that are missing or do not fit.
+        UsageError: no adapter in a folder, or of a kind that is not loaded here.
+        IntegrityError: a file was changed; made for another base; tensors that are missing or
+            do not fit.
     """
     from peft import PeftModel
-    from safetensors import SafetensorError, safe_open
 
-    if not (folder / "adapter_config.json").is_file() or not (folder / WEIGHTS).is_file():
-        raise UsageError(f"{folder}: no adapter (adapter_config.json and {WEIGHTS}) in it")
-    check_base(base.source, folder)
-    try:
-        with safe_open(folder / WEIGHTS, framework="pt") as file:
-            saved = {name: tuple(file.get_slice(name).get_shape()) for name in file.keys()}  # noqa: SIM118
-        if beside is None:
-            adapted = PeftModel.from_pretrained(base.causal, os.fspath(folder), adapter_name=name)
-        else:
-            beside.load_adapter(os.fspath(folder), adapter_name=name)
-            adapted = beside
-    except (SafetensorError, RuntimeError, ValueError, TypeError, KeyError) as error:
-        reason = str(error).splitlines()[0]
-        raise IntegrityError(f"{folder}: the adapter does not load: {reason}") from error
-    wanted = {key: tuple(tensor.shape) for key, tensor in _state(adapted, name).items()}
-    misfits = sorted(n for n in wanted.keys() | saved.keys() if wanted.get(n) != saved.get(n))
-    if misfits:
-        if beside is None:
-            detach(adapted)
-        else:
-            beside.delete_adapter(name)
-        raise IntegrityError(
-            f"{folder}: {len(misfits)} tensors do not fit {base.source.name}: "
-            f"{', '.join(misfits[:3])}{', …' if len(misfits) > 3 else ''}"
-        )
+    # All before any: the check wants the base bare.
+    for folder in folders.values():
+        _check(base, folder)
+    adapted: PeftModel | None = None
+    for name, folder in folders.items():
+        try:
+            if adapted is None:
+                adapted = PeftModel.from_pretrained(
+                    base.causal, os.fspath(folder), adapter_name=name
+                )
+            else:
+                adapted.load_adapter(os.fspath(folder), adapter_name=name)
+        except _LOADING_FAILS as error:
+            if adapted is not None:
+                detach(adapted)
+            raise _does_not_load(folder, error) from error
+    assert adapted is not None
     adapted.eval()
     return adapted
 
 
-def check_base(source: ModelSource, folder: Path) -> None:
-    """What says which base it was trained on is only used with that one.
+def _check(base: Base, folder: Path) -> None:
+    from safetensors import safe_open
+
+    wrong_base = _other_base(base.source, folder)
+    _check_is_adapter(folder)
+    try:
+        with safe_open(folder / WEIGHTS, framework="pt") as file:
+            saved = {name: tuple(file.get_slice(name).get_shape()) for name in file.keys()}  # noqa: SIM118
+        misfits = _misfits(base, folder, saved)
+    except _LOADING_FAILS as error:
+        raise _does_not_load(folder, error) from error
+    if misfits:
+        shown = ", ".join(misfits[:MOST_NAMED]) + (", …" if len(misfits) > MOST_NAMED else "")
+        fit = f"{len(misfits)} tensors do not fit {base.source.name}: {shown}"
+        raise IntegrityError(f"{wrong_base}; {fit}" if wrong_base else f"{folder}: {fit}")
+    if wrong_base:
+        raise IntegrityError(wrong_base)
+
+
+_LOADING_FAILS = (SafetensorError, RuntimeError, ValueError, TypeError, KeyError)
+
+
+def _does_not_load(folder: Path, error: Exception) -> IntegrityError:
+    reason = (str(error).splitlines() or [type(error).__name__])[0]
+    return IntegrityError(f"{folder}: the adapter does not load: {reason}")
+
+
+MOST_NAMED = 32
+"""Tensors that a message names one by one."""
+
+
+def _misfits(base: Base, folder: Path, saved: Mapping[str, tuple[int, ...]]) -> list[str]:
+    """Names of tensors that the base lacks or has in another shape, or that the file lacks.
+
+    A fresh adapter of the same configuration says which there should be.
+    """
+    from peft import LoraConfig, get_peft_model, get_peft_model_state_dict
+
+    config = LoraConfig.from_pretrained(str(folder))
+    config.init_lora_weights = True  # of its numbers none is looked at
+    config.base_model_name_or_path = base.source.name
+    try:
+        fresh = get_peft_model(base.causal, config, low_cpu_mem_usage=True)
+    except ValueError:  # none of the modules is there
+        return sorted(saved)
+    state = get_peft_model_state_dict(fresh, save_embedding_layers=False)
+    wanted = {name: tuple(tensor.shape) for name, tensor in state.items()}
+    fresh.unload()
+    return sorted(n for n in wanted.keys() | saved.keys() if wanted.get(n) != saved.get(n))
+
+
+def _check_is_adapter(folder: Path) -> None:
+    """Refuse what is no adapter, or one that would have PEFT read or run something else."""
+    if not (folder / "adapter_config.json").is_file() or not (folder / WEIGHTS).is_file():
+        pickled = (folder / "adapter_model.bin").exists()
+        hint = "; its pickled weights (.bin) are not loaded: save it as safetensors" * pickled
+        raise UsageError(f"{folder}: no adapter (adapter_config.json and {WEIGHTS}) in it{hint}")
+    for name in ("adapter_config.json", WEIGHTS):
+        inside(folder, name)
+    path = folder / "adapter_config.json"
+    try:
+        config = json.loads(path.read_text(encoding="utf-8"))
+        kind, imports = config["peft_type"], config.get("megatron_config")
+    except (OSError, ValueError, KeyError, TypeError, AttributeError, RecursionError) as error:
+        raise IntegrityError(f"{path}: broken ({error})") from error
+    if kind != "LORA":
+        raise UsageError(f"{folder}: an adapter of kind {kind!a:.40}; only LoRA's are loaded")
+    if imports is not None:
+        raise UsageError(f"{path}: megatron_config has PEFT import a module; not loaded")
+
+
+def is_sealed(folder: Path) -> bool:
+    """Whether the folder says the SHA-256 of its files, so that a changed one is found out.
 
     Raises:
-        IntegrityError: it was another, or what it says is broken.
+        IntegrityError: what it says is broken.
     """
     try:
-        about = json.loads((folder / ABOUT).read_text(encoding="utf-8"))
-        trained_on = str(about["base"]["sha256"]), str(about["base"]["name"])
+        return SEAL in read_sealed(folder / ABOUT)
     except FileNotFoundError:
-        return
-    except (ValueError, KeyError, TypeError) as error:
+        return False
+
+
+def check_base(source: ModelSource, folder: Path) -> None:
+    """What says which base it was trained on is only used with that one, and as it was saved.
+
+    Raises:
+        IntegrityError: it was another base, or a file is not as it was saved.
+    """
+    if why := _other_base(source, folder):
+        raise IntegrityError(why)
+
+
+def _other_base(source: ModelSource, folder: Path) -> str:
+    """Why it was trained on another base; empty where it was not, or nothing is said."""
+    try:
+        about = read_sealed(folder / ABOUT)
+        name, weights = str(about["base"]["name"]), str(about["base"]["sha256"])
+    except FileNotFoundError:
+        return ""
+    except (KeyError, TypeError) as error:
         raise IntegrityError(f"{folder / ABOUT}: broken ({error})") from error
-    if trained_on[0] != source.sha256:
-        raise IntegrityError(
-            f"{folder}: was trained on {trained_on[1]} with weights {trained_on[0][:12]}…, "
-            f"not on {source.name} with weights {source.sha256[:12]}…"
-        )
+    check_files(folder, about)
+    if weights == source.sha256:
+        return ""
+    return (
+        f"{folder}: was trained on {name} with weights {weights[:12]}…, "
+        f"not on {source.name} with weights {source.sha256[:12]}…"
+    )

@@ -97,7 +97,22 @@ def weight_files(folder: Path) -> list[Path]:
             else "no model.safetensors in it"
         )
         raise UsageError(f"model folder {folder}: no weights: {hint}")
+    _check_index(folder)
     return files
+
+
+def _check_index(folder: Path) -> None:
+    """An index names the files of a divided model: it must not lead out of the folder."""
+    path = folder / "model.safetensors.index.json"
+    if not path.exists():
+        return
+    try:
+        names = {str(name) for name in json.loads(path.read_bytes())["weight_map"].values()}
+    except (OSError, ValueError, KeyError, TypeError, AttributeError, RecursionError) as error:
+        raise IntegrityError(f"{path}: broken ({error}); fetch it again") from error
+    for name in names:
+        if Path(name).name != name or "\\" in name or ":" in name:
+            raise IntegrityError(f"{folder}: names a file outside of itself ({name[:60]!a})")
 
 
 def hash_weights(folder: Path) -> str:

@@ -17,6 +17,7 @@ from slm_lora.model.base import Base
 from slm_lora.model.load import choose_device, choose_precision, load_base, load_tokenizer
 from slm_lora.model.source import resolve
 from slm_lora.recipe.schema import ModelSection
+from slm_lora.seals import read_sealed
 
 if TYPE_CHECKING:
     from peft import LoraModel, PeftModel
@@ -97,14 +98,15 @@ def open_variants(
     tokenizer = load_tokenizer(source)
     notes: list[str] = []
     prompters = {BASE: _own_prompter(source.path, tokenizer)}
-    adapted: PeftModel | None = None
     inner: dict[str, str] = {}
     for folder in adapters:
         name = folder.resolve().name
-        if name in prompters:
+        if name in {BASE, *inner}:
             raise UsageError(f"{folder}: a second variant called {name}; rename its folder")
         inner[name] = f"variant{len(inner)}"
-        adapted = adapter.load(loaded, folder, beside=adapted, name=inner[name])
+    by_name = dict(zip(inner.values(), adapters, strict=True))
+    adapted = adapter.load_several(loaded, by_name) if adapters else None
+    for name, folder in zip(inner, adapters, strict=True):
         prompters[name] = _prompter(folder, tokenizer, prompters[BASE], notes)
     found = Variants(
         base=loaded,
@@ -135,7 +137,7 @@ def _trained_on(adapters: Sequence[Path]) -> ModelSection:
     folder = adapters[0]
     try:
         if (folder / adapter.ABOUT).is_file():
-            about = json.loads((folder / adapter.ABOUT).read_text(encoding="utf-8"))["base"]
+            about = read_sealed(folder / adapter.ABOUT)["base"]
             return ModelSection(name=about["name"], revision=about["revision"])
         config = json.loads((folder / "adapter_config.json").read_text(encoding="utf-8"))
         return ModelSection(name=config["base_model_name_or_path"], revision=config.get("revision"))
@@ -178,11 +180,10 @@ def _prompter(
 
 def _trained_template(folder: Path) -> Template | None:
     try:
-        about = json.loads((folder / adapter.ABOUT).read_text(encoding="utf-8"))
-        return Template(**about["template"])
+        return Template(**read_sealed(folder / adapter.ABOUT)["template"])
     except FileNotFoundError:
         return None
-    except (ValueError, KeyError, TypeError) as error:
+    except (KeyError, TypeError) as error:
         raise IntegrityError(f"{folder / adapter.ABOUT}: broken ({error})") from error
 
 

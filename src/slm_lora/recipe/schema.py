@@ -304,3 +304,9 @@ class Recipe(CellRecipe):
         description="False: an adapter is removed once it is scored, and a finished cell is one "
         "with scores. For large grids of which only the numbers are wanted.",
     )
+    checkpoint_seconds: Float = Field(
+        60,
+        ge=0,
+        description="Least seconds between two checkpoints of a training: the most work that is "
+        "lost when the process is killed. 0: after every step.",
+    )

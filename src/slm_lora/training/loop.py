@@ -6,27 +6,27 @@ into micro-batches. Order and dropout depend on the seed and the step alone.
 
 from __future__ import annotations
 
-import functools
 import hashlib
+import itertools
 import math
 import time
 from collections.abc import Callable, Iterator, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 
 import torch
 
 from slm_lora import machine
-from slm_lora.data.batches import by_token_budget, epoch_order, label_count, pack, steps_per_epoch
+from slm_lora.data.batches import epoch_order, label_count, steps_per_epoch
 from slm_lora.errors import DataError, NumericError
 from slm_lora.model import fusion
 from slm_lora.model.adapter import restore_state, trainable_state
 from slm_lora.model.base import Base
-from slm_lora.model.forward import batch_nll
-from slm_lora.model.fusion import attempt
 from slm_lora.recipe.schema import TrainingSection
-from slm_lora.records import Example, LossOn, Step
-from slm_lora.training.checkpoint import Checkpointer
+from slm_lora.records import Example, Step
+from slm_lora.stopping import Stop, StopRequested
+from slm_lora.training.checkpoint import Best, Checkpointer
 from slm_lora.training.optimizer import adamw, learning_rate
+from slm_lora.training.step import Updater
 
 
 @dataclass(frozen=True, slots=True)
@@ -88,10 +88,6 @@ def _steps(
             done += 1
 
 
-MOST_SKIPPED = 25
-"""Steps in a row that fp16 may skip: a scale of 65,536 halved so often is far below 1."""
-
-
 PLAIN_TOKENS = 512
 """Tokens at once in the first, plain step of a training that compiles."""
 
@@ -99,33 +95,22 @@ TRIM_EVERY = 8
 """Steps after which a heap in pieces is given back; at once after the first step, which is
 plain, and the second, which compiles."""
 
-_Best = tuple[float, int, dict[str, torch.Tensor]]
 
-
-def _validations_since(history: Sequence[Step], best: _Best | None) -> int:
+def _validations_since(history: Sequence[Step], best: Best | None) -> int:
     """Validations after the best one."""
     after = 0 if best is None else best[1]
     return sum(s.validation_loss is not None for s in history if s.step > after)
 
 
-def _backward(
-    base: Base,
-    optimizer: torch.optim.Optimizer,
-    scaler: torch.amp.GradScaler,
-    examples: Sequence[Example],
-    loss_on: LossOn,
-    budget: int,
-    dropout_seed: str,
-) -> float:
-    """Loss of a step in nats per label token; its gradient is left on the parameters."""
-    optimizer.zero_grad(set_to_none=True)
-    labels = sum(label_count(example, loss_on) for example in examples)
-    loss = 0.0
-    for micro in by_token_budget(examples, budget):
-        share = batch_nll(base, pack(micro, loss_on), dropout_seed) / labels
-        torch.autograd.backward(scaler.scale(share))
-        loss += share.item()
-    return loss
+def _skipped_at_the_end(history: Sequence[Step]) -> int:
+    """Steps in a row, up to the last one, that fp16 skipped."""
+    return sum(1 for _ in itertools.takewhile(lambda step: step.skipped, reversed(history)))
+
+
+def _time_to_save(checkpointer: Checkpointer | None, since: float, wait: float) -> bool:
+    """Whether the last save is long enough ago; all weights of a model take their time."""
+    every = checkpointer.every_seconds if checkpointer else math.inf
+    return not every or since >= max(every, wait)
 
 
 def train(
@@ -138,6 +123,7 @@ def train(
     validate: Callable[[], float] | None = None,
     on_step: Callable[[Step], None] = lambda step: None,
     checkpointer: Checkpointer | None = None,
+    stop: Stop | None = None,
 ) -> TrainingResult:
     """Train in place: an adapter, or the whole base.
 
@@ -149,11 +135,14 @@ def train(
         seed: order and dropout.
         validate: loss on the validation set, in nats per label token.
         on_step: told of every step of this sitting.
-        checkpointer: saves now and then, and takes up what an earlier sitting saved.
+        checkpointer: saves now and then and at the end, and takes up what an earlier sitting
+            saved.
+        stop: looked at after every step, and by ``validate`` as it likes.
 
     Raises:
         DataError: no example has a label.
-        NumericError: loss or gradient is not finite; names the step and its rows.
+        NumericError: loss, gradient or weights are not finite; names the step and its rows.
+        StopRequested: ``stop`` was; the step was finished, and a checkpoint saved.
     """
     usable = [example for example in examples if label_count(example, section.loss_on)]
     if not usable:
@@ -167,26 +156,65 @@ def train(
     tokens = round(epochs * sum(example.length for example in usable))
     compiled = fusion.wanted(section.compile, tokens, base.device, base.half)
     named = {name: p for name, p in adapted.named_parameters() if p.requires_grad}
-    parameters = list(named.values())
     optimizer = adamw(named, section)
     scaler = torch.amp.GradScaler(base.device.type, enabled=base.precision == "fp16")
-    best: _Best | None = None
-    patience = section.early_stopping_patience
+    updater = Updater(
+        base, list(named.values()), optimizer, scaler, section.loss_on, section.max_grad_norm
+    )
+    stop = stop or Stop()
+    best: Best | None = None
     history: list[Step] = []
     if checkpointer is not None and (resumed := checkpointer.load(named, optimizer)):
         history, best = resumed.history, resumed.best
         scaler.load_state_dict(resumed.scaler)
     resumed_at = len(history)
     seconds = history[-1].seconds if history else 0.0
-    saved_at, wait = time.monotonic(), 0.0
-    stopped_early = False
+    saved_at, wait, saved_step = time.monotonic(), 0.0, resumed_at
+
+    def save(last: bool = False) -> None:
+        nonlocal saved_at, wait, saved_step
+        if checkpointer is None:
+            return
+        began = time.monotonic()
+        checkpointer.save(named, None if last else optimizer, history, best, scaler.state_dict())
+        saved_at, saved_step = time.monotonic(), len(history)
+        wait = 20 * (saved_at - began)
+
+    def due(step: Step) -> bool:
+        times = validate is not None and section.eval_steps
+        return bool(times and step.step % times == 0 and step.validation_loss is None)
+
+    def end_step() -> None:
+        """Validate if it is time to, and tell of the step."""
+        nonlocal best
+        step = history[-1]
+        if validate and due(step):
+            adapted.eval()
+            try:
+                loss = validate()
+            except NumericError as error:
+                raise NumericError(f"validation after step {step.step}: {error}") from error
+            except StopRequested:
+                save()  # the step is done; a resumed run begins with its validation
+                raise
+            adapted.train()
+            if best is None or loss < best[0]:
+                best = (loss, step.step, trainable_state(adapted))
+            history[-1] = replace(step, validation_loss=loss)
+        on_step(history[-1])
+
+    def enough() -> bool:
+        patience = section.early_stopping_patience
+        return patience is not None and _validations_since(history, best) >= patience
 
     adapted.train()
-    for number, step_examples in enumerate(
-        _steps(usable, section.effective_batch_size, seed, total)
-    ):
-        if number < resumed_at:
-            continue
+    if history and due(history[-1]):
+        end_step()
+    stopped_early = enough()
+    steps = enumerate(_steps(usable, section.effective_batch_size, seed, total))
+    for number, step_examples in itertools.islice(steps, resumed_at, None):
+        if stopped_early:
+            break
         began = time.perf_counter()
         rate = learning_rate(section, number, total)
         for group in optimizer.param_groups:
@@ -199,64 +227,39 @@ def train(
         # Plain code holds more at once, so it takes smaller bites.
         plain_first = compiled and number == 0
         budget = section.micro_batch_tokens
-        loss = attempt(
+        loss, norm = updater.step(
+            step_examples,
+            min(budget, PLAIN_TOKENS) if plain_first else budget,
+            dropout_seed,
             compiled and not plain_first,
-            functools.partial(
-                _backward, base, optimizer, scaler, step_examples, section.loss_on,
-                min(budget, PLAIN_TOKENS) if plain_first else budget, dropout_seed,
-            ),
-        )  # fmt: skip
-        scaler.unscale_(optimizer)
-        norm = torch.nn.utils.clip_grad_norm_(parameters, section.max_grad_norm).item()
-        # With fp16 an overflow of the scaled gradient skips the step and lowers the scale; that
-        # settles within a few steps, or the loss itself is the trouble.
-        skipped = scaler.is_enabled() and not math.isfinite(norm)
-        recent = [step.skipped for step in history[-MOST_SKIPPED:]]
-        hopeless = skipped and len(recent) == MOST_SKIPPED and all(recent)
-        if not math.isfinite(loss) or hopeless or not (math.isfinite(norm) or skipped):
-            rows = ", ".join(example.row_id[:8] for example in step_examples)
-            raise NumericError(
-                f"step {number + 1} of {total}: loss {loss}, gradient norm {norm}; "
-                f"rows {rows}; lower training.learning_rate, or use training.precision=fp32"
-            )
-        scaler.step(optimizer)
-        scaler.update()
+            _skipped_at_the_end(history),
+            f"step {number + 1} of {total}",
+        )
         if number < 2 or number % TRIM_EVERY == 0:
             machine.release_freed_memory()
         seconds += time.perf_counter() - began
-
-        validation_loss = None
-        if validate and section.eval_steps and (number + 1) % section.eval_steps == 0:
-            adapted.eval()
-            validation_loss = validate()
-            adapted.train()
-            if best is None or validation_loss < best[0]:
-                best = (validation_loss, number + 1, trainable_state(adapted))
         step = Step(
             step=number + 1,
             total_steps=total,
             epoch=(number + 1) / steps_per_epoch(len(usable), section.effective_batch_size),
             loss=loss,
             learning_rate=rate,
-            grad_norm=0.0 if skipped else norm,
-            skipped=skipped,
+            grad_norm=norm,
+            skipped=norm is None,
             examples=len(step_examples),
             tokens=sum(example.length for example in step_examples),
             label_tokens=sum(label_count(each, section.loss_on) for each in step_examples),
             seconds=seconds,
-            validation_loss=validation_loss,
         )
         history.append(step)
-        on_step(step)
-        if patience is not None and _validations_since(history, best) >= patience:
-            stopped_early = True
-            break
-        if checkpointer and time.monotonic() - saved_at >= max(checkpointer.every_seconds, wait):
-            began = time.monotonic()
-            checkpointer.save(named, optimizer, history, best, scaler.state_dict())
-            saved_at = time.monotonic()
-            wait = 20 * (saved_at - began)  # all weights of a model take their time
+        end_step()
+        stopped_early = enough()
+        if stop.requested or _time_to_save(checkpointer, time.monotonic() - saved_at, wait):
+            save()
+        stop.check()
     adapted.eval()
+    if saved_step < len(history):
+        save(last=True)  # until the run is recorded: what is trained is not trained again
     kept = len(history)
     if section.keep_best and best is not None:
         restore_state(adapted, best[2])

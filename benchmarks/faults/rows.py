@@ -1,0 +1,89 @@
+"""Fifteen kinds of malformed rows: each is refused with its line, and counted when skipped."""
+
+from __future__ import annotations
+
+import csv
+import json
+from collections.abc import Callable
+from pathlib import Path
+from typing import Any
+
+import pyarrow as pa
+import pyarrow.parquet as pq
+
+from slm_lora.data.sources import BadRow, MalformedRowsError, read_rows
+from slm_lora.recipe.schema import DataSection
+
+GOOD = {"instruction": "Count.", "response": "One."}
+
+LINES: dict[str, bytes] = {
+    "bad JSON": b'{"instruction": "a',
+    "byte order mark": b'\xef\xbb\xbf{"instruction": "a", "response": "b"}',
+    "not an object": b'["a", "b"]',
+    "missing field": b'{"instruction": "a"}',
+    "null": b'{"instruction": "a", "response": null}',
+    "wrong type": b'{"instruction": "a", "response": 1}',
+    "empty response": b'{"instruction": "a", "response": " "}',
+    "invalid UTF-8": b'{"instruction": "a", "response": "\xff"}',
+    "NUL": b'{"instruction": "a", "response": "\\u0000"}',
+    "lone surrogate": b'{"instruction": "a", "response": "\\ud83d"}',
+    "NaN literal": b'{"instruction": "a", "response": NaN}',
+    "duplicate key": b'{"instruction": "a", "response": "b", "response": "c"}',
+    "row over 10 MB": b'{"instruction": "a", "response": "' + b"x" * 10_000_001 + b'"}',
+}
+KINDS = (*LINES, "CSV type drift", "Parquet type drift")
+AT = 12
+"""Line, or item, of the bad row."""
+
+
+def detected(kind: str, folder: Path) -> bool:
+    """Whether a file with one row of that kind is refused by its line, and skipped when asked."""
+    path = _WRITERS.get(kind, _jsonl)(kind, folder)
+    section = DataSection(name=str(path))
+    try:
+        read_rows(section)
+        return False
+    except MalformedRowsError as error:
+        reason = error.bad_rows[0].reason
+        wanted = (BadRow(f"{path.name}:{AT}", reason),)
+        if error.bad_rows != wanted or f"{path.name}:{AT}: {reason}" not in str(error):
+            return False
+    skipped = read_rows(section.model_copy(update={"on_bad_row": "skip"}))
+    return skipped.bad_rows == wanted
+
+
+def _jsonl(kind: str, folder: Path) -> Path:
+    lines = [json.dumps({**GOOD, "instruction": f"Count {n}."}).encode() for n in range(20)]
+    lines[AT - 1] = LINES[kind]
+    path = folder / "rows.jsonl"
+    path.write_bytes(b"\n".join(lines))
+    return path
+
+
+def _csv(kind: str, folder: Path) -> Path:
+    """A row with one field too many, as a comma without quotes makes it."""
+    path = folder / "rows.csv"
+    rows: list[list[Any]] = [["instruction", "response"]]
+    rows += [[f"Count {n}.", "One."] for n in range(20)]
+    rows[AT - 1] = ["Count.", "One", " two."]
+    with path.open("w", encoding="utf-8", newline="") as file:
+        csv.writer(file).writerows(rows)
+    return path
+
+
+def _parquet(kind: str, folder: Path) -> Path:
+    """Messages of which one lost its content, in a column that is typed."""
+    path = folder / "rows.parquet"
+    chats = [
+        [{"role": "user", "content": f"{n}?"}, {"role": "assistant", "content": "One."}]
+        for n in range(20)
+    ]
+    chats[AT - 1][1]["content"] = None  # type: ignore[typeddict-item]
+    pq.write_table(pa.table({"messages": chats}), path)
+    return path
+
+
+_WRITERS: dict[str, Callable[[str, Path], Path]] = {
+    "CSV type drift": _csv,
+    "Parquet type drift": _parquet,
+}

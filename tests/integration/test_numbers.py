@@ -1,0 +1,205 @@
+"""What is not finite stops a run or skips a step, by name; a step is exact however divided."""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Callable
+from typing import Any
+
+import pytest
+import torch
+
+from slm_lora.data.batches import pack
+from slm_lora.errors import NumericError
+from slm_lora.evaluation.perplexity import held_out_loss, score
+from slm_lora.model import adapter
+from slm_lora.model.base import Base
+from slm_lora.model.forward import batch_nll
+from slm_lora.recipe.schema import AdapterSection, TrainingSection
+from slm_lora.records import Step
+from slm_lora.training import step
+from slm_lora.training.loop import train
+from slm_lora.training.step import MOST_SKIPPED, Updater
+
+from .test_forward import make_examples
+from .test_training import LENGTHS
+
+LoadTiny = Callable[..., Base]
+
+
+def spoil(
+    monkeypatch: pytest.MonkeyPatch, calls: range, change: Callable[[torch.Tensor], torch.Tensor]
+) -> None:
+    """Change the loss of some micro-batches (a step is one here)."""
+    function, done = step.batch_nll, 0
+
+    def spoiled(*arguments: Any) -> torch.Tensor:
+        nonlocal done
+        done += 1
+        nll = function(*arguments)
+        return change(nll) if done in calls else nll
+
+    monkeypatch.setattr(step, "batch_nll", spoiled)
+
+
+def sitting(base: Base, on_step: Callable[[Step], None], epochs: int = 3) -> tuple[Step, ...]:
+    adapted = adapter.attach(base, AdapterSection(r=2, lora_dropout=0.0), 0)
+    section = TrainingSection(num_train_epochs=epochs, learning_rate=1e-2)
+    try:
+        return train(base, adapted, make_examples(LENGTHS), section, 0, on_step=on_step).history
+    finally:
+        adapter.detach(adapted)
+
+
+class Overflow(torch.autograd.Function):
+    """A loss that is finite, and a gradient that is not."""
+
+    @staticmethod
+    def forward(ctx: Any, x: torch.Tensor) -> torch.Tensor:
+        return x.clone()
+
+    @staticmethod
+    def backward(ctx: Any, *gradients: torch.Tensor) -> torch.Tensor:
+        return gradients[0] * math.inf
+
+
+def infinite(nll: torch.Tensor) -> torch.Tensor:
+    found: torch.Tensor = Overflow.apply(nll)  # type: ignore[no-untyped-call]
+    return found
+
+
+@pytest.mark.parametrize("value", [math.nan, math.inf, -math.inf])
+def test_a_loss(load_tiny: LoadTiny, monkeypatch: pytest.MonkeyPatch, value: float) -> None:
+    spoil(monkeypatch, range(3, 4), lambda nll: nll * value)
+    with pytest.raises(NumericError, match=r"step 3 of 6: loss (nan|-?inf), .*; rows 00\d\d, "):
+        sitting(load_tiny(), lambda _: None)
+
+
+def test_a_gradient(load_tiny: LoadTiny, monkeypatch: pytest.MonkeyPatch) -> None:
+    spoil(monkeypatch, range(3, 4), infinite)
+    with pytest.raises(NumericError, match=r"step 3 of 6: loss \d.*gradient norm (nan|inf); rows"):
+        sitting(load_tiny(), lambda _: None)
+
+
+@pytest.mark.parametrize("value", [math.nan, math.inf])
+def test_a_weight(load_tiny: LoadTiny, monkeypatch: pytest.MonkeyPatch, value: float) -> None:
+    update = torch.optim.AdamW.step
+
+    def spoilt(self: torch.optim.AdamW, *arguments: Any) -> Any:
+        update(self, *arguments)
+        with torch.no_grad():
+            self.param_groups[0]["params"][-1][0, 0] = value
+
+    monkeypatch.setattr(torch.optim.AdamW, "step", spoilt)
+    with pytest.raises(NumericError, match=r"step 1 of 6: largest weight (nan|inf) after.*; rows"):
+        sitting(load_tiny(), lambda _: None)
+
+
+def test_a_validation_names_its_step(load_tiny: LoadTiny) -> None:
+    base = load_tiny()
+    adapted = adapter.attach(base, AdapterSection(r=2), 0)
+
+    def validate() -> float:
+        raise NumericError("row 0001: loss nan")
+
+    section = TrainingSection(num_train_epochs=1, eval_steps=2)
+    with pytest.raises(NumericError, match="validation after step 2: row 0001"):
+        train(base, adapted, make_examples(LENGTHS), section, 0, validate=validate)
+
+
+def test_scores_name_their_row(load_tiny: LoadTiny) -> None:
+    base = load_tiny()
+    with torch.no_grad():
+        base.causal.get_output_embeddings().weight[5] = math.nan
+    with pytest.raises(NumericError, match=r"row 00\d\d: loss nan under tiny-llama"):
+        score(base, make_examples(LENGTHS), "test", 64)
+
+
+def test_an_overflow_of_fp16_skips_the_step_and_is_counted(
+    load_tiny: LoadTiny, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    base, before = load_tiny("fp16"), {}
+    spoil(monkeypatch, range(3, 4), infinite)
+    seen: list[Step] = []
+
+    def on_step(done: Step) -> None:
+        weights = adapter.trainable_state(base.causal)
+        if done.skipped:
+            assert all(torch.equal(weights[name], before[name]) for name in weights)
+        before.update(weights)
+        seen.append(done)
+
+    history = sitting(base, on_step)
+    skipped = [done for done in history if done.skipped]
+    assert history[2] in skipped and len(skipped) < len(history)
+    for done in history:
+        assert (done.grad_norm is None) == done.skipped
+        assert math.isfinite(done.loss) and done.loss > 0
+
+
+def test_fp16_does_not_skip_for_ever(load_tiny: LoadTiny, monkeypatch: pytest.MonkeyPatch) -> None:
+    spoil(monkeypatch, range(1, 1000), infinite)
+    wanted = rf"step {MOST_SKIPPED + 1} of 40: loss \d.*gradient norm (nan|inf); rows"
+    with pytest.raises(NumericError, match=wanted):
+        sitting(load_tiny("fp16"), lambda _: None, epochs=20)
+
+
+# --- exactness ---------------------------------------------------------------------------------
+
+
+def gradient(base: Base, batches: list[int], double: bool) -> torch.Tensor:
+    """Gradient of a step of 16 rows, divided into micro-batches of so many rows."""
+    adapted = adapter.attach(base, AdapterSection(r=4, lora_dropout=0.0), 3)
+    adapted.train()
+    generator = torch.Generator().manual_seed(1)
+    for name, parameter in adapted.named_parameters():
+        if "lora_B" in name:
+            parameter.data.copy_(torch.randn(parameter.shape, generator=generator) * 0.1)
+    if double:
+        adapted.double()
+    examples = sorted(make_examples(LENGTHS[:16]), key=lambda example: -example.length)
+    labels = sum(example.length - 1 for example in examples)
+    for many in batches:
+        torch.autograd.backward(batch_nll(base, pack(examples[:many], "all")) / labels)
+        examples = examples[many:]
+    found = [p.grad.double().flatten() for p in adapted.parameters() if p.grad is not None]
+    adapter.detach(adapted)
+    return torch.cat(found)
+
+
+@pytest.mark.parametrize("rows", [8, 4, 1])
+@pytest.mark.parametrize(("double", "bound"), [(True, 1e-12), (False, 1e-5)])
+def test_a_step_is_the_same_however_it_is_divided(
+    load_tiny: LoadTiny, rows: int, double: bool, bound: float
+) -> None:
+    """16×1, 8×2, 4×4 and 1×16."""
+    whole = gradient(load_tiny(), [16], double)
+    parts = gradient(load_tiny(), [rows] * (16 // rows), double)
+    assert ((parts - whole).norm() / whole.norm()).item() < bound
+
+
+def test_the_loop_divides_as_exactly(load_tiny: LoadTiny) -> None:
+    norms = []
+    for budget in (10_000, 200, 60, 1):
+        base = load_tiny()
+        adapted = adapter.attach(base, AdapterSection(r=4, lora_dropout=0.0), 3)
+        parameters = [p for p in adapted.parameters() if p.requires_grad]
+        optimizer = torch.optim.SGD(parameters, lr=0.0)
+        scaler = torch.amp.GradScaler("cpu", enabled=False)
+        updater = Updater(base, parameters, optimizer, scaler, "all", 1e9)
+        examples = make_examples(LENGTHS[:16])
+        norms.append(updater.step(examples, budget, "", False, 0, "step"))
+        adapter.detach(adapted)
+    for loss, norm in norms[1:]:
+        assert loss == pytest.approx(norms[0][0], rel=1e-5)
+        assert norm == pytest.approx(norms[0][1], rel=1e-5)
+
+
+@pytest.mark.parametrize("rows", [1, 8, 32])
+def test_a_loss_does_not_depend_on_how_many_rows_are_scored_at_once(
+    load_tiny: LoadTiny, rows: int
+) -> None:
+    base, examples = load_tiny(), make_examples([20] * 32)
+    whole = held_out_loss(score(base, examples, "test", 10_000), "all").loss
+    found = held_out_loss(score(base, examples, "test", 20 * rows), "all").loss
+    assert abs(found - whole) < 1e-5
