@@ -10,7 +10,7 @@ from collections.abc import Callable
 import typer
 
 from slm_lora import __version__
-from slm_lora.cli import data, experiments, models
+from slm_lora.cli import data, experiments, exports, models
 from slm_lora.errors import STOPPED_RESUMABLE, SlmLoraError, StorageError
 
 app = typer.Typer(
@@ -26,6 +26,7 @@ for command in (
     experiments.evaluate,
     experiments.report,
     experiments.compare,
+    exports.merge,
 ):
     app.command()(command)
 

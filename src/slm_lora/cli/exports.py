@@ -1,0 +1,38 @@
+"""Commands that hand trained adapters over to other programs."""
+
+from __future__ import annotations
+
+from pathlib import Path
+from typing import Annotated, Literal
+
+import typer
+
+from slm_lora.cli.options import console, quiet_libraries
+
+Trained = Annotated[Path, typer.Argument(metavar="FOLDER", help="adapter/<experiment>-<cell>")]
+Target = Annotated[Path, typer.Argument(metavar="OUT", help="Folder to write; must not exist.")]
+BasePlace = Annotated[
+    Path | None,
+    typer.Option("--base", help="Folder of the base, where its name does not lead there."),
+]
+
+
+def merge(
+    folder: Trained,
+    out: Target,
+    dtype: Annotated[
+        Literal["fp32", "bf16", "fp16"], typer.Option("--dtype", help="Of the merged weights.")
+    ] = "fp32",
+    base: BasePlace = None,
+) -> None:
+    """Merge an adapter into its base: a model that plain transformers loads.
+
+    Merged in fp32 and then cast. A fresh process compares its logits with base+adapter's on 64
+    prompts, and with the base's alone; if that fails, nothing is written.
+    """
+    from slm_lora.export.folder import read
+    from slm_lora.export.merged import merge as merge_adapter
+
+    quiet_libraries()
+    proof = merge_adapter(read(folder), out, dtype, base)
+    console().print(f"{out}\n{proof.sentence()}", soft_wrap=True)
