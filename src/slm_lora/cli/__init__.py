@@ -41,6 +41,10 @@ models_app.command("list")(models.list_models)
 models_app.command("fetch")(models.fetch_model)
 app.add_typer(models_app, name="models")
 
+export_app = typer.Typer(help="Write what other programs read.", no_args_is_help=True)
+export_app.command("gguf")(exports.export_gguf)
+app.add_typer(export_app, name="export")
+
 
 @app.command()
 def version() -> None:

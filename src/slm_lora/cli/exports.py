@@ -36,3 +36,27 @@ def merge(
     quiet_libraries()
     proof = merge_adapter(read(folder), out, dtype, base)
     console().print(f"{out}\n{proof.sentence()}", soft_wrap=True)
+
+
+def export_gguf(
+    folder: Trained,
+    out: Target,
+    form: Annotated[
+        Literal["merged", "adapter"],
+        typer.Option("--as", help="Of an adapter: one merged model, or base and adapter."),
+    ] = "merged",
+    kind: Annotated[
+        Literal["f32", "f16", "q8_0"], typer.Option("--type", help="Of the model's weights.")
+    ] = "f16",
+    base: BasePlace = None,
+) -> None:
+    """Write GGUF files for llama.cpp, and a Modelfile for Ollama beside them.
+
+    The Llama family only; tokenizer, chat template and special tokens are in the model's file.
+    """
+    from slm_lora.export.folder import read
+    from slm_lora.export.llama_cpp import export
+
+    quiet_libraries()
+    for path in export(read(folder), out, form, kind, base):
+        console().print(f"{path}", soft_wrap=True)
