@@ -279,7 +279,8 @@ def check_by_llama_cpp(base: Path, adapter: Path, folder: Path) -> None:
     adapted = PeftModel.from_pretrained(plain, adapter)
     wanted = [greedy(adapted, tokenizer, prompt) for prompt in PROMPTS]
     # The negative control: an adapter that llama.cpp ignores would be seen.
-    assert all(one != other for one, other in zip(alone, wanted, strict=True))
+    differ = sum(one != other for one, other in zip(alone, wanted, strict=True))
+    assert differ >= len(PROMPTS) / 2
     for client, expected in (
         (LlamaCpp(model), alone),
         (LlamaCpp(model, lora), wanted),
@@ -353,5 +354,6 @@ def test_llama_cpp_with_the_embedded_model(tmp_path: Path) -> None:
     if not is_fetched(embedded):
         pytest.skip("the embedded model is not fetched")
     source = resolve(ModelSection(name=embedded.name))
+    # Stronger random adapters bring it where fp32 itself is off by more than the proof allows.
     adapter = make_adapter(source, tmp_path / "toy", scale=0.01)
     check_by_llama_cpp(source.path, adapter, tmp_path)

@@ -27,6 +27,7 @@ for command in (
     experiments.report,
     experiments.compare,
     exports.merge,
+    exports.push,
 ):
     app.command()(command)
 

@@ -7,7 +7,7 @@ from typing import Annotated, Literal
 
 import typer
 
-from slm_lora.cli.options import console, quiet_libraries
+from slm_lora.cli.options import ResultsDir, console, quiet_libraries
 
 Trained = Annotated[Path, typer.Argument(metavar="FOLDER", help="adapter/<experiment>-<cell>")]
 Target = Annotated[Path, typer.Argument(metavar="OUT", help="Folder to write; must not exist.")]
@@ -59,4 +59,29 @@ def export_gguf(
 
     quiet_libraries()
     for path in export(read(folder), out, form, kind, base):
+        console().print(f"{path}", soft_wrap=True)
+
+
+def push(
+    folder: Trained,
+    repository: Annotated[str, typer.Argument(metavar="REPO", help="owner/name")],
+    private: Annotated[
+        bool, typer.Option("--private", help="Make a new repository a private one.")
+    ] = False,
+    dry_run: Annotated[
+        Path | None,
+        typer.Option("--dry-run", metavar="DIR", help="Write what would be sent; send nothing."),
+    ] = None,
+    results: ResultsDir = Path("results"),
+) -> None:
+    """Push an adapter or a merged model to the hub, with a model card made from its run."""
+    from slm_lora.export import hub
+    from slm_lora.export.folder import read
+
+    quiet_libraries()
+    trained = read(folder)
+    if dry_run is None:
+        console().print(hub.push(trained, repository, results, private=private), soft_wrap=True)
+        return
+    for path in hub.dry_run(trained, repository, results, dry_run):
         console().print(f"{path}", soft_wrap=True)
