@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import json
 from collections.abc import Callable
+from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
@@ -39,8 +40,8 @@ def logits(model: Any) -> torch.Tensor:
 def test_merged_is_base_with_adapter(kind: str, tiny_source: ModelSource, tmp_path: Path) -> None:
     folder = make_adapter(tiny_source, tmp_path / "adapter", kind)
     proof = merge(read(folder), tmp_path / "merged", "fp32", tiny_source.path)
-    assert proof.prompts == len(set(PROMPTS)) == 64
-    assert proof.max_difference <= 1e-5 * proof.max_logit
+    assert proof.prompts == proof.agree == len(set(PROMPTS)) == 80
+    assert proof.worst_difference <= 1e-5 * proof.max_logit
 
     base = AutoModelForCausalLM.from_pretrained(tiny_source.path, dtype=torch.float32)
     alone = logits(base)
@@ -148,7 +149,7 @@ def test_a_failing_proof_leaves_nothing(
         save_file(weights, target / "model.safetensors", metadata={"format": "pt"})
 
     monkeypatch.setattr(merging, "_write", spoilt)
-    with pytest.raises(IntegrityError, match=r"is not base\+adapter: logits differ by"):
+    with pytest.raises(IntegrityError, match=r"is not base\+adapter: on 80 of 80 prompts"):
         merge(read(folder), tmp_path / "merged", "fp32", tiny_source.path)
     assert [path.name for path in tmp_path.iterdir()] == ["adapter"]
 
@@ -160,7 +161,14 @@ def test_an_adapter_without_effect_is_refused(tiny_source: ModelSource, tmp_path
     assert not (tmp_path / "merged").exists()
 
 
-def test_nan_is_no_proof() -> None:
-    for dtype in BOUNDS:
+@pytest.mark.parametrize("dtype", BOUNDS)
+def test_what_is_no_proof(dtype: str) -> None:
+    good = Proof(80, 70, 900, 1.0, 1e-6, 2e-5, 3.0, 1.0)
+    judge(good, dtype, "it")
+    nan = float("nan")
+    for change in (
+        {"agree": 63}, {"worst_by_noise": 11.0}, {"worst_by_noise": nan}, {"base_difference": nan},
+        {"worst_difference": nan}, {"base_difference": 2e-5},
+    ):  # fmt: skip
         with pytest.raises(IntegrityError):
-            judge(Proof(64, 600, 1.0, float("nan"), 1.0), dtype, "it")
+            judge(replace(good, **change), dtype, "it")  # type: ignore[arg-type]

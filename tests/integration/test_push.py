@@ -259,7 +259,7 @@ def test_a_merged_model_is_pushed_as_one(
     }  # fmt: skip
     readme = (tmp_path / "whole" / "README.md").read_text()
     assert front(readme)["library_name"] == "transformers"
-    assert "A LoRA adapter merged into `tiny-llama`, in fp32. On 64 prompts" in readme
+    assert "A LoRA adapter merged into `tiny-llama`, in fp32. On 80 of 80 prompts" in readme
     run_python(readme, tmp_path)
 
 

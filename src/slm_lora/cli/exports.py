@@ -27,7 +27,7 @@ def merge(
 ) -> None:
     """Merge an adapter into its base: a model that plain transformers loads.
 
-    Merged in fp32 and then cast. A fresh process compares its logits with base+adapter's on 64
+    Merged in fp32 and then cast. A fresh process compares its logits with base+adapter's on 80
     prompts, and with the base's alone; if that fails, nothing is written.
     """
     from slm_lora.export.folder import read

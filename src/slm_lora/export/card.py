@@ -131,8 +131,8 @@ def _what(trained: Trained) -> str:
         share = proof["max_difference"] / proof["max_logit"]
         return (
             f"A {method} adapter merged into `{trained.base_name}`, in {merged['dtype']}. On "
-            f"{proof['prompts']} prompts its logits differ from base+adapter's by at most "
-            f"{share:.1e} of the largest."
+            f"{proof['agree']} of {proof['prompts']} prompts its logits differ from base+adapter's "
+            f"by at most {share:.1e} of the largest."
         )
     if trained.whole:
         return f"`{trained.base_name}` after training all weights."

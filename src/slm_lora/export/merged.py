@@ -51,7 +51,7 @@ def merge(trained: Trained, target: Path, dtype: PrecisionName, base: Path | Non
     with atomic_folder(target) as temporary:
         _write(trained, source, temporary, DTYPES[dtype])
         gc.collect()  # layers that are `fused` refer to themselves
-        proof = prove(temporary, source.path, trained.folder)
+        proof = prove(temporary, source.path, trained.folder, dtype)
         judge(proof, dtype, str(trained.folder))
         about = {**trained.about, "merged": {"dtype": dtype, "proof": asdict(proof)}}
         text = json.dumps(about, indent=2, ensure_ascii=False) + "\n"

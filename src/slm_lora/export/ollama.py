@@ -88,8 +88,8 @@ def _chatml(chat: str, tokens: Mapping[str, str]) -> str | None:
 
     Known by what it renders, not by how it is written.
     """
-    render = jinja_renderer(chat, dict(tokens))
     try:
+        render = jinja_renderer(chat, dict(tokens))
         first = render(_PROBES[0], True)
         at = first.rfind("<|im_start|>user\n")
         own = first[: max(at, 0)]
@@ -101,7 +101,7 @@ def _chatml(chat: str, tokens: Mapping[str, str]) -> str | None:
         ]
         if [render(probe, True) for probe in _PROBES] != wanted:
             return None
-    except UsageError:  # it refuses a system turn, say
+    except UsageError:  # it refuses a system turn, or has tags of transformers' own
         return None
     system = ""
     if own:

@@ -1,18 +1,19 @@
 """The proof of a merged model, in a fresh process and by the libraries that others load it with.
 
-``python -m slm_lora.export.proof MERGED BASE ADAPTER`` prints one line of JSON: a `Proof`.
+``python -m slm_lora.export.proof MERGED BASE ADAPTER DTYPE`` prints one line of JSON: a `Proof`.
 Nothing of this project computes here: base+adapter is plain PEFT's, merged plain transformers'.
 """
 
 from __future__ import annotations
 
 import json
+import os
 import subprocess
 import sys
-from collections.abc import Callable
+from collections.abc import Sequence
 from dataclasses import asdict, dataclass
 from pathlib import Path
-from typing import TYPE_CHECKING
+from typing import TYPE_CHECKING, Any
 
 from slm_lora.errors import IntegrityError
 
@@ -37,10 +38,17 @@ _FRAMES = (
     '{{"topic": "{}", "answer": "',
     "How much does {} cost? About €",
     "Übrigens: {} –",
+    "The weather is fine today. Tomorrow we shall speak of {}, and of nothing",
+    "Dictionary. Look under {}: see also",
+    "She wrote {} on the first page and",
+    "If you ask me, {} is",
 )
 PROMPTS = tuple(frame.format(topic) for frame in _FRAMES for topic in _TOPICS)
-"""64 short texts. Not draws of tokens: those bring some models where fp32 itself is off by 1e-4
-of the largest logit, as measured against fp64 (here: 2e-6)."""
+"""80 short texts, of which `ENOUGH` must agree. On some text any model may be where fp32 itself is
+off by 1e-5 of the largest logit and more, as fp64 shows: on draws of tokens many are."""
+ENOUGH = 64
+_NOISE = 10
+"""How many times fp32's own error on base+adapter the other prompts' differences may be."""
 
 
 @dataclass(frozen=True, slots=True)
@@ -48,24 +56,31 @@ class Proof:
     """Logits of the same prompts, each computed in fp32.
 
     Attributes:
-        prompts: how many.
+        prompts: how many were compared.
+        agree: those whose logits differ by no more than `Bounds.share` of the largest.
         tokens: in all of them; every position's logits are compared.
         max_logit: largest magnitude of base+adapter's.
-        max_difference: largest between merged and base+adapter.
+        max_difference: largest between merged and base+adapter, of the prompts that agree.
+        worst_difference: the same of all prompts.
+        worst_by_noise: of the prompts that do not agree, in fp32: largest difference as a multiple
+            of fp32's own error there, which is base+adapter's difference from itself in fp64.
         base_difference: largest between merged and the base alone.
     """
 
     prompts: int
+    agree: int
     tokens: int
     max_logit: float
     max_difference: float
+    worst_difference: float
+    worst_by_noise: float
     base_difference: float
 
     def sentence(self) -> str:
         """What was measured, for the user."""
         return (
-            f"proved on {self.prompts} prompts: logits differ from base+adapter's by at most "
-            f"{self.max_difference / self.max_logit:.1e} of the largest, "
+            f"proved on {self.agree} of {self.prompts} prompts: logits differ from base+adapter's "
+            f"by at most {self.max_difference / self.max_logit:.1e} of the largest, "
             f"from the base's by {self.base_difference / self.max_logit:.1e}"
         )
 
@@ -87,15 +102,24 @@ BOUNDS = {"fp32": Bounds(1e-5, 10), "fp16": Bounds(1e-2, 2), "bf16": Bounds(5e-2
 """By the precision that the merged weights are saved in; half precision rounds every weight."""
 
 
-def prove(merged: Path, base: Path, adapter: Path) -> Proof:
+def prove(merged: Path, base: Path, adapter: Path, dtype: str) -> Proof:
     """Compare in a fresh process.
+
+    Args:
+        merged: the folder to prove.
+        base: folder of the base.
+        adapter: folder of the adapter.
+        dtype: of the merged weights, a key of `BOUNDS`.
 
     Raises:
         IntegrityError: one of them does not load there.
     """
     command = [sys.executable, "-m", "slm_lora.export.proof"]
     command += [str(path.resolve()) for path in (merged, base, adapter)]
-    result = subprocess.run(command, capture_output=True, text=True, check=False)
+    command.append(dtype)
+    # All is here: libraries that would ask the hub about it are not to.
+    alone = {**os.environ, "HF_HUB_OFFLINE": "1"}
+    result = subprocess.run(command, env=alone, capture_output=True, text=True, check=False)
     if result.returncode != 0:
         last = (result.stderr.strip().splitlines() or ["no message"])[-1]
         raise IntegrityError(f"{adapter}: the merged model does not load elsewhere: {last}")
@@ -110,22 +134,23 @@ def judge(proof: Proof, dtype: str, name: str) -> None:
     """
     bounds = BOUNDS[dtype]
     # Written so that a NaN fails.
-    if not proof.max_difference <= bounds.share * proof.max_logit:
+    if not (proof.agree >= ENOUGH and proof.worst_by_noise <= _NOISE):
         raise IntegrityError(
-            f"{name}: the merged model is not base+adapter: logits differ by "
-            f"{proof.max_difference:.2e}, allowed in {dtype} are "
-            f"{bounds.share * proof.max_logit:.2e}; nothing was written"
+            f"{name}: the merged model is not base+adapter: on {proof.prompts - proof.agree} of "
+            f"{proof.prompts} prompts logits differ by more than the "
+            f"{bounds.share * proof.max_logit:.2e} that are allowed in {dtype}, "
+            f"by up to {proof.worst_difference:.2e}; nothing was written"
         )
-    if not proof.base_difference > bounds.control * proof.max_difference:
+    if not proof.base_difference > bounds.control * proof.worst_difference:
         raise IntegrityError(
             f"{name}: the merged model cannot be told from its base: logits differ from the base's "
-            f"by {proof.base_difference:.2e}, from base+adapter's by {proof.max_difference:.2e}; "
+            f"by {proof.base_difference:.2e}, from base+adapter's by {proof.worst_difference:.2e}; "
             "the adapter has no effect, or less than the rounding of the weights "
             "(--dtype fp32 rounds least); nothing was written"
         )
 
 
-def _compare(merged: Path, base: Path, adapter: Path) -> Proof:
+def _compare(merged: Path, base: Path, adapter: Path, dtype: str) -> Proof:
     import torch
     from peft import PeftModel
     from transformers import AutoModelForCausalLM, AutoTokenizer, PreTrainedModel
@@ -140,33 +165,48 @@ def _compare(merged: Path, base: Path, adapter: Path) -> Proof:
         )
         return model
 
-    def logits(model: Callable[..., object]) -> list[torch.Tensor]:
+    def logits(model: Any, prompts: Sequence[torch.Tensor]) -> list[torch.Tensor]:
         with torch.no_grad():
-            return [model(input_ids=ids).logits[0] for ids in prompts]  # type: ignore[attr-defined]
+            return [model(input_ids=ids).logits[0] for ids in prompts]
+
+    def apart(ones: Sequence[torch.Tensor], others: Sequence[torch.Tensor]) -> torch.Tensor:
+        """Largest difference of each prompt."""
+        pairs = zip(ones, others, strict=True)
+        return torch.tensor([float((a.double() - b.double()).abs().max()) for a, b in pairs])
 
     tokenizer = AutoTokenizer.from_pretrained(merged, local_files_only=True)
     prompts = [tokenizer(text, return_tensors="pt")["input_ids"] for text in PROMPTS]
-    adapted = PeftModel.from_pretrained(load(base), str(adapter)).eval()
-    wanted = logits(adapted)
-    with adapted.disable_adapter():
-        untouched = logits(adapted)
     # One model in memory at a time: each may be all that fits.
+    adapted = PeftModel.from_pretrained(load(base), str(adapter)).eval()
+    wanted = logits(adapted, prompts)
+    with adapted.disable_adapter():
+        untouched = logits(adapted, prompts)
     del adapted
-    found = logits(load(merged))
+    found = logits(load(merged), prompts)
 
-    def largest(ones: list[torch.Tensor], others: list[torch.Tensor]) -> float:
-        differences = [(a - b).abs().max() for a, b in zip(ones, others, strict=True)]
-        # Not Python's max, which may drop a NaN.
-        return float(torch.stack(differences).max())
-
+    differences, largest = apart(found, wanted), max(float(each.abs().max()) for each in wanted)
+    agrees = differences <= BOUNDS[dtype].share * largest
+    others = [index for index, yes in enumerate(agrees.tolist()) if not yes]
+    by_noise = 0.0
+    if others and dtype == "fp32":
+        exact = PeftModel.from_pretrained(load(base), str(adapter)).eval().double()
+        noise = apart(
+            logits(exact, [prompts[index] for index in others]), [wanted[i] for i in others]
+        )
+        by_noise = float((differences[others] / noise).max())
     return Proof(
         prompts=len(prompts),
+        agree=len(prompts) - len(others),
         tokens=sum(ids.numel() for ids in prompts),
-        max_logit=float(torch.stack([each.abs().max() for each in wanted]).max()),
-        max_difference=largest(found, wanted),
-        base_difference=largest(found, untouched),
+        max_logit=largest,
+        max_difference=float(differences[agrees].max()) if agrees.any() else float("nan"),
+        # torch's max keeps a NaN, Python's may drop it.
+        worst_difference=float(differences.max()),
+        worst_by_noise=by_noise,
+        base_difference=float(apart(found, untouched).max()),
     )
 
 
 if __name__ == "__main__":
-    print(json.dumps(asdict(_compare(*map(Path, sys.argv[1:4])))))
+    _merged, _base, _adapter = map(Path, sys.argv[1:4])
+    print(json.dumps(asdict(_compare(_merged, _base, _adapter, sys.argv[4]))))
