@@ -366,6 +366,7 @@ def test_llama_cpp_with_sentencepiece_and_scaled_rope(rope: str, tmp_path: Path)
     assert client.tokenize(chat["prompt"], special=True) == trained
 
 
+@pytest.mark.timeout(900)  # three times 8 answers of a real model, and a proof
 def test_llama_cpp_with_the_embedded_model(tmp_path: Path) -> None:
     pytest.importorskip("xllamacpp", reason="xllamacpp is not installed")
     embedded = EMBEDDED["smollm2-135m-instruct-q4_1"]
