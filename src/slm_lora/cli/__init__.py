@@ -10,7 +10,7 @@ from collections.abc import Callable
 import typer
 
 from slm_lora import __version__
-from slm_lora.cli import data, experiments, models, outputs, serving
+from slm_lora.cli import data, experiments, exports, models, outputs, serving
 from slm_lora.errors import STOPPED_RESUMABLE, SlmLoraError, StorageError
 
 app = typer.Typer(
@@ -30,6 +30,8 @@ for command in (
     outputs.generate,
     outputs.compare_outputs,
     serving.serve,
+    exports.merge,
+    exports.push,
 ):
     app.command()(command)
 
@@ -43,6 +45,10 @@ models_app = typer.Typer(help="List and fetch embedded models.", no_args_is_help
 models_app.command("list")(models.list_models)
 models_app.command("fetch")(models.fetch_model)
 app.add_typer(models_app, name="models")
+
+export_app = typer.Typer(help="Write what other programs read.", no_args_is_help=True)
+export_app.command("gguf")(exports.export_gguf)
+app.add_typer(export_app, name="export")
 
 
 @app.command()

@@ -1,0 +1,1 @@
+"""Hands what was trained to other programs: merged models, GGUF, the hub."""

@@ -1,0 +1,103 @@
+"""An adapter merged into its base: a plain transformers model."""
+
+from __future__ import annotations
+
+import gc
+import json
+from collections.abc import Mapping
+from dataclasses import asdict
+from pathlib import Path
+from typing import TYPE_CHECKING, Any
+
+import torch
+
+from slm_lora.errors import NumericError, UsageError
+from slm_lora.export.folder import Trained, find_base, refuse_existing
+from slm_lora.export.proof import Proof, judge, prove
+from slm_lora.model import adapter
+from slm_lora.model.adapter import ABOUT
+from slm_lora.model.base import DTYPES, PrecisionName
+from slm_lora.model.load import load_base, load_tokenizer
+from slm_lora.model.source import ModelSource
+from slm_lora.seals import FILES, SEAL, sealed
+from slm_lora.storage import atomic_folder
+
+if TYPE_CHECKING:
+    from peft import PeftModel
+    from transformers import PreTrainedModel
+
+
+def merge(trained: Trained, target: Path, dtype: PrecisionName, base: Path | None = None) -> Proof:
+    """Merge in fp32, cast, write, and prove it in a fresh process; complete or absent.
+
+    Beside the weights lie tokenizer, generation configuration, the training template as the chat
+    template, and slm_lora.json with what was merged and the proof.
+
+    Args:
+        trained: an adapter.
+        target: folder to write; must not hold anything.
+        dtype: of the weights that are written.
+        base: folder of the base, where its name does not lead there.
+
+    Raises:
+        UsageError: already a whole model; not LoRA or its kin; or on tied embeddings.
+        IntegrityError: trained on another base; does not fit it; or the proof fails.
+        NumericError: a merged weight is not finite in ``dtype``.
+    """
+    if trained.whole:
+        raise UsageError(f"{trained.folder}: already a whole model; nothing to merge")
+    refuse_existing(target)
+    _check_kind(trained)
+    source = find_base(trained, base)
+    with atomic_folder(target) as temporary:
+        _write(trained, source, temporary, DTYPES[dtype])
+        gc.collect()  # layers that are `fused` refer to themselves
+        proof = prove(temporary, source.path, trained.folder, dtype)
+        judge(proof, dtype, str(trained.folder))
+        told = {key: value for key, value in trained.about.items() if key not in (FILES, SEAL)}
+        about = {**told, "merged": {"dtype": dtype, "proof": asdict(proof)}}
+        text = json.dumps(sealed(about, temporary), indent=2, ensure_ascii=False) + "\n"
+        (temporary / ABOUT).write_text(text, encoding="utf-8")
+    return proof
+
+
+def _check_kind(trained: Trained) -> None:
+    kind = trained.adapter_config().get("peft_type")
+    if kind != "LORA":
+        raise UsageError(f"{trained.folder}: peft_type {kind} is not merged here; LORA is")
+
+
+def _write(trained: Trained, source: ModelSource, folder: Path, dtype: torch.dtype) -> None:
+    base = load_base(source, device=torch.device("cpu"), precision="fp32", plain=True)
+    adapted = adapter.load(base, trained.folder)
+    _check_tied(adapted, trained, source)
+    merged: PreTrainedModel = adapted.merge_and_unload()
+    torch.nn.Module.to(merged, dtype)
+    if bad := [n for n, p in merged.named_parameters() if not bool(p.isfinite().all())]:
+        raise NumericError(
+            f"{trained.folder}: {len(bad)} merged tensors are not finite in {dtype}, first {bad[0]}"
+        )
+    merged.save_pretrained(folder, max_shard_size="1000GB")
+    tokenizer = load_tokenizer(source)
+    # Written by it as chat_template.jinja; the base's own is not what was trained with.
+    tokenizer.chat_template = trained.chat_template
+    tokenizer.save_pretrained(folder)
+
+
+def _check_tied(adapted: PeftModel, trained: Trained, source: ModelSource) -> None:
+    """Refuse what cannot be merged right: one matrix that is input and output embedding, with an
+    adapter on one side of it (peft#2502, peft#2777)."""
+    causal: Any = adapted.get_base_model()
+    if not causal.config.get_text_config().tie_word_embeddings:
+        return
+    ends: Mapping[str, Any] = {
+        "input embedding": causal.get_input_embeddings(),
+        "output embedding": causal.get_output_embeddings(),
+    }
+    touched = [name for name, end in ends.items() if type(end).__module__.startswith("peft.")]
+    if touched:
+        raise UsageError(
+            f"{trained.folder}: has an adapter on the {' and the '.join(touched)} of "
+            f"{source.name}, whose input and output embedding are one matrix; merging would "
+            "change both, so it stays an adapter: load it with PEFT"
+        )

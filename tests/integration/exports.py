@@ -1,0 +1,57 @@
+"""Adapters with a visible effect, made without training, for the tests of what is handed on."""
+
+from __future__ import annotations
+
+from dataclasses import asdict
+from pathlib import Path
+from typing import Any
+
+import torch
+
+from slm_lora.data.templates import Template
+from slm_lora.data.tokens import RowTokenizer
+from slm_lora.model import adapter
+from slm_lora.model.load import load_base, load_tokenizer
+from slm_lora.model.source import ModelSource
+from slm_lora.recipe.schema import AdapterSection
+
+TARGETS = ("q_proj", "k_proj", "v_proj", "o_proj", "gate_proj", "down_proj")
+
+
+def make_adapter(
+    source: ModelSource,
+    folder: Path,
+    kind: str = "lora",
+    *,
+    r: int = 4,
+    scale: float = 0.1,
+    template: str = "instruction_response",
+) -> Path:
+    """An adapter as training saves it, its B drawn at random instead of trained."""
+    base = load_base(source, device=torch.device("cpu"), precision="fp32", plain=True)
+    section = AdapterSection(kind=kind, r=r, target_modules=TARGETS)  # type: ignore[arg-type]
+    adapted = adapter.attach(base, section, seed=1)
+    generator = torch.Generator().manual_seed(3)
+    for name, parameter in adapted.named_parameters():
+        if "lora_B" in name:
+            parameter.data += scale * torch.randn(parameter.shape, generator=generator)
+        elif "magnitude" in name:
+            parameter.data *= 1.1
+    chosen = Template(template)  # type: ignore[arg-type]
+    about: dict[str, Any] = {
+        "experiment": "toy",
+        "cell": kind,
+        "base": {"name": source.name, "revision": None, "sha256": source.sha256},
+        "template": asdict(chosen),
+        "recipe": {
+            "model": {"name": source.name, "revision": None},
+            "data": {"name": "ml-qa"},
+            "adapter": section.model_dump(mode="json"),
+            "training": {"num_train_epochs": 3.0, "learning_rate": 2e-4},
+        },
+        "run": "0" * 64,
+        "versions": {},
+    }
+    chat_template = RowTokenizer(load_tokenizer(source), chosen).chat_template
+    adapter.save(base, adapted, folder, about, chat_template)
+    return folder

@@ -1,0 +1,83 @@
+"""llama.cpp as others run it (the prebuilt xllamacpp): what it makes of our GGUF files."""
+
+from __future__ import annotations
+
+import json
+import urllib.request
+from pathlib import Path
+from typing import Any
+
+import pytest
+import torch
+
+PROMPTS = (
+    "Tell me fact 12 about bees.",
+    "Instruction:\nWhat is a bridge?\nResponse:\n",
+    "The river runs past the old mill and",
+    "def add(a, b):\n    return a",
+    "In 1912 there were 37,450 ships;  who\tbuilt them?",
+    "Übrigens: das Café kostet 3 € – naïve 数字 ١٢٣",
+    "Bread rises because",
+    "it's, they'll, WE'VE, I'm   \n\n  done.",
+)
+
+
+class LlamaCpp:
+    """One model, with an adapter on it or without, in fp32 throughout."""
+
+    def __init__(self, model: Path, adapter: Path | None = None) -> None:
+        xllamacpp = pytest.importorskip("xllamacpp", reason="xllamacpp is not installed")
+        params = xllamacpp.CommonParams()
+        params.model.path = str(model)
+        if adapter is not None:
+            params.lora_adapters = [xllamacpp.CommonAdapterLoraInfo(str(adapter), 1.0)]
+        params.n_ctx, params.n_parallel = 512, 1
+        params.cpuparams.n_threads = params.cpuparams_batch.n_threads = 1
+        params.warmup, params.verbosity = False, 0
+        # Its default keeps keys and values in half precision.
+        params.cache_type_k = params.cache_type_v = xllamacpp.ggml_type.GGML_TYPE_F32
+        off = xllamacpp.llama_flash_attn_type.LLAMA_FLASH_ATTN_TYPE_DISABLED
+        params.flash_attn_type = off
+        self._server = xllamacpp.Server(params)
+
+    def post(self, path: str, body: dict[str, Any]) -> dict[str, Any]:
+        request = urllib.request.Request(
+            self._server.listening_address + path,
+            json.dumps(body).encode(),
+            {"Content-Type": "application/json"},
+        )
+        with urllib.request.urlopen(request, timeout=120) as answer:
+            found: dict[str, Any] = json.load(answer)
+        return found
+
+    def greedy(self, prompt: str, tokens: int = 40) -> tuple[list[int], str]:
+        """Ids and text of an answer; the end-of-text token is not in it."""
+        body = {
+            "prompt": prompt,
+            "n_predict": tokens,
+            "temperature": 0,
+            "return_tokens": True,
+            "cache_prompt": False,
+        }
+        found = self.post("/completion", body)
+        return found["tokens"], found["content"]
+
+    def tokenize(self, text: str, special: bool = False) -> list[int]:
+        body = {"content": text, "add_special": True, "parse_special": special}
+        found: list[int] = self.post("/tokenize", body)["tokens"]
+        return found
+
+
+def greedy(model: Any, tokenizer: Any, prompt: str, tokens: int = 40) -> list[int]:
+    """The same by plain transformers; without the end-of-text token."""
+    inputs = tokenizer(prompt, return_tensors="pt", return_token_type_ids=False)
+    with torch.no_grad():
+        found = model.generate(
+            **inputs,
+            max_new_tokens=tokens,
+            do_sample=False,
+            eos_token_id=tokenizer.eos_token_id,
+            pad_token_id=tokenizer.eos_token_id,
+        )
+    new: list[int] = found[0, inputs["input_ids"].shape[1] :].tolist()
+    return new[:-1] if new[-1:] == [tokenizer.eos_token_id] else new

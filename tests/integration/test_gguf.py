@@ -1,0 +1,377 @@
+"""GGUF: what is written is read back, and llama.cpp says the same with it as transformers."""
+
+from __future__ import annotations
+
+import json
+import math
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import pytest
+import torch
+from gguf import GGUFReader
+from gguf.quants import dequantize
+from peft import PeftModel
+from safetensors.torch import load_file
+from tokenizers import Regex, pre_tokenizers
+from transformers import AutoModelForCausalLM, AutoTokenizer, LlamaConfig, LlamaForCausalLM
+
+from slm_lora.cli import _guarded, app
+from slm_lora.errors import UsageError
+from slm_lora.export.folder import read
+from slm_lora.export.gguf import check_adapter
+from slm_lora.export.llama_cpp import export
+from slm_lora.export.merged import merge
+from slm_lora.export.vocabulary import _LLAMA3, vocabulary
+from slm_lora.model.embedded import EMBEDDED, is_fetched
+from slm_lora.model.source import ModelSource, resolve
+from slm_lora.recipe.schema import ModelSection
+
+from ..conftest import tiny_tokenizer
+from .exports import make_adapter
+from .llama_cpp_client import PROMPTS, LlamaCpp, greedy
+
+TINYLLAMA = Path(__file__).parents[3] / "shared" / "tinyllama"
+
+
+def values(reader: GGUFReader) -> dict[str, Any]:
+    return {name: field.contents() for name, field in reader.fields.items()}
+
+
+def tensors(reader: GGUFReader) -> dict[str, Any]:
+    return {t.name: dequantize(t.data, t.tensor_type) for t in reader.tensors}
+
+
+@pytest.fixture(scope="module")
+def adapter(tiny_source: ModelSource, tmp_path_factory: pytest.TempPathFactory) -> Path:
+    return make_adapter(tiny_source, tmp_path_factory.mktemp("adapters") / "toy")
+
+
+@pytest.fixture(scope="module")
+def exported(
+    adapter: Path, tiny_source: ModelSource, tmp_path_factory: pytest.TempPathFactory
+) -> Path:
+    out = tmp_path_factory.mktemp("gguf") / "out"
+    export(read(adapter), out, "adapter", "f32", tiny_source.path)
+    return out
+
+
+def test_what_is_said_of_the_model(exported: Path, adapter: Path) -> None:
+    said = values(GGUFReader(exported / "tiny-llama-f32.gguf"))
+    tokenizer = tiny_tokenizer()
+    wanted = {
+        "general.architecture": "llama",
+        "general.type": "model",
+        "general.name": "tiny-llama",
+        "general.file_type": 0,
+        "llama.vocab_size": len(tokenizer),
+        "llama.context_length": 512,
+        "llama.embedding_length": 48,
+        "llama.block_count": 2,
+        "llama.feed_forward_length": 96,
+        "llama.attention.head_count": 6,
+        "llama.attention.head_count_kv": 2,
+        "llama.attention.key_length": 8,
+        "llama.attention.value_length": 8,
+        "llama.rope.dimension_count": 8,
+        "llama.rope.freq_base": 10000.0,
+        "tokenizer.ggml.model": "gpt2",
+        "tokenizer.ggml.pre": "gpt-2",
+        "tokenizer.ggml.eos_token_id": 2,
+        "tokenizer.ggml.padding_token_id": 2,
+        "tokenizer.ggml.unknown_token_id": 0,
+        "tokenizer.ggml.add_bos_token": False,
+        "tokenizer.ggml.add_eos_token": False,
+        "tokenizer.chat_template": (adapter / "chat_template.jinja").read_text(),
+    }
+    assert {key: said.get(key) for key in wanted} == wanted
+    assert said["llama.attention.layer_norm_rms_epsilon"] == pytest.approx(1e-6)
+    count = len(tokenizer)
+    assert said["tokenizer.ggml.tokens"] == tokenizer.convert_ids_to_tokens(list(range(count)))
+    assert said["tokenizer.ggml.token_type"] == [3, 3, 3] + [1] * (count - 3)
+    merges = json.loads(tokenizer.backend_tokenizer.to_str())["model"]["merges"]
+    assert said["tokenizer.ggml.merges"] == [" ".join(pair) for pair in merges]
+
+
+def test_weights_are_the_models_with_rotated_pairs_side_by_side(
+    exported: Path, tiny_source: ModelSource
+) -> None:
+    found = tensors(GGUFReader(exported / "tiny-llama-f32.gguf"))
+    own = load_file(tiny_source.path / "model.safetensors")
+    # Tied: one matrix, written once.
+    assert "output.weight" not in found
+    assert len(found) == len(own) - ("lm_head.weight" in own)
+    assert np.array_equal(found["token_embd.weight"], own["model.embed_tokens.weight"])
+    layer = "model.layers.1.self_attn."
+    assert np.array_equal(found["blk.1.attn_v.weight"], own[f"{layer}v_proj.weight"])
+    q, moved = own[f"{layer}q_proj.weight"].numpy(), found["blk.1.attn_q.weight"]
+    for head in range(6):
+        for i in range(4):
+            assert np.array_equal(moved[8 * head + 2 * i], q[8 * head + i])
+            assert np.array_equal(moved[8 * head + 2 * i + 1], q[8 * head + i + 4])
+
+
+def test_the_adapter_is_as_peft_has_it(exported: Path, adapter: Path) -> None:
+    reader = GGUFReader(exported / "toy-lora.gguf")
+    said, found = values(reader), tensors(reader)
+    assert said["general.type"] == "adapter"
+    assert said["general.architecture"] == "llama"
+    assert said["adapter.type"] == "lora"
+    assert said["adapter.lora.alpha"] == 8.0
+    own = load_file(adapter / "adapter_model.safetensors")
+    assert len(found) == len(own)
+    prefix = "base_model.model.model.layers.0."
+    wanted = own[f"{prefix}mlp.down_proj.lora_B.weight"]
+    assert np.array_equal(found["blk.0.ffn_down.weight.lora_b"], wanted)
+    a, b = (own[f"{prefix}self_attn.k_proj.lora_{side}.weight"].numpy() for side in "AB")
+    assert np.array_equal(found["blk.0.attn_k.weight.lora_a"], a)
+    order = [0, 4, 1, 5, 2, 6, 3, 7]
+    assert np.array_equal(
+        found["blk.0.attn_k.weight.lora_b"], b[[8 * head + i for head in (0, 1) for i in order]]
+    )
+
+
+@pytest.mark.parametrize(("kind", "bound"), [("f16", 1e-3), ("q8_0", 5e-3)])
+def test_smaller_types_are_the_same_weights_rounded(
+    kind: Any, bound: float, exported: Path, adapter: Path, tiny_source: ModelSource, tmp_path: Path
+) -> None:
+    export(read(adapter), tmp_path / "out", "adapter", kind, tiny_source.path)
+    exact = tensors(GGUFReader(exported / "tiny-llama-f32.gguf"))
+    reader = GGUFReader(tmp_path / "out" / f"tiny-llama-{kind}.gguf")
+    rounded = tensors(reader)
+    assert rounded.keys() == exact.keys()
+    for name, weights in exact.items():
+        error = np.abs(rounded[name] - weights).max() / np.abs(weights).max()
+        assert error <= bound * (weights.ndim > 1), name
+    types = {t.name: t.tensor_type.name for t in reader.tensors}
+    assert types["output_norm.weight"] == "F32"
+    # Rows of 48 do not divide into blocks of 32, rows of 96 do.
+    assert types["blk.0.attn_q.weight"] == "F16"
+    assert types["blk.0.ffn_down.weight"] == kind.upper()
+
+
+def test_rslora_keeps_its_scale(tiny_source: ModelSource, tmp_path: Path) -> None:
+    folder = make_adapter(tiny_source, tmp_path / "adapter", "rslora", r=8)
+    export(read(folder), tmp_path / "out", "adapter", "f32", tiny_source.path)
+    said = values(GGUFReader(tmp_path / "out" / "adapter-lora.gguf"))
+    # llama.cpp multiplies by alpha/r.
+    assert said["adapter.lora.alpha"] / 8 == pytest.approx(16 / math.sqrt(8))
+
+
+def test_modelfile(exported: Path) -> None:
+    assert (exported / "Modelfile").read_text().splitlines() == [
+        "FROM ./tiny-llama-f32.gguf",
+        "ADAPTER ./toy-lora.gguf",
+        'TEMPLATE """{{ range .Messages }}{{ if eq .Role "user" }}{{ "Instruction:\\n" }}'
+        '{{ .Content }}{{ "\\nResponse:\\n" }}{{ else if eq .Role "assistant" }}{{ .Content }}'
+        '{{ "<|im_end|>" }}{{ end }}{{ end }}"""',
+        'PARAMETER stop "<|im_end|>"',
+    ]
+
+
+def test_dora_is_refused_with_a_way_out(tiny_source: ModelSource, tmp_path: Path) -> None:
+    folder = make_adapter(tiny_source, tmp_path / "adapter", "dora")
+    with pytest.raises(UsageError, match="no adapter with DoRA; export the merged model instead"):
+        export(read(folder), tmp_path / "out", "adapter", "f32", tiny_source.path)
+    assert [path.name for path in tmp_path.iterdir()] == ["adapter"]
+    # The way out is one.
+    files = export(read(folder), tmp_path / "out", "merged", "f32", tiny_source.path)
+    assert [path.name for path in files] == ["Modelfile", "adapter-f32.gguf"]
+
+
+def test_a_merged_folder_gives_the_file_that_merging_on_the_way_gives(
+    adapter: Path, tiny_source: ModelSource, tmp_path: Path
+) -> None:
+    merge(read(adapter), tmp_path / "merged", "fp32", tiny_source.path)
+    with pytest.raises(UsageError, match="a whole model, not an adapter; use --as merged"):
+        export(read(tmp_path / "merged"), tmp_path / "out", "adapter", "f32")
+    export(read(tmp_path / "merged"), tmp_path / "out", "merged", "f32")
+    export(read(adapter), tmp_path / "direct", "merged", "f32", tiny_source.path)
+    one = GGUFReader(tmp_path / "out" / "merged-f32.gguf")
+    other = GGUFReader(tmp_path / "direct" / "toy-f32.gguf")
+    for name, weights in tensors(one).items():
+        assert np.array_equal(weights, tensors(other)[name]), name
+    said = values(one), values(other)
+    assert {k for k in said[0] if said[0][k] != said[1][k]} <= {"general.name"}
+    assert said[0]["tokenizer.chat_template"] == (adapter / "chat_template.jinja").read_text()
+
+
+def test_other_adapters_are_refused() -> None:
+    plain = {"peft_type": "LORA", "r": 4, "lora_alpha": 8, "bias": "none"}
+    check_adapter(Path("it"), plain)
+    for more in (
+        {"bias": "all"},
+        {"rank_pattern": {"q_proj": 2}},
+        {"modules_to_save": ["lm_head"]},
+    ):
+        with pytest.raises(UsageError, match="applies no adapter with"):
+            check_adapter(Path("it"), {**plain, **more})
+
+
+def test_other_families_are_refused(tiny_source: ModelSource, tmp_path: Path) -> None:
+    from transformers import Qwen2Config, Qwen2ForCausalLM
+
+    folder = tmp_path / "tiny-qwen"
+    tokenizer = tiny_tokenizer()
+    config = Qwen2Config(
+        vocab_size=len(tokenizer), hidden_size=32, intermediate_size=32, num_hidden_layers=1,
+        num_attention_heads=2, num_key_value_heads=2,
+    )  # fmt: skip
+    Qwen2ForCausalLM(config).save_pretrained(folder)
+    tokenizer.save_pretrained(folder)
+    adapter = make_adapter(resolve(ModelSection(name=str(folder))), tmp_path / "adapter")
+    for form in ("merged", "adapter"):
+        with pytest.raises(UsageError, match=r"not qwen2; merge it .* llama\.cpp's own script"):
+            export(read(adapter), tmp_path / "out", form, "f32", folder)  # type: ignore[arg-type]
+
+
+def byte_level(use_regex: bool = True, add_prefix_space: bool = False) -> Any:
+    return pre_tokenizers.ByteLevel(add_prefix_space=add_prefix_space, use_regex=use_regex)
+
+
+def split(pattern: str) -> Any:
+    return pre_tokenizers.Split(Regex(pattern), "isolated")
+
+
+@pytest.mark.parametrize(
+    ("steps", "ignore_merges", "name"),
+    [
+        ([byte_level()], False, "gpt-2"),
+        ([pre_tokenizers.Digits(individual_digits=True), byte_level()], False, "smollm"),
+        ([split(_LLAMA3), byte_level(use_regex=False)], True, "llama-bpe"),
+        ([pre_tokenizers.Digits(individual_digits=False), byte_level()], False, None),
+        ([byte_level(add_prefix_space=True)], False, None),
+        ([split(r"\d"), byte_level()], False, None),
+        ([byte_level()], True, None),
+        ([byte_level(), pre_tokenizers.Digits(individual_digits=True)], False, None),
+    ],
+)
+def test_the_pre_tokenizer_is_named_by_what_it_does(
+    steps: list[Any], ignore_merges: bool, name: str | None
+) -> None:
+    tokenizer = tiny_tokenizer()
+    tokenizer.backend_tokenizer.pre_tokenizer = pre_tokenizers.Sequence(steps)
+    tokenizer.backend_tokenizer.model.ignore_merges = ignore_merges
+    if name is not None:
+        assert vocabulary(tokenizer, len(tokenizer), False, "it").pre == name
+        return
+    with pytest.raises(UsageError, match="pre-tokenizer is none that is known here"):
+        vocabulary(tokenizer, len(tokenizer), False, "it")
+
+
+def test_ids_without_a_token_are_filled() -> None:
+    tokenizer = tiny_tokenizer()
+    words = vocabulary(tokenizer, len(tokenizer) + 3, False, "it")
+    assert words.types[-3:] == (5, 5, 5)
+    assert len(set(words.tokens)) == len(tokenizer) + 3
+    with pytest.raises(UsageError, match="and an embedding of 7 rows"):
+        vocabulary(tokenizer, 7, False, "it")
+
+
+def test_the_command_says_what_it_wrote(
+    adapter: Path, tiny_source: ModelSource, tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    out = tmp_path / "out"
+    command = ["export", "gguf", str(adapter), str(out), "--as", "adapter", "--type", "q8_0"]
+    command += ["--base", str(tiny_source.path)]
+    assert _guarded(lambda: app(command, standalone_mode=False)) == 0
+    assert capsys.readouterr().out.split() == [
+        str(out / name) for name in ("Modelfile", "tiny-llama-q8_0.gguf", "toy-lora.gguf")
+    ]
+    assert _guarded(lambda: app(command, standalone_mode=False)) == 2
+    assert "exists; remove it, or choose another name" in capsys.readouterr().err
+
+
+# ---- llama.cpp itself ----
+
+
+def check_by_llama_cpp(base: Path, adapter: Path, folder: Path) -> None:
+    """Base, adapter on base, and merged model: greedy ids and text, and the tokens of texts."""
+    export(read(adapter), folder / "two", "adapter", "f32", base)
+    export(read(adapter), folder / "one", "merged", "f32", base)
+    model, lora = (folder / "two" / f"{n}.gguf" for n in (f"{base.name}-f32", "toy-lora"))
+    tokenizer = AutoTokenizer.from_pretrained(base)
+    plain = AutoModelForCausalLM.from_pretrained(base, dtype=torch.float32).eval()
+    alone = [greedy(plain, tokenizer, prompt) for prompt in PROMPTS]
+    adapted = PeftModel.from_pretrained(plain, adapter)
+    wanted = [greedy(adapted, tokenizer, prompt) for prompt in PROMPTS]
+    # The negative control: an adapter that llama.cpp ignores would be seen.
+    differ = sum(one != other for one, other in zip(alone, wanted, strict=True))
+    assert differ >= len(PROMPTS) / 2
+    for client, expected in (
+        (LlamaCpp(model), alone),
+        (LlamaCpp(model, lora), wanted),
+        (LlamaCpp(folder / "one" / f"{adapter.name}-f32.gguf"), wanted),
+    ):
+        for prompt, ids in zip(PROMPTS, expected, strict=True):
+            assert client.tokenize(prompt) == tokenizer(prompt)["input_ids"]
+            found, text = client.greedy(prompt)
+            assert found == ids, prompt
+            # Random models write broken UTF-8, for which everybody has another stand-in.
+            if "\ufffd" not in (said := tokenizer.decode(ids)):
+                assert text.strip() == said.strip()
+
+
+@pytest.mark.parametrize("kind", ["lora", "rslora", "pissa"])
+def test_llama_cpp_answers_as_transformers(
+    kind: str, tiny_source: ModelSource, tmp_path: Path
+) -> None:
+    pytest.importorskip("xllamacpp", reason="xllamacpp is not installed")
+    adapter = make_adapter(tiny_source, tmp_path / "toy", kind)
+    check_by_llama_cpp(tiny_source.path, adapter, tmp_path)
+
+
+@pytest.mark.parametrize("rope", ["default", "linear", "llama3"])
+def test_llama_cpp_with_sentencepiece_and_scaled_rope(rope: str, tmp_path: Path) -> None:
+    pytest.importorskip("xllamacpp", reason="xllamacpp is not installed")
+    if not TINYLLAMA.is_dir():
+        pytest.skip("TinyLlama's tokenizer is not on this machine")
+    tokenizer = AutoTokenizer.from_pretrained(TINYLLAMA)
+    scaled = {
+        "default": {},
+        "linear": {"factor": 4.0},
+        "llama3": {
+            "factor": 8.0,
+            "low_freq_factor": 1.0,
+            "high_freq_factor": 4.0,
+            "original_max_position_embeddings": 64,
+        },
+    }
+    torch.manual_seed(7)
+    model = LlamaForCausalLM(
+        LlamaConfig(
+            vocab_size=32000,
+            hidden_size=64,
+            intermediate_size=96,
+            num_hidden_layers=2,
+            num_attention_heads=4,
+            num_key_value_heads=2,
+            max_position_embeddings=512,
+            tie_word_embeddings=False,
+            initializer_range=0.3,
+            rope_parameters={"rope_type": rope, "rope_theta": 10000.0, **scaled[rope]},
+        )
+    )
+    base = tmp_path / "spm"
+    model.save_pretrained(base)
+    tokenizer.save_pretrained(base)
+    adapter = make_adapter(resolve(ModelSection(name=str(base))), tmp_path / "toy")
+    check_by_llama_cpp(base, adapter, tmp_path)
+
+    # What llama.cpp makes of a chat is what was trained: one BOS, one space.
+    client = LlamaCpp(tmp_path / "two" / "spm-f32.gguf")
+    chat = client.post("/apply-template", {"messages": [{"role": "user", "content": "Why?"}]})
+    trained = tokenizer("Instruction:\nWhy?\nResponse:\n")["input_ids"]
+    assert client.tokenize(chat["prompt"], special=True) == trained
+
+
+@pytest.mark.timeout(900)  # three times 8 answers of a real model, and a proof
+def test_llama_cpp_with_the_embedded_model(tmp_path: Path) -> None:
+    pytest.importorskip("xllamacpp", reason="xllamacpp is not installed")
+    embedded = EMBEDDED["smollm2-135m-instruct-q4_1"]
+    if not is_fetched(embedded):
+        pytest.skip("the embedded model is not fetched")
+    source = resolve(ModelSection(name=embedded.name))
+    adapter = make_adapter(source, tmp_path / "toy", scale=0.03)
+    check_by_llama_cpp(source.path, adapter, tmp_path)

@@ -1,0 +1,174 @@
+"""Merged models: what plain transformers loads is base+adapter, or nothing is written."""
+
+from __future__ import annotations
+
+import json
+from collections.abc import Callable
+from dataclasses import replace
+from pathlib import Path
+from typing import Any
+
+import pytest
+import torch
+from peft import LoraConfig, PeftModel, get_peft_model
+from safetensors.torch import load_file, save_file
+from transformers import AutoModelForCausalLM, AutoTokenizer
+
+from slm_lora.errors import IntegrityError, UsageError
+from slm_lora.export import merged as merging
+from slm_lora.export.folder import read
+from slm_lora.export.merged import merge
+from slm_lora.export.proof import BOUNDS, PROMPTS, Proof, judge
+from slm_lora.model import adapter
+from slm_lora.model.base import Base
+from slm_lora.model.source import ModelSource, hash_weights
+from slm_lora.recipe.schema import AdapterSection
+
+from .exports import make_adapter
+
+LoadTiny = Callable[..., Base]
+IDS = torch.randint(0, 400, (3, 17), generator=torch.Generator().manual_seed(5))
+
+
+def logits(model: Any) -> torch.Tensor:
+    with torch.no_grad():
+        found: torch.Tensor = model.eval()(input_ids=IDS).logits
+    return found
+
+
+@pytest.mark.parametrize("kind", ["lora", "rslora", "dora", "pissa"])
+def test_merged_is_base_with_adapter(kind: str, tiny_source: ModelSource, tmp_path: Path) -> None:
+    folder = make_adapter(tiny_source, tmp_path / "adapter", kind)
+    proof = merge(read(folder), tmp_path / "merged", "fp32", tiny_source.path)
+    assert proof.prompts == proof.agree == len(set(PROMPTS)) == 80
+    assert proof.worst_difference <= 1e-5 * proof.max_logit
+
+    base = AutoModelForCausalLM.from_pretrained(tiny_source.path, dtype=torch.float32)
+    alone = logits(base)
+    adapted = logits(PeftModel.from_pretrained(base, folder))
+    found = logits(AutoModelForCausalLM.from_pretrained(tmp_path / "merged"))
+    assert (found - adapted).abs().max() <= 1e-5 * adapted.abs().max()
+    # The negative control: what is compared could have told a difference.
+    assert (found - alone).abs().max() > 0.05 * alone.abs().max()
+
+
+def test_a_merged_folder_is_whole(tiny_source: ModelSource, tmp_path: Path) -> None:
+    folder = make_adapter(tiny_source, tmp_path / "adapter")
+    merge(read(folder), tmp_path / "merged", "fp32", tiny_source.path)
+    merged = tmp_path / "merged"
+    assert {path.name for path in merged.iterdir()} == {
+        "config.json", "generation_config.json", "model.safetensors", "tokenizer.json",
+        "tokenizer_config.json", "chat_template.jinja", "slm_lora.json",
+    }  # fmt: skip
+    template = (folder / "chat_template.jinja").read_bytes()
+    assert (merged / "chat_template.jinja").read_bytes() == template
+    prompt = AutoTokenizer.from_pretrained(merged).apply_chat_template(
+        [{"role": "user", "content": "Why?"}], tokenize=False
+    )
+    assert prompt == "Instruction:\nWhy?\nResponse:\n"
+    about = json.loads((merged / "slm_lora.json").read_text())
+    assert about["base"] == json.loads((folder / "slm_lora.json").read_text())["base"]
+    assert about["merged"]["dtype"] == "fp32"
+    assert str(tmp_path) not in "".join(p.read_text() for p in merged.glob("*.json"))
+    # The base is not written to.
+    assert hash_weights(tiny_source.path) == tiny_source.sha256
+    assert read(merged).whole
+
+
+@pytest.mark.parametrize("dtype", ["fp16", "bf16"])
+def test_half_precision_is_the_fp32_merge_rounded_once(
+    dtype: Any, tiny_source: ModelSource, tmp_path: Path
+) -> None:
+    folder = make_adapter(tiny_source, tmp_path / "adapter")
+    merge(read(folder), tmp_path / "exact", "fp32", tiny_source.path)
+    merge(read(folder), tmp_path / "half", dtype, tiny_source.path)
+    exact = load_file(tmp_path / "exact" / "model.safetensors")
+    half = load_file(tmp_path / "half" / "model.safetensors")
+    wanted = {"fp16": torch.float16, "bf16": torch.bfloat16}[dtype]
+    assert exact.keys() == half.keys()
+    for name, tensor in exact.items():
+        assert torch.equal(half[name], tensor.to(wanted)), name
+
+
+def test_another_base_is_refused(tiny_source: ModelSource, tmp_path: Path) -> None:
+    folder = make_adapter(tiny_source, tmp_path / "adapter")
+    other = tmp_path / "other"
+    model = AutoModelForCausalLM.from_pretrained(tiny_source.path)
+    model.model.norm.weight.data *= 1.01
+    model.save_pretrained(other)
+    AutoTokenizer.from_pretrained(tiny_source.path).save_pretrained(other)
+    with pytest.raises(IntegrityError, match="was trained on tiny-llama with weights"):
+        merge(read(folder), tmp_path / "merged", "fp32", other)
+    with pytest.raises(UsageError, match="not found by that name; name its folder: --base PATH"):
+        merge(read(folder), tmp_path / "merged", "fp32")
+    assert not (tmp_path / "merged").exists()
+
+
+def test_a_whole_model_is_refused(load_tiny: LoadTiny, tmp_path: Path) -> None:
+    base = load_tiny("fp32")
+    trained = adapter.attach(base, AdapterSection(kind="full"), seed=0)
+    about = {
+        "base": {"name": "tiny-llama", "revision": None, "sha256": base.source.sha256},
+        "template": {"kind": "plain"},
+    }
+    adapter.save(base, trained, tmp_path / "model", about, None)
+    with pytest.raises(UsageError, match="already a whole model; nothing to merge"):
+        merge(read(tmp_path / "model"), tmp_path / "merged", "fp32")
+
+
+@pytest.mark.parametrize("target", ["embed_tokens", "lm_head"])
+def test_tied_embeddings_are_refused(target: str, tiny_source: ModelSource, tmp_path: Path) -> None:
+    folder = make_adapter(tiny_source, tmp_path / "adapter")
+    base = AutoModelForCausalLM.from_pretrained(tiny_source.path)
+    config = LoraConfig(task_type="CAUSAL_LM", r=4, target_modules=["q_proj", target])
+    get_peft_model(base, config).save_pretrained(folder, save_embedding_layers=False)
+    with pytest.raises(UsageError, match=r"put embedding of tiny-llama, whose input and output"):
+        merge(read(folder), tmp_path / "merged", "fp32", tiny_source.path)
+    assert not (tmp_path / "merged").exists()
+
+
+def test_what_is_there_is_not_replaced(tiny_source: ModelSource, tmp_path: Path) -> None:
+    folder = make_adapter(tiny_source, tmp_path / "adapter")
+    before = sorted(folder.iterdir())
+    with pytest.raises(UsageError, match="exists; remove it, or choose another name"):
+        merge(read(folder), folder, "fp32", tiny_source.path)
+    assert sorted(folder.iterdir()) == before
+
+
+def test_a_failing_proof_leaves_nothing(
+    tiny_source: ModelSource, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    folder = make_adapter(tiny_source, tmp_path / "adapter")
+    write = merging._write
+
+    def spoilt(trained: Any, source: Any, target: Path, dtype: Any) -> None:
+        write(trained, source, target, dtype)
+        weights = load_file(target / "model.safetensors")
+        name = next(name for name in weights if "q_proj" in name)
+        weights[name] = weights[name] * 1.001
+        save_file(weights, target / "model.safetensors", metadata={"format": "pt"})
+
+    monkeypatch.setattr(merging, "_write", spoilt)
+    with pytest.raises(IntegrityError, match=r"is not base\+adapter: on 80 of 80 prompts"):
+        merge(read(folder), tmp_path / "merged", "fp32", tiny_source.path)
+    assert [path.name for path in tmp_path.iterdir()] == ["adapter"]
+
+
+def test_an_adapter_without_effect_is_refused(tiny_source: ModelSource, tmp_path: Path) -> None:
+    folder = make_adapter(tiny_source, tmp_path / "adapter", scale=0.0)
+    with pytest.raises(IntegrityError, match="cannot be told from its base"):
+        merge(read(folder), tmp_path / "merged", "fp32", tiny_source.path)
+    assert not (tmp_path / "merged").exists()
+
+
+@pytest.mark.parametrize("dtype", BOUNDS)
+def test_what_is_no_proof(dtype: str) -> None:
+    good = Proof(80, 70, 900, 1.0, 1e-6, 2e-5, 3.0, 1.0)
+    judge(good, dtype, "it")
+    nan = float("nan")
+    for change in (
+        {"agree": 63}, {"worst_by_noise": 11.0}, {"worst_by_noise": nan}, {"base_difference": nan},
+        {"worst_difference": nan}, {"base_difference": 2e-5},
+    ):  # fmt: skip
+        with pytest.raises(IntegrityError):
+            judge(replace(good, **change), dtype, "it")  # type: ignore[arg-type]

@@ -1,0 +1,300 @@
+"""Pushing: what is sent, what the card says, and that its commands are true.
+
+The hub here is a stand-in on the loopback that speaks as much of the hub's API as
+huggingface_hub asks of it; the hub itself is not reached in tests.
+"""
+
+from __future__ import annotations
+
+import base64
+import hashlib
+import json
+import os
+import shutil
+import subprocess
+import sys
+import threading
+from collections.abc import Iterator
+from http.server import BaseHTTPRequestHandler, ThreadingHTTPServer
+from pathlib import Path
+from typing import Any
+
+import pytest
+import yaml
+from huggingface_hub import ModelCard
+
+from slm_lora.cli import _guarded, app
+from slm_lora.errors import IntegrityError, StorageError, UsageError
+from slm_lora.export.folder import read
+from slm_lora.export.hub import dry_run, push
+from slm_lora.export.merged import merge
+from slm_lora.model.source import ModelSource
+
+from .exports import make_adapter
+
+REPOSITORY = "somebody/toy-adapter"
+SENT = {"README.md", "adapter_config.json", "adapter_model.safetensors", "chat_template.jinja",
+        "slm_lora.json"}  # fmt: skip
+
+
+@pytest.fixture
+def adapter(tiny_source: ModelSource, tmp_path: Path) -> Path:
+    return make_adapter(tiny_source, tmp_path / "adapter" / "toy")
+
+
+def set_about(folder: Path, **changes: Any) -> None:
+    path = folder / "slm_lora.json"
+    about = json.loads(path.read_text())
+    for key, value in changes.items():
+        place = about
+        *parts, last = key.split("__")
+        for part in parts:
+            place = place[part]
+        place[last] = value
+    path.write_text(json.dumps(about))
+
+
+def front(readme: str) -> dict[str, Any]:
+    found: dict[str, Any] = yaml.safe_load(readme.split("---")[1])
+    return found
+
+
+class Hub(BaseHTTPRequestHandler):
+    """Repositories in memory: their files, weights by the way of large ones."""
+
+    files: dict[str, bytes]
+    large: dict[str, bytes]
+    created: list[dict[str, Any]]
+    tokens: set[str | None]
+    refuses: bool
+
+    def answer(self, value: Any, status: int = 200) -> None:
+        body = json.dumps(value).encode()
+        self.send_response(status)
+        self.send_header("Content-Type", "application/json")
+        self.send_header("Content-Length", str(len(body)))
+        self.end_headers()
+        self.wfile.write(body)
+
+    def do_POST(self) -> None:
+        body = self.rfile.read(int(self.headers["Content-Length"]))
+        own, here = type(self), f"http://127.0.0.1:{self.server.server_address[1]}"
+        own.tokens.add(self.headers.get("Authorization"))
+        if own.refuses:
+            return self.answer({"error": "Forbidden"}, 403)
+        if self.path == "/api/repos/create":
+            own.created.append(json.loads(body))
+            return self.answer({"url": f"{here}/{REPOSITORY}"})
+        if self.path == "/api/validate-yaml":
+            return self.answer({"errors": [], "warnings": []})
+        if self.path == f"/api/models/{REPOSITORY}/preupload/main":
+            return self.answer(
+                {
+                    "files": [
+                        {
+                            "path": each["path"],
+                            "uploadMode": "lfs" if each["path"].endswith("tensors") else "regular",
+                            "shouldIgnore": False,
+                        }
+                        for each in json.loads(body)["files"]
+                    ]
+                }
+            )
+        if self.path == f"/{REPOSITORY}.git/info/lfs/objects/batch":
+            objects = [
+                {**each, "actions": {"upload": {"href": f"{here}/put/{each['oid']}"}}}
+                for each in json.loads(body)["objects"]
+            ]
+            return self.answer({"transfer": "basic", "objects": objects})
+        assert self.path == f"/api/models/{REPOSITORY}/commit/main", self.path
+        for line in body.decode().splitlines():
+            entry = json.loads(line)
+            value = entry["value"]
+            if entry["key"] == "file":
+                own.files[value["path"]] = base64.b64decode(value["content"])
+            elif entry["key"] == "lfsFile":
+                own.files[value["path"]] = own.large[value["oid"]]
+        return self.answer(
+            {"success": True, "commitOid": "0" * 40, "commitUrl": f"{here}/{REPOSITORY}/commit/0"}
+        )
+
+    def do_PUT(self) -> None:
+        data = self.rfile.read(int(self.headers["Content-Length"]))
+        name = self.path.removeprefix("/put/")
+        assert hashlib.sha256(data).hexdigest() == name
+        type(self).large[name] = data
+        self.answer({})
+
+    def log_message(self, *_: Any) -> None:
+        pass
+
+
+@pytest.fixture
+def hub(monkeypatch: pytest.MonkeyPatch) -> Iterator[tuple[type[Hub], str]]:
+    class Own(Hub):
+        files, large, created = {}, {}, []
+        tokens, refuses = set(), False
+
+    monkeypatch.setenv("HF_TOKEN", "a-token-of-the-test")
+    # Xet, the hub's newer way for large files, is a service of its own: the stand-in has LFS.
+    monkeypatch.setattr("huggingface_hub.constants.HF_HUB_DISABLE_XET", True)
+    monkeypatch.setattr("huggingface_hub.constants.HF_HUB_DISABLE_TELEMETRY", True)
+    server = ThreadingHTTPServer(("127.0.0.1", 0), Own)
+    thread = threading.Thread(target=server.serve_forever)
+    thread.start()
+    yield Own, f"http://127.0.0.1:{server.server_address[1]}"
+    server.shutdown()
+    thread.join()
+    server.server_close()
+
+
+def test_what_the_hub_gets(adapter: Path, tmp_path: Path, hub: tuple[type[Hub], str]) -> None:
+    there, endpoint = hub
+    (adapter / "notes.txt").write_text("not for others")
+    (adapter / "optimizer.pt").write_bytes(b"nor this")
+    url = push(read(adapter), REPOSITORY, tmp_path, private=True, endpoint=endpoint)
+    assert url == f"{endpoint}/{REPOSITORY}"
+    assert there.tokens == {"Bearer a-token-of-the-test"}
+    assert [(made["name"], made["organization"]) for made in there.created] == [
+        ("toy-adapter", "somebody")
+    ]
+    assert "private" in json.dumps(there.created[0])
+    assert there.files.keys() == SENT
+    for name in SENT - {"README.md"}:
+        assert there.files[name] == (adapter / name).read_bytes()
+    # A dry run writes the very same.
+    dry_run(read(adapter), REPOSITORY, tmp_path, tmp_path / "dry")
+    assert {p.name: p.read_bytes() for p in (tmp_path / "dry").iterdir()} == there.files
+
+
+def test_a_hub_that_refuses_or_is_away(
+    adapter: Path, tmp_path: Path, hub: tuple[type[Hub], str], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    there, endpoint = hub
+    there.refuses = True
+    with pytest.raises(StorageError, match="the hub does not take somebody/toy-adapter") as caught:
+        push(read(adapter), REPOSITORY, tmp_path, endpoint=endpoint)
+    assert "\n" not in str(caught.value)
+    with pytest.raises(StorageError, match="check network, token and name"):
+        push(read(adapter), REPOSITORY, tmp_path, endpoint="http://127.0.0.1:9")
+    monkeypatch.setattr("huggingface_hub.get_token", lambda: None)
+    with pytest.raises(UsageError, match="nobody is logged in"):
+        push(read(adapter), REPOSITORY, tmp_path, endpoint=endpoint)
+    with pytest.raises(UsageError, match="give owner/name"):
+        push(read(adapter), "toy-adapter", tmp_path, endpoint=endpoint)
+
+
+def test_the_card_is_made_from_the_run(adapter: Path, tmp_path: Path) -> None:
+    results = Path(__file__).parents[2] / "results"
+    record = json.loads((results / "quickstart" / "metrics.json").read_text())
+    run = next(run for run in record["runs"] if run["cell"] == "r16-800")
+    set_about(adapter, experiment="quickstart", run=run["hash"], recipe=run["recipe"])
+    set_about(adapter, base__name="smollm2-135m-instruct-q4_1")
+    dry_run(read(adapter), REPOSITORY, results, tmp_path / "dry")
+    readme = (tmp_path / "dry" / "README.md").read_text()
+    assert front(readme) == {
+        "base_model": "HuggingFaceTB/SmolLM2-135M-Instruct",
+        "base_model_relation": "adapter",
+        "library_name": "peft",
+        "pipeline_tag": "text-generation",
+        "license": "apache-2.0",
+        "tags": ["slm-lora", "lora"],
+    }
+    # As the hub's own library reads it.
+    assert ModelCard(readme).data.license == "apache-2.0"
+    found = run["intervals"]["all"]
+    assert f"| this | {found['value']:.4f} | {found['low']:.4f} – {found['high']:.4f} |" in readme
+    assert "| base | 3.1836 | " in readme
+    assert "BSD-3-Clause" in readme and "Apache-2.0" in readme
+    assert "| training.learning_rate | 0.001 |" in readme
+    for command in ("PeftModel.from_pretrained", "vllm serve", "llama-server", "ollama create"):
+        assert command in readme
+
+
+@pytest.mark.parametrize(
+    ("base", "data", "licence", "dataset"),
+    [
+        ("TinyLlama/TinyLlama-1.1B-Chat-v1.0", "databricks/databricks-dolly-15k", "cc-by-sa-3.0",
+         ["databricks/databricks-dolly-15k"]),
+        ("TinyLlama/TinyLlama-1.1B-Chat-v1.0", "rows.jsonl", "other", None),
+        ("somebody/a-model", "ml-qa", "other", None),
+        ("tiny-llama", "ml-qa", "other", None),
+    ],
+)  # fmt: skip
+def test_no_licence_and_no_id_is_made_up(
+    base: str, data: str, licence: str, dataset: list[str] | None, adapter: Path, tmp_path: Path
+) -> None:
+    set_about(adapter, base__name=base, recipe__data__name=data)
+    dry_run(read(adapter), REPOSITORY, tmp_path, tmp_path / "dry")
+    found = front((tmp_path / "dry" / "README.md").read_text())
+    assert found["license"] == licence
+    assert found.get("datasets") == dataset
+    assert found.get("base_model") == (base if "/" in base else None)
+    assert "Held-out loss" not in (tmp_path / "dry" / "README.md").read_text()
+
+
+def test_the_cards_commands_run(adapter: Path, tiny_source: ModelSource, tmp_path: Path) -> None:
+    dry_run(read(adapter), REPOSITORY, tmp_path, tmp_path / "toy-adapter")
+    readme = (tmp_path / "toy-adapter" / "README.md").read_text()
+    # In place of the download.
+    run_python(readme, tmp_path, BASE=str(tiny_source.path))
+    gguf = next(line for line in readme.splitlines() if line.startswith("slm-lora export gguf"))
+    assert gguf == 'slm-lora export gguf toy-adapter toy-adapter-gguf --as adapter --base "$BASE"'
+    command = gguf.replace('"$BASE"', str(tiny_source.path)).split()[1:]
+    command[2:4] = [str(tmp_path / name) for name in command[2:4]]
+    assert _guarded(lambda: app(command, standalone_mode=False)) == 0
+    served = next(line for line in readme.splitlines() if line.startswith("llama-server"))
+    named = [word for word in served.split() if word.endswith(".gguf")]
+    assert len(named) == 2 and all((tmp_path / name).is_file() for name in named)
+
+
+def test_a_merged_model_is_pushed_as_one(
+    adapter: Path, tiny_source: ModelSource, tmp_path: Path
+) -> None:
+    merge(read(adapter), tmp_path / "merged", "fp32", tiny_source.path)
+    dry_run(read(tmp_path / "merged"), "somebody/whole", tmp_path, tmp_path / "whole")
+    assert {path.name for path in (tmp_path / "whole").iterdir()} == {
+        "README.md", "config.json", "generation_config.json", "model.safetensors",
+        "tokenizer.json", "tokenizer_config.json", "chat_template.jinja", "slm_lora.json",
+    }  # fmt: skip
+    readme = (tmp_path / "whole" / "README.md").read_text()
+    assert front(readme)["library_name"] == "transformers"
+    assert "A LoRA adapter merged into `tiny-llama`, in fp32. On 80 of 80 prompts" in readme
+    run_python(readme, tmp_path)
+
+
+def run_python(readme: str, folder: Path, **environment: str) -> None:
+    script = readme.split("python - <<'END'\n")[1].split("\nEND\n")[0]
+    result = subprocess.run(
+        [sys.executable, "-c", script],
+        cwd=folder,
+        env={**os.environ, **environment},
+        capture_output=True,
+        text=True,
+        check=False,
+    )
+    assert result.returncode == 0, result.stderr
+    assert result.stdout.strip()
+
+
+@pytest.mark.parametrize(
+    ("secret", "message"),
+    [("{home}/models/base", "names a path of this machine"), ("hf_" + "a" * 34, "a token")],
+)
+def test_nothing_private_is_sent(secret: str, message: str, adapter: Path, tmp_path: Path) -> None:
+    set_about(adapter, recipe__data__name=secret.format(home=Path.home()))
+    with pytest.raises(IntegrityError, match=message):
+        dry_run(read(adapter), REPOSITORY, tmp_path, tmp_path / "dry")
+    assert not (tmp_path / "dry").exists()
+
+
+def test_the_command(adapter: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    command = ["push", str(adapter), REPOSITORY, "--dry-run", str(tmp_path / "dry")]
+    assert _guarded(lambda: app(command, standalone_mode=False)) == 0
+    assert {Path(line).name for line in capsys.readouterr().out.split()} == SENT
+    shutil.rmtree(tmp_path / "dry")
+    assert (
+        _guarded(lambda: app([*command[:2], "no-owner", *command[3:]], standalone_mode=False)) == 2
+    )
+    assert _guarded(lambda: app(["push", str(tmp_path), *command[2:]], standalone_mode=False)) == 2
+    assert "neither an adapter" in capsys.readouterr().err
