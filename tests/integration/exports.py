@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import json
+from collections.abc import Callable
 from dataclasses import asdict
 from pathlib import Path
 from typing import Any
@@ -14,6 +16,7 @@ from slm_lora.model import adapter
 from slm_lora.model.load import load_base, load_tokenizer
 from slm_lora.model.source import ModelSource
 from slm_lora.recipe.schema import AdapterSection
+from slm_lora.seals import FILES, SEAL, sealed
 
 TARGETS = ("q_proj", "k_proj", "v_proj", "o_proj", "gate_proj", "down_proj")
 
@@ -26,12 +29,13 @@ def make_adapter(
     r: int = 4,
     scale: float = 0.1,
     template: str = "instruction_response",
+    seed: int = 3,
 ) -> Path:
     """An adapter as training saves it, its B drawn at random instead of trained."""
     base = load_base(source, device=torch.device("cpu"), precision="fp32", plain=True)
     section = AdapterSection(kind=kind, r=r, target_modules=TARGETS)  # type: ignore[arg-type]
-    adapted = adapter.attach(base, section, seed=1)
-    generator = torch.Generator().manual_seed(3)
+    adapted = adapter.attach(base, section, seed)
+    generator = torch.Generator().manual_seed(seed)
     for name, parameter in adapted.named_parameters():
         if "lora_B" in name:
             parameter.data += scale * torch.randn(parameter.shape, generator=generator)
@@ -55,3 +59,16 @@ def make_adapter(
     chat_template = RowTokenizer(load_tokenizer(source), chosen).chat_template
     adapter.save(base, adapted, folder, about, chat_template)
     return folder
+
+
+def change_about(
+    folder: Path, change: Callable[[dict[str, Any]], None] = lambda about: None
+) -> None:
+    """Change what a folder says of itself, sealed as if it had been written that way."""
+    path = folder / adapter.ABOUT
+    about = json.loads(path.read_text())
+    for key in (FILES, SEAL):
+        del about[key]
+    change(about)
+    path.unlink()
+    path.write_text(json.dumps(sealed(about, folder)))

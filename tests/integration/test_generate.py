@@ -23,13 +23,13 @@ from slm_lora.data.tokens import RowTokenizer
 from slm_lora.errors import IntegrityError, UsageError
 from slm_lora.evaluation.generate import Reply, Sampling, _Text, prompt_ids, reference_loss
 from slm_lora.model import adapter
-from slm_lora.model.base import Base
-from slm_lora.model.load import load_base, load_tokenizer
+from slm_lora.model.load import load_tokenizer
 from slm_lora.model.source import ModelSource
 from slm_lora.model.variants import BASE, Variants, open_variants
-from slm_lora.recipe.schema import AdapterSection
 from slm_lora.records import Row, Turn
 from slm_lora.seals import FILES, SEAL
+
+from .exports import make_adapter
 
 QUESTIONS = ("Tell me fact 3 about bread.", "What of <|im_end|> and tea?", "Maps?\nAnd clocks?")
 
@@ -38,30 +38,12 @@ def asked(text: str) -> Prompt:
     return Prompt((Turn("user", text),))
 
 
-def make_adapter(source: ModelSource, folder: Path, kind: TemplateKind, seed: int) -> Path:
-    """An adapter that says something else than its base: trained weights would be small."""
-    base: Base = load_base(source, device=torch.device("cpu"), precision="fp32")
-    adapted = adapter.attach(base, AdapterSection(r=4), seed)
-    torch.manual_seed(seed)
-    for name, parameter in adapted.named_parameters():
-        if "lora_B" in name:
-            parameter.data.normal_(std=0.5)
-    template = Template(kind)
-    about = {
-        "base": {"name": source.name, "revision": None, "sha256": source.sha256},
-        "template": {"kind": kind, "include_context": False, "source": ""},
-    }
-    made = RowTokenizer(load_tokenizer(source), template)
-    adapter.save(base, adapted, folder, about, made.chat_template)
-    return folder
-
-
 @pytest.fixture(scope="module")
 def folders(tiny_source: ModelSource, tmp_path_factory: pytest.TempPathFactory) -> tuple[Path, ...]:
     where = tmp_path_factory.mktemp("adapters")
     return (
-        make_adapter(tiny_source, where / "one", "instruction_response", 1),
-        make_adapter(tiny_source, where / "two.5", "chat", 2),
+        make_adapter(tiny_source, where / "one", scale=0.5, seed=1),
+        make_adapter(tiny_source, where / "two.5", scale=0.5, template="chat", seed=2),
     )
 
 

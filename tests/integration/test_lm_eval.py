@@ -23,7 +23,7 @@ from slm_lora.model.source import ModelSource
 from slm_lora.model.variants import open_variants
 from slm_lora.records import Row, Turn
 
-from .test_generate import make_adapter
+from .exports import make_adapter
 
 pytest.importorskip("lm_eval", reason="needs lm-eval (make test-all)")
 
@@ -32,7 +32,7 @@ def test_rolling_likelihood_is_our_nll(tiny_source: ModelSource, tmp_path: Path)
     from lm_eval.api.instance import Instance
     from lm_eval.models.huggingface import HFLM
 
-    folder = make_adapter(tiny_source, tmp_path / "one", "plain", 1)
+    folder = make_adapter(tiny_source, tmp_path / "one", scale=0.5, template="plain")
     text = "Fact 3: bread matters a great deal. Tea and salt, rivers and maps."
     tokenizer = AutoTokenizer.from_pretrained(tiny_source.path)
     model = PeftModel.from_pretrained(

@@ -24,7 +24,7 @@ from slm_lora.model.base import Base
 from slm_lora.model.source import ModelSource, hash_weights
 from slm_lora.recipe.schema import AdapterSection
 
-from .exports import make_adapter
+from .exports import change_about, make_adapter
 
 LoadTiny = Callable[..., Base]
 IDS = torch.randint(0, 400, (3, 17), generator=torch.Generator().manual_seed(5))
@@ -122,6 +122,7 @@ def test_tied_embeddings_are_refused(target: str, tiny_source: ModelSource, tmp_
     base = AutoModelForCausalLM.from_pretrained(tiny_source.path)
     config = LoraConfig(task_type="CAUSAL_LM", r=4, target_modules=["q_proj", target])
     get_peft_model(base, config).save_pretrained(folder, save_embedding_layers=False)
+    change_about(folder)
     with pytest.raises(UsageError, match=r"put embedding of tiny-llama, whose input and output"):
         merge(read(folder), tmp_path / "merged", "fp32", tiny_source.path)
     assert not (tmp_path / "merged").exists()

@@ -30,7 +30,7 @@ from slm_lora.export.hub import dry_run, push
 from slm_lora.export.merged import merge
 from slm_lora.model.source import ModelSource
 
-from .exports import make_adapter
+from .exports import change_about, make_adapter
 
 REPOSITORY = "somebody/toy-adapter"
 SENT = {"README.md", "adapter_config.json", "adapter_model.safetensors", "chat_template.jinja",
@@ -43,15 +43,15 @@ def adapter(tiny_source: ModelSource, tmp_path: Path) -> Path:
 
 
 def set_about(folder: Path, **changes: Any) -> None:
-    path = folder / "slm_lora.json"
-    about = json.loads(path.read_text())
-    for key, value in changes.items():
-        place = about
-        *parts, last = key.split("__")
-        for part in parts:
-            place = place[part]
-        place[last] = value
-    path.write_text(json.dumps(about))
+    def change(about: dict[str, Any]) -> None:
+        for key, value in changes.items():
+            place = about
+            *parts, last = key.split("__")
+            for part in parts:
+                place = place[part]
+            place[last] = value
+
+    change_about(folder, change)
 
 
 def front(readme: str) -> dict[str, Any]:

@@ -21,7 +21,7 @@ from slm_lora.model.source import ModelSource
 from slm_lora.model.variants import BASE, Variants, open_variants
 from slm_lora.records import Turn
 
-from .test_generate import make_adapter
+from .exports import make_adapter
 
 openai = pytest.importorskip("openai", reason="needs the package openai (make test-all)")
 pytest.importorskip("gradio", reason="needs the extra serve (make test-all)")
@@ -39,8 +39,8 @@ MOST_BYTES, PATIENCE, MOST_TOKENS = 100_000, 1.5, 200
 def variants(tiny_source: ModelSource, tmp_path_factory: pytest.TempPathFactory) -> Variants:
     where = tmp_path_factory.mktemp("adapters")
     folders = [
-        make_adapter(tiny_source, where / "single", "instruction_response", 1),
-        make_adapter(tiny_source, where / "talker", "chat", 2),
+        make_adapter(tiny_source, where / "single", scale=0.5, seed=1),
+        make_adapter(tiny_source, where / "talker", scale=0.5, template="chat", seed=2),
     ]
     return open_variants(str(tiny_source.path), folders, precision="fp32")
 
