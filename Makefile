@@ -2,6 +2,8 @@ RECIPE ?= recipes/quickstart.yaml
 ARGS ?=
 PYTHON ?= python3
 BIN := .venv/bin
+# A file's tests share what it made, so they stay in one process.
+PARALLEL := --numprocesses auto --dist loadfile
 
 .PHONY: help experiment plan demo test test-all bench bench-generate calibration faults check format clean
 
@@ -20,10 +22,10 @@ demo: .venv/installed-serve  ## Serve the last experiment's adapters: a page and
 	$(BIN)/slm-lora serve $(ARGS)
 
 test: .venv/installed-dev  ## Run the tests.
-	$(BIN)/python -m pytest
+	$(BIN)/python -m pytest $(PARALLEL)
 
 test-all: .venv/installed-clients  ## The tests with every extra and with clients of others.
-	$(BIN)/python -m pytest
+	$(BIN)/python -m pytest $(PARALLEL)
 
 bench: .venv/installed requirements-bench.txt  ## Measure speed and memory against TRL and the naive script: ARGS='--data dolly.jsonl'.
 	$(BIN)/python -m pip install --quiet --disable-pip-version-check -r requirements-bench.txt

@@ -80,14 +80,14 @@ def atomic_folder(target: Path) -> Iterator[Path]:
     """A temporary sibling folder to fill; it becomes ``target`` (which it replaces) at the end.
 
     No system call exchanges two folders everywhere, so there is a moment between two renames at
-    which ``target`` is not there; `recover` ends what was begun, if the process dies in it.
+    which ``target`` is not there; `recover` ends what was begun, if the process dies in it. Two
+    processes may write the same folder (a cache, say): the last one's stays.
 
     Raises:
         StorageError: the folder cannot be written, or the disk is full.
     """
     with _explained(target):
         target.parent.mkdir(parents=True, exist_ok=True)
-        recover(target)
         with tempfile.TemporaryDirectory(prefix=f".{target.name}.", dir=target.parent) as name:
             filled, old = Path(name) / _NEW, Path(name) / _OLD
             filled.mkdir()

@@ -151,6 +151,15 @@ def test_killed_while_a_folder_is_replaced(tmp_path: Path, renames: int, left: s
     assert (target / "a").read_text() == left
 
 
+def test_two_writers_of_one_folder_leave_each_other_alone(tmp_path: Path) -> None:
+    with storage.atomic_folder(tmp_path / "model") as slower:
+        (slower / "a").write_text("slower")
+        write(tmp_path / "model", "faster")
+        assert (slower / "a").read_text() == "slower"
+    assert (tmp_path / "model" / "a").read_text() == "slower"
+    assert [path.name for path in tmp_path.iterdir()] == ["model"]
+
+
 def test_only_our_own_leftovers_are_removed(tmp_path: Path) -> None:
     for name in (".run.abcdefgh", ".run.short", ".run.2.abcdefgh", ".git", ".other.abcdefgh"):
         (tmp_path / name).mkdir()
