@@ -16,7 +16,7 @@ from slm_lora.data.sources import read_rows
 from slm_lora.experiment.jobs import make_jobs
 from slm_lora.model import adapter
 from slm_lora.model.adapter import trainable_state
-from slm_lora.model.load import load_base
+from slm_lora.model.load import choose_precision, load_base
 from slm_lora.model.source import resolve
 from slm_lora.recipe.reading import load_recipe
 from slm_lora.recipe.schema import AdapterSection, ModelSection
@@ -75,10 +75,12 @@ def folder(tmp_path_factory: pytest.TempPathFactory) -> Path:
 
 def test_two_steps_saved_and_loaded_again(folder: Path, tmp_path: Path) -> None:
     rows = write_jsonl(tmp_path / "rows.jsonl", make_rows(120))
+    # What this machine computes fast: in emulated bf16 two steps take many minutes.
+    precision = choose_precision("auto", torch.device("cpu"))
     _, cells = load_recipe(
         RECIPE,
         [
-            f"model.name={folder}", f"data.name={rows}", "training.precision=bf16",
+            f"model.name={folder}", f"data.name={rows}", f"training.precision={precision}",
             "data.test_rows=10", "data.validation_rows=5", "training.max_steps=2",
             "training.effective_batch_size=4",
             "grid.cells=[{data.size: 20, adapter.r: 8}]",
@@ -86,7 +88,7 @@ def test_two_steps_saved_and_loaded_again(folder: Path, tmp_path: Path) -> None:
     )  # fmt: skip
     job = make_jobs(cells)[0]
     torch.set_num_threads(2)
-    base = load_base(job.source, device=torch.device("cpu"), precision="bf16")
+    base = load_base(job.source, device=torch.device("cpu"), precision=precision)
     assert base.packed, base.why_plain
     first = job.prepared.train[0]
     assert first.ids[0] == 1, "BOS first"

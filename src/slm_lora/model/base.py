@@ -49,4 +49,4 @@ class Base:
     @property
     def half(self) -> bool:
         """Whether it computes in half precision."""
-        return self.precision != "fp32"
+        return self.precision in ("bf16", "fp16")
