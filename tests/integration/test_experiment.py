@@ -171,6 +171,29 @@ def test_a_cell_whose_adapter_is_gone_is_trained_again(lab: Lab) -> None:
     assert next((lab.results / "runs").glob("r2-40-*")) == run
 
 
+def test_logs_hold_no_text_of_rows(
+    tmp_path: Path, tiny_folder: Path, capfd: pytest.CaptureFixture[str]
+) -> None:
+    small = Lab(tmp_path, tiny_folder)
+    rows = make_rows(150)
+    for row in rows:
+        row["response"] += "zebracanary"
+    write_jsonl(small.rows, rows)
+    assert small.run("grid.cells=[{data.size: 40}]") == 0
+    bad = [
+        json.dumps({**rows[0], "response": ["zebracanary"]}), '{"instruction": "zebracanary',
+        json.dumps({"instruction": "zebracanary", "response": ""}), '["zebracanary"]',
+        json.dumps({"zebracanary": "zebracanary"}), '"zebracanary"',
+        '{"instruction": "zebracanary", "instruction": "zebracanary", "response": "x"}',
+    ]  # fmt: skip
+    with small.rows.open("a") as file:
+        file.write("\n".join(bad) + "\n")
+    assert small.run("grid.cells=[{data.size: 40}]") == 3
+    assert small.run("grid.cells=[{data.size: 40}]", "data.on_bad_row=skip") == 0
+    said = "".join(capfd.readouterr())
+    assert "rows.jsonl:151" in said and "zebracanary" not in said
+
+
 def test_without_keeping_adapters_scores_are_enough(lab: Lab, tmp_path: Path) -> None:
     out = ("--results", tmp_path / "results", "--adapters", tmp_path / "adapter")
     words = ("grid.cells=[{data.size: 40, adapter.r: 2}]", "keep_adapters=false")
