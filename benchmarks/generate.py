@@ -7,7 +7,9 @@ from __future__ import annotations
 
 import argparse
 import json
+import shlex
 import statistics
+import sys
 import threading
 import time
 from pathlib import Path
@@ -93,7 +95,7 @@ def main() -> None:
         "tokens_per_s": {k: statistics.median(r for _, r in v) for k, v in found.items()},
         "ratio_first_token": statistics.median(a[0] / b[0] for a, b in pairs),
         "ratio_tokens_per_s": statistics.median(a[1] / b[1] for a, b in pairs),
-        "command": "make bench-generate",
+        "command": f"make bench-generate ARGS='{shlex.join(sys.argv[1:])}'",
         "model": variants.base.source.name,
         "adapter": variants.names[-1],
         "precision": variants.base.precision,
