@@ -44,9 +44,10 @@ def _how(found: dict[str, Any]) -> str:
         if sampled
         else ""
     )
+    asked = [plain(answer["variant"]) for answer in found["prompts"][0]["answers"]]
     return (
-        f"{len(found['prompts'])} prompts of a fixed list, each to {plain(found['base'])} and to "
-        f"every adapter in the template that they were trained with, greedy{drawn}, "
+        f"{len(found['prompts'])} prompts of a fixed list, each to {' and '.join(asked)} in the "
+        f"template that the adapters were trained with, greedy{drawn}, "
         f"{found['max_new_tokens']} tokens at most. Losses are those of the list's own answer, "
         "nats a token."
     )

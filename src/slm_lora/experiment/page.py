@@ -21,12 +21,13 @@ class Column:
 @dataclass(frozen=True, slots=True)
 class Section:
     """A part of a report: Markdown, and the pictures and columns that follow it; ``level`` is
-    that of its heading."""
+    that of its heading, ``across`` how many columns stand beside each other where there is room."""
 
     title: str
     text: str
     pictures: tuple[Picture, ...] = ()
     columns: tuple[Column, ...] = ()
+    across: int = 1
     level: int = 2
 
 
@@ -65,6 +66,7 @@ def as_html(title: str, sections: Sequence[Section]) -> str:
                 "html": markdown.render(each.text),
                 "pictures": each.pictures,
                 "columns": each.columns,
+                "across": each.across,
             }
             for each in sections
         ],

@@ -93,17 +93,15 @@ def sections(compared: Sequence[Compared], level: int = 2) -> list[Section]:
         Section(
             f"{number}. {' '.join(each.prompt.split())[:120]}",
             f"Reference: {plain(each.reference)}" if each.reference else "",
-            columns=tuple(
-                column
-                for answer in each.answers
-                for column in (
-                    Column(_title(answer), answer.greedy),
-                    *(
-                        [Column(f"{answer.variant}, sampled", answer.sampled)]
-                        * bool(answer.sampled)
-                    ),
-                )
+            columns=(
+                *(Column(_title(answer), answer.greedy) for answer in each.answers),
+                *(
+                    Column(f"{answer.variant}, sampled", answer.sampled)
+                    for answer in each.answers
+                    if answer.sampled
+                ),
             ),
+            across=len(each.answers),
             level=level,
         )
         for number, each in enumerate(compared, 1)
