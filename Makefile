@@ -41,7 +41,7 @@ calibration: .venv/installed  ## Train sixteen seeds of one cell, and test the s
 faults: .venv/installed  ## Kill, stop, fill the disk, corrupt files, hundreds of times; compare with a run left alone.
 	$(BIN)/python benchmarks/faults/campaign.py $(ARGS)
 
-check: .venv/installed-dev  ## Formatter, linter, type checker, import contract, generated docs.
+check: .venv/installed-dev .venv/installed-serve  ## Formatter, linter, type checker, import contract, generated docs.
 	$(BIN)/ruff format --check .
 	$(BIN)/ruff check .
 	$(BIN)/mypy
