@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import contextlib
 from collections.abc import Callable
+from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
@@ -69,6 +70,36 @@ def test_resumed_equals_straight(
     assert all(torch.equal(wanted[name], found[name]) for name in wanted)
     assert [s.loss for s in straight.history] == [s.loss for s in resumed.history]
     assert straight.kept_step == resumed.kept_step == 4
+
+
+@pytest.mark.parametrize("stop_at", [1, 3, 4])
+def test_steps_ahead_change_nothing(
+    load_tiny: Callable[..., Base], tmp_path: Path, stop_at: int
+) -> None:
+    """Numbers looked at a step later, as on a GPU: validated, stopped and resumed all the same."""
+
+    def run(ahead: int, folder: Path, stops: bool = False) -> tuple[Any, ...]:
+        base, stop = load_tiny(), Stop()
+        adapted = adapter.attach(base, AdapterSection(r=4, lora_dropout=0.1), 3)
+
+        def on_step(step: Step) -> None:
+            stop.requested |= stops and step.step == stop_at
+
+        result = train(
+            base, adapted, make_examples(LENGTHS), SECTION, 3,
+            validate=lambda: 1.0, on_step=on_step, checkpointer=Checkpointer(folder, "abc"),
+            stop=stop, steps_ahead=ahead,
+        )  # fmt: skip
+        return [replace(step, seconds=0) for step in result.history], trainable_state(adapted)
+
+    wanted, weights = run(0, tmp_path / "straight")
+    with pytest.raises(StopRequested):
+        run(1, tmp_path / "stopped", stops=True)
+    saved = int(generations(tmp_path / "stopped")[-1].name.removeprefix("step-"))
+    assert stop_at <= saved <= stop_at + 1
+    found, found_weights = run(1, tmp_path / "stopped")
+    assert found == wanted
+    assert all(torch.equal(weights[name], found_weights[name]) for name in weights)
 
 
 def test_another_runs_checkpoint_is_not_taken_up(

@@ -11,11 +11,12 @@ import torch
 import transformers
 from hypothesis import given, settings
 from hypothesis import strategies as st
+from torch import Tensor
 
 from slm_lora.data.batches import pack
 from slm_lora.errors import UsageError
-from slm_lora.model import adapter, attention
-from slm_lora.model.base import DTYPES, Base
+from slm_lora.model import adapter, attention, flash, native, products
+from slm_lora.model.base import DTYPES, Base, PrecisionName
 from slm_lora.model.forward import batch_nll, score_documents
 from slm_lora.model.load import load_base
 from slm_lora.model.loss import CHUNK, summed_nll, token_nll
@@ -174,6 +175,31 @@ def load(folder: Path) -> Base:
     tiny_tokenizer().save_pretrained(folder)
     source = resolve(ModelSection(name=str(folder)))
     return load_base(source, device=torch.device("cpu"), precision="fp32")
+
+
+@pytest.mark.parametrize("precision", ["fp32", "bf16"])
+def test_documents_that_see_each_other_are_found_out(
+    load_tiny: LoadTiny, monkeypatch: pytest.MonkeyPatch, precision: PrecisionName
+) -> None:
+    right = products.forward
+
+    def wrong(q: Tensor, k: Tensor, v: Tensor, lengths: Tensor, scale: float) -> tuple[Tensor, ...]:
+        return right(q, k, v, lengths.sum().view(1), scale)
+
+    for way in (products, native):
+        monkeypatch.setattr(way, "forward", wrong)
+    base = load_tiny(precision)
+    assert not base.packed
+    assert "logits differ by" in base.why_plain
+
+
+def test_flash_attention_that_does_not_run_is_named_and_not_used(
+    monkeypatch: pytest.MonkeyPatch,
+) -> None:
+    # A CPU has none, so the trial itself is what fails.
+    monkeypatch.setattr(flash, "_failure", "")
+    assert not flash._proven.__wrapped__(torch.device("cpu"), torch.bfloat16, 64)
+    assert "_flash_attention_forward" in flash.failure()
 
 
 @pytest.mark.parametrize("kind", ["MistralConfig", "Qwen2Config", "Qwen3Config"])

@@ -42,11 +42,15 @@ def spoil(
     monkeypatch.setattr(step, "batch_nll", spoiled)
 
 
-def sitting(base: Base, on_step: Callable[[Step], None], epochs: int = 3) -> tuple[Step, ...]:
+def sitting(
+    base: Base, on_step: Callable[[Step], None], epochs: int = 3, ahead: int = 0
+) -> tuple[Step, ...]:
     adapted = adapter.attach(base, AdapterSection(r=2, lora_dropout=0.0), 0)
     section = TrainingSection(num_train_epochs=epochs, learning_rate=1e-2)
     try:
-        return train(base, adapted, make_examples(LENGTHS), section, 0, on_step=on_step).history
+        return train(
+            base, adapted, make_examples(LENGTHS), section, 0, on_step=on_step, steps_ahead=ahead
+        ).history
     finally:
         adapter.detach(adapted)
 
@@ -73,6 +77,18 @@ def test_a_loss(load_tiny: LoadTiny, monkeypatch: pytest.MonkeyPatch, value: flo
     spoil(monkeypatch, range(3, 4), lambda nll: nll * value)
     with pytest.raises(NumericError, match=r"step 3 of 6: loss (nan|-?inf), .*; rows 00\d\d, "):
         sitting(load_tiny(), lambda _: None)
+
+
+@pytest.mark.parametrize("spoilt", [3, 6])
+def test_a_loss_looked_at_later(
+    load_tiny: LoadTiny, monkeypatch: pytest.MonkeyPatch, spoilt: int
+) -> None:
+    """As on a GPU: the next step was handed over before, and still the right one is named."""
+    told: list[int] = []
+    spoil(monkeypatch, range(spoilt, spoilt + 1), lambda nll: nll * math.nan)
+    with pytest.raises(NumericError, match=f"step {spoilt} of 6: loss nan"):
+        sitting(load_tiny(), lambda step: told.append(step.step), ahead=1)
+    assert told == list(range(1, spoilt))
 
 
 def test_a_gradient(load_tiny: LoadTiny, monkeypatch: pytest.MonkeyPatch) -> None:
@@ -188,7 +204,7 @@ def test_the_loop_divides_as_exactly(load_tiny: LoadTiny) -> None:
         scaler = torch.amp.GradScaler("cpu", enabled=False)
         updater = Updater(base, parameters, optimizer, scaler, "all", 1e9)
         examples = make_examples(LENGTHS[:16])
-        norms.append(updater.step(examples, budget, "", False, 0, "step"))
+        norms.append(updater.step(examples, budget, "", False, 0, "step").result())
         adapter.detach(adapted)
     for loss, norm in norms[1:]:
         assert loss == pytest.approx(norms[0][0], rel=1e-5)

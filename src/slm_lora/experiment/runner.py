@@ -18,7 +18,7 @@ from slm_lora.evaluation.perplexity import held_out_loss, score, write_scores
 from slm_lora.experiment.jobs import Job, data_record
 from slm_lora.experiment.places import BASE, Places, at_work, finished, require_room
 from slm_lora.experiment.unfinished import made_of, setting
-from slm_lora.model import adapter, fusion, native
+from slm_lora.model import adapter, flash, fusion, native
 from slm_lora.model.base import Base
 from slm_lora.model.load import load_base
 from slm_lora.model.source import resolve
@@ -313,8 +313,8 @@ def _compiles(job: Job, examples: Sequence[Example], base: Base) -> bool:
 def _say_fallbacks(reporter: Reporter) -> None:
     if fusion.failure():
         reporter.say_once(f"  note: computed without compiling ({fusion.failure()})")
-    if native.failure():
-        reporter.say_once(f"  note: attention by matrix products ({native.failure()})")
+    if failure := native.failure() or flash.failure():
+        reporter.say_once(f"  note: attention by matrix products ({failure})")
 
 
 def _kinds(scores: Sequence[RowScore]) -> tuple[LossOn, ...]:

@@ -190,11 +190,14 @@ def _try_packed(causal: PreTrainedModel) -> tuple[bool, str]:
             causal.set_attn_implementation(attention.PACKED)
             packed = packed_logits(causal, documents)
         reference = torch.cat(alone).float()
-        error = (packed.float() - reference).abs().max() / reference.abs().max()
-        # Rounding of two orders of summation, through all layers.
-        bound = 1e-4 if causal.dtype == torch.float32 else 3e-2
+        # What softmax makes of logits does not change with their mean.
+        spread = (reference - reference.mean(1, keepdim=True)).norm()
+        error = ((packed.float() - reference).norm() / spread).item()
+        # Rounding of two orders of summation, through all layers: transformers' own ways differ
+        # by up to 0.08 in bf16 without instructions for it; documents that see each other, 0.6.
+        bound = 1e-4 if causal.dtype == torch.float32 else 0.2
         if not error <= bound:
-            raise ValueError(f"logits differ by {error:.1e} of the largest")
+            raise ValueError(f"logits differ by {error:.1e} of their spread")
     except Exception as error:
         causal.set_attn_implementation(before)
         return False, f"{causal.config.model_type} computes padded batches: {_first_line(error)}"

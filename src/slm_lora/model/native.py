@@ -1,7 +1,7 @@
 """Packed attention in C++ for CPUs with AVX512-BF16: compiled on first use, kept in the cache.
 
 Where it cannot be had (another CPU, no compiler, another precision) `attention` computes the
-same with PyTorch's batched products.
+same with PyTorch's batched `products`.
 """
 
 from __future__ import annotations
@@ -50,10 +50,17 @@ def forward(
 
 
 def backward(
-    tensors: tuple[Tensor, ...], lengths: Tensor, scale: float
+    out_gradient: Tensor,
+    q: Tensor,
+    k: Tensor,
+    v: Tensor,
+    out: Tensor,
+    log_total: Tensor,
+    lengths: Tensor,
+    scale: float,
 ) -> tuple[Tensor, Tensor, Tensor]:
-    """As `attention.packed_attention_backward`, whose first six arguments are ``tensors``."""
-    given = [x.contiguous() for x in tensors]
+    """As `attention.packed_attention_backward`."""
+    given = [x.contiguous() for x in (out_gradient, q, k, v, out, log_total)]
     q, k, v = given[1:4]
     found = torch.empty_like(q), torch.empty_like(k), torch.empty_like(v)
     _call("attention_backward", (*given, *found), q, k, lengths, scale)

@@ -10,6 +10,7 @@ import hashlib
 import itertools
 import math
 import time
+from collections import deque
 from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass, replace
 
@@ -26,7 +27,7 @@ from slm_lora.records import Example, Step
 from slm_lora.stopping import Stop, StopRequested
 from slm_lora.training.checkpoint import Best, Checkpointer
 from slm_lora.training.optimizer import adamw, learning_rate
-from slm_lora.training.step import Updater
+from slm_lora.training.step import Launched, Updater
 
 
 @dataclass(frozen=True, slots=True)
@@ -107,6 +108,12 @@ def _skipped_at_the_end(history: Sequence[Step]) -> int:
     return sum(1 for _ in itertools.takewhile(lambda step: step.skipped, reversed(history)))
 
 
+def _taken(under_way: deque[tuple[Step, Launched]], leave: int) -> Iterator[tuple[Step, Launched]]:
+    """Take out the oldest steps until ``leave`` are left."""
+    while len(under_way) > leave:
+        yield under_way.popleft()
+
+
 def _time_to_save(checkpointer: Checkpointer | None, since: float, wait: float) -> bool:
     """Whether the last save is long enough ago; all weights of a model take their time."""
     every = checkpointer.every_seconds if checkpointer else math.inf
@@ -124,6 +131,7 @@ def train(
     on_step: Callable[[Step], None] = lambda step: None,
     checkpointer: Checkpointer | None = None,
     stop: Stop | None = None,
+    steps_ahead: int | None = None,
 ) -> TrainingResult:
     """Train in place: an adapter, or the whole base.
 
@@ -138,6 +146,8 @@ def train(
         checkpointer: saves now and then and at the end, and takes up what an earlier sitting
             saved.
         stop: looked at after every step, and by ``validate`` as it likes.
+        steps_ahead: steps handed over before the numbers of one are looked at; None: one on a
+            CUDA GPU, which then need not be waited for, else none.
 
     Raises:
         DataError: no example has a label.
@@ -162,6 +172,9 @@ def train(
         base, list(named.values()), optimizer, scaler, section.loss_on, section.max_grad_norm
     )
     stop = stop or Stop()
+    if steps_ahead is None:
+        # An fp16 scaler waits for the GPU anyway.
+        steps_ahead = int(base.device.type == "cuda" and not scaler.is_enabled())
     best: Best | None = None
     history: list[Step] = []
     if checkpointer is not None and (resumed := checkpointer.load(named, optimizer)):
@@ -207,6 +220,7 @@ def train(
         patience = section.early_stopping_patience
         return patience is not None and _validations_since(history, best) >= patience
 
+    under_way: deque[tuple[Step, Launched]] = deque()
     adapted.train()
     if history and due(history[-1]):
         end_step()
@@ -227,7 +241,7 @@ def train(
         # Plain code holds more at once, so it takes smaller bites.
         plain_first = compiled and number == 0
         budget = section.micro_batch_tokens
-        loss, norm = updater.step(
+        launched = updater.step(
             step_examples,
             min(budget, PLAIN_TOKENS) if plain_first else budget,
             dropout_seed,
@@ -237,26 +251,37 @@ def train(
         )
         if number < 2 or number % TRIM_EVERY == 0:
             machine.release_freed_memory()
-        seconds += time.perf_counter() - began
         step = Step(
             step=number + 1,
             total_steps=total,
             epoch=(number + 1) / steps_per_epoch(len(usable), section.effective_batch_size),
-            loss=loss,
+            loss=math.nan,
             learning_rate=rate,
-            grad_norm=norm,
-            skipped=norm is None,
+            grad_norm=None,
+            skipped=False,
             examples=len(step_examples),
             tokens=sum(example.length for example in step_examples),
             label_tokens=sum(label_count(each, section.loss_on) for each in step_examples),
             seconds=seconds,
         )
-        history.append(step)
-        end_step()
+        under_way.append((step, launched))
+        pause = stop.requested or _time_to_save(checkpointer, time.monotonic() - saved_at, wait)
+        # Nothing is validated, saved or ended before every number was looked at.
+        settled = pause or due(step) or step.step == total
+        seconds += time.perf_counter() - began
+        for each, numbers in _taken(under_way, leave=0 if settled else steps_ahead):
+            began = time.perf_counter()
+            loss, norm = numbers.result()
+            seconds += time.perf_counter() - began
+            history.append(
+                replace(each, loss=loss, grad_norm=norm, skipped=norm is None, seconds=seconds)
+            )
+            end_step()
         stopped_early = enough()
-        if stop.requested or _time_to_save(checkpointer, time.monotonic() - saved_at, wait):
-            save()
-        stop.check()
+        if not under_way:
+            if pause or stop.requested:
+                save()
+            stop.check()
     adapted.eval()
     if saved_step < len(history):
         save(last=True)  # until the run is recorded: what is trained is not trained again

@@ -8,6 +8,7 @@ from collections.abc import Sequence
 from dataclasses import dataclass
 
 import torch
+from torch import Tensor
 
 from slm_lora.data.batches import by_token_budget, label_count, pack
 from slm_lora.errors import NumericError
@@ -48,8 +49,8 @@ class Updater:
         compiled: bool,
         skipped_before: int,
         where: str,
-    ) -> tuple[float, float | None]:
-        """Do one step.
+    ) -> Launched:
+        """Do one step, or, on a GPU, hand it all the work of one.
 
         Args:
             examples: of this step.
@@ -59,6 +60,70 @@ class Updater:
             skipped_before: steps skipped in a row just before this one.
             where: names the step in messages.
 
+        Raises:
+            NumericError: fp16 overflowed too often.
+        """
+        work = functools.partial(self._backward, examples, budget, dropout_seed)
+        loss = attempt(compiled, work)
+        self.scaler.unscale_(self.optimizer)
+        norm = torch.nn.utils.clip_grad_norm_(self.parameters, self.max_grad_norm)
+        # With fp16 an overflow of the scaled gradient skips the step and lowers the scale; that
+        # settles within a few steps, or the loss itself is the trouble. (The scaler waits for
+        # the GPU anyway.)
+        skipped = self.scaler.is_enabled() and not math.isfinite(norm.item())
+        if skipped and skipped_before >= MOST_SKIPPED:
+            raise _not_finite(f"{where}: loss {loss.item()}, gradient norm {norm.item()}", examples)
+        self.scaler.step(self.optimizer)
+        self.scaler.update()
+        with torch.no_grad():
+            largest = torch.nn.utils.get_total_norm(self.parameters, math.inf)
+        return Launched((loss, norm, largest), skipped, examples, where)
+
+    def _backward(self, examples: Sequence[Example], budget: int, dropout_seed: str) -> Tensor:
+        """Loss of a step in nats per label token; its gradient is left on the parameters."""
+        self.optimizer.zero_grad(set_to_none=True)
+        labels = sum(label_count(example, self.loss_on) for example in examples)
+        shares = []
+        for micro in by_token_budget(examples, budget):
+            share = batch_nll(self.base, pack(micro, self.loss_on), dropout_seed) / labels
+            torch.autograd.backward(self.scaler.scale(share))
+            shares.append(share.detach())
+        return torch.stack(shares).sum()
+
+
+class Launched:
+    """A step whose numbers may still be on their way from the GPU, so that it need not be
+    waited for before the next step is handed over."""
+
+    def __init__(
+        self,
+        numbers: tuple[Tensor, Tensor, Tensor],
+        skipped: bool,
+        examples: Sequence[Example],
+        where: str,
+    ) -> None:
+        """
+        Args:
+            numbers: loss, gradient norm, largest weight after the update; scalars.
+            skipped: whether fp16 overflowed, and nothing was updated.
+            examples: of the step.
+            where: names the step in messages.
+        """
+        self._skipped, self._examples, self._where = skipped, examples, where
+        wide = torch.float32 if numbers[0].device.type == "mps" else torch.float64
+        found = torch.stack([number.detach().to(wide) for number in numbers])
+        self._arrived: torch.cuda.Event | None = None
+        if found.is_cuda:
+            self._numbers = torch.empty(found.shape, dtype=wide, pin_memory=True)
+            self._numbers.copy_(found, non_blocking=True)
+            self._arrived = torch.cuda.Event()  # type: ignore[no-untyped-call]
+            self._arrived.record()
+        else:
+            self._numbers = found
+
+    def result(self) -> tuple[float, float | None]:
+        """Wait for the numbers, and look at them.
+
         Returns:
             Loss in nats per label token before the update, and the norm of its gradient; None
             where an fp16 gradient overflowed, and nothing was updated.
@@ -66,34 +131,16 @@ class Updater:
         Raises:
             NumericError: loss, gradient or weights are not finite; names the step and its rows.
         """
-        work = functools.partial(self._backward, examples, budget, dropout_seed)
-        loss = attempt(compiled, work)
-        self.scaler.unscale_(self.optimizer)
-        norm = torch.nn.utils.clip_grad_norm_(self.parameters, self.max_grad_norm).item()
-        # With fp16 an overflow of the scaled gradient skips the step and lowers the scale; that
-        # settles within a few steps, or the loss itself is the trouble.
-        skipped = self.scaler.is_enabled() and not math.isfinite(norm)
-        hopeless = skipped and skipped_before >= MOST_SKIPPED
-        if not math.isfinite(loss) or hopeless or not (math.isfinite(norm) or skipped):
-            raise _not_finite(f"{where}: loss {loss}, gradient norm {norm}", examples)
-        self.scaler.step(self.optimizer)
-        self.scaler.update()
-        with torch.no_grad():
-            largest = torch.nn.utils.get_total_norm(self.parameters, math.inf).item()
+        if self._arrived is not None:
+            self._arrived.synchronize()
+        loss, norm, largest = self._numbers.tolist()
+        if not math.isfinite(loss) or not (math.isfinite(norm) or self._skipped):
+            raise _not_finite(f"{self._where}: loss {loss}, gradient norm {norm}", self._examples)
         if not math.isfinite(largest):
-            raise _not_finite(f"{where}: largest weight {largest} after the update", examples)
-        return loss, None if skipped else norm
-
-    def _backward(self, examples: Sequence[Example], budget: int, dropout_seed: str) -> float:
-        """Loss of a step in nats per label token; its gradient is left on the parameters."""
-        self.optimizer.zero_grad(set_to_none=True)
-        labels = sum(label_count(example, self.loss_on) for example in examples)
-        loss = 0.0
-        for micro in by_token_budget(examples, budget):
-            share = batch_nll(self.base, pack(micro, self.loss_on), dropout_seed) / labels
-            torch.autograd.backward(self.scaler.scale(share))
-            loss += share.item()
-        return loss
+            raise _not_finite(
+                f"{self._where}: largest weight {largest} after the update", self._examples
+            )
+        return loss, None if self._skipped else norm
 
 
 def _not_finite(what: str, examples: Sequence[Example]) -> NumericError:

@@ -1,0 +1,41 @@
+"""FlashAttention on a CUDA GPU against batched products, and a training that takes it."""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Callable
+
+import pytest
+import torch
+
+from slm_lora.model import adapter, attention, flash, products
+from slm_lora.model.base import Base
+from slm_lora.model.load import load_base
+from slm_lora.recipe.schema import AdapterSection, TrainingSection
+from slm_lora.training.loop import train
+
+from ..integration.test_forward import make_examples
+
+pytestmark = pytest.mark.skipif(not torch.cuda.is_available(), reason="no CUDA GPU here")
+
+
+@pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float16])
+@pytest.mark.parametrize("width", [64, 80, 128])
+def test_it_is_proven_for_usual_heads(dtype: torch.dtype, width: int) -> None:
+    q = torch.zeros(1, 1, width, dtype=dtype, device="cuda")
+    assert flash.usable(q), flash.failure()
+    assert attention._way(q) is flash
+    assert attention._way(q.float()) is products
+
+
+def test_losses_are_those_of_the_cpu(load_tiny: Callable[..., Base]) -> None:
+    examples = make_examples([30, 70, 9, 41] * 4)
+    section = TrainingSection(num_train_epochs=3, learning_rate=1e-3, effective_batch_size=8)
+    losses = []
+    for device in ("cpu", "cuda"):
+        source = load_tiny().source
+        base = load_base(source, device=torch.device(device), precision="bf16")
+        adapted = adapter.attach(base, AdapterSection(r=4, lora_dropout=0.0), 3)
+        losses.append([s.loss for s in train(base, adapted, examples, section, 0).history])
+    for one, other in zip(*losses, strict=True):
+        assert math.isclose(one, other, rel_tol=1e-2)
