@@ -17,7 +17,7 @@ from importlib.metadata import version
 from pathlib import Path
 from typing import Any
 
-from contender import EFFECTIVE_BATCH_SIZE, MAX_LENGTH, PREFIX, R
+from contender import MAX_LENGTH, PREFIX, R, add_options
 from rich.console import Console
 from rich.table import Table
 
@@ -41,11 +41,11 @@ CONTENDERS = (
 Figures = dict[str, Any]
 
 
-def run(contender: str, model: Path, rows: Path) -> Figures:
+def run(contender: str, model: Path, rows: Path, options: list[str]) -> Figures:
     """One process: what it measured, with its peak memory and the time to its first step."""
     began = time.time()
     process = subprocess.Popen(
-        [sys.executable, HERE / f"{contender}.py", model, rows],
+        [sys.executable, HERE / f"{contender}.py", model, rows, *options],
         stdout=subprocess.PIPE,
         stderr=subprocess.PIPE,
         text=True,
@@ -100,6 +100,10 @@ def summary(rounds: list[dict[str, Figures]]) -> Figures:
             "ratio_to_trl_best": ratio("tokens_per_s", ours, trl),
             "ratio_to_trainer": ratio("tokens_per_s", ours, trainer),
             "fraction_of_limit": ratio("tokens_per_s", ours, "limit", "training_tokens_per_s"),
+            "model_tflop_per_s": median(ours, "tokens_per_s")
+            * 4
+            * median("limit", "weights")
+            / 1e12,
             "warm_up_seconds": median(ours, "warm_up_seconds"),
         },
         "full_training": {
@@ -177,40 +181,52 @@ def show(found: Figures) -> None:
     Console(width=120).print(table)
 
 
+def arguments_line(given: list[str]) -> str:
+    """What `make bench` was told, with folders of this machine left out."""
+    return f" ARGS='{' '.join(Path(each).name for each in given)}'" if given else ""
+
+
 def main() -> None:
     arguments = argparse.ArgumentParser(description=__doc__)
     arguments.add_argument("--data", default="databricks/databricks-dolly-15k")
+    arguments.add_argument("--model", default=ModelSection().name, help="name or folder")
+    add_options(arguments)
     arguments.add_argument("--rows", type=int, default=304)
     arguments.add_argument("--rounds", type=int, default=3)
     arguments.add_argument("--out", type=Path, default=Path("results/bench/bench.json"))
     given = arguments.parse_args()
-    source = resolve(ModelSection())
+    source = resolve(ModelSection(name=given.model))
+    options = [
+        *("--device", given.device),
+        *("--precision", given.precision),
+        *("--batch", str(given.batch)),
+    ]
     rounds: list[dict[str, Figures]] = []
     with tempfile.TemporaryDirectory() as folder:
         rows = Path(folder) / "rows.jsonl"
         write_rows(given.data, given.rows, rows)
         # Once unrecorded: a compiler's cache is warm from the second run on.
-        run("train_slm_lora", source.path, rows)
+        run("train_slm_lora", source.path, rows, options)
         for number in range(given.rounds):
             rounds.append({})
             for contender in CONTENDERS:
-                figures = rounds[-1][contender] = run(contender, source.path, rows)
+                figures = rounds[-1][contender] = run(contender, source.path, rows, options)
                 rate = figures.get("tokens_per_s", figures.get("training_tokens_per_s"))
                 print(f"round {number + 1}  {contender:20} {rate:6.0f} tokens/s", flush=True)
     found = summary(rounds)
     record = {
         **found,
-        "command": "make bench",
+        "command": f"make bench{arguments_line(sys.argv[1:])}",
         "work": {
             "model": source.name,
             "r": R,
             "data": Path(given.data).name,
             "rows": given.rows,
             "max_length": MAX_LENGTH,
-            "effective_batch_size": EFFECTIVE_BATCH_SIZE,
-            "precision": "bf16",
+            "effective_batch_size": given.batch,
+            "precision": given.precision,
         },
-        "machine": machine.describe("cpu"),
+        "machine": machine.describe(given.device),
         "versions": machine.versions() | {"trl": version("trl")},
         "rounds": rounds,
     }

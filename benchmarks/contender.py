@@ -2,42 +2,71 @@
 
 from __future__ import annotations
 
+import argparse
 import json
-import sys
 import time
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
+import torch
 from peft import LoraConfig
 
 from slm_lora import machine
+from slm_lora.model.base import DTYPES, PrecisionName
 
 PREFIX = "measured: "
 LEARNING_RATE, R, DROPOUT = 2e-4, 8, 0.05
-EFFECTIVE_BATCH_SIZE, MAX_LENGTH = 16, 512
+MAX_LENGTH = 512
 
 
 @dataclass(frozen=True)
 class Work:
-    """The command line of a contender: model folder and rows.
+    """The command line of a contender.
 
     Attributes:
         model: folder of the base model.
         rows: JSON lines with ``instruction`` and ``response``.
+        device: ``cpu`` or ``cuda``.
+        precision: of the base's weights and of the products.
+        batch: examples of an optimizer step.
     """
 
     model: Path
     rows: Path
+    device: str
+    precision: PrecisionName
+    batch: int
+
+    @property
+    def dtype(self) -> torch.dtype:
+        """Of the base's weights."""
+        return DTYPES[self.precision]
+
+    @property
+    def on_gpu(self) -> bool:
+        """Whether a GPU computes: its micro-batches are large."""
+        return self.device == "cuda"
 
     def read(self) -> list[dict[str, str]]:
         """The rows, in their order."""
         return [json.loads(line) for line in self.rows.read_text(encoding="utf-8").splitlines()]
 
 
+def add_options(parser: argparse.ArgumentParser) -> None:
+    """What `bench` and each contender are told alike."""
+    parser.add_argument("--device", choices=["cpu", "cuda"], default="cpu")
+    parser.add_argument("--precision", choices=["bf16", "fp32"], default="bf16")
+    parser.add_argument("--batch", type=int, default=16, help="examples a step")
+
+
 def work() -> Work:
-    """From the command line: MODEL ROWS."""
-    return Work(Path(sys.argv[1]), Path(sys.argv[2]))
+    """From the command line: MODEL ROWS, and `add_options`."""
+    parser = argparse.ArgumentParser()
+    parser.add_argument("model", type=Path)
+    parser.add_argument("rows", type=Path)
+    add_options(parser)
+    return Work(**vars(parser.parse_args()))
 
 
 def text(row: dict[str, str], eos: str) -> str:
@@ -45,9 +74,10 @@ def text(row: dict[str, str], eos: str) -> str:
     return f"Instruction:\n{row['instruction']}\nResponse:\n{row['response']}{eos}"
 
 
-def tell(**figures: Any) -> None:
-    """Print the figures, and this process's peak memory, for the one who started it."""
-    figures["peak_memory_bytes"] = machine.peak_memory_bytes("cpu")
+def tell(device: str, **figures: Any) -> None:
+    """Print the figures, and the peak memory of this process or its GPU, for the one who started
+    it."""
+    figures["peak_memory_bytes"] = machine.peak_memory_bytes(device)
     print(PREFIX + json.dumps(figures), flush=True)
 
 
@@ -65,7 +95,12 @@ def lora() -> LoraConfig:
 class Clock:
     """Times of finished optimizer steps, by the clock that the starting process also reads."""
 
-    def __init__(self) -> None:
+    def __init__(self, device: str) -> None:
+        """
+        Args:
+            device: that trains.
+        """
+        self._device = device
         self.began = time.time()
         self.steps: list[float] = []
 
@@ -75,6 +110,8 @@ class Clock:
 
     def step(self) -> None:
         """An optimizer step is finished."""
+        if self._device == "cuda":
+            torch.cuda.synchronize()
         self.steps.append(time.time())
 
     def tell_training(self, tokens: list[int], warm_up: int) -> None:
@@ -85,6 +122,7 @@ class Clock:
             warm_up: steps that start caches and compilers.
         """
         tell(
+            self._device,
             first_step_at=self.steps[0],
             warm_up_steps=warm_up,
             warm_up_seconds=self.steps[warm_up - 1] - self.began,

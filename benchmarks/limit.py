@@ -14,13 +14,20 @@ import torch
 from contender import tell, work
 from transformers import AutoModelForCausalLM
 
-TOKENS, REPEATS = 2048, 5
-HEAD_TOKENS = 512
-"""Tokens of the output layer at once: its results are 50 MB then."""
+TOKENS, TOKENS_ON_GPU, REPEATS = 2048, 16_384, 5
+HEAD_TOKENS, HEAD_TOKENS_ON_GPU = 512, 4096
+"""Tokens of the output layer at once: its results are 50 MB then, or 400."""
 
 
 def main() -> None:
-    model = AutoModelForCausalLM.from_pretrained(work().model, dtype=torch.bfloat16)
+    given = work()
+    many = TOKENS_ON_GPU if given.on_gpu else TOKENS
+    head_tokens = HEAD_TOKENS_ON_GPU if given.on_gpu else HEAD_TOKENS
+    model = AutoModelForCausalLM.from_pretrained(given.model, dtype=given.dtype).to(given.device)
+
+    def noise(rows: int, columns: int) -> torch.Tensor:
+        return torch.randn(rows, columns, dtype=given.dtype, device=given.device)
+
     head = model.get_output_embeddings().weight.detach()
     weights = [
         module.weight.detach()
@@ -29,32 +36,29 @@ def main() -> None:
     ]
     weights = [weight for weight in weights if weight.data_ptr() != head.data_ptr()]
     inputs = {
-        width: torch.randn(TOKENS, width, dtype=torch.bfloat16)
+        width: noise(many, width)
         for width in {size for weight in [*weights, head] for size in weight.shape[-1:]}
     }
-    outputs = {
-        width: torch.randn(TOKENS, width, dtype=torch.bfloat16)
-        for width in {weight.shape[0] for weight in weights}
-    }
-    head_output = torch.randn(HEAD_TOKENS, head.shape[0], dtype=torch.bfloat16)
+    outputs = {width: noise(many, width) for width in {weight.shape[0] for weight in weights}}
+    head_output = noise(head_tokens, head.shape[0])
 
     def forward() -> None:
         for weight in weights:
             torch.nn.functional.linear(inputs[weight.shape[1]], weight)
-        for start in range(0, TOKENS, HEAD_TOKENS):
-            inputs[head.shape[1]][start : start + HEAD_TOKENS] @ head.t()
+        for start in range(0, many, head_tokens):
+            inputs[head.shape[1]][start : start + head_tokens] @ head.t()
 
     def input_gradients() -> None:
         for weight in weights:
             outputs[weight.shape[0]] @ weight
-        for _ in range(0, TOKENS, HEAD_TOKENS):
+        for _ in range(0, many, head_tokens):
             head_output @ head
 
     def weight_gradients() -> None:
         for weight in weights:
             outputs[weight.shape[0]].t() @ inputs[weight.shape[1]]
-        for start in range(0, TOKENS, HEAD_TOKENS):
-            head_output.t() @ inputs[head.shape[1]][start : start + HEAD_TOKENS]
+        for start in range(0, many, head_tokens):
+            head_output.t() @ inputs[head.shape[1]][start : start + head_tokens]
 
     count = sum(weight.numel() for weight in [*weights, head])
     times: dict[str, list[float]] = {}
@@ -63,16 +67,19 @@ def main() -> None:
             for part in (forward, input_gradients, weight_gradients):
                 began = time.perf_counter()
                 part()
+                if given.on_gpu:
+                    torch.cuda.synchronize()
                 if number:  # the first time creates the library's kernels
                     times.setdefault(part.__name__, []).append(time.perf_counter() - began)
     seconds = {name: statistics.median(each) for name, each in times.items()}
     lora = seconds["forward"] + seconds["input_gradients"]
     tell(
+        given.device,
         weights=count,
-        gflop_per_s=4 * count * TOKENS / lora / 1e9,
-        training_tokens_per_s=TOKENS / lora,
-        scoring_tokens_per_s=TOKENS / seconds["forward"],
-        full_training_tokens_per_s=TOKENS / sum(seconds.values()),
+        gflop_per_s=4 * count * many / lora / 1e9,
+        training_tokens_per_s=many / lora,
+        scoring_tokens_per_s=many / seconds["forward"],
+        full_training_tokens_per_s=many / sum(seconds.values()),
     )
 
 

@@ -5,7 +5,7 @@ from __future__ import annotations
 import sys
 
 import torch
-from contender import EFFECTIVE_BATCH_SIZE, LEARNING_RATE, MAX_LENGTH, Clock, Work, work
+from contender import LEARNING_RATE, MAX_LENGTH, Clock, Work, work
 
 from slm_lora.data.sources import read_rows
 from slm_lora.data.templates import choose_template
@@ -14,30 +14,44 @@ from slm_lora.model import adapter, fusion
 from slm_lora.model.base import Base
 from slm_lora.model.load import load_base, load_tokenizer
 from slm_lora.model.source import resolve
-from slm_lora.recipe.schema import AdapterSection, DataSection, ModelSection, TrainingSection
+from slm_lora.recipe.schema import (
+    AdapterSection,
+    DataSection,
+    EvaluationSection,
+    ModelSection,
+    TrainingSection,
+)
 from slm_lora.records import Example
 from slm_lora.training.loop import train
 
 
 def base_and_examples(given: Work) -> tuple[Base, list[Example]]:
-    """Load in bf16 and tokenise."""
+    """Load and tokenise."""
     source = resolve(ModelSection(name=str(given.model)))
     rows = read_rows(DataSection(name=str(given.rows), format="dolly"))
     template = choose_template("instruction_response", rows.format, include_context=False)
     examples, _ = RowTokenizer(load_tokenizer(source), template).encode(
         rows.rows, {row.row_id: row.row_id for row in rows.rows}, MAX_LENGTH
     )
-    return load_base(source, device=torch.device("cpu"), precision="bf16"), list(examples)
+    base = load_base(source, device=torch.device(given.device), precision=given.precision)
+    return base, list(examples)
+
+
+def micro_batch_tokens(given: Work, default: TrainingSection | EvaluationSection) -> int:
+    """The recipe's default on a CPU; what an 80 GB GPU holds."""
+    return 16_384 if given.on_gpu else default.micro_batch_tokens
 
 
 def measure_training(trained: AdapterSection) -> None:
     """One epoch, as `slm-lora train` runs it; exits where the fast path did not run."""
-    clock = Clock()
-    base, examples = base_and_examples(work())
+    given = work()
+    clock = Clock(given.device)
+    base, examples = base_and_examples(given)
     adapted = adapter.attach(base, trained, seed=0)
     section = TrainingSection(
         num_train_epochs=1,
-        effective_batch_size=EFFECTIVE_BATCH_SIZE,
+        effective_batch_size=given.batch,
+        micro_batch_tokens=micro_batch_tokens(given, TrainingSection()),
         learning_rate=LEARNING_RATE,
         compile=True,
     )

@@ -15,6 +15,7 @@ def main() -> None:
     given = work()
     tokenizer = AutoTokenizer.from_pretrained(given.model)
     model = AutoModelForCausalLM.from_pretrained(given.model, dtype=torch.float32).eval()
+    model.to(given.device)
     rows = [text(row, tokenizer.eos_token) for row in given.read()]
     nll, labelled, tokens = 0.0, 0, 0
     seconds = 0.0
@@ -25,7 +26,7 @@ def main() -> None:
             began = time.time()
             inputs = tokenizer(
                 batch, return_tensors="pt", padding=True, truncation=True, max_length=MAX_LENGTH
-            )
+            ).to(given.device)
             labels = inputs.input_ids.masked_fill(inputs.attention_mask == 0, -100)
             loss = model(**inputs, labels=labels).loss.item()
             if start >= 0:
@@ -33,7 +34,7 @@ def main() -> None:
                 many = int((labels[:, 1:] != -100).sum())
                 nll, labelled = nll + loss * many, labelled + many
                 tokens += int(inputs.attention_mask.sum())
-    tell(tokens=tokens, seconds=seconds, loss=nll / labelled)
+    tell(given.device, tokens=tokens, seconds=seconds, loss=nll / labelled)
 
 
 main()

@@ -6,7 +6,7 @@ import sys
 import time
 
 from contender import tell, work
-from ours import base_and_examples
+from ours import base_and_examples, micro_batch_tokens
 
 from slm_lora.evaluation.perplexity import held_out_loss, score
 from slm_lora.model import fusion
@@ -16,8 +16,9 @@ WARM_UP_ROWS = 40
 
 
 def main() -> None:
-    base, examples = base_and_examples(work())
-    budget = EvaluationSection().micro_batch_tokens
+    given = work()
+    base, examples = base_and_examples(given)
+    budget = micro_batch_tokens(given, EvaluationSection())
     score(base, examples[:WARM_UP_ROWS], "test", budget, compiled=True)
     began = time.time()
     scores = score(base, examples, "test", budget, compiled=True)
@@ -25,6 +26,7 @@ def main() -> None:
     if not base.packed or fusion.failure():
         sys.exit(f"the fast path did not run: {base.why_plain or fusion.failure()}")
     tell(
+        given.device,
         tokens=sum(example.length for example in examples),
         seconds=seconds,
         loss=held_out_loss(scores, "all").loss,

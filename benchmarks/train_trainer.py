@@ -1,11 +1,11 @@
-"""The script that most people write: transformers' Trainer with PEFT, padded batches, bf16."""
+"""The script that most people write: transformers' Trainer with PEFT, padded batches."""
 
 from __future__ import annotations
 
 import tempfile
 
 import torch
-from contender import EFFECTIVE_BATCH_SIZE, LEARNING_RATE, MAX_LENGTH, Clock, lora, text, work
+from contender import LEARNING_RATE, MAX_LENGTH, Clock, lora, text, work
 from peft import get_peft_model
 from transformers import (
     AutoModelForCausalLM,
@@ -16,14 +16,16 @@ from transformers import (
     TrainingArguments,
 )  # fmt: skip
 
-MICRO_BATCH = 4
+MICRO_BATCH, MICRO_BATCH_ON_GPU = 4, 16
 
 
 def main() -> None:
-    given, clock = work(), Clock()
+    given = work()
+    clock = Clock(given.device)
+    micro_batch = MICRO_BATCH_ON_GPU if given.on_gpu else MICRO_BATCH
     tokenizer = AutoTokenizer.from_pretrained(given.model)
     model = get_peft_model(
-        AutoModelForCausalLM.from_pretrained(given.model, dtype=torch.bfloat16),
+        AutoModelForCausalLM.from_pretrained(given.model, dtype=given.dtype),
         lora(),
     )  # fmt: skip
     rows = [
@@ -42,16 +44,17 @@ def main() -> None:
         def on_step_end(self, *_: object, **__: object) -> None:
             clock.step()
 
-    accumulated = EFFECTIVE_BATCH_SIZE // MICRO_BATCH
+    accumulated = given.batch // micro_batch
     with tempfile.TemporaryDirectory() as folder:
         trainer = Trainer(
             model=model,
             train_dataset=rows,
             data_collator=collate,
             args=TrainingArguments(
-                output_dir=folder, bf16=True, per_device_train_batch_size=MICRO_BATCH,
+                output_dir=folder, bf16=given.precision == "bf16",
+                per_device_train_batch_size=micro_batch,
                 gradient_accumulation_steps=accumulated, num_train_epochs=1,
-                learning_rate=LEARNING_RATE, use_cpu=True, report_to="none",
+                learning_rate=LEARNING_RATE, use_cpu=not given.on_gpu, report_to="none",
                 save_strategy="no", logging_strategy="no", disable_tqdm=True,
             ),
             callbacks=[Steps()],

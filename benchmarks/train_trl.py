@@ -1,6 +1,7 @@
-"""TRL at its best here: documents packed to 512 tokens, bf16, no activation checkpointing.
+"""TRL at its best here: documents packed to 512 tokens, no activation checkpointing.
 
-One packed row a micro-batch is faster than four. Three rows hold about 16 examples.
+On two CPU cores one packed row a micro-batch is faster than four; a GPU gets a whole step at
+once, or as much as 32 rows. Three rows hold about 16 examples.
 """
 
 from __future__ import annotations
@@ -13,13 +14,16 @@ from datasets import Dataset
 from transformers import AutoModelForCausalLM, AutoTokenizer, TrainerCallback
 from trl import SFTConfig, SFTTrainer
 
-PACKED_ROWS = 3
+EXAMPLES_A_ROW = 16 / 3
 
 
 def main() -> None:
-    given, clock = work(), Clock()
+    given = work()
+    clock = Clock(given.device)
+    step_rows = max(1, round(given.batch / EXAMPLES_A_ROW))
+    accumulated = -(-step_rows // 32) if given.on_gpu else step_rows
     tokenizer = AutoTokenizer.from_pretrained(given.model)
-    model = AutoModelForCausalLM.from_pretrained(given.model, dtype=torch.bfloat16)
+    model = AutoModelForCausalLM.from_pretrained(given.model, dtype=given.dtype)
     rows = Dataset.from_list([{"text": text(row, "")} for row in given.read()])
     with tempfile.TemporaryDirectory() as folder:
         trainer = SFTTrainer(
@@ -28,10 +32,11 @@ def main() -> None:
             train_dataset=rows,
             peft_config=lora(),
             args=SFTConfig(
-                output_dir=folder, max_length=MAX_LENGTH, packing=True, bf16=True,
-                gradient_checkpointing=False, per_device_train_batch_size=1,
-                gradient_accumulation_steps=PACKED_ROWS, num_train_epochs=1,
-                learning_rate=LEARNING_RATE, use_cpu=True, report_to="none",
+                output_dir=folder, max_length=MAX_LENGTH, packing=True,
+                bf16=given.precision == "bf16", gradient_checkpointing=False,
+                per_device_train_batch_size=step_rows // accumulated,
+                gradient_accumulation_steps=accumulated, num_train_epochs=1,
+                learning_rate=LEARNING_RATE, use_cpu=not given.on_gpu, report_to="none",
                 save_strategy="no", logging_strategy="no", disable_tqdm=True,
             ),
         )  # fmt: skip
@@ -44,7 +49,7 @@ def main() -> None:
         trainer.add_callback(Steps())
         clock.begin()
         trainer.train()
-    per_step = [sum(tokens[i : i + PACKED_ROWS]) for i in range(0, len(tokens), PACKED_ROWS)]
+    per_step = [sum(tokens[i : i + accumulated]) for i in range(0, len(tokens), accumulated)]
     clock.tell_training(per_step, warm_up=1)
 
 

@@ -6,6 +6,8 @@ recipe to a loaded adapter are real. Needs `shared/tinyllama` beside the reposit
 
 from __future__ import annotations
 
+import subprocess
+import sys
 from pathlib import Path
 
 import pytest
@@ -50,26 +52,9 @@ def test_the_described_recipe_says_what_was_described() -> None:
 
 @pytest.fixture(scope="module")
 def folder(tmp_path_factory: pytest.TempPathFactory) -> Path:
-    from transformers import AutoTokenizer, LlamaConfig, LlamaForCausalLM
-
     made = tmp_path_factory.mktemp("models") / "tinyllama-random"
-    config = LlamaConfig.from_pretrained(SHARED)
-    with torch.device("meta"):
-        model = LlamaForCausalLM(config)
-    model = model.to(torch.bfloat16).to_empty(device="cpu")
-    generator = torch.Generator().manual_seed(0)
-    # One normal draw, repeated: 1.1 billion of their own would take longer than the training.
-    noise = torch.randn(1 << 22, generator=generator).to(torch.bfloat16) * 0.02
-    with torch.no_grad():
-        for parameter in model.parameters():
-            flat = parameter.view(-1)
-            for start in range(0, len(flat), len(noise)):
-                part = flat[start : start + len(noise)]
-                part.copy_(noise[: len(part)])
-            if parameter.ndim == 1:
-                parameter.fill_(1)
-    model.save_pretrained(made)
-    AutoTokenizer.from_pretrained(SHARED).save_pretrained(made)
+    script = REPOSITORY / "benchmarks" / "random_weights.py"
+    subprocess.run([sys.executable, script, SHARED, made], check=True)
     return made
 
 
