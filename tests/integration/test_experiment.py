@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import html
 import json
 import math
 import re
@@ -240,6 +241,29 @@ def test_a_report_names_rows_by_rule_and_shows_outputs(
     assert len({cells[2] for cells in picked}) == len(picked) == 8
     (results / "outputs.json").write_text("{}")
     assert command("report", results) == 4
+
+
+def test_rows_are_quoted_only_on_a_page_of_its_own(
+    lab: Lab, tmp_path: Path, tiny_folder: Path
+) -> None:
+    results = shutil.copytree(lab.results, tmp_path / "tiny")
+    words = (f"model.name={tiny_folder}", f"data.name={lab.rows}")
+    assert command("report", results, "--with-rows", lab.recipe, *words) == 0
+    files = {path.name: path.read_text() for path in results.glob("*.*")}
+    with_rows = files.pop("report-with-rows.html")
+    quoted = [
+        response
+        for line in lab.rows.read_text().splitlines()
+        if html.escape(response := json.loads(line)["response"]) in with_rows
+    ]
+    assert len(quoted) >= 8
+    assert with_rows.count("<h3>Largest fall: ") == 2
+    assert not any(text in file for file in files.values() for text in quoted)
+    # Another data set's rows are not passed off as those that were scored.
+    (tmp_path / "other.jsonl").write_text('{"instruction": "a", "response": "b"}\n' * 3)
+    other = (words[0], f"data.name={tmp_path / 'other.jsonl'}")
+    assert command("report", results, "--with-rows", lab.recipe, *other) == 2
+    assert command("report", results, "data.size=3") == 2
 
 
 def test_a_single_test_row_has_no_interval(tmp_path: Path, tiny_folder: Path) -> None:

@@ -30,6 +30,13 @@ def experiment(
     results: ResultsDir = Path("results"),
     adapters: AdaptersDir = Path("adapter"),
     discard: DiscardCheckpoints = False,
+    with_rows: Annotated[
+        bool,
+        typer.Option(
+            "--with-rows",
+            help="Also write report-with-rows.html, which quotes some test rows: for yourself.",
+        ),
+    ] = False,
 ) -> None:
     """Run a whole experiment: base, every cell of the grid, table, metrics and report.
 
@@ -56,13 +63,15 @@ def experiment(
         _print_plan(jobs, places)
         return
     runs = run_jobs(jobs, places, reporter, discard)
-    lines = write_report(runs, places.results, jobs[0].cell.recipe.evaluation.headline)
+    headline = jobs[0].cell.recipe.evaluation.headline
+    rows = jobs[0].rows.rows if with_rows else None
+    lines = write_report(runs, places.results, headline, rows)
     out = console()
     out.print()
     out.print(terminal_table(lines))
     out.print()
     kept = jobs if places.keep_adapters else []
-    _print_where(places.results, [places.adapter(job.cell.name) for job in kept])
+    _print_where(places.results, [places.adapter(job.cell.name) for job in kept], with_rows)
 
 
 def train(
@@ -137,15 +146,33 @@ def report(
     experiment_folder: Annotated[
         Path, typer.Argument(metavar="FOLDER", help="results/<experiment>")
     ],
+    overrides: Overrides = None,
+    with_rows: Annotated[
+        Path | None,
+        typer.Option(
+            "--with-rows",
+            metavar="RECIPE",
+            help="Also write report-with-rows.html, which quotes some of this recipe's test rows: "
+            "for yourself.",
+        ),
+    ] = None,
 ) -> None:
     """Make table, metrics and report again from the run folders of an experiment."""
+    from slm_lora.data.sources import read_rows
     from slm_lora.experiment.report import terminal_table, write_report
+    from slm_lora.recipe.reading import load_recipe
     from slm_lora.runs import list_runs
 
+    rows = None
+    if with_rows is not None:
+        rows = read_rows(load_recipe(with_rows, overrides or [])[1][0].recipe.data).rows
+    elif overrides:
+        raise UsageError(f"{overrides[0]}: overrides need --with-rows RECIPE")
     out = console()
-    out.print(terminal_table(write_report(list_runs(experiment_folder), experiment_folder)))
+    lines = write_report(list_runs(experiment_folder), experiment_folder, rows=rows)
+    out.print(terminal_table(lines))
     out.print()
-    _print_where(experiment_folder, [])
+    _print_where(experiment_folder, [], rows is not None)
 
 
 def compare(
@@ -213,14 +240,15 @@ def _print_plan(jobs: Any, places: Any) -> None:
     )
 
 
-def _print_where(results: Path, adapters: list[Path]) -> None:
-    from slm_lora.experiment.report import PAGE_FILE, TABLE_FILE
+def _print_where(results: Path, adapters: list[Path], with_rows: bool) -> None:
+    from slm_lora.experiment.report import PAGE_FILE, TABLE_FILE, WITH_ROWS_FILE
     from slm_lora.runs import METRICS_FILE
 
     out = console()
     for label, path in (
         ("table", results / TABLE_FILE),
         ("report", results / PAGE_FILE),
+        *([("with rows", results / WITH_ROWS_FILE)] if with_rows else []),
         ("metrics", results / METRICS_FILE),
         ("scores", results / "runs"),
     ):

@@ -3,16 +3,16 @@
 from __future__ import annotations
 
 import json
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
 from slm_lora.data.splits import seeded_order
-from slm_lora.errors import IntegrityError
+from slm_lora.errors import IntegrityError, UsageError
 from slm_lora.experiment import side_by_side
 from slm_lora.experiment.contrasts import Arm, Contrast
-from slm_lora.experiment.page import Section, plain
-from slm_lora.records import LossOn, RowScore
+from slm_lora.experiment.page import Column, Section, plain
+from slm_lora.records import LossOn, Row, RowScore
 
 OUTPUTS_FILE = "outputs.json"
 """Beside the run folders: what `compare-outputs` wrote, if anybody asked."""
@@ -53,28 +53,52 @@ def _how(found: dict[str, Any]) -> str:
     )
 
 
-def rows(found: Sequence[Contrast]) -> list[Section]:
-    """Rows of the test set by how the largest fall in loss treats them; named, not shown."""
+def rows(found: Sequence[Contrast], shown: Mapping[str, Row] | None = None) -> list[Section]:
+    """Rows of the test set by how the largest fall in loss treats them.
+
+    Args:
+        found: the contrasts of the report.
+        shown: rows by id, to be shown with their text; None: named only.
+
+    Raises:
+        UsageError: a chosen row is not among them.
+    """
     to_base = [each for each in found if each.key == "base"]
     if not to_base:
         return []
     best = min(to_base, key=lambda each: each.difference.value)
+    chosen = _chosen(best)
     lines = [
         "| Chosen as | Row | Category | Tokens | "
         f"{best.first.name} | {best.second.name} | Difference |",
         "| :-- | :-- | :-- | --: | --: | --: | --: |",
     ]
-    for rule, score, before, after in _chosen(best):
+    for rule, score, before, after in chosen:
         lines.append(
             f"| {rule} | `{score.row_id[:12]}` | {plain(score.category) or '–'} | "
             f"{_tokens(score, best.first.line.headline)} | {before:.4f} | {after:.4f} | "
             f"{after - before:+.4f} |"
         )
+    named = "named by the beginning of their id" + ("." if shown else ", not by their text.")
     text = (
         f"Test rows under {best.first.name} and {best.second.name}, nats a token: chosen by rule, "
-        "named by the beginning of their id, not by their text.\n\n" + "\n".join(lines)
+        f"{named}\n\n" + "\n".join(lines)
     )
-    return [Section("Rows", text)]
+    texts = [] if shown is None else [_text(rule, score, shown) for rule, score, *_ in chosen]
+    return [Section("Rows", text), *texts]
+
+
+def _text(rule: str, score: RowScore, shown: Mapping[str, Row]) -> Section:
+    if score.row_id not in shown:
+        raise UsageError(
+            f"row {score.row_id[:12]} was scored, but is not among the recipe's rows; "
+            "give the recipe and the data that the experiment ran on"
+        )
+    row = shown[score.row_id]
+    said = [Column(turn.role, turn.content) for turn in row.turns]
+    context = [Column("context", row.context)] if row.context else []
+    title = f"{rule[0].upper()}{rule[1:]}: {score.row_id[:12]}"
+    return Section(title, "", columns=(*context, *said), level=3)
 
 
 def _chosen(best: Contrast) -> list[tuple[str, RowScore, float, float]]:
