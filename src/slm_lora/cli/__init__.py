@@ -10,7 +10,7 @@ from collections.abc import Callable
 import typer
 
 from slm_lora import __version__
-from slm_lora.cli import data, experiments, exports, models, outputs, serving
+from slm_lora.cli import data, experiments, exports, models, outputs, serving, workers
 from slm_lora.errors import STOPPED_RESUMABLE, SlmLoraError, StorageError
 
 app = typer.Typer(
@@ -61,6 +61,7 @@ def main() -> None:
     """Entry point: errors become one line and an exit code, Ctrl-C a resumable stop."""
     # A scheduler's request to stop is Ctrl-C by another name.
     signal.signal(signal.SIGTERM, signal.default_int_handler)
+    workers.watch_starter()
     sys.exit(_guarded(lambda: app(standalone_mode=False)))
 
 

@@ -7,11 +7,13 @@ from typing import Annotated, Any, Literal
 
 import typer
 
+from slm_lora import processes
 from slm_lora.cli.options import (
     AdaptersDir,
     CellName,
     DiscardCheckpoints,
     Overrides,
+    Processes,
     RecipeFile,
     ResultsDir,
     chosen_cell,
@@ -37,6 +39,7 @@ def experiment(
             help="Also write report-with-rows.html, which quotes some test rows: for yourself.",
         ),
     ] = False,
+    _processes: Processes = 1,
 ) -> None:
     """Run a whole experiment: base, every cell of the grid, table, metrics and report.
 
@@ -53,19 +56,22 @@ def experiment(
     places = Places(
         read.name, results / read.name, adapters, read.keep_adapters, read.checkpoint_seconds
     )
-    reporter = Reporter()
-    reporter.say(f"{read.name}: {read.description or recipe.name}")
     quiet_libraries()
-    reporter.say("  reading rows and model; a first time fetches or builds what is not there")
-    jobs = make_jobs(cells, will_train=not plan)
-    _say_data(jobs[0], reporter)
-    if plan:
-        _print_plan(jobs, places)
-        return
-    runs = run_jobs(jobs, places, reporter, discard)
+    with processes.joined():
+        reporter = Reporter(quiet=not processes.is_first())
+        reporter.say(f"{read.name}: {read.description or recipe.name}")
+        reporter.say("  reading rows and model; a first time fetches or builds what is not there")
+        jobs = processes.first_then_all(lambda: make_jobs(cells, will_train=not plan))
+        _say_data(jobs[0], reporter)
+        if plan:
+            if processes.is_first():
+                _print_plan(jobs, places)
+            return
+        runs = run_jobs(jobs, places, reporter, discard)
+        if not processes.is_first():
+            return
     headline = jobs[0].cell.recipe.evaluation.headline
-    rows = jobs[0].rows.rows if with_rows else None
-    lines = write_report(runs, places.results, headline, rows)
+    lines = write_report(runs, places.results, headline, jobs[0].rows.rows if with_rows else None)
     out = console()
     out.print()
     out.print(terminal_table(lines))
@@ -81,6 +87,7 @@ def train(
     results: ResultsDir = Path("results"),
     adapters: AdaptersDir = Path("adapter"),
     discard: DiscardCheckpoints = False,
+    _processes: Processes = 1,
 ) -> None:
     """Train and score one cell of a recipe, without the base."""
     from slm_lora.experiment.jobs import make_jobs
@@ -93,14 +100,17 @@ def train(
     chosen = chosen_cell(cells, cell)
     if not cell and len(cells) > 1:
         raise UsageError(f"the recipe has {len(cells)} cells; choose one: --cell {chosen.name} …")
-    reporter = Reporter()
     quiet_libraries()
     places = Places(
         read.name, results / read.name, adapters, read.keep_adapters, read.checkpoint_seconds
     )
-    jobs = make_jobs([chosen])
-    _say_data(jobs[0], reporter)
-    run = run_cells(jobs, places, reporter, discard)[0]
+    with processes.joined():
+        reporter = Reporter(quiet=not processes.is_first())
+        jobs = processes.first_then_all(lambda: make_jobs([chosen]))
+        _say_data(jobs[0], reporter)
+        run = run_cells(jobs, places, reporter, discard)[0]
+        if not processes.is_first():
+            return
     kept = f"\n{places.adapter(run.cell)}" if places.keep_adapters else ""
     console().print(f"\n{run.folder}{kept}", soft_wrap=True)
 

@@ -2,11 +2,13 @@
 
 from __future__ import annotations
 
+import sys
 from pathlib import Path
 from typing import Annotated, Any
 
 import typer
 
+from slm_lora import processes
 from slm_lora.errors import UsageError
 
 RecipeFile = Annotated[Path, typer.Argument(metavar="RECIPE", help="A recipe, as in recipes/.")]
@@ -22,6 +24,34 @@ DiscardCheckpoints = Annotated[
         "--discard-checkpoints",
         help="Remove unfinished trainings of these cells that were made of another recipe, other "
         "rows or another base, instead of refusing.",
+    ),
+]
+
+
+def _in_processes(many: int) -> int:
+    """Run this very command in so many processes instead, and end with its exit code."""
+    if many != 1 and not processes.started_by_another():
+        from slm_lora.cli.workers import launch
+
+        raise typer.Exit(launch(many, _without_processes(sys.argv[1:])))
+    return many
+
+
+def _without_processes(words: list[str]) -> list[str]:
+    kept, skip = [], False
+    for word in words:
+        if not skip and word != "--processes" and not word.startswith("--processes="):
+            kept.append(word)
+        skip = word == "--processes"
+    return kept
+
+
+Processes = Annotated[
+    int,
+    typer.Option(
+        "--processes",
+        callback=_in_processes,
+        help="Processes that share the examples of a step, on this machine (elsewhere: torchrun).",
     ),
 ]
 CellName = Annotated[str, typer.Option("--cell", help="Cell of the grid, where it has several.")]

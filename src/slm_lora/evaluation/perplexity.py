@@ -12,6 +12,7 @@ from collections.abc import Callable, Sequence
 from dataclasses import asdict, dataclass
 from pathlib import Path
 
+from slm_lora import processes
 from slm_lora.data.batches import by_token_budget, pack
 from slm_lora.errors import DataError, IntegrityError, NumericError
 from slm_lora.model.base import Base
@@ -45,6 +46,8 @@ def score(
 ) -> list[RowScore]:
     """Score every example under the base with whatever adapter is on it.
 
+    Of several processes each scores its share, and all get all scores.
+
     Args:
         base: in evaluation mode (no dropout).
         examples: rows to score.
@@ -58,9 +61,11 @@ def score(
 
     Raises:
         NumericError: a row's loss is not finite.
+        IntegrityError: several processes were given different rows.
     """
     scores = []
-    for micro in by_token_budget(examples, micro_batch_tokens):
+    batches = by_token_budget(examples, micro_batch_tokens)
+    for micro in processes.share(batches, lambda batch: sum(e.length for e in batch)):
         batch = pack(micro, "all")
         found = attempt(compiled, functools.partial(score_documents, base, batch))
         for index, example in enumerate(micro):
@@ -84,7 +89,18 @@ def score(
                 )
             )
         on_tokens(len(batch.ids))
-    return sorted(scores, key=lambda each: each.row_id)
+    return sorted(_of_all(scores, examples), key=lambda each: each.row_id)
+
+
+def _of_all(mine: list[RowScore], examples: Sequence[Example]) -> list[RowScore]:
+    """The scores of all processes: of every example one."""
+    if processes.alone():
+        return mine
+    told = processes.gather([asdict(each) for each in mine])
+    scores = [RowScore(**each) for some in told for each in some]
+    if sorted(s.row_id for s in scores) != sorted(e.row_id for e in examples):
+        raise IntegrityError("the processes did not score every row once: their rows differ")
+    return scores
 
 
 def held_out_loss(scores: Sequence[RowScore], tokens: LossOn) -> HeldOutLoss:

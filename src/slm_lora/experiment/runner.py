@@ -5,15 +5,16 @@ from __future__ import annotations
 import gc
 import shutil
 import time
-from collections.abc import Sequence
+from collections.abc import Iterator, Sequence
+from contextlib import contextmanager, nullcontext
 from dataclasses import asdict
 from pathlib import Path
 from typing import Any
 
 from torch import nn
 
-from slm_lora import machine
-from slm_lora.errors import UsageError
+from slm_lora import machine, processes
+from slm_lora.errors import IntegrityError, UsageError
 from slm_lora.evaluation.perplexity import held_out_loss, score, write_scores
 from slm_lora.experiment.jobs import Job, data_record
 from slm_lora.experiment.places import BASE, Places, at_work, finished, require_room
@@ -73,20 +74,24 @@ def run_jobs(
         reporter: told how it goes.
         discard: remove unfinished trainings of these cells that were made of something else.
 
+    Several processes call it alike: they share the work, and the first writes.
+
     Raises:
+        UsageError: more processes than a step has examples.
         IntegrityError: another process is at work there, or such a training is in the way.
         StopRequested: a signal asked for it; the same call continues.
     """
-    with at_work(jobs, places, discard):
+    with _together(jobs, places, discard):
         loaded = _LoadedBase(reporter)
         runs: dict[str, Run] = {}
         for job in jobs:
             if job.base_identity not in runs:
                 run = find_run(places.results, BASE, job.base_identity)
-                if run is None:
+                if _to_do(run):
                     run = _run_base(job, loaded.for_job(job), places, reporter)
                 else:
                     reporter.say(f"  {BASE}  finished earlier")
+                assert run is not None
                 runs[job.base_identity] = run
         return [*runs.values(), *_run_cells(jobs, places, reporter, loaded)]
 
@@ -95,8 +100,35 @@ def run_cells(
     jobs: Sequence[Job], places: Places, reporter: Reporter, discard: bool = False
 ) -> list[Run]:
     """As `run_jobs`, without the base."""
-    with at_work(jobs, places, discard):
+    with _together(jobs, places, discard):
         return _run_cells(jobs, places, reporter, _LoadedBase(reporter))
+
+
+@contextmanager
+def _together(jobs: Sequence[Job], places: Places, discard: bool) -> Iterator[None]:
+    """At work on an experiment: the first of several processes for all, who do the same."""
+    several = processes.size()
+    for job in jobs:
+        batch = job.cell.recipe.training.effective_batch_size
+        if several > batch:
+            raise UsageError(
+                f"{several} processes, but a step of {job.cell.name} has {batch} examples "
+                "(training.effective_batch_size): start at most so many"
+            )
+    told = processes.gather([job.identity for job in jobs])
+    if any(each != told[0] for each in told):
+        raise IntegrityError(
+            "the processes were given different recipes, rows or bases: start all with the same"
+        )
+    with at_work(jobs, places, discard) if processes.is_first() else nullcontext():
+        processes.wait()
+        yield
+
+
+def _to_do(run: Run | None) -> bool:
+    """Whether a run is still to be done, as the first of several processes sees it: others may
+    look when it has just written it."""
+    return bool(processes.from_first(lambda: run is None))
 
 
 def _run_cells(
@@ -105,12 +137,13 @@ def _run_cells(
     runs = []
     for job in jobs:
         run = finished(job, places)
-        if run is None:
+        if _to_do(run):
             run = _run_cell(job, loaded, places, reporter)
-        else:
+        elif processes.is_first():
             # A process may have died between recording the run and this.
             shutil.rmtree(places.checkpoint(job.cell.name, job.identity), ignore_errors=True)
             reporter.say(f"  {job.cell.name}  finished earlier")
+        assert run is not None
         runs.append(run)
     return runs
 
@@ -153,8 +186,10 @@ def _run_base(job: Job, base: Base, places: Places, reporter: Reporter) -> Run:
     machine.reset_peak_memory(job.device.type)
     scores, evaluation = _evaluate(base, job, BASE, reporter)
     record = {**_common(job, base, places), "settings": {}, "evaluation": evaluation}
-    with new_run(places.results, BASE, job.base_identity, record) as folder:
-        write_scores(scores, folder / SCORES_FILE)
+    if processes.is_first():
+        with new_run(places.results, BASE, job.base_identity, record) as folder:
+            write_scores(scores, folder / SCORES_FILE)
+    processes.wait()
     return _found(places, BASE, job.base_identity)
 
 
@@ -171,12 +206,16 @@ def _run_cell(job: Job, loaded: _LoadedBase, places: Places, reporter: Reporter)
             made_of(job),
             setting(job),
             reporter.say,
+            writes=processes.is_first(),
         )
-        require_room(job, places, adapter.count_parameters(adapted).trainable)
+        if processes.is_first():
+            require_room(job, places, adapter.count_parameters(adapted).trainable)
         result = _train(job, base, adapted, checkpointer, reporter)
         peak = machine.peak_memory_bytes(job.device.type)
         parameters = adapter.count_parameters(adapted)
-        adapter.save(base, adapted, folder, _about(job, places), job.prepared.chat_template)
+        if processes.is_first():
+            adapter.save(base, adapted, folder, _about(job, places), job.prepared.chat_template)
+        processes.wait()
         if adapter.alters_base(section):
             # What is scored is what was saved, on the base as it was.
             loaded.drop()
@@ -187,27 +226,29 @@ def _run_cell(job: Job, loaded: _LoadedBase, places: Places, reporter: Reporter)
             loaded.drop()
         else:
             adapter.detach(adapted)
-    weights = adapter.weights_file(folder)
-    assert weights is not None
-    record = {
-        **_common(job, base, places),
-        "settings": {key: _at(job.recipe, key) for key in job.cell.settings},
-        "adapter": {
-            "folder": folder.name,
-            "sha256": sha256_file(weights),
-            "bytes": weights.stat().st_size,
-            "trainable_parameters": parameters.trainable,
-            "all_parameters": parameters.total,
-            "percent": parameters.percent,
-        },
-        "training": _training_record(result, peak),
-        "evaluation": evaluation,
-    }
-    with new_run(places.results, name, job.identity, record) as run:
-        write_scores(scores, run / SCORES_FILE)
-        write_lines(run / STEPS_FILE, [asdict(step) for step in result.history])
-    checkpointer.remove()
-    if not places.keep_adapters:
+    if processes.is_first():
+        weights = adapter.weights_file(folder)
+        assert weights is not None
+        record = {
+            **_common(job, base, places),
+            "settings": {key: _at(job.recipe, key) for key in job.cell.settings},
+            "adapter": {
+                "folder": folder.name,
+                "sha256": sha256_file(weights),
+                "bytes": weights.stat().st_size,
+                "trainable_parameters": parameters.trainable,
+                "all_parameters": parameters.total,
+                "percent": parameters.percent,
+            },
+            "training": _training_record(result, peak),
+            "evaluation": evaluation,
+        }
+        with new_run(places.results, name, job.identity, record) as run:
+            write_scores(scores, run / SCORES_FILE)
+            write_lines(run / STEPS_FILE, [asdict(step) for step in result.history])
+        checkpointer.remove()
+    processes.wait()
+    if not places.keep_adapters and processes.is_first():
         shutil.rmtree(folder)
     return _found(places, name, job.identity)
 
@@ -225,7 +266,8 @@ def _train(
             "validation",
             job.cell.recipe.evaluation.micro_batch_tokens,
             compile_validation,
-            on_tokens=lambda done: stop.check(),
+            # Several processes stop together, after the next step.
+            on_tokens=lambda done: stop.check() if processes.alone() else None,
         )
         return held_out_loss(scores, section.loss_on).loss
 
@@ -277,7 +319,8 @@ def _evaluate(
     def on_tokens(done: int) -> None:
         # Longest rows come first, so tokens, not rows, tell how far it is.
         task.advance(done, done)
-        stop.check()
+        if processes.alone():
+            stop.check()
 
     with gentle_stop() as stop, reporter.task(label, tokens, "test tokens") as task:
         scores = score(
@@ -354,7 +397,7 @@ def _common(job: Job, base: Base, places: Places) -> dict[str, Any]:
             "packed": base.packed,
         },
         "data": data_record(job),
-        "machine": machine.describe(job.device.type),
+        "machine": machine.describe(job.device.type) | {"processes": processes.size()},
         "versions": machine.versions(),
     }
 

@@ -8,7 +8,7 @@ from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
-from slm_lora import machine
+from slm_lora import machine, processes
 from slm_lora.errors import IntegrityError
 from slm_lora.experiment.jobs import Job
 from slm_lora.model.source import hash_config
@@ -33,7 +33,7 @@ def setting(job: Job) -> dict[str, str]:
     kept = {
         key: str(facts[key]) for key in ("processor", "threads", "system", "gpu") if key in facts
     }
-    return kept | machine.versions()
+    return kept | {"processes": str(processes.size())} | machine.versions()
 
 
 def check_unfinished(jobs: Sequence[Job], checkpoints: Path, discard: bool) -> None:

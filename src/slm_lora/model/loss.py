@@ -13,7 +13,8 @@ CHUNK = 256
 """Positions whose logits exist at once: 512 × a vocabulary of 49,152 is 50 MB in bf16."""
 
 
-def _total_dtype(device: torch.device) -> torch.dtype:
+def total_dtype(device: torch.device) -> torch.dtype:
+    """Of sums of losses."""
     # Apple's GPUs have no float64.
     return torch.float32 if device.type == "mps" else torch.float64
 
@@ -23,7 +24,7 @@ def _log_total(wide: Tensor, logits: Tensor) -> Tensor:
     largest = wide.amax(1, keepdim=True)
     # Compiled sums have few accumulators: over a vocabulary, fp32 would lose two digits. What
     # bf16 logits lost before is more.
-    exact = _total_dtype(logits.device) if logits.dtype == torch.float32 else wide.dtype
+    exact = total_dtype(logits.device) if logits.dtype == torch.float32 else wide.dtype
     total = (wide - largest).exp().sum(1, keepdim=True, dtype=exact)
     return total.log().to(wide.dtype) + largest
 
@@ -71,7 +72,7 @@ class _SummedNLL(torch.autograd.Function):
 
     @staticmethod
     def forward(ctx: Any, hidden: Tensor, weight: Tensor, labels: Tensor) -> Tensor:
-        wide = _total_dtype(hidden.device)
+        wide = total_dtype(hidden.device)
         total = torch.zeros((), dtype=wide, device=hidden.device)
         hidden_gradient = torch.empty_like(hidden) if ctx.needs_input_grad[0] else None
         weight_gradient = (

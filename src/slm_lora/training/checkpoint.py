@@ -20,6 +20,7 @@ import torch
 from safetensors import SafetensorError, safe_open
 from safetensors.torch import save_file
 
+from slm_lora import processes
 from slm_lora.errors import IntegrityError, NumericError, StorageError
 from slm_lora.records import Step
 from slm_lora.seals import FILES, SEAL, check_files, read_sealed, sealed
@@ -56,6 +57,7 @@ class Checkpointer:
         made_of: recipe, and hashes of rows and base, for messages.
         setting: machine, threads, versions: bits are only promised where these are the same.
         say: told one line for the user.
+        writes: of several processes at one run, the first does; all others only read.
     """
 
     folder: Path
@@ -64,6 +66,7 @@ class Checkpointer:
     made_of: Mapping[str, Any] = field(default_factory=dict)
     setting: Mapping[str, Any] = field(default_factory=dict)
     say: Callable[[str], None] = lambda line: None
+    writes: bool = True
 
     def save(
         self,
@@ -87,6 +90,8 @@ class Checkpointer:
             NumericError: a number of the state is not finite.
             StorageError: no space, no right to write, or the disk gives other bytes back.
         """
+        if not self.writes:
+            return
         tensors: dict[str, torch.Tensor] = {}
         for name, parameter in parameters.items():
             tensors[f"weight/{name}"] = parameter.detach().cpu().contiguous()
@@ -140,7 +145,9 @@ class Checkpointer:
 
         Those that were passed over are named, with the reason.
         """
-        recover_all(self.folder)
+        if self.writes:
+            recover_all(self.folder)
+        processes.wait()
         found = generations(self.folder)
         for generation in reversed(found):
             try:
@@ -197,7 +204,8 @@ class Checkpointer:
 
     def remove(self) -> None:
         """Forget the checkpoints: the run is finished and kept elsewhere."""
-        shutil.rmtree(self.folder, ignore_errors=True)
+        if self.writes:
+            shutil.rmtree(self.folder, ignore_errors=True)
 
 
 def _put_back(

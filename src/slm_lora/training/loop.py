@@ -16,9 +16,9 @@ from dataclasses import dataclass, replace
 
 import torch
 
-from slm_lora import machine
+from slm_lora import machine, processes
 from slm_lora.data.batches import epoch_order, label_count, steps_per_epoch
-from slm_lora.errors import DataError, NumericError
+from slm_lora.errors import DataError, IntegrityError, NumericError
 from slm_lora.model import fusion
 from slm_lora.model.adapter import restore_state, trainable_state
 from slm_lora.model.base import Base
@@ -114,6 +114,19 @@ def _taken(under_way: deque[tuple[Step, Launched]], leave: int) -> Iterator[tupl
         yield under_way.popleft()
 
 
+def _check_same_place(done: int) -> None:
+    """All processes begin after the same step.
+
+    Raises:
+        IntegrityError: they do not.
+    """
+    if len(set(places := processes.gather(done))) > 1:
+        raise IntegrityError(
+            f"the processes took up different checkpoints (of steps {places}): all must see the "
+            "same results folder"
+        )
+
+
 def _time_to_save(checkpointer: Checkpointer | None, since: float, wait: float) -> bool:
     """Whether the last save is long enough ago; all weights of a model take their time."""
     every = checkpointer.every_seconds if checkpointer else math.inf
@@ -152,6 +165,7 @@ def train(
     Raises:
         DataError: no example has a label.
         NumericError: loss, gradient or weights are not finite; names the step and its rows.
+        IntegrityError: several processes do not begin at the same step.
         StopRequested: ``stop`` was; the step was finished, and a checkpoint saved.
     """
     usable = [example for example in examples if label_count(example, section.loss_on)]
@@ -172,14 +186,17 @@ def train(
         base, list(named.values()), optimizer, scaler, section.loss_on, section.max_grad_norm
     )
     stop = stop or Stop()
+    several = not processes.alone()
     if steps_ahead is None:
-        # An fp16 scaler waits for the GPU anyway.
-        steps_ahead = int(base.device.type == "cuda" and not scaler.is_enabled())
+        # An fp16 scaler waits for the GPU anyway, and so do several processes that agree.
+        waits = scaler.is_enabled() or several
+        steps_ahead = int(base.device.type == "cuda" and not waits)
     best: Best | None = None
     history: list[Step] = []
     if checkpointer is not None and (resumed := checkpointer.load(named, optimizer)):
         history, best = resumed.history, resumed.best
         scaler.load_state_dict(resumed.scaler)
+    _check_same_place(len(history))
     resumed_at = len(history)
     seconds = history[-1].seconds if history else 0.0
     saved_at, wait, saved_step = time.monotonic(), 0.0, resumed_at
@@ -192,6 +209,12 @@ def train(
         checkpointer.save(named, None if last else optimizer, history, best, scaler.state_dict())
         saved_at, saved_step = time.monotonic(), len(history)
         wait = 20 * (saved_at - began)
+
+    def wishes() -> tuple[bool, bool]:
+        """To stop, and to save, which the first process decides for all."""
+        waited = time.monotonic() - saved_at
+        save = processes.is_first() and _time_to_save(checkpointer, waited, wait)
+        return stop.requested, save
 
     def due(step: Step) -> bool:
         times = validate is not None and section.eval_steps
@@ -248,6 +271,7 @@ def train(
             compiled and not plain_first,
             _skipped_at_the_end(history),
             f"step {number + 1} of {total}",
+            wishes(),
         )
         if number < 2 or number % TRIM_EVERY == 0:
             machine.release_freed_memory()
@@ -265,9 +289,10 @@ def train(
             seconds=seconds,
         )
         under_way.append((step, launched))
-        pause = stop.requested or _time_to_save(checkpointer, time.monotonic() - saved_at, wait)
+        # What several processes agreed on before the update; alone, what is wished by now.
+        stopping, saving = launched.wishes if several else wishes()
         # Nothing is validated, saved or ended before every number was looked at.
-        settled = pause or due(step) or step.step == total
+        settled = stopping or saving or due(step) or step.step == total
         seconds += time.perf_counter() - began
         for each, numbers in _taken(under_way, leave=0 if settled else steps_ahead):
             began = time.perf_counter()
@@ -279,9 +304,11 @@ def train(
             end_step()
         stopped_early = enough()
         if not under_way:
-            if pause or stop.requested:
+            stopping |= stop.requested and not several
+            if stopping or saving:
                 save()
-            stop.check()
+            if stopping:
+                raise StopRequested
     adapted.eval()
     if saved_step < len(history):
         save(last=True)  # until the run is recorded: what is trained is not trained again

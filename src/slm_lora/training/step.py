@@ -10,11 +10,13 @@ from dataclasses import dataclass
 import torch
 from torch import Tensor
 
+from slm_lora import processes
 from slm_lora.data.batches import by_token_budget, label_count, pack
 from slm_lora.errors import NumericError
 from slm_lora.model.base import Base
 from slm_lora.model.forward import batch_nll
 from slm_lora.model.fusion import attempt
+from slm_lora.model.loss import total_dtype
 from slm_lora.records import Example, LossOn
 
 MOST_SKIPPED = 25
@@ -49,22 +51,30 @@ class Updater:
         compiled: bool,
         skipped_before: int,
         where: str,
+        wishes: tuple[bool, bool] = (False, False),
     ) -> Launched:
         """Do one step, or, on a GPU, hand it all the work of one.
 
+        Where several processes work on a run, this one does its share of the examples, and all
+        sum their gradients before they update.
+
         Args:
-            examples: of this step.
+            examples: of this step; the same in every process.
             budget: tokens computed at once.
             dropout_seed: decides the masks.
             compiled: whether to compile (see `model.fusion`).
             skipped_before: steps skipped in a row just before this one.
             where: names the step in messages.
+            wishes: of this process: to stop, and to save; see `Launched`.
 
         Raises:
             NumericError: fp16 overflowed too often.
+            PeerLostError: another process is gone.
         """
         work = functools.partial(self._backward, examples, budget, dropout_seed)
         loss = attempt(compiled, work)
+        if not processes.alone():
+            loss, wishes = self._sum_up(loss, wishes)
         self.scaler.unscale_(self.optimizer)
         norm = torch.nn.utils.clip_grad_norm_(self.parameters, self.max_grad_norm)
         # With fp16 an overflow of the scaled gradient skips the step and lowers the scale; that
@@ -77,23 +87,44 @@ class Updater:
         self.scaler.update()
         with torch.no_grad():
             largest = torch.nn.utils.get_total_norm(self.parameters, math.inf)
-        return Launched((loss, norm, largest), skipped, examples, where)
+        return Launched((loss, norm, largest), skipped, examples, where, wishes)
 
     def _backward(self, examples: Sequence[Example], budget: int, dropout_seed: str) -> Tensor:
         """Loss of a step in nats per label token; its gradient is left on the parameters."""
         self.optimizer.zero_grad(set_to_none=True)
         labels = sum(label_count(example, self.loss_on) for example in examples)
-        shares = []
-        for micro in by_token_budget(examples, budget):
+        # (A process without any example of a small step has a loss and a gradient of zero.)
+        shares = [torch.zeros((), dtype=total_dtype(self.base.device), device=self.base.device)]
+        mine = processes.share(examples, lambda example: example.length)
+        for micro in by_token_budget(mine, budget):
             share = batch_nll(self.base, pack(micro, self.loss_on), dropout_seed) / labels
             torch.autograd.backward(self.scaler.scale(share))
             shares.append(share.detach())
         return torch.stack(shares).sum()
 
+    def _sum_up(self, loss: Tensor, wishes: tuple[bool, bool]) -> tuple[Tensor, tuple[bool, bool]]:
+        """Sum gradients and losses over the processes, all in one go; whether any has a wish."""
+        dtype = self.parameters[0].dtype
+        high = loss.to(dtype)  # and what fp32 leaves of it
+        beside = torch.stack([high, (loss - high).to(dtype), *map(high.new_tensor, wishes)])
+        gradients = [torch.zeros_like(p) if p.grad is None else p.grad for p in self.parameters]
+        every = torch.cat([*(gradient.flatten() for gradient in gradients), beside])
+        processes.sum_up(every)
+        sizes = [gradient.numel() for gradient in gradients]
+        for parameter, summed in zip(self.parameters, torch.split(every[:-4], sizes), strict=True):
+            parameter.grad = summed.view_as(parameter)
+        stop, save = (number > 0 for number in every[-2:].tolist())
+        return every[-4].to(loss.dtype) + every[-3].to(loss.dtype), (stop, save)
+
 
 class Launched:
     """A step whose numbers may still be on their way from the GPU, so that it need not be
-    waited for before the next step is handed over."""
+    waited for before the next step is handed over.
+
+    Attributes:
+        wishes: whether to stop and whether to save after it: of any process, where there are
+            several, so that all do the same.
+    """
 
     def __init__(
         self,
@@ -101,6 +132,7 @@ class Launched:
         skipped: bool,
         examples: Sequence[Example],
         where: str,
+        wishes: tuple[bool, bool],
     ) -> None:
         """
         Args:
@@ -108,7 +140,9 @@ class Launched:
             skipped: whether fp16 overflowed, and nothing was updated.
             examples: of the step.
             where: names the step in messages.
+            wishes: to stop, and to save.
         """
+        self.wishes = wishes
         self._skipped, self._examples, self._where = skipped, examples, where
         wide = torch.float32 if numbers[0].device.type == "mps" else torch.float64
         found = torch.stack([number.detach().to(wide) for number in numbers])

@@ -1,0 +1,206 @@
+"""Several processes at one run: who this one is, and what they tell each other.
+
+Data parallelism needs no wrapper around a model here. Every process holds the whole of it, takes
+its share of a step's examples, and the gradients are summed: one all-reduce a step. What is
+random depends on seed, step and row alone, so which process has a row changes nothing.
+
+The processes are started by `slm-lora --processes N` (see `cli.workers`) or by torchrun. A value
+that all must agree on is sent as JSON, whose numbers are exact; nothing is pickled.
+"""
+
+from __future__ import annotations
+
+import contextlib
+import datetime
+import json
+import os
+from collections.abc import Callable, Iterator, Sequence
+from contextlib import contextmanager
+from typing import TYPE_CHECKING, Any, TypeVar
+
+from slm_lora.errors import StorageError, UsageError
+
+if TYPE_CHECKING:
+    from torch import Tensor
+
+STORE = "SLM_LORA_STORE"
+"""Environment: file through which the processes of one machine find each other; without it
+torchrun's MASTER_ADDR and MASTER_PORT say where."""
+PATIENCE = datetime.timedelta(minutes=30)
+"""Longest wait for the others: while the first one fetches a model, say."""
+
+T = TypeVar("T")
+_rank, _size = 0, 1
+
+
+class PeerLostError(StorageError):
+    """Another process of this run is gone, so this one cannot go on."""
+
+
+def rank() -> int:
+    """Number of this process, from 0."""
+    return _rank
+
+
+def size() -> int:
+    """How many processes work on this run."""
+    return _size
+
+
+def is_first() -> bool:
+    """Whether this is the one that writes and speaks."""
+    return _rank == 0
+
+
+def alone() -> bool:
+    """Whether there are no others."""
+    return _size == 1
+
+
+def started_by_another() -> bool:
+    """Whether something started this process as one of several."""
+    return "WORLD_SIZE" in os.environ
+
+
+@contextmanager
+def joined() -> Iterator[None]:
+    """Within, this process is one of those that the environment speaks of, if it does.
+
+    Raises:
+        UsageError: the environment is not that of one of several processes.
+        PeerLostError: the others cannot be reached.
+    """
+    global _rank, _size
+    if not started_by_another():
+        yield
+        return
+    import torch
+    from torch import distributed
+
+    try:
+        number, many = int(os.environ["RANK"]), int(os.environ["WORLD_SIZE"])
+        local = int(os.environ.get("LOCAL_RANK", number))
+    except (KeyError, ValueError) as error:
+        raise UsageError(
+            f"WORLD_SIZE is set, but RANK is missing or no number ({error}); start several "
+            "processes with slm-lora train --processes N, or with torchrun"
+        ) from error
+    on_gpus = torch.cuda.is_available() and distributed.is_nccl_available()
+    if on_gpus:
+        torch.cuda.set_device(local % torch.cuda.device_count())
+    try:
+        distributed.init_process_group(
+            "cpu:gloo,cuda:nccl" if on_gpus else "gloo",
+            init_method=f"file://{os.environ[STORE]}" if STORE in os.environ else "env://",
+            rank=number,
+            world_size=many,
+            timeout=PATIENCE,
+        )
+    except (RuntimeError, ValueError) as error:
+        raise PeerLostError(
+            f"process {number + 1} of {many} cannot reach the others: {_first_line(error)}"
+        ) from error
+    _rank, _size = number, many
+    try:
+        yield
+    finally:
+        _rank, _size = 0, 1
+        # After a failure the others may be gone, or wait for us: leaving tells them.
+        with contextlib.suppress(RuntimeError):
+            distributed.destroy_process_group()
+
+
+def share(items: Sequence[T], cost: Callable[[T], int]) -> list[T]:
+    """What of ``items`` is this process's: the dearest first, each to whom has least so far."""
+    if alone():
+        return list(items)
+    loads, mine = [0] * _size, []
+    for index in sorted(range(len(items)), key=lambda i: -cost(items[i])):
+        least = loads.index(min(loads))
+        loads[least] += cost(items[index])
+        if least == _rank:
+            mine.append(items[index])
+    return mine
+
+
+def sum_up(tensor: Tensor) -> None:
+    """Replace a tensor by its sum over the processes; the same bits in all of them.
+
+    Raises:
+        PeerLostError: one is gone.
+    """
+    from torch import distributed
+
+    with _peers():
+        distributed.all_reduce(tensor)
+
+
+def gather(value: Any) -> list[Any]:
+    """What every process says, a JSON value each, in their order.
+
+    Raises:
+        PeerLostError: one is gone.
+    """
+    if alone():
+        return [value]
+    import torch
+    from torch import distributed
+
+    text = json.dumps(value).encode()
+    sizes = [torch.zeros(1, dtype=torch.int64) for _ in range(_size)]
+    with _peers():
+        distributed.all_gather(sizes, torch.tensor([len(text)]))
+        longest = int(max(sizes))
+        padded = torch.zeros(longest, dtype=torch.uint8)
+        padded[: len(text)] = torch.frombuffer(bytearray(text), dtype=torch.uint8)
+        texts = [torch.empty(longest, dtype=torch.uint8) for _ in range(_size)]
+        distributed.all_gather(texts, padded)
+    return [
+        json.loads(each[: int(many)].numpy().tobytes())
+        for each, many in zip(texts, sizes, strict=True)
+    ]
+
+
+def from_first(work: Callable[[], Any]) -> Any:
+    """Do ``work`` in the first process only; all get its JSON value.
+
+    Raises:
+        PeerLostError: one is gone; the first, say, as its work failed.
+    """
+    return gather(work() if is_first() else None)[0]
+
+
+def first_then_all(work: Callable[[], T]) -> T:
+    """Do ``work`` everywhere, but in the first process before the others: what it fetches or
+    builds is then there for all.
+
+    Raises:
+        PeerLostError: one is gone; the first, say, as its work failed.
+    """
+    done = [work()] if is_first() else []
+    wait()
+    return done[0] if done else work()
+
+
+def wait() -> None:
+    """Until all have come so far.
+
+    Raises:
+        PeerLostError: one is gone.
+    """
+    gather(None)
+
+
+@contextmanager
+def _peers() -> Iterator[None]:
+    try:
+        yield
+    except RuntimeError as error:  # torch.distributed's own errors among them
+        raise PeerLostError(
+            f"process {_rank + 1} of {_size}: another process of this run is gone "
+            f"({_first_line(error)})"
+        ) from error
+
+
+def _first_line(error: Exception) -> str:
+    return (str(error).strip().splitlines() or [type(error).__name__])[0]

@@ -1,0 +1,62 @@
+"""One of several processes: the summed gradient and the gathered scores of the same rows.
+
+FOLDER of a model, "double" or "single", OUT. Process 1 writes what all have.
+"""
+
+from __future__ import annotations
+
+import sys
+from pathlib import Path
+
+import torch
+from safetensors.torch import save_file
+
+from slm_lora import processes
+from slm_lora.evaluation.perplexity import score
+from slm_lora.model import adapter
+from slm_lora.model.load import load_base
+from slm_lora.model.source import resolve
+from slm_lora.recipe.schema import AdapterSection, ModelSection
+from slm_lora.training.step import Updater
+
+from .test_forward import make_examples
+
+LENGTHS = [90, 7, 33, 52, 18, 64, 5, 41, 77, 12, 29]
+"""Eleven rows: two or four processes get unequal shares."""
+
+
+def main() -> None:
+    folder, precision, out = sys.argv[1:]
+    torch.set_num_threads(1)
+    with processes.joined():
+        source = resolve(ModelSection(name=folder))
+        base = load_base(source, device=torch.device("cpu"), precision="fp32")
+        scores = score(base, make_examples(LENGTHS), "test", 100)
+        adapted = adapter.attach(base, AdapterSection(r=4, lora_dropout=0.1), 3)
+        adapted.train()
+        generator = torch.Generator().manual_seed(1)
+        for name, parameter in adapted.named_parameters():
+            if "lora_B" in name:
+                parameter.data.copy_(torch.randn(parameter.shape, generator=generator) * 0.1)
+        if precision == "double":
+            adapted.double()
+        parameters = [p for p in adapted.parameters() if p.requires_grad]
+        scaler = torch.amp.GradScaler("cpu", enabled=False)
+        updater = Updater(base, parameters, torch.optim.SGD(parameters, lr=0.0), scaler, "all", 1e9)
+        few = make_examples(LENGTHS)
+        found = {}
+        for rows in (11, 1):  # with one row, some processes have none
+            launched = updater.step(few[:rows], 60, "seed", False, 0, "step")
+            loss, _ = launched.result()
+            found[f"loss-{rows}"] = torch.tensor([loss], dtype=torch.float64)
+            gradients = [p.grad.double().flatten() for p in parameters if p.grad is not None]
+            found[f"gradient-{rows}"] = torch.cat(gradients)
+        # All have the same bits.
+        digest = float(found["gradient-11"].abs().sum())
+        assert len(set(processes.gather(digest))) == 1
+        found["nll"] = torch.tensor([each.nll_all for each in scores], dtype=torch.float64)
+        if processes.is_first():
+            save_file(found, Path(out))
+
+
+main()

@@ -1,0 +1,293 @@
+"""Several processes at one run: the same numbers, one voice, one end, and nobody left behind."""
+
+from __future__ import annotations
+
+import json
+import os
+import signal
+import socket
+import subprocess
+import sys
+import time
+from collections.abc import Callable, Iterator
+from pathlib import Path
+
+import pytest
+import torch
+from hypothesis import given
+from hypothesis import strategies as st
+from safetensors.torch import load_file
+
+from slm_lora import processes
+from slm_lora.training.checkpoint import generations
+
+from .test_experiment import Lab
+
+pytestmark = pytest.mark.skipif(os.name == "nt", reason="signals of POSIX")
+REPOSITORY = Path(__file__).parents[2]
+SLM_LORA = (sys.executable, "-m", "slm_lora")
+
+
+def environment(**more: str) -> dict[str, str]:
+    return {**os.environ, "OMP_NUM_THREADS": "1", "GLOO_SOCKET_IFNAME": "lo", **more}
+
+
+def together(many: int, words: list[object], folder: Path) -> list[int]:
+    """Run a command in so many processes, started by nothing of ours; their exit codes."""
+    store = folder / f"store-{time.monotonic_ns()}"
+    started = [
+        subprocess.Popen(
+            list(map(str, words)),
+            cwd=REPOSITORY,
+            env=environment(RANK=f"{n}", WORLD_SIZE=f"{many}", **{processes.STORE: f"{store}"}),
+        )
+        for n in range(many)
+    ]
+    return [each.wait(timeout=120) for each in started]
+
+
+# --- shares ------------------------------------------------------------------------------------
+
+
+@given(costs=st.lists(st.integers(1, 500), max_size=40), many=st.integers(1, 6))
+def test_every_item_is_somebodys_and_loads_are_even(costs: list[int], many: int) -> None:
+    items = list(enumerate(costs))
+    shares = []
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setattr(processes, "_size", many)
+        for rank in range(many):
+            patch.setattr(processes, "_rank", rank)
+            shares.append(processes.share(items, lambda item: item[1]))
+    assert sorted(item for share in shares for item in share) == items
+    loads = [sum(cost for _, cost in share) for share in shares]
+    assert max(loads) - min(loads) <= max(costs, default=0)
+
+
+# --- the same numbers --------------------------------------------------------------------------
+
+
+@pytest.mark.parametrize(("precision", "bound"), [("double", 1e-12), ("single", 1e-5)])
+def test_gradients_and_scores_are_those_of_one_process(
+    tiny_folder: Path, tmp_path: Path, precision: str, bound: float
+) -> None:
+    """Dropout is on: its masks do not depend on who has a row."""
+    found = []
+    for many in (1, 2, 4):
+        out = tmp_path / f"{many}.safetensors"
+        words = [sys.executable, "-m", "tests.integration.one_rank", tiny_folder, precision, out]
+        assert together(many, words, tmp_path) == [0] * many
+        found.append(load_file(out))
+    for other in found[1:]:
+        for name, wanted in found[0].items():
+            distance = ((other[name] - wanted).norm() / wanted.norm()).item()
+            assert distance < (bound if name != "nll" else 1e-6), name
+            assert wanted.norm() > 0
+
+
+def loss_and_adapter(lab: Lab) -> tuple[list[float], dict[str, torch.Tensor]]:
+    steps = next(lab.results.rglob("steps.jsonl")).read_text().splitlines()
+    adapters = load_file(next(lab.adapters.rglob("adapter_model.safetensors")))
+    return [json.loads(line)["loss"] for line in steps], adapters
+
+
+def train(lab: Lab, *options: object, cell: str = "r4-40") -> list[str]:
+    where = ("--results", lab.results.parent, "--adapters", lab.adapters, "--cell", cell)
+    return [*SLM_LORA, "train", *map(str, (lab.recipe, *where, *options))]
+
+
+def same(one: Lab, other: Lab) -> None:
+    losses, adapters = zip(loss_and_adapter(one), loss_and_adapter(other), strict=True)
+    assert losses[0] == pytest.approx(losses[1], rel=1e-5)
+    for name, tensor in adapters[0].items():
+        assert ((tensor - adapters[1][name]).norm() / tensor.norm()).item() < 1e-4
+
+
+@pytest.fixture(scope="module")
+def straight(tmp_path_factory: pytest.TempPathFactory, tiny_folder: Path) -> Lab:
+    """One process, never stopped."""
+    lab = Lab(tmp_path_factory.mktemp("straight"), tiny_folder)
+    subprocess.run(train(lab), check=True, env=environment())
+    return lab
+
+
+def test_the_command_in_two_processes(straight: Lab, tmp_path: Path, tiny_folder: Path) -> None:
+    lab = Lab(tmp_path / "two", tiny_folder)
+    done = subprocess.run(
+        train(lab, "--processes", 2), env=environment(), capture_output=True, text=True
+    )
+    assert done.returncode == 0, done.stderr
+    assert done.stderr.count("trained 10 steps") == 1, "one voice"
+    same(straight, lab)
+    run = json.loads(next(lab.results.rglob("run.json")).read_text())
+    assert run["machine"]["processes"] == 2
+    wanted = json.loads(next(straight.results.rglob("run.json")).read_text())
+    assert run["evaluation"]["all"]["rows"] == 20
+    assert run["evaluation"]["all"]["loss"] == pytest.approx(
+        wanted["evaluation"]["all"]["loss"], rel=1e-6
+    )
+
+
+def test_torchrun(straight: Lab, tmp_path: Path, tiny_folder: Path) -> None:
+    lab = Lab(tmp_path / "torchrun", tiny_folder)
+    torchrun = [sys.executable, "-m", "torch.distributed.run", "--standalone"]
+    words = [*torchrun, "--nproc-per-node", "2", *train(lab)[1:]]
+    done = subprocess.run(words, env=environment(), capture_output=True, text=True, timeout=200)
+    assert done.returncode == 0, done.stderr
+    same(straight, lab)
+
+
+# --- stops, deaths and mistakes ----------------------------------------------------------------
+
+
+LONG = ("training.num_train_epochs=100", "training.learning_rate=1e-4", "checkpoint_seconds=0")
+
+
+def workers_of(starter: int) -> list[int]:
+    listing = subprocess.run(
+        ["ps", "-o", "pid=", "--ppid", f"{starter}"], capture_output=True, text=True, check=False
+    )
+    return [int(word) for word in listing.stdout.split()]
+
+
+def gone(pids: list[int]) -> bool:
+    def is_gone(pid: int) -> bool:
+        try:
+            return Path(f"/proc/{pid}/stat").read_text().rpartition(")")[2].split()[0] == "Z"
+        except OSError:
+            return True
+
+    return all(is_gone(pid) for pid in pids)
+
+
+def until(what: Callable[[], bool], seconds: float = 90.0) -> None:
+    end = time.monotonic() + seconds
+    while not what():
+        assert time.monotonic() < end, "waited in vain"
+        time.sleep(0.05)
+
+
+@pytest.fixture
+def under_way(tmp_path: Path, tiny_folder: Path) -> Iterator[tuple[Lab, subprocess.Popen[str]]]:
+    """A long training in two processes that has saved a checkpoint."""
+    lab = Lab(tmp_path / "under-way", tiny_folder)
+    started = subprocess.Popen(
+        train(lab, "--processes", 2, *LONG), env=environment(), stderr=subprocess.PIPE, text=True
+    )
+    until(lambda: bool(list((lab.results / "checkpoints").glob("*/step-00001*"))))
+    yield lab, started
+    pids = workers_of(started.pid)
+    started.kill()
+    for pid in pids:
+        os.kill(pid, signal.SIGKILL)
+
+
+def newest_step(lab: Lab) -> int:
+    folder = next((lab.results / "checkpoints").iterdir())
+    return int(generations(folder)[-1].name.removeprefix("step-"))
+
+
+@pytest.fixture(scope="module")
+def long_straight(tmp_path_factory: pytest.TempPathFactory, tiny_folder: Path) -> Lab:
+    """What `under_way` would come to in one process."""
+    lab = Lab(tmp_path_factory.mktemp("long-straight"), tiny_folder)
+    words = train(lab, *LONG[:2])
+    subprocess.run(words, check=True, env=environment())
+    return lab
+
+
+@pytest.mark.parametrize("whom", ["starter", "a worker"])
+def test_a_request_to_stop_stops_all_and_another_number_goes_on(
+    under_way: tuple[Lab, subprocess.Popen[str]], whom: str, long_straight: Lab
+) -> None:
+    lab, started = under_way
+    pids = workers_of(started.pid)
+    os.kill(started.pid if whom == "starter" else max(pids), signal.SIGTERM)
+    assert started.wait(timeout=60) == 75
+    until(lambda: gone(pids))
+    stopped = newest_step(lab)
+    assert 10 <= stopped < 500
+    done = subprocess.run(train(lab, *LONG), env=environment(), capture_output=True, text=True)
+    assert done.returncode == 0, done.stderr
+    assert f"going on from step-{stopped:06d}" in done.stderr
+    assert "processes 2 → 1" in done.stderr
+    losses, wanted = loss_and_adapter(lab)[0], loss_and_adapter(long_straight)[0]
+    assert losses == pytest.approx(wanted, rel=1e-4)
+
+
+def test_one_that_is_killed_ends_the_run_with_its_reason(
+    under_way: tuple[Lab, subprocess.Popen[str]],
+) -> None:
+    lab, started = under_way
+    pids = workers_of(started.pid)
+    os.kill(max(pids), signal.SIGKILL)
+    assert started.wait(timeout=60) == 128 + signal.SIGKILL
+    assert started.stderr is not None
+    assert "process 2 of 2 was ended by SIGKILL" in started.stderr.read()
+    until(lambda: gone(pids))
+    assert newest_step(lab) >= 10
+
+
+def test_nobody_outlives_the_starter(under_way: tuple[Lab, subprocess.Popen[str]]) -> None:
+    lab, started = under_way
+    pids = workers_of(started.pid)
+    started.kill()
+    until(lambda: gone(pids))
+    assert newest_step(lab) >= 10
+
+
+def test_an_error_of_the_second_process_is_told(
+    straight: Lab, tmp_path: Path, tiny_folder: Path
+) -> None:
+    """The second one alone sees other rows: it says why it ends, and so does the command."""
+    lab = Lab(tmp_path / "spoilt", tiny_folder)
+    words = train(lab, "--processes", 2, "training.learning_rate=1e30")
+    done = subprocess.run(words, env=environment(), capture_output=True, text=True, timeout=120)
+    assert done.returncode == 5
+    assert "step 2 of 10" in done.stderr or "step 1 of 10" in done.stderr
+    assert "Traceback" not in done.stderr
+
+
+def test_more_processes_than_examples(tmp_path: Path, tiny_folder: Path) -> None:
+    lab = Lab(tmp_path / "many", tiny_folder)
+    words = train(lab, "--processes", 2, "training.effective_batch_size=1")
+    done = subprocess.run(words, env=environment(), capture_output=True, text=True, timeout=120)
+    assert done.returncode == 2
+    assert "2 processes, but a step of r4-40 has 1 examples" in done.stderr
+    none = subprocess.run(
+        train(lab, "--processes", 0), env=environment(), capture_output=True, text=True
+    )
+    assert none.returncode == 2 and "--processes 0: must be 1 or more" in none.stderr
+
+
+def test_unequal_recipes(tmp_path: Path, tiny_folder: Path) -> None:
+    lab, store = Lab(tmp_path / "unequal", tiny_folder), tmp_path / "store"
+    started = [
+        subprocess.Popen(
+            train(lab, f"training.learning_rate=1e-{2 + n}"),
+            env=environment(RANK=f"{n}", WORLD_SIZE="2", **{processes.STORE: f"{store}"}),
+            stderr=subprocess.PIPE,
+            text=True,
+        )
+        for n in range(2)
+    ]
+    for each in started:
+        _, said = each.communicate(timeout=120)
+        assert each.returncode == 4
+        assert "the processes were given different recipes, rows or bases" in said
+
+
+def test_a_port_that_is_taken(tmp_path: Path, tiny_folder: Path) -> None:
+    lab = Lab(tmp_path / "port", tiny_folder)
+    with socket.socket() as taken:
+        taken.bind(("127.0.0.1", 0))
+        taken.listen()
+        done = subprocess.run(
+            train(lab), capture_output=True, text=True, timeout=120,
+            env=environment(
+                RANK="0", WORLD_SIZE="2", MASTER_ADDR="127.0.0.1",
+                MASTER_PORT=f"{taken.getsockname()[1]}",
+            ),
+        )  # fmt: skip
+    assert done.returncode == 6
+    assert "process 1 of 2 cannot reach the others" in done.stderr
+    assert "Traceback" not in done.stderr
