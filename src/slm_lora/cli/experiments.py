@@ -46,16 +46,13 @@ def experiment(
     Finished cells are kept: the same command continues after an interruption.
     """
     from slm_lora.experiment.jobs import make_jobs
-    from slm_lora.experiment.places import Places
     from slm_lora.experiment.report import terminal_table, write_report
     from slm_lora.experiment.runner import run_jobs
     from slm_lora.progress import Reporter
     from slm_lora.recipe.reading import load_recipe
 
     read, cells = load_recipe(recipe, overrides or [])
-    places = Places(
-        read.name, results / read.name, adapters, read.keep_adapters, read.checkpoint_seconds
-    )
+    places = _places(read, results, adapters)
     quiet_libraries()
     with processes.joined():
         reporter = Reporter(quiet=not processes.is_first())
@@ -91,7 +88,6 @@ def train(
 ) -> None:
     """Train and score one cell of a recipe, without the base."""
     from slm_lora.experiment.jobs import make_jobs
-    from slm_lora.experiment.places import Places
     from slm_lora.experiment.runner import run_cells
     from slm_lora.progress import Reporter
     from slm_lora.recipe.reading import load_recipe
@@ -101,9 +97,7 @@ def train(
     if not cell and len(cells) > 1:
         raise UsageError(f"the recipe has {len(cells)} cells; choose one: --cell {chosen.name} …")
     quiet_libraries()
-    places = Places(
-        read.name, results / read.name, adapters, read.keep_adapters, read.checkpoint_seconds
-    )
+    places = _places(read, results, adapters)
     with processes.joined():
         reporter = Reporter(quiet=not processes.is_first())
         jobs = processes.first_then_all(lambda: make_jobs([chosen]))
@@ -208,6 +202,21 @@ def compare(
         out.print(f"{arm.name}  loss {loss.value:.4f} ({loss.low:.4f} to {loss.high:.4f})")
     out.print(sentence(found))
     out.print("Below zero the second has the lower loss; the intervals cover the test rows.")
+
+
+def _places(recipe: Any, results: Path, adapters: Path) -> Any:
+    from slm_lora.experiment.places import Places
+    from slm_lora.experiment.trackers import check_installed
+
+    check_installed(recipe.report_to)
+    return Places(
+        recipe.name,
+        results / recipe.name,
+        adapters,
+        recipe.keep_adapters,
+        recipe.checkpoint_seconds,
+        recipe.report_to,
+    )
 
 
 def _say_data(job: Any, reporter: Any) -> None:

@@ -11,6 +11,7 @@ from slm_lora.experiment.jobs import Job
 from slm_lora.experiment.unfinished import check_unfinished
 from slm_lora.lock import only_process
 from slm_lora.model import adapter
+from slm_lora.recipe.schema import TrackerName
 from slm_lora.runs import Run, find_run
 from slm_lora.storage import recover, recover_all, require_space, sha256_file
 from slm_lora.training.checkpoint import space_needed
@@ -27,6 +28,7 @@ class Places:
         adapters: folder that adapter folders are put into.
         keep_adapters: whether they stay there; else scores are all that a finished cell needs.
         checkpoint_seconds: least time between two checkpoints of a training.
+        report_to: trackers that are told of its trainings.
     """
 
     experiment: str
@@ -34,6 +36,7 @@ class Places:
     adapters: Path
     keep_adapters: bool = True
     checkpoint_seconds: float = 60.0
+    report_to: tuple[TrackerName, ...] = ()
 
     def adapter(self, cell: str) -> Path:
         """Folder of one cell's adapter."""

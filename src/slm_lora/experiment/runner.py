@@ -6,7 +6,7 @@ import gc
 import shutil
 import time
 from collections.abc import Iterator, Sequence
-from contextlib import contextmanager, nullcontext
+from contextlib import AbstractContextManager, ExitStack, contextmanager, nullcontext
 from dataclasses import asdict
 from pathlib import Path
 from typing import Any
@@ -16,8 +16,15 @@ from torch import nn
 from slm_lora import machine, processes
 from slm_lora.errors import IntegrityError, UsageError
 from slm_lora.evaluation.perplexity import held_out_loss, score, write_scores
-from slm_lora.experiment.jobs import Job, data_record
+from slm_lora.experiment.jobs import Job
 from slm_lora.experiment.places import BASE, Places, at_work, finished, require_room
+from slm_lora.experiment.run_record import (
+    about_adapter,
+    common_record,
+    setting_of,
+    training_record,
+)
+from slm_lora.experiment.trackers import Tracked, Trackers, tracking
 from slm_lora.experiment.unfinished import made_of, setting
 from slm_lora.model import adapter, flash, fusion, native
 from slm_lora.model.base import Base
@@ -185,7 +192,7 @@ def _with_saved(folder: Path, job: Job, loaded: _LoadedBase) -> Base:
 def _run_base(job: Job, base: Base, places: Places, reporter: Reporter) -> Run:
     machine.reset_peak_memory(job.device.type)
     scores, evaluation = _evaluate(base, job, BASE, reporter)
-    record = {**_common(job, base, places), "settings": {}, "evaluation": evaluation}
+    record = {**common_record(job, base, places), "settings": {}, "evaluation": evaluation}
     if processes.is_first():
         with new_run(places.results, BASE, job.base_identity, record) as folder:
             write_scores(scores, folder / SCORES_FILE)
@@ -198,6 +205,7 @@ def _run_cell(job: Job, loaded: _LoadedBase, places: Places, reporter: Reporter)
     base = loaded.for_job(job)
     machine.reset_peak_memory(job.device.type)
     adapted = adapter.attach(base, section, job.cell.recipe.seed)
+    stack = ExitStack()
     try:
         checkpointer = Checkpointer(
             places.checkpoint(name, job.identity),
@@ -210,18 +218,24 @@ def _run_cell(job: Job, loaded: _LoadedBase, places: Places, reporter: Reporter)
         )
         if processes.is_first():
             require_room(job, places, adapter.count_parameters(adapted).trainable)
-        result = _train(job, base, adapted, checkpointer, reporter)
+        trackers = stack.enter_context(_tracking(job, places, reporter))
+        result = _train(job, base, adapted, checkpointer, reporter, trackers)
         peak = machine.peak_memory_bytes(job.device.type)
         parameters = adapter.count_parameters(adapted)
         if processes.is_first():
-            adapter.save(base, adapted, folder, _about(job, places), job.prepared.chat_template)
+            adapter.save(
+                base, adapted, folder, about_adapter(job, places), job.prepared.chat_template
+            )
         processes.wait()
         if adapter.alters_base(section):
             # What is scored is what was saved, on the base as it was.
             loaded.drop()
             base = _with_saved(folder, job, loaded)
         scores, evaluation = _evaluate(base, job, name, reporter)
+        headline = evaluation[evaluation["headline"]]
+        trackers.scored(headline["loss"], headline["perplexity"], len(result.history))
     finally:
+        stack.close()
         if adapter.alters_base(section):
             loaded.drop()
         else:
@@ -230,8 +244,8 @@ def _run_cell(job: Job, loaded: _LoadedBase, places: Places, reporter: Reporter)
         weights = adapter.weights_file(folder)
         assert weights is not None
         record = {
-            **_common(job, base, places),
-            "settings": {key: _at(job.recipe, key) for key in job.cell.settings},
+            **common_record(job, base, places),
+            "settings": {key: setting_of(job.recipe, key) for key in job.cell.settings},
             "adapter": {
                 "folder": folder.name,
                 "sha256": sha256_file(weights),
@@ -240,7 +254,7 @@ def _run_cell(job: Job, loaded: _LoadedBase, places: Places, reporter: Reporter)
                 "all_parameters": parameters.total,
                 "percent": parameters.percent,
             },
-            "training": _training_record(result, peak),
+            "training": training_record(result, peak),
             "evaluation": evaluation,
         }
         with new_run(places.results, name, job.identity, record) as run:
@@ -253,8 +267,22 @@ def _run_cell(job: Job, loaded: _LoadedBase, places: Places, reporter: Reporter)
     return _found(places, name, job.identity)
 
 
+def _tracking(job: Job, places: Places, reporter: Reporter) -> AbstractContextManager[Trackers]:
+    """The recipe's trackers of one training; only the first of several processes has any."""
+    names = places.report_to if processes.is_first() else ()
+    run = Tracked(
+        places.experiment, f"{job.cell.name}-{job.identity[:8]}", job.recipe, places.results
+    )
+    return tracking(names, run, reporter.say)
+
+
 def _train(
-    job: Job, base: Base, adapted: nn.Module, checkpointer: Checkpointer, reporter: Reporter
+    job: Job,
+    base: Base,
+    adapted: nn.Module,
+    checkpointer: Checkpointer,
+    reporter: Reporter,
+    trackers: Trackers,
 ) -> TrainingResult:
     section = job.cell.recipe.training
     compile_validation = _compiles(job, job.prepared.validation, base)
@@ -283,6 +311,7 @@ def _train(
             # The first step of a later sitting brings those of the earlier ones along.
             task.advance(step.step - shown, step.tokens, note)
             shown = step.step
+            trackers.step(step)
 
         result = train(
             base,
@@ -363,67 +392,6 @@ def _say_fallbacks(reporter: Reporter) -> None:
 def _kinds(scores: Sequence[RowScore]) -> tuple[LossOn, ...]:
     # Truncation may leave a set without any response token; the whole text is always there.
     return ("all", "response") if any(s.tokens_response for s in scores) else ("all",)
-
-
-def _training_record(result: TrainingResult, peak: int) -> dict[str, Any]:
-    last = result.history[-1]
-    return {
-        "steps": len(result.history),
-        "epochs": last.epoch,
-        "tokens": result.tokens,
-        "label_tokens": sum(step.label_tokens for step in result.history),
-        "seconds": result.seconds,
-        "first_step_seconds": result.first_step_seconds,
-        "tokens_per_s": result.tokens_per_s,
-        "peak_memory_bytes": peak,
-        "compiled": result.compiled,
-        "last_step_loss": last.loss,
-        "rows_without_labels": result.rows_without_labels,
-        "kept_step": result.kept_step,
-        "stopped_early": result.stopped_early,
-        "skipped_steps": sum(step.skipped for step in result.history),
-    }
-
-
-def _common(job: Job, base: Base, places: Places) -> dict[str, Any]:
-    return {
-        "experiment": places.experiment,
-        "recipe": job.recipe,
-        "model": {
-            "name": job.source.name,
-            "revision": job.source.revision,
-            "sha256": job.source.sha256,
-            "precision": base.precision,
-            "packed": base.packed,
-        },
-        "data": data_record(job),
-        "machine": machine.describe(job.device.type) | {"processes": processes.size()},
-        "versions": machine.versions(),
-    }
-
-
-def _about(job: Job, places: Places) -> dict[str, Any]:
-    return {
-        "experiment": places.experiment,
-        "cell": job.cell.name,
-        "base": {
-            "name": job.source.name,
-            "revision": job.source.revision,
-            "sha256": job.source.sha256,
-        },
-        "template": asdict(job.prepared.template),
-        "recipe": job.recipe,
-        "run": job.identity,
-        "versions": machine.versions(),
-    }
-
-
-def _at(recipe: dict[str, Any], key: str) -> Any:
-    """A dotted key of the resolved recipe, where local paths are file names."""
-    value: Any = recipe
-    for part in key.split("."):
-        value = value[part]
-    return value
 
 
 def _found(places: Places, cell: str, identity: str) -> Run:

@@ -46,7 +46,7 @@ _SHORT = {
     "data_seed": "data",
     "adapter.kind": "",
 }
-_NOT_IN_CELLS = ("name", "description", "grid", "seeds", "keep_adapters", "checkpoint_seconds")
+_NOT_IN_CELLS = Recipe.model_fields.keys() - CellRecipe.model_fields.keys()
 
 
 def unfold(recipe: Recipe, settings: Settings, sources: Sources, mistakes: list[str]) -> list[Cell]:

@@ -41,6 +41,7 @@ def _of_64_bits(value: int) -> int:
 
 Int = Annotated[int, BeforeValidator(_no_bool), AfterValidator(_of_64_bits)]
 Float = Annotated[float, BeforeValidator(_no_bool)]
+TrackerName = Literal["tensorboard", "wandb", "trackio"]
 Precision = Literal["auto", "fp32", "bf16", "fp16"]
 
 Format = Literal["auto", "dolly", "alpaca", "prompt_completion", "chat", "text"]
@@ -303,6 +304,9 @@ class Recipe(CellRecipe):
         True,
         description="False: an adapter is removed once it is scored, and a finished cell is one "
         "with scores. For large grids of which only the numbers are wanted.",
+    )
+    report_to: tuple[TrackerName, ...] = Field(
+        (), description="Trackers that are told of every step, besides our own files."
     )
     checkpoint_seconds: Float = Field(
         60,

@@ -1,0 +1,76 @@
+"""What a run and an adapter say of how they were made, as JSON."""
+
+from __future__ import annotations
+
+from dataclasses import asdict
+from typing import Any
+
+from slm_lora import machine, processes
+from slm_lora.experiment.jobs import Job, data_record
+from slm_lora.experiment.places import Places
+from slm_lora.model.base import Base
+from slm_lora.training.loop import TrainingResult
+
+
+def common_record(job: Job, base: Base, places: Places) -> dict[str, Any]:
+    """What every run says: recipe, model, rows, machine and versions."""
+    return {
+        "experiment": places.experiment,
+        "recipe": job.recipe,
+        "model": {
+            "name": job.source.name,
+            "revision": job.source.revision,
+            "sha256": job.source.sha256,
+            "precision": base.precision,
+            "packed": base.packed,
+        },
+        "data": data_record(job),
+        "machine": machine.describe(job.device.type) | {"processes": processes.size()},
+        "versions": machine.versions(),
+    }
+
+
+def training_record(result: TrainingResult, peak: int) -> dict[str, Any]:
+    """Of a finished training; ``peak`` in bytes."""
+    last = result.history[-1]
+    return {
+        "steps": len(result.history),
+        "epochs": last.epoch,
+        "tokens": result.tokens,
+        "label_tokens": sum(step.label_tokens for step in result.history),
+        "seconds": result.seconds,
+        "first_step_seconds": result.first_step_seconds,
+        "tokens_per_s": result.tokens_per_s,
+        "peak_memory_bytes": peak,
+        "compiled": result.compiled,
+        "last_step_loss": last.loss,
+        "rows_without_labels": result.rows_without_labels,
+        "kept_step": result.kept_step,
+        "stopped_early": result.stopped_early,
+        "skipped_steps": sum(step.skipped for step in result.history),
+    }
+
+
+def about_adapter(job: Job, places: Places) -> dict[str, Any]:
+    """What an adapter's folder says of its making."""
+    return {
+        "experiment": places.experiment,
+        "cell": job.cell.name,
+        "base": {
+            "name": job.source.name,
+            "revision": job.source.revision,
+            "sha256": job.source.sha256,
+        },
+        "template": asdict(job.prepared.template),
+        "recipe": job.recipe,
+        "run": job.identity,
+        "versions": machine.versions(),
+    }
+
+
+def setting_of(recipe: dict[str, Any], key: str) -> Any:
+    """A dotted key of the resolved recipe, where local paths are file names."""
+    value: Any = recipe
+    for part in key.split("."):
+        value = value[part]
+    return value

@@ -1,0 +1,141 @@
+"""Trackers are told of every step, and none of them can stop a run."""
+
+from __future__ import annotations
+
+import importlib.util
+import json
+import sqlite3
+from pathlib import Path
+
+import pytest
+
+from slm_lora.experiment import trackers
+from slm_lora.experiment.trackers import Tracked, tracking
+from slm_lora.records import Step
+
+from .test_experiment import Lab, command
+
+
+def needs(name: str) -> pytest.MarkDecorator:
+    there = importlib.util.find_spec(name) is not None
+    return pytest.mark.skipif(not there, reason=f"{name} is not installed (make test-all)")
+
+
+@pytest.fixture
+def lab(tmp_path: Path, tiny_folder: Path) -> Lab:
+    return Lab(tmp_path / "lab", tiny_folder)
+
+
+def train(lab: Lab, names: str) -> int:
+    where = ("--results", lab.results.parent, "--adapters", lab.adapters, "--cell", "r2-40")
+    return command("train", lab.recipe, *where, f"report_to=[{names}]")
+
+
+def steps(lab: Lab) -> list[float]:
+    lines = next(lab.results.rglob("steps.jsonl")).read_text().splitlines()
+    return [json.loads(line)["loss"] for line in lines]
+
+
+@needs("tensorboard")
+def test_tensorboard(lab: Lab) -> None:
+    from tensorboard.backend.event_processing.event_accumulator import EventAccumulator
+
+    assert train(lab, "tensorboard") == 0
+    folder = next((lab.results / "tensorboard").iterdir())
+    assert folder.name == next((lab.results / "runs").iterdir()).name
+    events = EventAccumulator(str(folder))
+    events.Reload()
+    told = events.Scalars("train/loss")
+    assert [each.step for each in told] == list(range(1, 11))
+    assert [each.value for each in told] == pytest.approx(steps(lab), rel=1e-6)
+    assert events.Scalars("test/loss")[0].step == 10
+
+
+@needs("wandb")
+def test_wandb_offline(lab: Lab, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setenv("WANDB_MODE", "offline")
+    assert train(lab, "wandb") == 0
+    written = list((lab.results / "wandb").glob("offline-run-*/*.wandb"))
+    assert len(written) == 1
+    assert b"train/loss" in written[0].read_bytes()
+    assert len(steps(lab)) == 10
+
+
+@needs("trackio")
+def test_trackio(lab: Lab, tmp_path: Path) -> None:
+    """In a process of its own: it asks the environment where to write when it is imported."""
+    import os
+    import subprocess
+    import sys
+
+    store = tmp_path / "trackio"
+    where = ("--results", lab.results.parent, "--adapters", lab.adapters, "--cell", "r2-40")
+    words = ["train", lab.recipe, *where, "report_to=[trackio]"]
+    environment = {**os.environ, "TRACKIO_DIR": str(store), "HF_HUB_OFFLINE": "1"}
+    done = subprocess.run(
+        [sys.executable, "-m", "slm_lora", *map(str, words)],
+        env=environment, capture_output=True, text=True, timeout=200,
+    )  # fmt: skip
+    assert done.returncode == 0, done.stderr
+    assert "is left out" not in done.stderr
+    database = sqlite3.connect(next(store.glob("*.db")))
+    told = [json.loads(row[0]) for row in database.execute("select metrics from metrics")]
+    losses = [each["train/loss"] for each in told if "train/loss" in each]
+    assert losses == pytest.approx(steps(lab), rel=1e-6)
+
+
+def test_one_that_is_not_installed_is_named_before_any_work(
+    lab: Lab, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
+    monkeypatch.setattr(trackers.importlib.util, "find_spec", lambda name: None)
+    assert train(lab, "wandb") == 2
+    said = capsys.readouterr().err
+    assert "report_to: wandb is not installed; pip install 'slm-lora[trackers]'" in said
+    assert not lab.results.exists()
+
+
+STEP = Step(
+    step=1, total_steps=2, epoch=0.5, loss=3.0, learning_rate=1e-3, grad_norm=1.0,
+    skipped=False, examples=8, tokens=100, label_tokens=90, seconds=1.0,
+)  # fmt: skip
+
+
+@pytest.mark.parametrize("where", ["begin", "log", "finish"])
+def test_one_that_fails_is_said_once_and_the_others_go_on(
+    monkeypatch: pytest.MonkeyPatch, tmp_path: Path, where: str
+) -> None:
+    told: list[str] = []
+
+    class Good:
+        def __init__(self, run: Tracked) -> None:
+            told.append("begin")
+
+        def log(self, numbers: trackers.Numbers, step: int) -> None:
+            told.append("log")
+
+        def finish(self) -> None:
+            told.append("finish")
+
+    class Bad:
+        def __init__(self, run: Tracked) -> None:
+            self.fail("begin")
+
+        def fail(self, now: str) -> None:
+            if now == where:
+                raise OSError("the server\nis gone")
+
+        def log(self, numbers: trackers.Numbers, step: int) -> None:
+            self.fail("log")
+
+        def finish(self) -> None:
+            self.fail("finish")
+
+    monkeypatch.setattr(trackers, "_KINDS", {"wandb": Bad, "trackio": Good})
+    said: list[str] = []
+    run = Tracked("tiny", "r2", {}, tmp_path)
+    with tracking(("wandb", "trackio"), run, said.append) as some:
+        some.step(STEP)
+        some.step(STEP)
+        some.scored(2.0, 7.4, 2)
+    assert told == ["begin", "log", "log", "log", "finish"]
+    assert said == ["  note: wandb failed and is left out (the server)"]
