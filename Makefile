@@ -5,7 +5,7 @@ BIN := .venv/bin
 # A file's tests share what it made, so they stay in one process.
 PARALLEL := --numprocesses auto --dist loadfile
 
-.PHONY: help experiment plan demo test test-all bench bench-generate calibration faults check format clean
+.PHONY: help experiment plan demo test test-all bench bench-generate calibration scaling faults check format clean
 
 help:  ## List the targets.
 	@grep -hE '^[a-z-]+:.*## ' $(MAKEFILE_LIST) | sort | awk -F ':.*## ' '{printf "  make %-15s %s\n", $$1, $$2}'
@@ -37,6 +37,9 @@ bench-generate: .venv/installed  ## Measure replies against transformers' genera
 calibration: .venv/installed  ## Train sixteen seeds of one cell, and test the statistics on planted truths over them.
 	$(BIN)/slm-lora experiment recipes/calibration.yaml $(ARGS)
 	$(BIN)/python benchmarks/calibration.py
+
+scaling: .venv/installed  ## Measure 1, 2 and 4 processes, and simulate more.
+	$(BIN)/python benchmarks/scaling.py $(ARGS)
 
 faults: .venv/installed  ## Kill, stop, fill the disk, corrupt files, hundreds of times; compare with a run left alone.
 	$(BIN)/python benchmarks/faults/campaign.py $(ARGS)
