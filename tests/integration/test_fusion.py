@@ -107,12 +107,13 @@ def test_new_shapes_compile_nothing_new(load_tiny: LoadTiny) -> None:
 def test_a_long_training_compiles_from_its_second_step(load_tiny: LoadTiny) -> None:
     examples = make_examples(LENGTHS)
 
-    def losses(setting: bool) -> list[float]:
+    def losses(setting: bool, recompute: bool = False) -> list[float]:
         base = load_tiny()
         adapted = adapter.attach(base, AdapterSection(r=4, lora_dropout=0.1), seed=0)
         section = TrainingSection(
-            num_train_epochs=2, effective_batch_size=4, compile=setting, learning_rate=1e-3
-        )
+            num_train_epochs=2, effective_batch_size=4, compile=setting, learning_rate=1e-3,
+            activation_checkpointing=recompute,
+        )  # fmt: skip
         result = train(base, adapted, examples, section, 0)
         assert result.compiled == setting
         return [step.loss for step in result.history]
@@ -123,6 +124,8 @@ def test_a_long_training_compiles_from_its_second_step(load_tiny: LoadTiny) -> N
     compiled = losses(True)
     assert counters["stats"]["unique_graphs"] > 0
     assert compiled == pytest.approx(plain, rel=1e-5)
+    torch._dynamo.reset()
+    assert losses(True, recompute=True) == pytest.approx(plain, rel=1e-5)
 
 
 def test_where_compiling_fails_it_is_done_without() -> None:

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import math
 from collections.abc import Callable
+from typing import Any
 
 import pytest
 import torch
@@ -16,6 +17,7 @@ from slm_lora.model.adapter import trainable_state
 from slm_lora.model.base import Base
 from slm_lora.recipe.schema import AdapterSection, TrainingSection
 from slm_lora.records import Example
+from slm_lora.training import step
 from slm_lora.training.loop import TrainingResult, total_steps, train
 from slm_lora.training.optimizer import learning_rate
 
@@ -38,6 +40,38 @@ def run(
     state = trainable_state(adapted)
     adapter.detach(adapted)
     return result, state
+
+
+@pytest.mark.parametrize("kind", ["lora", "full"])
+def test_recomputed_layers_give_the_same_bits(
+    load_tiny: LoadTiny, monkeypatch: pytest.MonkeyPatch, kind: str
+) -> None:
+    forward = step.batch_nll
+
+    def kept_bytes(base: Base, on: bool) -> tuple[TrainingResult, dict[str, torch.Tensor], int]:
+        kept = 0
+
+        def pack(tensor: torch.Tensor) -> torch.Tensor:
+            nonlocal kept
+            kept += tensor.nbytes
+            return tensor
+
+        def watched(*arguments: Any) -> torch.Tensor:
+            with torch.autograd.graph.saved_tensors_hooks(pack, lambda tensor: tensor):
+                return forward(*arguments)
+
+        monkeypatch.setattr(step, "batch_nll", watched)
+        section = TrainingSection(activation_checkpointing=on, learning_rate=1e-3)
+        section_adapter = AdapterSection(kind=kind, lora_dropout=0.2)
+        adapted = adapter.attach(base, section_adapter, 0)
+        result = train(base, adapted, make_examples(LENGTHS), section, 0)
+        return result, trainable_state(adapted), kept
+
+    plain, weights, all_bytes = kept_bytes(load_tiny(), False)
+    recomputed, same_weights, few_bytes = kept_bytes(load_tiny(), True)
+    assert [s.loss for s in plain.history] == [s.loss for s in recomputed.history]
+    assert all(torch.equal(weights[name], same_weights[name]) for name in weights)
+    assert few_bytes < 0.4 * all_bytes
 
 
 def distance(one: dict[str, torch.Tensor], other: dict[str, torch.Tensor]) -> float:
@@ -166,8 +200,8 @@ def test_learning_rate_is_that_of_transformers(kind: str, warmup: float) -> None
     optimizer = torch.optim.SGD([torch.nn.Parameter(torch.zeros(1))], lr=0.5)
     name = "constant_with_warmup" if kind == "constant" else kind
     scheduler = get_scheduler(name, optimizer, math.ceil(warmup * 20), 20)
-    for step in range(20):
-        assert learning_rate(section, step, 20) == pytest.approx(scheduler.get_last_lr()[0])
+    for number in range(20):
+        assert learning_rate(section, number, 20) == pytest.approx(scheduler.get_last_lr()[0])
         optimizer.step()
         scheduler.step()
 

@@ -137,7 +137,7 @@ def _job(
     trained = {
         "train": prepared.train_hash,
         "adapter": recipe["adapter"],
-        "training": recipe["training"],
+        "training": _without_new_defaults(recipe["training"]),
         "seed": recipe["seed"],
     }
     return Job(
@@ -151,6 +151,15 @@ def _job(
         base_identity=content_hash(scored),
         recipe=recipe,
     )
+
+
+_NEW_DEFAULTS = {"activation_checkpointing": False}
+"""Keys of a training that came after runs were recorded: at the value that those had they are no
+part of an identity."""
+
+
+def _without_new_defaults(training: dict[str, Any]) -> dict[str, Any]:
+    return {k: v for k, v in training.items() if k not in _NEW_DEFAULTS or v != _NEW_DEFAULTS[k]}
 
 
 def _portable_recipe(

@@ -102,7 +102,10 @@ def _peak_bytes(job: Job, mean_length: float, is_base: bool) -> int:
     step = 2 * training.effective_batch_size * mean_length
     tokens = min(step, training.micro_batch_tokens) if not is_base else 0
     # Values a layer keeps for the backward pass, per token, as seen on Llama with q+v LoRA.
-    kept = size * (16 * hidden + 6 * inner) * layers * tokens
+    of_layer = 16 * hidden + 6 * inner
+    # With activation checkpointing every layer's input, and one layer's all.
+    values = hidden * layers + of_layer if training.activation_checkpointing else of_layer * layers
+    kept = size * values * tokens
     runtime = 0.7e9
     return round(weights + kept + runtime)
 

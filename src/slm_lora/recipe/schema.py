@@ -172,6 +172,11 @@ class TrainingSection(Section):
         ge=1,
         description="Tokens computed at once: the memory knob. Results move by rounding only.",
     )
+    activation_checkpointing: bool = Field(
+        False,
+        description="Keep only the inputs of layers, and compute each again in the backward pass: "
+        "less memory, more time.",
+    )
     loss_on: LossOn = Field("all", description="Tokens trained on: whole text, or response only.")
     learning_rate: Float = Field(2e-4, gt=0, description="Peak learning rate.")
     lr_scheduler_type: Literal["linear", "cosine", "constant"] = Field(

@@ -183,7 +183,13 @@ def train(
     optimizer = adamw(named, section)
     scaler = torch.amp.GradScaler(base.device.type, enabled=base.precision == "fp16")
     updater = Updater(
-        base, list(named.values()), optimizer, scaler, section.loss_on, section.max_grad_norm
+        base,
+        list(named.values()),
+        optimizer,
+        scaler,
+        section.loss_on,
+        section.max_grad_norm,
+        section.activation_checkpointing,
     )
     stop = stop or Stop()
     several = not processes.alone()

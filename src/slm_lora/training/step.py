@@ -17,6 +17,7 @@ from slm_lora.model.base import Base
 from slm_lora.model.forward import batch_nll
 from slm_lora.model.fusion import attempt
 from slm_lora.model.loss import total_dtype
+from slm_lora.model.recompute import recomputed_layers
 from slm_lora.records import Example, LossOn
 
 MOST_SKIPPED = 25
@@ -34,6 +35,7 @@ class Updater:
         scaler: of fp16 gradients; else it does nothing.
         loss_on: tokens trained on.
         max_grad_norm: the gradient is clipped to this norm.
+        recompute: whether layers keep their inputs only (activation checkpointing).
     """
 
     base: Base
@@ -42,6 +44,7 @@ class Updater:
     scaler: torch.amp.GradScaler
     loss_on: LossOn
     max_grad_norm: float
+    recompute: bool = False
 
     def step(
         self,
@@ -96,10 +99,11 @@ class Updater:
         # (A process without any example of a small step has a loss and a gradient of zero.)
         shares = [torch.zeros((), dtype=total_dtype(self.base.device), device=self.base.device)]
         mine = processes.share(examples, lambda example: example.length)
-        for micro in by_token_budget(mine, budget):
-            share = batch_nll(self.base, pack(micro, self.loss_on), dropout_seed) / labels
-            torch.autograd.backward(self.scaler.scale(share))
-            shares.append(share.detach())
+        with recomputed_layers(self.base.causal, self.recompute):
+            for micro in by_token_budget(mine, budget):
+                share = batch_nll(self.base, pack(micro, self.loss_on), dropout_seed) / labels
+                torch.autograd.backward(self.scaler.scale(share))
+                shares.append(share.detach())
         return torch.stack(shares).sum()
 
     def _sum_up(self, loss: Tensor, wishes: tuple[bool, bool]) -> tuple[Tensor, tuple[bool, bool]]:

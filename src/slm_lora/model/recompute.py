@@ -1,0 +1,37 @@
+"""Activation checkpointing: a layer keeps its input only, and is computed again in the backward
+pass (Chen et al. 2016, arXiv 1604.06174)."""
+
+from __future__ import annotations
+
+from collections.abc import Iterator
+from contextlib import contextmanager
+from typing import TYPE_CHECKING
+
+from slm_lora.errors import UsageError
+
+if TYPE_CHECKING:
+    from transformers import PreTrainedModel
+
+
+@contextmanager
+def recomputed_layers(causal: PreTrainedModel, on: bool) -> Iterator[None]:
+    """Within, decoder layers keep their inputs only while they train, if ``on``.
+
+    Dropout is a function of the row (`model.dropout`), so that the second time is the same.
+
+    Raises:
+        UsageError: the model's layers cannot.
+    """
+    if not on:
+        yield
+        return
+    try:
+        causal.activation_checkpointing_enable({"use_reentrant": False})
+    except ValueError as error:
+        raise UsageError(f"training.activation_checkpointing: {error}") from error
+    # (Only reentrant checkpoints need inputs with gradients, which here nobody wants.)
+    causal.disable_input_require_grads()  # type: ignore[no-untyped-call]
+    try:
+        yield
+    finally:
+        causal.activation_checkpointing_disable()  # type: ignore[no-untyped-call]
