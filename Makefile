@@ -74,6 +74,6 @@ clean:  ## Remove the environment and caches (results and adapters stay).
 	$(BIN)/python -m pip install --quiet --disable-pip-version-check -r requirements-serve.txt
 	touch $@
 
-.venv/installed-clients: .venv/installed-dev .venv/installed-serve requirements-clients.txt requirements-trackers.txt
-	$(BIN)/python -m pip install --quiet --disable-pip-version-check -r requirements-clients.txt -r requirements-trackers.txt
+.venv/installed-clients: .venv/installed-dev .venv/installed-serve requirements-clients.txt requirements-extras.txt
+	$(BIN)/python -m pip install --quiet --disable-pip-version-check -r requirements-clients.txt -r requirements-extras.txt
 	touch $@

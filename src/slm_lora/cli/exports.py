@@ -34,8 +34,15 @@ def merge(
     from slm_lora.export.merged import merge as merge_adapter
 
     quiet_libraries()
-    proof = merge_adapter(read(folder), out, dtype, base)
+    trained = read(folder)
+    proof = merge_adapter(trained, out, dtype, base)
     console().print(f"{out}\n{proof.sentence()}", soft_wrap=True)
+    if quantization := trained.about["base"].get("quantization"):
+        console().print(
+            f"It was trained on {trained.base_name} in {quantization}, and is merged into the "
+            "unquantised weights: losses differ from those of the training by what that rounded.",
+            soft_wrap=True,
+        )
 
 
 def export_gguf(

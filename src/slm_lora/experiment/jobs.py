@@ -79,6 +79,7 @@ def make_jobs(cells: Sequence[Cell], will_train: bool = True) -> list[Job]:
         if set_key not in sets:
             sets[set_key] = prepare(rows, section, cell.recipe.data_seed, tokenizers[source])
         _check_headline(cell, sets[set_key])
+        _check_quantization(cell)
         jobs.append(_job(cell, source, sets[set_key], rows, will_train))
     _check_same_test_rows(jobs)
     return jobs
@@ -108,6 +109,15 @@ def _check_headline(cell: Cell, prepared: Prepared) -> None:
         )
 
 
+def _check_quantization(cell: Cell) -> None:
+    kind, quantization = cell.recipe.adapter.kind, cell.recipe.model.quantization
+    if quantization and kind in ("full", "pissa"):
+        raise UsageError(
+            f"adapter.kind = {kind}: changes weights of the base, which {quantization} "
+            "(model.quantization) holds in 4 bits; use lora, rslora or dora"
+        )
+
+
 def _job(
     cell: Cell, source: ModelSource, prepared: Prepared, rows: RowSet, will_train: bool
 ) -> Job:
@@ -134,6 +144,8 @@ def _job(
         "compile": recipe["training"]["compile"],
         "micro_batch_tokens": recipe["evaluation"]["micro_batch_tokens"],
     }
+    if cell.recipe.model.quantization:
+        scored["quantization"] = cell.recipe.model.quantization
     trained = {
         "train": prepared.train_hash,
         "adapter": recipe["adapter"],
@@ -168,6 +180,8 @@ def _portable_recipe(
     """The recipe with every choice made, and local paths reduced to the file's name."""
     recipe: dict[str, Any] = cell.recipe.model_dump(mode="json")
     recipe["model"] = {"name": source.name, "revision": source.revision}
+    if cell.recipe.model.quantization:
+        recipe["model"]["quantization"] = cell.recipe.model.quantization
     for key in ("name", "template"):
         if Path(recipe["data"][key]).exists():
             recipe["data"][key] = Path(recipe["data"][key]).name

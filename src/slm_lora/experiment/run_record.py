@@ -23,6 +23,7 @@ def common_record(job: Job, base: Base, places: Places) -> dict[str, Any]:
             "sha256": job.source.sha256,
             "precision": base.precision,
             "packed": base.packed,
+            **({"quantization": base.quantization} if base.quantization else {}),
         },
         "data": data_record(job),
         "machine": machine.describe(job.device.type) | {"processes": processes.size()},
@@ -53,6 +54,7 @@ def training_record(result: TrainingResult, peak: int) -> dict[str, Any]:
 
 def about_adapter(job: Job, places: Places) -> dict[str, Any]:
     """What an adapter's folder says of its making."""
+    quantization = job.cell.recipe.model.quantization
     return {
         "experiment": places.experiment,
         "cell": job.cell.name,
@@ -60,6 +62,7 @@ def about_adapter(job: Job, places: Places) -> dict[str, Any]:
             "name": job.source.name,
             "revision": job.source.revision,
             "sha256": job.source.sha256,
+            **({"quantization": quantization} if quantization else {}),
         },
         "template": asdict(job.prepared.template),
         "recipe": job.recipe,

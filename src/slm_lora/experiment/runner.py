@@ -52,19 +52,30 @@ class _LoadedBase:
         self._base = None
 
     def for_job(self, job: Job) -> Base:
-        wanted = (job.source, job.precision, job.device)
+        quantization = job.cell.recipe.model.quantization
+        wanted = (job.source, job.precision, job.device, quantization)
         base = self._base
-        if base is None or (base.source, base.precision, base.device) != wanted:
+        if base is None or _as_loaded(base) != wanted:
             self._base = None
             gc.collect()  # layers that are `fused` refer to themselves
             self._reporter.say(
-                f"  loading {job.source.name} in {job.precision} on {job.device.type}"
+                f"  loading {job.source.name} in {quantization or job.precision} "
+                f"on {job.device.type}"
             )
-            base = load_base(job.source, device=job.device, precision=job.precision)
+            base = load_base(
+                job.source,
+                device=job.device,
+                precision=job.precision,
+                quantization=quantization,
+            )
             if base.why_plain:
                 self._reporter.say(f"  note: {base.why_plain}")
             self._base = base
         return base
+
+
+def _as_loaded(base: Base) -> tuple[object, ...]:
+    return base.source, base.precision, base.device, base.quantization
 
 
 def run_jobs(
@@ -170,6 +181,13 @@ def evaluate_adapter(
             f"  warning: {folder} does not say the SHA-256 of its files ({adapter.ABOUT}): only "
             "the shapes of its tensors were checked"
         )
+    elif folder is not None:
+        trained, now = adapter.quantization(folder), job.cell.recipe.model.quantization
+        if trained != now:
+            reporter.say(
+                f"  warning: {folder} was trained on a base in {trained or 'full precision'}, and "
+                f"is scored on one in {now or 'full precision'} (model.quantization)"
+            )
     return _evaluate(base, job, BASE if folder is None else folder.name, reporter)
 
 

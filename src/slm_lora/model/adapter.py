@@ -359,6 +359,12 @@ def is_sealed(folder: Path) -> bool:
         return False
 
 
+def quantization(folder: Path) -> str | None:
+    """How the base was quantised that a sealed adapter was trained on; None: it was not."""
+    found = read_sealed(folder / ABOUT)["base"].get("quantization")
+    return None if found is None else str(found)
+
+
 def check_base(source: ModelSource, folder: Path) -> None:
     """What says which base it was trained on is only used with that one, and as it was saved.
 

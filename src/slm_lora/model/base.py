@@ -32,6 +32,7 @@ class Base:
         precision: of its weights, or of its products where all of it is trained.
         packed: whether documents are packed (else: padded batches, the plain way).
         why_plain: one line for the user where ``packed`` is False.
+        quantization: ``nf4`` where its matrices are held in 4 bits.
     """
 
     source: ModelSource
@@ -40,6 +41,7 @@ class Base:
     precision: PrecisionName
     packed: bool
     why_plain: str = ""
+    quantization: str | None = None
 
     @property
     def dtype(self) -> torch.dtype:

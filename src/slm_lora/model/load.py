@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import functools
+import importlib.util
 from typing import TYPE_CHECKING, Any
 
 import torch
@@ -89,6 +90,7 @@ def load_base(
     device: torch.device,
     precision: PrecisionName,
     plain: bool = False,
+    quantization: str | None = None,
 ) -> Base:
     """Load the base with all weights frozen.
 
@@ -98,6 +100,7 @@ def load_base(
         precision: of its weights.
         plain: compute padded batches with transformers' own attention, as the twin that the
             packed way is tested against.
+        quantization: ``nf4`` for weights in 4 bits (Dettmers et al. 2023, arXiv 2305.14314).
 
     Raises:
         UsageError: not a causal language model that transformers can load without remote code,
@@ -106,17 +109,19 @@ def load_base(
     """
     if device.type == "cpu":
         machine.keep_freed_memory()
-    causal = _read(source, precision)
+    causal = _read(source, precision, device, quantization)
     torch.nn.Module.to(causal, device)
     torch.nn.Module.eval(causal)
     causal.requires_grad_(False)
     _check_head(source, causal)
     fuse_layers(causal)
     packed, why = (False, "asked for") if plain else _try_packed(causal)
-    return Base(source, causal, device, precision, packed, why)
+    return Base(source, causal, device, precision, packed, why, quantization)
 
 
-def _read(source: ModelSource, precision: PrecisionName) -> PreTrainedModel:
+def _read(
+    source: ModelSource, precision: PrecisionName, device: torch.device, quantization: str | None
+) -> PreTrainedModel:
     from transformers import AutoModelForCausalLM
     from transformers.utils import logging
 
@@ -130,6 +135,7 @@ def _read(source: ModelSource, precision: PrecisionName) -> PreTrainedModel:
             local_files_only=True,
             trust_remote_code=False,
             output_loading_info=True,
+            **_in_four_bits(precision, device) if quantization else {},
         )
     except RuntimeError as error:  # shapes that do not fit the configuration
         raise IntegrityError(f"model {source.name}: does not load: {_first_line(error)}") from error
@@ -145,6 +151,29 @@ def _read(source: ModelSource, precision: PrecisionName) -> PreTrainedModel:
     # PEFT writes this into the adapter: a name that exists for others, no path of this machine.
     model.name_or_path = model.config._name_or_path = source.name
     return model
+
+
+def _in_four_bits(precision: PrecisionName, device: torch.device) -> dict[str, Any]:
+    """What transformers is told.
+
+    Raises:
+        UsageError: bitsandbytes is not installed.
+    """
+    # (Imported only when asked for: it makes PEFT slow to import.)
+    if importlib.util.find_spec("bitsandbytes") is None:
+        raise UsageError(
+            "model.quantization = nf4: bitsandbytes is not installed; "
+            "pip install 'slm-lora[nf4]', or leave it out"
+        )
+    from transformers import BitsAndBytesConfig
+
+    config = BitsAndBytesConfig(  # type: ignore[no-untyped-call]
+        load_in_4bit=True,
+        bnb_4bit_quant_type="nf4",
+        bnb_4bit_use_double_quant=True,
+        bnb_4bit_compute_dtype=DTYPES[precision],
+    )
+    return {"quantization_config": config, "device_map": {"": device}}
 
 
 def _first_line(error: Exception) -> str:

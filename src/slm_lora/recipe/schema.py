@@ -63,6 +63,11 @@ class ModelSection(Section):
     revision: str | None = Field(
         None, description="Hub revision (branch, tag or commit); hub ids only."
     )
+    quantization: Literal["nf4"] | None = Field(
+        None,
+        description="`nf4`: the frozen weights in 4 bits (QLoRA); needs bitsandbytes. The adapter "
+        "and what is computed with it are not quantised.",
+    )
 
 
 class DataSection(Section):

@@ -1,0 +1,115 @@
+"""Training on a base in 4 bits, and what becomes of the adapter afterwards."""
+
+from __future__ import annotations
+
+import importlib.util
+import json
+from pathlib import Path
+from typing import Any
+
+import pytest
+import torch
+
+from slm_lora.evaluation.perplexity import score
+from slm_lora.model import load as loading
+from slm_lora.model.load import load_base
+from slm_lora.model.source import resolve
+from slm_lora.recipe.schema import ModelSection
+
+from .test_experiment import Lab, command
+from .test_forward import make_examples
+
+there = importlib.util.find_spec("bitsandbytes") is not None
+needs_bitsandbytes = pytest.mark.skipif(
+    not there, reason="bitsandbytes is not installed (make test-all)"
+)
+
+
+@pytest.fixture(scope="module")
+def lab(tmp_path_factory: pytest.TempPathFactory, tiny_folder: Path) -> Lab:
+    return Lab(tmp_path_factory.mktemp("nf4"), tiny_folder)
+
+
+def places(lab: Lab) -> tuple[object, ...]:
+    return ("--results", lab.results.parent, "--adapters", lab.adapters)
+
+
+@pytest.fixture(scope="module")
+def trained(lab: Lab) -> dict[str, Any]:
+    words = ("model.quantization=nf4", "training.num_train_epochs=4")
+    assert command("train", lab.recipe, *words, "--cell", "r4-40", *places(lab)) == 0
+    run: dict[str, Any] = json.loads(next(lab.results.rglob("run.json")).read_text())
+    return run
+
+
+@needs_bitsandbytes
+def test_weights_are_in_four_bits_and_packed_scores_are_right(tiny_folder: Path) -> None:
+    source = resolve(ModelSection(name=str(tiny_folder)))
+    cpu, examples = torch.device("cpu"), make_examples([30, 12, 5])
+    found = {}
+    for quantization in ("nf4", None):
+        for plain in (False, True):
+            base = load_base(
+                source, device=cpu, precision="fp32", plain=plain, quantization=quantization
+            )
+            assert base.packed != plain, base.why_plain
+            scores = score(base, examples, "test", 100)
+            found[quantization, plain] = [each.nll_all for each in scores]
+        kinds = {type(m).__name__ for m in base.causal.modules()}
+        assert ("Linear4bit" in kinds) == (quantization == "nf4")
+    assert found["nf4", False] == pytest.approx(found["nf4", True], rel=1e-4)
+    assert found["nf4", False] != pytest.approx(found[None, False], rel=1e-3)
+
+
+@needs_bitsandbytes
+def test_it_learns_and_says_what_it_learnt_on(lab: Lab, trained: dict[str, Any]) -> None:
+    steps = next(lab.results.rglob("steps.jsonl")).read_text().splitlines()
+    losses = [json.loads(line)["loss"] for line in steps]
+    assert losses[-1] < losses[0] - 0.5
+    assert trained["model"]["quantization"] == "nf4"
+    about = json.loads((lab.adapters / "tiny-r4-40" / "slm_lora.json").read_text())
+    assert about["base"]["quantization"] == "nf4"
+
+
+@needs_bitsandbytes
+def test_the_saved_adapter_scores_as_it_did(
+    lab: Lab, trained: dict[str, Any], capsys: pytest.CaptureFixture[str]
+) -> None:
+    adapter = ("--adapter", lab.adapters / "tiny-r4-40")
+    capsys.readouterr()
+    assert command("evaluate", lab.recipe, *adapter, "model.quantization=nf4") == 0
+    said = capsys.readouterr()
+    assert f"loss {trained['evaluation']['all']['loss']:.5f}" in said.out
+    assert "warning" not in said.err
+    assert command("evaluate", lab.recipe, *adapter) == 0
+    assert "was trained on a base in nf4, and is scored on one in full" in capsys.readouterr().err
+
+
+@needs_bitsandbytes
+@pytest.mark.usefixtures("trained")
+def test_it_is_merged_into_the_unquantised_base_and_says_so(
+    lab: Lab, tmp_path: Path, capsys: pytest.CaptureFixture[str], tiny_folder: Path
+) -> None:
+    out = tmp_path / "merged"
+    base = ("--base", tiny_folder)
+    assert command("merge", lab.adapters / "tiny-r4-40", out, *base) == 0
+    assert "merged into the unquantised weights" in " ".join(capsys.readouterr().out.split())
+    assert "quantization_config" not in json.loads((out / "config.json").read_text())
+
+
+@pytest.mark.parametrize("kind", ["full", "pissa"])
+def test_what_changes_the_base_is_refused(
+    lab: Lab, capsys: pytest.CaptureFixture[str], kind: str
+) -> None:
+    words = ("model.quantization=nf4", f"adapter.kind={kind}")
+    assert command("experiment", lab.recipe, *words, "--plan") == 2
+    assert f"adapter.kind = {kind}: changes weights of the base" in capsys.readouterr().err
+
+
+def test_a_missing_extra_is_named(
+    lab: Lab, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
+    monkeypatch.setattr(loading.importlib.util, "find_spec", lambda name: None)
+    elsewhere = ("--results", tmp_path, "--adapters", tmp_path, "--cell", "r2-40")
+    assert command("train", lab.recipe, "model.quantization=nf4", *elsewhere) == 2
+    assert "pip install 'slm-lora[nf4]'" in capsys.readouterr().err
