@@ -84,19 +84,9 @@ def simulated_steps(
     crowd = max(1.0, ranks / cores)
     seconds = 0.0
     for lengths in steps:
-        most = max(sum(share) for share in shares(lengths, ranks))
+        most = max(map(sum, processes.shares(lengths, lambda length: length, ranks)))
         seconds += constants.step + crowd * constants.token * most + constants.all_reduce(ranks)
     return seconds
-
-
-def shares(lengths: Sequence[int], ranks: int) -> list[list[int]]:
-    """As the processes share a step's examples among themselves."""
-    found = []
-    for rank in range(ranks):
-        processes._rank, processes._size = rank, ranks
-        found.append(processes.share(lengths, lambda length: length))
-    processes._rank, processes._size = 0, 1
-    return found
 
 
 def simulated_grid(cell_seconds: Sequence[float], workers: int, dispatch: float) -> float:

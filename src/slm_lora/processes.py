@@ -111,16 +111,22 @@ def joined() -> Iterator[None]:
 
 
 def share(items: Sequence[T], cost: Callable[[T], int]) -> list[T]:
-    """What of ``items`` is this process's: the dearest first, each to whom has least so far."""
-    if alone():
-        return list(items)
-    loads, mine = [0] * _size, []
-    for index in sorted(range(len(items)), key=lambda i: -cost(items[i])):
+    """What of ``items`` is this process's."""
+    return shares(items, cost, _size)[_rank]
+
+
+def shares(items: Sequence[T], cost: Callable[[T], int], many: int) -> list[list[T]]:
+    """What of ``items`` is whose, of so many processes: the dearest first, each to whom has least
+    so far."""
+    if many == 1:
+        return [list(items)]
+    loads: list[int] = [0] * many
+    found: list[list[T]] = [[] for _ in range(many)]
+    for item in sorted(items, key=lambda item: -cost(item)):
         least = loads.index(min(loads))
-        loads[least] += cost(items[index])
-        if least == _rank:
-            mine.append(items[index])
-    return mine
+        loads[least] += cost(item)
+        found[least].append(item)
+    return found
 
 
 def sum_up(tensor: Tensor) -> None:

@@ -1,6 +1,6 @@
 """One of several processes: the summed gradient and the gathered scores of the same rows.
 
-FOLDER of a model, "double" or "single", OUT. Process 1 writes what all have.
+FOLDER of a model, "double", "single" or "sharded" (FSDP2), OUT. Process 1 writes what all have.
 """
 
 from __future__ import annotations
@@ -30,7 +30,12 @@ def main() -> None:
     torch.set_num_threads(1)
     with processes.joined():
         source = resolve(ModelSection(name=folder))
-        base = load_base(source, device=torch.device("cpu"), precision="fp32")
+        sharded = precision == "sharded" and not processes.alone()
+        base = load_base(source, device=torch.device("cpu"), precision="fp32", sharded=sharded)
+        if sharded:
+            layer = base.causal.base_model.layers[0]
+            local = layer.self_attn.q_proj.weight.to_local()
+            assert local.numel() == layer.self_attn.q_proj.weight.numel() // processes.size()
         scores = score(base, make_examples(LENGTHS), "test", 100)
         adapted = adapter.attach(base, AdapterSection(r=4, lora_dropout=0.1), 3)
         adapted.train()

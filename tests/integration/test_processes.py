@@ -52,12 +52,8 @@ def together(many: int, words: list[object], folder: Path) -> list[int]:
 @given(costs=st.lists(st.integers(1, 500), max_size=40), many=st.integers(1, 6))
 def test_every_item_is_somebodys_and_loads_are_even(costs: list[int], many: int) -> None:
     items = list(enumerate(costs))
-    shares = []
-    with pytest.MonkeyPatch.context() as patch:
-        patch.setattr(processes, "_size", many)
-        for rank in range(many):
-            patch.setattr(processes, "_rank", rank)
-            shares.append(processes.share(items, lambda item: item[1]))
+    shares = processes.shares(items, lambda item: item[1], many)
+    assert len(shares) == many
     assert sorted(item for share in shares for item in share) == items
     loads = [sum(cost for _, cost in share) for share in shares]
     assert max(loads) - min(loads) <= max(costs, default=0)
@@ -66,7 +62,9 @@ def test_every_item_is_somebodys_and_loads_are_even(costs: list[int], many: int)
 # --- the same numbers --------------------------------------------------------------------------
 
 
-@pytest.mark.parametrize(("precision", "bound"), [("double", 1e-12), ("single", 1e-5)])
+@pytest.mark.parametrize(
+    ("precision", "bound"), [("double", 1e-12), ("single", 1e-5), ("sharded", 1e-5)]
+)
 def test_gradients_and_scores_are_those_of_one_process(
     tiny_folder: Path, tmp_path: Path, precision: str, bound: float
 ) -> None:
@@ -125,6 +123,16 @@ def test_the_command_in_two_processes(straight: Lab, tmp_path: Path, tiny_folder
     assert run["evaluation"]["all"]["loss"] == pytest.approx(
         wanted["evaluation"]["all"]["loss"], rel=1e-6
     )
+
+
+def test_a_sharded_base_trains_to_the_same(
+    straight: Lab, tmp_path: Path, tiny_folder: Path
+) -> None:
+    lab = Lab(tmp_path / "sharded", tiny_folder)
+    words = train(lab, "--processes", 2, "training.fsdp=true")
+    done = subprocess.run(words, env=environment(), capture_output=True, text=True)
+    assert done.returncode == 0, done.stderr
+    same(straight, lab)
 
 
 def test_torchrun(straight: Lab, tmp_path: Path, tiny_folder: Path) -> None:

@@ -65,7 +65,11 @@ def score(
     """
     scores = []
     batches = by_token_budget(examples, micro_batch_tokens)
-    for micro in processes.share(batches, lambda batch: sum(e.length for e in batch)):
+    shares = processes.shares(
+        batches, lambda batch: sum(example.length for example in batch), processes.size()
+    )
+    mine = shares[processes.rank()]
+    for micro in mine:
         batch = pack(micro, "all")
         found = attempt(compiled, functools.partial(score_documents, base, batch))
         for index, example in enumerate(micro):
@@ -89,6 +93,10 @@ def score(
                 )
             )
         on_tokens(len(batch.ids))
+    if base.sharded:  # all compute equally often
+        shortest = pack([min(examples, key=lambda example: example.length)], "all")
+        for _ in range(max(map(len, shares)) - len(mine)):
+            score_documents(base, shortest)
     return sorted(_of_all(scores, examples), key=lambda each: each.row_id)
 
 

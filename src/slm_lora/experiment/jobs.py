@@ -79,7 +79,7 @@ def make_jobs(cells: Sequence[Cell], will_train: bool = True) -> list[Job]:
         if set_key not in sets:
             sets[set_key] = prepare(rows, section, cell.recipe.data_seed, tokenizers[source])
         _check_headline(cell, sets[set_key])
-        _check_quantization(cell)
+        _check_frozen(cell)
         jobs.append(_job(cell, source, sets[set_key], rows, will_train))
     _check_same_test_rows(jobs)
     return jobs
@@ -109,12 +109,17 @@ def _check_headline(cell: Cell, prepared: Prepared) -> None:
         )
 
 
-def _check_quantization(cell: Cell) -> None:
+def _check_frozen(cell: Cell) -> None:
     kind, quantization = cell.recipe.adapter.kind, cell.recipe.model.quantization
     if quantization and kind in ("full", "pissa"):
         raise UsageError(
             f"adapter.kind = {kind}: changes weights of the base, which {quantization} "
             "(model.quantization) holds in 4 bits; use lora, rslora or dora"
+        )
+    if cell.recipe.training.fsdp and (quantization or kind in ("full", "pissa")):
+        other = f"model.quantization = {quantization}" if quantization else f"adapter.kind = {kind}"
+        raise UsageError(
+            f"training.fsdp: shares out a frozen, unquantised base; leave it out with {other}"
         )
 
 
@@ -165,7 +170,7 @@ def _job(
     )
 
 
-_NEW_DEFAULTS = {"activation_checkpointing": False}
+_NEW_DEFAULTS = {"activation_checkpointing": False, "fsdp": False}
 """Keys of a training that came after runs were recorded: at the value that those had they are no
 part of an identity."""
 

@@ -53,7 +53,8 @@ class _LoadedBase:
 
     def for_job(self, job: Job) -> Base:
         quantization = job.cell.recipe.model.quantization
-        wanted = (job.source, job.precision, job.device, quantization)
+        sharded = job.cell.recipe.training.fsdp and not processes.alone()
+        wanted = (job.source, job.precision, job.device, quantization, sharded)
         base = self._base
         if base is None or _as_loaded(base) != wanted:
             self._base = None
@@ -67,6 +68,7 @@ class _LoadedBase:
                 device=job.device,
                 precision=job.precision,
                 quantization=quantization,
+                sharded=sharded,
             )
             if base.why_plain:
                 self._reporter.say(f"  note: {base.why_plain}")
@@ -75,7 +77,7 @@ class _LoadedBase:
 
 
 def _as_loaded(base: Base) -> tuple[object, ...]:
-    return base.source, base.precision, base.device, base.quantization
+    return base.source, base.precision, base.device, base.quantization, base.sharded
 
 
 def run_jobs(

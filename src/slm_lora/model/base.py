@@ -33,6 +33,8 @@ class Base:
         packed: whether documents are packed (else: padded batches, the plain way).
         why_plain: one line for the user where ``packed`` is False.
         quantization: ``nf4`` where its matrices are held in 4 bits.
+        sharded: whether its layers are shared out over the processes, which then must compute
+            equally many micro-batches.
     """
 
     source: ModelSource
@@ -42,6 +44,7 @@ class Base:
     packed: bool
     why_plain: str = ""
     quantization: str | None = None
+    sharded: bool = False
 
     @property
     def dtype(self) -> torch.dtype:

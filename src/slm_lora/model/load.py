@@ -14,6 +14,7 @@ from slm_lora.model import attention
 from slm_lora.model.base import DTYPES, Base, PrecisionName
 from slm_lora.model.forward import output_embedding, packed_logits
 from slm_lora.model.fusion import fuse_layers
+from slm_lora.model.sharding import shard_layers
 from slm_lora.model.source import ModelSource, weight_files
 
 if TYPE_CHECKING:
@@ -91,6 +92,7 @@ def load_base(
     precision: PrecisionName,
     plain: bool = False,
     quantization: str | None = None,
+    sharded: bool = False,
 ) -> Base:
     """Load the base with all weights frozen.
 
@@ -100,6 +102,7 @@ def load_base(
         precision: of its weights.
         plain: compute padded batches with transformers' own attention, as the twin that the
             packed way is tested against.
+        sharded: over the processes of this run, see `model.sharding`; all call this alike.
         quantization: ``nf4`` for weights in 4 bits (Dettmers et al. 2023, arXiv 2305.14314).
 
     Raises:
@@ -110,13 +113,16 @@ def load_base(
     if device.type == "cpu":
         machine.keep_freed_memory()
     causal = _read(source, precision, device, quantization)
+    causal.requires_grad_(False)
+    if sharded:
+        shard_layers(causal, device)
     torch.nn.Module.to(causal, device)
     torch.nn.Module.eval(causal)
-    causal.requires_grad_(False)
     _check_head(source, causal)
-    fuse_layers(causal)
+    if not sharded:
+        fuse_layers(causal)
     packed, why = (False, "asked for") if plain else _try_packed(causal)
-    return Base(source, causal, device, precision, packed, why, quantization)
+    return Base(source, causal, device, precision, packed, why, quantization, sharded)
 
 
 def _read(

@@ -177,6 +177,11 @@ class TrainingSection(Section):
         ge=1,
         description="Tokens computed at once: the memory knob. Results move by rounding only.",
     )
+    fsdp: bool = Field(
+        False,
+        description="Several processes: share the frozen base's layers out over them (FSDP2), for "
+        "a base that does not fit one device.",
+    )
     activation_checkpointing: bool = Field(
         False,
         description="Keep only the inputs of layers, and compute each again in the backward pass: "

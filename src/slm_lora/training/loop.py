@@ -178,7 +178,7 @@ def train(
     total = total_steps(len(usable), section)
     epochs = total / steps_per_epoch(len(usable), section.effective_batch_size)
     tokens = round(epochs * sum(example.length for example in usable))
-    compiled = fusion.wanted(section.compile, tokens, base.device, base.half)
+    compiled = not base.sharded and fusion.wanted(section.compile, tokens, base.device, base.half)
     named = {name: p for name, p in adapted.named_parameters() if p.requires_grad}
     optimizer = adamw(named, section)
     scaler = torch.amp.GradScaler(base.device.type, enabled=base.precision == "fp16")

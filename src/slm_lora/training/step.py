@@ -98,10 +98,10 @@ class Updater:
         labels = sum(label_count(example, self.loss_on) for example in examples)
         # (A process without any example of a small step has a loss and a gradient of zero.)
         shares = [torch.zeros((), dtype=total_dtype(self.base.device), device=self.base.device)]
-        mine = processes.share(examples, lambda example: example.length)
         with recomputed_layers(self.base.causal, self.recompute):
-            for micro in by_token_budget(mine, budget):
-                share = batch_nll(self.base, pack(micro, self.loss_on), dropout_seed) / labels
+            for micro, weight in _micro_batches(examples, budget, self.base.sharded):
+                nll = batch_nll(self.base, pack(micro, self.loss_on), dropout_seed)
+                share = nll * (weight / labels)
                 torch.autograd.backward(self.scaler.scale(share))
                 shares.append(share.detach())
         return torch.stack(shares).sum()
@@ -119,6 +119,21 @@ class Updater:
             parameter.grad = summed.view_as(parameter)
         stop, save = (number > 0 for number in every[-2:].tolist())
         return every[-4].to(loss.dtype) + every[-3].to(loss.dtype), (stop, save)
+
+
+def _micro_batches(
+    examples: Sequence[Example], budget: int, equally_many: bool
+) -> list[tuple[list[Example], float]]:
+    """This process's micro-batches of a step, with their weight: 1, or 0 for what is computed only
+    because another process has more."""
+    divided = [
+        by_token_budget(share, budget)
+        for share in processes.shares(examples, lambda e: e.length, processes.size())
+    ]
+    own = [(micro, 1.0) for micro in divided[processes.rank()]]
+    most = max(map(len, divided)) if equally_many else 0
+    shortest = min(examples, key=lambda example: example.length)
+    return own + [([shortest], 0.0)] * (most - len(own))
 
 
 class Launched:
