@@ -108,9 +108,9 @@ class Clock:
         """The training loop begins now."""
         self.began = time.time()
 
-    def step(self) -> None:
-        """An optimizer step is finished."""
-        if self._device == "cuda":
+    def step(self, wait: bool = True) -> None:
+        """An optimizer step is finished; ``wait`` if the GPU may still be at it."""
+        if wait and self._device == "cuda":
             torch.cuda.synchronize()
         self.steps.append(time.time())
 

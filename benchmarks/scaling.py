@@ -53,7 +53,6 @@ class Constants:
         latency: of one message of an all-reduce.
         bandwidth: bytes a second of one link.
         gradient_bytes: that an all-reduce sums.
-        checkpoint_bytes: of one checkpoint.
     """
 
     step: float
@@ -63,7 +62,6 @@ class Constants:
     latency: float
     bandwidth: float
     gradient_bytes: int
-    checkpoint_bytes: int
 
     def all_reduce(self, ranks: int) -> float:
         """A ring: 2(n-1) messages, each of an nth of the bytes."""
@@ -187,7 +185,6 @@ def measure() -> tuple[Constants, dict[int, dict[str, Any]]]:
         latency=latency,
         bandwidth=bandwidth,
         gradient_bytes=4 * alone["trainable"],
-        checkpoint_bytes=3 * 4 * alone["trainable"],
     ), runs
 
 

@@ -1,7 +1,7 @@
 """Several processes at one run: who this one is, and what they tell each other.
 
-Data parallelism needs no wrapper around a model here. Every process holds the whole of it, takes
-its share of a step's examples, and the gradients are summed: one all-reduce a step. What is
+Data parallelism needs no wrapper around a model here. Every process takes its share of a step's
+examples, and the gradients are summed: one all-reduce a step. What is
 random depends on seed, step and row alone, so which process has a row changes nothing.
 
 The processes are started by `slm-lora --processes N` (see `cli.workers`) or by torchrun. A value
@@ -30,16 +30,26 @@ PATIENCE = datetime.timedelta(minutes=30)
 """Longest wait for the others: while the first one fetches a model, say."""
 
 T = TypeVar("T")
-_rank, _size = 0, 1
+_rank, _size, _local = 0, 1, 0
 
 
 class PeerLostError(StorageError):
-    """Another process of this run is gone, so this one cannot go on."""
+    """Another process of this run is gone, so this one cannot go on.
+
+    Its exit code is for whoever started the processes: not this one is the reason.
+    """
+
+    exit_code = 76
 
 
 def rank() -> int:
     """Number of this process, from 0."""
     return _rank
+
+
+def local() -> int:
+    """Number of this process on its machine, from 0."""
+    return _local
 
 
 def size() -> int:
@@ -59,7 +69,7 @@ def alone() -> bool:
 
 def started_by_another() -> bool:
     """Whether something started this process as one of several."""
-    return "WORLD_SIZE" in os.environ
+    return os.environ.get("WORLD_SIZE", "1") != "1"
 
 
 @contextmanager
@@ -68,9 +78,9 @@ def joined() -> Iterator[None]:
 
     Raises:
         UsageError: the environment is not that of one of several processes.
-        PeerLostError: the others cannot be reached.
+        StorageError: the others cannot be reached.
     """
-    global _rank, _size
+    global _rank, _size, _local
     if not started_by_another():
         yield
         return
@@ -97,22 +107,17 @@ def joined() -> Iterator[None]:
             timeout=PATIENCE,
         )
     except (RuntimeError, ValueError) as error:
-        raise PeerLostError(
+        raise StorageError(
             f"process {number + 1} of {many} cannot reach the others: {_first_line(error)}"
         ) from error
-    _rank, _size = number, many
+    _rank, _size, _local = number, many, local
     try:
         yield
     finally:
-        _rank, _size = 0, 1
+        _rank, _size, _local = 0, 1, 0
         # After a failure the others may be gone, or wait for us: leaving tells them.
         with contextlib.suppress(RuntimeError):
             distributed.destroy_process_group()
-
-
-def share(items: Sequence[T], cost: Callable[[T], int]) -> list[T]:
-    """What of ``items`` is this process's."""
-    return shares(items, cost, _size)[_rank]
 
 
 def shares(items: Sequence[T], cost: Callable[[T], int], many: int) -> list[list[T]]:
@@ -137,8 +142,13 @@ def sum_up(tensor: Tensor) -> None:
     """
     from torch import distributed
 
-    with _peers():
-        distributed.all_reduce(tensor)
+    with peers():
+        if tensor.device.type in ("cpu", "cuda"):
+            distributed.all_reduce(tensor)
+        else:  # Apple's GPUs have no collectives
+            copy = tensor.cpu()
+            distributed.all_reduce(copy)
+            tensor.copy_(copy)
 
 
 def gather(value: Any) -> list[Any]:
@@ -154,7 +164,7 @@ def gather(value: Any) -> list[Any]:
 
     text = json.dumps(value).encode()
     sizes = [torch.zeros(1, dtype=torch.int64) for _ in range(_size)]
-    with _peers():
+    with peers():
         distributed.all_gather(sizes, torch.tensor([len(text)]))
         longest = int(max(sizes))
         padded = torch.zeros(longest, dtype=torch.uint8)
@@ -198,10 +208,17 @@ def wait() -> None:
 
 
 @contextmanager
-def _peers() -> Iterator[None]:
+def peers() -> Iterator[None]:
+    """Within, the processes talk to each other, by way of torch.
+
+    Raises:
+        PeerLostError: one is gone.
+    """
     try:
         yield
     except RuntimeError as error:  # torch.distributed's own errors among them
+        if type(error).__name__ == "OutOfMemoryError":
+            raise
         raise PeerLostError(
             f"process {_rank + 1} of {_size}: another process of this run is gone "
             f"({_first_line(error)})"

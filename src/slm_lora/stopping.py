@@ -6,6 +6,7 @@ import contextlib
 import os
 import signal
 import threading
+import time
 from collections.abc import Iterator
 from contextlib import contextmanager
 from types import FrameType
@@ -34,6 +35,16 @@ class Stop:
 _SAYING = b"\n  stopping at the next safe place; once more stops at once\n"
 
 
+_same_request = 0.0
+
+
+def take_repeated_signals_for_one(seconds: float) -> None:
+    """A second signal within so many seconds is the first one again: where a starter passes on what
+    a scheduler sends to everybody."""
+    global _same_request
+    _same_request = seconds
+
+
 @contextmanager
 def gentle_stop() -> Iterator[Stop]:
     """Within, the first signal only sets the flag, for the work to look at; the second is
@@ -46,10 +57,15 @@ def gentle_stop() -> Iterator[Stop]:
     """
     stop = Stop()
 
+    asked_at = 0.0
+
     def ask(number: int, frame: FrameType | None) -> None:
-        stop.requested = True
-        for each in before:
-            signal.signal(each, signal.default_int_handler)
+        nonlocal asked_at
+        if stop.requested:
+            if time.monotonic() - asked_at >= _same_request:
+                signal.default_int_handler(number, frame)
+            return
+        stop.requested, asked_at = True, time.monotonic()
         # Not print: the signal may have come in the middle of one.
         with contextlib.suppress(OSError):
             os.write(2, _SAYING)

@@ -243,16 +243,54 @@ def test_nobody_outlives_the_starter(under_way: tuple[Lab, subprocess.Popen[str]
     assert newest_step(lab) >= 10
 
 
-def test_an_error_of_the_second_process_is_told(
-    straight: Lab, tmp_path: Path, tiny_folder: Path
-) -> None:
-    """The second one alone sees other rows: it says why it ends, and so does the command."""
+SPOILT = """
+import os
+if os.environ.get("RANK") == "1":
+    from slm_lora.errors import DataError
+    from slm_lora.experiment import runner
+    def fail(*_, **__):
+        raise DataError("rows.jsonl:7: response is empty")
+    runner.train = fail
+"""
+
+
+def test_an_error_of_the_second_process_alone_is_told(tmp_path: Path, tiny_folder: Path) -> None:
+    """The first one waits for it in vain; the reason is the second's, and so is the exit code."""
+    lab = Lab(tmp_path / "spoilt", tiny_folder)
+    (tmp_path / "sitecustomize.py").write_text(SPOILT)
+    spoilt = environment(PYTHONPATH=str(tmp_path))
+    words = train(lab, "--processes", 2)
+    done = subprocess.run(words, env=spoilt, capture_output=True, text=True, timeout=120)
+    assert done.returncode == 3, done.stderr
+    assert done.stderr.splitlines()[-1] == "process 2 of 2: rows.jsonl:7: response is empty"
+    assert "Traceback" not in done.stderr
+
+
+def test_an_error_of_all_is_told_once(tmp_path: Path, tiny_folder: Path) -> None:
     lab = Lab(tmp_path / "spoilt", tiny_folder)
     words = train(lab, "--processes", 2, "training.learning_rate=1e30")
     done = subprocess.run(words, env=environment(), capture_output=True, text=True, timeout=120)
     assert done.returncode == 5
-    assert "step 2 of 10" in done.stderr or "step 1 of 10" in done.stderr
+    assert done.stderr.count("lower training.learning_rate") == 1
     assert "Traceback" not in done.stderr
+
+
+def test_a_signal_to_everybody_is_one_request(
+    under_way: tuple[Lab, subprocess.Popen[str]],
+) -> None:
+    """A scheduler signals starter and workers alike, and the starter passes it on."""
+    lab, started = under_way
+    for pid in (*workers_of(started.pid), started.pid):
+        os.kill(pid, signal.SIGTERM)
+    assert started.wait(timeout=60) == 75
+    assert started.stderr is not None
+    said = started.stderr.read()
+    assert "once more stops at once" in said and "Traceback" not in said
+    stopped = newest_step(lab)
+    done = subprocess.run(train(lab, *LONG), env=environment(), capture_output=True, text=True)
+    assert done.returncode == 0, done.stderr
+    assert f"going on from step-{stopped:06d}" in done.stderr
+    assert "passed over" not in done.stderr
 
 
 def test_more_processes_than_examples(tmp_path: Path, tiny_folder: Path) -> None:

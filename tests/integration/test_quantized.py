@@ -97,6 +97,27 @@ def test_it_is_merged_into_the_unquantised_base_and_says_so(
     assert "quantization_config" not in json.loads((out / "config.json").read_text())
 
 
+@needs_bitsandbytes
+def test_a_grid_with_and_without_has_a_base_for_each(tmp_path: Path, tiny_folder: Path) -> None:
+    both = Lab(tmp_path / "both", tiny_folder)
+    small = "adapter.r: 2, data.size: 40"
+    cells = f"[{{{small}}}, {{{small}, model.quantization: nf4}}]"
+    assert both.run(f"grid.cells={cells}") == 0
+    metrics = both.metrics()
+    table = (both.results / "experiment_table.md").read_text()
+    assert "| tiny-llama |" in table and "| tiny-llama (nf4) |" in table
+    loss = {
+        (run["model"].get("quantization"), "adapter" in run): run["evaluation"]["all"]["loss"]
+        for run in metrics["runs"]
+    }
+    assert len(loss) == 4
+    falls = [each["value"] for each in metrics["contrasts"] if each["key"] == "base"]
+    wanted = [loss[kind, True] - loss[kind, False] for kind in (None, "nf4")]
+    assert sorted(falls) == pytest.approx(sorted(wanted), abs=1e-9)
+    whole, packed = (run["adapter"] for run in metrics["runs"] if "adapter" in run)
+    assert whole["all_parameters"] == packed["all_parameters"], "two weights lie in a byte"
+
+
 @pytest.mark.parametrize("kind", ["full", "pissa"])
 def test_what_changes_the_base_is_refused(
     lab: Lab, capsys: pytest.CaptureFixture[str], kind: str

@@ -44,6 +44,18 @@ def line(name: str, loss: float, **settings: Any) -> Line:
     return Line(Run(Path(name), record), scores)
 
 
+def test_runs_of_before_a_key_are_those_of_its_default() -> None:
+    """A record without the key is read as if it had it, so old and new seeds are one arm."""
+    lines = [line("base", 3.0), *(line(f"s{n}", 2.0 + 0.01 * n, seed=n) for n in range(3))]
+    old = lines[1].run.record["recipe"]
+    del old["training"]["fsdp"], old["training"]["activation_checkpointing"]
+    del old["model"]["quantization"]
+    assert [len(arm.lines) for arm in arms(lines)] == [3]
+    assert lines[1].setting("training.fsdp") is False
+    other = [*lines, line("q", 2.0, model__quantization="nf4")]
+    assert [len(arm.lines) for arm in arms(other)] == [3, 1]
+
+
 def compared(lines: list[Line]) -> list[tuple[str, str, str]]:
     return [(each.key, each.first.name, each.second.name) for each in all_contrasts(lines)]
 

@@ -102,9 +102,10 @@ def train(
         reporter = Reporter(quiet=not processes.is_first())
         jobs = processes.first_then_all(lambda: make_jobs([chosen]))
         _say_data(jobs[0], reporter)
-        run = run_cells(jobs, places, reporter, discard)[0]
+        runs = run_cells(jobs, places, reporter, discard)
         if not processes.is_first():
             return
+    run = runs[0]
     kept = f"\n{places.adapter(run.cell)}" if places.keep_adapters else ""
     console().print(f"\n{run.folder}{kept}", soft_wrap=True)
 

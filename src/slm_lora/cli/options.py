@@ -30,8 +30,13 @@ DiscardCheckpoints = Annotated[
 
 def _in_processes(many: int) -> int:
     """Run this very command in so many processes instead, and end with its exit code."""
-    if many != 1 and not processes.started_by_another():
+    if many != 1:
         from slm_lora.cli.workers import launch
+
+        if processes.started_by_another():
+            raise UsageError(
+                f"--processes {many}: this process is already one of several (WORLD_SIZE is set)"
+            )
 
         raise typer.Exit(launch(many, _without_processes(sys.argv[1:])))
     return many

@@ -9,14 +9,17 @@ import sys
 import tempfile
 import threading
 import time
+from collections.abc import Callable
 from pathlib import Path
 from types import FrameType
 
 from slm_lora import processes
 from slm_lora.errors import STOPPED_RESUMABLE, StorageError, UsageError
+from slm_lora.processes import PeerLostError
+from slm_lora.stopping import take_repeated_signals_for_one
 
-GRACE = 20.0
-"""Seconds that the others have to end after one has failed."""
+GRACE, SAVING = 20.0, 300.0
+"""Seconds that the others have to end after one has failed, or was asked to stop and they save."""
 _POLL = 0.05
 _WATCHED = "SLM_LORA_WATCHED"
 
@@ -37,7 +40,12 @@ def launch(many: int, words: list[str]) -> int:
         raise UsageError(f"--processes {many}: must be 1 or more")
     with tempfile.TemporaryDirectory(prefix="slm-lora-") as folder:
         workers = [_start(number, many, words, Path(folder)) for number in range(many)]
-        before = {each: signal.getsignal(each) for each in (signal.SIGINT, signal.SIGTERM)}
+        before = {
+            each: handler
+            for each in (signal.SIGINT, signal.SIGTERM)
+            # What nohup and shells ignore stays ignored.
+            if (handler := signal.getsignal(each)) is not signal.SIG_IGN
+        }
         asked = 0
 
         def pass_on(number: int, frame: FrameType | None) -> None:
@@ -48,23 +56,17 @@ def launch(many: int, words: list[str]) -> int:
         for each in before:
             signal.signal(each, pass_on)
         try:
-            first = _first_to_fail(workers)
-            if first is not None and not asked:
-                _end(workers)
-            for worker in workers:
-                worker.wait()
+            failed = _until_one_fails(workers, lambda: asked > 1)
+            stopping = bool(asked) or STOPPED_RESUMABLE in failed.values()
+            # Saving all weights takes its time; after a second request nobody waits for it.
+            failed |= _end(workers, SAVING if stopping and asked < 2 else GRACE)
         finally:
             for each, handler in before.items():
                 signal.signal(each, handler)
             for worker in workers:
                 worker.kill()
                 worker.wait()
-        codes = [worker.returncode for worker in workers]
-        if asked and any(code == STOPPED_RESUMABLE for code in codes):
-            return STOPPED_RESUMABLE
-        if first is None:
-            return 0
-        return _explained(first, workers, Path(folder))
+        return _explained(failed, workers, Path(folder), bool(asked))
 
 
 def watch_starter() -> None:
@@ -76,7 +78,11 @@ def watch_starter() -> None:
         while os.read(0, 1):
             pass
         os.kill(os.getpid(), signal.SIGTERM)
+        # One that waits in torch for another never sees the signal.
+        time.sleep(SAVING)
+        os._exit(STOPPED_RESUMABLE)
 
+    take_repeated_signals_for_one(2.0)
     threading.Thread(target=watch, daemon=True).start()
 
 
@@ -108,27 +114,38 @@ def _start(number: int, many: int, words: list[str], folder: Path) -> subprocess
             log.close()
 
 
-def _first_to_fail(workers: list[subprocess.Popen[bytes]]) -> int | None:
-    """Wait until one fails, or all have ended well; its number. Those that only miss another
-    are not the reason."""
-    while True:
-        codes = [worker.poll() for worker in workers]
-        failed = [number for number, code in enumerate(codes) if code]
-        if failed:
-            return min(failed, key=lambda number: codes[number] == StorageError.exit_code)
-        if all(code == 0 for code in codes):
-            return None
+def _failed(workers: list[subprocess.Popen[bytes]]) -> dict[int, int]:
+    """Exit codes of those that have failed, by their number."""
+    return {number: code for number, each in enumerate(workers) if (code := each.poll())}
+
+
+def _until_one_fails(
+    workers: list[subprocess.Popen[bytes]], enough: Callable[[], bool]
+) -> dict[int, int]:
+    """Those that have failed by then; none if all have ended well, or it is ``enough``."""
+    while any(worker.poll() is None for worker in workers) and not enough():
+        if failed := _failed(workers):
+            return failed
         time.sleep(_POLL)
+    return _failed(workers)
 
 
-def _end(workers: list[subprocess.Popen[bytes]]) -> None:
-    """The others notice by themselves that one is gone; those that do not are made to end."""
+def _end(workers: list[subprocess.Popen[bytes]], patience: float) -> dict[int, int]:
+    """The others notice by themselves that one is gone; those that do not are made to end.
+
+    Returns:
+        The exit codes of those that failed before they were made to.
+    """
+    by_themselves: dict[int, int] = {}
     for wanted in (None, signal.SIGTERM, signal.SIGKILL):
         if wanted is not None:
             _signal(workers, wanted)
-        until = time.monotonic() + GRACE
+        until = time.monotonic() + (patience if wanted is None else GRACE)
         while time.monotonic() < until and any(worker.poll() is None for worker in workers):
             time.sleep(_POLL)
+        if wanted is None:
+            by_themselves = _failed(workers)
+    return by_themselves
 
 
 def _signal(workers: list[subprocess.Popen[bytes]], number: int) -> None:
@@ -137,10 +154,26 @@ def _signal(workers: list[subprocess.Popen[bytes]], number: int) -> None:
             worker.send_signal(number)
 
 
-def _explained(first: int, workers: list[subprocess.Popen[bytes]], folder: Path) -> int:
-    """Say why the first that failed did; its exit code."""
-    code: int = workers[first].returncode
-    who = f"process {first + 1} of {len(workers)}"
+def _explained(
+    failed: dict[int, int], workers: list[subprocess.Popen[bytes]], folder: Path, asked: bool
+) -> int:
+    """Say why the run ended, and return its exit code.
+
+    Those that only miss another are not the reason; of others, the first process is, which writes.
+    """
+    reasons = {n: code for n, code in failed.items() if code != PeerLostError.exit_code}
+    if all(worker.returncode == 0 for worker in workers):
+        return 0
+    if asked and not reasons:
+        return STOPPED_RESUMABLE
+    if not reasons:
+        print("the processes lost each other", file=sys.stderr)
+        return StorageError.exit_code
+    # A process that was stopped is only the reason if no other has a better one.
+    number = min(reasons, key=lambda n: (reasons[n] == STOPPED_RESUMABLE, n))
+    code, who = reasons[number], f"process {number + 1} of {len(workers)}"
+    if code == STOPPED_RESUMABLE or (asked and reasons.get(0) == STOPPED_RESUMABLE):
+        return STOPPED_RESUMABLE
     if code < 0:
         print(
             f"{who} was ended by {signal.Signals(-code).name}; the same command continues from "
@@ -148,7 +181,7 @@ def _explained(first: int, workers: list[subprocess.Popen[bytes]], folder: Path)
             file=sys.stderr,
         )
         return 128 - code
-    if first > 0:
-        said = (folder / f"{first}.log").read_text(encoding="utf-8", errors="replace").strip()
+    if number > 0:
+        said = (folder / f"{number}.log").read_text(encoding="utf-8", errors="replace").strip()
         print(f"{who}: {(said.splitlines() or ['ended without a word'])[-1]}", file=sys.stderr)
     return code

@@ -9,6 +9,7 @@ from __future__ import annotations
 import functools
 import math
 from collections.abc import Callable, Sequence
+from contextlib import nullcontext
 from dataclasses import asdict, dataclass
 from pathlib import Path
 
@@ -19,6 +20,7 @@ from slm_lora.model.base import Base
 from slm_lora.model.forward import score_documents
 from slm_lora.model.fusion import attempt
 from slm_lora.records import Example, LossOn, RowScore
+from slm_lora.stopping import StopRequested
 from slm_lora.storage import atomic_path
 
 _LARGEST_LOSS = 700.0
@@ -54,7 +56,8 @@ def score(
         split: name of the set, kept with every score.
         micro_batch_tokens: tokens computed at once.
         compiled: whether to compile (see `model.fusion`).
-        on_tokens: told of the tokens done since the last call.
+        on_tokens: told of the tokens done since the last call; may raise `StopRequested`, and
+            then all processes do.
 
     Returns:
         One score a row, sorted by row id.
@@ -63,7 +66,7 @@ def score(
         NumericError: a row's loss is not finite.
         IntegrityError: several processes were given different rows.
     """
-    scores = []
+    scores, stopped = [], False
     batches = by_token_budget(examples, micro_batch_tokens)
     shares = processes.shares(
         batches, lambda batch: sum(example.length for example in batch), processes.size()
@@ -71,7 +74,8 @@ def score(
     mine = shares[processes.rank()]
     for micro in mine:
         batch = pack(micro, "all")
-        found = attempt(compiled, functools.partial(score_documents, base, batch))
+        with processes.peers() if base.sharded else nullcontext():
+            found = attempt(compiled, functools.partial(score_documents, base, batch))
         for index, example in enumerate(micro):
             if not math.isfinite(found.nll_all[index]):
                 raise NumericError(
@@ -92,20 +96,30 @@ def score(
                     bytes_response=example.bytes_response,
                 )
             )
-        on_tokens(len(batch.ids))
+        try:
+            on_tokens(len(batch.ids))
+        except StopRequested:
+            if processes.alone():
+                raise
+            stopped = True  # told to the others below, and all stop
+            if not base.sharded:
+                break
     if base.sharded:  # all compute equally often
         shortest = pack([min(examples, key=lambda example: example.length)], "all")
-        for _ in range(max(map(len, shares)) - len(mine)):
-            score_documents(base, shortest)
-    return sorted(_of_all(scores, examples), key=lambda each: each.row_id)
+        with processes.peers():
+            for _ in range(max(map(len, shares)) - len(mine)):
+                score_documents(base, shortest)
+    return sorted(_of_all(scores, examples, stopped), key=lambda each: each.row_id)
 
 
-def _of_all(mine: list[RowScore], examples: Sequence[Example]) -> list[RowScore]:
+def _of_all(mine: list[RowScore], examples: Sequence[Example], stopped: bool) -> list[RowScore]:
     """The scores of all processes: of every example one."""
     if processes.alone():
         return mine
-    told = processes.gather([asdict(each) for each in mine])
-    scores = [RowScore(**each) for some in told for each in some]
+    told = processes.gather({"scores": [asdict(each) for each in mine], "stopped": stopped})
+    if any(each["stopped"] for each in told):
+        raise StopRequested
+    scores = [RowScore(**each) for some in told for each in some["scores"]]
     if sorted(s.row_id for s in scores) != sorted(e.row_id for e in examples):
         raise IntegrityError("the processes did not score every row once: their rows differ")
     return scores

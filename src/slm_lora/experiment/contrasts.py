@@ -239,10 +239,13 @@ def _margin(line: Line) -> float:
     return float(line.recipe["evaluation"].get("equivalence_margin", default))
 
 
-def _base_key(line: Line) -> tuple[str, str, str, str]:
+def _base_key(line: Line) -> tuple[object, ...]:
     record = line.run.record
     model, device = record["model"], record["machine"]["device"]
-    return model["sha256"], model["precision"], device, record["data"]["held_out_sha256"]
+    return (
+        model["sha256"], model["precision"], line.setting("model.quantization"), device,
+        record["data"]["held_out_sha256"],
+    )  # fmt: skip
 
 
 def _settings(line: Line, without: Sequence[str] = ()) -> list[tuple[str, str]]:

@@ -14,7 +14,7 @@ from slm_lora.data.splits import SPLIT_VERSION
 from slm_lora.errors import DataError, UsageError
 from slm_lora.model.source import ModelSource, hash_config, resolve
 from slm_lora.recipe.cells import Cell
-from slm_lora.recipe.schema import DataSection, ModelSection
+from slm_lora.recipe.schema import LATER_KEYS, DataSection, ModelSection
 from slm_lora.runs import RUN_FORMAT, content_hash
 
 if TYPE_CHECKING:
@@ -154,7 +154,7 @@ def _job(
     trained = {
         "train": prepared.train_hash,
         "adapter": recipe["adapter"],
-        "training": _without_new_defaults(recipe["training"]),
+        "training": _without_later_keys(recipe["training"]),
         "seed": recipe["seed"],
     }
     return Job(
@@ -170,13 +170,9 @@ def _job(
     )
 
 
-_NEW_DEFAULTS = {"activation_checkpointing": False, "fsdp": False}
-"""Keys of a training that came after runs were recorded: at the value that those had they are no
-part of an identity."""
-
-
-def _without_new_defaults(training: dict[str, Any]) -> dict[str, Any]:
-    return {k: v for k, v in training.items() if k not in _NEW_DEFAULTS or v != _NEW_DEFAULTS[k]}
+def _without_later_keys(training: dict[str, Any]) -> dict[str, Any]:
+    later = LATER_KEYS["training"]
+    return {k: v for k, v in training.items() if k not in later or v != later[k]}
 
 
 def _portable_recipe(
@@ -184,9 +180,7 @@ def _portable_recipe(
 ) -> dict[str, Any]:
     """The recipe with every choice made, and local paths reduced to the file's name."""
     recipe: dict[str, Any] = cell.recipe.model_dump(mode="json")
-    recipe["model"] = {"name": source.name, "revision": source.revision}
-    if cell.recipe.model.quantization:
-        recipe["model"]["quantization"] = cell.recipe.model.quantization
+    recipe["model"] |= {"name": source.name, "revision": source.revision}
     for key in ("name", "template"):
         if Path(recipe["data"][key]).exists():
             recipe["data"][key] = Path(recipe["data"][key]).name

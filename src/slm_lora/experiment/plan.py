@@ -93,6 +93,14 @@ def _peak_bytes(job: Job, mean_length: float, is_base: bool) -> int:
     # Where all of it trains: weights, gradient and two moments in fp32, and a copy for products.
     full = job.cell.recipe.adapter.kind == "full" and not is_base
     weights = many * (16 + size if full else size)
+    if job.cell.recipe.model.quantization:
+        # Embeddings stay as they are; of the other matrices half a byte a weight, and scales.
+        ends = sum(
+            math.prod(s)
+            for name, s in tensor_shapes(job.source.path).items()
+            if "embed" in name or "lm_head" in name
+        )
+        weights = round(ends * size + (many - ends) * 0.55)
     config |= config.get("text_config") or {}
     hidden = int(config.get("hidden_size") or config.get("n_embd") or 0)
     layers = int(config.get("num_hidden_layers") or config.get("n_layer") or 0)

@@ -2,15 +2,17 @@
 
 from __future__ import annotations
 
+import functools
 import gc
 import shutil
 import time
-from collections.abc import Iterator, Sequence
+from collections.abc import Callable, Iterator, Sequence
 from contextlib import AbstractContextManager, ExitStack, contextmanager, nullcontext
 from dataclasses import asdict
 from pathlib import Path
 from typing import Any
 
+import torch
 from torch import nn
 
 from slm_lora import machine, processes
@@ -83,7 +85,7 @@ def _as_loaded(base: Base) -> tuple[object, ...]:
 def run_jobs(
     jobs: Sequence[Job], places: Places, reporter: Reporter, discard: bool = False
 ) -> list[Run]:
-    """Run what is not finished; return all runs, the base first.
+    """Run what is not finished; return all runs, the base first (in the first process).
 
     Finished runs are known by their identity and are read, not run again, so the same call
     continues an experiment that was interrupted.
@@ -103,17 +105,17 @@ def run_jobs(
     """
     with _together(jobs, places, discard):
         loaded = _LoadedBase(reporter)
-        runs: dict[str, Run] = {}
+        runs: dict[str, Run | None] = {}
         for job in jobs:
             if job.base_identity not in runs:
-                run = find_run(places.results, BASE, job.base_identity)
-                if _to_do(run):
-                    run = _run_base(job, loaded.for_job(job), places, reporter)
+                done = functools.partial(find_run, places.results, BASE, job.base_identity)
+                if _to_do(done):
+                    _run_base(job, loaded.for_job(job), places, reporter)
                 else:
                     reporter.say(f"  {BASE}  finished earlier")
-                assert run is not None
-                runs[job.base_identity] = run
-        return [*runs.values(), *_run_cells(jobs, places, reporter, loaded)]
+                runs[job.base_identity] = done()
+        bases = [run for run in runs.values() if run is not None]
+        return [*bases, *_run_cells(jobs, places, reporter, loaded)]
 
 
 def run_cells(
@@ -135,6 +137,11 @@ def _together(jobs: Sequence[Job], places: Places, discard: bool) -> Iterator[No
                 f"{several} processes, but a step of {job.cell.name} has {batch} examples "
                 "(training.effective_batch_size): start at most so many"
             )
+        if job.device.type == "cuda" and processes.local() >= torch.cuda.device_count():
+            raise UsageError(
+                f"process {processes.local() + 1} of this machine has no GPU of its own; it has "
+                f"{torch.cuda.device_count()}: start at most so many, or training.device=cpu"
+            )
     told = processes.gather([job.identity for job in jobs])
     if any(each != told[0] for each in told):
         raise IntegrityError(
@@ -145,10 +152,10 @@ def _together(jobs: Sequence[Job], places: Places, discard: bool) -> Iterator[No
         yield
 
 
-def _to_do(run: Run | None) -> bool:
-    """Whether a run is still to be done, as the first of several processes sees it: others may
-    look when it has just written it."""
-    return bool(processes.from_first(lambda: run is None))
+def _to_do(done: Callable[[], Run | None]) -> bool:
+    """Whether a run is still to be done, as the first of several processes finds: another may see
+    the folder late."""
+    return bool(processes.from_first(lambda: done() is None))
 
 
 def _run_cells(
@@ -156,15 +163,15 @@ def _run_cells(
 ) -> list[Run]:
     runs = []
     for job in jobs:
-        run = finished(job, places)
-        if _to_do(run):
-            run = _run_cell(job, loaded, places, reporter)
+        done = functools.partial(finished, job, places)
+        if _to_do(done):
+            _run_cell(job, loaded, places, reporter)
         elif processes.is_first():
             # A process may have died between recording the run and this.
             shutil.rmtree(places.checkpoint(job.cell.name, job.identity), ignore_errors=True)
             reporter.say(f"  {job.cell.name}  finished earlier")
-        assert run is not None
-        runs.append(run)
+        if processes.is_first():
+            runs.append(_found(places, job.cell.name, job.identity))
     return runs
 
 
@@ -209,7 +216,7 @@ def _with_saved(folder: Path, job: Job, loaded: _LoadedBase) -> Base:
     return base
 
 
-def _run_base(job: Job, base: Base, places: Places, reporter: Reporter) -> Run:
+def _run_base(job: Job, base: Base, places: Places, reporter: Reporter) -> None:
     machine.reset_peak_memory(job.device.type)
     scores, evaluation = _evaluate(base, job, BASE, reporter)
     record = {**common_record(job, base, places), "settings": {}, "evaluation": evaluation}
@@ -217,10 +224,9 @@ def _run_base(job: Job, base: Base, places: Places, reporter: Reporter) -> Run:
         with new_run(places.results, BASE, job.base_identity, record) as folder:
             write_scores(scores, folder / SCORES_FILE)
     processes.wait()
-    return _found(places, BASE, job.base_identity)
 
 
-def _run_cell(job: Job, loaded: _LoadedBase, places: Places, reporter: Reporter) -> Run:
+def _run_cell(job: Job, loaded: _LoadedBase, places: Places, reporter: Reporter) -> None:
     name, section, folder = job.cell.name, job.cell.recipe.adapter, places.adapter(job.cell.name)
     base = loaded.for_job(job)
     machine.reset_peak_memory(job.device.type)
@@ -284,7 +290,6 @@ def _run_cell(job: Job, loaded: _LoadedBase, places: Places, reporter: Reporter)
     processes.wait()
     if not places.keep_adapters and processes.is_first():
         shutil.rmtree(folder)
-    return _found(places, name, job.identity)
 
 
 def _tracking(job: Job, places: Places, reporter: Reporter) -> AbstractContextManager[Trackers]:
@@ -314,8 +319,7 @@ def _train(
             "validation",
             job.cell.recipe.evaluation.micro_batch_tokens,
             compile_validation,
-            # Several processes stop together, after the next step.
-            on_tokens=lambda done: stop.check() if processes.alone() else None,
+            on_tokens=lambda done: stop.check(),
         )
         return held_out_loss(scores, section.loss_on).loss
 
@@ -367,9 +371,9 @@ def _evaluate(
 
     def on_tokens(done: int) -> None:
         # Longest rows come first, so tokens, not rows, tell how far it is.
-        task.advance(done, done)
-        if processes.alone():
-            stop.check()
+        # The others are about as far.
+        task.advance(done * processes.size(), done * processes.size())
+        stop.check()
 
     with gentle_stop() as stop, reporter.task(label, tokens, "test tokens") as task:
         scores = score(
@@ -399,7 +403,9 @@ def _evaluate(
 
 def _compiles(job: Job, examples: Sequence[Example], base: Base) -> bool:
     tokens = sum(example.length for example in examples)
-    return fusion.wanted(job.cell.recipe.training.compile, tokens, base.device, base.half)
+    return not base.sharded and fusion.wanted(
+        job.cell.recipe.training.compile, tokens, base.device, base.half
+    )
 
 
 def _say_fallbacks(reporter: Reporter) -> None:

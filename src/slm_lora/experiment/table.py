@@ -9,6 +9,7 @@ from typing import Any
 from slm_lora.evaluation.perplexity import read_scores
 from slm_lora.experiment.statistics import Estimate, loss_estimate
 from slm_lora.progress import clock
+from slm_lora.recipe.schema import LATER_KEYS
 from slm_lora.records import LossOn, RowScore
 from slm_lora.runs import Run
 
@@ -29,8 +30,8 @@ class Line:
     @property
     def recipe(self) -> Mapping[str, Any]:
         """The resolved recipe of the run."""
-        recipe: Mapping[str, Any] = self.run.record["recipe"]
-        return recipe
+        found: Mapping[str, Any] = self.run.record["recipe"]
+        return {**found, **{name: {**keys, **found[name]} for name, keys in LATER_KEYS.items()}}
 
     def loss(self, tokens: LossOn | None = None) -> Estimate:
         """Loss with its interval, of the headline unless said otherwise."""
@@ -110,7 +111,9 @@ def cells(line: Line, lines: Sequence[Line]) -> list[str]:
     scores = [f"{found['loss']:.4f}", f"{found['perplexity']:.3f}"]
     if line.is_base:
         varied = ["–"] * len(varied_keys(lines))
-        return [record["model"]["name"], "–", "–", "–", *scores, *varied, *["–"] * len(MEASURED)]
+        quantization = line.setting("model.quantization")
+        name = record["model"]["name"] + (f" ({quantization})" if quantization else "")
+        return [name, "–", "–", "–", *scores, *varied, *["–"] * len(MEASURED)]
     adapter, training = record["adapter"], record["training"]
     full = line.setting("adapter.kind") == "full"
     size = line.setting("data.size")

@@ -12,6 +12,7 @@ from slm_lora import machine, processes
 from slm_lora.errors import IntegrityError
 from slm_lora.experiment.jobs import Job
 from slm_lora.model.source import hash_config
+from slm_lora.recipe.schema import LATER_KEYS
 from slm_lora.runs import run_folder
 from slm_lora.training.checkpoint import generations, read_manifest
 
@@ -84,7 +85,8 @@ def _others(job: Job, checkpoints: Path) -> list[tuple[Path, dict[str, Any]]]:
 
 def differences(then: Mapping[str, Any], now: Mapping[str, Any]) -> list[str]:
     """What changed, one phrase each: keys of the recipe with both values, rows, base."""
-    before, after = _flat(then.get("recipe", {})), _flat(now["recipe"])
+    before = _flat(LATER_KEYS) | _flat(then.get("recipe", {}))
+    after = _flat(now["recipe"])
     changed = [
         f"{key}: {before.get(key, 'unset')} → {after.get(key, 'unset')}"
         for key in sorted(before.keys() | after.keys())

@@ -111,6 +111,8 @@ def _check_targets(base: Base, section: AdapterSection) -> None:
 
 def count_parameters(adapted: nn.Module) -> ParameterCount:
     """Trainable and all parameters, as `PeftModel.print_trainable_parameters` counts them."""
+    if _is_adapter(adapted):  # which knows of weights that lie two in a byte
+        return ParameterCount(*adapted.get_nb_trainable_parameters())
     parameters = list(adapted.parameters())
     trainable = sum(each.numel() for each in parameters if each.requires_grad)
     return ParameterCount(trainable, sum(each.numel() for each in parameters))

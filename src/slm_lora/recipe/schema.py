@@ -302,6 +302,14 @@ class CellRecipe(Section):
     )
 
 
+LATER_KEYS: dict[str, dict[str, object]] = {
+    "model": {"quantization": None},
+    "training": {"activation_checkpointing": False, "fsdp": False},
+}
+"""Keys that came after runs were recorded, with what those runs had: at that value a key is no part
+of a run's identity, and a record without it is read as if it had it."""
+
+
 class Recipe(CellRecipe):
     """An experiment: a cell's settings, varied by a grid and by seeds."""
 

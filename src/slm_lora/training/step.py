@@ -5,6 +5,7 @@ from __future__ import annotations
 import functools
 import math
 from collections.abc import Sequence
+from contextlib import nullcontext
 from dataclasses import dataclass
 
 import torch
@@ -75,7 +76,8 @@ class Updater:
             PeerLostError: another process is gone.
         """
         work = functools.partial(self._backward, examples, budget, dropout_seed)
-        loss = attempt(compiled, work)
+        with processes.peers() if self.base.sharded else nullcontext():
+            loss = attempt(compiled, work)
         if not processes.alone():
             loss, wishes = self._sum_up(loss, wishes)
         self.scaler.unscale_(self.optimizer)
@@ -109,16 +111,16 @@ class Updater:
     def _sum_up(self, loss: Tensor, wishes: tuple[bool, bool]) -> tuple[Tensor, tuple[bool, bool]]:
         """Sum gradients and losses over the processes, all in one go; whether any has a wish."""
         dtype = self.parameters[0].dtype
-        high = loss.to(dtype)  # and what fp32 leaves of it
-        beside = torch.stack([high, (loss - high).to(dtype), *map(high.new_tensor, wishes)])
+        low = loss.to(dtype)
+        beside = torch.stack([low, *map(low.new_tensor, wishes)])
         gradients = [torch.zeros_like(p) if p.grad is None else p.grad for p in self.parameters]
         every = torch.cat([*(gradient.flatten() for gradient in gradients), beside])
         processes.sum_up(every)
         sizes = [gradient.numel() for gradient in gradients]
-        for parameter, summed in zip(self.parameters, torch.split(every[:-4], sizes), strict=True):
+        for parameter, summed in zip(self.parameters, torch.split(every[:-3], sizes), strict=True):
             parameter.grad = summed.view_as(parameter)
         stop, save = (number > 0 for number in every[-2:].tolist())
-        return every[-4].to(loss.dtype) + every[-3].to(loss.dtype), (stop, save)
+        return every[-3].to(loss.dtype), (stop, save)
 
 
 def _micro_batches(
