@@ -22,7 +22,7 @@ demo: .venv/installed-serve  ## Serve the last experiment's adapters: a page and
 	$(BIN)/slm-lora serve $(ARGS)
 
 test: .venv/installed-dev  ## Run the tests.
-	$(BIN)/python -m pytest $(PARALLEL)
+	$(BIN)/python -m pytest $(PARALLEL) -m 'not slow'
 
 test-all: .venv/installed-clients  ## The tests with every extra and with clients of others.
 	$(BIN)/python -m pytest $(PARALLEL)

@@ -180,7 +180,7 @@ def _table(lines: Sequence[Line]) -> str:
         "Perplexity is exp of that number.",
         f"Base: {record['model']['name']}, {record['model']['precision']}; "
         f"data: {data['origin']}; template: {data['template']['kind']}; seed(s): "
-        + ", ".join(sorted({str(line.recipe["seed"]) for line in lines}))
+        + ", ".join(map(str, sorted({line.recipe["seed"] for line in lines})))
         + ".",
         f"Run on {machine['processor']}, {machine['cores']} cores, {machine['memory_gb']} GB"
         + (f", {machine['gpu']}" if "gpu" in machine else "")
