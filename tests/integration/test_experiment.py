@@ -134,7 +134,7 @@ def test_a_finished_experiment_is_not_run_again(lab: Lab) -> None:
 def test_an_interrupted_experiment_goes_on(lab: Lab, tmp_path: Path, tiny_folder: Path) -> None:
     other = Lab(tmp_path, tiny_folder)
     script = (
-        "import sys, slm_lora.experiment.runner as r\n"
+        "import sys, slm_lora.experiment.train_and_score as r\n"
         "old = r.train\n"
         "seen = []\n"
         "def train(*a, **k):\n"

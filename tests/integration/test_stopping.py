@@ -19,7 +19,7 @@ from safetensors import SafetensorError
 from slm_lora import lock, storage
 from slm_lora.errors import IntegrityError, StorageError
 from slm_lora.evaluation import perplexity
-from slm_lora.experiment import runner
+from slm_lora.experiment import runner, train_and_score
 from slm_lora.lock import only_process
 from slm_lora.stopping import StopRequested, gentle_stop
 from slm_lora.training import step
@@ -177,7 +177,7 @@ def test_too_little_space_is_found_before_training(
 ) -> None:  # fmt: skip
     usage = shutil.disk_usage(tmp_path)
     monkeypatch.setattr(storage.shutil, "disk_usage", lambda _: usage._replace(free=1000))
-    monkeypatch.setattr(runner, "train", None)
+    monkeypatch.setattr(train_and_score, "train", None)
     assert Lab(tmp_path, tiny_folder).run("grid.cells=[{data.size: 40}]") == 6
     assert "are free; make room" in capsys.readouterr().err
 
@@ -282,7 +282,7 @@ def test_a_changed_recipe_is_refused_beside_an_unfinished_training(
     said = capsys.readouterr().err
     assert "data.name: rows.jsonl → rows2.jsonl; " in said
     assert "training rows: " in said and "learning_rate" not in said
-    monkeypatch.setattr(runner, "train", None)  # what is trained is not trained again
+    monkeypatch.setattr(train_and_score, "train", None)  # what is trained is not trained again
     with pytest.raises(TypeError):
         made.run(ONE, "training.learning_rate=2e-2", "--discard-checkpoints")
     assert not (made.results / "checkpoints").exists() or not list(

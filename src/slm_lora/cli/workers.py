@@ -31,7 +31,7 @@ def launch(many: int, words: list[str]) -> int:
     passed on. If this process dies, the others stop as if asked to.
 
     Returns:
-        The exit code: that of the first that failed.
+        The exit code: of a process that failed by itself, see `_explained`; 75 where all stopped.
 
     Raises:
         UsageError: fewer than one process.

@@ -21,6 +21,12 @@ DTYPES: dict[str, torch.dtype] = {
 }
 
 
+def decoder_layers(causal: PreTrainedModel) -> list[torch.nn.Module]:
+    """The layers that every token goes through, as transformers knows them."""
+    kinds = set(causal._no_split_modules or ())
+    return [module for module in causal.modules() if type(module).__name__ in kinds]
+
+
 @dataclass(frozen=True)
 class Base:
     """A causal language model, ready to compute; frozen, unless all of it is trained.

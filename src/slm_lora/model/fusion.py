@@ -19,6 +19,7 @@ import torch
 
 from slm_lora import machine
 from slm_lora.errors import SlmLoraError
+from slm_lora.model.base import decoder_layers
 from slm_lora.storage import cache_dir
 
 if TYPE_CHECKING:
@@ -79,10 +80,8 @@ def fused(function: Callable[P, R]) -> Callable[P, R]:
 
 def fuse_layers(causal: PreTrainedModel) -> None:
     """Make every decoder layer a `fused` function. One compilation serves all of them."""
-    kinds = set(causal._no_split_modules or ())
-    for module in causal.modules():
-        if type(module).__name__ in kinds:
-            module.forward = fused(module.forward)
+    for layer in decoder_layers(causal):
+        layer.forward = fused(layer.forward)
 
 
 @contextmanager

@@ -12,6 +12,7 @@ from typing import TYPE_CHECKING
 import torch
 
 from slm_lora import processes
+from slm_lora.model.base import decoder_layers
 
 if TYPE_CHECKING:
     from transformers import PreTrainedModel
@@ -24,9 +25,7 @@ def shard_layers(causal: PreTrainedModel, device: torch.device) -> None:
     from torch.distributed.fsdp import fully_shard
 
     mesh = init_device_mesh(device.type, (processes.size(),))
-    kinds = set(causal._no_split_modules or ())
-    layers = [module for module in causal.modules() if type(module).__name__ in kinds]
-    for layer in layers:
+    for layer in decoder_layers(causal):
         fully_shard(layer, mesh=mesh)
     whole = {
         parameter

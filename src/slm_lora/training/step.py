@@ -111,8 +111,8 @@ class Updater:
     def _sum_up(self, loss: Tensor, wishes: tuple[bool, bool]) -> tuple[Tensor, tuple[bool, bool]]:
         """Sum gradients and losses over the processes, all in one go; whether any has a wish."""
         dtype = self.parameters[0].dtype
-        low = loss.to(dtype)
-        beside = torch.stack([low, *map(low.new_tensor, wishes)])
+        narrow = loss.to(dtype)
+        beside = torch.stack([narrow, *map(narrow.new_tensor, wishes)])
         gradients = [torch.zeros_like(p) if p.grad is None else p.grad for p in self.parameters]
         every = torch.cat([*(gradient.flatten() for gradient in gradients), beside])
         processes.sum_up(every)
@@ -165,7 +165,7 @@ class Launched:
         """
         self.wishes = wishes
         self._skipped, self._examples, self._where = skipped, examples, where
-        wide = torch.float32 if numbers[0].device.type == "mps" else torch.float64
+        wide = total_dtype(numbers[0].device)
         found = torch.stack([number.detach().to(wide) for number in numbers])
         self._arrived: torch.cuda.Event | None = None
         if found.is_cuda:

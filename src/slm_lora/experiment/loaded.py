@@ -1,0 +1,78 @@
+"""The base in memory, bare or with what an earlier run saved."""
+
+from __future__ import annotations
+
+import gc
+from pathlib import Path
+
+from slm_lora import processes
+from slm_lora.errors import UsageError
+from slm_lora.experiment.jobs import Job
+from slm_lora.model import adapter
+from slm_lora.model.base import Base
+from slm_lora.model.load import load_base
+from slm_lora.model.source import resolve
+from slm_lora.progress import Reporter
+from slm_lora.recipe.schema import ModelSection
+
+
+class LoadedBase:
+    """One base in memory at a time: cells in a row nearly always share it."""
+
+    def __init__(self, reporter: Reporter) -> None:
+        self._reporter = reporter
+        self._base: Base | None = None
+
+    def drop(self) -> None:
+        """Forget it: a training altered it."""
+        self._base = None
+
+    def for_job(self, job: Job) -> Base:
+        """The base that a job wants, without an adapter; loaded only if it is another one."""
+        quantization = job.cell.recipe.model.quantization
+        sharded = job.cell.recipe.training.fsdp and not processes.alone()
+        wanted = (job.source, job.precision, job.device, quantization, sharded)
+        base = self._base
+        if base is None or _as_loaded(base) != wanted:
+            self._base = None
+            gc.collect()  # layers that are `fused` refer to themselves
+            self._reporter.say(
+                f"  loading {job.source.name} in {quantization or job.precision} "
+                f"on {job.device.type}"
+            )
+            base = load_base(
+                job.source,
+                device=job.device,
+                precision=job.precision,
+                quantization=quantization,
+                sharded=sharded,
+            )
+            if base.why_plain:
+                self._reporter.say(f"  note: {base.why_plain}")
+            self._base = base
+        return base
+
+
+def _as_loaded(base: Base) -> tuple[object, ...]:
+    return base.source, base.precision, base.device, base.quantization, base.sharded
+
+
+def with_saved(folder: Path, job: Job, loaded: LoadedBase) -> Base:
+    """The base with a saved adapter, or the model that full fine-tuning saved.
+
+    Raises:
+        UsageError: a model that does not say what it was trained from.
+        IntegrityError: it does not belong to this base, or was changed.
+    """
+    if (folder / adapter.MODEL_WEIGHTS).is_file():
+        if not (folder / adapter.ABOUT).is_file():
+            raise UsageError(
+                f"{folder}: a model, but without {adapter.ABOUT}, which says what it was trained "
+                "from; to score any model, name it in model.name"
+            )
+        adapter.check_base(job.source, folder)
+        source = resolve(ModelSection(name=str(folder)))
+        return load_base(source, device=job.device, precision=job.precision)
+    base = loaded.for_job(job)
+    adapter.load(base, folder)
+    return base
