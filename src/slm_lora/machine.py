@@ -9,6 +9,7 @@ import os
 import platform
 import shutil
 import sys
+from collections.abc import Iterator
 from pathlib import Path
 
 from slm_lora import __version__
@@ -62,20 +63,45 @@ def _memory_bytes() -> int:
         return 0
 
 
-_M_TRIM_THRESHOLD, _M_MMAP_MAX = -1, -4
+_M_TRIM_THRESHOLD, _M_MMAP_THRESHOLD, _M_MMAP_MAX = -1, -3, -4
 
 
 def keep_freed_memory() -> None:
     """Let the C library keep what is freed for the next allocation, however large.
 
-    Else it returns large blocks at once, and a training step spends a tenth of its time on
-    pages that it had a moment ago. `release_freed_memory` returns them now and then.
+    Else it returns large blocks at once, and plain training, full fine-tuning and scoring spend a
+    tenth of their time on pages that they had a moment ago. `release_freed_memory` returns them
+    now and then.
     """
+    _set_heap({_M_MMAP_MAX: 0, _M_TRIM_THRESHOLD: -1})
+
+
+@contextlib.contextmanager
+def returning_large_blocks(on: bool) -> Iterator[None]:
+    """Inside, blocks of 16 MB and more go back to the system when freed, which leaves no holes.
+
+    Compiled training of an adapter is as fast so, and its peak is 7 % lower.
+
+    Args:
+        on: False changes nothing.
+    """
+    if not on:
+        yield
+        return
+    _set_heap({_M_MMAP_THRESHOLD: 16 << 20, _M_MMAP_MAX: 65_536, _M_TRIM_THRESHOLD: 128 << 20})
+    try:
+        yield
+    finally:
+        keep_freed_memory()
+
+
+def _set_heap(options: dict[int, int]) -> None:
+    """Options of the C library's allocator (``man mallopt``), where it has them."""
     if sys.platform == "linux":
         with contextlib.suppress(OSError, AttributeError):  # not every C library has it
             library = ctypes.CDLL(None)
-            library.mallopt(_M_MMAP_MAX, 0)
-            library.mallopt(_M_TRIM_THRESHOLD, -1)
+            for option, value in options.items():
+                library.mallopt(option, value)
 
 
 def release_freed_memory() -> None:

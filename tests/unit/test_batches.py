@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-import itertools
+import functools
 
 import numpy as np
 import pytest
@@ -99,9 +99,27 @@ def test_every_example_once_and_no_micro_batch_over_the_budget(
         assert sum(each.length for each in batch) <= budget or len(batch) == 1
     laid_out = [each.length for batch in batches for each in batch]
     assert laid_out == sorted(laid_out, reverse=True)
-    # no micro-batch stops while the next example would fit
-    for batch, following in itertools.pairwise(batches):
-        assert sum(each.length for each in batch) + following[0].length > budget
+    many, largest = least_division(tuple(laid_out), budget)
+    assert len(batches) == many
+    assert largest == max((sum(e.length for e in b) for b in batches), default=0)
+
+
+def least_division(lengths: tuple[int, ...], budget: int) -> tuple[int, int]:
+    """Fewest batches of neighbours, and the least size that the largest of so many can have; by
+    trying all divisions."""
+
+    @functools.cache
+    def of_the_first(n: int) -> tuple[int, int]:
+        if n == 0:
+            return 0, 0
+        last = ((start, sum(lengths[start:n])) for start in range(n))
+        return min(
+            (of_the_first(start)[0] + 1, max(of_the_first(start)[1], size))
+            for start, size in last
+            if size <= budget or start == n - 1
+        )
+
+    return of_the_first(len(lengths))
 
 
 def test_a_row_longer_than_the_budget_is_alone() -> None:

@@ -66,14 +66,31 @@ def pack(examples: Sequence[Example], loss_on: LossOn) -> MicroBatch:
 
 
 def by_token_budget(examples: Sequence[Example], budget: int) -> list[list[Example]]:
-    """Divide examples into micro-batches of at most ``budget`` tokens, longest first.
+    """Divide examples into the fewest micro-batches of at most ``budget`` tokens, longest first.
 
     Neighbours in length share a micro-batch, which is what attention over documents of many
-    lengths wants. A document longer than the budget gets a micro-batch of its own.
+    lengths wants, and the largest micro-batch, which sets the peak of memory, is as small as this
+    order allows. A document longer than the budget gets a micro-batch of its own.
     """
+    ordered = sorted(examples, key=lambda e: (-e.length, e.row_id))
+    batches = _filled(ordered, budget)
+    # The smallest budget that needs no more of them.
+    enough, too_small = budget, 0
+    while enough - too_small > 1:
+        tried = (enough + too_small) // 2
+        divided = _filled(ordered, tried)
+        if len(divided) > len(batches):
+            too_small = tried
+        else:
+            enough, batches = tried, divided
+    return batches
+
+
+def _filled(ordered: Sequence[Example], budget: int) -> list[list[Example]]:
+    """Micro-batches in this order, each as full as the budget allows."""
     batches: list[list[Example]] = []
     filled = 0
-    for example in sorted(examples, key=lambda e: (-e.length, e.row_id)):
+    for example in ordered:
         if not batches or filled + example.length > budget:
             batches.append([])
             filled = 0

@@ -18,14 +18,14 @@ import torch
 
 from slm_lora import machine, processes
 from slm_lora.data.batches import epoch_order, label_count, steps_per_epoch
-from slm_lora.errors import DataError, IntegrityError, NumericError
+from slm_lora.errors import DataError
 from slm_lora.model import fusion
-from slm_lora.model.adapter import restore_state, trainable_state
 from slm_lora.model.base import Base
 from slm_lora.recipe.schema import TrainingSection
 from slm_lora.records import Example, Step
 from slm_lora.stopping import Stop, StopRequested
-from slm_lora.training.checkpoint import Best, Checkpointer
+from slm_lora.training.checkpoint import Checkpointer
+from slm_lora.training.journal import Journal
 from slm_lora.training.optimizer import adamw, learning_rate
 from slm_lora.training.step import Launched, Updater
 
@@ -97,40 +97,10 @@ TRIM_EVERY = 8
 plain, and the second, which compiles."""
 
 
-def _validations_since(history: Sequence[Step], best: Best | None) -> int:
-    """Validations after the best one."""
-    after = 0 if best is None else best[1]
-    return sum(s.validation_loss is not None for s in history if s.step > after)
-
-
-def _skipped_at_the_end(history: Sequence[Step]) -> int:
-    """Steps in a row, up to the last one, that fp16 skipped."""
-    return sum(1 for _ in itertools.takewhile(lambda step: step.skipped, reversed(history)))
-
-
 def _taken(under_way: deque[tuple[Step, Launched]], leave: int) -> Iterator[tuple[Step, Launched]]:
     """Take out the oldest steps until ``leave`` are left."""
     while len(under_way) > leave:
         yield under_way.popleft()
-
-
-def _check_same_place(done: int) -> None:
-    """All processes begin after the same step.
-
-    Raises:
-        IntegrityError: they do not.
-    """
-    if len(set(places := processes.gather(done))) > 1:
-        raise IntegrityError(
-            f"the processes took up different checkpoints (of steps {places}): all must see the "
-            "same results folder"
-        )
-
-
-def _time_to_save(checkpointer: Checkpointer | None, since: float, wait: float) -> bool:
-    """Whether the last save is long enough ago; all weights of a model take their time."""
-    every = checkpointer.every_seconds if checkpointer else math.inf
-    return not every or since >= max(every, wait)
 
 
 def train(
@@ -191,76 +161,61 @@ def train(
         section.max_grad_norm,
         section.activation_checkpointing,
     )
-    stop = stop or Stop()
     several = not processes.alone()
     if steps_ahead is None:
         # An fp16 scaler waits for the GPU anyway, and so do several processes that agree.
         waits = scaler.is_enabled() or several
         steps_ahead = int(base.device.type == "cuda" and not waits)
-    best: Best | None = None
-    history: list[Step] = []
-    if checkpointer is not None and (resumed := checkpointer.load(named, optimizer)):
-        history, best = resumed.history, resumed.best
-        scaler.load_state_dict(resumed.scaler)
-    _check_same_place(len(history))
-    resumed_at = len(history)
-    seconds = history[-1].seconds if history else 0.0
-    saved_at, wait, saved_step = time.monotonic(), 0.0, resumed_at
-
-    def save(last: bool = False) -> None:
-        nonlocal saved_at, wait, saved_step
-        if checkpointer is None:
-            return
-        began = time.monotonic()
-        checkpointer.save(named, None if last else optimizer, history, best, scaler.state_dict())
-        saved_at, saved_step = time.monotonic(), len(history)
-        wait = 20 * (saved_at - began)
-
-    def wishes() -> tuple[bool, bool]:
-        """To stop, and to save, which the first process decides for all."""
-        waited = time.monotonic() - saved_at
-        save = processes.is_first() and _time_to_save(checkpointer, waited, wait)
-        return stop.requested, save
-
-    def due(step: Step) -> bool:
-        times = validate is not None and section.eval_steps
-        return bool(times and step.step % times == 0 and step.validation_loss is None)
-
-    def end_step() -> None:
-        """Validate if it is time to, and tell of the step."""
-        nonlocal best
-        step = history[-1]
-        if validate and due(step):
-            adapted.eval()
-            try:
-                loss = validate()
-            except NumericError as error:
-                raise NumericError(f"validation after step {step.step}: {error}") from error
-            except StopRequested:
-                save()  # the step is done; a resumed run begins with its validation
-                raise
-            adapted.train()
-            if best is None or loss < best[0]:
-                best = (loss, step.step, trainable_state(adapted))
-            history[-1] = replace(step, validation_loss=loss)
-        on_step(history[-1])
-
-    def enough() -> bool:
-        patience = section.early_stopping_patience
-        return patience is not None and _validations_since(history, best) >= patience
-
-    under_way: deque[tuple[Step, Launched]] = deque()
+    journal = Journal(
+        adapted,
+        named,
+        optimizer,
+        scaler,
+        section,
+        validate=validate,
+        on_step=on_step,
+        checkpointer=checkpointer,
+        stop=stop or Stop(),
+    )
+    frozen = any(not parameter.requires_grad for parameter in adapted.parameters())
     adapted.train()
-    if history and due(history[-1]):
-        end_step()
-    stopped_early = enough()
-    steps = enumerate(_steps(usable, section.effective_batch_size, seed, total))
-    for number, step_examples in itertools.islice(steps, resumed_at, None):
-        if stopped_early:
+    with machine.returning_large_blocks(compiled and frozen and base.device.type == "cpu"):
+        journal.take_up()
+        _take_steps(updater, journal, usable, section, seed, compiled, steps_ahead)
+    adapted.eval()
+    journal.save_the_end()
+    kept = journal.keep_best()
+    optimizer.zero_grad(set_to_none=True)
+    return TrainingResult(
+        tuple(journal.history),
+        journal.enough,
+        kept,
+        len(examples) - len(usable),
+        compiled and not fusion.failure(),
+    )
+
+
+def _take_steps(
+    updater: Updater,
+    journal: Journal,
+    examples: Sequence[Example],
+    section: TrainingSection,
+    seed: int,
+    compiled: bool,
+    steps_ahead: int,
+) -> None:
+    """From the journal's last step to the end of the training, or until it is stopped."""
+    total = total_steps(len(examples), section)
+    an_epoch = steps_per_epoch(len(examples), section.effective_batch_size)
+    under_way: deque[tuple[Step, Launched]] = deque()
+    seconds = journal.seconds
+    steps = enumerate(_steps(examples, section.effective_batch_size, seed, total))
+    for number, step_examples in itertools.islice(steps, len(journal.history), None):
+        if journal.enough:
             break
         began = time.perf_counter()
         rate = learning_rate(section, number, total)
-        for group in optimizer.param_groups:
+        for group in updater.optimizer.param_groups:
             group["lr"] = rate * group["times"]
         # Dropout depends on seed, step and row alone, so that a step can be done again exactly.
         # (The generator serves models that drop out values of their own.)
@@ -275,16 +230,16 @@ def train(
             min(budget, PLAIN_TOKENS) if plain_first else budget,
             dropout_seed,
             compiled and not plain_first,
-            _skipped_at_the_end(history),
+            journal.skipped_at_the_end,
             f"step {number + 1} of {total}",
-            wishes(),
+            journal.wishes(),
         )
         if number < 2 or number % TRIM_EVERY == 0:
             machine.release_freed_memory()
         step = Step(
             step=number + 1,
             total_steps=total,
-            epoch=(number + 1) / steps_per_epoch(len(usable), section.effective_batch_size),
+            epoch=(number + 1) / an_epoch,
             loss=math.nan,
             learning_rate=rate,
             grad_norm=None,
@@ -296,37 +251,21 @@ def train(
         )
         under_way.append((step, launched))
         # What several processes agreed on before the update; alone, what is wished by now.
-        stopping, saving = launched.wishes if several else wishes()
+        alone = processes.alone()
+        stopping, saving = journal.wishes() if alone else launched.wishes
         # Nothing is validated, saved or ended before every number was looked at.
-        settled = stopping or saving or due(step) or step.step == total
+        settled = stopping or saving or journal.due(step) or step.step == total
         seconds += time.perf_counter() - began
         for each, numbers in _taken(under_way, leave=0 if settled else steps_ahead):
             began = time.perf_counter()
             loss, norm = numbers.result()
             seconds += time.perf_counter() - began
-            history.append(
+            journal.add(
                 replace(each, loss=loss, grad_norm=norm, skipped=norm is None, seconds=seconds)
             )
-            end_step()
-        stopped_early = enough()
         if not under_way:
-            stopping |= stop.requested and not several
+            stopping |= journal.stop.requested and alone
             if stopping or saving:
-                save()
+                journal.save()
             if stopping:
                 raise StopRequested
-    adapted.eval()
-    if saved_step < len(history):
-        save(last=True)  # until the run is recorded: what is trained is not trained again
-    kept = len(history)
-    if section.keep_best and best is not None:
-        restore_state(adapted, best[2])
-        kept = best[1]
-    optimizer.zero_grad(set_to_none=True)
-    return TrainingResult(
-        tuple(history),
-        stopped_early,
-        kept,
-        len(examples) - len(usable),
-        compiled and not fusion.failure(),
-    )
