@@ -1,4 +1,4 @@
-"""One process at a time on an experiment's folder, by a lock that dies with the process."""
+"""One process at a time on an experiment, or a cell of it, by a lock that dies with the process."""
 
 from __future__ import annotations
 
@@ -6,7 +6,8 @@ import contextlib
 import errno
 import os
 import sys
-from collections.abc import Iterator
+import time
+from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 from pathlib import Path
 
@@ -26,18 +27,55 @@ def only_process(folder: Path) -> Iterator[None]:
         IntegrityError: another process holds it.
         StorageError: the folder cannot be written.
     """
-    path = folder / LOCK_FILE
+    with _held(folder / LOCK_FILE) as held:
+        if not held:
+            raise IntegrityError(
+                f"{folder}: another process is at work on this experiment; wait for it, or stop it"
+            )
+        yield
+
+
+@contextmanager
+def after_other_processes(path: Path, on_wait: Callable[[], None]) -> Iterator[None]:
+    """Hold a lock file while the block runs; as `only_process`, but wait for one who holds it.
+
+    Args:
+        path: of the lock file.
+        on_wait: called once, if there is someone to wait for.
+
+    Raises:
+        StorageError: its folder cannot be written.
+    """
+    while True:
+        with _held(path) as held:
+            if held:
+                yield
+                return
+        on_wait()
+        on_wait = _say_nothing
+        time.sleep(_POLL)
+
+
+def _say_nothing() -> None:
+    pass
+
+
+_POLL = 0.5
+
+
+@contextmanager
+def _held(path: Path) -> Iterator[bool]:
+    """Whether the lock was to be had; if so, it is held inside."""
     try:
-        folder.mkdir(parents=True, exist_ok=True)
+        path.parent.mkdir(parents=True, exist_ok=True)
         descriptor = _open_locked(path)
     except BlockingIOError:
-        raise IntegrityError(
-            f"{folder}: another process is at work on this experiment; wait for it, or stop it"
-        ) from None
+        yield False
+        return
     except OSError as error:
         raise StorageError(f"cannot write {path}: {error.strerror or error}") from error
     try:
-        yield
+        yield True
     finally:
         if sys.platform == "win32":
             # An open file cannot be removed there, and one that is closed is another's already.

@@ -42,7 +42,7 @@ def show(
 
     _, cells = load_recipe(recipe, overrides or [])
     quiet_libraries()
-    _show_rows(make_jobs([chosen_cell(cells, cell)], will_train=False)[0], rows)
+    _show_rows(make_jobs([chosen_cell(cells, cell)], computed="nowhere")[0], rows)
 
 
 def _show_rows(job: Job, rows: int) -> None:
@@ -88,7 +88,7 @@ def check(recipe: RecipeFile, overrides: Overrides = None, rows: Rows = 2) -> No
     quiet_libraries()
     out = console()
     try:
-        jobs = make_jobs(cells, will_train=False)
+        jobs = make_jobs(cells, computed="nowhere")
     except MalformedRowsError as error:
         # The error names a few lines; whoever checks wants them all.
         for bad in error.bad_rows:

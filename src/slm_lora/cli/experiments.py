@@ -8,6 +8,14 @@ from typing import Annotated, Any, Literal
 import typer
 
 from slm_lora import processes
+from slm_lora.cli.executors import (
+    Address,
+    Executor,
+    ExecutorName,
+    ExecutorOptions,
+    check_executor,
+    engine,
+)
 from slm_lora.cli.options import (
     AdaptersDir,
     CellName,
@@ -39,18 +47,23 @@ def experiment(
             help="Also write report-with-rows.html, which quotes some test rows: for yourself.",
         ),
     ] = False,
+    executor: ExecutorName = Executor.local,
+    address: Address = "",
+    executor_option: ExecutorOptions = None,
     _processes: Processes = 1,
 ) -> None:
     """Run a whole experiment: base, every cell of the grid, table, metrics and report.
 
     Finished cells are kept: the same command continues after an interruption.
     """
-    from slm_lora.experiment.jobs import make_jobs
+    from slm_lora.experiment.elsewhere import CommandLine, run_elsewhere
+    from slm_lora.experiment.jobs import ComputedName, make_jobs
     from slm_lora.experiment.report import terminal_table, write_report
     from slm_lora.experiment.runner import run_jobs
     from slm_lora.progress import Reporter
     from slm_lora.recipe.reading import load_recipe
 
+    check_executor(executor, address, executor_option or [])
     read, cells = load_recipe(recipe, overrides or [])
     places = _places(read, results, adapters)
     quiet_libraries()
@@ -58,13 +71,21 @@ def experiment(
         reporter = Reporter(quiet=not processes.is_first())
         reporter.say(f"{read.name}: {read.description or recipe.name}")
         reporter.say("  reading rows and model; a first time fetches or builds what is not there")
-        jobs = processes.first_then_all(lambda: make_jobs(cells, will_train=not plan))
+        here = executor is Executor.local
+        computed: ComputedName = "nowhere" if plan else "here" if here else "elsewhere"
+        jobs = processes.first_then_all(lambda: make_jobs(cells, computed))
         _say_data(jobs[0], reporter)
         if plan:
             if processes.is_first():
                 _print_plan(jobs, places)
             return
-        runs = run_jobs(jobs, places, reporter, discard)
+        if here:
+            runs = run_jobs(jobs, places, reporter, discard)
+        else:
+            line = CommandLine(recipe, tuple(overrides or ()), results, adapters)
+            gpus = int(jobs[0].device.type == "cuda")
+            with engine(executor, address, executor_option or [], places, gpus) as chosen:
+                runs = run_elsewhere(jobs, places, reporter, chosen, line, discard)
         if not processes.is_first():
             return
     headline = jobs[0].cell.recipe.evaluation.headline
@@ -86,28 +107,38 @@ def train(
     discard: DiscardCheckpoints = False,
     _processes: Processes = 1,
 ) -> None:
-    """Train and score one cell of a recipe, without the base."""
+    """Train and score one cell of a recipe; the cell ``base`` is the base, scored.
+
+    Several may be at work on the cells of one experiment, on machines that see the same folders.
+    """
     from slm_lora.experiment.jobs import make_jobs
-    from slm_lora.experiment.runner import run_cells
+    from slm_lora.experiment.places import BASE
+    from slm_lora.experiment.runner import run_bases, run_cells
     from slm_lora.progress import Reporter
     from slm_lora.recipe.reading import load_recipe
 
     read, cells = load_recipe(recipe, overrides or [])
-    chosen = chosen_cell(cells, cell)
+    chosen = cells if cell == BASE else [chosen_cell(cells, cell)]
     if not cell and len(cells) > 1:
-        raise UsageError(f"the recipe has {len(cells)} cells; choose one: --cell {chosen.name} …")
+        raise UsageError(f"the recipe has {len(cells)} cells; choose one: --cell {cells[0].name} …")
     quiet_libraries()
     places = _places(read, results, adapters)
     with processes.joined():
         reporter = Reporter(quiet=not processes.is_first())
-        jobs = processes.first_then_all(lambda: make_jobs([chosen]))
+        jobs = processes.first_then_all(lambda: make_jobs(chosen))
         _say_data(jobs[0], reporter)
-        runs = run_cells(jobs, places, reporter, discard)
+        if cell == BASE:
+            runs = run_bases(jobs, places, reporter)
+        else:
+            runs = run_cells(jobs, places, reporter, discard)
         if not processes.is_first():
             return
-    run = runs[0]
-    kept = f"\n{places.adapter(run.cell)}" if places.keep_adapters else ""
-    console().print(f"\n{run.folder}{kept}", soft_wrap=True)
+    out = console()
+    out.print()
+    for run in runs:
+        out.print(f"{run.folder}", soft_wrap=True)
+        if places.keep_adapters and cell != BASE:
+            out.print(f"{places.adapter(run.cell)}", soft_wrap=True)
 
 
 def evaluate(

@@ -14,14 +14,14 @@ from pathlib import Path
 from types import FrameType
 
 from slm_lora import processes
+from slm_lora.engines.command import SAVING, WATCHED
 from slm_lora.errors import STOPPED_RESUMABLE, StorageError, UsageError
 from slm_lora.processes import PeerLostError
 from slm_lora.stopping import take_repeated_signals_for_one
 
-GRACE, SAVING = 20.0, 300.0
-"""Seconds that the others have to end after one has failed, or was asked to stop and they save."""
+GRACE = 20.0
+"""Seconds that the others have to end after one has failed; `SAVING` where all are to stop."""
 _POLL = 0.05
-_WATCHED = "SLM_LORA_WATCHED"
 
 
 def launch(many: int, words: list[str]) -> int:
@@ -71,7 +71,7 @@ def launch(many: int, words: list[str]) -> int:
 
 def watch_starter() -> None:
     """In a process that `launch` started: stop as if asked to when the starter is gone."""
-    if _WATCHED not in os.environ:
+    if WATCHED not in os.environ:
         return
 
     def watch() -> None:
@@ -96,7 +96,7 @@ def _start(number: int, many: int, words: list[str], folder: Path) -> subprocess
         "LOCAL_RANK": str(number),
         "WORLD_SIZE": str(many),
         processes.STORE: str(folder / "store"),
-        _WATCHED: "1",
+        WATCHED: "1",
     }
     log = None if number == 0 else (folder / f"{number}.log").open("wb")
     try:

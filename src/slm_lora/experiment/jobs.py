@@ -6,7 +6,7 @@ import json
 from collections.abc import Sequence
 from dataclasses import asdict, dataclass
 from pathlib import Path
-from typing import TYPE_CHECKING, Any
+from typing import TYPE_CHECKING, Any, Literal
 
 from slm_lora.data.prepare import Prepared, prepare
 from slm_lora.data.sources import RowSet, read_rows
@@ -14,7 +14,7 @@ from slm_lora.data.splits import SPLIT_VERSION
 from slm_lora.errors import DataError, UsageError
 from slm_lora.model.source import ModelSource, hash_config, resolve
 from slm_lora.recipe.cells import Cell
-from slm_lora.recipe.schema import LATER_KEYS, DataSection, ModelSection
+from slm_lora.recipe.schema import LATER_KEYS, DataSection, ModelSection, TrainingSection
 from slm_lora.runs import RUN_FORMAT, content_hash
 
 if TYPE_CHECKING:
@@ -45,12 +45,16 @@ class Job:
     recipe: dict[str, Any]
 
 
-def make_jobs(cells: Sequence[Cell], will_train: bool = True) -> list[Job]:
+ComputedName = Literal["here", "elsewhere", "nowhere"]
+"""Where a job is computed: on this machine, on others, or not at all (plans, looks at data)."""
+
+
+def make_jobs(cells: Sequence[Cell], computed: ComputedName = "here") -> list[Job]:
     """Resolve models, read rows and tokenise them for all cells; nothing is loaded yet.
 
     Args:
         cells: from `reading.load_recipe`.
-        will_train: False where device and precision need not be there (plans, looks at data).
+        computed: unless it is here, the device need not be.
 
     Raises:
         SlmLoraError: whatever is wrong with models or rows, and cells on different test rows.
@@ -80,7 +84,7 @@ def make_jobs(cells: Sequence[Cell], will_train: bool = True) -> list[Job]:
             sets[set_key] = prepare(rows, section, cell.recipe.data_seed, tokenizers[source])
         _check_headline(cell, sets[set_key])
         _check_frozen(cell)
-        jobs.append(_job(cell, source, sets[set_key], rows, will_train))
+        jobs.append(_job(cell, source, sets[set_key], rows, computed))
     _check_same_test_rows(jobs)
     return jobs
 
@@ -124,19 +128,9 @@ def _check_frozen(cell: Cell) -> None:
 
 
 def _job(
-    cell: Cell, source: ModelSource, prepared: Prepared, rows: RowSet, will_train: bool
+    cell: Cell, source: ModelSource, prepared: Prepared, rows: RowSet, computed: ComputedName
 ) -> Job:
-    from slm_lora.model.load import choose_device, choose_precision
-
-    training = cell.recipe.training
-    try:
-        device = choose_device(training.device)
-        precision = choose_precision(training.precision, device)
-    except UsageError:
-        if will_train:
-            raise
-        device = choose_device("auto")
-        precision = choose_precision("auto", device)
+    device, precision = _device_and_precision(cell.recipe.training, computed)
     recipe = _portable_recipe(cell, source, precision, device.type)
     scored = {
         "format": RUN_FORMAT,
@@ -168,6 +162,34 @@ def _job(
         base_identity=content_hash(scored),
         recipe=recipe,
     )
+
+
+def _device_and_precision(
+    training: TrainingSection, computed: ComputedName
+) -> tuple[torch.device, PrecisionName]:
+    import torch
+
+    from slm_lora.model.load import choose_device, choose_precision
+
+    try:
+        device = choose_device(training.device)
+    except UsageError:
+        if computed == "here":
+            raise
+        if computed == "elsewhere":
+            if training.precision == "auto":
+                raise UsageError(
+                    f"training.precision = auto: this machine has no {training.device} to choose "
+                    "for; name bf16, fp16 or fp32"
+                ) from None
+            return torch.device(training.device), training.precision
+        device = choose_device("auto")
+    try:
+        return device, choose_precision(training.precision, device)
+    except UsageError:
+        if computed != "nowhere":
+            raise
+        return device, choose_precision("auto", device)
 
 
 def _without_later_keys(training: dict[str, Any]) -> dict[str, Any]:

@@ -9,10 +9,11 @@ from pathlib import Path
 
 from slm_lora.experiment.jobs import Job
 from slm_lora.experiment.unfinished import check_unfinished
-from slm_lora.lock import only_process
+from slm_lora.lock import after_other_processes, only_process
 from slm_lora.model import adapter
+from slm_lora.progress import Reporter
 from slm_lora.recipe.schema import TrackerName
-from slm_lora.runs import Run, find_run
+from slm_lora.runs import Run, find_run, run_folder
 from slm_lora.storage import recover, recover_all, require_space, sha256_file
 from slm_lora.training.checkpoint import space_needed
 from slm_lora.training.loop import total_steps
@@ -58,19 +59,35 @@ BASE = "base"
 
 @contextmanager
 def at_work(jobs: Sequence[Job], places: Places, discard: bool) -> Iterator[None]:
-    """The experiment's folder to ourselves, rid of what killed processes left.
+    """The experiment to ourselves: its tables, and which cells are run when.
 
     Raises:
-        IntegrityError: another process is at work there, or an unfinished training of a cell
+        IntegrityError: another process is at work on it, or an unfinished training of a cell
             was made of something else, and ``discard`` does not remove it.
     """
     with only_process(places.results):
-        for folder in (places.results, places.results / "runs", places.checkpoints):
-            recover_all(folder)
-        for job in jobs:
-            recover(places.adapter(job.cell.name))
-        unfinished = [job for job in jobs if finished(job, places) is None]
-        check_unfinished(unfinished, places.checkpoints, discard)
+        recover_all(places.results)
+        check_none_in_the_way(jobs, places, discard)
+        yield
+
+
+def check_none_in_the_way(jobs: Sequence[Job], places: Places, discard: bool) -> None:
+    """No unfinished training of these cells was made of something else, see `check_unfinished`."""
+    unfinished = [job for job in jobs if finished(job, places) is None]
+    check_unfinished(unfinished, places.checkpoints, discard)
+
+
+@contextmanager
+def cell_at_work(cell: str, identity: str, places: Places, reporter: Reporter) -> Iterator[None]:
+    """A cell to ourselves, rid of what killed processes left; waits for another that has it.
+
+    Cells have a lock of their own, as an experiment's may be run by processes of many machines.
+    """
+    lock = places.checkpoints / f".{cell}.lock"
+    waiting = f"  {cell}  another process is at work on it; waiting for that one"
+    with after_other_processes(lock, lambda: reporter.say(waiting)):
+        recover(run_folder(places.results, cell, identity))
+        recover(places.adapter(cell))
         yield
 
 

@@ -17,7 +17,15 @@ from slm_lora.errors import IntegrityError, UsageError
 from slm_lora.evaluation.perplexity import write_scores
 from slm_lora.experiment.jobs import Job
 from slm_lora.experiment.loaded import LoadedBase, with_saved
-from slm_lora.experiment.places import BASE, Places, at_work, finished, require_room
+from slm_lora.experiment.places import (
+    BASE,
+    Places,
+    at_work,
+    cell_at_work,
+    check_none_in_the_way,
+    finished,
+    require_room,
+)
 from slm_lora.experiment.run_record import (
     about_adapter,
     common_record,
@@ -57,32 +65,33 @@ def run_jobs(
         IntegrityError: another process is at work there, or such a training is in the way.
         StopRequested: a signal asked for it; the same call continues.
     """
-    with _together(jobs, places, discard):
+    with _together(jobs), _first_only(lambda: at_work(jobs, places, discard)):
         loaded = LoadedBase(reporter)
-        runs: dict[str, Run | None] = {}
-        for job in jobs:
-            if job.base_identity not in runs:
-                done = functools.partial(find_run, places.results, BASE, job.base_identity)
-                if _to_do(done):
-                    _run_base(job, loaded.for_job(job), places, reporter)
-                else:
-                    reporter.say(f"  {BASE}  finished earlier")
-                runs[job.base_identity] = done()
-        bases = [run for run in runs.values() if run is not None]
-        return [*bases, *_run_cells(jobs, places, reporter, loaded)]
+        return [
+            *_run_bases(jobs, places, reporter, loaded),
+            *_run_cells(jobs, places, reporter, loaded),
+        ]
+
+
+def run_bases(jobs: Sequence[Job], places: Places, reporter: Reporter) -> list[Run]:
+    """As `run_jobs`, but the bases of these cells alone, while others may run cells."""
+    with _together(jobs):
+        return _run_bases(jobs, places, reporter, LoadedBase(reporter))
 
 
 def run_cells(
     jobs: Sequence[Job], places: Places, reporter: Reporter, discard: bool = False
 ) -> list[Run]:
-    """As `run_jobs`, without the base."""
-    with _together(jobs, places, discard):
+    """As `run_jobs`, but these cells alone, while others may run others."""
+    with _together(jobs):
+        if processes.is_first():
+            check_none_in_the_way(jobs, places, discard)
         return _run_cells(jobs, places, reporter, LoadedBase(reporter))
 
 
 @contextmanager
-def _together(jobs: Sequence[Job], places: Places, discard: bool) -> Iterator[None]:
-    """At work on an experiment: the first of several processes for all, who do the same."""
+def _together(jobs: Sequence[Job]) -> Iterator[None]:
+    """Several processes, that all do the same."""
     several = processes.size()
     for job in jobs:
         batch = job.cell.recipe.training.effective_batch_size
@@ -101,7 +110,13 @@ def _together(jobs: Sequence[Job], places: Places, discard: bool) -> Iterator[No
         raise IntegrityError(
             "the processes were given different recipes, rows or bases: start all with the same"
         )
-    with at_work(jobs, places, discard) if processes.is_first() else nullcontext():
+    yield
+
+
+@contextmanager
+def _first_only(to_ourselves: Callable[[], AbstractContextManager[None]]) -> Iterator[None]:
+    """Within what only the first of several processes holds, for all of them."""
+    with to_ourselves() if processes.is_first() else nullcontext():
         processes.wait()
         yield
 
@@ -112,20 +127,40 @@ def _to_do(done: Callable[[], Run | None]) -> bool:
     return bool(processes.from_first(lambda: done() is None))
 
 
+def _run_bases(
+    jobs: Sequence[Job], places: Places, reporter: Reporter, loaded: LoadedBase
+) -> list[Run]:
+    runs: dict[str, Run | None] = {}
+    for job in jobs:
+        if job.base_identity in runs:
+            continue
+        done = functools.partial(find_run, places.results, BASE, job.base_identity)
+        alone = functools.partial(cell_at_work, BASE, job.base_identity, places, reporter)
+        with _first_only(alone):
+            if _to_do(done):
+                _run_base(job, loaded.for_job(job), places, reporter)
+            else:
+                reporter.say(f"  {BASE}  finished earlier")
+        runs[job.base_identity] = done()
+    return [run for run in runs.values() if run is not None]
+
+
 def _run_cells(
     jobs: Sequence[Job], places: Places, reporter: Reporter, loaded: LoadedBase
 ) -> list[Run]:
     runs = []
     for job in jobs:
+        name = job.cell.name
         done = functools.partial(finished, job, places)
-        if _to_do(done):
-            _run_cell(job, loaded, places, reporter)
-        elif processes.is_first():
-            # A process may have died between recording the run and this.
-            shutil.rmtree(places.checkpoint(job.cell.name, job.identity), ignore_errors=True)
-            reporter.say(f"  {job.cell.name}  finished earlier")
+        with _first_only(functools.partial(cell_at_work, name, job.identity, places, reporter)):
+            if _to_do(done):
+                _run_cell(job, loaded, places, reporter)
+            elif processes.is_first():
+                # A process may have died between recording the run and this.
+                shutil.rmtree(places.checkpoint(name, job.identity), ignore_errors=True)
+                reporter.say(f"  {name}  finished earlier")
         if processes.is_first():
-            runs.append(_found(places, job.cell.name, job.identity))
+            runs.append(_found(places, name, job.identity))
     return runs
 
 

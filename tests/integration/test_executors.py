@@ -1,0 +1,309 @@
+"""Cells run by engines on other machines: the same results, and nothing lost with a node or the
+driver. Ray is a real cluster of several nodes on this machine, Slurm is submitit's local jobs."""
+
+from __future__ import annotations
+
+import json
+import os
+import signal
+import socket
+import subprocess
+import sys
+import time
+from collections.abc import Iterator
+from pathlib import Path
+from typing import Any
+
+import psutil
+import pytest
+
+from .test_experiment import Lab, command
+
+pytestmark = pytest.mark.skipif(os.name == "nt", reason="signals of POSIX")
+slow = pytest.mark.slow
+LONG = ("training.num_train_epochs=60", "training.compile=false", "checkpoint_seconds=0.2")
+"""So that there is a middle of a training to kill something in."""
+
+
+def words(lab: Lab, *options: object) -> list[str]:
+    where = ("--results", lab.results.parent, "--adapters", lab.adapters)
+    experiment = (lab.recipe, *where, *options)
+    return [sys.executable, "-m", "slm_lora", "experiment", *map(str, experiment)]
+
+
+def start(lab: Lab, *options: object) -> subprocess.Popen[str]:
+    return subprocess.Popen(
+        words(lab, *options),
+        stdout=subprocess.PIPE,
+        stderr=subprocess.STDOUT,
+        text=True,
+        env={**os.environ, "OMP_NUM_THREADS": "1"},
+    )
+
+
+def ended(process: subprocess.Popen[str], code: int) -> str:
+    try:
+        said, _ = process.communicate(timeout=240)
+    except BaseException:
+        process.kill()
+        raise
+    assert process.returncode == code, said
+    return said
+
+
+def found(lab: Lab) -> dict[str, Any]:
+    """Hash, scores and losses of every run."""
+    return {
+        folder.name: (
+            json.loads((folder / "run.json").read_text())["hash"],
+            (folder / "scores.parquet").read_bytes(),
+            [json.loads(line)["loss"] for line in steps.read_text().splitlines()]
+            if (steps := folder / "steps.jsonl").exists()
+            else None,
+        )
+        for folder in (lab.results / "runs").iterdir()
+    }
+
+
+def until(condition: Any, seconds: float = 120) -> None:
+    began = time.monotonic()
+    while not condition():
+        assert time.monotonic() - began < seconds
+        time.sleep(0.1)
+
+
+def checkpoints(lab: Lab) -> list[Path]:
+    return list(lab.results.glob("checkpoints/*/step-*"))
+
+
+@pytest.fixture(scope="module")
+def straight(tmp_path_factory: pytest.TempPathFactory, tiny_folder: Path) -> Lab:
+    lab = Lab(tmp_path_factory.mktemp("straight"), tiny_folder)
+    ended(start(lab, *LONG), 0)
+    return lab
+
+
+def beside(straight: Lab, folder: Path, tiny_folder: Path) -> Lab:
+    """Another place for the results of the same rows and model."""
+    lab = Lab(folder, tiny_folder)
+    lab.recipe, lab.rows = straight.recipe, straight.rows
+    return lab
+
+
+# --- Slurm -------------------------------------------------------------------------------------
+
+
+@slow
+def test_jobs_give_what_one_process_gives_and_outlive_their_driver(
+    straight: Lab, tmp_path: Path, tiny_folder: Path
+) -> None:
+    pytest.importorskip("submitit")
+    lab = beside(straight, tmp_path / "slurm", tiny_folder)
+    jobs = (*LONG, "--executor", "slurm", "--executor-option", "cluster=local")
+    driver = start(lab, *jobs)
+    until(lambda: checkpoints(lab))
+    driver.kill()
+    driver.wait()
+    # Those that are still at work are waited for, not run beside.
+    ended(start(lab, *jobs), 0)
+    assert found(lab) == found(straight)
+    assert not list((lab.results / "checkpoints").iterdir())
+
+
+@slow
+def test_a_stop_reaches_the_jobs_and_the_same_command_goes_on(
+    straight: Lab, tmp_path: Path, tiny_folder: Path
+) -> None:
+    pytest.importorskip("submitit")
+    lab = beside(straight, tmp_path / "stopped", tiny_folder)
+    jobs = (*LONG, "--executor", "slurm", "--executor-option", "cluster=local")
+    driver = start(lab, *jobs)
+    until(lambda: checkpoints(lab))
+    driver.send_signal(signal.SIGINT)
+    assert "stopped; the same command continues" in ended(driver, 75)
+    assert checkpoints(lab)
+    ended(start(lab, *LONG), 0)  # by this process alone: an engine is no part of a run
+    assert found(lab) == found(straight)
+
+
+@slow
+def test_a_cell_that_fails_is_named_and_the_others_are_run(
+    tmp_path: Path, tiny_folder: Path
+) -> None:
+    pytest.importorskip("submitit")
+    lab = Lab(tmp_path / "failing", tiny_folder)
+    recipe = lab.recipe.read_text()
+    lab.recipe.write_text(recipe.replace("adapter.r: 2}", "training.learning_rate: 1e38}"))
+    said = ended(start(lab, "--executor", "slurm", "--executor-option", "cluster=local"), 5)
+    assert said.splitlines()[-1].startswith("40-learningrate1e+38: step 1 of 10")
+    assert sorted(name.split("-")[0] for name in found(lab)) == ["40", "80", "base"], said
+
+
+# --- Ray ---------------------------------------------------------------------------------------
+
+
+@pytest.fixture
+def two_nodes() -> Iterator[Any]:
+    """A Ray cluster on this machine: two nodes with a core each, and a head without."""
+    pytest.importorskip("ray")
+    from ray.cluster_utils import Cluster
+
+    cluster = Cluster(initialize_head=True, head_node_args={"num_cpus": 0})
+    nodes = [cluster.add_node(num_cpus=1) for _ in range(2)]
+    try:
+        yield cluster, nodes
+    finally:
+        cluster.shutdown()
+
+
+def at_work_on(checkpoint: str, nodes: list[Any]) -> Any:
+    """The node whose worker trains the cell with this folder of checkpoints."""
+    cell = checkpoint.rpartition("-")[0]
+    command_line = ("-m", "slm_lora", "train")
+    (process,) = (
+        each
+        for each in psutil.process_iter(["cmdline"])
+        if each.info["cmdline"][1:4] == [*command_line] and cell in each.info["cmdline"]
+    )
+    above = {parent.pid for parent in process.parents()}
+    (node,) = (n for n in nodes if n.all_processes["raylet"][0].process.pid in above)
+    return node
+
+
+@slow
+def test_a_node_that_dies_loses_nothing(
+    straight: Lab, tmp_path: Path, tiny_folder: Path, two_nodes: Any
+) -> None:
+    cluster, nodes = two_nodes
+    lab = beside(straight, tmp_path / "ray", tiny_folder)
+    driver = start(lab, *LONG, "--executor", "ray", "--address", cluster.address)
+    until(lambda: checkpoints(lab))
+    cluster.remove_node(at_work_on(checkpoints(lab)[0].parent.name, nodes), allow_graceful=False)
+    said = ended(driver, 0)
+    assert "again from its last checkpoint" in said
+    assert found(lab) == found(straight)
+
+
+@slow
+def test_a_cluster_that_has_not_what_a_cell_takes_is_refused(
+    straight: Lab, tmp_path: Path, tiny_folder: Path, two_nodes: Any
+) -> None:
+    cluster, _ = two_nodes
+    lab = beside(straight, tmp_path / "none", tiny_folder)
+    ray = ("--executor", "ray", "--address", cluster.address)
+    said = ended(start(lab, *ray, "--executor-option", "num_gpus=1"), 6)
+    assert "no node with a CPU and 1 GPUs" in said
+    said = ended(start(lab, *ray, "--executor-option", "colour=red"), 2)
+    assert "--executor-option" in said and "colour" in said
+
+
+# --- bad input ---------------------------------------------------------------------------------
+
+
+@pytest.mark.parametrize(
+    ("options", "code", "part"),
+    [
+        (("--address", "auto"), 2, "add --executor ray"),
+        (("--executor-option", "num_gpus=1"), 2, "needs --executor ray or slurm"),
+        (("--executor", "slurm", "--executor-option", "cluster"), 2, "must be KEY=VALUE"),
+        (("--executor", "ray", "--address", "here:there"), 2, "must be HOST:PORT"),
+        (("--executor", "ray", "training.device=cuda"), 2, "name bf16, fp16 or fp32"),
+    ],
+)
+def test_options_that_do_not_go_together(
+    tmp_path: Path,
+    tiny_folder: Path,
+    capsys: pytest.CaptureFixture[str],
+    options: tuple[str, ...],
+    code: int,
+    part: str,
+) -> None:
+    lab = Lab(tmp_path / "lab", tiny_folder)
+    lab.recipe.write_text(lab.recipe.read_text().replace("precision: fp32", "precision: auto"))
+    if "here:there" in options:
+        pytest.importorskip("ray")
+    assert lab.run(*options) == code
+    assert part in capsys.readouterr().err
+    assert not (lab.results / "runs").exists()
+
+
+def test_a_cluster_that_does_not_answer(
+    tmp_path: Path, tiny_folder: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    pytest.importorskip("ray")
+    lab = Lab(tmp_path / "lab", tiny_folder)
+    with socket.socket() as free:
+        free.bind(("127.0.0.1", 0))
+        address = f"127.0.0.1:{free.getsockname()[1]}"
+    assert lab.run("--executor", "ray", "--address", address) == 6
+    assert f"--address {address}: no Ray cluster answers" in capsys.readouterr().err
+
+
+@pytest.mark.parametrize(("engine", "library"), [("ray", "ray"), ("slurm", "submitit")])
+def test_an_engine_that_is_not_installed_names_its_extra(
+    tmp_path: Path,
+    tiny_folder: Path,
+    monkeypatch: pytest.MonkeyPatch,
+    capsys: pytest.CaptureFixture[str],
+    engine: str,
+    library: str,
+) -> None:
+    monkeypatch.setitem(sys.modules, library, None)  # what `import` finds is no module
+    lab = Lab(tmp_path / "lab", tiny_folder)
+    assert lab.run("--executor", engine) == 2
+    assert f"slm-lora[{engine}]" in capsys.readouterr().err
+
+
+def test_slurm_that_is_not_here(
+    tmp_path: Path, tiny_folder: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    pytest.importorskip("submitit")
+    lab = Lab(tmp_path / "lab", tiny_folder)
+    assert lab.run("--executor", "slurm") == 2
+    assert "--executor slurm:" in capsys.readouterr().err
+
+
+# --- by hand -----------------------------------------------------------------------------------
+
+
+def test_the_base_is_a_cell_that_can_be_run_alone(tmp_path: Path, tiny_folder: Path) -> None:
+    lab = Lab(tmp_path / "lab", tiny_folder)
+    where = ("--results", lab.results.parent, "--adapters", lab.adapters)
+    assert command("train", lab.recipe, "--cell", "base", *where) == 0
+    (base,) = found(lab)
+    assert base.startswith("base-")
+
+
+def test_a_cell_that_another_process_has_is_waited_for(tmp_path: Path, tiny_folder: Path) -> None:
+    lab = Lab(tmp_path / "lab", tiny_folder)
+    holder = (
+        "import sys, time\n"
+        "from pathlib import Path\n"
+        "from slm_lora.lock import after_other_processes\n"
+        "with after_other_processes(Path(sys.argv[1]), lambda: None):\n"
+        "    print('held', flush=True); sys.stdin.read()\n"
+    )
+    lock = lab.results / "checkpoints" / ".r4-40.lock"
+    with subprocess.Popen(
+        [sys.executable, "-c", holder, lock],
+        stdin=subprocess.PIPE,
+        stdout=subprocess.PIPE,
+        text=True,
+    ) as other:
+        assert other.stdout is not None and other.stdout.readline() == "held\n"
+        line = words(lab, "--cell", "r4-40")
+        line[3] = "train"
+        with subprocess.Popen(line, stderr=subprocess.PIPE, text=True) as waiting:
+            assert waiting.stderr is not None
+            said = next(each for each in waiting.stderr if "waiting for that one" in each)
+            assert "r4-40" in said
+            time.sleep(1.5)
+            assert not found_any(lab)
+            other.communicate()  # lets go
+            waiting.communicate()
+        assert waiting.returncode == 0
+    assert found_any(lab)
+
+
+def found_any(lab: Lab) -> bool:
+    return any(lab.results.glob("runs/r4-40-*"))
