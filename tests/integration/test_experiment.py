@@ -259,6 +259,13 @@ def test_rows_are_quoted_only_on_a_page_of_its_own(
     assert len(quoted) >= 8
     assert with_rows.count("<h3>Largest fall: ") == 2
     assert not any(text in file for file in files.values() for text in quoted)
+    # With answers: of the base, and of the adapter that it is about.
+    asked = ("--with-rows", lab.recipe, *words, "--answers", "--adapters", lab.adapters)
+    assert command("report", results, *asked) == 0
+    with_answers = (results / "report-with-rows.html").read_text()
+    assert with_answers.count("answer of base") == with_answers.count("answer of tiny-r4-80") == 8
+    assert "answer of" not in with_rows
+    assert command("report", results, "--answers") == 2
     # Another data set's rows are not passed off as those that were scored.
     (tmp_path / "other.jsonl").write_text('{"instruction": "a", "response": "b"}\n' * 3)
     other = (words[0], f"data.name={tmp_path / 'other.jsonl'}")

@@ -57,6 +57,7 @@ def experiment(
     Finished cells are kept: the same command continues after an interruption.
     """
     from slm_lora.experiment.elsewhere import CommandLine, run_elsewhere
+    from slm_lora.experiment.examples import Quoted
     from slm_lora.experiment.jobs import ComputedName, make_jobs
     from slm_lora.experiment.report import terminal_table, write_report
     from slm_lora.experiment.runner import run_jobs
@@ -89,7 +90,8 @@ def experiment(
         if not processes.is_first():
             return
     headline = jobs[0].cell.recipe.evaluation.headline
-    lines = write_report(runs, places.results, headline, jobs[0].rows.rows if with_rows else None)
+    quoted = Quoted({row.row_id: row for row in jobs[0].rows.rows}) if with_rows else None
+    lines = write_report(runs, places.results, headline, quoted)
     out = console()
     out.print()
     out.print(terminal_table(lines))
@@ -192,23 +194,58 @@ def report(
             "for yourself.",
         ),
     ] = None,
+    answers: Annotated[
+        bool,
+        typer.Option(
+            "--answers", help="With --with-rows: the base and the best adapter answer these rows."
+        ),
+    ] = False,
+    adapters: AdaptersDir = Path("adapter"),
 ) -> None:
     """Make table, metrics and report again from the run folders of an experiment."""
     from slm_lora.data.sources import read_rows
+    from slm_lora.experiment.examples import Quoted
     from slm_lora.experiment.report import terminal_table, write_report
     from slm_lora.recipe.reading import load_recipe
     from slm_lora.runs import list_runs
 
-    rows = None
+    quoted = None
     if with_rows is not None:
-        rows = read_rows(load_recipe(with_rows, overrides or [])[1][0].recipe.data).rows
-    elif overrides:
-        raise UsageError(f"{overrides[0]}: overrides need --with-rows RECIPE")
+        read, cells = load_recipe(with_rows, overrides or [])
+        rows = read_rows(cells[0].recipe.data).rows
+        answer = _answering(cells[0].recipe, adapters / read.name) if answers else None
+        quoted = Quoted({row.row_id: row for row in rows}, answer)
+    elif overrides or answers:
+        given = overrides[0] if overrides else "--answers"
+        raise UsageError(f"{given}: needs --with-rows RECIPE")
     out = console()
-    lines = write_report(list_runs(experiment_folder), experiment_folder, rows=rows)
+    lines = write_report(list_runs(experiment_folder), experiment_folder, quoted=quoted)
     out.print(terminal_table(lines))
     out.print()
-    _print_where(experiment_folder, [], rows is not None)
+    _print_where(experiment_folder, [], quoted is not None)
+
+
+def _answering(recipe: Any, adapters: Path) -> Any:
+    """Lets the base of a cell and its adapter answer prompts: ``adapters`` and the cell's name make
+    the adapter's folder."""
+    from slm_lora.cli.outputs import opened
+    from slm_lora.evaluation.generate import Sampling
+    from slm_lora.experiment.side_by_side import compare_outputs
+    from slm_lora.progress import Reporter
+
+    def answer(cell: str, prompts: Any) -> Any:
+        folder = adapters.with_name(f"{adapters.name}-{cell}")
+        training = recipe.training
+        variants = opened(recipe.model.name, [folder], training.device, training.precision)
+        many = 2 * len(prompts)
+        with Reporter().task("answers", many, "answers") as task:
+            found = compare_outputs(
+                variants, prompts, Sampling(96), None, lambda tokens: task.advance(1, tokens)
+            )
+            task.close(f"{many} answers")
+        return found
+
+    return answer
 
 
 def compare(

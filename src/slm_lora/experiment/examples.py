@@ -3,10 +3,12 @@
 from __future__ import annotations
 
 import json
-from collections.abc import Mapping, Sequence
+from collections.abc import Callable, Mapping, Sequence
+from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
+from slm_lora.data.prompts import Prompt
 from slm_lora.data.splits import seeded_order
 from slm_lora.errors import IntegrityError, UsageError
 from slm_lora.experiment import side_by_side
@@ -53,12 +55,25 @@ def _how(found: dict[str, Any]) -> str:
     )
 
 
-def rows(found: Sequence[Contrast], shown: Mapping[str, Row] | None = None) -> list[Section]:
+@dataclass(frozen=True, slots=True)
+class Quoted:
+    """What a report for oneself shows of the rows that it names.
+
+    Attributes:
+        rows: the data set, by id.
+        answer: lets the base and the adapter of a cell answer prompts; None: nobody is asked.
+    """
+
+    rows: Mapping[str, Row]
+    answer: Callable[[str, Sequence[Prompt]], Sequence[side_by_side.Compared]] | None = None
+
+
+def rows(found: Sequence[Contrast], quoted: Quoted | None = None) -> list[Section]:
     """Rows of the test set by how the largest fall in loss treats them.
 
     Args:
         found: the contrasts of the report.
-        shown: rows by id, to be shown with their text; None: named only.
+        quoted: shows them with their text; None: they are named only.
 
     Raises:
         UsageError: a chosen row is not among them.
@@ -79,26 +94,51 @@ def rows(found: Sequence[Contrast], shown: Mapping[str, Row] | None = None) -> l
             f"{_tokens(score, best.first.line.headline)} | {before:.4f} | {after:.4f} | "
             f"{after - before:+.4f} |"
         )
-    named = "named by the beginning of their id" + ("." if shown else ", not by their text.")
+    named = "named by the beginning of their id" + ("." if quoted else ", not by their text.")
     text = (
         f"Test rows under {best.first.name} and {best.second.name}, nats a token: chosen by rule, "
         f"{named}\n\n" + "\n".join(lines)
     )
-    texts = [] if shown is None else [_text(rule, score, shown) for rule, score, *_ in chosen]
+    if quoted is None:
+        return [Section("Rows", text)]
+    shown = [_row(score, quoted.rows) for _, score, *_ in chosen]
+    answers = _answers(best.second.line.run.cell, shown, quoted)
+    if answers:
+        text += "\n\nThe answers are greedy, by the base and by the first seed's adapter."
+    texts = [
+        _text(rule, row, answers.get(row.row_id, ()))
+        for (rule, *_), row in zip(chosen, shown, strict=True)
+    ]
     return [Section("Rows", text), *texts]
 
 
-def _text(rule: str, score: RowScore, shown: Mapping[str, Row]) -> Section:
-    if score.row_id not in shown:
+def _row(score: RowScore, rows: Mapping[str, Row]) -> Row:
+    if score.row_id not in rows:
         raise UsageError(
             f"row {score.row_id[:12]} was scored, but is not among the recipe's rows; "
             "give the recipe and the data that the experiment ran on"
         )
-    row = shown[score.row_id]
+    return rows[score.row_id]
+
+
+def _answers(
+    cell: str, shown: Sequence[Row], quoted: Quoted
+) -> dict[str, tuple[side_by_side.Answer, ...]]:
+    """Of those rows that ask something, by their ids."""
+    if quoted.answer is None:
+        return {}
+    asking = [row for row in shown if len(row.turns) > 1]
+    prompts = [Prompt(row.turns[:-1], row.context, row.turns[-1].content) for row in asking]
+    given = quoted.answer(cell, prompts)
+    return {row.row_id: each.answers for row, each in zip(asking, given, strict=True)}
+
+
+def _text(rule: str, row: Row, answers: Sequence[side_by_side.Answer]) -> Section:
     said = [Column(turn.role, turn.content) for turn in row.turns]
     context = [Column("context", row.context)] if row.context else []
-    title = f"{rule[0].upper()}{rule[1:]}: {score.row_id[:12]}"
-    return Section(title, "", columns=(*context, *said), level=3)
+    given = [Column(f"answer of {answer.variant}", answer.greedy) for answer in answers]
+    title = f"{rule[0].upper()}{rule[1:]}: {row.row_id[:12]}"
+    return Section(title, "", columns=(*context, *said, *given), level=3)
 
 
 def _chosen(best: Contrast) -> list[tuple[str, RowScore, float, float]]:

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import math
-from collections.abc import Iterable, Mapping, Sequence
+from collections.abc import Sequence
 from pathlib import Path
 from typing import Any, Literal
 
@@ -30,7 +30,7 @@ from slm_lora.experiment.table import (
     markdown_table,
     read_lines,
 )
-from slm_lora.records import LossOn, Row
+from slm_lora.records import LossOn
 from slm_lora.runs import METRICS_FILE, Run, to_json
 from slm_lora.storage import atomic_write_text
 
@@ -42,7 +42,7 @@ def write_report(
     runs: Sequence[Run],
     results: Path,
     headline: LossOn | None = None,
-    rows: Iterable[Row] | None = None,
+    quoted: examples.Quoted | None = None,
 ) -> list[Line]:
     """Write the files of an experiment and return the table's lines.
 
@@ -50,7 +50,7 @@ def write_report(
         runs: of one experiment.
         results: its folder.
         headline: tokens behind the table; unset, those of the first run.
-        rows: of its data set: a second page, `WITH_ROWS_FILE`, shows some with their text. It
+        quoted: its data set: a second page, `WITH_ROWS_FILE`, shows some rows with their text. It
             is for those who may read the data; the other files never quote it.
 
     Raises:
@@ -69,8 +69,8 @@ def write_report(
     sections = _sections(lines, found, curves, results)
     atomic_write_text(results / REPORT_FILE, as_markdown(title, sections))
     atomic_write_text(results / PAGE_FILE, as_html(title, sections))
-    if rows is not None:
-        sections = _sections(lines, found, curves, results, {row.row_id: row for row in rows})
+    if quoted is not None:
+        sections = _sections(lines, found, curves, results, quoted)
         atomic_write_text(results / WITH_ROWS_FILE, as_html(title, sections))
     return lines
 
@@ -105,7 +105,7 @@ def _sections(
     found: Sequence[Contrast],
     curves: Sequence[curve.LearningCurve],
     results: Path,
-    rows: Mapping[str, Row] | None = None,
+    quoted: examples.Quoted | None = None,
 ) -> list[Section]:
     tuned = arms(lines)
     base = next((line for line in lines if line.is_base), None)
@@ -128,7 +128,7 @@ def _sections(
             _there([*map(figures.learning_curve, curves), figures.cost(tuned)]),
         ),
         *_categories(lines, found, tuned, base),
-        *examples.rows(found, rows),
+        *examples.rows(found, quoted),
         Section("Training", _trained(tuned), _there([figures.training_curves(tuned)])),
         Section(
             "What the numbers are",
