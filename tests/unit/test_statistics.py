@@ -9,6 +9,7 @@ import numpy as np
 import pytest
 from hypothesis import given, settings
 from hypothesis import strategies as st
+from scipy import stats
 
 from slm_lora.errors import IntegrityError
 from slm_lora.experiment.statistics import (
@@ -148,6 +149,21 @@ def test_what_is_needed_follows_from_both_variances() -> None:
         noisy.seed_deviation / math.sqrt(both.seeds), noisy.row_error * math.sqrt(400 / both.rows)
     )
     assert error <= 0.01 / (1.6449 + 1.2816) * 1.001
+
+
+def test_two_seeds_that_agree_are_few_all_the_same() -> None:
+    """Student's quantile of two seeds is 12.7, and 115 where nine comparisons are corrected."""
+    found = sample(2, groups=300, seeds=2, effect=0.1, seed_spread=0.005)
+    alone, one_of_nine = (needed_for_difference(found, 300, family=many) for many in (1, 9))
+    assert alone is not None and alone.seeds is not None
+    assert one_of_nine is not None and one_of_nine.seeds is not None
+    assert one_of_nine.seeds >= max(3, alone.seeds)
+
+    def half(seeds: int, family: int) -> float:
+        quantile = stats.t.isf(0.025 / family, seeds - 1) + stats.t.isf(0.2, seeds - 1)
+        return float(quantile) * found.seed_deviation / math.sqrt(seeds)
+
+    assert half(one_of_nine.seeds, 9) <= abs(found.value) < half(one_of_nine.seeds - 1, 9)
 
 
 def test_holm_by_hand() -> None:

@@ -89,6 +89,7 @@ class Contrast:
         sample: differences by seed and group.
         difference: with interval, p and equivalence.
         p_corrected: by Holm over all contrasts of the experiment.
+        family: how many these are.
     """
 
     key: str
@@ -99,6 +100,7 @@ class Contrast:
     sample: Paired
     difference: Difference
     p_corrected: float
+    family: int = 1
 
     @property
     def verdict(self) -> Verdict:
@@ -118,7 +120,7 @@ class Contrast:
         rows = len(self.first.line.scores)
         if abs(self.difference.value) < self.difference.margin:
             return needed_for_equivalence(self.sample, rows, self.difference.margin)
-        return needed_for_difference(self.sample, rows)
+        return needed_for_difference(self.sample, rows, self.family)
 
     def record(self) -> dict[str, Any]:
         """For metrics.json, which has no infinity: what is not known is null."""
@@ -182,7 +184,7 @@ def all_contrasts(lines: Sequence[Line]) -> list[Contrast]:
     ]
     corrected = holm([each.p for each in differences])
     return [
-        Contrast(*each, sample, d, p)
+        Contrast(*each, sample, d, p, len(found))
         for each, sample, d, p in zip(found, samples, differences, corrected, strict=True)
     ]
 

@@ -29,9 +29,6 @@ RESAMPLES = 9_999
 """Bootstrap samples and sign flips; drawn from a fixed seed, so that a report is repeatable."""
 
 _Z95 = 1.959963984540054
-_Z80 = 0.8416212335729143
-_Z_TOST = 1.6448536269514722 + 1.2815515655446004
-"""One-sided 5 %, and 80 % power against both bounds at a true difference of zero."""
 
 
 @dataclass(frozen=True, slots=True)
@@ -236,26 +233,43 @@ class Needed:
     seeds: int | None
 
 
-def needed_for_difference(sample: Paired, rows: int) -> Needed | None:
-    """To tell a difference of the observed size from zero; None if that cannot be said."""
+def needed_for_difference(sample: Paired, rows: int, family: int = 1) -> Needed | None:
+    """To tell a difference of the observed size from zero; None if that cannot be said.
+
+    Args:
+        sample: what was observed.
+        rows: test rows of it.
+        family: comparisons that are corrected together, this one among them.
+    """
     if sample.value == 0 or sample.groups < 2:
         return None
-    return _needed(sample, rows, abs(sample.value) / (_Z95 + _Z80))
+    return _needed(sample, rows, abs(sample.value), (0.025 / family, 0.2))
 
 
 def needed_for_equivalence(sample: Paired, rows: int, margin: float) -> Needed | None:
-    """To show equivalence within ``margin`` if there truly is no difference."""
+    """To show equivalence within ``margin`` if there truly is no difference: at one-sided 5 %, with
+    80 % power against both bounds."""
     if sample.groups < 2:
         return None
-    return _needed(sample, rows, margin / _Z_TOST)
+    return _needed(sample, rows, margin, (0.05, 0.1))
 
 
-def _needed(sample: Paired, rows: int, target: float) -> Needed:
-    """Rows and seeds whose variances make half of the target's each, none fewer than now."""
+def _needed(sample: Paired, rows: int, size: float, tails: tuple[float, float]) -> Needed:
+    """Rows and seeds, none fewer than now, whose variances make half each of what a difference of
+    this size allows; and seeds enough for Student's interval, which few of them make wide.
+
+    ``tails`` are the chances of calling out wrongly, on one side, and of missing it.
+    """
+    from scipy import stats
+
+    target = size / float(sum(stats.norm.isf(tails)))
     if sample.seeds == 1:
         return Needed(max(rows, math.ceil(rows * (sample.row_error / target) ** 2)), None)
-    seeds = max(sample.seeds, math.ceil(2 * (sample.seed_deviation / target) ** 2))
-    left = target**2 - sample.seed_deviation**2 / seeds
+    spread = sample.seed_deviation
+    seeds = max(sample.seeds, math.ceil(2 * (spread / target) ** 2))
+    while float(sum(stats.t.isf(tails, seeds - 1))) * spread / math.sqrt(seeds) > size:
+        seeds += 1
+    left = target**2 - spread**2 / seeds
     return Needed(max(rows, math.ceil(rows * sample.row_error**2 / left)), seeds)
 
 
