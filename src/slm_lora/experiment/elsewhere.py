@@ -108,7 +108,7 @@ def run_elsewhere(
         every = len(jobs) + 1
         reporter.say(f"  {every - len(commands)} of {every} runs are finished (the base is one)")
         with gentle_stop() as stop, reporter.task("runs", len(commands), "runs") as task:
-            failed = _run_all(commands, engine, places, reporter, task, stop)
+            failed = _run_all(commands, engine, reporter, task, stop)
         if failed:
             raise CellFailedError(failed)
         runs = [find_run(places.results, BASE, identity) for identity in bases]
@@ -137,7 +137,6 @@ def _offline() -> dict[str, str]:
 def _run_all(
     commands: Sequence[Command],
     engine: Engine,
-    places: Places,
     reporter: Reporter,
     task: Task,
     stop: Stop,
