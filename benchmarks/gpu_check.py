@@ -12,7 +12,6 @@ import argparse
 import importlib.util
 import sys
 import tempfile
-import time
 from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
 from pathlib import Path
@@ -55,7 +54,6 @@ class Trained:
     loss: float
     weights: dict[str, torch.Tensor]
     peak_bytes: int
-    seconds: float
 
 
 class Check:
@@ -93,15 +91,11 @@ class Check:
             micro_batch_tokens=micro_batch_tokens,
             compile=compiled,
         )
-        began = time.perf_counter()
         result = train(base, adapted, self.examples[:many], section, seed=0)
-        if device.type == "cuda":
-            torch.cuda.synchronize()
-        seconds = time.perf_counter() - began
         peak = machine.peak_memory_bytes(device.type)
         scores = score(base, self.examples[many : many + 16], "test", micro_batch_tokens)
         weights = {n: p.detach().cpu() for n, p in adapted.named_parameters() if p.requires_grad}
-        return Trained(result, held_out_loss(scores, "all").loss, weights, peak, seconds)
+        return Trained(result, held_out_loss(scores, "all").loss, weights, peak)
 
     def precisions(self) -> Iterator[PrecisionName]:
         """That the device computes fast."""

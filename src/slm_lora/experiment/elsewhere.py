@@ -124,7 +124,6 @@ def run_elsewhere(
 
 def _command(cell: str, job: Job, places: Places, line: CommandLine) -> Command:
     log = (places.checkpoints / f"{cell}.log").absolute()
-    # (Slurm's own choice of threads stays: it knows what the job was given.)
     return Command(cell, line.for_cell(cell, job), Path.cwd(), log, _offline())
 
 
