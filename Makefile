@@ -5,7 +5,7 @@ BIN := .venv/bin
 # A file's tests share what it made, so they stay in one process.
 PARALLEL := --numprocesses auto --dist loadfile
 
-.PHONY: help experiment plan demo test test-all bench bench-generate calibration scaling gpu-check faults check format clean
+.PHONY: help experiment plan demo test test-all bench bench-generate calibration scaling gpu-check plan-check faults check format clean
 
 help:  ## List the targets.
 	@grep -hE '^[a-z-]+:.*## ' $(MAKEFILE_LIST) | sort | awk -F ':.*## ' '{printf "  make %-15s %s\n", $$1, $$2}'
@@ -43,6 +43,9 @@ scaling: .venv/installed  ## Measure 1, 2 and 4 processes, and simulate more.
 
 gpu-check: .venv/installed  ## On a GPU: losses against a CPU's, repeatability, 4 bits, speed, memory.
 	$(BIN)/python benchmarks/gpu_check.py $(ARGS)
+
+plan-check: .venv/installed-clients  ## What --plan predicts, against runs.
+	$(BIN)/python benchmarks/plan_check.py $(ARGS)
 
 faults: .venv/installed  ## Kill, stop, fill the disk, corrupt files, hundreds of times; compare with a run left alone.
 	$(BIN)/python benchmarks/faults/campaign.py $(ARGS)

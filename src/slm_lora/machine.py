@@ -63,6 +63,40 @@ def _memory_bytes() -> int:
         return 0
 
 
+def free_bytes(device: str) -> int:
+    """Memory that this process may have in all: what it holds now, and what is free.
+
+    Args:
+        device: of a GPU its own memory, else the machine's.
+    """
+    if device == "cuda":
+        import torch
+
+        return int(torch.cuda.mem_get_info()[0]) + torch.cuda.memory_reserved()
+    free = _memory_bytes()
+    if sys.platform == "linux":
+        available = _kilobytes("/proc/meminfo", "MemAvailable")
+        if available:
+            free = available + resident_bytes()
+    # A container's limit, where there is one.
+    with contextlib.suppress(OSError, ValueError):
+        free = min(free, int(Path("/sys/fs/cgroup/memory.max").read_text(encoding="ascii")))
+    return free
+
+
+def resident_bytes() -> int:
+    """Memory that this process holds; 0 where the operating system does not say."""
+    return _kilobytes("/proc/self/status", "VmRSS") if sys.platform == "linux" else 0
+
+
+def _kilobytes(file: str, name: str) -> int:
+    """Bytes of a line ``name: 12 kB``; 0 without such a line."""
+    for line in Path(file).read_text(encoding="utf-8").splitlines():
+        if line.startswith(name + ":"):
+            return int(line.split()[1]) * 1024
+    return 0
+
+
 _M_TRIM_THRESHOLD, _M_MMAP_THRESHOLD, _M_MMAP_MAX = -1, -3, -4
 
 
@@ -138,9 +172,7 @@ def peak_memory_bytes(device: str) -> int:
 
         return torch.cuda.max_memory_allocated()
     if sys.platform == "linux":
-        for line in Path("/proc/self/status").read_text(encoding="utf-8").splitlines():
-            if line.startswith("VmHWM:"):
-                return int(line.split()[1]) * 1024
+        return _kilobytes("/proc/self/status", "VmHWM")
     if sys.platform == "win32":
         return 0
     import resource

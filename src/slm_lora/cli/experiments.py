@@ -78,9 +78,10 @@ def experiment(
         _say_data(jobs[0], reporter)
         if plan:
             if processes.is_first():
-                _print_plan(jobs, places)
+                _print_plan(jobs, places, reporter)
             return
         if here:
+            _warn_if_too_large(jobs, reporter)
             runs = run_jobs(jobs, places, reporter, discard)
         else:
             line = CommandLine(recipe, tuple(overrides or ()), results, adapters)
@@ -129,6 +130,7 @@ def train(
         reporter = Reporter(quiet=not processes.is_first())
         jobs = processes.first_then_all(lambda: make_jobs(chosen))
         _say_data(jobs[0], reporter)
+        _warn_if_too_large(jobs, reporter)
         if cell == BASE:
             runs = run_bases(jobs, places, reporter)
         else:
@@ -296,19 +298,27 @@ def _say_data(job: Any, reporter: Any) -> None:
     )
 
 
-def _print_plan(jobs: Any, places: Any) -> None:
+def _warn_if_too_large(jobs: Any, reporter: Any) -> None:
+    from slm_lora.experiment.plan import will_not_fit
+
+    if line := will_not_fit(jobs):
+        reporter.say(f"  warning: {line}")
+
+
+def _print_plan(jobs: Any, places: Any, reporter: Any) -> None:
     from rich.table import Table
 
     from slm_lora.experiment.plan import plan
     from slm_lora.progress import clock
 
-    cells = plan(jobs, places)
+    reporter.say("  timing slices of the model")
+    found = plan(jobs, places)
     table = Table(box=None, pad_edge=False, header_style="bold")
     titles = ("Cell", "Rows", "Steps", "Training tokens", "Test tokens", "Time", "Memory")
     sides: list[Literal["left", "right"]] = ["left", *["right"] * 6]  # type: ignore[list-item]
     for title, side in zip(titles, sides, strict=True):
         table.add_column(title, justify=side)
-    for cell in cells:
+    for cell in found.cells:
         table.add_row(
             cell.name,
             f"{cell.training_rows}",
@@ -320,12 +330,14 @@ def _print_plan(jobs: Any, places: Any) -> None:
         )
     out = console()
     out.print(table)
-    left = sum(cell.seconds for cell in cells if not cell.finished)
+    left = sum(cell.seconds for cell in found.cells if not cell.finished)
     out.print(
         f"about {clock(left)} in all on {jobs[0].device.type} in {jobs[0].precision}: an estimate "
-        "from a matrix product timed now; nothing was trained",
+        "from a slice of the model, timed now; nothing was trained",
         soft_wrap=True,
     )
+    if warning := found.warning():
+        out.print(f"warning: {warning}", soft_wrap=True)
 
 
 def _print_where(results: Path, adapters: list[Path], with_rows: bool) -> None:

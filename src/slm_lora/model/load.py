@@ -148,6 +148,11 @@ def _read(
     except (OSError, ValueError, KeyError, ImportError) as error:
         raise UsageError(f"model {source.name}: cannot be loaded: {_first_line(error)}") from error
     model: PreTrainedModel = loaded[0]
+    if quantization:
+        # What was not quantised lies in the file's pages still, and so keeps all of them.
+        for parameter in model.parameters():
+            if type(parameter) is torch.nn.Parameter:
+                parameter.data = parameter.data.clone()
     # Weights that transformers would initialise at random are a broken model here.
     if missing := sorted(loaded[1]["missing_keys"]):
         raise IntegrityError(

@@ -10,7 +10,11 @@ from torch import Tensor
 from slm_lora.model.fusion import fused
 
 CHUNK = 256
-"""Positions whose logits exist at once: 512 × a vocabulary of 49,152 is 50 MB in bf16."""
+"""Positions whose logits exist at once: 256 × a vocabulary of 49,152 is 50 MB in fp32."""
+
+FULL_CHUNK = 4 * CHUNK
+"""The same where the output embedding trains: every chunk then adds a gradient of the size of the
+whole vocabulary, so fewer of them."""
 
 
 def total_dtype(device: torch.device) -> torch.dtype:
@@ -80,8 +84,7 @@ class _SummedNLL(torch.autograd.Function):
             if ctx.needs_input_grad[1]
             else None
         )
-        # Every chunk adds a gradient of the size of the whole vocabulary: fewer of them.
-        chunk = CHUNK if weight_gradient is None else 4 * CHUNK
+        chunk = CHUNK if weight_gradient is None else FULL_CHUNK
         for start in range(0, len(labels), chunk):
             h, y = hidden[start : start + chunk], labels[start : start + chunk]
             nll, low = _nll_and_gradient(h.to(weight.dtype) @ weight.t(), y)

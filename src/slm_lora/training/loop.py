@@ -93,6 +93,23 @@ PLAIN_TOKENS = 512
 """Tokens at once where a CPU computes plain code: that is a tenth faster than 2,048, and half the
 memory (of 5.1 GB then, no more than 2.3 were in use: the heap was in pieces)."""
 
+
+def tokens_at_once(section: TrainingSection, compiled: bool, frozen: bool, device: str) -> int:
+    """Most tokens of a micro-batch of plain code (a longer document is one of its own).
+
+    Args:
+        section: how to train.
+        compiled: whether the training compiles; its first step is plain, and is to hold no more
+            than the others.
+        frozen: whether there are weights that do not train. Where all do, every micro-batch sums
+            up gradients of all: few, large ones then.
+        device: where it computes.
+    """
+    if compiled or (frozen and device == "cpu"):
+        return min(section.micro_batch_tokens, PLAIN_TOKENS)
+    return section.micro_batch_tokens
+
+
 TRIM_EVERY = 8
 """Steps after which a heap in pieces is given back; at once after the first step, which is
 plain, and the second, which compiles."""
@@ -179,14 +196,9 @@ def train(
         stop=stop or Stop(),
     )
     frozen = any(not parameter.requires_grad for parameter in adapted.parameters())
-    on_cpu = base.device.type == "cpu"
-    plain = section.micro_batch_tokens
-    # (Where all weights train, every micro-batch sums up gradients of all: few, large ones then.
-    # The plain first step of a compiled training is to hold no more than the others.)
-    if compiled or (frozen and on_cpu):
-        plain = min(plain, PLAIN_TOKENS)
+    plain = tokens_at_once(section, compiled, frozen, base.device.type)
     adapted.train()
-    with machine.returning_large_blocks(compiled and frozen and on_cpu):
+    with machine.returning_large_blocks(compiled and frozen and base.device.type == "cpu"):
         journal.take_up()
         _take_steps(updater, journal, usable, section, seed, compiled, plain, steps_ahead)
     adapted.eval()
