@@ -131,13 +131,19 @@ def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
     parser.add_argument("--out", type=Path, default=Path("results/plan/plan.json"))
     parser.add_argument("--fitted", action="store_true", help="those that constants come from")
-    parser.add_argument("--only", default="", help="configurations whose name has this in it")
+    parser.add_argument(
+        "--only",
+        default="",
+        help="those with this in their name; others stay as they are in the file",
+    )
     parser.add_argument("--planned", nargs="*", help=argparse.SUPPRESS)
     args = parser.parse_args()
     if args.planned is not None:
         print(json.dumps(planned(args.planned)))
         return
     found: dict[str, Any] = {}
+    if args.only and args.out.exists():
+        found = json.loads(args.out.read_text(encoding="utf-8"))["runs"]
     with tempfile.TemporaryDirectory() as folder:
         model = other_architecture(Path(folder) / "model")
         for name, own in (FITTED if args.fitted else UNSEEN).items():

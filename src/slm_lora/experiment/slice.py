@@ -29,6 +29,7 @@ from slm_lora.model.recompute import recomputed_layers
 from slm_lora.model.source import ModelSource
 from slm_lora.records import Example
 from slm_lora.training.loop import train
+from slm_lora.training.optimizer import adamw
 
 LAYERS, WORDS = 8, 256
 """Of the slice: with fewer layers, what is done once a step would count for too much."""
@@ -41,9 +42,6 @@ SCORED_TOKENS = 2_500
 
 KEPT_TOKENS = 64, 512
 """Tokens over which is counted what layers keep: some keep something whatever the tokens."""
-
-POSITIONS = 1_024
-"""Over which the output layer is timed."""
 
 
 @dataclass(frozen=True, slots=True)
@@ -109,11 +107,14 @@ def measure(job: Job, compiled: bool) -> Measured:
     del base, adapted
     gc.collect()  # layers that are `fused` refer to themselves
     # (Scaled, for exp is slow where it underflows.)
-    head = torch.randn(words, width, device=job.device).mul_(width**-0.5).to(DTYPES[job.precision])
+    head = torch.nn.Parameter(
+        torch.randn(words, width, device=job.device).mul_(width**-0.5).to(DTYPES[job.precision]),
+        requires_grad=full,
+    )
     times = layers / few
     return Measured(
-        training=times * training + _head_training(head.requires_grad_(full), compiled),
-        scoring=times * scoring + _head_scoring(head, compiled),
+        training=times * training + _head_training(head, job, compiled),
+        scoring=times * scoring + _head_scoring(head, job, compiled),
         kept=times * kept,
         kept_beside=times * beside,
         adapter=round(times * trainable),
@@ -210,28 +211,40 @@ def _line(first: tuple[int, int], second: tuple[int, int]) -> tuple[float, float
     return slope, max(0.0, y - slope * x)
 
 
-def _head_training(head: torch.Tensor, compiled: bool) -> float:
-    """Seconds a position of loss and gradient."""
-    hidden, labels = _positions(head)
+def _head_training(head: torch.nn.Parameter, job: Job, compiled: bool) -> float:
+    """Seconds a token of loss and gradient; where the words train, of all that is done to them."""
+    section = job.cell.recipe.training
+    hidden, labels = _step_of_head(head, job)
+    optimizer = adamw({"head": head}, section) if head.requires_grad else None
 
     def work() -> None:
-        torch.autograd.backward(summed_nll(hidden.requires_grad_(), head, labels))
+        if optimizer is None:
+            torch.autograd.backward(summed_nll(hidden.requires_grad_(), head, labels))
+            return
+        optimizer.zero_grad()
+        embedded = torch.nn.functional.embedding(labels, head)
+        torch.autograd.backward(summed_nll(embedded, head, labels))
+        torch.nn.utils.clip_grad_norm_([head], section.max_grad_norm)
+        optimizer.step()
 
-    return _seconds(lambda: fusion.attempt(compiled, work)) / POSITIONS
+    return _seconds(lambda: fusion.attempt(compiled, work)) / len(labels)
 
 
-def _head_scoring(head: torch.Tensor, compiled: bool) -> float:
-    """Seconds a position."""
-    hidden, labels = _positions(head)
+def _head_scoring(head: torch.Tensor, job: Job, compiled: bool) -> float:
+    """Seconds a token."""
+    hidden, labels = _step_of_head(head, job)
     work = functools.partial(token_nll, hidden, head, labels)
-    return _seconds(lambda: fusion.attempt(compiled, work)) / POSITIONS
+    return _seconds(lambda: fusion.attempt(compiled, work)) / len(labels)
 
 
-def _positions(head: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor]:
-    """Final hidden states and labels, at random."""
+def _step_of_head(head: torch.Tensor, job: Job) -> tuple[torch.Tensor, torch.Tensor]:
+    """Final hidden states and labels at random, as many as a step or a micro-batch has."""
     words, width = head.shape
-    hidden = torch.randn(POSITIONS, width, device=head.device, dtype=head.dtype)
-    return hidden, torch.randint(words, (POSITIONS,), device=head.device)
+    section, rows = job.cell.recipe.training, job.prepared.train
+    step = section.effective_batch_size * sum(row.length for row in rows) // len(rows)
+    many = min(step, section.micro_batch_tokens)
+    hidden = torch.randn(many, width, device=head.device, dtype=head.dtype)
+    return hidden, torch.randint(words, (many,), device=head.device)
 
 
 def _seconds(work: Callable[[], object]) -> float:
