@@ -64,7 +64,8 @@ def _memory_bytes() -> int:
 
 
 def free_bytes(device: str) -> int:
-    """Memory that this process may have in all: what it holds now, and what is free.
+    """Memory that this process may have in all: what it holds now, and what is free; without
+    bounds where the operating system does not say.
 
     Args:
         device: of a GPU its own memory, else the machine's.
@@ -73,7 +74,7 @@ def free_bytes(device: str) -> int:
         import torch
 
         return int(torch.cuda.mem_get_info()[0]) + torch.cuda.memory_reserved()
-    free = _memory_bytes()
+    free = _memory_bytes() or sys.maxsize
     if sys.platform == "linux":
         available = _kilobytes("/proc/meminfo", "MemAvailable")
         if available:

@@ -81,7 +81,7 @@ def experiment(
                 _print_plan(jobs, places, reporter)
             return
         if here:
-            _warn_if_too_large(jobs, reporter)
+            _warn_if_too_large(jobs, places, reporter)
             runs = run_jobs(jobs, places, reporter, discard)
         else:
             line = CommandLine(recipe, tuple(overrides or ()), results, adapters)
@@ -130,7 +130,7 @@ def train(
         reporter = Reporter(quiet=not processes.is_first())
         jobs = processes.first_then_all(lambda: make_jobs(chosen))
         _say_data(jobs[0], reporter)
-        _warn_if_too_large(jobs, reporter)
+        _warn_if_too_large(jobs, places, reporter)
         if cell == BASE:
             runs = run_bases(jobs, places, reporter)
         else:
@@ -298,10 +298,10 @@ def _say_data(job: Any, reporter: Any) -> None:
     )
 
 
-def _warn_if_too_large(jobs: Any, reporter: Any) -> None:
+def _warn_if_too_large(jobs: Any, places: Any, reporter: Any) -> None:
     from slm_lora.experiment.plan import will_not_fit
 
-    if line := will_not_fit(jobs):
+    if line := will_not_fit(jobs, places):
         reporter.say(f"  warning: {line}")
 
 

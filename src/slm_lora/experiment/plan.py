@@ -1,29 +1,22 @@
 """What an experiment would do, about how long, and whether it would fit; trains nothing.
 
-Times are those of a slice of the model (`experiment.slice`). Memory is added up: what is there,
-what the layers keep, and what the allocator was seen to need on top.
+Times are those of a slice of the model (`experiment.slice`); memory is added up
+(`experiment.memory`).
 """
 
 from __future__ import annotations
 
-import functools
-import math
 from collections.abc import Sequence
 from dataclasses import dataclass
-from pathlib import Path
 from typing import Any
-
-import torch
 
 from slm_lora import machine
 from slm_lora.data.batches import by_token_budget, epoch_order
 from slm_lora.experiment.jobs import Job
+from slm_lora.experiment.memory import Sizes, held_bytes, scoring_bytes, training_bytes
 from slm_lora.experiment.places import BASE, Places, finished
 from slm_lora.experiment.slice import Measured, measure
 from slm_lora.model import fusion
-from slm_lora.model.base import DTYPES
-from slm_lora.model.loss import CHUNK, FULL_CHUNK
-from slm_lora.model.source import tensor_shapes
 from slm_lora.records import Example
 from slm_lora.runs import find_run
 from slm_lora.training.loop import tokens_at_once, total_steps
@@ -80,7 +73,7 @@ class Plan:
             return ""
         most = max(cells, key=lambda cell: cell.peak_bytes)
         return (
-            f"{', '.join(cell.name for cell in cells)} will not fit: "
+            f"{_listed([cell.name for cell in cells])} will not fit: "
             f"{most.name} takes about {most.peak_bytes / 1e9:.1f} GB, and "
             f"{self.free_bytes / 1e9:.1f} GB are free; {_REMEDY}"
         )
@@ -92,7 +85,7 @@ def plan(jobs: Sequence[Job], places: Places) -> Plan:
     slices: dict[str, Measured] = {}
     for each in counted:
         if each.slice_key not in slices:
-            slices[each.slice_key] = measure(each.job, each.compiled)
+            slices[each.slice_key] = measure(each.job, each.sizes.compiled)
     machine.release_freed_memory()
     runtime = _runtime(jobs)
     bases: dict[str, PlannedCell] = {}
@@ -104,19 +97,24 @@ def plan(jobs: Sequence[Job], places: Places) -> Plan:
     return Plan((*bases.values(), *cells), machine.free_bytes(jobs[0].device.type))
 
 
-def will_not_fit(jobs: Sequence[Job]) -> str:
-    """One line, without any measuring, where cells cannot fit as their weights alone are more than
-    there is; else empty."""
+def will_not_fit(jobs: Sequence[Job], places: Places) -> str:
+    """One line, without any measuring, where unfinished cells cannot fit as their weights alone are
+    more than there is; else empty."""
     free = machine.free_bytes(jobs[0].device.type)
     runtime = _runtime(jobs)
-    least = {job.cell.name: runtime + _held(job, adapter_weights=0) for job in jobs}
-    if not (names := [name for name, size in least.items() if size > free]):
+    least = {job.cell.name: runtime + held_bytes(job, adapter_weights=0) for job in jobs}
+    large = [job for job in jobs if least[job.cell.name] > free]
+    if not (names := [job.cell.name for job in large if finished(job, places) is None]):
         return ""
     most = max(names, key=least.__getitem__)
     return (
-        f"{', '.join(names)} will not fit: weights and optimizer of {most} alone take "
+        f"{_listed(names)} will not fit: weights and optimizer of {most} alone take "
         f"{least[most] / 1e9:.1f} GB, and {free / 1e9:.1f} GB are free; {_REMEDY}"
     )
+
+
+def _listed(names: Sequence[str]) -> str:
+    return ", ".join(names[:5]) + (f" and {len(names) - 5} more" if len(names) > 5 else "")
 
 
 def _runtime(jobs: Sequence[Job]) -> int:
@@ -138,20 +136,14 @@ class _Counted:
         job: the cell.
         steps: optimizer steps.
         tokens: of the whole training.
-        largest: tokens of the largest micro-batch.
-        largest_plain: the same where the code is plain, as in the first step it always is.
-        several: whether a step has more than one.
-        compiled: whether its training compiles.
+        sizes: of its micro-batches.
         slice_key: equal for jobs whose slices would measure the same.
     """
 
     job: Job
     steps: int
     tokens: int
-    largest: int
-    largest_plain: int
-    several: bool
-    compiled: bool
+    sizes: Sizes
     slice_key: str
 
 
@@ -174,10 +166,12 @@ def _count(job: Job) -> _Counted:
         job,
         steps,
         tokens,
-        _largest(drawn, section.micro_batch_tokens) if compiled else largest_plain,
-        largest_plain,
-        any(sum(row.length for row in step) > plain for step in drawn),
-        compiled,
+        Sizes(
+            _largest(drawn, section.micro_batch_tokens) if compiled else largest_plain,
+            largest_plain,
+            any(sum(row.length for row in step) > plain for step in drawn),
+            compiled,
+        ),
         f"{same} {compiled}",
     )
 
@@ -214,7 +208,7 @@ def _base(each: _Counted, measured: Measured, runtime: int, places: Places) -> P
         training_seconds=0.0,
         scoring_seconds=_scoring_seconds(each, measured),
         training_bytes=0,
-        scoring_bytes=_scoring_bytes(each.job, measured) + runtime,
+        scoring_bytes=scoring_bytes(each.job, measured) + runtime,
     )
 
 
@@ -228,10 +222,10 @@ def _cell(each: _Counted, measured: Measured, runtime: int, places: Places) -> P
         training_tokens=each.tokens,
         test_tokens=test,
         training_seconds=each.tokens * measured.training
-        + COMPILE_SECONDS["training"] * each.compiled,
+        + COMPILE_SECONDS["training"] * each.sizes.compiled,
         scoring_seconds=_scoring_seconds(each, measured),
-        training_bytes=_training_bytes(each, measured) + runtime,
-        scoring_bytes=_scoring_bytes(job, measured) + runtime,
+        training_bytes=training_bytes(job, each.sizes, measured) + runtime,
+        scoring_bytes=scoring_bytes(job, measured) + runtime,
     )
 
 
@@ -247,78 +241,3 @@ def _compiles(job: Job, tokens: int) -> bool:
 
 def _test_tokens(job: Job) -> int:
     return sum(example.length for example in job.prepared.test)
-
-
-LOGITS = 4.6
-"""What loss and gradient of a chunk of positions hold at once, as a multiple of its logits in fp32:
-measured, 232 MB for 256 positions of 49,152 words."""
-
-IN_PIECES = {"plain": 2.3, "compiled": 0.66, "full": 1.0}
-"""What a CPU's heap holds at the peak, as a multiple of what plain layers keep: it is in pieces
-where sizes vary and nothing is returned. Compiled layers keep two thirds, and large blocks are
-returned. Fitted to peaks measured on two CPU cores; docs/performance.md has others."""
-
-BESIDE = 250_000_000
-"""Bytes of everything else on a CPU: buffers of libraries, a layer's intermediate values."""
-
-
-def _training_bytes(each: _Counted, measured: Measured) -> int:
-    job = each.job
-    full, on_cpu = job.cell.recipe.adapter.kind == "full", job.device.type == "cpu"
-    # The slice's rank may have been another one of its kind.
-    adapter = measured.adapter * job.cell.recipe.adapter.r / measured.r
-    held = _held(job, round(adapter))
-    chunk = min(FULL_CHUNK if full else CHUNK, each.largest)
-    kept = measured.kept_beside + max(
-        measured.kept
-        * each.largest_plain
-        * (IN_PIECES["full" if full else "plain"] if on_cpu else 1),
-        measured.kept * each.largest * IN_PIECES["compiled"] * each.compiled,
-    )
-    forward = kept + LOGITS * 4 * chunk * measured.words
-    gradients = 4 * _weights(job) if full else 0
-    if full:
-        forward += 4 * measured.words * measured.width  # the head's gradient comes with the loss
-    # Gradients of all weights are there while a second micro-batch is computed, and at the update.
-    peak = forward + gradients if each.several else max(forward, gradients)
-    return round(held + peak + BESIDE * on_cpu)
-
-
-def _scoring_bytes(job: Job, measured: Measured) -> int:
-    """Of the base or an adapter: a layer's intermediate values at a time."""
-    on_cpu = job.device.type == "cpu"
-    tokens = min(job.cell.recipe.evaluation.micro_batch_tokens, _test_tokens(job))
-    of_layer = measured.kept / measured.layers * tokens * (IN_PIECES["plain"] if on_cpu else 1)
-    weights = _held(job, 0, trained=False)
-    return round(weights + of_layer + LOGITS * 4 * CHUNK * measured.words + BESIDE * on_cpu)
-
-
-def _held(job: Job, adapter_weights: int, trained: bool = True) -> int:
-    """Bytes of weights, and of the optimizer where there is one."""
-    size = torch.finfo(DTYPES[job.precision]).bits // 8
-    many, recipe = _weights(job), job.cell.recipe
-    if recipe.adapter.kind == "full" and trained:
-        # In fp32, with two moments; in half precision a copy for the products.
-        return many * (12 + size % 4)
-    held = many * size
-    if recipe.model.quantization:
-        # Embeddings stay as they are; of the other matrices half a byte a weight, and scales.
-        ends = sum(
-            math.prod(shape) for name, shape in _shapes(job.source.path).items() if _is_end(name)
-        )
-        held = round(ends * size + (many - ends) * 0.55)
-    # Weights, gradients and two moments.
-    return held + 16 * adapter_weights * trained
-
-
-def _is_end(name: str) -> bool:
-    return "embed" in name or "lm_head" in name
-
-
-@functools.cache  # grids have thousands of cells
-def _shapes(folder: Path) -> dict[str, tuple[int, ...]]:
-    return tensor_shapes(folder)
-
-
-def _weights(job: Job) -> int:
-    return sum(math.prod(shape) for shape in _shapes(job.source.path).values())
