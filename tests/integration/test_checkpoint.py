@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import contextlib
+import sys
 from collections.abc import Callable
 from dataclasses import replace
 from pathlib import Path
@@ -11,6 +12,7 @@ from typing import Any
 import pytest
 import torch
 
+from slm_lora import machine
 from slm_lora.errors import IntegrityError, NumericError, StorageError
 from slm_lora.model import adapter
 from slm_lora.model.adapter import trainable_state
@@ -72,6 +74,23 @@ def test_resumed_equals_straight(
     assert straight.kept_step == resumed.kept_step == 4
 
 
+@pytest.mark.skipif(sys.platform != "linux", reason="the mark can only be reset on Linux")
+def test_the_peak_is_that_of_every_sitting(load_tiny: Callable[..., Base], tmp_path: Path) -> None:
+    checkpointer = Checkpointer(tmp_path / "point", "abc", every_seconds=0)
+    machine.reset_peak_memory("cpu")
+    before = machine.resident_bytes()
+    large = torch.ones(100_000_000)  # 400 MB that only the first sitting holds
+    assert sitting(load_tiny(), checkpointer, 3)[0] is None
+    del large
+    machine.reset_peak_memory("cpu")
+    resumed, _ = sitting(load_tiny(), checkpointer)
+    assert resumed is not None
+    assert machine.peak_memory_bytes("cpu") < before + 300_000_000
+    assert resumed.peak_memory_bytes > before + 350_000_000
+    peaks = [step.peak_memory_bytes for step in resumed.history]
+    assert peaks == sorted(peaks)
+
+
 @pytest.mark.parametrize("stop_at", [1, 3, 4])
 def test_steps_ahead_change_nothing(
     load_tiny: Callable[..., Base], tmp_path: Path, stop_at: int
@@ -90,7 +109,8 @@ def test_steps_ahead_change_nothing(
             validate=lambda: 1.0, on_step=on_step, checkpointer=Checkpointer(folder, "abc"),
             stop=stop, steps_ahead=ahead,
         )  # fmt: skip
-        return [replace(step, seconds=0) for step in result.history], trainable_state(adapted)
+        history = [replace(step, seconds=0, peak_memory_bytes=0) for step in result.history]
+        return history, trainable_state(adapted)
 
     wanted, weights = run(0, tmp_path / "straight")
     with pytest.raises(StopRequested):

@@ -31,8 +31,8 @@ def common_record(job: Job, base: Base, places: Places) -> dict[str, Any]:
     }
 
 
-def training_record(result: TrainingResult, peak: int) -> dict[str, Any]:
-    """Of a finished training; ``peak`` in bytes."""
+def training_record(result: TrainingResult) -> dict[str, Any]:
+    """Of a finished training."""
     last = result.history[-1]
     return {
         "steps": len(result.history),
@@ -42,7 +42,7 @@ def training_record(result: TrainingResult, peak: int) -> dict[str, Any]:
         "seconds": result.seconds,
         "first_step_seconds": result.first_step_seconds,
         "tokens_per_s": result.tokens_per_s,
-        "peak_memory_bytes": peak,
+        "peak_memory_bytes": result.peak_memory_bytes,
         "compiled": result.compiled,
         "last_step_loss": last.loss,
         "rows_without_labels": result.rows_without_labels,

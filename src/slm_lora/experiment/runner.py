@@ -219,7 +219,6 @@ def _run_cell(job: Job, loaded: LoadedBase, places: Places, reporter: Reporter) 
             require_room(job, places, adapter.count_parameters(adapted).trainable)
         trackers = stack.enter_context(_tracking(job, places, reporter))
         result = train_cell(job, base, adapted, checkpointer, reporter, trackers)
-        peak = machine.peak_memory_bytes(job.device.type)
         parameters = adapter.count_parameters(adapted)
         if processes.is_first():
             adapter.save(
@@ -253,7 +252,7 @@ def _run_cell(job: Job, loaded: LoadedBase, places: Places, reporter: Reporter) 
                 "all_parameters": parameters.total,
                 "percent": parameters.percent,
             },
-            "training": training_record(result, peak),
+            "training": training_record(result),
             "evaluation": evaluation,
         }
         with new_run(places.results, name, job.identity, record) as run:

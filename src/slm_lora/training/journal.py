@@ -10,7 +10,7 @@ from dataclasses import replace
 
 import torch
 
-from slm_lora import processes
+from slm_lora import machine, processes
 from slm_lora.errors import IntegrityError, NumericError
 from slm_lora.model.adapter import restore_state, trainable_state
 from slm_lora.recipe.schema import TrainingSection
@@ -60,6 +60,7 @@ class Journal:
         self._optimizer, self._scaler = optimizer, scaler
         self._section, self._validate, self._on_step = section, validate, on_step
         self._checkpointer, self.stop = checkpointer, stop
+        self._device = next(iter(named.values())).device.type
         self.history: list[Step] = []
         self.best: Best | None = None
         if checkpointer is not None and (resumed := checkpointer.load(named, optimizer)):
@@ -123,7 +124,11 @@ class Journal:
             self._adapted.train()
             if self.best is None or loss < self.best[0]:
                 self.best = (loss, step.step, trainable_state(self._adapted))
-            self.history[-1] = replace(step, validation_loss=loss)
+            step = replace(step, validation_loss=loss)
+        # The operating system knows of this sitting alone.
+        earlier = max(each.peak_memory_bytes for each in self.history[-2:])
+        here = machine.peak_memory_bytes(self._device)
+        self.history[-1] = replace(step, peak_memory_bytes=max(earlier, here))
         self._on_step(self.history[-1])
 
     def save(self, last: bool = False) -> None:

@@ -51,6 +51,11 @@ class TrainingResult:
         return self.history[-1].seconds
 
     @property
+    def peak_memory_bytes(self) -> int:
+        """Most memory that any sitting used; see `machine.reset_peak_memory`."""
+        return self.history[-1].peak_memory_bytes
+
+    @property
     def first_step_seconds(self) -> float:
         """Time of the first step, which warms everything up."""
         return self.history[0].seconds
