@@ -120,6 +120,21 @@ def test_attention_equals_softmax_attention(lengths: list[int]) -> None:
         torch.testing.assert_close(one, other, rtol=1e-9, atol=1e-10)
 
 
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
+def test_attention_is_a_sound_operator(dtype: torch.dtype) -> None:
+    """Neither changes nor returns its inputs, and says the truth of the shapes of its outputs."""
+    generator = torch.Generator().manual_seed(0)
+    q, k, v, upstream = (
+        torch.randn(12, many, 16, generator=generator).to(dtype).requires_grad_()
+        for many in (6, 2, 2, 6)
+    )
+    lengths = torch.tensor([7, 5])
+    torch.library.opcheck(attention.packed_attention, (q, k, v, lengths, 0.3))
+    with torch.no_grad():
+        saved = (q, k, v, *attention.packed_attention(q, k, v, lengths, 0.3), lengths, 0.3)
+        torch.library.opcheck(attention.packed_attention_backward, (upstream, *saved))
+
+
 @pytest.fixture
 def error_to_fp64(
     load_tiny: LoadTiny, monkeypatch: pytest.MonkeyPatch

@@ -9,7 +9,7 @@ from collections.abc import Callable
 
 import typer
 
-from slm_lora import __version__
+from slm_lora import __version__, machine
 from slm_lora.cli import data, experiments, exports, models, outputs, serving, workers
 from slm_lora.errors import STOPPED_RESUMABLE, SlmLoraError, StorageError
 
@@ -62,6 +62,7 @@ def main() -> None:
     # A scheduler's request to stop is Ctrl-C by another name.
     signal.signal(signal.SIGTERM, signal.default_int_handler)
     workers.watch_starter()
+    machine.collect_garbage_rarely()
     sys.exit(_guarded(lambda: app(standalone_mode=False)))
 
 

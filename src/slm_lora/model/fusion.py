@@ -13,7 +13,7 @@ import sysconfig
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 from pathlib import Path
-from typing import TYPE_CHECKING, ParamSpec, TypeVar
+from typing import TYPE_CHECKING, Any, ParamSpec, TypeVar
 
 import torch
 
@@ -68,6 +68,11 @@ def fused(function: Callable[P, R]) -> Callable[P, R]:
     def compiled() -> Callable[P, R]:
         # Only now: this imports the compiler. What it makes is kept between runs.
         os.environ.setdefault("TORCHINDUCTOR_CACHE_DIR", str(cache_dir() / "compiled"))
+        # Its check of custom operators at the first call would have what they call compiled once
+        # more, for the state of that check; our operator is checked by the tests.
+        import torch._functorch.config as ahead_of_time
+
+        ahead_of_time.check_custom_op_aliasing = False
         # Sizes vary from batch to batch.
         return torch.compile(function, dynamic=True)
 
@@ -80,8 +85,24 @@ def fused(function: Callable[P, R]) -> Callable[P, R]:
 
 def fuse_layers(causal: PreTrainedModel) -> None:
     """Make every decoder layer a `fused` function. One compilation serves all of them."""
-    for layer in decoder_layers(causal):
+    layers = decoder_layers(causal)
+    for layer in layers:
         layer.forward = fused(layer.forward)
+    layers[0].forward = _as_if_in_the_middle(layers[0].forward)
+
+
+def _as_if_in_the_middle(forward: Callable[..., R]) -> Callable[..., R]:
+    """The first layer, whose input has no gradient where the embeddings are frozen: code compiled
+    for that would serve it alone, and take as long to make as that of all the others. A gradient
+    that nobody reads costs a few thousandths of a step."""
+
+    @functools.wraps(forward)
+    def run(hidden: torch.Tensor, *args: Any, **kwargs: Any) -> R:
+        if _on and torch.is_grad_enabled() and not hidden.requires_grad:
+            hidden = hidden.detach().requires_grad_()
+        return forward(hidden, *args, **kwargs)
+
+    return run
 
 
 @contextmanager
@@ -118,6 +139,11 @@ def attempt(on: bool, work: Callable[[], R]) -> R:
     if error is not None:
         _failure = (str(error).strip().splitlines() or [type(error).__name__])[0]
     return done
+
+
+def is_on() -> bool:
+    """Whether `fused` functions run compiled now."""
+    return _on
 
 
 def failure() -> str:

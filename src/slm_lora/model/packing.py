@@ -115,7 +115,8 @@ def layout(lengths: tuple[int, ...], heads: int, kv_heads: int, device: torch.de
             Bucket(
                 many,
                 keys.to(device),
-                own.flatten().repeat_interleave(heads).to(device),
+                # (No view, whose base a compiler would make cases of.)
+                torch.tensor([lengths[d] for d in documents for _ in range(heads)]).to(device),
                 tuple(blocks),
             )
         )

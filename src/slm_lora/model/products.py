@@ -24,9 +24,15 @@ def _positions(rows: int, keys: int, device: torch.device) -> Tensor:
     return torch.arange(rows, device=device).unsqueeze(1) + (keys - rows)
 
 
+def _rows(x: Tensor) -> Tensor:
+    # (Compiled functions are given rows: of three sizes two are easily equal, and a compiler that
+    # sees that makes code for equal ones only.)
+    return x.reshape(-1, x.shape[-1])
+
+
 @fused
 def _probabilities(scores: Tensor, rows: int, scale: float) -> tuple[Tensor, Tensor]:
-    """Causal softmax of raw scores [b, n × rows, keys]; logarithms of its sums [b × n × rows]."""
+    """Causal softmax of raw scores [b × n × rows, keys]; logarithms of its sums [b × n × rows]."""
     wide = _wide(scores.view(-1, rows, scores.shape[-1])) * scale
     keys = wide.shape[-1]
     past = torch.arange(keys, device=wide.device) <= _positions(rows, keys, wide.device)
@@ -51,7 +57,7 @@ def _score_gradient(
     """Probabilities again, and the gradient of the raw scores, zero where queries are padding.
 
     Args:
-        scores: raw, [b, n × rows, keys].
+        scores: raw, [b × n × rows, keys].
         upstream: gradient of the probabilities, as the scores.
         log_total: from `_probabilities`.
         dot: product of a query's output and its gradient, [b × n × rows].
@@ -71,10 +77,6 @@ def _score_gradient(
     return p.to(scores.dtype).view(scores.shape), gradient.to(scores.dtype).view(scores.shape)
 
 
-def _rows(x: Tensor) -> Tensor:
-    return x.reshape(-1, x.shape[-1])
-
-
 def forward(
     q: Tensor, k: Tensor, v: Tensor, lengths: Tensor, scale: float
 ) -> tuple[Tensor, Tensor]:
@@ -89,8 +91,8 @@ def forward(
         for block in bucket.blocks:
             queries = _rows(q).index_select(0, block.queries).view(batch, -1, head_dim)
             scores = queries @ keys[:, : block.stop].transpose(1, 2)
-            p, log_total = _probabilities(scores, block.stop - block.start, scale)
-            outputs.append(_rows(p @ values[:, : block.stop]))
+            p, log_total = _probabilities(_rows(scores), block.stop - block.start, scale)
+            outputs.append(_rows(p.view(scores.shape) @ values[:, : block.stop]))
             log_totals.append(log_total)
     return (
         torch.cat(outputs).index_select(0, where.queries_back).view(q.shape),
@@ -122,15 +124,17 @@ def backward(
             queries = _rows(q).index_select(0, block.queries).view(batch, -1, head_dim)
             upstream = _rows(out_gradient).index_select(0, block.queries).view(queries.shape)
             seen = slice(block.stop)
+            scores = queries @ keys[:, seen].transpose(1, 2)
             p, ds = _score_gradient(
-                queries @ keys[:, seen].transpose(1, 2),
-                upstream @ values[:, seen].transpose(1, 2),
+                _rows(scores),
+                _rows(upstream @ values[:, seen].transpose(1, 2)),
                 log_total.index_select(0, block.queries),
                 dot.index_select(0, block.queries),
                 bucket.lengths,
                 block.stop - block.start,
                 scale,
             )
+            p, ds = p.view(scores.shape), ds.view(scores.shape)
             dqs.append(_rows(ds @ keys[:, seen]))
             dk[:, seen] += ds.transpose(1, 2) @ queries
             dv[:, seen] += p.transpose(1, 2) @ upstream
