@@ -126,6 +126,21 @@ def test_new_shapes_compile_nothing_new(load_tiny: LoadTiny, precision: str) -> 
     )
 
 
+def test_every_rank_of_a_grid_is_compiled(load_tiny: LoadTiny) -> None:
+    base, batch = load_tiny(), pack(make_examples(LENGTHS), "all")
+    torch._dynamo.reset()
+    compiled = 0
+    for r in (1, 2, 3, 4, 5):
+        adapted = adapter.attach(base, AdapterSection(r=r), seed=0)
+        with fusion.fusion(True):
+            batch_nll(base, batch).backward()
+            adapted.eval()
+            score_documents(base, batch)
+        adapter.detach(adapted)
+        assert counters["stats"]["unique_graphs"] >= compiled + 2
+        compiled = counters["stats"]["unique_graphs"]
+
+
 def test_a_long_training_compiles_from_its_second_step(load_tiny: LoadTiny) -> None:
     examples = make_examples(LENGTHS)
 

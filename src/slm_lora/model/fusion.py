@@ -30,8 +30,8 @@ R = TypeVar("R")
 
 PAYS_FROM = {"cpu": (30_000, 75_000), "cuda": (2_000_000, 2_000_000)}
 """Tokens from which a run wins back the time of compiling with nothing in the cache, in half
-precision and in fp32: measured on CPUs (16 s against 0.85 ms a token with AVX512-BF16; 60 s
-against 0.82 ms with AVX2), a guess on GPUs."""
+precision and in fp32: measured on CPUs (16 s against 0.85 ms a token with AVX512-BF16, when the
+first layer was compiled apart; 31 s against 0.4 ms with AVX2), a guess on GPUs."""
 
 _on = False
 _failure = ""
@@ -61,18 +61,31 @@ def _has_compiler(device: torch.device) -> bool:
     return machine.cpp_compiler() is not None and headers.is_file()
 
 
+@functools.cache
+def _set_up_compiler() -> None:
+    """For this process; only where it is used, as this imports it."""
+    import torch._dynamo.config as tracing
+    import torch._functorch.config as ahead_of_time
+
+    # What it makes is kept between runs.
+    os.environ.setdefault("TORCHINDUCTOR_CACHE_DIR", str(cache_dir() / "compiled"))
+    # Each kind of adapter and each rank of a grid wants code of its own, to train and to score.
+    # PyTorch's limit of 8 is soon reached, and later cells would run as written, silently.
+    tracing.recompile_limit = 64
+    tracing.fail_on_recompile_limit_hit = True
+    # Else floats are symbols, until it turns out which cannot be: then all is traced once more.
+    tracing.specialize_float = True
+    # This check at the first call of an operator would have the functions that it calls compiled
+    # once more, for the state of the check; the tests check our operator.
+    ahead_of_time.check_custom_op_aliasing = False
+
+
 def fused(function: Callable[P, R]) -> Callable[P, R]:
     """A function of tensors that runs compiled within `fusion`, and as it is written outside."""
 
     @functools.cache
     def compiled() -> Callable[P, R]:
-        # Only now: this imports the compiler. What it makes is kept between runs.
-        os.environ.setdefault("TORCHINDUCTOR_CACHE_DIR", str(cache_dir() / "compiled"))
-        # Its check of custom operators at the first call would have what they call compiled once
-        # more, for the state of that check; our operator is checked by the tests.
-        import torch._functorch.config as ahead_of_time
-
-        ahead_of_time.check_custom_op_aliasing = False
+        _set_up_compiler()
         # Sizes vary from batch to batch.
         return torch.compile(function, dynamic=True)
 
