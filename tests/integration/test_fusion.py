@@ -181,6 +181,21 @@ def test_where_compiling_fails_it_is_done_without() -> None:
     assert tried == [True, False, False]
 
 
+def test_too_many_variants_are_told() -> None:
+    @fusion.fused
+    def doubled(x: torch.Tensor) -> torch.Tensor:
+        return x * 2
+
+    def work(dtype: torch.dtype) -> torch.Tensor:
+        return fusion.attempt(True, lambda: doubled(torch.ones(3, dtype=dtype)))
+
+    work(torch.float16)  # sets the compiler up
+    with torch._dynamo.config.patch(recompile_limit=2):
+        for dtype in (torch.float32, torch.float64, torch.bfloat16):
+            assert work(dtype).tolist() == [2, 2, 2]
+    assert "recompile_limit" in fusion.failure()
+
+
 @pytest.mark.parametrize(
     "error", [MemoryError(), torch.OutOfMemoryError(), DataError("x"), ValueError("in the work")]
 )

@@ -31,7 +31,7 @@ R = TypeVar("R")
 PAYS_FROM = {"cpu": (30_000, 75_000), "cuda": (2_000_000, 2_000_000)}
 """Tokens from which a run wins back the time of compiling with nothing in the cache, in half
 precision and in fp32: measured on CPUs (16 s against 0.85 ms a token with AVX512-BF16, when the
-first layer was compiled apart; 31 s against 0.4 ms with AVX2), a guess on GPUs."""
+first layer was compiled apart; 34 s against about 0.4 ms with AVX2), a guess on GPUs."""
 
 _on = False
 _failure = ""
