@@ -21,7 +21,7 @@ from slm_lora.records import Example
 from slm_lora.runs import find_run
 from slm_lora.training.loop import tokens_at_once, total_steps
 
-COMPILE_SECONDS = {"training": 15, "scoring": 6}
+COMPILE_SECONDS = {"training": 6, "scoring": 3}
 """Of what compiles something that was compiled before: tracing it again (two CPU cores)."""
 
 
