@@ -100,10 +100,10 @@ def _kilobytes(file: str, name: str) -> int:
 
 
 def collect_garbage_rarely() -> None:
-    """Let Python look for unreachable objects once in 50,000 new ones, not in 700.
+    """Let Python look for unreachable objects once in 50,000 new ones, not in some hundred.
 
-    Importing and compiling make a million objects and no garbage: a twelfth of the time until a
-    training begins went into looking.
+    Importing and compiling make a million objects and hardly any garbage: a twelfth of the time
+    of importing went into looking.
     """
     gc.set_threshold(50_000, *gc.get_threshold()[1:])
 

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import contextlib
+import json
 import sys
 from collections.abc import Callable
 from dataclasses import replace
@@ -284,6 +285,8 @@ def test_a_stop_in_validation_keeps_the_step(
     assert once(4)[0] is None
     assert counted == [1, 2, 3]
     assert [path.name for path in generations(checkpointer.folder)] == ["step-000004"]
+    state = json.loads((generations(checkpointer.folder)[-1] / "state.json").read_text())
+    assert state["history"][-1]["peak_memory_bytes"] > 0
     resumed, found = once(None)
     assert straight is not None and resumed is not None
     assert counted == [1, 2, 3, 4, 5, 6, 7, 8]

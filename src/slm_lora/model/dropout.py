@@ -66,7 +66,7 @@ class TokenDropout(nn.Module):
         self.keys = None
         columns = _mixed(np.arange(width, dtype=np.uint32) * np.uint32(_GOLDEN) + _hash32(name))
         self.register_buffer("columns", torch.from_numpy(columns.view(np.int32)), persistent=False)
-        # Tensors, not numbers: torch's compiler makes symbols of numbers, and its cache (2.13)
+        # Tensors, not numbers: torch's compiler may make symbols of numbers, and its cache (2.13)
         # then takes code with another p's threshold for ours.
         least = torch.tensor(round(p * 2**32) - 2**31, dtype=torch.int32)
         self.register_buffer("least", least, persistent=False)

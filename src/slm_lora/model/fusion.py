@@ -10,6 +10,7 @@ from __future__ import annotations
 import functools
 import os
 import sysconfig
+import threading
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 from pathlib import Path
@@ -31,7 +32,10 @@ R = TypeVar("R")
 PAYS_FROM = {"cpu": (30_000, 75_000), "cuda": (2_000_000, 2_000_000)}
 """Tokens from which a run wins back the time of compiling with nothing in the cache, in half
 precision and in fp32: measured on CPUs (16 s against 0.85 ms a token with AVX512-BF16, when the
-first layer was compiled apart; 34 s against about 0.4 ms with AVX2), a guess on GPUs."""
+first layer was compiled apart; 34 s against 0.3 to 0.8 ms with AVX2), a guess on GPUs."""
+
+MOST_VARIANTS = 256
+"""Of one function, after which nothing is compiled any more."""
 
 _on = False
 _failure = ""
@@ -61,9 +65,14 @@ def _has_compiler(device: torch.device) -> bool:
     return machine.cpp_compiler() is not None and headers.is_file()
 
 
-@functools.cache
+_set_up = threading.local()
+
+
 def _set_up_compiler() -> None:
-    """For this process; only where it is used, as this imports it."""
+    """For this thread (torch's settings are a thread's; backward passes on GPUs have their own);
+    only where it is used, as this imports it."""
+    if getattr(_set_up, "done", False):
+        return
     import torch._dynamo.config as tracing
     import torch._functorch.config as ahead_of_time
 
@@ -71,13 +80,14 @@ def _set_up_compiler() -> None:
     os.environ.setdefault("TORCHINDUCTOR_CACHE_DIR", str(cache_dir() / "compiled"))
     # Each kind of adapter and each rank of a grid wants code of its own, to train and to score.
     # PyTorch's limit of 8 is soon reached, and later cells would run as written, silently.
-    tracing.recompile_limit = 64
+    tracing.recompile_limit = tracing.accumulated_recompile_limit = MOST_VARIANTS
     tracing.fail_on_recompile_limit_hit = True
     # Else floats are symbols, until it turns out which cannot be: then all is traced once more.
     tracing.specialize_float = True
     # This check at the first call of an operator would have the functions that it calls compiled
-    # once more, for the state of the check; the tests check our operator.
+    # once more, for the state of the check; the tests check our operator, on a CPU.
     ahead_of_time.check_custom_op_aliasing = False
+    _set_up.done = True
 
 
 def fused(function: Callable[P, R]) -> Callable[P, R]:
@@ -85,13 +95,15 @@ def fused(function: Callable[P, R]) -> Callable[P, R]:
 
     @functools.cache
     def compiled() -> Callable[P, R]:
-        _set_up_compiler()
         # Sizes vary from batch to batch.
         return torch.compile(function, dynamic=True)
 
     @functools.wraps(function)
     def run(*args: P.args, **kwargs: P.kwargs) -> R:
-        return (compiled() if _on else function)(*args, **kwargs)
+        if not _on:
+            return function(*args, **kwargs)
+        _set_up_compiler()
+        return compiled()(*args, **kwargs)
 
     return run
 
@@ -101,7 +113,8 @@ def fuse_layers(causal: PreTrainedModel) -> None:
     layers = decoder_layers(causal)
     for layer in layers:
         layer.forward = fused(layer.forward)
-    layers[0].forward = _as_if_in_the_middle(layers[0].forward)
+    for first in layers[:1]:
+        first.forward = _as_if_in_the_middle(first.forward)
 
 
 def _as_if_in_the_middle(forward: Callable[..., R]) -> Callable[..., R]:
@@ -110,10 +123,17 @@ def _as_if_in_the_middle(forward: Callable[..., R]) -> Callable[..., R]:
     that nobody reads costs a few thousandths of a step."""
 
     @functools.wraps(forward)
-    def run(hidden: torch.Tensor, *args: Any, **kwargs: Any) -> R:
-        if _on and torch.is_grad_enabled() and not hidden.requires_grad:
-            hidden = hidden.detach().requires_grad_()
-        return forward(hidden, *args, **kwargs)
+    def run(*args: Any, **kwargs: Any) -> R:
+        hidden = args[0] if args else None
+        if (
+            _on
+            and torch.is_grad_enabled()
+            and isinstance(hidden, torch.Tensor)
+            and hidden.is_floating_point()
+            and not hidden.requires_grad
+        ):
+            args = hidden.detach().requires_grad_(), *args[1:]
+        return forward(*args, **kwargs)
 
     return run
 
@@ -137,7 +157,7 @@ def attempt(on: bool, work: Callable[[], R]) -> R:
         work: may be done twice.
     """
     global _failure
-    error: Exception | None = None
+    reason = ""
     if on and not _failure:
         try:
             with fusion(True):
@@ -145,12 +165,13 @@ def attempt(on: bool, work: Callable[[], R]) -> R:
         except (SlmLoraError, MemoryError, torch.OutOfMemoryError):
             raise
         except Exception as caught:  # compilers raise all kinds
-            error = caught
+            # (Not the error itself: with its traceback it would hold all that was computed.)
+            reason = (str(caught).strip().splitlines() or [type(caught).__name__])[0]
     with fusion(False):
         done = work()
     # Only now is it known that compiling was the trouble.
-    if error is not None:
-        _failure = (str(error).strip().splitlines() or [type(error).__name__])[0]
+    if reason:
+        _failure = reason
     return done
 
 

@@ -18,7 +18,7 @@ whole vocabulary, so fewer of them."""
 
 
 BLOCK = 8
-"""Positions that plain code on a CPU takes from there at once: 1.6 MB, which stay in its cache."""
+"""Positions that plain code on a CPU takes from there at once: 1.6 MB, which its cache holds."""
 
 
 def total_dtype(device: torch.device) -> torch.dtype:

@@ -124,9 +124,9 @@ def backward(
             queries = _rows(q).index_select(0, block.queries).view(batch, -1, head_dim)
             upstream = _rows(out_gradient).index_select(0, block.queries).view(queries.shape)
             seen = slice(block.stop)
-            scores = queries @ keys[:, seen].transpose(1, 2)
+            shape = batch, -1, block.stop
             p, ds = _score_gradient(
-                _rows(scores),
+                _rows(queries @ keys[:, seen].transpose(1, 2)),
                 _rows(upstream @ values[:, seen].transpose(1, 2)),
                 log_total.index_select(0, block.queries),
                 dot.index_select(0, block.queries),
@@ -134,7 +134,7 @@ def backward(
                 block.stop - block.start,
                 scale,
             )
-            p, ds = p.view(scores.shape), ds.view(scores.shape)
+            p, ds = p.view(shape), ds.view(shape)
             dqs.append(_rows(ds @ keys[:, seen]))
             dk[:, seen] += ds.transpose(1, 2) @ queries
             dv[:, seen] += p.transpose(1, 2) @ upstream

@@ -111,6 +111,7 @@ class Journal:
         self._end_step()
 
     def _end_step(self) -> None:
+        self._mark_peak()
         step = self.history[-1]
         if self._validate and self.due(step):
             self._adapted.eval()
@@ -124,12 +125,15 @@ class Journal:
             self._adapted.train()
             if self.best is None or loss < self.best[0]:
                 self.best = (loss, step.step, trainable_state(self._adapted))
-            step = replace(step, validation_loss=loss)
+            self.history[-1] = replace(step, validation_loss=loss)
+            self._mark_peak()
+        self._on_step(self.history[-1])
+
+    def _mark_peak(self) -> None:
         # The operating system knows of this sitting alone.
         earlier = max(each.peak_memory_bytes for each in self.history[-2:])
-        here = machine.peak_memory_bytes(self._device)
-        self.history[-1] = replace(step, peak_memory_bytes=max(earlier, here))
-        self._on_step(self.history[-1])
+        peak = max(earlier, machine.peak_memory_bytes(self._device))
+        self.history[-1] = replace(self.history[-1], peak_memory_bytes=peak)
 
     def save(self, last: bool = False) -> None:
         """Save where the training stands, if anything does; after the ``last`` step the moments

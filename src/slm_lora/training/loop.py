@@ -248,7 +248,7 @@ def _take_steps(
         dropout_seed = f"dropout:{seed}:{number}"
         torch.manual_seed(int.from_bytes(hashlib.sha256(dropout_seed.encode()).digest()[:7], "big"))
         # The first step shows at once that the run works; compiling begins with the second.
-        fused = compiled and number > 0
+        fused = compiled and number > 0 and not fusion.failure()
         launched = updater.step(
             step_examples,
             section.micro_batch_tokens if fused else plain_tokens,
