@@ -119,12 +119,20 @@ def run_elsewhere(
                 f"{len(runs) - len(there)} of {len(runs)} runs are not in {places.results}, though "
                 "their workers ended well: all machines must see the same folder"
             )
+        # A driver that was killed may have left those of runs that were finished by then.
+        for name in (BASE, *(job.cell.name for job in jobs)):
+            _log(name, places).unlink(missing_ok=True)
         return there
 
 
 def _command(cell: str, job: Job, places: Places, line: CommandLine) -> Command:
-    log = (places.checkpoints / f"{cell}.log").absolute()
-    return Command(cell, line.for_cell(cell, job), Path.cwd(), log, _offline())
+    return Command(
+        cell, line.for_cell(cell, job), Path.cwd(), _log(cell, places).absolute(), _offline()
+    )
+
+
+def _log(cell: str, places: Places) -> Path:
+    return places.checkpoints / f"{cell}.log"
 
 
 def _offline() -> dict[str, str]:
