@@ -1,11 +1,17 @@
 """slm-lora as the contenders run it: base model and rows, and its own loop, compiled."""
 
+# ruff: noqa: E402
 from __future__ import annotations
 
 import sys
 
+from slm_lora import machine
+
+# As the command does, before anything is imported that takes its time.
+machine.collect_garbage_rarely()
+
 import torch
-from contender import LEARNING_RATE, MAX_LENGTH, Clock, Work, work
+from contender import DROPOUT, LEARNING_RATE, MAX_LENGTH, Clock, R, Work, work
 
 from slm_lora.data.sources import read_rows
 from slm_lora.data.templates import choose_template
@@ -40,6 +46,10 @@ def base_and_examples(given: Work) -> tuple[Base, list[Example]]:
 def micro_batch_tokens(given: Work, default: TrainingSection | EvaluationSection) -> int:
     """The recipe's default on a CPU; what an 80 GB GPU holds."""
     return 16_384 if given.on_gpu else default.micro_batch_tokens
+
+
+LORA = AdapterSection(r=R, lora_dropout=DROPOUT)
+"""The adapter of all contenders."""
 
 
 def measure_training(trained: AdapterSection) -> None:

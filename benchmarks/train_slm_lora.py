@@ -2,14 +2,6 @@
 
 from __future__ import annotations
 
-from slm_lora import machine
+from ours import LORA, measure_training
 
-# As the command does, before anything is imported that takes its time.
-machine.collect_garbage_rarely()
-
-from contender import DROPOUT, R  # noqa: E402
-from ours import measure_training  # noqa: E402
-
-from slm_lora.recipe.schema import AdapterSection  # noqa: E402
-
-measure_training(AdapterSection(r=R, lora_dropout=DROPOUT))
+measure_training(LORA)

@@ -79,7 +79,7 @@ def _set_up_compiler() -> None:
     # What it makes is kept between runs.
     os.environ.setdefault("TORCHINDUCTOR_CACHE_DIR", str(cache_dir() / "compiled"))
     # Each kind of adapter and each rank of a grid wants code of its own, to train and to score.
-    # PyTorch's limit of 8 is soon reached, and later cells would run as written, silently.
+    # PyTorch's limit of 8 is soon reached, and later cells would run as written but for a warning.
     tracing.recompile_limit = tracing.accumulated_recompile_limit = MOST_VARIANTS
     tracing.fail_on_recompile_limit_hit = True
     # Else floats are symbols, until it turns out which cannot be: then all is traced once more.
