@@ -155,7 +155,8 @@ def _count(job: Job) -> _Counted:
     examples = min(steps * batch, section.num_train_epochs * len(rows))
     tokens = round(examples * sum(row.length for row in rows) / len(rows))
     compiled = _compiles(job, tokens)
-    plain = tokens_at_once(section, compiled, recipe.adapter.kind != "full", job.device.type)
+    half, frozen = job.precision != "fp32", recipe.adapter.kind != "full"
+    plain, fused = tokens_at_once(section, compiled, frozen, job.device.type, half)
     order = epoch_order(rows, recipe.seed, 0)
     drawn = [order[start : start + batch] for start in range(0, len(order), batch)]
     largest_plain = _largest(drawn, plain)
@@ -167,7 +168,7 @@ def _count(job: Job) -> _Counted:
         steps,
         tokens,
         Sizes(
-            _largest(drawn, section.micro_batch_tokens) if compiled else largest_plain,
+            _largest(drawn, fused) if compiled else largest_plain,
             largest_plain,
             any(sum(row.length for row in step) > plain for step in drawn),
             compiled,

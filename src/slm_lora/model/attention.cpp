@@ -275,7 +275,8 @@ void each_task(const int64_t* lengths, int64_t documents, int64_t kv_heads, int 
     };
     std::vector<Task> tasks;
     for (int64_t d = 0, start = 0; d < documents; start += lengths[d++])
-        for (int64_t head = 0; head < kv_heads; ++head) tasks.push_back({start, lengths[d], head});
+        for (int64_t head = 0; head < kv_heads && lengths[d]; ++head)
+            tasks.push_back({start, lengths[d], head});
     std::stable_sort(tasks.begin(), tasks.end(),
                      [](const Task& a, const Task& b) { return a.length > b.length; });
 #pragma omp parallel for schedule(dynamic) num_threads(threads)
@@ -288,7 +289,8 @@ void each_task(const int64_t* lengths, int64_t documents, int64_t kv_heads, int 
 extern "C" {
 
 // q, out: bf16 [tokens, heads, width]; k, v: bf16 [tokens, kv_heads, width]; log_total: fp32
-// [tokens, heads]; all contiguous. `lengths` of the documents sum to the tokens.
+// [tokens, heads]; all contiguous. `lengths` of the documents (some may be 0) sum to the
+// tokens.
 void attention_forward(const bf16* q, const bf16* k, const bf16* v, bf16* out, float* log_total,
                        const int64_t* lengths, int64_t documents, int64_t heads, int64_t kv_heads,
                        int64_t width, float scale, int threads) {

@@ -56,7 +56,7 @@ def packed_attention(
         q: queries [T, heads, head_dim].
         k: keys [T, kv_heads, head_dim]; heads is a multiple of kv_heads.
         v: values, as the keys.
-        lengths: tokens of each document, int64 on the CPU; they sum to T.
+        lengths: tokens of each document, or none; int64 on the CPU; they sum to T.
         scale: factor of the scores.
 
     Returns:

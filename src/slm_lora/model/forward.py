@@ -122,6 +122,9 @@ def mixed_precision(base: Base) -> torch.autocast:
 def _packed_hidden(
     causal: PreTrainedModel, ids: Tensor, positions: Tensor, lengths: Tensor
 ) -> Tensor:
+    if len(lengths) == 1:
+        # One without tokens beside it: a compiler makes code of its own for sizes of one.
+        lengths = torch.nn.functional.pad(lengths, (0, 1))
     output = causal.base_model(
         input_ids=ids.unsqueeze(0),
         position_ids=positions.unsqueeze(0),

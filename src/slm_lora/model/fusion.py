@@ -75,6 +75,7 @@ def _set_up_compiler() -> None:
         return
     import torch._dynamo.config as tracing
     import torch._functorch.config as ahead_of_time
+    import torch.fx.experimental._config as shapes
 
     # What it makes is kept between runs.
     os.environ.setdefault("TORCHINDUCTOR_CACHE_DIR", str(cache_dir() / "compiled"))
@@ -84,6 +85,8 @@ def _set_up_compiler() -> None:
     tracing.fail_on_recompile_limit_hit = True
     # Else floats are symbols, until it turns out which cannot be: then all is traced once more.
     tracing.specialize_float = True
+    # Else sizes that happen to be equal in the first batch are taken to be equal in all.
+    shapes.use_duck_shape = False
     # This check at the first call of an operator would have the functions that it calls compiled
     # once more, for the state of the check; the tests check our operator, on a CPU.
     ahead_of_time.check_custom_op_aliasing = False

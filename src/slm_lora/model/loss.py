@@ -81,15 +81,20 @@ def _plain_nll(logits: Tensor, labels: Tensor, gradient: bool) -> Tensor:
     return torch.cat(found)
 
 
+def _compiled(logits: Tensor) -> bool:
+    # A position alone is not worth the code of its own that a compiler makes for sizes of one.
+    return fusion.is_on() and len(logits) > 1
+
+
 def _nll(logits: Tensor, labels: Tensor) -> Tensor:
     """NLL [positions] in fp32 or wider of logits [positions, vocabulary] in any precision, which
     have no use afterwards."""
-    return _fused_nll(logits, labels) if fusion.is_on() else _plain_nll(logits, labels, False)
+    return _fused_nll(logits, labels) if _compiled(logits) else _plain_nll(logits, labels, False)
 
 
 def _nll_and_gradient(logits: Tensor, labels: Tensor) -> tuple[Tensor, Tensor]:
     """As `_nll`, with the gradient of its sum: softmax minus one-hot, in the logits' precision."""
-    if fusion.is_on():
+    if _compiled(logits):
         return _fused_nll_and_gradient(logits, labels)
     return _plain_nll(logits, labels, True), logits
 

@@ -66,7 +66,7 @@ class Layout:
 
 
 def _buckets(lengths: tuple[int, ...]) -> list[list[int]]:
-    order = sorted(range(len(lengths)), key=lambda d: -lengths[d])
+    order = sorted((d for d, length in enumerate(lengths) if length), key=lambda d: -lengths[d])
     buckets: list[list[int]] = []
     for document in order:
         if not buckets or lengths[document] < BUCKET_SHARE * lengths[buckets[-1][0]]:
