@@ -183,7 +183,8 @@ def show(found: Figures) -> None:
 
 def arguments_line(given: list[str]) -> str:
     """What `make bench` was told, with folders of this machine left out."""
-    return f" ARGS='{' '.join(Path(each).name for each in given)}'" if given else ""
+    shown = (Path(each).name if Path(each).is_absolute() else each for each in given)
+    return f" ARGS='{' '.join(shown)}'" if given else ""
 
 
 def main() -> None:
