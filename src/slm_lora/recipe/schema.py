@@ -175,7 +175,8 @@ class TrainingSection(Section):
     micro_batch_tokens: Int = Field(
         2048,
         ge=1,
-        description="Tokens computed at once: the memory knob. Results move by rounding only.",
+        description="Most tokens computed at once: the memory knob. Results move by rounding only. "
+        "(On a CPU adapters take 512 at most, compiled ones 768 in fp32: as fast, and smaller.)",
     )
     fsdp: bool = Field(
         False,
