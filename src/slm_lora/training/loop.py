@@ -100,7 +100,7 @@ memory (of 5.1 GB then, no more than 2.3 were in use: the heap was in pieces).""
 
 FP32_TOKENS = 768
 """Tokens at once where a CPU computes compiled code in fp32, in which each holds twice what it does
-in bf16: as fast as 2,048, and 2.1 instead of 2.75 GB."""
+in bf16: no slower than 2,048, and 2.1 instead of 2.7 GB."""
 
 
 def tokens_at_once(
