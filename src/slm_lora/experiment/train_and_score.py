@@ -13,8 +13,9 @@ from slm_lora import processes
 from slm_lora.evaluation.perplexity import held_out_loss, score
 from slm_lora.experiment.jobs import Job
 from slm_lora.experiment.trackers import Trackers
-from slm_lora.model import flash, fusion, native
+from slm_lora.model import flash, fusion
 from slm_lora.model.base import Base
+from slm_lora.model.kernels import library
 from slm_lora.progress import Reporter
 from slm_lora.records import Example, LossOn, RowScore, Step
 from slm_lora.stopping import gentle_stop
@@ -142,7 +143,9 @@ def _compiles(job: Job, examples: Sequence[Example], base: Base) -> bool:
 def _say_fallbacks(reporter: Reporter) -> None:
     if fusion.failure():
         reporter.say_once(f"  note: computed without compiling ({fusion.failure()})")
-    if failure := native.failure() or flash.failure():
+    if failure := library.failure():
+        reporter.say_once(f"  note: computed without C++ kernels ({failure})")
+    if failure := flash.failure():
         reporter.say_once(f"  note: attention by matrix products ({failure})")
 
 

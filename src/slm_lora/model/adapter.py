@@ -17,6 +17,7 @@ from torch import nn
 from slm_lora.errors import IntegrityError, NumericError, UsageError
 from slm_lora.model.base import Base
 from slm_lora.model.dropout import replace_dropout
+from slm_lora.model.linear import use_tiles
 from slm_lora.model.methods import peft_config
 from slm_lora.model.source import ModelSource
 from slm_lora.recipe.schema import AdapterSection
@@ -75,6 +76,8 @@ def attach(base: Base, section: AdapterSection, seed: int) -> nn.Module:
             base.causal, peft_config(section, base.source), autocast_adapter_dtype=True
         )
     replace_dropout(adapted)
+    if not base.sharded:
+        use_tiles(adapted, base.device)
     if section.kind == "pissa":
         setattr(adapted, _BEGINNING, {n: t.clone() for n, t in _state(adapted).items()})
     return adapted
@@ -274,6 +277,8 @@ def load_several(base: Base, folders: Mapping[str, Path]) -> PeftModel:
                 detach(adapted)
             raise _does_not_load(folder, error) from error
     assert adapted is not None
+    if not base.sharded:
+        use_tiles(adapted, base.device)
     adapted.eval()
     return adapted
 

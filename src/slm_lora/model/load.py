@@ -14,6 +14,7 @@ from slm_lora.model import attention
 from slm_lora.model.base import DTYPES, Base, PrecisionName
 from slm_lora.model.forward import output_embedding, packed_logits
 from slm_lora.model.fusion import fuse_layers
+from slm_lora.model.linear import use_tiles
 from slm_lora.model.sharding import shard_layers
 from slm_lora.model.source import ModelSource, weight_files
 
@@ -120,6 +121,7 @@ def load_base(
     torch.nn.Module.eval(causal)
     _check_head(source, causal)
     if not sharded:
+        use_tiles(causal, device)
         fuse_layers(causal)
     packed, why = (False, "asked for") if plain else _try_packed(causal)
     return Base(source, causal, device, precision, packed, why, quantization, sharded)

@@ -7,7 +7,8 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from slm_lora.model import fusion
+from slm_lora.model import fusion, linear
+from slm_lora.model.kernels import library
 
 CHUNK = 256
 """Positions whose logits exist at once: 256 × a vocabulary of 49,152 is 50 MB in fp32."""
@@ -81,6 +82,17 @@ def _plain_nll(logits: Tensor, labels: Tensor, gradient: bool) -> Tensor:
     return torch.cat(found)
 
 
+def _kernel(logits: Tensor) -> bool:
+    return logits.dtype == torch.bfloat16 and logits.device.type == "cpu" and library.available()
+
+
+def _kernel_nll(logits: Tensor, labels: Tensor, gradient: bool) -> Tensor:
+    """As `_plain_nll`."""
+    nll = torch.empty(len(logits), dtype=torch.float32)
+    library.call("negative_log_likelihood", logits, labels, nll, *logits.shape, gradient)
+    return nll
+
+
 def _compiled(logits: Tensor) -> bool:
     # A position alone is not worth the code of its own that a compiler makes for sizes of one.
     return fusion.is_on() and len(logits) > 1
@@ -89,14 +101,57 @@ def _compiled(logits: Tensor) -> bool:
 def _nll(logits: Tensor, labels: Tensor) -> Tensor:
     """NLL [positions] in fp32 or wider of logits [positions, vocabulary] in any precision, which
     have no use afterwards."""
+    if _kernel(logits):
+        return _kernel_nll(logits, labels, False)
     return _fused_nll(logits, labels) if _compiled(logits) else _plain_nll(logits, labels, False)
 
 
 def _nll_and_gradient(logits: Tensor, labels: Tensor) -> tuple[Tensor, Tensor]:
     """As `_nll`, with the gradient of its sum: softmax minus one-hot, in the logits' precision."""
+    if _kernel(logits):
+        return _kernel_nll(logits, labels, True), logits
     if _compiled(logits):
         return _fused_nll_and_gradient(logits, labels)
     return _plain_nll(logits, labels, True), logits
+
+
+class _Head:
+    """Logits of chunks of positions, and gradients of their hidden states."""
+
+    def __init__(self, weight: Tensor, chunk: int) -> None:
+        """
+        Args:
+            weight: output embedding [vocabulary, width].
+            chunk: positions at most.
+        """
+        self._weight = weight
+        self._room: Tensor | None = None
+        if linear.usable(weight.dtype, weight.device):
+            # One room for all chunks: the system hands out fresh memory no faster than it is
+            # multiplied.
+            self._room = weight.new_empty(chunk, len(weight))
+
+    def logits(self, hidden: Tensor) -> Tensor:
+        """[positions, vocabulary] in the precision of the weight, until asked again."""
+        hidden = hidden.to(self._weight.dtype)
+        if self._room is None:
+            return hidden @ self._weight.t()
+        return linear.multiply(hidden, self._weight, self._room[: len(hidden)], False, True)
+
+    def hidden_gradient(self, upstream: Tensor) -> Tensor:
+        """[positions, width] of a gradient of the logits."""
+        if self._room is None:
+            return upstream @ self._weight
+        gradient: Tensor = linear.product(upstream, self._weight, False, False)
+        return gradient
+
+    def weight_gradient(self, upstream: Tensor, hidden: Tensor) -> Tensor:
+        """[vocabulary, width] of a gradient of the logits of these hidden states."""
+        hidden = hidden.to(self._weight.dtype)
+        if self._room is None:
+            return upstream.t() @ hidden
+        gradient: Tensor = linear.product(upstream, hidden, True, False)
+        return gradient
 
 
 def token_nll(hidden: Tensor, weight: Tensor, labels: Tensor) -> Tensor:
@@ -111,8 +166,9 @@ def token_nll(hidden: Tensor, weight: Tensor, labels: Tensor) -> Tensor:
         float32 [positions], nats.
     """
     with torch.no_grad():
+        head = _Head(weight, min(CHUNK, len(labels)))
         parts = [
-            _nll(h.to(weight.dtype) @ weight.t(), y)
+            _nll(head.logits(h), y)
             for h, y in zip(torch.split(hidden, CHUNK), torch.split(labels, CHUNK), strict=True)
         ]
         return torch.cat(parts) if parts else hidden.new_zeros(0, dtype=torch.float32)
@@ -133,14 +189,15 @@ class _SummedNLL(torch.autograd.Function):
             else None
         )
         chunk = CHUNK if weight_gradient is None else FULL_CHUNK
+        head = _Head(weight, min(chunk, len(labels)))
         for start in range(0, len(labels), chunk):
             h, y = hidden[start : start + chunk], labels[start : start + chunk]
-            nll, low = _nll_and_gradient(h.to(weight.dtype) @ weight.t(), y)
+            nll, low = _nll_and_gradient(head.logits(h), y)
             total += nll.sum(dtype=wide)
             if hidden_gradient is not None:
-                hidden_gradient[start : start + chunk] = low @ weight
+                hidden_gradient[start : start + chunk] = head.hidden_gradient(low)
             if weight_gradient is not None:
-                weight_gradient += low.t() @ h.to(weight.dtype)
+                weight_gradient += head.weight_gradient(low, h)
             del low  # or it would still be there beside the next chunk's
         ctx.save_for_backward(hidden_gradient, weight_gradient)
         ctx.weight_dtype = weight.dtype
