@@ -91,7 +91,7 @@ class Updater:
         self.scaler.step(self.optimizer)
         self.scaler.update()
         with torch.no_grad():
-            largest = torch.nn.utils.get_total_norm(self.parameters, math.inf)
+            largest = _largest(self.parameters)
         return Launched((loss, norm, largest), skipped, examples, where, wishes)
 
     def _backward(self, examples: Sequence[Example], budget: int, dropout_seed: str) -> Tensor:
@@ -121,6 +121,15 @@ class Updater:
             parameter.grad = summed.view_as(parameter)
         stop, save = (number > 0 for number in every[-2:].tolist())
         return every[-3].to(loss.dtype), (stop, save)
+
+
+def _largest(parameters: Sequence[Tensor]) -> Tensor:
+    """The largest absolute value of any; NaN if there is one."""
+    if parameters[0].device.type != "cpu":
+        return torch.nn.utils.get_total_norm(parameters, math.inf)
+    # (Its norm is not vectorised on CPUs: 0.2 s a step where all of SmolLM2 trains.)
+    ends = [end for each in parameters for end in torch.aminmax(each)]
+    return torch.stack(ends).abs().amax()
 
 
 def _micro_batches(
