@@ -155,6 +155,11 @@ def _read(
         for parameter in model.parameters():
             if type(parameter) is torch.nn.Parameter:
                 parameter.data = parameter.data.clone()
+        # On CPUs with AVX512-BF16 bitsandbytes (0.50) lays weights out anew when first asked
+        # without gradients, and products with those have none: training would lack most of it.
+        for module in model.modules():
+            if hasattr(module, "support_avx512bf16_for_cpu"):
+                module.support_avx512bf16_for_cpu = False
     # Weights that transformers would initialise at random are a broken model here.
     if missing := sorted(loaded[1]["missing_keys"]):
         raise IntegrityError(
