@@ -157,6 +157,7 @@ def _read(
                 parameter.data = parameter.data.clone()
         # On CPUs with AVX512-BF16 bitsandbytes (0.50) lays weights out anew when first asked
         # without gradients, and products with those have none: training would lack most of it.
+        module: Any
         for module in model.modules():
             if hasattr(module, "support_avx512bf16_for_cpu"):
                 module.support_avx512bf16_for_cpu = False
