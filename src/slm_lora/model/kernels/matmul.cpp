@@ -6,11 +6,11 @@
 
 #ifdef __AMX_BF16__
 
+#include "kept.h"
 #include "tiles.h"
 #include "vectors.h"
 
 #include <algorithm>
-#include <cstdlib>
 
 namespace {
 
@@ -111,21 +111,7 @@ void pack_left(const Matrix& a, bool turned, int64_t i, int64_t k, uint32_t* out
     store(lower, out + WORDS);
 }
 
-// Memory that a thread keeps for the next product.
-struct Kept {
-    void* start = nullptr;
-    int64_t bytes = 0;
-    ~Kept() { std::free(start); }
-    template <class T>
-    T* take(int64_t many) {
-        const int64_t wanted = (many * static_cast<int64_t>(sizeof(T)) + 4095) / 4096 * 4096;
-        if (wanted > bytes) {
-            std::free(start);
-            start = std::aligned_alloc(4096, bytes = wanted);
-        }
-        return static_cast<T*>(start);
-    }
-};
+// Of this thread.
 thread_local Kept kept_right, kept_left, kept_sums;
 
 // Two tiles of A, one below the other, and those of the next step; distances in bytes.
