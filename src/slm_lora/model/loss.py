@@ -87,7 +87,7 @@ def _kernel(logits: Tensor) -> bool:
 
 
 def _kernel_nll(logits: Tensor, labels: Tensor, gradient: bool) -> Tensor:
-    """As `_plain_nll`."""
+    """As `_plain_nll`. (Labels are ids of the batch: the embedding has refused others.)"""
     nll = torch.empty(len(logits), dtype=torch.float32)
     library.call("negative_log_likelihood", logits, labels, nll, *logits.shape, gradient)
     return nll
