@@ -130,7 +130,7 @@ def test_a_part_of_a_matrix_is_multiplied_where_it_lies() -> None:
     found = linear.product(part, b, False, False)
     assert torch.equal(found, linear.product(part.contiguous(), b, False, False))
     room = torch.full((80, 96), 7.0, dtype=torch.bfloat16)
-    linear.multiply(part, b, room[10:67, 16:80], False, False)
+    linear.multiply(part, b, False, False, room[10:67, 16:80])
     assert torch.equal(room[10:67, 16:80], found)
     room[10:67, 16:80] = 7
     assert (room == 7).all()
@@ -210,6 +210,20 @@ def test_logits_far_apart_leave_a_finite_loss() -> None:
     nll, gradient = loss._nll_and_gradient(logits.clone(), torch.tensor([1]))
     assert nll.item() == pytest.approx(600 + math.log(10), abs=1e-3)
     assert torch.isfinite(gradient).all()
+
+
+@pytest.mark.parametrize("at", [0, 17, 29])
+def test_what_is_not_a_number_is_not_lost(at: int) -> None:
+    logits = matrix(2, 30, 1)
+    logits[1, at] = math.nan
+    nll, gradient = loss._nll_and_gradient(logits, torch.tensor([3, 4]))
+    assert torch.isfinite(nll).tolist() == [True, False]
+    assert torch.isfinite(gradient[0]).all()
+    q, k, v, upstream = tensors([40], 2, 1, 32)
+    k[20, 0, at] = math.nan
+    out, *_, dq, _dk, _dv = computed((q, k, v, upstream), [40], 1.0)
+    assert torch.isfinite(out[:20]).all() and not torch.isfinite(out[20:]).any()
+    assert not torch.isfinite(dq[20:]).any()
 
 
 @pytest.fixture

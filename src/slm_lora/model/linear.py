@@ -1,7 +1,7 @@
 """Linear layers by the matrix product of `kernels`, for bf16 on CPUs with AMX.
 
-PyTorch's own products (oneDNN) reach two thirds to nine tenths of its speed there, and half of
-that for some hundred rows of some layers, which one thread alone then computes.
+PyTorch's own products (oneDNN) reach most of its speed there, but half of it for some hundred rows
+of some layers, which one thread alone then computes; docs/performance.md has the figures.
 """
 
 from __future__ import annotations
@@ -19,19 +19,8 @@ _FEW_ROWS = 64
 
 @torch.library.custom_op("slm_lora::product", mutates_args=())
 def product(a: Tensor, b: Tensor, a_turned: bool, b_turned: bool) -> Tensor:
-    """Product of two bf16 matrices on the CPU; see `usable`.
-
-    Args:
-        a: [m, k], or [k, m] if ``a_turned``.
-        b: [k, n], or [n, k] if ``b_turned``.
-        a_turned: whether ``a`` is to be transposed.
-        b_turned: whether ``b`` is.
-
-    Returns:
-        [m, n], bf16.
-    """
-    m, n = a.shape[1 if a_turned else 0], b.shape[0 if b_turned else 1]
-    return multiply(a, b, a.new_empty(m, n), a_turned, b_turned)
+    """`multiply`, as an operator that compiled code may hold."""
+    return multiply(a, b, a_turned, b_turned)
 
 
 @product.register_fake
@@ -39,13 +28,30 @@ def _(a: Tensor, b: Tensor, a_turned: bool, b_turned: bool) -> Tensor:
     return a.new_empty(a.shape[1 if a_turned else 0], b.shape[0 if b_turned else 1])
 
 
-def multiply(a: Tensor, b: Tensor, c: Tensor, a_turned: bool, b_turned: bool) -> Tensor:
-    """`product`, written to ``c`` [m, n], which is returned."""
-    a, b = _rows(a), _rows(b)
+def multiply(
+    a: Tensor, b: Tensor, a_turned: bool, b_turned: bool, room: Tensor | None = None
+) -> Tensor:
+    """Product of two matrices of one precision: by the kernel where it is `usable`.
+
+    Args:
+        a: [m, k], or [k, m] if ``a_turned``.
+        b: [k, n], or [n, k] if ``b_turned``.
+        a_turned: whether ``a`` is to be transposed.
+        b_turned: whether ``b`` is.
+        room: [m or more, n], that the kernel writes to.
+
+    Returns:
+        [m, n].
+    """
+    if not usable(a.dtype, a.device):
+        return (a.t() if a_turned else a) @ (b.t() if b_turned else b)
+    m, n = a.shape[1 if a_turned else 0], b.shape[0 if b_turned else 1]
+    c = a.new_empty(m, n) if room is None else room[:m]
     if c.numel():
+        a, b = _rows(a), _rows(b)
         at, by = (a.stride(0), a_turned), (b.stride(0), b_turned)
         k = a.shape[0 if a_turned else 1]
-        library.call("matrix_product", a, *at, b, *by, c, c.stride(0), *c.shape, k)
+        library.call("matrix_product", a, *at, b, *by, c, c.stride(0), m, n, k)
     return c
 
 
@@ -55,7 +61,7 @@ def _rows(x: Tensor) -> Tensor:
 
 
 def usable(dtype: torch.dtype, device: torch.device) -> bool:
-    """Whether `product` computes such matrices."""
+    """Whether the kernel computes such matrices."""
     return dtype == torch.bfloat16 and device.type == "cpu" and library.has_tiles()
 
 

@@ -115,43 +115,17 @@ def _nll_and_gradient(logits: Tensor, labels: Tensor) -> tuple[Tensor, Tensor]:
     return _plain_nll(logits, labels, True), logits
 
 
-class _Head:
-    """Logits of chunks of positions, and gradients of their hidden states."""
+def _room(weight: Tensor, positions: int) -> Tensor | None:
+    """For the logits of one chunk after the other, where a kernel computes them: the system hands
+    out fresh memory no faster than it is multiplied."""
+    if not linear.usable(weight.dtype, weight.device):
+        return None
+    return weight.new_empty(positions, len(weight))
 
-    def __init__(self, weight: Tensor, chunk: int) -> None:
-        """
-        Args:
-            weight: output embedding [vocabulary, width].
-            chunk: positions at most.
-        """
-        self._weight = weight
-        self._room: Tensor | None = None
-        if linear.usable(weight.dtype, weight.device):
-            # One room for all chunks: the system hands out fresh memory no faster than it is
-            # multiplied.
-            self._room = weight.new_empty(chunk, len(weight))
 
-    def logits(self, hidden: Tensor) -> Tensor:
-        """[positions, vocabulary] in the precision of the weight, until asked again."""
-        hidden = hidden.to(self._weight.dtype)
-        if self._room is None:
-            return hidden @ self._weight.t()
-        return linear.multiply(hidden, self._weight, self._room[: len(hidden)], False, True)
-
-    def hidden_gradient(self, upstream: Tensor) -> Tensor:
-        """[positions, width] of a gradient of the logits."""
-        if self._room is None:
-            return upstream @ self._weight
-        gradient: Tensor = linear.product(upstream, self._weight, False, False)
-        return gradient
-
-    def weight_gradient(self, upstream: Tensor, hidden: Tensor) -> Tensor:
-        """[vocabulary, width] of a gradient of the logits of these hidden states."""
-        hidden = hidden.to(self._weight.dtype)
-        if self._room is None:
-            return upstream.t() @ hidden
-        gradient: Tensor = linear.product(upstream, hidden, True, False)
-        return gradient
+def _logits(hidden: Tensor, weight: Tensor, room: Tensor | None) -> Tensor:
+    """[positions, vocabulary] in the precision of the weight; in ``room``, if there is one."""
+    return linear.multiply(hidden.to(weight.dtype), weight, False, True, room)
 
 
 def token_nll(hidden: Tensor, weight: Tensor, labels: Tensor) -> Tensor:
@@ -166,9 +140,9 @@ def token_nll(hidden: Tensor, weight: Tensor, labels: Tensor) -> Tensor:
         float32 [positions], nats.
     """
     with torch.no_grad():
-        head = _Head(weight, min(CHUNK, len(labels)))
+        room = _room(weight, min(CHUNK, len(labels)))
         parts = [
-            _nll(head.logits(h), y)
+            _nll(_logits(h, weight, room), y)
             for h, y in zip(torch.split(hidden, CHUNK), torch.split(labels, CHUNK), strict=True)
         ]
         return torch.cat(parts) if parts else hidden.new_zeros(0, dtype=torch.float32)
@@ -189,15 +163,15 @@ class _SummedNLL(torch.autograd.Function):
             else None
         )
         chunk = CHUNK if weight_gradient is None else FULL_CHUNK
-        head = _Head(weight, min(chunk, len(labels)))
+        room = _room(weight, min(chunk, len(labels)))
         for start in range(0, len(labels), chunk):
             h, y = hidden[start : start + chunk], labels[start : start + chunk]
-            nll, low = _nll_and_gradient(head.logits(h), y)
+            nll, low = _nll_and_gradient(_logits(h, weight, room), y)
             total += nll.sum(dtype=wide)
             if hidden_gradient is not None:
-                hidden_gradient[start : start + chunk] = head.hidden_gradient(low)
+                hidden_gradient[start : start + chunk] = linear.multiply(low, weight, False, False)
             if weight_gradient is not None:
-                weight_gradient += head.weight_gradient(low, h)
+                weight_gradient += linear.multiply(low, h.to(weight.dtype), True, False)
             del low  # or it would still be there beside the next chunk's
         ctx.save_for_backward(hidden_gradient, weight_gradient)
         ctx.weight_dtype = weight.dtype

@@ -25,9 +25,10 @@ inline __m512 widened(__m256i x) {
 inline __m512 wide(const bf16* x) { return widened(_mm256_loadu_si256((const __m256i*)x)); }
 
 // exp to about two units in the last place: 2^n times a polynomial on [-ln 2 / 2, ln 2 / 2]
-// (Taylor's, to the sixth power: the next term is below 2e-7 there).
+// (Taylor's, to the sixth power: the next term is below 2e-7 there). NaN stays NaN: of two operands
+// one of which is, the instruction takes the second.
 inline __m512 exponential(__m512 x) {
-    x = _mm512_max_ps(x, _mm512_set1_ps(-100.0f));
+    x = _mm512_max_ps(_mm512_set1_ps(-100.0f), x);
     const __m512 n = _mm512_roundscale_ps(_mm512_mul_ps(x, _mm512_set1_ps(1.44269504f)), 0);
     __m512 r = _mm512_fnmadd_ps(n, _mm512_set1_ps(0.693359375f), x);  // ln 2 in two parts
     r = _mm512_fnmadd_ps(n, _mm512_set1_ps(-2.12194440e-4f), r);
