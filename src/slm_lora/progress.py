@@ -25,7 +25,7 @@ class Task:
 
     def __init__(self, console: Console, label: str, total: int, unit: str) -> None:
         self._console, self._label, self._total, self._unit = console, label, total, unit
-        self._done, self._tokens = 0, 0
+        self._done, self._earlier, self._tokens = 0, 0, 0
         self._began = self._said = time.monotonic()
         self._bar: Progress | None = None
         if console.is_terminal:
@@ -44,9 +44,13 @@ class Task:
             self._row = self._bar.add_task(label, total=total, note="")
             self._bar.start()
 
-    def advance(self, units: int, tokens: int = 0, note: str = "") -> None:
-        """Count work as done; ``tokens`` make the rate, ``note`` (a loss, say) is shown."""
-        self._done += units
+    def advance(self, units: int, tokens: int = 0, note: str = "", earlier: int = 0) -> None:
+        """Count work as done; ``tokens`` make the rate, ``note`` (a loss, say) is shown.
+
+        ``earlier`` units were done in another sitting: they count, and say nothing of the speed.
+        """
+        self._done += units + earlier
+        self._earlier += earlier
         self._tokens += tokens
         now = time.monotonic()
         elapsed = max(1e-9, now - self._began)
@@ -54,9 +58,10 @@ class Task:
         if self._tokens:
             shown += f"  {self._tokens / elapsed:.0f} tok/s"
         if self._bar is not None:
-            self._bar.update(self._row, advance=units, note=shown)
+            # In one call: rich leaves the first out of its speed.
+            self._bar.update(self._row, advance=units + earlier, note=shown)
         elif now - self._said >= LOG_EVERY:
-            left = (self._total - self._done) * elapsed / max(1, self._done)
+            left = (self._total - self._done) * elapsed / max(1, self._done - self._earlier)
             self._said = now
             self._console.print(
                 f"  {self._label}  {self._done}/{self._total} {self._unit}{shown}  "

@@ -60,7 +60,7 @@ def train_cell(
             if step.validation_loss is not None:
                 note += f"  validation {step.validation_loss:.3f}"
             # The first step of a later sitting brings those of the earlier ones along.
-            task.advance(step.step - shown, step.tokens, note)
+            task.advance(1, step.tokens, note, earlier=step.step - shown - 1)
             shown = step.step
             trackers.step(step)
 
