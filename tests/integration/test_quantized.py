@@ -4,6 +4,9 @@ from __future__ import annotations
 
 import importlib.util
 import json
+import os
+import subprocess
+import sys
 from pathlib import Path
 from typing import Any
 
@@ -11,7 +14,7 @@ import pytest
 import torch
 
 from slm_lora.evaluation.perplexity import score
-from slm_lora.model import load as loading
+from slm_lora.model import four_bits
 from slm_lora.model.load import load_base
 from slm_lora.model.source import resolve
 from slm_lora.recipe.schema import ModelSection
@@ -130,7 +133,41 @@ def test_what_changes_the_base_is_refused(
 def test_a_missing_extra_is_named(
     lab: Lab, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
 ) -> None:
-    monkeypatch.setattr(loading.importlib.util, "find_spec", lambda name: None)
+    monkeypatch.setattr(four_bits.importlib.util, "find_spec", lambda name: None)
     elsewhere = ("--results", tmp_path, "--adapters", tmp_path, "--cell", "r2-40")
     assert command("train", lab.recipe, "model.quantization=nf4", *elsewhere) == 2
     assert "pip install 'slm-lora[nf4]'" in capsys.readouterr().err
+
+
+IMPORT_AND_ATTACH = """
+import sys, torch
+from slm_lora.model import adapter
+from slm_lora.model.load import load_base
+from slm_lora.model.source import resolve
+from slm_lora.recipe.schema import AdapterSection, ModelSection
+source, cpu = resolve(ModelSection(name=sys.argv[1])), torch.device("cpu")
+base = load_base(source, device=cpu, precision="fp32")
+adapter.attach(base, AdapterSection(), seed=0)
+assert "bitsandbytes" in sys.modules
+import kernels
+assert kernels.fetched == [], kernels.fetched
+"""
+
+
+@needs_bitsandbytes
+@pytest.mark.skipif(
+    not torch.cpu._is_avx512_bf16_supported(), reason="only CPUs with AVX512-BF16 are asked"
+)
+def test_an_adapter_fetches_no_code_and_says_nothing(tmp_path: Path, tiny_folder: Path) -> None:
+    package = tmp_path / "kernels.py"  # stands for the one that fetches from the hub
+    package.write_text(
+        "fetched = []\ndef get_kernel(*a, **k):\n    fetched.append(a)\n    raise OSError\n"
+    )
+    ran = subprocess.run(
+        [sys.executable, "-c", IMPORT_AND_ATTACH, str(tiny_folder)],
+        env={**os.environ, "PYTHONPATH": str(tmp_path)},
+        capture_output=True,
+        text=True,
+    )
+    assert ran.returncode == 0, ran.stderr
+    assert "kernels" not in ran.stderr

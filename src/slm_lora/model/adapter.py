@@ -17,6 +17,7 @@ from torch import nn
 from slm_lora.errors import IntegrityError, NumericError, UsageError
 from slm_lora.model.base import Base
 from slm_lora.model.dropout import replace_dropout
+from slm_lora.model.four_bits import import_bitsandbytes
 from slm_lora.model.linear import use_tiles
 from slm_lora.model.methods import peft_config
 from slm_lora.model.source import ModelSource
@@ -63,6 +64,7 @@ def attach(base: Base, section: AdapterSection, seed: int) -> nn.Module:
     Raises:
         UsageError: a target module that the base does not have.
     """
+    import_bitsandbytes()
     from peft import get_peft_model
 
     if section.kind == "full":
@@ -258,6 +260,7 @@ def load_several(base: Base, folders: Mapping[str, Path]) -> PeftModel:
         IntegrityError: a file was changed; made for another base; tensors that are missing or
             do not fit.
     """
+    import_bitsandbytes()
     from peft import PeftModel
 
     # All before any: the check wants the base bare.

@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import functools
-import importlib.util
 from typing import TYPE_CHECKING, Any
 
 import torch
@@ -13,6 +12,7 @@ from slm_lora.errors import IntegrityError, UsageError
 from slm_lora.model import attention
 from slm_lora.model.base import DTYPES, Base, PrecisionName
 from slm_lora.model.forward import output_embedding, packed_logits
+from slm_lora.model.four_bits import four_bits, prepare_four_bits
 from slm_lora.model.fusion import fuse_layers
 from slm_lora.model.linear import use_tiles
 from slm_lora.model.sharding import shard_layers
@@ -143,7 +143,7 @@ def _read(
             local_files_only=True,
             trust_remote_code=False,
             output_loading_info=True,
-            **_in_four_bits(precision, device) if quantization else {},
+            **four_bits(precision, device) if quantization else {},
         )
     except RuntimeError as error:  # shapes that do not fit the configuration
         raise IntegrityError(f"model {source.name}: does not load: {_first_line(error)}") from error
@@ -151,16 +151,7 @@ def _read(
         raise UsageError(f"model {source.name}: cannot be loaded: {_first_line(error)}") from error
     model: PreTrainedModel = loaded[0]
     if quantization:
-        # What was not quantised lies in the file's pages still, and so keeps all of them.
-        for parameter in model.parameters():
-            if type(parameter) is torch.nn.Parameter:
-                parameter.data = parameter.data.clone()
-        # On CPUs with AVX512-BF16 bitsandbytes (0.50) lays weights out anew when first asked
-        # without gradients, and products with those have none: training would lack most of it.
-        module: Any
-        for module in model.modules():
-            if hasattr(module, "support_avx512bf16_for_cpu"):
-                module.support_avx512bf16_for_cpu = False
+        prepare_four_bits(model)
     # Weights that transformers would initialise at random are a broken model here.
     if missing := sorted(loaded[1]["missing_keys"]):
         raise IntegrityError(
@@ -170,29 +161,6 @@ def _read(
     # PEFT writes this into the adapter: a name that exists for others, no path of this machine.
     model.name_or_path = model.config._name_or_path = source.name
     return model
-
-
-def _in_four_bits(precision: PrecisionName, device: torch.device) -> dict[str, Any]:
-    """What transformers is told.
-
-    Raises:
-        UsageError: bitsandbytes is not installed.
-    """
-    # (Imported only when asked for: it makes PEFT slow to import.)
-    if importlib.util.find_spec("bitsandbytes") is None:
-        raise UsageError(
-            "model.quantization = nf4: bitsandbytes is not installed; "
-            "pip install 'slm-lora[nf4]', or leave it out"
-        )
-    from transformers import BitsAndBytesConfig
-
-    config = BitsAndBytesConfig(  # type: ignore[no-untyped-call]
-        load_in_4bit=True,
-        bnb_4bit_quant_type="nf4",
-        bnb_4bit_use_double_quant=True,
-        bnb_4bit_compute_dtype=DTYPES[precision],
-    )
-    return {"quantization_config": config, "device_map": {"": device}}
 
 
 def _first_line(error: Exception) -> str:
