@@ -16,7 +16,7 @@ from typing import Any
 from lab import NAME, Lab, at_call, clean, die, finish, log_of, outcome, run
 
 from slm_lora.errors import IntegrityError
-from slm_lora.model import adapter
+from slm_lora.model import adapter, adapter_folder
 from slm_lora.model.load import load_base
 from slm_lora.training.step import Updater
 
@@ -105,8 +105,8 @@ def _damaged_adapter(lab: Lab, base: Any, folder: Path, damage: Damage) -> dict[
     inflict(copy, damage)
     detected, how = False, "loaded"
     try:
-        adapter.detach(adapter.load(base, copy))
-        if not adapter.is_sealed(copy):
+        adapter.detach(adapter_folder.load(base, copy))
+        if not adapter_folder.is_sealed(copy):
             detected, how = True, "loaded with a warning: nothing says its hashes"
     except IntegrityError as error:
         detected, how = True, str(error).replace(str(copy), "…")

@@ -12,7 +12,7 @@ import torch
 
 from slm_lora.data.templates import Template
 from slm_lora.data.tokens import RowTokenizer
-from slm_lora.model import adapter
+from slm_lora.model import adapter, adapter_folder
 from slm_lora.model.load import load_base, load_tokenizer
 from slm_lora.model.source import ModelSource
 from slm_lora.recipe.schema import AdapterSection
@@ -57,7 +57,7 @@ def make_adapter(
         "versions": {},
     }
     chat_template = RowTokenizer(load_tokenizer(source), chosen).chat_template
-    adapter.save(base, adapted, folder, about, chat_template)
+    adapter_folder.save(base, adapted, folder, about, chat_template)
     return folder
 
 
@@ -65,7 +65,7 @@ def change_about(
     folder: Path, change: Callable[[dict[str, Any]], None] = lambda about: None
 ) -> None:
     """Change what a folder says of itself, sealed as if it had been written that way."""
-    path = folder / adapter.ABOUT
+    path = folder / adapter_folder.ABOUT
     about = json.loads(path.read_text())
     for key in (FILES, SEAL):
         del about[key]

@@ -15,7 +15,7 @@ import torch
 from transformers import LlamaConfig, LlamaForCausalLM
 
 from slm_lora.errors import IntegrityError, NumericError, SlmLoraError, UsageError
-from slm_lora.model import adapter
+from slm_lora.model import adapter, adapter_folder
 from slm_lora.model.base import Base
 from slm_lora.model.load import load_base, load_tokenizer
 from slm_lora.model.source import resolve
@@ -35,14 +35,14 @@ def saved(base: Base, folder: Path, section: AdapterSection | None = None) -> Pa
         if "lora_B" in name:
             parameter.data.normal_()
     about = {"base": {"name": base.source.name, "sha256": base.source.sha256}}
-    adapter.save(base, adapted, folder, about, "{{ messages }}")
+    adapter_folder.save(base, adapted, folder, about, "{{ messages }}")
     adapter.detach(adapted)
     return folder
 
 
 def refusal(base: Base, folder: Path) -> str:
     with pytest.raises(IntegrityError) as caught:
-        adapter.load(base, folder)
+        adapter_folder.load(base, folder)
     assert "\n" not in str(caught.value)
     return str(caught.value)
 
@@ -50,14 +50,15 @@ def refusal(base: Base, folder: Path) -> str:
 def test_every_file_is_sealed(load_tiny: LoadTiny, tmp_path: Path) -> None:
     base = load_tiny()
     folder = saved(base, tmp_path / "a")
-    about = json.loads((folder / adapter.ABOUT).read_text())
-    assert set(about[FILES]) == {p.name for p in folder.iterdir()} - {adapter.ABOUT}
-    assert adapter.is_sealed(folder)
-    adapter.detach(adapter.load(base, folder))
+    about = json.loads((folder / adapter_folder.ABOUT).read_text())
+    assert set(about[FILES]) == {p.name for p in folder.iterdir()} - {adapter_folder.ABOUT}
+    assert adapter_folder.is_sealed(folder)
+    adapter.detach(adapter_folder.load(base, folder))
 
 
 @pytest.mark.parametrize(
-    "name", [adapter.WEIGHTS, "adapter_config.json", "chat_template.jinja", adapter.ABOUT]
+    "name",
+    [adapter_folder.WEIGHTS, "adapter_config.json", "chat_template.jinja", adapter_folder.ABOUT],
 )
 def test_a_file_that_is_cut_flipped_or_gone(load_tiny: LoadTiny, tmp_path: Path, name: str) -> None:
     base = load_tiny()
@@ -73,12 +74,12 @@ def test_a_file_that_is_cut_flipped_or_gone(load_tiny: LoadTiny, tmp_path: Path,
         path.write_bytes(flipped)
         refusal(base, folder)
     path.unlink()
-    if name == adapter.ABOUT:  # as others' adapters: the command warns
-        assert not adapter.is_sealed(folder)
+    if name == adapter_folder.ABOUT:  # as others' adapters: the command warns
+        assert not adapter_folder.is_sealed(folder)
     else:
         assert "missing" in refusal(base, folder)
     path.write_bytes(whole)
-    adapter.detach(adapter.load(base, folder))
+    adapter.detach(adapter_folder.load(base, folder))
 
 
 def other_base(folder: Path, seed: int = 7, **shape: int) -> Base:
@@ -109,12 +110,12 @@ def test_another_base(
 ) -> None:
     folder = saved(load_tiny(), tmp_path / "a")
     if not ours:
-        (folder / adapter.ABOUT).unlink()
+        (folder / adapter_folder.ABOUT).unlink()
     base = other_base(tmp_path / "other", **shape)
     before = [name for name, _ in base.causal.named_parameters()]
     if not ours and not misfits:
         # Nothing tells the weights apart: the command warns that they were not compared.
-        adapter.detach(adapter.load(base, folder))
+        adapter.detach(adapter_folder.load(base, folder))
         return
     said = refusal(base, folder)
     assert ("was trained on tiny-llama with weights" in said) == ours
@@ -135,7 +136,7 @@ def test_weights_that_are_not_finite_are_not_saved(load_tiny: LoadTiny, tmp_path
     list(adapter.trainable_state(adapted))
     next(p for n, p in adapted.named_parameters() if "lora_B" in n).data[0, 0] = float("inf")
     with pytest.raises(NumericError, match=r"lora_B.* is not finite, so nothing was saved"):
-        adapter.save(base, adapted, tmp_path / "a", {}, None)
+        adapter_folder.save(base, adapted, tmp_path / "a", {}, None)
     assert not list(tmp_path.iterdir())
 
 
@@ -160,13 +161,13 @@ def canary(tmp_path: Path) -> Path:
 def test_pickled_adapters_are_not_opened(load_tiny: LoadTiny, tmp_path: Path, canary: Path) -> None:
     base = load_tiny()
     folder = saved(base, tmp_path / "a")
-    (folder / adapter.ABOUT).unlink()
+    (folder / adapter_folder.ABOUT).unlink()
     (folder / "adapter_model.bin").write_bytes(pickle.dumps(Canary(canary)))
-    adapter.detach(adapter.load(base, folder))
-    (folder / adapter.WEIGHTS).unlink()
+    adapter.detach(adapter_folder.load(base, folder))
+    (folder / adapter_folder.WEIGHTS).unlink()
     with pytest.raises(UsageError, match=r"pickled weights .* are not loaded"):
-        adapter.load(base, folder)
-    shutil.copy(folder / "adapter_model.bin", folder / adapter.WEIGHTS)
+        adapter_folder.load(base, folder)
+    shutil.copy(folder / "adapter_model.bin", folder / adapter_folder.WEIGHTS)
     refusal(base, folder)
     assert not canary.exists()
 
@@ -222,10 +223,10 @@ def test_shards_outside_of_the_model_are_refused(
 def reseal(folder: Path, files: dict[str, str]) -> None:
     from slm_lora.runs import content_hash
 
-    about = json.loads((folder / adapter.ABOUT).read_text())
+    about = json.loads((folder / adapter_folder.ABOUT).read_text())
     about[FILES] = files
     del about[SEAL]
-    (folder / adapter.ABOUT).write_text(json.dumps({**about, SEAL: content_hash(about)}))
+    (folder / adapter_folder.ABOUT).write_text(json.dumps({**about, SEAL: content_hash(about)}))
 
 
 @pytest.mark.parametrize("name", ["../secret", "/etc/hostname", "a/../../secret", "C:\\x", ""])
@@ -242,10 +243,10 @@ def test_names_that_lead_elsewhere_are_refused(
 def test_links_out_of_the_folder_are_refused(load_tiny: LoadTiny, tmp_path: Path) -> None:
     base = load_tiny()
     folder = saved(base, tmp_path / "a")
-    (folder / adapter.WEIGHTS).rename(tmp_path / "elsewhere")
-    (folder / adapter.WEIGHTS).symlink_to(tmp_path / "elsewhere")
+    (folder / adapter_folder.WEIGHTS).rename(tmp_path / "elsewhere")
+    (folder / adapter_folder.WEIGHTS).symlink_to(tmp_path / "elsewhere")
     assert "a link out of its folder" in refusal(base, folder)
-    (folder / adapter.ABOUT).unlink()
+    (folder / adapter_folder.ABOUT).unlink()
     assert "a link out of its folder" in refusal(base, folder)
 
 
@@ -257,7 +258,7 @@ def test_the_hubs_cache_keeps_files_behind_links(load_tiny: LoadTiny, tmp_path: 
     for path in list(folder.iterdir()):
         path.rename(blobs / path.name)
         path.symlink_to(Path("../../blobs") / path.name)
-    adapter.detach(adapter.load(base, folder))
+    adapter.detach(adapter_folder.load(base, folder))
 
 
 @pytest.mark.parametrize(
@@ -276,11 +277,11 @@ def test_configurations_that_ask_for_something_else(
 ) -> None:  # fmt: skip
     base = load_tiny()
     folder = saved(base, tmp_path / "a")
-    (folder / adapter.ABOUT).unlink()
+    (folder / adapter_folder.ABOUT).unlink()
     (tmp_path / "evil.py").write_text(f"import os; os.mkdir({str(canary)!r})\n")
     monkeypatch.syspath_prepend(str(tmp_path))
     config = json.loads((folder / "adapter_config.json").read_text())
     (folder / "adapter_config.json").write_text(json.dumps(config | change))
     with pytest.raises(error):
-        adapter.load(base, folder)
+        adapter_folder.load(base, folder)
     assert not canary.exists()

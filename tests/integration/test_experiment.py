@@ -19,7 +19,7 @@ import torch
 from safetensors.torch import load_file, save_file
 
 from slm_lora.cli import _guarded, app
-from slm_lora.model import adapter
+from slm_lora.model import adapter_folder
 from slm_lora.model.base import Base
 
 from ..conftest import make_rows, write_jsonl
@@ -163,7 +163,7 @@ def test_an_interrupted_experiment_goes_on(lab: Lab, tmp_path: Path, tiny_folder
 
 
 def test_a_cell_whose_adapter_is_gone_is_trained_again(lab: Lab) -> None:
-    weights = lab.adapters / "tiny-r2-40" / adapter.WEIGHTS
+    weights = lab.adapters / "tiny-r2-40" / adapter_folder.WEIGHTS
     before = weights.read_bytes()
     run = next((lab.results / "runs").glob("r2-40-*"))
     weights.unlink()
@@ -302,7 +302,7 @@ def test_a_method_that_alters_the_base_leaves_no_trace(lab: Lab, tmp_path: Path,
     cells = f"[{{adapter.kind: {kind}, data.size: 40}}, {{data.size: 40, adapter.r: 2}}]"
     assert command("experiment", lab.recipe, f"grid.cells={cells}", *out) == 0
     after, alone = (
-        (folder / "tiny-r2-40" / adapter.WEIGHTS).read_bytes()
+        (folder / "tiny-r2-40" / adapter_folder.WEIGHTS).read_bytes()
         for folder in (tmp_path / "adapter", lab.adapters)
     )
     assert after == alone
@@ -377,11 +377,11 @@ def test_loss_does_not_depend_on_the_evaluation_batch(
     assert abs(loss - reported) < 1e-5
 
 
-def outside(lab: Lab, model: Path, adapter_folder: Path) -> float:
+def outside(lab: Lab, model: Path, trained: Path) -> float:
     run = next((lab.results / "runs").glob("r4-80-*"))
     script = Path(__file__).parent / "recompute_loss.py"
     assert "slm_lora" not in script.read_text().split('"""')[2]
-    words = [script, lab.rows, model, adapter_folder, run, "fp32"]
+    words = [script, lab.rows, model, trained, run, "fp32"]
     done = subprocess.run(
         [sys.executable, *map(str, words)], capture_output=True, text=True, check=True
     )
@@ -397,9 +397,9 @@ def test_transformers_and_peft_alone_find_the_same_loss(
     broken.mkdir()
     for path in good.iterdir():
         (broken / path.name).write_bytes(path.read_bytes())
-    tensors = load_file(good / adapter.WEIGHTS)
+    tensors = load_file(good / adapter_folder.WEIGHTS)
     name = next(name for name in sorted(tensors) if "lora_B" in name)
-    save_file({**tensors, name: torch.zeros_like(tensors[name])}, broken / adapter.WEIGHTS)
+    save_file({**tensors, name: torch.zeros_like(tensors[name])}, broken / adapter_folder.WEIGHTS)
     assert abs(outside(lab, tiny_folder, broken)) > 1e-4
 
 
@@ -411,25 +411,25 @@ def test_an_adapter_goes_back_on_its_base_only(
     for path in (lab.adapters / "tiny-r4-80").iterdir():
         (folder / path.name).write_bytes(path.read_bytes())
     assert command("evaluate", lab.recipe, "--adapter", folder) == 0
-    tensors = load_file(folder / adapter.WEIGHTS)
+    tensors = load_file(folder / adapter_folder.WEIGHTS)
     gone = sorted(tensors)[0]
-    save_file({k: v for k, v in tensors.items() if k != gone}, folder / adapter.WEIGHTS)
+    save_file({k: v for k, v in tensors.items() if k != gone}, folder / adapter_folder.WEIGHTS)
     assert command("evaluate", lab.recipe, "--adapter", folder) == 4
     assert "SHA-256 differs" in capsys.readouterr().err
-    about = json.loads((folder / adapter.ABOUT).read_text())
-    (folder / adapter.ABOUT).unlink()
+    about = json.loads((folder / adapter_folder.ABOUT).read_text())
+    (folder / adapter_folder.ABOUT).unlink()
     assert command("evaluate", lab.recipe, "--adapter", folder) == 4
     assert gone in capsys.readouterr().err
-    (folder / adapter.WEIGHTS).write_bytes(
-        (lab.adapters / "tiny-r4-80" / adapter.WEIGHTS).read_bytes()[:-9]
+    (folder / adapter_folder.WEIGHTS).write_bytes(
+        (lab.adapters / "tiny-r4-80" / adapter_folder.WEIGHTS).read_bytes()[:-9]
     )
     assert command("evaluate", lab.recipe, "--adapter", folder) == 4
     for key in ("files", "seal"):
         del about[key]
     about["base"]["sha256"] = "0" * 64
-    (folder / adapter.ABOUT).write_text(json.dumps(about))
-    (folder / adapter.WEIGHTS).write_bytes(
-        (lab.adapters / "tiny-r4-80" / adapter.WEIGHTS).read_bytes()
+    (folder / adapter_folder.ABOUT).write_text(json.dumps(about))
+    (folder / adapter_folder.WEIGHTS).write_bytes(
+        (lab.adapters / "tiny-r4-80" / adapter_folder.WEIGHTS).read_bytes()
     )
     capsys.readouterr()
     assert command("evaluate", lab.recipe, "--adapter", folder) == 4

@@ -22,7 +22,7 @@ from slm_lora.data.templates import Template, TemplateKind
 from slm_lora.data.tokens import RowTokenizer
 from slm_lora.errors import IntegrityError, UsageError
 from slm_lora.evaluation.generate import Reply, Sampling, _Text, prompt_ids, reference_loss
-from slm_lora.model import adapter
+from slm_lora.model import adapter_folder
 from slm_lora.model.load import load_tokenizer
 from slm_lora.model.source import ModelSource
 from slm_lora.model.variants import BASE, Variants, open_variants
@@ -189,13 +189,13 @@ def test_another_template_beside_the_adapter_is_refused(
     with pytest.raises(IntegrityError, match="not as it was written"):
         open_variants(str(tiny_source.path), [changed], precision="fp32")
     # Adapters of before there were seals do not say the SHA-256 of their files.
-    about = json.loads((changed / adapter.ABOUT).read_text())
+    about = json.loads((changed / adapter_folder.ABOUT).read_text())
     unsealed = {key: value for key, value in about.items() if key not in (FILES, SEAL)}
-    (changed / adapter.ABOUT).write_text(json.dumps(unsealed))
+    (changed / adapter_folder.ABOUT).write_text(json.dumps(unsealed))
     with pytest.raises(IntegrityError, match="not the template that the adapter was trained"):
         open_variants(str(tiny_source.path), [changed], precision="fp32")
     foreign = shutil.copytree(folders[0], tmp_path / "foreign")
-    (foreign / adapter.ABOUT).unlink()
+    (foreign / adapter_folder.ABOUT).unlink()
     found = open_variants(str(tiny_source.path), [foreign], precision="fp32")
     assert "not trained here" in found.notes[0]
     assert (

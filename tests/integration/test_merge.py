@@ -19,7 +19,7 @@ from slm_lora.export import merged as merging
 from slm_lora.export.folder import read
 from slm_lora.export.merged import merge
 from slm_lora.export.proof import BOUNDS, PROMPTS, Proof, judge
-from slm_lora.model import adapter
+from slm_lora.model import adapter, adapter_folder
 from slm_lora.model.base import Base
 from slm_lora.model.source import ModelSource, hash_weights
 from slm_lora.recipe.schema import AdapterSection
@@ -111,7 +111,7 @@ def test_a_whole_model_is_refused(load_tiny: LoadTiny, tmp_path: Path) -> None:
         "base": {"name": "tiny-llama", "revision": None, "sha256": base.source.sha256},
         "template": {"kind": "plain"},
     }
-    adapter.save(base, trained, tmp_path / "model", about, None)
+    adapter_folder.save(base, trained, tmp_path / "model", about, None)
     with pytest.raises(UsageError, match="already a whole model; nothing to merge"):
         merge(read(tmp_path / "model"), tmp_path / "merged", "fp32")
 

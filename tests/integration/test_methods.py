@@ -11,7 +11,7 @@ from peft import PeftModel
 from transformers import AutoModelForCausalLM
 
 from slm_lora.data.batches import pack
-from slm_lora.model import adapter
+from slm_lora.model import adapter, adapter_folder
 from slm_lora.model.base import DTYPES, Base
 from slm_lora.model.forward import batch_nll
 from slm_lora.recipe.schema import AdapterSection, TrainingSection
@@ -60,7 +60,7 @@ def test_full_training_is_saved_as_a_model_of_its_own(load_tiny: LoadTiny, tmp_p
     result = train(base, trained, make_examples(LENGTHS), section, seed=0)
     assert all(p.dtype == torch.float32 for p in trained.parameters())
     assert result.history[-1].loss < result.history[0].loss
-    adapter.save(base, trained, tmp_path / "model", {"base": {}}, None)
+    adapter_folder.save(base, trained, tmp_path / "model", {"base": {}}, None)
     again = AutoModelForCausalLM.from_pretrained(tmp_path / "model")
     assert again.dtype == torch.bfloat16
     for name, parameter in again.named_parameters():
@@ -79,7 +79,7 @@ def test_pissa_is_saved_as_what_fits_the_original_base(load_tiny: LoadTiny, tmp_
     train(base, adapted, make_examples(LENGTHS), section, seed=0)
     trained = batch_nll(base, batch).item()
     assert abs(trained - untouched) > 0.01 * untouched
-    adapter.save(base, adapted, tmp_path / "adapter", {"base": {}}, None)
+    adapter_folder.save(base, adapted, tmp_path / "adapter", {"base": {}}, None)
 
     fresh = load_tiny("fp32")
     loaded = PeftModel.from_pretrained(fresh.causal, tmp_path / "adapter")

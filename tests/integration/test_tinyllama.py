@@ -16,7 +16,7 @@ import torch
 from slm_lora.data.prepare import prepare
 from slm_lora.data.sources import read_rows
 from slm_lora.experiment.jobs import make_jobs
-from slm_lora.model import adapter
+from slm_lora.model import adapter, adapter_folder
 from slm_lora.model.adapter import trainable_state
 from slm_lora.model.load import choose_precision, load_base
 from slm_lora.model.source import resolve
@@ -90,10 +90,10 @@ def test_two_steps_saved_and_loaded_again(folder: Path, tmp_path: Path) -> None:
     assert len(result.history) == 2
     trained = trainable_state(adapted)
     assert any(value.abs().max() > 0 for name, value in trained.items() if "lora_B" in name)
-    adapter.save(base, adapted, tmp_path / "adapter", {"base": {
+    adapter_folder.save(base, adapted, tmp_path / "adapter", {"base": {
         "name": job.source.name, "sha256": job.source.sha256}}, None)  # fmt: skip
     adapter.detach(adapted)
-    again = dict(adapter.load(base, tmp_path / "adapter").named_parameters())
+    again = dict(adapter_folder.load(base, tmp_path / "adapter").named_parameters())
     assert all(torch.equal(again[name].cpu(), value) for name, value in trained.items())
     torch.set_num_threads(1)
 

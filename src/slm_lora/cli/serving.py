@@ -119,7 +119,7 @@ def _dataset_examples(adapters: list[Path]) -> list[Prompt]:
     from slm_lora.data.prompts import from_rows
     from slm_lora.data.sources import read_rows
     from slm_lora.errors import SlmLoraError
-    from slm_lora.model.adapter import ABOUT
+    from slm_lora.model.adapter_folder import ABOUT
     from slm_lora.recipe.schema import DataSection
 
     try:

@@ -8,7 +8,7 @@ from pathlib import Path
 from slm_lora import processes
 from slm_lora.errors import UsageError
 from slm_lora.experiment.jobs import Job
-from slm_lora.model import adapter
+from slm_lora.model import adapter_folder
 from slm_lora.model.base import Base
 from slm_lora.model.load import load_base
 from slm_lora.model.source import resolve
@@ -64,15 +64,15 @@ def with_saved(folder: Path, job: Job, loaded: LoadedBase) -> Base:
         UsageError: a model that does not say what it was trained from.
         IntegrityError: it does not belong to this base, or was changed.
     """
-    if (folder / adapter.MODEL_WEIGHTS).is_file():
-        if not (folder / adapter.ABOUT).is_file():
+    if (folder / adapter_folder.MODEL_WEIGHTS).is_file():
+        if not (folder / adapter_folder.ABOUT).is_file():
             raise UsageError(
-                f"{folder}: a model, but without {adapter.ABOUT}, which says what it was trained "
-                "from; to score any model, name it in model.name"
+                f"{folder}: a model, but without {adapter_folder.ABOUT}, which says what it was "
+                "trained from; to score any model, name it in model.name"
             )
-        adapter.check_base(job.source, folder)
+        adapter_folder.check_base(job.source, folder)
         source = resolve(ModelSection(name=str(folder)))
         return load_base(source, device=job.device, precision=job.precision)
     base = loaded.for_job(job)
-    adapter.load(base, folder)
+    adapter_folder.load(base, folder)
     return base

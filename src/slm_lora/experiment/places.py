@@ -10,7 +10,7 @@ from pathlib import Path
 from slm_lora.experiment.jobs import Job
 from slm_lora.experiment.unfinished import check_unfinished
 from slm_lora.lock import after_other_processes, only_process
-from slm_lora.model import adapter
+from slm_lora.model import adapter_folder
 from slm_lora.progress import Reporter
 from slm_lora.recipe.schema import TrackerName
 from slm_lora.runs import Run, find_run, run_folder
@@ -105,7 +105,7 @@ def _has_adapter(run: Run, places: Places) -> bool:
     Results are shared without adapters, and another recipe's cell of the same name replaces
     the adapter; in both cases the cell is trained again.
     """
-    weights = adapter.weights_file(places.adapter(run.cell))
+    weights = adapter_folder.weights_file(places.adapter(run.cell))
     return weights is not None and sha256_file(weights) == run.record["adapter"]["sha256"]
 
 

@@ -35,7 +35,7 @@ from slm_lora.experiment.run_record import (
 from slm_lora.experiment.trackers import Tracked, Trackers, tracking
 from slm_lora.experiment.train_and_score import evaluate, train_cell
 from slm_lora.experiment.unfinished import made_of, setting
-from slm_lora.model import adapter
+from slm_lora.model import adapter, adapter_folder
 from slm_lora.model.base import Base
 from slm_lora.progress import Reporter
 from slm_lora.records import RowScore
@@ -174,13 +174,13 @@ def evaluate_adapter(
     """
     loaded = LoadedBase(reporter)
     base = loaded.for_job(job) if folder is None else with_saved(folder, job, loaded)
-    if folder is not None and not adapter.is_sealed(folder):
+    if folder is not None and not adapter_folder.is_sealed(folder):
         reporter.say(
-            f"  warning: {folder} does not say the SHA-256 of its files ({adapter.ABOUT}): only "
-            "the shapes of its tensors were checked"
+            f"  warning: {folder} does not say the SHA-256 of its files ({adapter_folder.ABOUT}): "
+            "only the shapes of its tensors were checked"
         )
     elif folder is not None:
-        trained, now = adapter.quantization(folder), job.cell.recipe.model.quantization
+        trained, now = adapter_folder.quantization(folder), job.cell.recipe.model.quantization
         if trained != now:
             reporter.say(
                 f"  warning: {folder} was trained on a base in {trained or 'full precision'}, and "
@@ -221,7 +221,7 @@ def _run_cell(job: Job, loaded: LoadedBase, places: Places, reporter: Reporter) 
         result = train_cell(job, base, adapted, checkpointer, reporter, trackers)
         parameters = adapter.count_parameters(adapted)
         if processes.is_first():
-            adapter.save(
+            adapter_folder.save(
                 base, adapted, folder, about_adapter(job, places), job.prepared.chat_template
             )
         processes.wait()
@@ -239,7 +239,7 @@ def _run_cell(job: Job, loaded: LoadedBase, places: Places, reporter: Reporter) 
         else:
             adapter.detach(adapted)
     if processes.is_first():
-        weights = adapter.weights_file(folder)
+        weights = adapter_folder.weights_file(folder)
         assert weights is not None
         record = {
             **common_record(job, base, places),

@@ -10,7 +10,7 @@ from typing import Any
 
 from slm_lora.data.templates import Template
 from slm_lora.errors import IntegrityError, UsageError
-from slm_lora.model.adapter import ABOUT, MODEL_WEIGHTS, WEIGHTS
+from slm_lora.model.adapter_folder import ABOUT, MODEL_WEIGHTS, WEIGHTS
 from slm_lora.model.source import ModelSource, resolve
 from slm_lora.recipe.schema import ModelSection
 from slm_lora.seals import check_files, read_sealed

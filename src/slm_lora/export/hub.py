@@ -9,7 +9,7 @@ from pathlib import Path
 from slm_lora.errors import IntegrityError, StorageError, UsageError
 from slm_lora.export.card import card
 from slm_lora.export.folder import ADAPTER_CONFIG, CHAT_TEMPLATE, Trained, refuse_existing
-from slm_lora.model.adapter import ABOUT, MODEL_WEIGHTS, WEIGHTS
+from slm_lora.model.adapter_folder import ABOUT, MODEL_WEIGHTS, WEIGHTS
 from slm_lora.storage import atomic_folder
 
 CARD = "README.md"

@@ -17,7 +17,7 @@ from slm_lora.export.gguf import (
 )
 from slm_lora.export.merged import merge
 from slm_lora.export.ollama import modelfile, write_modelfile
-from slm_lora.model.adapter import check_base
+from slm_lora.model.adapter_folder import check_base
 from slm_lora.model.load import load_tokenizer
 from slm_lora.model.source import ModelSource, hash_weights
 from slm_lora.storage import atomic_folder

@@ -14,8 +14,8 @@ import torch
 from slm_lora.errors import NumericError, UsageError
 from slm_lora.export.folder import Trained, find_base, refuse_existing
 from slm_lora.export.proof import Proof, judge, prove
-from slm_lora.model import adapter
-from slm_lora.model.adapter import ABOUT
+from slm_lora.model import adapter_folder
+from slm_lora.model.adapter_folder import ABOUT
 from slm_lora.model.base import DTYPES, PrecisionName
 from slm_lora.model.load import load_base, load_tokenizer
 from slm_lora.model.source import ModelSource
@@ -69,7 +69,7 @@ def _check_kind(trained: Trained) -> None:
 
 def _write(trained: Trained, source: ModelSource, folder: Path, dtype: torch.dtype) -> None:
     base = load_base(source, device=torch.device("cpu"), precision="fp32", plain=True)
-    adapted = adapter.load(base, trained.folder)
+    adapted = adapter_folder.load(base, trained.folder)
     _check_tied(adapted, trained, source)
     merged: PreTrainedModel = adapted.merge_and_unload()
     torch.nn.Module.to(merged, dtype)

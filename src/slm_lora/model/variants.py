@@ -12,7 +12,7 @@ from typing import TYPE_CHECKING
 from slm_lora.data.templates import Template
 from slm_lora.data.tokens import RowTokenizer
 from slm_lora.errors import IntegrityError, UsageError
-from slm_lora.model import adapter
+from slm_lora.model import adapter_folder
 from slm_lora.model.base import Base
 from slm_lora.model.load import choose_device, choose_precision, load_base, load_tokenizer
 from slm_lora.model.source import resolve
@@ -105,7 +105,7 @@ def open_variants(
             raise UsageError(f"{folder}: a second variant called {name}; rename its folder")
         inner[name] = f"variant{len(inner)}"
     by_name = dict(zip(inner.values(), adapters, strict=True))
-    adapted = adapter.load_several(loaded, by_name) if adapters else None
+    adapted = adapter_folder.load_several(loaded, by_name) if adapters else None
     for name, folder in zip(inner, adapters, strict=True):
         prompters[name] = _prompter(folder, tokenizer, prompters[BASE], notes)
     found = Variants(
@@ -125,7 +125,7 @@ def open_variants(
 def _check_is_adapter(folder: Path) -> None:
     if (folder / "adapter_config.json").is_file():
         return
-    if (folder / adapter.MODEL_WEIGHTS).is_file():
+    if (folder / adapter_folder.MODEL_WEIGHTS).is_file():
         raise UsageError(f"{folder}: a whole model, no adapter; name it as the base (--base)")
     raise UsageError(f"{folder}: no adapter (adapter_config.json) in it")
 
@@ -136,8 +136,8 @@ def _trained_on(adapters: Sequence[Path]) -> ModelSection:
         return ModelSection()
     folder = adapters[0]
     try:
-        if (folder / adapter.ABOUT).is_file():
-            about = read_sealed(folder / adapter.ABOUT)["base"]
+        if (folder / adapter_folder.ABOUT).is_file():
+            about = read_sealed(folder / adapter_folder.ABOUT)["base"]
             return ModelSection(name=about["name"], revision=about["revision"])
         config = json.loads((folder / "adapter_config.json").read_text(encoding="utf-8"))
         return ModelSection(name=config["base_model_name_or_path"], revision=config.get("revision"))
@@ -180,11 +180,11 @@ def _prompter(
 
 def _trained_template(folder: Path) -> Template | None:
     try:
-        return Template(**read_sealed(folder / adapter.ABOUT)["template"])
+        return Template(**read_sealed(folder / adapter_folder.ABOUT)["template"])
     except FileNotFoundError:
         return None
     except (KeyError, TypeError) as error:
-        raise IntegrityError(f"{folder / adapter.ABOUT}: broken ({error})") from error
+        raise IntegrityError(f"{folder / adapter_folder.ABOUT}: broken ({error})") from error
 
 
 def _ends(base: Base, tokenizer: PreTrainedTokenizerBase) -> frozenset[int]:
