@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import re
+from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
@@ -138,4 +140,27 @@ def test_categories_are_compared_apart() -> None:
     assert [(name, rows) for name, rows, _ in parts] == [("even", 20), ("odd", 20)]
     assert all(d.value == pytest.approx(-1) for _, _, d in parts)
     table = analysis.category_table([Arm((lines[1],))], lines[0])
-    assert "| even | 20 | 3.0000 | 2.0000 |" in table
+    assert "| even | 20 | 3.0000 (2." in table
+
+
+def test_a_category_of_few_groups_has_no_interval() -> None:
+    one = line("r8", 2.0)
+    few = tuple(replace(s, category="few" if s.row_id < "05" else s.category) for s in one.scores)
+    table = analysis.category_table([Arm((replace(one, scores=few),))], None)
+    assert re.search(r"\| few \| 5 \| \d\.\d+ \|", table)
+    assert re.search(r"\| odd \| 18 \| 2\.\d+ \(1\.\d+ to 2\.\d+\) \|", table)
+
+
+def test_arms_of_unequal_seeds_are_compared_on_those_of_both() -> None:
+    lines = [line("base", 3.0)]
+    lines += [line(f"r4-seed{n}", 2.0 + n / 100, adapter__r=4, seed=n) for n in (0, 1)]
+    lines += [line("r8-seed0", 1.9, adapter__r=8, seed=0)]
+    found = all_contrasts(lines)
+    assert [(c.second.name, c.first.name) for c in found] == [
+        ("r4", "base"), ("r8-seed0", "base"), ("r8-seed0", "r4-seed0"),
+    ]  # fmt: skip
+    said = analysis.basis([*lines], found)
+    assert "with one seed, what another seed would give is not covered" in said
+    assert "Comparisons of several seeds (2) cover the seed as well" in said
+    answer = analysis.answer(found)
+    assert "The loss of this training is lower beyond the choice of test rows" in answer

@@ -3,11 +3,13 @@
 from __future__ import annotations
 
 import math
+from dataclasses import replace
 
 import numpy as np
 import pytest
 
-from slm_lora.experiment.curve import LearningCurve, fit
+from slm_lora.experiment import analysis
+from slm_lora.experiment.curve import LearningCurve, _resampled, fit
 from slm_lora.records import RowScore
 
 Arms = list[tuple[int, list[list[RowScore]]]]
@@ -68,3 +70,33 @@ def test_three_sizes_are_too_few() -> None:
 def test_its_record_is_json() -> None:
     record = fitted(arms([100, 200, 400, 800], 2.0, 5.0, 0.5, noise=0.1)).record()
     assert all(math.isfinite(value) for value in (*record["floor"], *record["exponent"]))
+
+
+def test_losses_that_fall_ever_faster_are_no_such_curve() -> None:
+    """E + A·N^(−β) falls ever slower."""
+    given = arms([100, 200, 400, 800], 2.0, 5.0, 0.5, noise=0.01)
+    assert fitted(given).fits
+    shifts = {100: 0.0, 200: 0.3, 400: 0.4, 800: 0.2}
+    bent: Arms = [
+        (size, [[replace(s, nll_all=s.nll_all + shifts[size] * s.tokens_all) for s in run]])
+        for size, ((run,),) in ((size, (runs,)) for size, runs in given)
+    ]
+    found = fitted(bent)
+    assert not found.fits
+    assert abs(sum(found.residuals)) < 0.01, "least squares with E leaves no mean"
+    assert "does not describe" in analysis._curve(found)
+    assert "E =" not in analysis._curve(found)
+
+
+def test_seeds_that_are_few_make_wide_intervals() -> None:
+    """Three seeds, rows that all chance alike: 95 % intervals are to hold the truth as often."""
+    sizes = np.array([100.0, 200, 400, 800])
+    truth = 2 + 5 * sizes**-0.5
+    rng = np.random.default_rng(3)
+    held = []
+    for _ in range(200):
+        losses = truth[:, None] + 0.005 * rng.standard_normal((4, 3))
+        sums = [(np.outer(each, np.full(12, 50.0)), np.full(12, 50.0)) for each in losses]
+        low, high = np.percentile(_resampled(sums)[:, -1], [2.5, 97.5])
+        held.append(low < truth[-1] < high)
+    assert 0.9 < np.mean(held) < 0.99

@@ -12,17 +12,8 @@ from hypothesis import strategies as st
 from scipy import stats
 
 from slm_lora.errors import IntegrityError
-from slm_lora.experiment.statistics import (
-    Paired,
-    difference,
-    holm,
-    interval,
-    loss_estimate,
-    needed_for_difference,
-    needed_for_equivalence,
-    p_value,
-    paired,
-)
+from slm_lora.experiment.losses import Paired, loss_estimate, mean_over_rows, paired
+from slm_lora.experiment.statistics import LEAST_GROUPS, difference, holm, interval, p_value
 from slm_lora.records import RowScore
 
 
@@ -60,6 +51,15 @@ def test_several_seeds_have_the_mean_of_their_losses() -> None:
         loss_estimate([runs[0], runs[1][:1]], "all")
 
 
+def test_the_mean_over_rows_weighs_rows_alike() -> None:
+    rows = [score("a", "g", 10.0, 4), score("b", "g", 2.0, 4), score("c", "h", 3.0, 2)]
+    found = mean_over_rows([rows], "all")
+    assert found.value == pytest.approx((2.5 + 0.5 + 1.5) / 3)
+    assert found.groups == 2
+    empty = RowScore("d", "i", "", "test", 5.0, 2, 1, 0.0, 0, 1)
+    assert mean_over_rows([[*rows, empty]], "response").groups == 2, "no token, no mean"
+
+
 def test_one_group_says_nothing_of_its_error() -> None:
     rows = [score("a", "g", 1.0, 2), score("b", "g", 2.0, 2)]
     assert loss_estimate([rows], "all").standard_error == math.inf
@@ -95,7 +95,7 @@ def test_runs_on_other_rows_do_not_compare(change: RowScore, message: str) -> No
 
 
 def test_an_arm_against_itself_is_no_difference() -> None:
-    rows = [score(f"r{i}", f"g{i}", float(i), 3) for i in range(9)]
+    rows = [score(f"r{i}", f"g{i}", float(i), 3) for i in range(12)]
     found = difference(paired([(rows, rows)], "all"), 0.01)
     assert (found.value, found.low, found.high, found.p) == (0, 0, 0, 1)
     assert found.equivalent
@@ -136,34 +136,42 @@ def test_equivalence_needs_a_narrow_interval() -> None:
     assert not difference(sample(1, groups=3000, effect=0.02), 0.01).equivalent
 
 
-def test_what_is_needed_follows_from_both_variances() -> None:
-    found = sample(2, groups=300, effect=0.004)
-    rows = needed_for_difference(found, rows=400)
-    assert rows is not None and rows.seeds is None
-    assert rows.rows == math.ceil(400 * (2.8016 * found.row_error / abs(found.value)) ** 2)
-    noisy = sample(2, groups=300, seeds=3, seed_spread=0.02)
-    both = needed_for_equivalence(noisy, 400, margin=0.01)
-    assert both is not None and both.seeds is not None and both.seeds > 3
-    # With so many seeds and rows, the standard error is what the test needs.
-    error = math.hypot(
-        noisy.seed_deviation / math.sqrt(both.seeds), noisy.row_error * math.sqrt(400 / both.rows)
-    )
-    assert error <= 0.01 / (1.6449 + 1.2816) * 1.001
+def test_few_groups_have_a_wide_interval_and_show_no_equivalence() -> None:
+    few = Paired(np.array([[0.1, 0.2]]), np.array([100.0, 100.0]))
+    found = difference(few, 0.01)
+    # Student's of one degree of freedom, by hand: 0.0015 ± 12.706 · 0.0005.
+    assert found.low == pytest.approx(0.0015 - 12.706 * 0.0005, rel=1e-4)
+    assert not found.equivalent
+    same = Paired(np.zeros((1, LEAST_GROUPS - 1)), np.ones(LEAST_GROUPS - 1))
+    enough = Paired(np.zeros((1, LEAST_GROUPS)), np.ones(LEAST_GROUPS))
+    assert not difference(same, 0.01).equivalent
+    assert difference(enough, 0.01).equivalent
 
 
-def test_two_seeds_that_agree_are_few_all_the_same() -> None:
-    """Student's quantile of two seeds is 12.7, and 115 where nine comparisons are corrected."""
-    found = sample(2, groups=300, seeds=2, effect=0.1, seed_spread=0.005)
-    alone, one_of_nine = (needed_for_difference(found, 300, family=many) for many in (1, 9))
-    assert alone is not None and alone.seeds is not None
-    assert one_of_nine is not None and one_of_nine.seeds is not None
-    assert one_of_nine.seeds >= max(3, alone.seeds)
+def test_rows_and_seeds_that_chance_alike_are_both_in_interval_and_p() -> None:
+    """Neither alone is the error: a difference 2.4 times either is 1.7 times both."""
+    rng = np.random.default_rng(0)
+    tokens, groups, seeds = np.full(400, 100.0), 400, 10
+    of_rows = rng.standard_normal(groups)
+    of_rows = (of_rows - of_rows.mean()) / of_rows.std(ddof=1) * 100 * 0.001 * math.sqrt(groups)
+    of_seeds = rng.standard_normal((seeds, 1))
+    of_seeds = (of_seeds - of_seeds.mean()) / of_seeds.std(ddof=1) * 0.001 * math.sqrt(seeds)
+    found = Paired(of_rows + 100 * (of_seeds + 0.0024), tokens)
+    assert found.row_error == pytest.approx(0.001)
+    assert found.seed_deviation / math.sqrt(seeds) == pytest.approx(0.001)
+    # Satterthwaite's degrees of freedom by hand: 4 / (1/9 + 1/399).
+    freedom = 4 / (1 / 9 + 1 / 399)
+    assert p_value(found) == pytest.approx(2 * stats.t.sf(2.4 / math.sqrt(2), freedom))
+    low, high = interval(found, 0.95)
+    assert high - low >= 2 * stats.t.isf(0.025, freedom) * 0.001 * math.sqrt(2) * 0.999
+    assert low < 0
 
-    def half(seeds: int, family: int) -> float:
-        quantile = stats.t.isf(0.025 / family, seeds - 1) + stats.t.isf(0.2, seeds - 1)
-        return float(quantile) * found.seed_deviation / math.sqrt(seeds)
 
-    assert half(one_of_nine.seeds, 9) <= abs(found.value) < half(one_of_nine.seeds - 1, 9)
+def test_no_p_is_below_what_the_sign_flips_can_show() -> None:
+    found = difference(sample(5, effect=0.5), 0.01)
+    assert found.p == found.p_least == 1e-4
+    exact = difference(sample(5, groups=8, effect=0.5), 0.01)
+    assert (exact.p, exact.p_least) == (2 / 2**8, 0.0)
 
 
 def test_holm_by_hand() -> None:

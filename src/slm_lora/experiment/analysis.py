@@ -12,9 +12,10 @@ from collections.abc import Sequence
 
 from slm_lora.experiment.contrasts import Arm, Contrast, amount
 from slm_lora.experiment.curve import LearningCurve
+from slm_lora.experiment.losses import perplexity
 from slm_lora.experiment.page import plain
 from slm_lora.experiment.statistics import Difference
-from slm_lora.experiment.table import KINDS, Line
+from slm_lora.experiment.table import KINDS, Line, loss_shown
 
 _NAMES = {
     "adapter.r": "rank",
@@ -85,13 +86,19 @@ def basis(lines: Sequence[Line], found: Sequence[Contrast]) -> str:
         "is called better than another."
         if seeds < 2
         else "95 % intervals cover the choice of test rows and of the seed "
-        f"({' or '.join(map(str, counts))} seeds): of Student's interval over seeds and a two-way "
-        "bootstrap over groups of related rows and seeds, the wider."
+        f"({' or '.join(map(str, counts))} seeds): the widest of Student's over seeds, of "
+        "Satterthwaite's for rows and seeds, and of a two-way bootstrap over groups of related "
+        "rows and seeds."
     )
-    if seeds < 2 < counts[-1]:
-        covered += " Comparisons of several seeds, where there are, cover the seed as well."
+    if seeds < 2 <= counts[-1]:
+        covered += (
+            f" Comparisons of several seeds ({' or '.join(str(n) for n in counts if n > 1)}) "
+            "cover the seed as well, and say so."
+        )
     if len({line.recipe["data_seed"] for line in lines if not line.is_base}) > 1:
         covered += " Each seed also draws its own training rows."
+    elif counts[-1] > 1:
+        covered += " All seeds train on the same rows: which rows these are is not covered."
     family = (
         f" p-values are corrected for all {len(found)} comparisons (Holm); equivalence tests, "
         "categories and curves are not."
@@ -113,8 +120,12 @@ def _nats(d: Difference) -> str:
     return f"{d.value:+.4f} nats ({d.low:+.4f} to {d.high:+.4f})"
 
 
-def _p(p: float) -> str:
-    return "p < 0.001" if p < 0.001 else f"p = {p:.3f}"
+def _p(each: Contrast) -> str:
+    p = each.p_corrected
+    if p < 0.001:
+        return "p < 0.001"
+    # (Rounded up where it is a bound.)
+    return f"p ≤ {math.ceil(1000 * p - 1e-9) / 1000:.3f}" if each.p_is_least else f"p = {p:.3f}"
 
 
 def _reduction(contrasts: Sequence[Contrast]) -> str:
@@ -123,21 +134,16 @@ def _reduction(contrasts: Sequence[Contrast]) -> str:
     said = []
     for each in contrasts:
         d = each.difference
-        losses = [
-            [line.run.record["evaluation"][line.headline]["loss"] for line in arm.lines]
-            for arm in (each.first, each.second)
-        ]
-        before, after = (math.exp(sum(arm) / len(arm)) for arm in losses)
+        before, after = (perplexity(arm.loss().value) for arm in (each.first, each.second))
         # exp of a difference of losses is the ratio of perplexities.
-        change = [100 * (math.exp(x) - 1) for x in (d.value, d.low, d.high)]
-        said.append(
-            f"- {each.second.name}: perplexity {'falls' if d.value < 0 else 'rises'} from "
-            f"{before:.3f} to {after:.3f}: {change[0]:+.1f} % ({change[1]:+.1f} to "
-            f"{change[2]:+.1f} %), {_p(each.p_corrected)}."
+        change = [100 * (perplexity(x) - 1) for x in (d.value, d.low, d.high)]
+        what = (
+            f"perplexity {'falls' if d.value < 0 else 'rises'} from {before:.3f} to {after:.3f}: "
+            f"{change[0]:+.1f} % ({change[1]:+.1f} to {change[2]:+.1f} %)"
             if each.verdict == "different"
-            else f"- {each.second.name}: perplexity {before:.3f} and {after:.3f}: no difference "
-            f"shown ({_nats(d)}, {_p(each.p_corrected)})."
+            else f"perplexity {before:.3f} and {after:.3f}: {_nats(d)}"
         )
+        said.append(f"- {each.second.name}: {what}, {_p(each)}. {_follows(each)}")
     return "\n".join(said)
 
 
@@ -147,35 +153,45 @@ def _effect(contrasts: Sequence[Contrast]) -> str:
 
 def sentence(each: Contrast) -> str:
     """One contrast between two arms, with number, interval and what follows from them."""
+    said = f"{each.second.name} against {each.first.name}: {_nats(each.difference)}, {_p(each)}."
+    return f"{said} {_follows(each)}"
+
+
+def _follows(each: Contrast) -> str:
     d = each.difference
-    said = f"{each.second.name} against {each.first.name}: {_nats(d)}, {_p(each.p_corrected)}. "
     lower = "lower" if d.value < 0 else "higher"
     if each.verdict == "different":
         small = f" It is within ±{d.margin:g} nats, which counts as none." if d.equivalent else ""
+        if each.covers_seeds:
+            return f"The loss is {lower}: beyond the choice of test rows and of the seed.{small}"
         return (
-            said
-            + (
-                f"The loss is {lower}: beyond the choice of test rows and of the seed."
-                if each.covers_seeds
-                else f"The loss of this pair of runs is {lower} beyond the choice of test rows; "
-                "whether it would be with other seeds is not known."
-            )
-            + small
+            f"The loss of {_these(each)} is {lower} beyond the choice of test rows; whether it "
+            f"would be with other seeds is not known.{small}"
         )
     if each.verdict == "equivalent":
-        return said + (
-            f"Equivalent within ±{d.margin:g} nats"
-            + ("." if each.covers_seeds else ", for this pair of runs; other seeds may differ.")
+        return f"Equivalent within ±{d.margin:g} nats" + (
+            "." if each.covers_seeds else f", for {_these(each)}; other seeds may differ."
         )
-    return said + "Inconclusive" + _what_would_decide(each)
+    return "Inconclusive" + _what_would_decide(each)
+
+
+def _these(each: Contrast) -> str:
+    return "this training" if each.key == "base" else "this pair of runs"
 
 
 def _what_would_decide(each: Contrast) -> str:
     needed = each.needed()
     if needed is None:
         return "."
-    seeds = "several seeds" if needed.seeds is None else f"{needed.seeds} seeds"
-    return f"; about {needed.rows:,} test rows and {seeds} would decide (80 % power)."
+    if needed.seeds is None:
+        return (
+            f"; about {needed.rows:,} test rows would decide for {_these(each)} (80 % power), "
+            "and for the settings several seeds besides."
+        )
+    return (
+        f"; a new experiment of about {needed.rows:,} test rows and {needed.seeds} seeds would "
+        "decide (80 % power)."
+    )
 
 
 def confounds(found: Sequence[Contrast]) -> str:
@@ -194,25 +210,24 @@ def confounds(found: Sequence[Contrast]) -> str:
             else "More rows are also more optimizer steps; the two are not told apart here "
             f"(steps: {steps})."
         )
-    if (ranks := of_key.get("adapter.r")) and not ranks[0].tied:
+    if ranks := of_key.get("adapter.r"):
         first = ranks[0].first
         ratio = first.setting("adapter.lora_alpha") / first.setting("adapter.r")
-        said.append(
-            f"Ranks are compared at the same alpha/r ({ratio:g}) and learning rate; a larger rank "
-            f"trains more weights ({_per_arm(ranks, 'adapter', 'trainable_parameters')})."
-        )
+        if not ranks[0].tied:
+            said.append(f"Ranks are compared at the same alpha/r ({ratio:g}) and learning rate.")
+        said.append(f"A larger rank trains more weights ({_weights(ranks)}).")
     if modules := of_key.get("adapter.target_modules"):
-        said.append(
-            "More target modules are also more trainable weights "
-            f"({_per_arm(modules, 'adapter', 'trainable_parameters')})."
-        )
-    kinds = of_key.get("adapter.kind", [])
-    if kinds and "training.learning_rate" not in kinds[0].tied:
+        said.append(f"More target modules are also more trainable weights ({_weights(modules)}).")
+    if kinds := of_key.get("adapter.kind", []):
         rate = kinds[0].first.setting("training.learning_rate")
         said.append(
             f"Methods are compared at the same learning rate ({rate:g}); each may have a better "
             "one."
+            if "training.learning_rate" not in kinds[0].tied
+            else "Methods are compared at one learning rate each; either may have a better one."
         )
+        if len({_trainable(arm) for each in kinds for arm in (each.first, each.second)}) > 1:
+            said.append(f"Methods train different numbers of weights ({_weights(kinds)}).")
     if any(each.second.is_full for each in kinds):
         precision = kinds[0].second.line.run.record["model"]["precision"]
         said.append(
@@ -230,6 +245,14 @@ def confounds(found: Sequence[Contrast]) -> str:
 
 def _steps(arm: Arm) -> int:
     return int(arm.line.run.record["training"]["steps"])
+
+
+def _trainable(arm: Arm) -> int:
+    return int(arm.line.run.record["adapter"]["trainable_parameters"])
+
+
+def _weights(contrasts: Sequence[Contrast]) -> str:
+    return _per_arm(contrasts, "adapter", "trainable_parameters")
 
 
 def _per_arm(contrasts: Sequence[Contrast], section: str, key: str) -> str:
@@ -250,19 +273,13 @@ def returns(found: Sequence[Contrast], curves: Sequence[LearningCurve]) -> str:
             first = to_base.get(each.first.name)
             if first is None or rows[0] == rows[1]:  # sizes may round to the same rows
                 continue
-            share = f", which is {100 * d.value / first.value:.1f} % of the first change" * bool(
-                first.value
-            )
             said.append(
                 f"- {each.second.name}: the first {rows[0]} training rows change the loss by "
                 f"{_nats(first)}; going on to {rows[1]} changes it by {_nats(d)}, "
-                f"{_per_doubling(d, rows)}{share}." + _not_shown(each)
+                f"{_per_doubling(d, rows)}." + _not_shown(each)
             )
         elif each.key in ("adapter.r", "adapter.target_modules"):
-            many = [
-                arm.line.run.record["adapter"]["trainable_parameters"]
-                for arm in (each.first, each.second)
-            ]
+            many = [_trainable(arm) for arm in (each.first, each.second)]
             if many[0] != many[1]:
                 said.append(
                     f"- {each.second.name} trains {many[1] / many[0]:.1f} times the weights of "
@@ -291,31 +308,44 @@ def _curve(curve: LearningCurve) -> str:
         return f"{curve.name}: over {len(curve.sizes)} sizes, loss does not fall with rows."
     floor, exponent = curve.floor, curve.exponent
     covers = "test rows and seeds" if curve.seeds > 1 else "test rows, not seeds"
+    if not curve.fits:
+        worst = max(zip(curve.residuals, curve.sizes, strict=True), key=lambda each: abs(each[0]))
+        return (
+            f"{curve.name}: E + A·N^(−β) does not describe these {len(curve.sizes)} sizes: the "
+            f"loss at {worst[1]:,} training rows is {worst[0]:+.4f} nats from the best such curve, "
+            f"more than chance in {covers} accounts for (p = {curve.p_fits:.3f}). So nothing is "
+            "read from it."
+        )
     return (
         f"{curve.name}: E + A·N^(−β) through {len(curve.sizes)} sizes has β = {exponent[0]:.2f} "
         f"({exponent[1]:.2f} to {exponent[2]:.2f}) and E = {floor[0]:.3f} ({floor[1]:.3f} to "
         f"{floor[2]:.3f}); at {2 * curve.sizes[-1]:,} training rows it expects "
         f"{curve.middle[-1]:.4f} ({curve.low[-1]:.4f} to {curve.high[-1]:.4f}). The intervals "
-        f"cover {covers}, not that another form might fit as well."
+        f"cover {covers}, not that another form might fit as well. (Departure from the form: p = "
+        f"{curve.p_fits:.2f}.)"
     )
 
 
 def category_table(tuned: Sequence[Arm], base: Line | None) -> str:
     """Losses by category of rows as Markdown; empty where rows have no categories."""
     arms = [*([Arm((base,))] if base else []), *tuned]
-    scores = arms[0].line.scores
-    scored = Counter(score.category for score in scores if score.tokens_response)
-    del scored[""]
-    if len(scored) < 2:
+    names = category_names(arms[0])
+    if not names:
         return ""
-    names = sorted(name for name, _ in scored.most_common(30))
+    scores = arms[0].line.scores
     rows = [
         "| Category | Rows | " + " | ".join(arm.name for arm in arms) + " |",
         "| :-- | --: |" + " --: |" * len(arms),
     ]
     for name in names:
-        within = [arm.within(name) for arm in arms]
         many = sum(score.category == name for score in scores)
-        losses = " | ".join(f"{each.value:.4f}" for each in within)
+        losses = " | ".join(loss_shown(arm.within(name)) for arm in arms)
         rows.append(f"| {plain(name)} | {many} | {losses} |")
     return "\n".join(rows)
+
+
+def category_names(arm: Arm) -> list[str]:
+    """The thirty largest categories of the scored rows by name; none if there is but one."""
+    scored = Counter(score.category for score in arm.line.scores if score.tokens_response)
+    del scored[""]
+    return sorted(name for name, _ in scored.most_common(30)) if len(scored) > 1 else []

@@ -14,18 +14,9 @@ from collections.abc import Sequence
 from dataclasses import dataclass
 from typing import Any, Literal
 
-from slm_lora.experiment.statistics import (
-    Difference,
-    Estimate,
-    Needed,
-    Paired,
-    difference,
-    holm,
-    loss_estimate,
-    needed_for_difference,
-    needed_for_equivalence,
-    paired,
-)
+from slm_lora.experiment.losses import Estimate, Paired, loss_estimate, paired
+from slm_lora.experiment.power import Needed, needed_for_difference, needed_for_equivalence
+from slm_lora.experiment.statistics import LEAST_GROUPS, Difference, difference, holm
 from slm_lora.experiment.table import Line, read_line
 from slm_lora.recipe.schema import EvaluationSection
 from slm_lora.runs import Run
@@ -114,6 +105,11 @@ class Contrast:
         """Whether it may be said of the settings, not only of these very trainings."""
         return self.difference.seeds > 1
 
+    @property
+    def p_is_least(self) -> bool:
+        """Whether more sign flips might have shown a smaller p."""
+        return 0 < self.difference.p <= self.difference.p_least
+
     def needed(self) -> Needed | None:
         """Rows and seeds for 80 % power: to show the observed difference or, where even its
         interval is not far from zero, equivalence."""
@@ -172,8 +168,9 @@ def all_contrasts(lines: Sequence[Line]) -> list[Contrast]:
         for one, other in _neighbours(alike, key)
     ]
     for key, tied, one, other in [*differing, *_against_full(*kinds)]:
-        if pairs := _by_seed(one, other):
-            found.append((key, tied, one, other, pairs))
+        if pairs := _by_seed(one, other):  # of arms of other seeds, those that both have
+            first, second = (Arm(tuple(pair[side] for pair in pairs)) for side in (0, 1))
+            found.append((key, tied, first, second, pairs))
     samples = [
         paired([(a.scores, b.scores) for a, b in pairs], first.line.headline)
         for _, _, first, _, pairs in found
@@ -203,15 +200,11 @@ def compare(first: Run, second: Run) -> Contrast:
     )
 
 
-LEAST_GROUPS = 10
-"""Groups of a category that are compared."""
-
-
 def by_category(each: Contrast) -> list[tuple[str, int, Difference]]:
     """The difference among the rows of every category: its name, its rows, the difference.
 
-    Categories of fewer than ten groups are left out, as a bootstrap says nothing of so few; so
-    are all beyond the twenty largest.
+    Categories of fewer than `LEAST_GROUPS` groups are left out, as a bootstrap says nothing of so
+    few; so are all beyond the twenty largest.
     """
     found = []
     scores = each.pairs[0][0].scores

@@ -1,8 +1,9 @@
 """Learning curve: how held-out loss falls with training rows, E + A·N^(−β).
 
 The form of Hestness et al. 2017 (arXiv 1712.00409) and Hoffmann et al. 2022 (arXiv 2203.15556):
-E is what no amount of such data removes. It is fitted where there are at least four sizes, and
-never read beyond twice the largest.
+E is what no amount of such data removes. It is fitted where there are at least four sizes, is
+never read beyond twice the largest, and is not read at all where the losses depart from the form by
+more than chance.
 """
 
 from __future__ import annotations
@@ -13,7 +14,7 @@ from typing import Any
 
 import numpy as np
 
-from slm_lora.experiment.statistics import Floats, group_sums
+from slm_lora.experiment.losses import Floats, group_sums
 from slm_lora.records import LossOn, RowScore
 
 LEAST_SIZES = 4
@@ -23,7 +24,7 @@ _RESAMPLES = 999
 
 @dataclass(frozen=True, eq=False)
 class LearningCurve:
-    """A fitted curve with 95 % intervals from bootstrapped groups (and seeds, if several).
+    """A fitted curve with 95 % intervals over groups of test rows (and seeds, if several).
 
     Attributes:
         name: of what was trained.
@@ -37,6 +38,8 @@ class LearningCurve:
         exponent: β with its interval.
         seeds: of every arm.
         falls: whether loss falls with rows at all; β means nothing if it does not.
+        residuals: of the losses from the curve, nats a token.
+        p_fits: how often chance alone takes losses as far from such a curve.
     """
 
     name: str
@@ -50,6 +53,13 @@ class LearningCurve:
     exponent: tuple[float, float, float]
     seeds: int
     falls: bool
+    residuals: tuple[float, ...]
+    p_fits: float
+
+    @property
+    def fits(self) -> bool:
+        """Whether the losses are such as a curve of this form may have."""
+        return self.p_fits >= 0.05
 
     def record(self) -> dict[str, Any]:
         """For metrics.json."""
@@ -63,6 +73,8 @@ class LearningCurve:
                 float(each[-1]) for each in (self.middle, self.low, self.high)
             ],
             "seeds": self.seeds,
+            "residuals": self.residuals,
+            "p_fits": self.p_fits,
         }
 
 
@@ -88,6 +100,11 @@ def fit(
     rows = np.geomspace(sizes[0], 2 * sizes[-1], 60)
     best, found = _fitted(sizes, losses[None]), _fitted(sizes, samples)
     low, high = np.percentile(_curve(found, sizes, rows), [2.5, 97.5], axis=0)
+    expected = _curve(best, sizes, sizes)
+    # What chance does to losses that truly are on the curve.
+    by_chance = expected + samples - losses
+    departs = _squares(sizes, by_chance, _fitted(sizes, by_chance))
+    departed = _squares(sizes, losses[None], best)
 
     def with_interval(which: int) -> tuple[float, float, float]:
         ends = np.percentile(found[which], [2.5, 97.5])
@@ -105,6 +122,9 @@ def fit(
         exponent=with_interval(2),
         falls=bool(best[1][0] > 0),
         seeds=min(len(nats) for nats, _ in sums),
+        residuals=tuple(map(float, losses - expected[0])),
+        # (Squares of a perfect fit are rounding.)
+        p_fits=(1 + float((departs >= departed - 1e-15).sum())) / (1 + _RESAMPLES),
     )
 
 
@@ -118,23 +138,39 @@ def _curve(found: _Fit, sizes: Floats, rows: Floats) -> Floats:
     return drawn
 
 
+def _squares(sizes: Floats, losses: Floats, found: _Fit) -> Floats:
+    """What least squares leave of every row of ``losses``."""
+    left: Floats = ((losses - _curve(found, sizes, sizes)) ** 2).sum(1)
+    return left
+
+
 def _resampled(sums: Sequence[tuple[Floats, Floats]]) -> Floats:
-    """Losses of every size, [samples, sizes]: the same groups for all sizes, as the rows are
-    the same, and the same seeds, whose training rows are nested. Resampling n seeds alone would
-    show (n-1)/n of their variance, so what sets them apart is stretched by as much."""
+    """Losses of every size, [samples, sizes], by the chance of groups and of seeds.
+
+    Groups are resampled, the same for all sizes, as the rows are the same. What sets seeds apart
+    is drawn from Student's t of as many, as few seeds say little of how far others may lie; it is
+    the same combination of seeds for all sizes, whose training rows are nested.
+    """
     rng = np.random.default_rng(0)
     groups = len(sums[0][1])
     weights = rng.multinomial(groups, [1 / groups] * groups, _RESAMPLES)
     drawn = {
-        many: rng.multinomial(many, [1 / many] * many, _RESAMPLES) / many
-        for many in sorted({len(nats) for nats, _ in sums})
+        many: _students(rng, many) for many in sorted({len(nats) for nats, _ in sums}) if many > 1
     }
     found = []
     for nats, counts in sums:
         many, mean = len(nats), nats.mean(0)
-        stretched = mean + (nats - mean) * (many / max(1, many - 1)) ** 0.5
-        found.append(((drawn[many] @ stretched) * weights).sum(1) / (weights @ counts))
+        apart = drawn[many] @ (nats - mean) if many > 1 else 0.0
+        found.append(((mean + apart) * weights).sum(1) / (weights @ counts))
     return np.stack(found, 1)
+
+
+def _students(rng: np.random.Generator, many: int) -> Floats:
+    """Weights [samples, seeds] that make of deviations from their mean an error of that mean."""
+    normal = rng.standard_normal((_RESAMPLES, many)) / (many * (many - 1)) ** 0.5
+    spread = rng.chisquare(many - 1, (_RESAMPLES, 1)) / (many - 1)
+    found: Floats = normal / spread**0.5
+    return found
 
 
 def _fitted(sizes: Floats, losses: Floats) -> _Fit:

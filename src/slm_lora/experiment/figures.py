@@ -14,7 +14,8 @@ from typing import TYPE_CHECKING, Any
 
 from slm_lora.experiment.contrasts import Arm, Contrast, amount
 from slm_lora.experiment.curve import LearningCurve
-from slm_lora.experiment.statistics import Difference
+from slm_lora.experiment.losses import perplexity
+from slm_lora.experiment.statistics import LEAST_GROUPS, Difference
 
 if TYPE_CHECKING:
     from matplotlib.axes import Axes
@@ -118,12 +119,12 @@ def perplexity_against(key: str, name: str, series: Sequence[Sequence[Arm]]) -> 
         shift = 1 + 0.02 * (index - (len(series) - 1) / 2)
         found = [arm.loss() for arm in arms]
         at = [_at(arm, key) * shift for arm in arms]
-        middle = [math.exp(each.value) for each in found]
+        middle = [perplexity(each.value) for each in found]
         known = all(each.groups > 1 for each in found)
         bars = (
             [
-                [m - math.exp(each.low) for m, each in zip(middle, found, strict=True)],
-                [math.exp(each.high) - m for m, each in zip(middle, found, strict=True)],
+                [m - perplexity(each.low) for m, each in zip(middle, found, strict=True)],
+                [perplexity(each.high) - m for m, each in zip(middle, found, strict=True)],
             ]
             if known
             else None
@@ -180,7 +181,7 @@ def forest(contrasts: Sequence[Contrast], title: str) -> Picture | None:
     )
     axes.set_ylim(-0.6, len(contrasts) - 0.4)
     axes.set_xlabel("difference of loss, nats a token (left: lower loss)")
-    covers = contrasts[0].difference.covers
+    covers = " or ".join(dict.fromkeys(each.difference.covers for each in contrasts))
     return _drawn(
         figure,
         f"{title}: differences with 95 % intervals over {covers}. Filled: different after "
@@ -210,8 +211,9 @@ def categories(
     axes.set_xlabel("difference of loss, nats a token (left: lower loss)")
     return _drawn(
         figure,
-        f"{second}, which has the lowest loss here, against {first} by category (test rows in "
-        "brackets; ten groups or more), with 95 % intervals, not corrected for their number. "
+        f"{second} (the lowest loss of the table, if only by chance) against {first} by category "
+        f"(test rows in brackets; {LEAST_GROUPS} groups or more), with 95 % intervals, not "
+        "corrected for their number. "
         "Filled: the interval excludes zero, and p < 0.05.",
     )
 
@@ -226,22 +228,31 @@ def cost(arms: Sequence[Arm]) -> Picture | None:
         seconds = sum(line.run.record["training"]["seconds"] for line in arm.lines)
         loss = arm.loss()
         at = seconds / len(arm.lines) / 60
-        axes.plot([at], [loss.value], _MARKERS[index % len(_MARKERS)], ms=7, color=INK, mfc="white")
+        half = loss.high - loss.value if loss.groups > 1 else 0.0
+        axes.errorbar(
+            [at], [loss.value], yerr=[half], marker=_MARKERS[index % len(_MARKERS)], ms=7,
+            color=INK, mfc="white", ecolor=SHADE, elinewidth=0.8,
+        )  # fmt: skip
         axes.annotate(
             arm.name, (at, loss.value), xytext=(7, 3), textcoords="offset points", fontsize=8
         )
     axes.set_xlabel("training time, minutes")
     axes.set_ylabel("held-out loss, nats a token")
     axes.margins(0.15)
-    return _drawn(figure, "Held-out loss against the time of training, mean over seeds.")
+    return _drawn(
+        figure,
+        "Held-out loss against the time of training, mean over seeds, with 95 % intervals over "
+        "the choice of test rows, which all share.",
+    )
 
 
 @_style
 def learning_curve(curve: LearningCurve) -> Picture:
-    """The fitted curve with its band, and the losses it was fitted to."""
+    """The losses, and where it fits them the curve with its band."""
     figure, axes = _axes(3.0)
-    axes.fill_between(curve.rows, curve.low, curve.high, color=LIGHT, lw=0)
-    axes.plot(curve.rows, curve.middle, color=INK, lw=1.2)
+    if curve.fits:
+        axes.fill_between(curve.rows, curve.low, curve.high, color=LIGHT, lw=0)
+        axes.plot(curve.rows, curve.middle, color=INK, lw=1.2)
     axes.plot(curve.sizes, curve.losses, "o", ms=6, color=INK, mfc="white")
     axes.set_xscale("log", base=2)
     axes.set_xticks(list(curve.sizes), [f"{size:,}" for size in curve.sizes])
@@ -250,7 +261,8 @@ def learning_curve(curve: LearningCurve) -> Picture:
     axes.set_ylabel("held-out loss, nats a token")
     return _drawn(
         figure,
-        f"Learning curve of {curve.name}, E + A·N^(−β), with its 95 % band from bootstrapped "
-        "groups of test rows (and seeds, where there are several); drawn to twice the largest "
-        "size and no further.",
+        f"Learning curve of {curve.name}, E + A·N^(−β), with its 95 % band over test rows (and "
+        "seeds, where there are several); drawn to twice the largest size and no further."
+        if curve.fits
+        else f"Loss of {curve.name} against training rows: no curve E + A·N^(−β) goes through.",
     )

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import math
 from collections.abc import Sequence
 from pathlib import Path
 from typing import Any, Literal
@@ -20,13 +19,15 @@ from slm_lora.experiment.contrasts import (
     series_along,
 )
 from slm_lora.experiment.figures import Picture
+from slm_lora.experiment.losses import mean_over_rows, perplexity
 from slm_lora.experiment.page import Section, as_html, as_markdown, plain
+from slm_lora.experiment.statistics import LEAST_GROUPS
 from slm_lora.experiment.table import (
     MEASURED,
     Line,
-    both_losses,
     cells,
     header,
+    losses_table,
     markdown_table,
     read_lines,
 )
@@ -85,7 +86,7 @@ def terminal_table(lines: Sequence[Line]) -> Table:
         table.add_column(title, justify=side, no_wrap=index > 0, overflow="fold")
     for line in lines:
         loss = line.loss()
-        interval = f"{math.exp(loss.low):.2f} – {math.exp(loss.high):.2f}"
+        interval = f"{perplexity(loss.low):.2f} – {perplexity(loss.high):.2f}"
         table.add_row(*cells(line, lines)[:shown], interval)
     return table
 
@@ -166,7 +167,11 @@ def _categories(
     if to_base:
         best = min(to_base, key=lambda each: each.difference.value)
         pictures.append(figures.categories(by_category(best), best.second.name, best.first.name))
-    return [Section("By category", f"Held-out loss, nats a token.\n\n{text}", _there(pictures))]
+    said = (
+        "Held-out loss, nats a token, with 95 % intervals over the choice of test rows where a "
+        f"category has {LEAST_GROUPS} groups of them or more."
+    )
+    return [Section("By category", f"{said}\n\n{text}", _there(pictures))]
 
 
 def _table(lines: Sequence[Line]) -> str:
@@ -189,9 +194,10 @@ def _table(lines: Sequence[Line]) -> str:
     return (
         f"{markdown_table(lines)}\n"
         + "\n".join(f"- {note}" for note in notes)
-        + "\n\n### Whole text and response only, with 95 % intervals\n\n"
-        + f"{both_losses(lines)}\n"
-        "Intervals cover the choice of test rows, not the training seed."
+        + f"\n\n### Whole text, with 95 % intervals\n\n{losses_table(lines, 'all')}"
+        + f"\n### Response only, with 95 % intervals\n\n{losses_table(lines, 'response')}\n"
+        "Intervals cover the choice of test rows, not the training seed. Mean over rows: of each "
+        "row's own loss a token, so that short rows count as much as long ones."
     )
 
 
@@ -243,6 +249,11 @@ def _cut_rows(lines: Sequence[Line]) -> list[str]:
     ]
 
 
+def _scored(line: Line) -> list[LossOn]:
+    kinds: tuple[LossOn, ...] = ("all", "response")
+    return [tokens for tokens in kinds if tokens in line.run.record["evaluation"]]
+
+
 def _metrics(
     lines: Sequence[Line], found: Sequence[Contrast], curves: Sequence[curve.LearningCurve]
 ) -> dict[str, Any]:
@@ -253,12 +264,19 @@ def _metrics(
                 "folder": line.run.folder.name,
                 **line.run.record,
                 "intervals": {
-                    tokens: line.loss(tokens).record()
-                    for tokens in ("all", "response")
-                    if tokens in line.run.record["evaluation"]
+                    tokens: line.loss(tokens).record() for tokens in _scored(line)
+                },
+                "mean_over_rows": {
+                    tokens: mean_over_rows([line.scores], tokens).record()
+                    for tokens in _scored(line)
                 },
             }
             for line in lines
+        ],
+        "categories": [
+            {"arm": arm.name, "category": name, **arm.within(name).record()}
+            for arm in [Arm((line,)) for line in lines if line.is_base] + arms(lines)
+            for name in analysis.category_names(arm)
         ],
         "contrasts": [each.record() for each in found],
         "learning_curves": [each.record() for each in curves],

@@ -1,12 +1,12 @@
-"""What the per-row scores can carry: losses, paired differences, and how sure they are.
+"""How sure a paired difference is: interval, test, equivalence.
 
-Loss is a ratio (nats over tokens), and rows of one group are not independent: groups are the
-sampling units throughout. A paired difference has two sources of chance, the choice of test rows
-and the training seed, and an interval says which of them it covers:
+It has two sources of chance, the choice of test rows and the training seed, and an interval says
+which of them it covers:
 
 - one seed: BCa bootstrap over groups (Efron 1987), which covers the rows alone;
-- several seeds: the wider of Student's interval over seeds and a two-way bootstrap over groups
-  and seeds, which covers both.
+- several seeds: the widest of Student's interval over seeds, of Satterthwaite's for the sum of
+  both variances, and of a two-way bootstrap over groups and seeds, which cover both. The first
+  knows how little few seeds say; the second adds the rows to that; the third asks for no bell.
 """
 
 from __future__ import annotations
@@ -18,96 +18,15 @@ from dataclasses import dataclass
 from typing import Literal
 
 import numpy as np
-import numpy.typing as npt
+from scipy.special import stdtr, stdtrit
 
-from slm_lora.errors import IntegrityError
-from slm_lora.records import LossOn, RowScore
-
-Floats = npt.NDArray[np.float64]
+from slm_lora.experiment.losses import Floats, Paired
 
 RESAMPLES = 9_999
-"""Bootstrap samples and sign flips; drawn from a fixed seed, so that a report is repeatable."""
-
-_Z95 = 1.959963984540054
-
-
-@dataclass(frozen=True, slots=True)
-class Estimate:
-    """A loss in nats per token, with its clustered standard error.
-
-    The variance is that of a ratio, linearised over groups (Cochran, Sampling Techniques, 3rd
-    ed., ch. 6; recommended for evaluations by Miller 2024, arXiv 2411.00640). ``low`` and
-    ``high`` bound the 95 % interval over the choice of test rows.
-    """
-
-    value: float
-    standard_error: float
-    groups: int
-
-    @property
-    def low(self) -> float:
-        """Lower end of the 95 % interval."""
-        return self.value - _Z95 * self.standard_error
-
-    @property
-    def high(self) -> float:
-        """Upper end of the 95 % interval."""
-        return self.value + _Z95 * self.standard_error
-
-    def record(self) -> dict[str, float | int | None]:
-        """For JSON, which has no infinity: what is not known from one group is null."""
-        known = math.isfinite(self.standard_error)
-        return {
-            "value": self.value,
-            "standard_error": self.standard_error if known else None,
-            "low": self.low if known else None,
-            "high": self.high if known else None,
-            "groups": self.groups,
-        }
-
-
-@dataclass(frozen=True, eq=False)
-class Paired:
-    """Differences between two arms on the same rows, summed by group.
-
-    Attributes:
-        nats: loss of the second arm minus that of the first, float64 [seeds, groups].
-        tokens: label tokens, float64 [groups].
-    """
-
-    nats: Floats
-    tokens: Floats
-
-    @property
-    def seeds(self) -> int:
-        """Pairs of trainings."""
-        return len(self.nats)
-
-    @property
-    def groups(self) -> int:
-        """Groups of rows."""
-        return len(self.tokens)
-
-    @property
-    def by_seed(self) -> Floats:
-        """The difference in nats per token for every seed."""
-        found: Floats = self.nats.sum(1) / self.tokens.sum()
-        return found
-
-    @property
-    def value(self) -> float:
-        """The difference in nats per token; below zero, the second arm is better."""
-        return float(self.by_seed.mean())
-
-    @property
-    def row_error(self) -> float:
-        """Standard error over the choice of test rows."""
-        return _ratio(self.nats.mean(0), self.tokens).standard_error
-
-    @property
-    def seed_deviation(self) -> float:
-        """Standard deviation of the difference between seeds; not a number for one seed."""
-        return float(self.by_seed.std(ddof=1)) if self.seeds > 1 else math.nan
+"""Bootstrap samples and sign flips; drawn from a fixed seed, so that a report is repeatable. The
+least p they can show lets up to 499 comparisons be corrected together."""
+LEAST_GROUPS = 10
+"""Fewer are too few to resample, and show no equivalence."""
 
 
 @dataclass(frozen=True, slots=True)
@@ -119,7 +38,8 @@ class Difference:
         low: lower end of the 95 % interval.
         high: upper end.
         p: two-sided; of a sign-flip test over groups and, with several seeds, of Student's test
-            over them, the larger.
+            over them and of Satterthwaite's for both, the largest.
+        p_least: what ``p`` cannot fall below, for the sign flips that were drawn are no more.
         equivalent: whether the 90 % interval lies within ±margin (two one-sided tests at 5 %).
         margin: of the equivalence, nats per token.
         covers: what the interval accounts for.
@@ -129,6 +49,7 @@ class Difference:
     low: float
     high: float
     p: float
+    p_least: float
     equivalent: bool
     margin: float
     covers: Literal["rows", "rows and seeds"]
@@ -139,34 +60,6 @@ class Difference:
     def excludes_zero(self) -> bool:
         """Whether the whole interval lies on one side of zero."""
         return self.low > 0 or self.high < 0
-
-
-def loss_estimate(runs: Sequence[Sequence[RowScore]], tokens: LossOn) -> Estimate:
-    """Loss of one model, or the mean over its seeds, with its clustered standard error."""
-    nats, counts = group_sums(runs, tokens)
-    return _ratio(nats.mean(0), counts)
-
-
-def group_sums(runs: Sequence[Sequence[RowScore]], tokens: LossOn) -> tuple[Floats, Floats]:
-    """Nats [runs, groups] and label tokens [groups] of runs on the same rows.
-
-    Raises:
-        IntegrityError: they were not scored on the same tokens of the same rows.
-    """
-    for other in runs[1:]:
-        _check_same_rows(runs[0], other, tokens)
-    sums = [_sums(scores, tokens) for scores in runs]
-    return np.stack([nats for _, nats, _ in sums]), sums[0][2]
-
-
-def paired(arms: Sequence[tuple[Sequence[RowScore], Sequence[RowScore]]], tokens: LossOn) -> Paired:
-    """Differences between two arms, one pair of runs a seed.
-
-    Raises:
-        IntegrityError: runs were not scored on the same tokens of the same rows.
-    """
-    nats, counts = group_sums([scores for pair in arms for scores in pair], tokens)
-    return Paired(nats[1::2] - nats[0::2], counts)
 
 
 def difference(sample: Paired, margin: float) -> Difference:
@@ -183,7 +76,8 @@ def difference(sample: Paired, margin: float) -> Difference:
         low=low,
         high=high,
         p=p_value(sample),
-        equivalent=-margin < inner[0] and inner[1] < margin,
+        p_least=1 / (RESAMPLES + 1) if 2**sample.groups > RESAMPLES else 0.0,
+        equivalent=sample.groups >= LEAST_GROUPS and -margin < inner[0] and inner[1] < margin,
         margin=margin,
         covers="rows and seeds" if sample.seeds > 1 else "rows",
         seeds=sample.seeds,
@@ -194,26 +88,51 @@ def difference(sample: Paired, margin: float) -> Difference:
 def interval(sample: Paired, confidence: float) -> tuple[float, float]:
     """Confidence interval of the difference; see the module for what it covers.
 
-    From one group there is none: it is infinite then.
+    From one group there is none: it is infinite then. From fewer than `LEAST_GROUPS` of one seed
+    it is Student's over groups.
     """
     if sample.groups < 2:
         return -math.inf, math.inf
     if sample.seeds == 1:
-        return _bca(sample, confidence)
-    spans = _student(sample, confidence), _two_way(sample, confidence)
-    return max(spans, key=lambda span: span[1] - span[0])
+        if sample.groups >= LEAST_GROUPS:
+            return _bca(sample, confidence)
+        half = float(stdtrit(sample.groups - 1, (1 + confidence) / 2)) * sample.row_error
+        return sample.value - half, sample.value + half
+    halves = [
+        float(stdtrit(freedom, (1 + confidence) / 2)) * error for error, freedom in _errors(sample)
+    ]
+    spans = [(sample.value - half, sample.value + half) for half in halves]
+    return max(*spans, _two_way(sample, confidence), key=lambda span: span[1] - span[0])
+
+
+def _errors(sample: Paired) -> list[tuple[float, float]]:
+    """Standard errors of a difference of several seeds, with their degrees of freedom: over the
+    seeds alone, and over rows and seeds (Satterthwaite 1946).
+
+    What rows and seeds do together is in both variances: the sum is a little too large.
+    """
+    seeds = sample.seed_deviation / math.sqrt(sample.seeds)
+    both = math.hypot(seeds, sample.row_error)
+    if both == 0:
+        return [(0.0, sample.seeds - 1)]
+    freedom = 1 / (
+        (seeds / both) ** 4 / (sample.seeds - 1)
+        + (sample.row_error / both) ** 4 / (sample.groups - 1)
+    )
+    return [(seeds, sample.seeds - 1), (both, freedom)]
 
 
 def p_value(sample: Paired) -> float:
-    """Two-sided p of no difference: the larger of the tests over groups and over seeds."""
-    rows = _sign_flip(sample)
-    if sample.seeds == 1:
-        return rows
-    from scipy import stats
-
-    if np.ptp(sample.by_seed) == 0:  # no spread at all: Student's test is not defined
-        return rows
-    return max(rows, float(stats.ttest_1samp(sample.by_seed, 0).pvalue))
+    """Two-sided p of no difference: the largest of the tests over groups, over seeds, and over
+    both, so that it covers what the interval does."""
+    found = [_sign_flip(sample)]
+    if sample.seeds > 1 and sample.groups > 1:
+        found += [
+            2 * float(stdtr(freedom, -abs(sample.value) / error))
+            for error, freedom in _errors(sample)
+            if error  # no spread at all: Student's test is not defined
+        ]
+    return max(found)
 
 
 def holm(p_values: Sequence[float]) -> list[float]:
@@ -223,54 +142,6 @@ def holm(p_values: Sequence[float]) -> list[float]:
     if not p_values:
         return []
     return [float(p) for p in multipletests(p_values, method="holm")[1]]
-
-
-@dataclass(frozen=True, slots=True)
-class Needed:
-    """What would decide with 80 % power; ``seeds`` is None where their spread is not known."""
-
-    rows: int
-    seeds: int | None
-
-
-def needed_for_difference(sample: Paired, rows: int, family: int = 1) -> Needed | None:
-    """To tell a difference of the observed size from zero; None if that cannot be said.
-
-    Args:
-        sample: what was observed.
-        rows: test rows of it.
-        family: comparisons that are corrected together, this one among them.
-    """
-    if sample.value == 0 or sample.groups < 2:
-        return None
-    return _needed(sample, rows, abs(sample.value), (0.025 / family, 0.2))
-
-
-def needed_for_equivalence(sample: Paired, rows: int, margin: float) -> Needed | None:
-    """To show equivalence within ``margin`` if there truly is no difference: at one-sided 5 %, with
-    80 % power against both bounds."""
-    if sample.groups < 2:
-        return None
-    return _needed(sample, rows, margin, (0.05, 0.1))
-
-
-def _needed(sample: Paired, rows: int, size: float, tails: tuple[float, float]) -> Needed:
-    """Rows and seeds, none fewer than now, whose variances make half each of what a difference of
-    this size allows; and seeds enough for Student's interval, which few of them make wide.
-
-    ``tails`` are the chances of calling out wrongly, on one side, and of missing it.
-    """
-    from scipy import stats
-
-    target = size / float(sum(stats.norm.isf(tails)))
-    if sample.seeds == 1:
-        return Needed(max(rows, math.ceil(rows * (sample.row_error / target) ** 2)), None)
-    spread = sample.seed_deviation
-    seeds = max(sample.seeds, math.ceil(2 * (spread / target) ** 2))
-    while float(sum(stats.t.isf(tails, seeds - 1))) * spread / math.sqrt(seeds) > size:
-        seeds += 1
-    left = target**2 - spread**2 / seeds
-    return Needed(max(rows, math.ceil(rows * sample.row_error**2 / left)), seeds)
 
 
 def _bca(sample: Paired, confidence: float) -> tuple[float, float]:
@@ -299,17 +170,6 @@ def _bca(sample: Paired, confidence: float) -> tuple[float, float]:
     return float(found.low), float(found.high)
 
 
-def _student(sample: Paired, confidence: float) -> tuple[float, float]:
-    from scipy import stats
-
-    half = (
-        float(stats.t.ppf((1 + confidence) / 2, sample.seeds - 1))
-        * sample.seed_deviation
-        / math.sqrt(sample.seeds)
-    )
-    return sample.value - half, sample.value + half
-
-
 def _two_way(sample: Paired, confidence: float) -> tuple[float, float]:
     tail = 50 * (1 - confidence)
     low, high = np.percentile(_two_way_samples(sample), [tail, 100 - tail])
@@ -318,14 +178,17 @@ def _two_way(sample: Paired, confidence: float) -> tuple[float, float]:
 
 @functools.lru_cache(maxsize=1)
 def _two_way_samples(sample: Paired) -> Floats:
-    """The difference over resampled groups and, independently, resampled seeds."""
+    """The difference over resampled groups and, independently, resampled seeds. Resampling n
+    seeds alone would show (n-1)/n of their variance, so what sets them apart is stretched."""
     rng = np.random.default_rng(0)
+    mean = sample.nats.mean(0)
+    stretched = mean + (sample.nats - mean) * math.sqrt(sample.seeds / (sample.seeds - 1))
     values: list[Floats] = []
     for start in range(0, RESAMPLES, 500):
         many = min(500, RESAMPLES - start)
         groups = rng.multinomial(sample.groups, [1 / sample.groups] * sample.groups, many)
         seeds = rng.multinomial(sample.seeds, [1 / sample.seeds] * sample.seeds, many)
-        nats = ((seeds / sample.seeds) @ sample.nats * groups).sum(1)
+        nats = ((seeds / sample.seeds) @ stretched * groups).sum(1)
         values.append(nats / (groups @ sample.tokens))
     return np.concatenate(values)
 
@@ -338,63 +201,19 @@ def _sign_flip(sample: Paired) -> float:
 
     nats = sample.nats.mean(0)
 
-    def total(one: Floats, other: Floats, axis: int = -1) -> Floats:
-        found: Floats = (one - other).sum(axis)
+    def size(one: Floats, other: Floats, axis: int = -1) -> Floats:
+        found: Floats = np.abs((one - other).sum(axis))
         return found
 
     # Exchanging a group's two arms flips the sign of its difference.
     found = stats.permutation_test(
         (nats, np.zeros_like(nats)),
-        total,
+        size,
         permutation_type="samples",
+        alternative="greater",
         vectorized=True,
         n_resamples=RESAMPLES,
         batch=500,
         rng=np.random.default_rng(0),
     )
     return float(found.pvalue)
-
-
-def _check_same_rows(first: Sequence[RowScore], second: Sequence[RowScore], tokens: LossOn) -> None:
-    by_id = {s.row_id: s for s in first}
-    if by_id.keys() != {s.row_id for s in second}:
-        raise IntegrityError("the two runs were scored on different rows; they do not compare")
-    for each in second:
-        count, other = _nll(each, tokens)[1], _nll(by_id[each.row_id], tokens)[1]
-        if count != other:
-            raise IntegrityError(
-                f"row {each.row_id[:8]} was scored on {other} and on {count} tokens; "
-                "the two runs do not compare"
-            )
-        if each.group_id != by_id[each.row_id].group_id:
-            raise IntegrityError(
-                f"row {each.row_id[:8]} is in different groups; the two runs do not compare"
-            )
-
-
-def _nll(score: RowScore, tokens: LossOn) -> tuple[float, int]:
-    if tokens == "all":
-        return score.nll_all, score.tokens_all
-    return score.nll_response, score.tokens_response
-
-
-def _sums(scores: Sequence[RowScore], tokens: LossOn) -> tuple[list[str], Floats, Floats]:
-    """Groups in order, their nats and their tokens. Exact sums: row order does not matter."""
-    parts: dict[str, list[tuple[float, int]]] = {}
-    for score in scores:
-        parts.setdefault(score.group_id, []).append(_nll(score, tokens))
-    groups = sorted(group for group, each in parts.items() if any(count for _, count in each))
-    nats = np.array([math.fsum(nll for nll, _ in parts[group]) for group in groups])
-    counts = np.array([float(sum(count for _, count in parts[group])) for group in groups])
-    return groups, nats, counts
-
-
-def _ratio(nats: Floats, tokens: Floats) -> Estimate:
-    """Ratio of sums with groups as sampling units."""
-    total = math.fsum(tokens)
-    value = math.fsum(nats) / total
-    groups = len(tokens)
-    if groups < 2:
-        return Estimate(value, math.inf, groups)
-    residual = math.fsum((nats - value * tokens) ** 2)
-    return Estimate(value, math.sqrt(residual * groups / (groups - 1)) / total, groups)

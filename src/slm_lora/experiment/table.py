@@ -7,7 +7,8 @@ from dataclasses import dataclass, replace
 from typing import Any
 
 from slm_lora.evaluation.perplexity import read_scores
-from slm_lora.experiment.statistics import Estimate, loss_estimate
+from slm_lora.experiment.losses import Estimate, loss_estimate, mean_over_rows, perplexity
+from slm_lora.experiment.statistics import LEAST_GROUPS
 from slm_lora.progress import clock
 from slm_lora.recipe.schema import LATER_KEYS
 from slm_lora.records import LossOn, RowScore
@@ -146,23 +147,26 @@ def markdown_table(lines: Sequence[Line]) -> str:
     return "\n".join("| " + " | ".join(row) + " |" for row in [titles, marks, *rows]) + "\n"
 
 
-def both_losses(lines: Sequence[Line]) -> str:
-    """Markdown: whole text and response only, each with its 95 % interval."""
-    rows = [
-        "| Cell | Whole text: loss | Perplexity | Response only: loss | Perplexity | Bits/byte |"
-    ]
-    rows.append("| :-- | --: | --: | --: | --: | --: |")
+def losses_table(lines: Sequence[Line], tokens: LossOn) -> str:
+    """Markdown: loss, perplexity and the mean of the rows' own losses, with 95 % intervals."""
+    rows = ["| Cell | Loss | Perplexity | Mean over rows | Bits/byte |"]
+    rows.append("| :-- | --: | --: | --: | --: |")
     for line in lines:
-        shown = [line.run.cell]
-        kinds: tuple[LossOn, ...] = ("all", "response")
-        for tokens in kinds:
-            found = line.run.record["evaluation"].get(tokens)
-            if found is None:
-                shown += ["–", "–"]
-                continue
-            loss = line.loss(tokens)
-            shown.append(f"{loss.value:.4f} ({loss.low:.4f} to {loss.high:.4f})")
-            shown.append(f"{found['perplexity']:.3f}")
-        shown.append(f"{line.run.record['evaluation']['all']['bits_per_byte']:.4f}")
-        rows.append("| " + " | ".join(shown) + " |")
+        found = line.run.record["evaluation"].get(tokens)
+        if found is None:
+            rows.append(f"| {line.run.cell} | – | – | – | – |")
+            continue
+        loss, of_rows = line.loss(tokens), mean_over_rows([line.scores], tokens)
+        per_token = (
+            f"{found['perplexity']:.2f} ({perplexity(loss.low):.2f} to {perplexity(loss.high):.2f})"
+        )
+        shown = [line.run.cell, loss_shown(loss), per_token, loss_shown(of_rows)]
+        rows.append("| " + " | ".join(shown) + f" | {found['bits_per_byte']:.4f} |")
     return "\n".join(rows) + "\n"
+
+
+def loss_shown(loss: Estimate) -> str:
+    """With its interval, where there are groups enough for one."""
+    if loss.groups < LEAST_GROUPS:
+        return f"{loss.value:.4f}"
+    return f"{loss.value:.4f} ({loss.low:.4f} to {loss.high:.4f})"

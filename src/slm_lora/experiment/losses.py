@@ -1,0 +1,202 @@
+"""What was scored, as sums: losses with their errors, and paired differences of two arms.
+
+Loss is a ratio (nats over tokens), and rows of one group are not independent: groups are the
+sampling units throughout.
+"""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Callable, Sequence
+from dataclasses import dataclass
+
+import numpy as np
+import numpy.typing as npt
+from scipy.special import stdtrit
+
+from slm_lora.errors import IntegrityError
+from slm_lora.records import LossOn, RowScore
+
+Floats = npt.NDArray[np.float64]
+Parts = Callable[[RowScore], tuple[float, int]]
+"""What a row adds to a ratio, numerator and denominator."""
+_LARGEST_LOSS = 700.0
+
+
+@dataclass(frozen=True, slots=True)
+class Estimate:
+    """A loss in nats per token, with its clustered standard error.
+
+    The variance is that of a ratio, linearised over groups (Cochran, Sampling Techniques, 3rd
+    ed., ch. 6; recommended for evaluations by Miller 2024, arXiv 2411.00640). ``low`` and
+    ``high`` bound the 95 % interval over the choice of test rows, by Student's t.
+    """
+
+    value: float
+    standard_error: float
+    groups: int
+
+    @property
+    def low(self) -> float:
+        """Lower end of the 95 % interval."""
+        return self.value - self._half
+
+    @property
+    def high(self) -> float:
+        """Upper end of the 95 % interval."""
+        return self.value + self._half
+
+    @property
+    def _half(self) -> float:
+        if self.groups < 2:
+            return math.inf
+        return float(stdtrit(self.groups - 1, 0.975)) * self.standard_error
+
+    def record(self) -> dict[str, float | int | None]:
+        """For JSON, which has no infinity: what is not known from one group is null."""
+        known = math.isfinite(self.standard_error)
+        return {
+            "value": self.value,
+            "standard_error": self.standard_error if known else None,
+            "low": self.low if known else None,
+            "high": self.high if known else None,
+            "groups": self.groups,
+        }
+
+
+@dataclass(frozen=True, eq=False)
+class Paired:
+    """Differences between two arms on the same rows, summed by group.
+
+    Attributes:
+        nats: loss of the second arm minus that of the first, float64 [seeds, groups].
+        tokens: label tokens, float64 [groups].
+    """
+
+    nats: Floats
+    tokens: Floats
+
+    @property
+    def seeds(self) -> int:
+        """Pairs of trainings."""
+        return len(self.nats)
+
+    @property
+    def groups(self) -> int:
+        """Groups of rows."""
+        return len(self.tokens)
+
+    @property
+    def by_seed(self) -> Floats:
+        """The difference in nats per token for every seed."""
+        found: Floats = self.nats.sum(1) / self.tokens.sum()
+        return found
+
+    @property
+    def value(self) -> float:
+        """The difference in nats per token; below zero, the second arm is better."""
+        return float(self.by_seed.mean())
+
+    @property
+    def row_error(self) -> float:
+        """Standard error over the choice of test rows."""
+        return loss_of_sums(self.nats.mean(0), self.tokens).standard_error
+
+    @property
+    def seed_deviation(self) -> float:
+        """Standard deviation of the difference between seeds; not a number for one seed."""
+        return float(self.by_seed.std(ddof=1)) if self.seeds > 1 else math.nan
+
+
+def loss_estimate(runs: Sequence[Sequence[RowScore]], tokens: LossOn) -> Estimate:
+    """Loss of one model, or the mean over its seeds, with its clustered standard error."""
+    nats, counts = group_sums(runs, tokens)
+    return loss_of_sums(nats.mean(0), counts)
+
+
+def loss_of_sums(nats: Floats, tokens: Floats) -> Estimate:
+    """Loss from the nats and the tokens of every group, with its clustered standard error."""
+    total = math.fsum(tokens)
+    value = math.fsum(nats) / total
+    groups = len(tokens)
+    if groups < 2:
+        return Estimate(value, math.inf, groups)
+    residual = math.fsum((nats - value * tokens) ** 2)
+    return Estimate(value, math.sqrt(residual * groups / (groups - 1)) / total, groups)
+
+
+def perplexity(loss: float) -> float:
+    """exp of it; infinite where that is no number any more."""
+    return math.exp(loss) if loss < _LARGEST_LOSS else math.inf
+
+
+def mean_over_rows(runs: Sequence[Sequence[RowScore]], tokens: LossOn) -> Estimate:
+    """Mean of the rows' own losses, where a long row counts as much as a short one."""
+
+    def own(row: RowScore) -> tuple[float, int]:
+        nll, count = _nll(row, tokens)
+        return (nll / count, 1) if count else (0.0, 0)
+
+    sums, rows = _by_group(runs, tokens, own)
+    return loss_of_sums(sums.mean(0), rows)
+
+
+def group_sums(runs: Sequence[Sequence[RowScore]], tokens: LossOn) -> tuple[Floats, Floats]:
+    """Nats [runs, groups] and label tokens [groups] of runs on the same rows.
+
+    Raises:
+        IntegrityError: they were not scored on the same tokens of the same rows.
+    """
+    return _by_group(runs, tokens, lambda row: _nll(row, tokens))
+
+
+def _by_group(
+    runs: Sequence[Sequence[RowScore]], tokens: LossOn, parts: Parts
+) -> tuple[Floats, Floats]:
+    for other in runs[1:]:
+        _check_same_rows(runs[0], other, tokens)
+    sums = [_sums(scores, parts) for scores in runs]
+    return np.stack([values for values, _ in sums]), sums[0][1]
+
+
+def paired(arms: Sequence[tuple[Sequence[RowScore], Sequence[RowScore]]], tokens: LossOn) -> Paired:
+    """Differences between two arms, one pair of runs a seed.
+
+    Raises:
+        IntegrityError: runs were not scored on the same tokens of the same rows.
+    """
+    nats, counts = group_sums([scores for pair in arms for scores in pair], tokens)
+    return Paired(nats[1::2] - nats[0::2], counts)
+
+
+def _check_same_rows(first: Sequence[RowScore], second: Sequence[RowScore], tokens: LossOn) -> None:
+    by_id = {s.row_id: s for s in first}
+    if by_id.keys() != {s.row_id for s in second}:
+        raise IntegrityError("the two runs were scored on different rows; they do not compare")
+    for each in second:
+        count, other = _nll(each, tokens)[1], _nll(by_id[each.row_id], tokens)[1]
+        if count != other:
+            raise IntegrityError(
+                f"row {each.row_id[:8]} was scored on {other} and on {count} tokens; "
+                "the two runs do not compare"
+            )
+        if each.group_id != by_id[each.row_id].group_id:
+            raise IntegrityError(
+                f"row {each.row_id[:8]} is in different groups; the two runs do not compare"
+            )
+
+
+def _nll(score: RowScore, tokens: LossOn) -> tuple[float, int]:
+    if tokens == "all":
+        return score.nll_all, score.tokens_all
+    return score.nll_response, score.tokens_response
+
+
+def _sums(scores: Sequence[RowScore], parts: Parts) -> tuple[Floats, Floats]:
+    """Numerators and denominators, a group each. Exact sums: row order does not matter."""
+    groups: dict[str, list[tuple[float, int]]] = {}
+    for score in scores:
+        groups.setdefault(score.group_id, []).append(parts(score))
+    kept = [each for _, each in sorted(groups.items()) if any(count for _, count in each)]
+    values = np.array([math.fsum(value for value, _ in each) for each in kept])
+    return values, np.array([float(sum(count for _, count in each)) for each in kept])
