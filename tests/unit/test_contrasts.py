@@ -140,7 +140,7 @@ def test_categories_are_compared_apart() -> None:
     assert [(name, rows) for name, rows, _ in parts] == [("even", 20), ("odd", 20)]
     assert all(d.value == pytest.approx(-1) for _, _, d in parts)
     table = analysis.category_table([Arm((lines[1],))], lines[0])
-    assert "| even | 20 | 3.0000 (2." in table
+    assert "| even | 20 | 3.000 (2." in table
 
 
 def test_a_category_of_few_groups_has_no_interval() -> None:

@@ -275,7 +275,7 @@ def returns(found: Sequence[Contrast], curves: Sequence[LearningCurve]) -> str:
                 continue
             said.append(
                 f"- {each.second.name}: the first {rows[0]} training rows change the loss by "
-                f"{_nats(first)}; going on to {rows[1]} changes it by {_nats(d)}, "
+                f"{_nats(first)}; going on to {rows[1]} changes it by {_nats(d)}"
                 f"{_per_doubling(d, rows)}." + _not_shown(each)
             )
         elif each.key in ("adapter.r", "adapter.target_modules"):
@@ -283,8 +283,7 @@ def returns(found: Sequence[Contrast], curves: Sequence[LearningCurve]) -> str:
             if many[0] != many[1]:
                 said.append(
                     f"- {each.second.name} trains {many[1] / many[0]:.1f} times the weights of "
-                    f"{each.first.name}, for {_nats(d)}, {_per_doubling(d, many)}."
-                    + _not_shown(each)
+                    f"{each.first.name}, for {_nats(d)}{_per_doubling(d, many)}." + _not_shown(each)
                 )
     said += [f"- {_curve(each)}" for each in curves]
     return "\n".join(said) or "No two cells differ in rank or dataset size alone."
@@ -292,9 +291,11 @@ def returns(found: Sequence[Contrast], curves: Sequence[LearningCurve]) -> str:
 
 def _per_doubling(d: Difference, amounts: Sequence[float]) -> str:
     doublings = math.log2(amounts[1] / amounts[0])
+    if doublings == 1:
+        return ", one doubling"
     ends = sorted((d.low / doublings, d.high / doublings))
     span = f" ({ends[0]:+.4f} to {ends[1]:+.4f})" if math.isfinite(ends[0]) else ""
-    return f"{d.value / doublings:+.4f}{span} a doubling"
+    return f", {d.value / doublings:+.4f}{span} a doubling"
 
 
 def _not_shown(each: Contrast) -> str:
@@ -339,7 +340,7 @@ def category_table(tuned: Sequence[Arm], base: Line | None) -> str:
     ]
     for name in names:
         many = sum(score.category == name for score in scores)
-        losses = " | ".join(loss_shown(arm.within(name)) for arm in arms)
+        losses = " | ".join(loss_shown(arm.within(name), 3) for arm in arms)
         rows.append(f"| {plain(name)} | {many} | {losses} |")
     return "\n".join(rows)
 

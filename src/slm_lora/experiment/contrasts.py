@@ -132,6 +132,7 @@ class Contrast:
             "high": d.high if known else None,
             "covers": d.covers,
             "p": d.p,
+            "p_least": d.p_least,
             "p_corrected": self.p_corrected,
             "equivalent": d.equivalent,
             "margin": d.margin,

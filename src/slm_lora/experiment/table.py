@@ -165,8 +165,9 @@ def losses_table(lines: Sequence[Line], tokens: LossOn) -> str:
     return "\n".join(rows) + "\n"
 
 
-def loss_shown(loss: Estimate) -> str:
+def loss_shown(loss: Estimate, digits: int = 4) -> str:
     """With its interval, where there are groups enough for one."""
+    value = f"{loss.value:.{digits}f}"
     if loss.groups < LEAST_GROUPS:
-        return f"{loss.value:.4f}"
-    return f"{loss.value:.4f} ({loss.low:.4f} to {loss.high:.4f})"
+        return value
+    return f"{value} ({loss.low:.{digits}f} to {loss.high:.{digits}f})"
