@@ -5,7 +5,7 @@ from __future__ import annotations
 import sys
 from collections.abc import Iterator
 from pathlib import Path
-from typing import Any
+from typing import Any, Literal, get_args, get_origin
 
 from pydantic import BaseModel
 from pydantic_core import PydanticUndefined
@@ -46,6 +46,14 @@ def default(info: Any) -> str:
     return f"`{value}`" if value not in ("", {}) else "empty"
 
 
+def allowed(annotation: Any) -> str:
+    """The values of a key that has a few only, as a sentence."""
+    kinds = [annotation, *get_args(annotation)]
+    values = [value for kind in kinds if get_origin(kind) is Literal for value in get_args(kind)]
+    named = ", ".join(f"`{value}`" for value in values)
+    return f" Values: {named}." if len(values) > 1 else ""
+
+
 def page() -> str:
     """The whole page."""
     parts = [HEAD]
@@ -55,7 +63,7 @@ def page() -> str:
         for name, info in model.model_fields.items():
             if isinstance(info.annotation, type) and issubclass(info.annotation, BaseModel):
                 continue
-            meaning = (info.description or "").replace("|", "\\|")
+            meaning = (info.description or "").replace("|", "\\|") + allowed(info.annotation)
             parts.append(f"| `{prefix}{name}` | {default(info)} | {meaning} |\n")
         parts.append("\n")
     parts.append(TAIL)

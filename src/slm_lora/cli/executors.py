@@ -38,7 +38,7 @@ ExecutorName = Annotated[
 Address = Annotated[
     str,
     typer.Option(
-        "--address", help="Of the Ray cluster: HOST:PORT, or auto; else one of this machine alone."
+        "--address", help="Ray cluster to join: HOST:PORT, or auto. Unset: one is started here."
     ),
 ]
 ExecutorOptions = Annotated[
@@ -46,7 +46,7 @@ ExecutorOptions = Annotated[
     typer.Option(
         "--executor-option",
         metavar="KEY=VALUE",
-        help="Of every cell's task or job, e.g. num_gpus=1 (Ray), slurm_partition=gpu, "
+        help="Resources of every cell's task or job, e.g. num_gpus=1 (Ray), slurm_partition=gpu, "
         "timeout_min=240 (Slurm, by submitit's names). May be repeated.",
     ),
 ]

@@ -59,7 +59,12 @@ Processes = Annotated[
         help="Processes that share the examples of a step, on this machine (elsewhere: torchrun).",
     ),
 ]
-CellName = Annotated[str, typer.Option("--cell", help="Cell of the grid, where it has several.")]
+CellName = Annotated[
+    str,
+    typer.Option(
+        "--cell", help="Cell of the grid; unset, its first (train: where there is but one)."
+    ),
+]
 
 
 def console() -> Any:

@@ -23,11 +23,11 @@ Temperature = Annotated[
     float, typer.Option("--temperature", min=0, help="0: always the most likely token.")
 ]
 TopP = Annotated[float, typer.Option("--top-p", min=0, max=1, help="Nucleus sampling.")]
-TopK = Annotated[int, typer.Option("--top-k", min=0, help="Among so many tokens; 0: all.")]
+TopK = Annotated[int, typer.Option("--top-k", min=0, help="Draw among the k likeliest; 0: all.")]
 Penalty = Annotated[
     float, typer.Option("--repetition-penalty", min=0.01, help="Above 1: fewer repetitions.")
 ]
-Seed = Annotated[int, typer.Option("--seed", min=0, help="Of what is sampled.")]
+Seed = Annotated[int, typer.Option("--seed", min=0, help="Seed of the sampling.")]
 Stop = Annotated[
     list[str] | None, typer.Option("--stop", help="Text that ends a reply; may be repeated.")
 ]

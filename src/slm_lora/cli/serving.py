@@ -19,7 +19,10 @@ if TYPE_CHECKING:
 def serve(
     adapter: Annotated[
         list[Path] | None,
-        typer.Option("--adapter", help="Adapter folder; may be repeated. Else the newest's kin."),
+        typer.Option(
+            "--adapter",
+            help="Adapter folder; may be repeated. Unset: all of the experiment trained last.",
+        ),
     ] = None,
     adapters: AdaptersDir = Path("adapter"),
     base: BaseModel = None,
@@ -36,7 +39,7 @@ def serve(
         Path | None,
         typer.Option("--prompts", help="The page's examples; else rows of the data set."),
     ] = None,
-    max_tokens: Annotated[int, typer.Option(min=1, help="Of any reply, at most.")] = 1024,
+    max_tokens: Annotated[int, typer.Option(min=1, help="Longest reply, in tokens.")] = 1024,
     max_waiting: Annotated[int, typer.Option(min=1, help="Requests in the queue; more: 429.")] = 64,
     device: Device = "auto",
     precision: Precision = "auto",

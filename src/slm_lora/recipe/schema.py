@@ -232,7 +232,11 @@ class TrainingSection(Section):
 class EvaluationSection(Section):
     """How base and adapters are scored."""
 
-    headline: LossOn = Field("all", description="Tokens behind the table; both are reported.")
+    headline: LossOn = Field(
+        "all",
+        description="Tokens whose loss table, intervals and comparisons are of; both are "
+        "reported. `response` goes with `training.loss_on: response`.",
+    )
     micro_batch_tokens: Int = Field(
         4096, ge=1, description="Tokens scored at once: the memory knob."
     )
