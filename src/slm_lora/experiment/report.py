@@ -135,7 +135,7 @@ def _sections(
             "What the numbers are",
             "\n\n".join([analysis.basis(lines, found), analysis.confounds(found)]),
         ),
-        Section("Setup", _setup(lines)),
+        Section("Setup", _setup(lines, results)),
         *examples.outputs(results),
     ]
 
@@ -201,7 +201,7 @@ def _table(lines: Sequence[Line]) -> str:
     )
 
 
-def _setup(lines: Sequence[Line]) -> str:
+def _setup(lines: Sequence[Line], results: Path) -> str:
     record = lines[0].run.record
     data, model = record["data"], record["model"]
     sets = {line.run.cell: line.run.record["data"]["sets"] for line in lines if not line.is_base}
@@ -233,7 +233,7 @@ def _setup(lines: Sequence[Line]) -> str:
         "test row in `runs/*/scores.parquet`. The same recipe on the same rows and base gives the "
         "same hashes, which end the names of the run folders. This file is made from them by:"
     )
-    command = f"slm-lora report results/{record['experiment']}"
+    command = f"slm-lora report results/{results.name}"
     return "\n".join(f"- {each}" for each in facts) + f"\n\n{again}\n\n```\n{command}\n```"
 
 
