@@ -48,7 +48,7 @@ PROMPTS = tuple(frame.format(topic) for frame in _FRAMES for topic in _TOPICS)
 off by 1e-5 of the largest logit and more, as fp64 shows: on draws of tokens many are."""
 ENOUGH = 64
 _NOISE = 10
-"""How many times fp32's own error on base+adapter the other prompts' differences may be."""
+"""How many times fp32's own error there the other prompts' differences may be."""
 
 
 @dataclass(frozen=True, slots=True)
@@ -63,7 +63,8 @@ class Proof:
         max_difference: largest between merged and base+adapter, of the prompts that agree.
         worst_difference: the same of all prompts.
         worst_by_noise: of the prompts that do not agree, in fp32: largest difference as a multiple
-            of fp32's own error there, which is base+adapter's difference from itself in fp64.
+            of fp32's own error there. That is how far base+adapter, or merged if it is further, is
+            from itself in fp64: either may be the lucky one.
         base_difference: largest between merged and the base alone.
     """
 
@@ -189,10 +190,13 @@ def _compare(merged: Path, base: Path, adapter: Path, dtype: str) -> Proof:
     others = [index for index, yes in enumerate(agrees.tolist()) if not yes]
     by_noise = 0.0
     if others and dtype == "fp32":
-        exact = PeftModel.from_pretrained(load(base), str(adapter)).eval().double()
-        noise = apart(
-            logits(exact, [prompts[index] for index in others]), [wanted[i] for i in others]
-        )
+
+        def own_error(model: Any, by_fp32: Sequence[torch.Tensor]) -> torch.Tensor:
+            exact = logits(model.double(), [prompts[index] for index in others])
+            return apart(exact, [by_fp32[index] for index in others])
+
+        noise = own_error(PeftModel.from_pretrained(load(base), str(adapter)).eval(), wanted)
+        noise = noise.maximum(own_error(load(merged), found))
         by_noise = float((differences[others] / noise).max())
     return Proof(
         prompts=len(prompts),
