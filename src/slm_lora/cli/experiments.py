@@ -186,7 +186,13 @@ def report(
     experiment_folder: Annotated[
         Path, typer.Argument(metavar="FOLDER", help="results/<experiment>")
     ],
-    overrides: Overrides = None,
+    overrides: Annotated[
+        list[str] | None,
+        typer.Argument(
+            metavar="[KEY=VALUE]...",
+            help="With --with-rows: overrides of that recipe, e.g. data.name=rows.jsonl.",
+        ),
+    ] = None,
     with_rows: Annotated[
         Path | None,
         typer.Option(

@@ -1,0 +1,38 @@
+"""The page that says where everything lives is of the modules that are here."""
+
+from __future__ import annotations
+
+from pathlib import Path
+
+ROOT = Path(__file__).parents[2]
+PACKAGE = ROOT / "src" / "slm_lora"
+
+
+def modules_of_the_page() -> set[str]:
+    """Paths in the tree of docs/architecture.md; two spaces of indentation are one folder."""
+    page = (ROOT / "docs" / "architecture.md").read_text(encoding="utf-8")
+    tree = page.split("## Every module", 1)[1].split("```")[1].strip("\n").splitlines()
+    found, folders = set(), [""]
+    for line in tree[1:]:
+        name = line.split()[0]
+        depth = (len(line) - len(line.lstrip())) // 2
+        if name.endswith(("/", ".py")):
+            folders[depth:] = [folders[depth - 1] + name]
+            found.add(folders[depth])
+    return found
+
+
+def test_the_page_names_every_module() -> None:
+    page = modules_of_the_page()
+    files = {path.relative_to(PACKAGE) for path in PACKAGE.rglob("*.py")}
+    modules = {path.as_posix() for path in files if not path.name.startswith("__")}
+    # A folder that is named without its files is one line.
+    whole = {
+        name
+        for name in page
+        if name.endswith("/")
+        and not any(other != name and other.startswith(name) for other in page)
+    }
+    here = {name for name in modules if not name.startswith(tuple(whole))}
+    assert here == {name for name in page if name.endswith(".py")}
+    assert all((PACKAGE / name).is_dir() for name in page if name.endswith("/"))
