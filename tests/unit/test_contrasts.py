@@ -164,3 +164,19 @@ def test_arms_of_unequal_seeds_are_compared_on_those_of_both() -> None:
     assert "Comparisons of several seeds (2) cover the seed as well" in said
     answer = analysis.answer(found)
     assert "The loss of this training is lower beyond the choice of test rows" in answer
+
+
+def test_the_answer_begins_with_how_many_said_what() -> None:
+    lines = [line("base", 3.0)]
+    lines += [
+        line(f"r{r}-seed{n}", loss, adapter__r=r, seed=n)
+        for n in (0, 1, 2)
+        for r, loss in ((4, 2.0), (8, 2.0), (16, 2.5 + n / 10))
+    ]
+    said = analysis.answer(all_contrasts(lines)).split("\n", 1)[0]
+    assert said.startswith("Lowest perplexity: 7.389, of r")
+    assert "3 comparisons with the base: 3 different." in said
+    assert "2 comparisons between trainings: 1 different, 1 equivalent." in said
+    assert "one seed" not in said
+    alone = analysis.answer(all_contrasts(lines[:3])).split("\n", 1)[0]
+    assert alone.endswith("A verdict from one seed is on these runs, not on their settings.")

@@ -9,8 +9,9 @@ from __future__ import annotations
 import math
 from collections import Counter
 from collections.abc import Sequence
+from typing import get_args
 
-from slm_lora.experiment.contrasts import Arm, Contrast, amount
+from slm_lora.experiment.contrasts import Arm, Contrast, Verdict, amount
 from slm_lora.experiment.curve import LearningCurve
 from slm_lora.experiment.losses import perplexity
 from slm_lora.experiment.page import plain
@@ -50,14 +51,33 @@ def _kinds(tuned: Sequence[Arm]) -> str:
 
 
 def answer(found: Sequence[Contrast]) -> str:
-    """One sentence a contrast, those with the base first."""
+    """In short, then one sentence a contrast, those with the base first."""
     to_base = [each for each in found if each.key == "base"]
-    parts = ["### Perplexity reduction\n\n" + _reduction(to_base)]
+    parts = [_in_short(found)] if found else []
+    parts.append("### Perplexity reduction\n\n" + _reduction(to_base))
     for key in dict.fromkeys(each.key for each in found if each.key != "base"):
         of_key = [each for each in found if each.key == key]
         name = name_of(key, of_key[0].tied)
         parts.append(f"### Effect of the {name}\n\n" + _effect(of_key))
     return "\n\n".join(parts)
+
+
+def _in_short(found: Sequence[Contrast]) -> str:
+    losses = {arm.name: arm.loss().value for each in found for arm in (each.first, each.second)}
+    lowest = min(losses, key=losses.__getitem__)
+    said = [f"Lowest perplexity: {perplexity(losses[lowest]):.3f}, of {lowest}."]
+    for what, some in (
+        ("with the base", [each for each in found if each.key == "base"]),
+        ("between trainings", [each for each in found if each.key != "base"]),
+    ):
+        counts = Counter(each.verdict for each in some)
+        if counts:
+            comparisons = "comparison" if len(some) == 1 else "comparisons"
+            verdicts = ", ".join(f"{counts[v]} {v}" for v in get_args(Verdict) if counts[v])
+            said.append(f"{len(some)} {comparisons} {what}: {verdicts}.")
+    if not all(each.covers_seeds for each in found):
+        said.append("A verdict from one seed is on these runs, not on their settings.")
+    return " ".join(said)
 
 
 def name_of(key: str, tied: Sequence[str] = ()) -> str:

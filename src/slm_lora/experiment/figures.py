@@ -224,6 +224,7 @@ def cost(arms: Sequence[Arm]) -> Picture | None:
     if len(arms) < 2:
         return None
     figure, axes = _axes(3.0)
+    points = []
     for index, arm in enumerate(arms):
         seconds = sum(line.run.record["training"]["seconds"] for line in arm.lines)
         loss = arm.loss()
@@ -233,17 +234,36 @@ def cost(arms: Sequence[Arm]) -> Picture | None:
             [at], [loss.value], yerr=[half], marker=_MARKERS[index % len(_MARKERS)], ms=7,
             color=INK, mfc="white", ecolor=SHADE, elinewidth=0.8,
         )  # fmt: skip
-        axes.annotate(
-            arm.name, (at, loss.value), xytext=(7, 3), textcoords="offset points", fontsize=8
-        )
+        points.append((at, loss.value))
     axes.set_xlabel("training time, minutes")
     axes.set_ylabel("held-out loss, nats a token")
     axes.margins(0.15)
+    _label(figure, axes, points, [arm.name for arm in arms])
     return _drawn(
         figure,
         "Held-out loss against the time of training, mean over seeds, with 95 % intervals over "
         "the choice of test rows, which all share.",
     )
+
+
+def _label(
+    figure: Figure, axes: Axes, points: Sequence[tuple[float, float]], names: Sequence[str]
+) -> None:
+    """A name to the right of each point, moved up where it would lie on another."""
+    axes.autoscale_view()
+    wide, high = 90, 10  # as much room as a name takes, in points of print
+    placed: list[tuple[float, float]] = []
+    at = axes.transData.transform(points) * 72 / figure.dpi
+    for index in sorted(range(len(points)), key=lambda index: float(at[index][1])):
+        x, y = float(at[index][0]), float(at[index][1])
+        up = y
+        while near := [py for px, py in placed if abs(px - x) < wide and abs(py - up) < high]:
+            up = max(near) + high
+        placed.append((x, up))
+        axes.annotate(
+            names[index], points[index], xytext=(9, up - y - 3), textcoords="offset points",
+            fontsize=8,
+        )  # fmt: skip
 
 
 @_style
