@@ -121,6 +121,17 @@ def keep_freed_memory() -> None:
     _set_heap({_M_MMAP_MAX: 0, _M_TRIM_THRESHOLD: -1})
 
 
+def forget_rare_products() -> None:
+    """Let oneDNN, and PyTorch's layer on it, keep the code of 128 products each instead of 1,024.
+
+    To be called before the first product. Each shape has code of its own, 0.3 MB in either, and as
+    micro-batches are of ever other lengths all 1,024 are soon there: 0.6 GB, most of it never used
+    again. A micro-batch has about 50. Who has set these variables knows better.
+    """
+    for name in ("ONEDNN_PRIMITIVE_CACHE_CAPACITY", "LRU_CACHE_CAPACITY"):
+        os.environ.setdefault(name, "128")
+
+
 @contextlib.contextmanager
 def returning_large_blocks(on: bool) -> Iterator[None]:
     """Inside, blocks of 16 MB and more go back to the system when freed, which leaves no holes.

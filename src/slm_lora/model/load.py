@@ -113,6 +113,7 @@ def load_base(
     """
     if device.type == "cpu":
         machine.keep_freed_memory()
+        machine.forget_rare_products()
     causal = _read(source, precision, device, quantization)
     causal.requires_grad_(False)
     if sharded:
