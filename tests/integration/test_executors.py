@@ -135,7 +135,7 @@ def test_a_cell_that_fails_is_named_and_the_others_are_run(
     recipe = lab.recipe.read_text()
     lab.recipe.write_text(recipe.replace("adapter.r: 2}", "training.learning_rate: 1e38}"))
     said = ended(start(lab, "--executor", "slurm", "--executor-option", "cluster=local"), 5)
-    assert said.splitlines()[-1].startswith("40-learningrate1e+38: step 1 of 10")
+    assert said.splitlines()[-1].startswith("40-lr1e+38: step 1 of 10")
     assert sorted(name[:-9] for name in found(lab)) == ["base", "r4-40", "r4-80"], said
 
 

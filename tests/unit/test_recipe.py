@@ -356,7 +356,7 @@ def test_axes_multiply_and_tied_keys_move_together() -> None:
     )
     values = [(c.recipe.data.size, c.recipe.adapter.r, c.recipe.adapter.alpha) for c in found]
     assert values == [(size, r, 32.0) for size, r in itertools.product((100, 200, 300), (8, 16))]
-    assert [c.name for c in found[:2]] == ["r8-100-loraalpha32", "r16-100"]
+    assert [c.name for c in found[:2]] == ["r8-100-alpha32", "r16-100"]
 
 
 def test_seeds_go_over_the_whole_grid_one_after_the_other() -> None:
@@ -380,7 +380,7 @@ def test_where_sizes_vary_each_seed_draws_rows_of_its_own() -> None:
 def test_settings_are_the_values_not_their_spelling() -> None:
     (cell,) = cells("grid: {cells: [{training.learning_rate: 2e-4, adapter.r: '8'}]}")
     assert cell.settings == {"training.learning_rate": 0.0002, "adapter.r": 8}
-    assert cell.name == "r8-learningrate0.0002"
+    assert cell.name == "r8-lr0.0002"
 
 
 @pytest.mark.parametrize(

@@ -45,6 +45,10 @@ _SHORT = {
     "seed": "seed",
     "data_seed": "data",
     "adapter.kind": "",
+    "adapter.target_modules": "",
+    "adapter.lora_alpha": "alpha",
+    "training.learning_rate": "lr",
+    "training.num_train_epochs": "epochs",
 }
 _NOT_IN_CELLS = Recipe.model_fields.keys() - CellRecipe.model_fields.keys()
 
