@@ -63,9 +63,10 @@ def answer(found: Sequence[Contrast]) -> str:
 
 
 def _in_short(found: Sequence[Contrast]) -> str:
-    losses = {arm.name: arm.loss().value for each in found for arm in (each.first, each.second)}
-    lowest = min(losses, key=losses.__getitem__)
-    said = [f"Lowest perplexity: {perplexity(losses[lowest]):.3f}, of {lowest}."]
+    loss, lowest = min(
+        (arm.loss().value, arm.name) for each in found for arm in (each.first, each.second)
+    )
+    said = [f"Lowest perplexity: {perplexity(loss):.3f}, of {lowest}."]
     for what, some in (
         ("with the base", [each for each in found if each.key == "base"]),
         ("between trainings", [each for each in found if each.key != "base"]),
