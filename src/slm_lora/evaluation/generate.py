@@ -16,7 +16,9 @@ import torch
 from slm_lora.data.batches import pack
 from slm_lora.data.prompts import Prompt
 from slm_lora.errors import UsageError
-from slm_lora.model.forward import mixed_precision, output_embedding, score_documents
+from slm_lora.model.base import trunk
+from slm_lora.model.forward import mixed_precision, score_documents
+from slm_lora.model.output_head import output_head
 from slm_lora.model.variants import Variants
 
 if TYPE_CHECKING:
@@ -117,10 +119,8 @@ class Reply:
         self._variants.use(self._variant)
         given = torch.tensor([self.ids[-1:] or self._prompt], device=base.device)
         with mixed_precision(base):
-            found = base.causal.base_model(
-                input_ids=given, past_key_values=self._cache, use_cache=True
-            )
-            logits = found.last_hidden_state[:, -1] @ output_embedding(base.causal).t()
+            found = trunk(base.causal)(input_ids=given, past_key_values=self._cache, use_cache=True)
+            logits = output_head(base.causal, base.head).logits(found.last_hidden_state[:, -1])
         on_cpu: torch.Tensor = logits.to("cpu", torch.float32)
         return on_cpu
 

@@ -25,6 +25,7 @@ from slm_lora.model.base import DTYPES, Base
 from slm_lora.model.forward import batch_nll
 from slm_lora.model.load import load_base
 from slm_lora.model.loss import summed_nll, token_nll
+from slm_lora.model.output_head import OutputHead
 from slm_lora.model.recompute import recomputed_layers
 from slm_lora.model.source import ModelSource
 from slm_lora.records import Example
@@ -91,6 +92,7 @@ def measure(job: Job, compiled: bool) -> Measured:
         int(config.num_hidden_layers), int(config.hidden_size), int(config.vocab_size)
     )  # fmt: skip
     few = min(LAYERS, layers)
+    full = recipe.adapter.kind == "full"
     with tempfile.TemporaryDirectory() as folder:
         base = load_base(
             _sliced(job.source, config, few, Path(folder)),
@@ -98,9 +100,8 @@ def measure(job: Job, compiled: bool) -> Measured:
             precision=job.precision,
             quantization=recipe.model.quantization,
         )
-    full = recipe.adapter.kind == "full"
-    scoring = _scoring(base, job, compiled)
-    adapted = adapter.attach(base, recipe.adapter, recipe.seed)
+        scoring = _scoring(base, job, compiled)
+        adapted = adapter.attach(base, recipe.adapter, recipe.seed)
     trainable = 0 if full else adapter.count_parameters(adapted).trainable
     kept, beside = _line(*(_kept(base, adapted, job, tokens) for tokens in KEPT_TOKENS))
     training = _training(base, adapted, job, compiled)
@@ -219,11 +220,11 @@ def _head_training(head: torch.nn.Parameter, job: Job, compiled: bool) -> float:
 
     def work() -> None:
         if optimizer is None:
-            torch.autograd.backward(summed_nll(hidden.requires_grad_(), head, labels))
+            torch.autograd.backward(summed_nll(hidden.requires_grad_(), OutputHead(head), labels))
             return
         optimizer.zero_grad()
         embedded = torch.nn.functional.embedding(labels, head)
-        torch.autograd.backward(summed_nll(embedded, head, labels))
+        torch.autograd.backward(summed_nll(embedded, OutputHead(head), labels))
         torch.nn.utils.clip_grad_norm_([head], section.max_grad_norm)
         optimizer.step()
 
@@ -233,7 +234,7 @@ def _head_training(head: torch.nn.Parameter, job: Job, compiled: bool) -> float:
 def _head_scoring(head: torch.Tensor, job: Job, compiled: bool) -> float:
     """Seconds a token."""
     hidden, labels = _step_of_head(head, job)
-    work = functools.partial(token_nll, hidden, head, labels)
+    work = functools.partial(token_nll, hidden, OutputHead(head), labels)
     return _seconds(lambda: fusion.attempt(compiled, work)) / len(labels)
 
 

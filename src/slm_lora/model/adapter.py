@@ -10,11 +10,13 @@ import torch
 from torch import nn
 
 from slm_lora.errors import UsageError
+from slm_lora.model.adapter_check import check_forward
 from slm_lora.model.base import Base
 from slm_lora.model.dropout import replace_dropout
 from slm_lora.model.four_bits import import_bitsandbytes
 from slm_lora.model.linear import use_tiles
 from slm_lora.model.methods import peft_config
+from slm_lora.model.targets import Targets, one_sentence, resolve_targets, without
 from slm_lora.recipe.schema import AdapterSection
 
 if TYPE_CHECKING:
@@ -22,6 +24,8 @@ if TYPE_CHECKING:
 
 BEGINNING = "slm_lora_beginning"
 """Attribute of a PiSSA model: the adapter's weights before training."""
+LEFT_OUT = "slm_lora_left_out"
+"""Attribute of what is trained: one line on modules that were meant and are not."""
 
 
 @dataclass(frozen=True, slots=True)
@@ -52,23 +56,65 @@ def attach(base: Base, section: AdapterSection, seed: int) -> nn.Module:
         UsageError: a target module that the base does not have.
     """
     if section.kind == "full":
-        for parameter in base.causal.parameters():
-            parameter.data = parameter.data.float()
-        return base.causal.requires_grad_(True)
+        return _train_all(base)
+    targets = resolve_targets(base.source, section)
+    if not base.sharded:
+        # PiSSA changes the base: what an adapter on these modules does is asked of plain LoRA.
+        trial = section.model_copy(update={"kind": "lora"} if section.kind == "pissa" else {})
+        adapted = _put_on(base, trial, seed, targets)
+        reached, unreached = check_forward(base, adapted)
+        if unreached or trial != section:
+            adapted.unload()
+            targets = without(targets, reached, unreached, section, base.source.name)
+            adapted = _put_on(base, section, seed, targets)
+    else:
+        adapted = _put_on(base, section, seed, targets)
+    setattr(adapted, LEFT_OUT, targets.left_out)
+    if section.kind == "pissa":
+        setattr(adapted, BEGINNING, {n: t.clone() for n, t in _state(adapted).items()})
+    return adapted
+
+
+def _train_all(base: Base) -> nn.Module:
+    """All weights of the text model in fp32 and trainable; those of a vision tower, say, stay."""
+    causal = base.causal
+    head = causal.get_output_embeddings()  # type: ignore[no-untyped-call]
+    decoder = causal.get_decoder()  # type: ignore[no-untyped-call]
+    of_text = {id(p) for module in (decoder, head) for p in module.parameters()}
+    frozen = 0
+    for parameter in causal.parameters():
+        parameter.data = parameter.data.float()
+        parameter.requires_grad_(id(parameter) in of_text)
+        frozen += parameter.numel() * (id(parameter) not in of_text)
+    told = f"{frozen} weights of {base.source.name} are not its text model's, and stay as they are"
+    setattr(causal, LEFT_OUT, told if frozen else "")
+    return causal
+
+
+def left_out(adapted: nn.Module) -> str:
+    """One line on modules that were meant and have no adapter; empty where all have."""
+    return str(getattr(adapted, LEFT_OUT, ""))
+
+
+def _put_on(base: Base, section: AdapterSection, seed: int, targets: Targets) -> PeftModel:
     import_bitsandbytes()
     from peft import get_peft_model
 
-    _check_targets(base, section)
     with torch.random.fork_rng(devices=[]):
         torch.manual_seed(seed)
-        adapted = get_peft_model(
-            base.causal, peft_config(section, base.source), autocast_adapter_dtype=True
-        )
+        try:
+            adapted = get_peft_model(
+                base.causal,
+                peft_config(section, base.source, targets),
+                autocast_adapter_dtype=True,
+            )
+        except (ValueError, TypeError, NotImplementedError, AttributeError, KeyError) as error:
+            raise UsageError(
+                f"adapter: PEFT refuses it on {base.source.name}: {one_sentence(error)}"
+            ) from error
     replace_dropout(adapted)
     if not base.sharded:
         use_tiles(adapted, base.device)
-    if section.kind == "pissa":
-        setattr(adapted, BEGINNING, {n: t.clone() for n, t in _state(adapted).items()})
     return adapted
 
 
@@ -83,23 +129,6 @@ def is_adapter(adapted: nn.Module) -> TypeGuard[PeftModel]:
     from peft import PeftModel
 
     return isinstance(adapted, PeftModel)
-
-
-def _check_targets(base: Base, section: AdapterSection) -> None:
-    if section.target_modules == "all-linear":
-        return
-    # The loss multiplies with the output embedding itself: an adapter on it would not train.
-    head = base.causal.get_output_embeddings()  # type: ignore[no-untyped-call]
-    names = {
-        name.rsplit(".", 1)[-1]
-        for name, module in base.causal.named_modules()
-        if isinstance(module, nn.Linear) and module is not head
-    }
-    if unknown := [name for name in section.target_modules if name not in names]:
-        raise UsageError(
-            f"adapter.target_modules: {base.source.name} has no {', '.join(unknown)}; "
-            f"it has {', '.join(sorted(names))}"
-        )
 
 
 def count_parameters(adapted: nn.Module) -> ParameterCount:

@@ -20,6 +20,9 @@ from slm_lora.model import flash, native, products
 
 PACKED = "slm_lora_packed"
 
+_calls = 0
+"""How often a model of transformers asked for it in this process; see `calls`."""
+
 
 class _Way(Protocol):
     def forward(
@@ -127,8 +130,11 @@ def _for_transformers(
     Raises:
         ValueError: the model asks for more than causal softmax attention.
     """
+    global _calls
     if document_lengths is None:
         raise ValueError("packed attention needs document_lengths")
+    if not torch.compiler.is_compiling():
+        _calls += 1
     if sliding_window is not None or softcap is not None or s_aux is not None:
         raise ValueError("its attention has a sliding window, a cap or a sink")
     scale = scaling if scaling is not None else query.shape[-1] ** -0.5
@@ -136,6 +142,11 @@ def _for_transformers(
     q, k, v = (x.squeeze(0).transpose(0, 1).to(value.dtype) for x in (query, key, value))
     out, _log_total = packed_attention(q, k, v, document_lengths, scale)
     return out.unsqueeze(0), None
+
+
+def calls() -> int:
+    """How often it was computed, outside of compiled code: whether a model really uses it shows."""
+    return _calls
 
 
 def register() -> None:

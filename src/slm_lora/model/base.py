@@ -27,6 +27,31 @@ def decoder_layers(causal: PreTrainedModel) -> list[torch.nn.Module]:
     return [module for module in causal.modules() if type(module).__name__ in kinds]
 
 
+def trunk(causal: PreTrainedModel) -> torch.nn.Module:
+    """The model without its output layer: from token ids to last hidden states."""
+    # (Some name as their base model what they do not have, and are then their own.)
+    inner: torch.nn.Module = causal.base_model
+    return inner if inner is not causal else causal.get_submodule("model")
+
+
+@dataclass(frozen=True, slots=True)
+class HeadForm:
+    """What a model's output layer does to the products with its output embedding, see
+    `model.output_head`.
+
+    Attributes:
+        scale: factor of product and bias.
+        cap: largest magnitude of a logit, or None.
+    """
+
+    scale: float = 1.0
+    cap: float | None = None
+
+
+PLAIN_HEAD = HeadForm()
+"""Of models whose logits are the products."""
+
+
 @dataclass(frozen=True)
 class Base:
     """A causal language model, ready to compute; frozen, unless all of it is trained.
@@ -39,6 +64,7 @@ class Base:
         packed: whether documents are packed (else: padded batches, the plain way).
         why_plain: one line for the user where ``packed`` is False.
         quantization: ``nf4`` where its matrices are held in 4 bits.
+        head: what its output layer does beside multiplying with the output embedding.
         sharded: whether its layers are shared out over the processes, which then must compute
             equally many micro-batches.
     """
@@ -51,6 +77,7 @@ class Base:
     why_plain: str = ""
     quantization: str | None = None
     sharded: bool = False
+    head: HeadForm = PLAIN_HEAD
 
     @property
     def dtype(self) -> torch.dtype:

@@ -11,13 +11,15 @@ import torch
 from torch import Tensor
 
 from slm_lora.data.batches import IGNORED, MicroBatch
+from slm_lora.model.base import trunk
 from slm_lora.model.dropout import set_keys, token_keys
 from slm_lora.model.loss import summed_nll, token_nll
+from slm_lora.model.output_head import OutputHead, output_head
 
 if TYPE_CHECKING:
     from transformers import PreTrainedModel
 
-    from slm_lora.model.base import Base
+    from slm_lora.model.base import Base, HeadForm
 
 
 def batch_nll(base: Base, batch: MicroBatch, dropout_seed: str = "") -> Tensor:
@@ -65,9 +67,9 @@ def score_documents(base: Base, batch: MicroBatch) -> DocumentScores:
     )
 
 
-def packed_logits(causal: PreTrainedModel, documents: list[Tensor]) -> Tensor:
+def packed_logits(causal: PreTrainedModel, form: HeadForm, documents: list[Tensor]) -> Tensor:
     """Logits [T, vocabulary] of documents laid end to end, through packed attention and the
-    output embedding alone, as `batch_nll` computes them."""
+    output head, as `batch_nll` computes them."""
     lengths = torch.tensor([len(document) for document in documents])
     hidden = _packed_hidden(
         causal,
@@ -75,7 +77,20 @@ def packed_logits(causal: PreTrainedModel, documents: list[Tensor]) -> Tensor:
         torch.cat([torch.arange(int(n)) for n in lengths]).to(causal.device),
         lengths,
     )
-    return hidden @ output_embedding(causal).t()
+    return output_head(causal, form).logits(hidden)
+
+
+def document_logits(base: Base, documents: list[Tensor]) -> Tensor:
+    """Logits [T, vocabulary] of documents laid end to end, by the way that trains and scores."""
+    lengths = tuple(len(document) for document in documents)
+    ids = torch.cat(documents).to(base.device)
+    with mixed_precision(base):
+        if base.packed:
+            positions = torch.cat([torch.arange(n) for n in lengths]).to(base.device)
+            hidden = _packed_hidden(base.causal, ids, positions, torch.tensor(lengths))
+        else:
+            hidden = _padded_hidden(base.causal, ids, lengths)
+    return _head(base).logits(hidden)
 
 
 def _scored(batch: MicroBatch) -> Tensor:
@@ -87,15 +102,9 @@ def _labels(base: Base, batch: MicroBatch, scored: Tensor) -> Tensor:
     return torch.from_numpy(batch.labels)[scored].to(base.device)
 
 
-def output_embedding(causal: PreTrainedModel) -> Tensor:
-    """Weights of the output layer, [vocabulary, width]."""
-    weight: Tensor = causal.get_output_embeddings().weight  # type: ignore[no-untyped-call]
-    return weight
-
-
-def _head(base: Base) -> Tensor:
-    """The output embedding in the precision of the products."""
-    return output_embedding(base.causal).to(base.dtype)
+def _head(base: Base) -> OutputHead:
+    """The output head in the precision of the products."""
+    return output_head(base.causal, base.head).to(base.dtype)
 
 
 def _hidden(base: Base, batch: MicroBatch, dropout_keys: Tensor | None = None) -> Tensor:
@@ -125,7 +134,7 @@ def _packed_hidden(
     if len(lengths) == 1:
         # One without tokens beside it: a compiler makes code of its own for sizes of one.
         lengths = torch.nn.functional.pad(lengths, (0, 1))
-    output = causal.base_model(
+    output = trunk(causal)(
         input_ids=ids.unsqueeze(0),
         position_ids=positions.unsqueeze(0),
         use_cache=False,
@@ -137,9 +146,7 @@ def _packed_hidden(
 
 def _padded_hidden(causal: PreTrainedModel, ids: Tensor, lengths: tuple[int, ...]) -> Tensor:
     mask = _padded(torch.ones_like(ids), lengths)
-    output = causal.base_model(
-        input_ids=_padded(ids, lengths), attention_mask=mask, use_cache=False
-    )
+    output = trunk(causal)(input_ids=_padded(ids, lengths), attention_mask=mask, use_cache=False)
     hidden: Tensor = output.last_hidden_state[mask.bool()]
     return hidden
 

@@ -8,13 +8,14 @@ from typing import TYPE_CHECKING, Any
 import torch
 
 from slm_lora import machine
-from slm_lora.errors import IntegrityError, UsageError
+from slm_lora.errors import IntegrityError, SlmLoraError, UsageError
 from slm_lora.model import attention
-from slm_lora.model.base import DTYPES, Base, PrecisionName
-from slm_lora.model.forward import output_embedding, packed_logits
+from slm_lora.model.base import DTYPES, Base, HeadForm, PrecisionName
+from slm_lora.model.forward import packed_logits
 from slm_lora.model.four_bits import four_bits, prepare_four_bits
 from slm_lora.model.fusion import fuse_layers
 from slm_lora.model.linear import use_tiles
+from slm_lora.model.output_head import check_head, measure_head
 from slm_lora.model.sharding import shard_layers
 from slm_lora.model.source import ModelSource, weight_files
 
@@ -120,12 +121,12 @@ def load_base(
         shard_layers(causal, device)
     torch.nn.Module.to(causal, device)
     torch.nn.Module.eval(causal)
-    _check_head(source, causal)
+    head = _measured_head(source, causal)
     if not sharded:
         use_tiles(causal, device)
         fuse_layers(causal)
-    packed, why = (False, "asked for") if plain else _try_packed(causal)
-    return Base(source, causal, device, precision, packed, why, quantization, sharded)
+    packed, why = (False, "asked for") if plain else _try_packed(causal, head)
+    return Base(source, causal, device, precision, packed, why, quantization, sharded, head)
 
 
 def _read(
@@ -174,25 +175,23 @@ def _sample(causal: PreTrainedModel, length: int, seed: int) -> torch.Tensor:
     return torch.randint(0, vocabulary, (length,), generator=generator)
 
 
-def _check_head(source: ModelSource, causal: PreTrainedModel) -> None:
-    """Refuse a model whose logits are not its hidden states times its output embedding.
-
-    Some scale them, cap them or add a bias; the loss here would leave that out.
-    """
-    ids = _sample(causal, 7, seed=1).unsqueeze(0).to(causal.device)
-    with torch.no_grad():
-        hidden = causal.base_model(input_ids=ids, use_cache=False).last_hidden_state[0]
-        found = (hidden @ output_embedding(causal).t()).float()
-        wanted = causal(input_ids=ids, use_cache=False).logits[0].float()
-    # The same product of the same numbers: rounding aside, it is equal.
-    if not torch.allclose(found, wanted, rtol=1e-2, atol=1e-2 * float(wanted.abs().max())):
+def _measured_head(source: ModelSource, causal: PreTrainedModel) -> HeadForm:
+    """Its output layer; the first thing that the model computes here."""
+    try:
+        head = measure_head(causal, source.name)
+        ids = _sample(causal, 7, seed=1).unsqueeze(0).to(causal.device)
+        check_head(causal, head, ids, source.name)
+    except (SlmLoraError, MemoryError, torch.OutOfMemoryError):
+        raise
+    except Exception as error:  # the model's code, which may fail in any way
         raise UsageError(
-            f"model {source.name}: {causal.config.model_type} scales, caps or shifts its logits, "
-            "which the loss here does not; such models are not supported yet"
-        )
+            f"model {source.name}: transformers does not compute it here "
+            f"({causal.config.model_type}: {_first_line(error)})"
+        ) from error
+    return head
 
 
-def _try_packed(causal: PreTrainedModel) -> tuple[bool, str]:
+def _try_packed(causal: PreTrainedModel, head: HeadForm) -> tuple[bool, str]:
     """Turn packed attention on if the model gives the same logits with it, to rounding.
 
     The test is the proof: two short documents, packed, against each alone in transformers'
@@ -205,7 +204,12 @@ def _try_packed(causal: PreTrainedModel) -> tuple[bool, str]:
             alone = [causal(d.unsqueeze(0).to(causal.device)).logits[0] for d in documents]
             attention.register()
             causal.set_attn_implementation(attention.PACKED)
-            packed = packed_logits(causal, documents)
+            calls = attention.calls()
+            packed = packed_logits(causal, head, documents)
+        # transformers returns without a word where a model's code has attention of its own; with
+        # a mask over the whole batch its logits are right, and its cost is not.
+        if attention.calls() == calls:
+            raise ValueError("its attention cannot be exchanged")
         reference = torch.cat(alone).float()
         # What softmax makes of logits does not change with their mean.
         spread = (reference - reference.mean(1, keepdim=True)).norm()

@@ -8,7 +8,9 @@ import torch
 from torch import Tensor
 
 from slm_lora.model import fusion, linear
+from slm_lora.model.base import HeadForm
 from slm_lora.model.kernels import library
+from slm_lora.model.output_head import OutputHead
 
 CHUNK = 256
 """Positions whose logits exist at once: 256 × a vocabulary of 49,152 is 50 MB in fp32."""
@@ -123,26 +125,21 @@ def _room(weight: Tensor, positions: int) -> Tensor | None:
     return weight.new_empty(positions, len(weight))
 
 
-def _logits(hidden: Tensor, weight: Tensor, room: Tensor | None) -> Tensor:
-    """[positions, vocabulary] in the precision of the weight; in ``room``, if there is one."""
-    return linear.multiply(hidden.to(weight.dtype), weight, False, True, room)
-
-
-def token_nll(hidden: Tensor, weight: Tensor, labels: Tensor) -> Tensor:
+def token_nll(hidden: Tensor, head: OutputHead, labels: Tensor) -> Tensor:
     """NLL of each label, for scoring (no gradient).
 
     Args:
         hidden: final hidden states [positions, width].
-        weight: output embedding [vocabulary, width].
+        head: the output layer.
         labels: int64 [positions].
 
     Returns:
         float32 [positions], nats.
     """
     with torch.no_grad():
-        room = _room(weight, min(CHUNK, len(labels)))
+        room = _room(head.weight, min(CHUNK, len(labels)))
         parts = [
-            _nll(_logits(h, weight, room), y)
+            _nll(head.chunk_logits(h, room)[0], y)
             for h, y in zip(torch.split(hidden, CHUNK), torch.split(labels, CHUNK), strict=True)
         ]
         return torch.cat(parts) if parts else hidden.new_zeros(0, dtype=torch.float32)
@@ -153,7 +150,15 @@ class _SummedNLL(torch.autograd.Function):
     logits are at hand then; the backward pass only scales it."""
 
     @staticmethod
-    def forward(ctx: Any, hidden: Tensor, weight: Tensor, labels: Tensor) -> Tensor:
+    def forward(
+        ctx: Any,
+        hidden: Tensor,
+        weight: Tensor,
+        bias: Tensor | None,
+        labels: Tensor,
+        form: HeadForm,
+    ) -> Tensor:
+        head = OutputHead(weight, bias, form)
         wide = total_dtype(hidden.device)
         total = torch.zeros((), dtype=wide, device=hidden.device)
         hidden_gradient = torch.empty_like(hidden) if ctx.needs_input_grad[0] else None
@@ -162,28 +167,41 @@ class _SummedNLL(torch.autograd.Function):
             if ctx.needs_input_grad[1]
             else None
         )
+        bias_gradient = None
+        if bias is not None and ctx.needs_input_grad[2]:
+            bias_gradient = torch.zeros_like(
+                bias, dtype=torch.promote_types(bias.dtype, torch.float32)
+            )
         chunk = CHUNK if weight_gradient is None else FULL_CHUNK
         room = _room(weight, min(chunk, len(labels)))
         for start in range(0, len(labels), chunk):
             h, y = hidden[start : start + chunk], labels[start : start + chunk]
-            nll, low = _nll_and_gradient(_logits(h, weight, room), y)
+            logits, slope = head.chunk_logits(h, room)
+            nll, low = _nll_and_gradient(logits, y)
             total += nll.sum(dtype=wide)
+            if slope is not None:
+                low = low.mul_(slope)
             if hidden_gradient is not None:
                 hidden_gradient[start : start + chunk] = linear.multiply(low, weight, False, False)
             if weight_gradient is not None:
                 weight_gradient += linear.multiply(low, h.to(weight.dtype), True, False)
-            del low  # or it would still be there beside the next chunk's
-        ctx.save_for_backward(hidden_gradient, weight_gradient)
-        ctx.weight_dtype = weight.dtype
+            if bias_gradient is not None:
+                bias_gradient += low.sum(0, dtype=bias_gradient.dtype)
+            del low, logits, slope  # or they would still be there beside the next chunk's
+        ctx.save_for_backward(hidden_gradient, weight_gradient, bias_gradient)
+        ctx.weight_dtype, ctx.scale = weight.dtype, form.scale
         return total
 
     @staticmethod
-    def backward(ctx: Any, *upstream: Tensor) -> tuple[Tensor | None, Tensor | None, None]:
-        hidden_gradient, weight_gradient = ctx.saved_tensors
-        factor = upstream[0]
+    def backward(ctx: Any, *upstream: Tensor) -> tuple[Tensor | None, ...]:
+        hidden_gradient, weight_gradient, bias_gradient = ctx.saved_tensors
+        # (A factor of all logits is one of all gradients.)
+        factor = upstream[0] if ctx.scale == 1 else upstream[0] * ctx.scale
         return (
             None if hidden_gradient is None else _scaled(hidden_gradient, factor),
             None if weight_gradient is None else (weight_gradient * factor).to(ctx.weight_dtype),
+            None if bias_gradient is None else (bias_gradient * factor).to(ctx.weight_dtype),
+            None,
             None,
         )
 
@@ -194,16 +212,19 @@ def _scaled(gradient: Tensor, factor: Tensor) -> Tensor:
     return (gradient.to(wide) * factor.to(wide)).to(gradient.dtype)
 
 
-def summed_nll(hidden: Tensor, weight: Tensor, labels: Tensor) -> Tensor:
-    """Sum of the NLL of the labels, with gradients to ``hidden`` and, if it trains, ``weight``.
+def summed_nll(hidden: Tensor, head: OutputHead, labels: Tensor) -> Tensor:
+    """Sum of the NLL of the labels, with gradients to ``hidden`` and, where they train, to weight
+    and bias of the head.
 
     Args:
         hidden: final hidden states [positions, width].
-        weight: output embedding [vocabulary, width].
+        head: the output layer.
         labels: int64 [positions], none ignored.
 
     Returns:
         float64 scalar (float32 on Apple's GPUs), nats.
     """
-    total: Tensor = _SummedNLL.apply(hidden, weight, labels)  # type: ignore[no-untyped-call]
+    total: Tensor = _SummedNLL.apply(  # type: ignore[no-untyped-call]
+        hidden, head.weight, head.bias, labels, head.form
+    )
     return total

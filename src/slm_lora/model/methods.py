@@ -10,9 +10,11 @@ from slm_lora.recipe.schema import AdapterSection
 if TYPE_CHECKING:
     from peft import LoraConfig
 
+    from slm_lora.model.targets import Targets
 
-def peft_config(section: AdapterSection, source: ModelSource) -> LoraConfig:
-    """The `peft.LoraConfig` of a recipe's adapter.
+
+def peft_config(section: AdapterSection, source: ModelSource, targets: Targets) -> LoraConfig:
+    """The `peft.LoraConfig` of a recipe's adapter on the modules that it means here.
 
     LoRA: Hu et al. 2021 (arXiv 2106.09685), scaling alpha/r. rsLoRA: Kalajdzievski 2023
     (arXiv 2312.03732), alpha/√r. DoRA: Liu et al. 2024 (arXiv 2402.09353). PiSSA: Meng et al.
@@ -20,7 +22,7 @@ def peft_config(section: AdapterSection, source: ModelSource) -> LoraConfig:
     """
     from peft import LoraConfig
 
-    targets = section.target_modules
+    modules, exclude = targets.modules, targets.exclude
     alpha = section.alpha
     return LoraConfig(
         task_type="CAUSAL_LM",
@@ -29,7 +31,8 @@ def peft_config(section: AdapterSection, source: ModelSource) -> LoraConfig:
         lora_alpha=int(alpha) if alpha.is_integer() else alpha,  # type: ignore[arg-type]
         lora_dropout=section.lora_dropout,
         bias=section.bias,
-        target_modules=targets if isinstance(targets, str) else list(targets),
+        target_modules=modules if isinstance(modules, str) else list(modules),
+        exclude_modules=list(exclude) or None,
         use_rslora=section.kind == "rslora",
         use_dora=section.kind == "dora",
         init_lora_weights="pissa" if section.kind == "pissa" else True,

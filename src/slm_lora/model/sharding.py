@@ -12,7 +12,7 @@ from typing import TYPE_CHECKING
 import torch
 
 from slm_lora import processes
-from slm_lora.model.base import decoder_layers
+from slm_lora.model.base import decoder_layers, trunk
 
 if TYPE_CHECKING:
     from transformers import PreTrainedModel
@@ -32,4 +32,4 @@ def shard_layers(causal: PreTrainedModel, device: torch.device) -> None:
         for ends in (causal.get_input_embeddings(), causal.get_output_embeddings())  # type: ignore[no-untyped-call]
         for parameter in ends.parameters()
     }
-    fully_shard(causal.base_model, mesh=mesh, ignored_params=whole)
+    fully_shard(trunk(causal), mesh=mesh, ignored_params=whole)

@@ -1,0 +1,134 @@
+"""Whether training and scoring compute what PEFT computes, asked of the adapter itself.
+
+Hidden states come from the layers, and the loss multiplies with the output embedding itself: what
+an adapter does elsewhere (at the output layer, before the embeddings, in `PeftModel.forward`) would
+be left out without a word. So the two are compared with an adapter whose numbers are not zero.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Iterator
+from contextlib import contextmanager
+from typing import TYPE_CHECKING, Any
+
+import torch
+from torch import Tensor
+
+from slm_lora.errors import UsageError
+from slm_lora.model.base import Base
+from slm_lora.model.forward import document_logits, mixed_precision
+
+if TYPE_CHECKING:
+    from peft import PeftModel
+
+_LENGTHS = (29, 13)
+"""Tokens of the two documents."""
+_NOISE = 0.1
+"""Added to every number of the adapter meanwhile: B is zero at first."""
+_BOUNDS = {"fp32": 1e-3, "bf16": 0.3, "fp16": 0.3}
+"""Distance to PEFT's logits as a share of what the adapter changes; what is left out altogether is
+1. In half precision every layer rounds, in two orders of summation."""
+
+
+def check_forward(base: Base, adapted: PeftModel) -> tuple[list[str], list[str]]:
+    """Compare our logits with `PeftModel.forward`'s, for the adapter that is active.
+
+    Args:
+        base: with its adapter; both are unchanged afterwards.
+        adapted: the same, as PEFT has it.
+
+    Returns:
+        Names of modules, within the base, whose adapter a gradient reaches, and of others.
+
+    Raises:
+        UsageError: they differ by more than rounding.
+    """
+    name = base.source.name
+    documents = [_sample(base, length) for length in _LENGTHS]
+    was_training = adapted.training
+    adapted.eval()
+    with _disturbed(adapted) as parameters:
+        try:
+            with torch.enable_grad():
+                ours = document_logits(base, documents)
+                gradients = torch.autograd.grad(
+                    ours.float().square().sum(), list(parameters.values()), allow_unused=True
+                )
+            with torch.no_grad():
+                theirs = _peft_logits(base, adapted, documents)
+                with adapted.disable_adapter():
+                    without = _peft_logits(base, adapted, documents)
+        except (RuntimeError, AttributeError, ValueError, TypeError, IndexError) as error:
+            reason = (str(error).splitlines() or [type(error).__name__])[0]
+            raise UsageError(
+                f"adapter: {name} does not compute with it ({reason}); choose other "
+                "adapter.target_modules"
+            ) from error
+    adapted.train(was_training)
+    changed = (theirs - without).float().norm()
+    distance = float((ours.detach() - theirs).float().norm() / changed)
+    if not distance <= _BOUNDS[base.precision]:
+        raise UsageError(
+            f"adapter: part of it works outside of the layers of {name} (on its output layer or "
+            f"embeddings, say), where training and scoring here do not compute: their logits are "
+            f"{distance:.0%} of its effect away from PEFT's; merge it with PEFT "
+            "(merge_and_unload), and name the merged folder in model.name"
+        )
+    reached = {
+        _module(parameter)
+        for parameter, gradient in zip(parameters, gradients, strict=True)
+        if gradient is not None and bool(gradient.any())
+    }
+    # (Of many experts some see none of so few tokens.)
+    unreached = {m for m in map(_module, parameters) if m not in reached and ".experts" not in m}
+    return sorted(reached), sorted(unreached)
+
+
+def _module(parameter: str) -> str:
+    """Name of the module, within the base, that a parameter of PEFT's belongs to."""
+    return parameter.removeprefix("base_model.model.").split(".lora_", 1)[0]
+
+
+def _sample(base: Base, length: int) -> Tensor:
+    words = int(base.causal.config.get_text_config().vocab_size)
+    generator = torch.Generator().manual_seed(length)
+    return torch.randint(0, words, (length,), generator=generator)
+
+
+def _peft_logits(base: Base, adapted: Any, documents: list[Tensor]) -> Tensor:
+    """Logits [T, vocabulary] of documents, one after the other, by PEFT's own forward."""
+    found = []
+    for document in documents:
+        ids = document.unsqueeze(0).to(base.device)
+        more: dict[str, Tensor] = {}
+        if base.packed:
+            more["document_lengths"] = torch.tensor([len(document), 0])
+        with mixed_precision(base):
+            found.append(adapted(input_ids=ids, use_cache=False, **more).logits[0])
+    return torch.cat(found)
+
+
+@contextmanager
+def _disturbed(adapted: PeftModel) -> Iterator[dict[str, torch.nn.Parameter]]:
+    """Parameters of the active adapter, with noise on them; as they were, afterwards."""
+    active = set(adapted.active_adapters)
+    parameters = {
+        name: parameter
+        for name, parameter in adapted.named_parameters()
+        if "lora_" in name and active & set(name.split("."))
+    }
+    kept = {name: parameter.detach().clone() for name, parameter in parameters.items()}
+    wanted = {name: parameter.requires_grad for name, parameter in parameters.items()}
+    generator = torch.Generator().manual_seed(0)
+    with torch.no_grad():
+        for parameter in parameters.values():
+            noise = torch.randn(parameter.shape, generator=generator) * _NOISE
+            parameter.add_(noise.to(parameter.device, parameter.dtype))
+            parameter.requires_grad_(True)
+    try:
+        yield parameters
+    finally:
+        with torch.no_grad():
+            for name, parameter in parameters.items():
+                parameter.copy_(kept[name])
+                parameter.requires_grad_(wanted[name])
