@@ -259,7 +259,7 @@ def make_model(family: str, folder: Path) -> None:
     made: Any = AutoModelForCausalLM
     model = made.from_config(config, dtype=torch.float32)
     generator = torch.Generator().manual_seed(1)
-    for name, parameter in model.named_parameters():
+    for parameter in model.parameters():
         # Biases and norms are zeros and ones at first: wrong uses of them would not show.
         if parameter.ndim <= 1:
             parameter.data += 0.1 * torch.randn(parameter.shape, generator=generator)
@@ -286,7 +286,8 @@ RECIPE = """name: zoo
 model: {{name: {model}}}
 data: {{name: {rows}, test_rows: 12, validation_rows: 4, max_length: 128}}
 adapter: {{r: 4, target_modules: all-linear}}
-training: {{max_steps: 4, learning_rate: 1e-2, effective_batch_size: 8, precision: fp32, device: cpu}}
+training:
+  {{max_steps: 4, learning_rate: 1e-2, effective_batch_size: 8, precision: fp32, device: cpu}}
 """
 
 

@@ -16,10 +16,11 @@ from torch import Tensor
 from slm_lora.data.batches import pack
 from slm_lora.errors import UsageError
 from slm_lora.model import adapter, attention, flash, native, products
-from slm_lora.model.base import DTYPES, Base, PrecisionName
+from slm_lora.model.base import DTYPES, Base, HeadForm, PrecisionName
 from slm_lora.model.forward import batch_nll, score_documents
 from slm_lora.model.load import load_base
 from slm_lora.model.loss import CHUNK, summed_nll, token_nll
+from slm_lora.model.output_head import OutputHead
 from slm_lora.model.source import resolve
 from slm_lora.recipe.schema import AdapterSection, ModelSection
 from slm_lora.records import Example
@@ -162,26 +163,82 @@ def test_bf16_is_no_further_from_fp64_than_transformers_own(
     assert error_to_fp64("bf16", False) < 1.1 * error_to_fp64("bf16", True)
 
 
-@pytest.mark.parametrize(
-    ("kind", "message"),
-    [("GraniteConfig", "scales, caps or shifts"), ("Gemma2Config", "scales, caps or shifts")],
-)
-def test_a_model_with_a_special_head_is_refused(kind: str, message: str, tmp_path: Path) -> None:
-    config = getattr(transformers, kind)(
-        vocab_size=90, hidden_size=16, intermediate_size=24, num_hidden_layers=1,
-        num_attention_heads=2, num_key_value_heads=1, head_dim=8,
-        logits_scaling=4.0, final_logit_softcapping=2.0,
-    )  # fmt: skip
+HEADS = {
+    "GraniteConfig": {"logits_scaling": 4.0},
+    "CohereConfig": {"logit_scale": 0.3},
+    "Gemma2Config": {"final_logit_softcapping": 30.0},
+    "VaultGemmaConfig": {"final_logit_softcapping": 30.0},
+    "NanoChatConfig": {},
+    "PhiConfig": {},
+    "GPTJConfig": {"rotary_dim": 4},
+    "MiniCPM3Config": {
+        "q_lora_rank": 8, "kv_lora_rank": 8, "qk_rope_head_dim": 4, "qk_nope_head_dim": 4,
+        "v_head_dim": 8, "dim_model_base": 4,
+    },
+}  # fmt: skip
+"""Models that scale, cap or shift their logits."""
+
+
+def save_headed(kind: str, folder: Path, std: float) -> None:
+    sizes = {
+        "vocab_size": 300, "hidden_size": 16, "intermediate_size": 24, "num_hidden_layers": 1,
+        "num_attention_heads": 2, "num_key_value_heads": 2, "head_dim": 8,
+        "bos_token_id": 0, "eos_token_id": 0, "pad_token_id": 0,
+    }  # fmt: skip
+    if kind == "MiniCPM3Config":
+        del sizes["head_dim"]
     torch.manual_seed(0)
+    save_model(getattr(transformers, kind)(**sizes, **HEADS[kind]), folder, std)
+
+
+@pytest.mark.parametrize("kind", HEADS)
+@pytest.mark.parametrize("std", [0.1, 0.7])  # a cap of 30 bends the first by next to nothing
+def test_special_heads_give_the_loss_of_transformers(kind: str, std: float, tmp_path: Path) -> None:
+    save_headed(kind, tmp_path, std)
+    base = load(tmp_path)
+    plain = transformers.AutoModelForCausalLM.from_pretrained(tmp_path, dtype=torch.float32)
+    examples = make_examples([30, 12, 5])
+    found = score_documents(base, pack(examples, "all")).nll_all
+    batch = pack(examples, "all")
+    total = sum(
+        plain(input_ids=ids, labels=ids, use_cache=False).loss * (ids.shape[1] - 1)
+        for example in examples
+        for ids in [torch.from_numpy(example.ids).long().unsqueeze(0)]
+    )
+    assert found.sum() == pytest.approx(total.item(), rel=2e-6)
+    assert batch_nll(base, batch).item() == pytest.approx(total.item(), rel=2e-6)
+
+
+@pytest.mark.parametrize("kind", ["Gemma2Config", "CohereConfig", "PhiConfig"])
+def test_special_heads_give_the_gradient_of_transformers(kind: str, tmp_path: Path) -> None:
+    save_headed(kind, tmp_path, 0.7)
+    base = load(tmp_path)
+    plain = transformers.AutoModelForCausalLM.from_pretrained(tmp_path, dtype=torch.float32)
+    base.causal.requires_grad_(True)
+    (example,) = make_examples([40])
+    batch_nll(base, pack([example], "all")).backward()
+    ids = torch.from_numpy(example.ids).long().unsqueeze(0)
+    (plain(input_ids=ids, labels=ids, use_cache=False).loss * (example.length - 1)).backward()
+    ours = dict(base.causal.named_parameters())
+    for name, parameter in plain.named_parameters():
+        torch.testing.assert_close(ours[name].grad, parameter.grad, rtol=1e-3, atol=1e-4)
+
+
+def test_a_head_that_is_no_function_of_the_hidden_states_is_refused(tmp_path: Path) -> None:
+    config = transformers.ModernBertDecoderConfig(
+        vocab_size=300, hidden_size=16, intermediate_size=24, num_hidden_layers=2,
+        num_attention_heads=2, bos_token_id=0, eos_token_id=0, pad_token_id=0, cls_token_id=0,
+        sep_token_id=0,
+    )  # fmt: skip
     save_model(config, tmp_path)
-    with pytest.raises(UsageError, match=message):
+    with pytest.raises(UsageError, match="sees more than its last hidden states"):
         load(tmp_path)
 
 
-def save_model(config: transformers.PretrainedConfig, folder: Path) -> None:
+def save_model(config: transformers.PretrainedConfig, folder: Path, std: float = 0.5) -> None:
     model = transformers.AutoModelForCausalLM.from_config(config)
     for parameter in model.parameters():
-        torch.nn.init.normal_(parameter, std=0.5)
+        torch.nn.init.normal_(parameter, std=std)
     model.save_pretrained(folder)
 
 
@@ -255,18 +312,27 @@ def test_dropout_does_not_depend_on_packing(load_tiny: LoadTiny) -> None:
     assert ((packed - without).norm() / packed.norm()).item() > 1e-2
 
 
+@pytest.mark.parametrize("with_bias", [False, True])
+@pytest.mark.parametrize(
+    "form", [HeadForm(), HeadForm(0.125), HeadForm(1.0, 3.0), HeadForm(2.0, 5.0)]
+)
 @pytest.mark.parametrize("positions", [1, CHUNK - 1, CHUNK, 2 * CHUNK + 3])
-def test_chunked_loss_equals_cross_entropy(positions: int) -> None:
+def test_chunked_loss_equals_cross_entropy(positions: int, form: HeadForm, with_bias: bool) -> None:
     torch.manual_seed(positions)
     hidden = torch.randn(positions, 16, dtype=torch.float64, requires_grad=True)
     weight = torch.randn(50, 16, dtype=torch.float64, requires_grad=True)
     labels = torch.randint(0, 50, (positions,))
-    found = summed_nll(hidden, weight, labels)
-    reference = torch.nn.functional.cross_entropy(hidden @ weight.t(), labels, reduction="sum")
+    bias = torch.randn(50, dtype=torch.float64, requires_grad=True) if with_bias else None
+    found = summed_nll(hidden, OutputHead(weight, bias, form), labels)
+    logits = form.scale * (hidden @ weight.t() + (0 if bias is None else bias))
+    if form.cap is not None:
+        logits = form.cap * torch.tanh(logits / form.cap)
+    reference = torch.nn.functional.cross_entropy(logits, labels, reduction="sum")
     assert found.item() == pytest.approx(reference.item(), rel=1e-12)
-    ours = torch.autograd.grad(found / 7, (hidden, weight))
-    theirs = torch.autograd.grad(reference / 7, (hidden, weight))
+    trained = (hidden, weight) if bias is None else (hidden, weight, bias)
+    ours = torch.autograd.grad(found / 7, trained)
+    theirs = torch.autograd.grad(reference / 7, trained)
     for one, other in zip(ours, theirs, strict=True):
         torch.testing.assert_close(one, other, rtol=1e-10, atol=1e-12)
-    rows = token_nll(hidden, weight, labels)
+    rows = token_nll(hidden, OutputHead(weight, bias, form), labels)
     assert rows.sum().item() == pytest.approx(reference.item(), rel=1e-6)

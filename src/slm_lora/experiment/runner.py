@@ -67,6 +67,7 @@ def run_jobs(
     """
     with _together(jobs), _first_only(lambda: at_work(jobs, places, discard)):
         loaded = LoadedBase(reporter)
+        _try_adapters(jobs, places, reporter, loaded)
         return [
             *_run_bases(jobs, places, reporter, loaded),
             *_run_cells(jobs, places, reporter, loaded),
@@ -86,7 +87,9 @@ def run_cells(
     with _together(jobs):
         if processes.is_first():
             check_none_in_the_way(jobs, places, discard)
-        return _run_cells(jobs, places, reporter, LoadedBase(reporter))
+        loaded = LoadedBase(reporter)
+        _try_adapters(jobs, places, reporter, loaded)
+        return _run_cells(jobs, places, reporter, loaded)
 
 
 @contextmanager
@@ -119,6 +122,31 @@ def _first_only(to_ourselves: Callable[[], AbstractContextManager[None]]) -> Ite
     with to_ourselves() if processes.is_first() else nullcontext():
         processes.wait()
         yield
+
+
+def _try_adapters(
+    jobs: Sequence[Job], places: Places, reporter: Reporter, loaded: LoadedBase
+) -> None:
+    """Put every kind of adapter on its base and take it off again, before any work is done.
+
+    Raises:
+        UsageError: PEFT refuses one, or it would not be computed as PEFT does.
+    """
+    tried = set()
+    for job in jobs:
+        section = job.cell.recipe.adapter
+        if section.kind == "full" or not _to_do(functools.partial(finished, job, places)):
+            continue
+        # Their numbers do not matter for what can be computed, and PiSSA's would change the base.
+        kind = "dora" if section.kind == "dora" else "lora"
+        trial = section.model_copy(update={"kind": kind, "r": min(section.r, 4)})
+        if (job.source, job.precision, job.device, trial) in tried:
+            continue
+        tried.add((job.source, job.precision, job.device, trial))
+        adapted = adapter.attach(loaded.for_job(job), trial, 0)
+        if told := adapter.left_out(adapted):
+            reporter.say_once(f"  note: {told}")
+        adapter.detach(adapted)
 
 
 def _to_do(done: Callable[[], Run | None]) -> bool:
@@ -204,6 +232,8 @@ def _run_cell(job: Job, loaded: LoadedBase, places: Places, reporter: Reporter) 
     base = loaded.for_job(job)
     machine.reset_peak_memory(job.device.type)
     adapted = adapter.attach(base, section, job.cell.recipe.seed)
+    if told := adapter.left_out(adapted):
+        reporter.say_once(f"  note: {told}")
     stack = ExitStack()
     try:
         checkpointer = Checkpointer(

@@ -10,7 +10,7 @@ import torch
 from torch import nn
 
 from slm_lora.errors import UsageError
-from slm_lora.model.adapter_check import check_forward
+from slm_lora.model.adapter_check import check_forward, reached_modules
 from slm_lora.model.base import Base
 from slm_lora.model.dropout import replace_dropout
 from slm_lora.model.four_bits import import_bitsandbytes
@@ -62,7 +62,8 @@ def attach(base: Base, section: AdapterSection, seed: int) -> nn.Module:
         # PiSSA changes the base: what an adapter on these modules does is asked of plain LoRA.
         trial = section.model_copy(update={"kind": "lora"} if section.kind == "pissa" else {})
         adapted = _put_on(base, trial, seed, targets)
-        reached, unreached = check_forward(base, adapted)
+        check_forward(base, adapted)
+        reached, unreached = reached_modules(base, adapted)
         if unreached or trial != section:
             adapted.unload()
             targets = without(targets, reached, unreached, section, base.source.name)

@@ -25,63 +25,82 @@ _LENGTHS = (29, 13)
 """Tokens of the two documents."""
 _NOISE = 0.1
 """Added to every number of the adapter meanwhile: B is zero at first."""
-_BOUNDS = {"fp32": 1e-3, "bf16": 0.3, "fp16": 0.3}
+_BOUND, _BOUND_HALF = 1e-3, 0.3
 """Distance to PEFT's logits as a share of what the adapter changes; what is left out altogether is
 1. In half precision every layer rounds, in two orders of summation."""
 
 
-def check_forward(base: Base, adapted: PeftModel) -> tuple[list[str], list[str]]:
+def check_forward(base: Base, adapted: PeftModel, what: str = "adapter") -> None:
     """Compare our logits with `PeftModel.forward`'s, for the adapter that is active.
 
     Args:
         base: with its adapter; both are unchanged afterwards.
         adapted: the same, as PEFT has it.
-
-    Returns:
-        Names of modules, within the base, whose adapter a gradient reaches, and of others.
+        what: begins the message.
 
     Raises:
         UsageError: they differ by more than rounding.
     """
-    name = base.source.name
     documents = [_sample(base, length) for length in _LENGTHS]
-    was_training = adapted.training
-    adapted.eval()
-    with _disturbed(adapted) as parameters:
-        try:
-            with torch.enable_grad():
-                ours = document_logits(base, documents)
-                gradients = torch.autograd.grad(
-                    ours.float().square().sum(), list(parameters.values()), allow_unused=True
-                )
-            with torch.no_grad():
-                theirs = _peft_logits(base, adapted, documents)
-                with adapted.disable_adapter():
-                    without = _peft_logits(base, adapted, documents)
-        except (RuntimeError, AttributeError, ValueError, TypeError, IndexError) as error:
-            reason = (str(error).splitlines() or [type(error).__name__])[0]
-            raise UsageError(
-                f"adapter: {name} does not compute with it ({reason}); choose other "
-                "adapter.target_modules"
-            ) from error
-    adapted.train(was_training)
+    with _disturbed(adapted), _explained(base, what), torch.no_grad():
+        ours = document_logits(base, documents)
+        theirs = _peft_logits(base, adapted, documents)
+        with adapted.disable_adapter():
+            without = _peft_logits(base, adapted, documents)
+    if not bool(torch.isfinite(theirs).all()):  # the first loss says so, and names its rows
+        return
     changed = (theirs - without).float().norm()
-    distance = float((ours.detach() - theirs).float().norm() / changed)
-    if not distance <= _BOUNDS[base.precision]:
+    distance = float((ours - theirs).float().norm() / changed)
+    if not distance <= (_BOUND_HALF if base.half else _BOUND):
         raise UsageError(
-            f"adapter: part of it works outside of the layers of {name} (on its output layer or "
-            f"embeddings, say), where training and scoring here do not compute: their logits are "
-            f"{distance:.0%} of its effect away from PEFT's; merge it with PEFT "
+            f"{what}: part of it works outside of the layers of {base.source.name} (on its output "
+            f"layer or embeddings, say), where training and scoring do not compute: their logits "
+            f"are {distance:.0%} of its effect away from PEFT's; merge it with PEFT "
             "(merge_and_unload), and name the merged folder in model.name"
         )
-    reached = {
-        _module(parameter)
-        for parameter, gradient in zip(parameters, gradients, strict=True)
-        if gradient is not None and bool(gradient.any())
-    }
+
+
+def reached_modules(base: Base, adapted: PeftModel) -> tuple[list[str], list[str]]:
+    """Names of modules, within the base, whose adapter a gradient reaches, and of others.
+
+    Raises:
+        UsageError: the model does not compute with its adapter while it trains.
+    """
+    documents = [_sample(base, length) for length in _LENGTHS]
+    with _disturbed(adapted) as parameters:
+        with _explained(base, "adapter"), torch.enable_grad():
+            logits = document_logits(base, documents)
+            gradients = torch.autograd.grad(
+                logits.float().square().sum(), list(parameters.values()), allow_unused=True
+            )
+            _compute_as_in_training(base, adapted, documents)
+        reached = {
+            _module(parameter)
+            for parameter, gradient in zip(parameters, gradients, strict=True)
+            if gradient is not None and bool(gradient.any())
+        }
+        modules = set(map(_module, parameters))
     # (Of many experts some see none of so few tokens.)
-    unreached = {m for m in map(_module, parameters) if m not in reached and ".experts" not in m}
-    return sorted(reached), sorted(unreached)
+    return sorted(reached), sorted(m for m in modules - reached if ".experts" not in m)
+
+
+@contextmanager
+def _explained(base: Base, what: str) -> Iterator[None]:
+    try:
+        yield
+    except (RuntimeError, AttributeError, ValueError, TypeError, IndexError) as error:
+        reason = (str(error).splitlines() or [type(error).__name__])[0]
+        raise UsageError(
+            f"{what}: {base.source.name} does not compute with it ({reason}); choose other "
+            "adapter.target_modules"
+        ) from error
+
+
+def _compute_as_in_training(base: Base, adapted: PeftModel, documents: list[Tensor]) -> None:
+    """Some models run other code then. (What is dropped out is not compared.)"""
+    adapted.train()
+    with torch.random.fork_rng(devices=[]):
+        document_logits(base, documents)
 
 
 def _module(parameter: str) -> str:
@@ -117,6 +136,8 @@ def _disturbed(adapted: PeftModel) -> Iterator[dict[str, torch.nn.Parameter]]:
         for name, parameter in adapted.named_parameters()
         if "lora_" in name and active & set(name.split("."))
     }
+    was_training = adapted.training
+    adapted.eval()
     kept = {name: parameter.detach().clone() for name, parameter in parameters.items()}
     wanted = {name: parameter.requires_grad for name, parameter in parameters.items()}
     generator = torch.Generator().manual_seed(0)
@@ -132,3 +153,4 @@ def _disturbed(adapted: PeftModel) -> Iterator[dict[str, torch.nn.Parameter]]:
             for name, parameter in parameters.items():
                 parameter.copy_(kept[name])
                 parameter.requires_grad_(wanted[name])
+        adapted.train(was_training)

@@ -15,6 +15,7 @@ from torch import nn
 
 from slm_lora.errors import IntegrityError, NumericError, UsageError
 from slm_lora.model.adapter import BEGINNING, detach, is_adapter
+from slm_lora.model.adapter_check import check_forward
 from slm_lora.model.base import Base
 from slm_lora.model.four_bits import import_bitsandbytes
 from slm_lora.model.linear import use_tiles
@@ -166,6 +167,10 @@ def load_several(base: Base, folders: Mapping[str, Path]) -> PeftModel:
     if not base.sharded:
         use_tiles(adapted, base.device)
     adapted.eval()
+    if not base.sharded:
+        for name, folder in folders.items():
+            adapted.set_adapter(name, inference_mode=True)
+            check_forward(base, adapted, os.fspath(folder))
     return adapted
 
 

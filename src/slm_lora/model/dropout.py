@@ -73,18 +73,27 @@ class TokenDropout(nn.Module):
         self.register_buffer("scale", torch.tensor(1 / (1 - p)), persistent=False)
 
     def forward(self, x: Tensor) -> Tensor:
-        """Mask ``x`` [batch, length, width]."""
+        """Mask ``x`` [batch, length, width], or [batch × length, width].
+
+        Raises:
+            RuntimeError: no keys, or ``x`` has other tokens than the batch (an expert's, say).
+        """
         if not self.training:
             return x
         if self.keys is None:
             raise RuntimeError("dropout has no keys for this batch")
+        keys = self.keys
+        if x.shape[:-1] != keys.shape:
+            if x.shape[:-1].numel() != keys.numel():
+                raise RuntimeError("adapter.lora_dropout: a module does not see the batch's tokens")
+            keys = keys.reshape(x.shape[:-1])
         if torch.compiler.is_compiling():
             # The mask is cheaper to compute again in the backward pass than to keep.
             masked: Tensor = checkpoint(
-                self._masked, x, self.keys, use_reentrant=False, preserve_rng_state=False
+                self._masked, x, keys, use_reentrant=False, preserve_rng_state=False
             )
             return masked
-        return self._masked(x, self.keys)
+        return self._masked(x, keys)
 
     def _masked(self, x: Tensor, keys: Tensor) -> Tensor:
         # Both sides are mixed already; products carry every bit into the high ones, which

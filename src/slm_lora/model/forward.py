@@ -81,9 +81,13 @@ def packed_logits(causal: PreTrainedModel, form: HeadForm, documents: list[Tenso
 
 
 def document_logits(base: Base, documents: list[Tensor]) -> Tensor:
-    """Logits [T, vocabulary] of documents laid end to end, by the way that trains and scores."""
+    """Logits [T, vocabulary] of documents laid end to end, by the way that trains and scores.
+
+    (With any masks of dropout, where the model is in training mode.)
+    """
     lengths = tuple(len(document) for document in documents)
     ids = torch.cat(documents).to(base.device)
+    _hand_keys(base, torch.arange(len(ids), dtype=torch.int32, device=base.device), lengths)
     with mixed_precision(base):
         if base.packed:
             positions = torch.cat([torch.arange(n) for n in lengths]).to(base.device)
@@ -111,15 +115,17 @@ def _hidden(base: Base, batch: MicroBatch, dropout_keys: Tensor | None = None) -
     """Final hidden states [T, width], in the order of the batch's tokens."""
     ids = torch.from_numpy(batch.ids).to(base.device)
     if dropout_keys is not None:
-        set_keys(
-            base.causal,
-            dropout_keys.unsqueeze(0) if base.packed else _padded(dropout_keys, batch.lengths),
-        )
+        _hand_keys(base, dropout_keys, batch.lengths)
     with mixed_precision(base):
         if not base.packed:
             return _padded_hidden(base.causal, ids, batch.lengths)
         positions = torch.from_numpy(batch.positions).to(base.device)
         return _packed_hidden(base.causal, ids, positions, torch.tensor(batch.lengths))
+
+
+def _hand_keys(base: Base, keys: Tensor, lengths: tuple[int, ...]) -> None:
+    """Hand the keys of tokens, [T], to all dropouts, in the shape of the batch."""
+    set_keys(base.causal, keys.unsqueeze(0) if base.packed else _padded(keys, lengths))
 
 
 def mixed_precision(base: Base) -> torch.autocast:

@@ -12,7 +12,6 @@ import re
 from collections import Counter
 from collections.abc import Sequence
 from dataclasses import dataclass
-from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 import torch
@@ -62,7 +61,7 @@ def resolve_targets(source: ModelSource, section: AdapterSection) -> Targets:
 
 @functools.lru_cache(maxsize=256)
 def _resolved(source: ModelSource, section: AdapterSection) -> Targets:
-    causal = skeleton(source.path)
+    causal = skeleton(source)
     if causal is None:  # PEFT judges when the model is loaded
         return Targets(section.target_modules)
     linear, others = _linear_modules(causal)
@@ -90,8 +89,8 @@ def without(
         for target in section.target_modules:
             if not any(_matches(name, (target,)) for name in reached):
                 raise UsageError(
-                    f"adapter.target_modules: no gradient of a text reaches {target} of {model}, so "
-                    "an adapter there would not learn; leave it out"
+                    f"adapter.target_modules: no gradient of a text reaches {target} of {model}, "
+                    "so an adapter there would not learn; leave it out"
                 )
     if isinstance(targets.modules, str):
         kept: tuple[str, ...] | str = targets.modules
@@ -107,8 +106,8 @@ def without(
     return Targets(kept, exclude, "; ".join(filter(None, (targets.left_out, told))))
 
 
-def skeleton(folder: Path) -> PreTrainedModel | None:
-    """The model of a folder on the meta device: modules and shapes, no weights. None where it
+def skeleton(source: ModelSource) -> PreTrainedModel | None:
+    """The model on the meta device: modules and shapes, no weights. None where it
     cannot be made without them."""
     from transformers import AutoConfig, AutoModelForCausalLM
     from transformers.utils import logging
@@ -117,7 +116,10 @@ def skeleton(folder: Path) -> PreTrainedModel | None:
     logging.set_verbosity_error()  # type: ignore[no-untyped-call]
     try:
         made: Any = AutoModelForCausalLM
-        config = AutoConfig.from_pretrained(folder, local_files_only=True, trust_remote_code=False)
+        config = AutoConfig.from_pretrained(
+            source.path, local_files_only=True, trust_remote_code=False
+        )
+        config._name_or_path = source.name
         with torch.device("meta"):
             causal: PreTrainedModel = made.from_config(config)
     except Exception:  # the model's code; loading it says what is wrong
@@ -264,7 +266,7 @@ def _try(
     from peft import get_peft_model
     from peft.tuners.tuners_utils import BaseTunerLayer
 
-    causal = skeleton(source.path)
+    causal = skeleton(source)
     assert causal is not None
     try:
         adapted = get_peft_model(
