@@ -8,14 +8,17 @@ from dataclasses import asdict, dataclass
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, Literal
 
+from slm_lora import processes
 from slm_lora.data.prepare import Prepared, prepare
 from slm_lora.data.sources import RowSet, read_rows
 from slm_lora.data.splits import SPLIT_VERSION
 from slm_lora.errors import DataError, UsageError
+from slm_lora.model import fusion
 from slm_lora.model.source import ModelSource, hash_config, resolve
 from slm_lora.recipe.cells import Cell
 from slm_lora.recipe.schema import LATER_KEYS, DataSection, ModelSection, TrainingSection
 from slm_lora.runs import RUN_FORMAT, content_hash
+from slm_lora.training.loop import tokens_at_once, training_tokens, usable_examples
 
 if TYPE_CHECKING:
     import torch
@@ -43,6 +46,16 @@ class Job:
     identity: str
     base_identity: str
     recipe: dict[str, Any]
+
+    @property
+    def half(self) -> bool:
+        """Whether it computes in half precision."""
+        return self.precision != "fp32"
+
+    @property
+    def sharded(self) -> bool:
+        """Whether the base's layers are shared out over the processes."""
+        return self.cell.recipe.training.fsdp and not processes.alone()
 
 
 ComputedName = Literal["here", "elsewhere", "nowhere"]
@@ -145,10 +158,14 @@ def _job(
     }
     if cell.recipe.model.quantization:
         scored["quantization"] = cell.recipe.model.quantization
+    training = {
+        **recipe["training"],
+        "micro_batch_tokens": _budget(cell, prepared, device, precision),
+    }
     trained = {
         "train": prepared.train_hash,
         "adapter": recipe["adapter"],
-        "training": _without_later_keys(recipe["training"]),
+        "training": _without_later_keys(training),
         "seed": recipe["seed"],
     }
     return Job(
@@ -161,6 +178,45 @@ def _job(
         identity=content_hash({**scored, **trained}),
         base_identity=content_hash(scored),
         recipe=recipe,
+    )
+
+
+def _budget(cell: Cell, prepared: Prepared, device: torch.device, precision: PrecisionName) -> int:
+    """``training.micro_batch_tokens`` as part of a run's identity: the default, where its limits on
+    this device make it the same."""
+    section = cell.recipe.training
+    default = TrainingSection.model_fields["micro_batch_tokens"].default
+    same = _at_once(cell, prepared, device, precision, default)
+    if _at_once(cell, prepared, device, precision, section.micro_batch_tokens) == same:
+        return int(default)
+    return section.micro_batch_tokens
+
+
+def _at_once(
+    cell: Cell, prepared: Prepared, device: torch.device, precision: PrecisionName, budget: int
+) -> tuple[int, ...]:
+    """Most tokens of a micro-batch, of every kind of code that this training runs."""
+    section = cell.recipe.training.model_copy(update={"micro_batch_tokens": budget})
+    usable, half = usable_examples(prepared.train, section), precision != "fp32"
+    tokens = training_tokens(usable, section) if usable else 0
+    # (A compiler that is missing here does not make another run of it.)
+    compiled = fusion.pays(section.compile, tokens, device, half, sharded=False)
+    frozen = cell.recipe.adapter.kind != "full"
+    plain, fused = tokens_at_once(section, compiled, frozen, device.type, half)
+    return (plain, fused) if compiled else (plain,)
+
+
+def capped(job: Job) -> str:
+    """One line where ``training.micro_batch_tokens`` was chosen and is more than is computed at
+    once; else empty."""
+    budget = job.cell.recipe.training.micro_batch_tokens
+    default = TrainingSection.model_fields["micro_batch_tokens"].default
+    most = max(_at_once(job.cell, job.prepared, job.device, job.precision, budget))
+    if budget == default or most >= budget:
+        return ""
+    return (
+        f"training.micro_batch_tokens = {budget}: on a {job.device.type.upper()} {most} tokens are "
+        "computed at once, which is as fast; more would only take memory"
     )
 
 

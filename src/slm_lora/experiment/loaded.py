@@ -5,7 +5,6 @@ from __future__ import annotations
 import gc
 from pathlib import Path
 
-from slm_lora import processes
 from slm_lora.errors import UsageError
 from slm_lora.experiment.jobs import Job
 from slm_lora.model import adapter_folder
@@ -30,8 +29,7 @@ class LoadedBase:
     def for_job(self, job: Job) -> Base:
         """The base that a job wants, without an adapter; loaded only if it is another one."""
         quantization = job.cell.recipe.model.quantization
-        sharded = job.cell.recipe.training.fsdp and not processes.alone()
-        wanted = (job.source, job.precision, job.device, quantization, sharded)
+        wanted = (job.source, job.precision, job.device, quantization, job.sharded)
         base = self._base
         if base is None or _as_loaded(base) != wanted:
             self._base = None
@@ -45,7 +43,7 @@ class LoadedBase:
                 device=job.device,
                 precision=job.precision,
                 quantization=quantization,
-                sharded=sharded,
+                sharded=job.sharded,
             )
             if base.why_plain:
                 self._reporter.say(f"  note: {base.why_plain}")

@@ -16,10 +16,16 @@ from slm_lora.experiment.jobs import Job
 from slm_lora.experiment.memory import Sizes, held_bytes, scoring_bytes, training_bytes
 from slm_lora.experiment.places import BASE, Places, finished
 from slm_lora.experiment.slice import Measured, measure
+from slm_lora.experiment.train_and_score import scoring_compiles
 from slm_lora.model import fusion
 from slm_lora.records import Example
 from slm_lora.runs import find_run
-from slm_lora.training.loop import tokens_at_once, total_steps
+from slm_lora.training.loop import (
+    tokens_at_once,
+    total_steps,
+    training_tokens,
+    usable_examples,
+)
 
 COMPILE_SECONDS = {"training": 6, "scoring": 3}
 """Of what compiles something that was compiled before: tracing it again (two CPU cores)."""
@@ -148,15 +154,13 @@ class _Counted:
 
 
 def _count(job: Job) -> _Counted:
-    recipe, rows = job.cell.recipe, job.prepared.train
+    recipe, rows = job.cell.recipe, list(job.prepared.train)
     section, batch = recipe.training, recipe.training.effective_batch_size
-    steps = total_steps(len(rows), section)
-    # An epoch's last step is partial, so steps × batch would count too much.
-    examples = min(steps * batch, section.num_train_epochs * len(rows))
-    tokens = round(examples * sum(row.length for row in rows) / len(rows))
-    compiled = _compiles(job, tokens)
-    half, frozen = job.precision != "fp32", recipe.adapter.kind != "full"
-    plain, fused = tokens_at_once(section, compiled, frozen, job.device.type, half)
+    rows = usable_examples(rows, section) or list(rows)
+    steps, tokens = total_steps(len(rows), section), training_tokens(rows, section)
+    compiled = fusion.wanted(section.compile, tokens, job.device, job.half, job.sharded)
+    frozen = recipe.adapter.kind != "full"
+    plain, fused = tokens_at_once(section, compiled, frozen, job.device.type, job.half)
     order = epoch_order(rows, recipe.seed, 0)
     drawn = [order[start : start + batch] for start in range(0, len(order), batch)]
     largest_plain = _largest(drawn, plain)
@@ -231,13 +235,8 @@ def _cell(each: _Counted, measured: Measured, runtime: int, places: Places) -> P
 
 
 def _scoring_seconds(each: _Counted, measured: Measured) -> float:
-    compiled = _compiles(each.job, _test_tokens(each.job))
+    compiled = scoring_compiles(each.job, each.job.prepared.test)
     return _test_tokens(each.job) * measured.scoring + COMPILE_SECONDS["scoring"] * compiled
-
-
-def _compiles(job: Job, tokens: int) -> bool:
-    setting = job.cell.recipe.training.compile
-    return fusion.wanted(setting, tokens, job.device, job.precision != "fp32")
 
 
 def _test_tokens(job: Job) -> int:

@@ -11,7 +11,7 @@ from torch import nn
 
 from slm_lora import processes
 from slm_lora.evaluation.perplexity import held_out_loss, score
-from slm_lora.experiment.jobs import Job
+from slm_lora.experiment.jobs import Job, capped
 from slm_lora.experiment.trackers import Trackers
 from slm_lora.model import flash, fusion
 from slm_lora.model.base import Base
@@ -37,7 +37,7 @@ def train_cell(
         StopRequested: a signal asked for it; what is done is saved.
     """
     section = job.cell.recipe.training
-    compile_validation = _compiles(job, job.prepared.validation, base)
+    compile_validation = scoring_compiles(job, job.prepared.validation)
 
     def validate() -> float:
         scores = score(
@@ -52,6 +52,8 @@ def train_cell(
 
     total = total_steps(len(job.prepared.train), section)
     shown = 0
+    if told := capped(job):
+        reporter.say_once(f"  note: {told}")
     with gentle_stop() as stop, reporter.task(job.cell.name, total, "steps") as task:
 
         def on_step(step: Step) -> None:
@@ -98,7 +100,7 @@ def evaluate(
     nn.Module.eval(base.causal)
     examples = job.prepared.test
     tokens = sum(example.length for example in examples)
-    compiled = _compiles(job, examples, base)
+    compiled = scoring_compiles(job, examples)
     began = time.perf_counter()
 
     def on_tokens(done: int) -> None:
@@ -133,11 +135,11 @@ def evaluate(
     }
 
 
-def _compiles(job: Job, examples: Sequence[Example], base: Base) -> bool:
+def scoring_compiles(job: Job, examples: Sequence[Example]) -> bool:
+    """Whether scoring these examples compiles."""
     tokens = sum(example.length for example in examples)
-    return not base.sharded and fusion.wanted(
-        job.cell.recipe.training.compile, tokens, base.device, base.half
-    )
+    setting = job.cell.recipe.training.compile
+    return fusion.wanted(setting, tokens, job.device, job.half, job.sharded)
 
 
 def _say_fallbacks(reporter: Reporter) -> None:

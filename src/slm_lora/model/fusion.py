@@ -41,7 +41,9 @@ _on = False
 _failure = ""
 
 
-def wanted(setting: bool | str, tokens: int, device: torch.device, half: bool) -> bool:
+def wanted(
+    setting: bool | str, tokens: int, device: torch.device, half: bool, sharded: bool = False
+) -> bool:
     """Whether a run over ``tokens`` compiles; ``auto``: if it pays and a compiler is there.
 
     Args:
@@ -49,11 +51,21 @@ def wanted(setting: bool | str, tokens: int, device: torch.device, half: bool) -
         tokens: of the whole run.
         device: where it computes.
         half: whether in half precision.
+        sharded: whether the base's layers are shared out, which are never compiled.
     """
+    return pays(setting, tokens, device, half, sharded) and (
+        setting != "auto" or _has_compiler(device)
+    )
+
+
+def pays(setting: bool | str, tokens: int, device: torch.device, half: bool, sharded: bool) -> bool:
+    """As `wanted`, on a machine that has a compiler."""
+    if sharded:
+        return False
     if setting != "auto":
         return bool(setting)
     in_half, in_fp32 = PAYS_FROM.get(device.type, (tokens + 1, tokens + 1))
-    return tokens >= (in_half if half else in_fp32) and _has_compiler(device)
+    return tokens >= (in_half if half else in_fp32)
 
 
 def _has_compiler(device: torch.device) -> bool:

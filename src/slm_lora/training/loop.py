@@ -80,6 +80,18 @@ def total_steps(rows: int, section: TrainingSection) -> int:
     return steps if section.max_steps is None else min(steps, section.max_steps)
 
 
+def usable_examples(examples: Sequence[Example], section: TrainingSection) -> list[Example]:
+    """Those that have a label to train on."""
+    return [example for example in examples if label_count(example, section.loss_on)]
+
+
+def training_tokens(usable: Sequence[Example], section: TrainingSection) -> int:
+    """Real tokens that a training on these examples computes, about."""
+    steps = total_steps(len(usable), section)
+    epochs = steps / steps_per_epoch(len(usable), section.effective_batch_size)
+    return round(epochs * sum(example.length for example in usable))
+
+
 def _steps(
     examples: Sequence[Example], batch: int, seed: int, total: int
 ) -> Iterator[list[Example]]:
@@ -170,17 +182,16 @@ def train(
         IntegrityError: several processes do not begin at the same step.
         StopRequested: ``stop`` was; the step was finished, and a checkpoint saved.
     """
-    usable = [example for example in examples if label_count(example, section.loss_on)]
+    usable = usable_examples(examples, section)
     if not usable:
         raise DataError(
             f"no label tokens left: none of the {len(examples)} training rows has a token to "
             f"train on (training.loss_on = {section.loss_on}); raise data.max_length, or check "
             "the template"
         )
-    total = total_steps(len(usable), section)
-    epochs = total / steps_per_epoch(len(usable), section.effective_batch_size)
-    tokens = round(epochs * sum(example.length for example in usable))
-    compiled = not base.sharded and fusion.wanted(section.compile, tokens, base.device, base.half)
+    compiled = fusion.wanted(
+        section.compile, training_tokens(usable, section), base.device, base.half, base.sharded
+    )
     named = {name: p for name, p in adapted.named_parameters() if p.requires_grad}
     optimizer = adamw(named, section)
     scaler = torch.amp.GradScaler(base.device.type, enabled=base.precision == "fp16")
