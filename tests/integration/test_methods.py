@@ -4,20 +4,27 @@ from __future__ import annotations
 
 from collections.abc import Callable
 from pathlib import Path
+from typing import Any
 
 import pytest
 import torch
-from peft import PeftModel
-from transformers import AutoModelForCausalLM
+import transformers
+from peft import LoraConfig, PeftModel, get_peft_model
+from transformers import AutoModelForCausalLM, Trainer
 
 from slm_lora.data.batches import pack
+from slm_lora.errors import UsageError
 from slm_lora.model import adapter, adapter_folder
+from slm_lora.model.adapter_check import check_forward, reached_modules
 from slm_lora.model.base import DTYPES, Base
 from slm_lora.model.forward import batch_nll
-from slm_lora.recipe.schema import AdapterSection, TrainingSection
+from slm_lora.model.source import resolve
+from slm_lora.model.targets import resolve_targets
+from slm_lora.recipe.schema import AdapterSection, ModelSection, TrainingSection
 from slm_lora.training.loop import train
+from slm_lora.training.optimizer import adamw
 
-from .test_forward import LENGTHS, make_examples
+from .test_forward import LENGTHS, load, make_examples, save_model
 
 LoadTiny = Callable[..., Base]
 FULL = AdapterSection(kind="full")
@@ -101,3 +108,155 @@ def test_loraplus_moves_b_so_many_times_faster(load_tiny: LoadTiny) -> None:
 
     assert moved(None) == pytest.approx(1e-4, rel=1e-3)
     assert moved(16) == pytest.approx(16e-4, rel=1e-3)
+
+
+@pytest.mark.parametrize("kind", ["full", "dora"])
+def test_norms_and_biases_do_not_decay(load_tiny: LoadTiny, kind: str) -> None:
+    trained = adapter.attach(load_tiny("fp32"), AdapterSection(kind=kind, lora_dropout=0), seed=0)
+    named = {name: p for name, p in trained.named_parameters() if p.requires_grad}
+    optimizer = adamw(named, TrainingSection(weight_decay=0.1), trained)
+    name_of = {id(parameter): name for name, parameter in named.items()}
+    ours = {
+        name_of[id(parameter)]
+        for group in optimizer.param_groups
+        if group["weight_decay"]
+        for parameter in group["params"]
+    }
+    theirs: Any = Trainer.get_decay_parameter_names
+    assert ours == set(theirs(None, trained)) & named.keys()
+    if kind == "full":
+        assert {n for n in named if n not in ours} == {n for n in named if "norm" in n}
+
+
+def save_gemma_with_eyes(folder: Path) -> Path:
+    """Gemma 3: text decoder and vision tower both have q_proj and v_proj."""
+    text = transformers.Gemma3TextConfig(
+        vocab_size=500, hidden_size=32, intermediate_size=48, num_hidden_layers=2,
+        num_attention_heads=4, num_key_value_heads=2, head_dim=8, sliding_window=16,
+        layer_types=["sliding_attention", "full_attention"], query_pre_attn_scalar=8,
+    )  # fmt: skip
+    eyes = transformers.SiglipVisionConfig(
+        hidden_size=32, intermediate_size=48, num_hidden_layers=1, num_attention_heads=2,
+        image_size=28, patch_size=14,
+    )  # fmt: skip
+    config = transformers.Gemma3Config(
+        text_config=text.to_dict(), vision_config=eyes.to_dict(), mm_tokens_per_image=4,
+        image_token_index=5, boi_token_index=6, eoi_token_index=7,
+    )  # fmt: skip
+    torch.manual_seed(0)
+    save_model(config, folder, 0.2)
+    return folder
+
+
+@pytest.mark.parametrize("targets", [("q_proj", "v_proj"), "all-linear"])
+def test_no_adapter_lies_on_a_vision_tower(tmp_path: Path, targets: Any) -> None:
+    base = load(save_gemma_with_eyes(tmp_path))
+    section = AdapterSection(r=4, target_modules=targets)
+    adapted = adapter.attach(base, section, seed=0)
+    names = [name for name, p in adapted.named_parameters() if p.requires_grad]
+    assert names
+    assert all(".language_model." in name for name in names)
+    adapted.train()
+    batch_nll(base, pack(make_examples([20, 9]), "all"), "seed").backward()
+    assert all(p.grad is not None for n, p in adapted.named_parameters() if p.requires_grad)
+    if targets == "all-linear":
+        assert "without adapters stay" in adapter.left_out(adapted)
+
+
+def test_all_weights_are_those_of_the_text_model(tmp_path: Path) -> None:
+    base = load(save_gemma_with_eyes(tmp_path))
+    trained = adapter.attach(base, FULL, seed=0)
+    still = [name for name, p in trained.named_parameters() if not p.requires_grad]
+    assert still
+    assert all("vision_tower" in name or "projector" in name for name in still)
+    assert "stay as they are" in adapter.left_out(trained)
+
+
+def test_all_linear_leaves_out_what_peft_refuses(tmp_path: Path) -> None:
+    config = transformers.Mamba2Config(
+        vocab_size=500, hidden_size=32, num_hidden_layers=2, num_heads=4, head_dim=16,
+        state_size=8, n_groups=1, chunk_size=16,
+    )  # fmt: skip
+    torch.manual_seed(0)
+    save_model(config, tmp_path, 0.2)
+    base = load(tmp_path)
+    adapted = adapter.attach(base, AdapterSection(target_modules="all-linear"), seed=0)
+    names = {name.split(".lora_")[0].rsplit(".", 1)[-1] for name, _ in adapted.named_parameters()}
+    assert "in_proj" in names
+    assert "out_proj (2)" in adapter.left_out(adapted)
+    with pytest.raises(UsageError, match=r"PEFT refuses them on .*out_proj"):
+        adapter.attach(load(tmp_path), AdapterSection(target_modules=("out_proj",)), seed=0)
+
+
+def save_mixture(folder: Path) -> Path:
+    config = transformers.Qwen3MoeConfig(
+        vocab_size=500, hidden_size=32, intermediate_size=48, num_hidden_layers=2,
+        num_attention_heads=4, num_key_value_heads=2, head_dim=8, num_experts=4,
+        num_experts_per_tok=2, moe_intermediate_size=16,
+    )  # fmt: skip
+    torch.manual_seed(0)
+    save_model(config, folder, 0.2)
+    return folder
+
+
+def test_all_linear_takes_experts_where_peft_can(tmp_path: Path) -> None:
+    folder = save_mixture(tmp_path)
+    adapted = adapter.attach(load(folder), AdapterSection(target_modules="all-linear"), seed=0)
+    assert "the experts" in adapter.left_out(adapted)
+    without = AdapterSection(target_modules="all-linear", lora_dropout=0)
+    adapted = adapter.attach(load(folder), without, seed=0)
+    assert any(".experts." in n for n, p in adapted.named_parameters() if p.requires_grad)
+    experts = AdapterSection(target_modules=("gate_proj", "up_proj", "down_proj"))
+    with pytest.raises(UsageError, match="dropout"):
+        adapter.attach(load(folder), experts, seed=0)
+
+
+def test_an_unknown_target_is_named_before_anything_is_loaded(tmp_path: Path) -> None:
+    source = resolve(ModelSection(name=str(save_mixture(tmp_path))))
+    with pytest.raises(UsageError, match="has no q_porj"):
+        resolve_targets(source, AdapterSection(target_modules=("q_porj", "v_proj")))
+
+
+@pytest.mark.parametrize(
+    "settings", [{"target_modules": ["lm_head"]}, {"target_modules": ["q_proj", "lm_head"]}]
+)
+def test_an_adapter_outside_of_the_layers_is_not_scored_as_if_it_were_not_there(
+    tmp_path: Path, settings: dict[str, Any]
+) -> None:
+    config = transformers.LlamaConfig(
+        vocab_size=500, hidden_size=32, intermediate_size=48, num_hidden_layers=2,
+        num_attention_heads=4, num_key_value_heads=2, tie_word_embeddings=False,
+    )  # fmt: skip
+    torch.manual_seed(0)
+    save_model(config, tmp_path / "base", 0.2)
+    base = load(tmp_path / "base")
+    foreign = get_peft_model(base.causal, LoraConfig(r=4, task_type="CAUSAL_LM", **settings))
+    with pytest.raises(UsageError, match="works outside of the layers"):
+        check_forward(base, foreign)
+
+
+def test_what_only_peft_s_forward_knows_is_found_out(load_tiny: LoadTiny) -> None:
+    base = load_tiny("fp32", plain=True)
+    activated = LoraConfig(
+        r=4, task_type="CAUSAL_LM", target_modules=["q_proj"], alora_invocation_tokens=[3, 4]
+    )
+    foreign = get_peft_model(base.causal, activated)
+    with pytest.raises(UsageError, match="away from PEFT's"):
+        check_forward(base, foreign)
+
+
+def test_the_check_of_an_adapter_leaves_no_trace(load_tiny: LoadTiny) -> None:
+    base = load_tiny("fp32")
+    adapted = adapter.attach(base, AdapterSection(r=4), seed=5)
+    before = adapter.trainable_state(adapted)
+    torch.manual_seed(3)
+    drawn = torch.rand(1)
+    torch.manual_seed(3)
+    check_forward(base, adapted)
+    reached, unreached = reached_modules(base, adapted)
+    assert torch.equal(torch.rand(1), drawn)
+    after = adapter.trainable_state(adapted)
+    assert all(torch.equal(before[name], after[name]) for name in before)
+    assert all(p.grad is None for p in adapted.parameters())
+    assert len(reached) == 4
+    assert not unreached

@@ -81,6 +81,13 @@ class Reply:
                 f"prompt: {len(prompt)} tokens, and {variants.base.source.name} takes "
                 f"{variants.longest} with the reply; shorten it"
             )
+        embedding: Any = variants.base.causal.get_input_embeddings()
+        rows = len(embedding.weight)
+        if max(prompt, default=0) >= rows:
+            raise UsageError(
+                f"prompt: token {max(prompt)} is not among the {rows} of the embedding of "
+                f"{variants.base.source.name}: its tokenizer was extended, and the model was not"
+            )
         self.ids: list[int] = []
         self.finished: Finish = ""
         self._variants, self._variant, self._sampling = variants, variant, sampling

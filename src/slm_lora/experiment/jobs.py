@@ -15,6 +15,7 @@ from slm_lora.data.splits import SPLIT_VERSION
 from slm_lora.errors import DataError, UsageError
 from slm_lora.model import fusion
 from slm_lora.model.source import ModelSource, hash_config, resolve
+from slm_lora.model.targets import resolve_targets
 from slm_lora.recipe.cells import Cell
 from slm_lora.recipe.schema import LATER_KEYS, DataSection, ModelSection, TrainingSection
 from slm_lora.runs import RUN_FORMAT, content_hash
@@ -95,8 +96,11 @@ def make_jobs(cells: Sequence[Cell], computed: ComputedName = "here") -> list[Jo
         set_key = (source, section.model_dump_json(), cell.recipe.data_seed)
         if set_key not in sets:
             sets[set_key] = prepare(rows, section, cell.recipe.data_seed, tokenizers[source])
+        _check_token_ids(sets[set_key], source, tokenizers[source])
         _check_headline(cell, sets[set_key])
         _check_frozen(cell)
+        if computed != "nowhere":
+            resolve_targets(source, cell.recipe.adapter)
         jobs.append(_job(cell, source, sets[set_key], rows, computed))
     _check_same_test_rows(jobs)
     return jobs
@@ -107,12 +111,32 @@ _ROW_FIELDS = {"name", "revision", "split", "format", "columns", "on_bad_row"}
 
 def _check_length(section: DataSection, source: ModelSource) -> None:
     """Positions beyond those that the model was made for have no meaning, or no embedding."""
-    config = json.loads((source.path / "config.json").read_text(encoding="utf-8"))
-    config |= config.get("text_config") or {}
+    config = _text_config(source)
     most = config.get("max_position_embeddings") or config.get("n_positions")
     if isinstance(most, int) and section.max_length > most:
         raise UsageError(
             f"data.max_length = {section.max_length}: {source.name} takes {most} tokens at most"
+        )
+
+
+def _text_config(source: ModelSource) -> dict[str, Any]:
+    config: dict[str, Any] = json.loads((source.path / "config.json").read_text(encoding="utf-8"))
+    return config | (config.get("text_config") or {})
+
+
+def _check_token_ids(
+    prepared: Prepared, source: ModelSource, tokenizer: PreTrainedTokenizerBase
+) -> None:
+    """Tokens that were added to a tokenizer, and not to its model, would be looked up outside of
+    the embedding."""
+    rows = _text_config(source).get("vocab_size")
+    examples = (*prepared.test, *prepared.validation, *prepared.train)
+    largest = max((int(example.ids.max()) for example in examples), default=0)
+    if isinstance(rows, int) and largest >= rows:
+        raise UsageError(
+            f"model {source.name}: its tokenizer makes the token {largest} "
+            f"({tokenizer.convert_ids_to_tokens(largest)!a:.40}), its embedding has {rows} rows; "
+            "save a model whose embedding was resized to its tokenizer (resize_token_embeddings)"
         )
 
 

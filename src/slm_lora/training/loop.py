@@ -193,10 +193,11 @@ def train(
         section.compile, training_tokens(usable, section), base.device, base.half, base.sharded
     )
     named = {name: p for name, p in adapted.named_parameters() if p.requires_grad}
-    optimizer = adamw(named, section)
+    optimizer = adamw(named, section, adapted)
     scaler = torch.amp.GradScaler(base.device.type, enabled=base.precision == "fp16")
     updater = Updater(
         base,
+        list(named),
         list(named.values()),
         optimizer,
         scaler,
@@ -254,7 +255,7 @@ def _take_steps(
     total = total_steps(len(examples), section)
     an_epoch = steps_per_epoch(len(examples), section.effective_batch_size)
     under_way: deque[tuple[Step, Launched]] = deque()
-    seconds = journal.seconds
+    seconds, first = journal.seconds, True
     steps = enumerate(_steps(examples, section.effective_batch_size, seed, total))
     for number, step_examples in itertools.islice(steps, len(journal.history), None):
         if journal.enough:
@@ -278,6 +279,9 @@ def _take_steps(
             f"step {number + 1} of {total}",
             journal.wishes(),
         )
+        if first:
+            updater.check_gradients()
+            first = False
         if number < 2 or number % TRIM_EVERY == 0:
             machine.release_freed_memory()
         step = Step(

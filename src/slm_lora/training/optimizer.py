@@ -11,25 +11,57 @@ import torch
 from slm_lora.recipe.schema import TrainingSection
 
 
-def adamw(named: Mapping[str, torch.nn.Parameter], section: TrainingSection) -> torch.optim.AdamW:
+def adamw(
+    named: Mapping[str, torch.nn.Parameter],
+    section: TrainingSection,
+    model: torch.nn.Module | None = None,
+) -> torch.optim.AdamW:
     """AdamW (Loshchilov & Hutter 2019, arXiv 1711.05101) over the parameters that train.
 
     With ``loraplus_lr_ratio`` the B matrices are a group of their own, whose ``times`` says how
     much faster they learn (LoRA+, Hayou et al. 2024, arXiv 2402.12354).
+
+    Args:
+        named: the parameters, by their names in ``model``.
+        section: how to train.
+        model: what they belong to: its norms and biases do not decay, as with the
+            `TrainingArguments` of the same name. None: all decay.
     """
-    faster = [p for name, p in named.items() if "lora_B" in name and section.loraplus_lr_ratio]
-    others = [p for p in named.values() if not any(p is each for each in faster)]
-    groups: list[dict[str, Any]] = [{"params": others, "times": 1.0}]
-    if faster:
-        groups.append({"params": faster, "times": section.loraplus_lr_ratio})
+    decaying = set(named)
+    if section.weight_decay and model is not None:
+        decaying &= _decaying(model)
+    groups: list[dict[str, Any]] = []
+    for faster in (False, True):
+        for decays in (True, False):
+            parameters = [
+                parameter
+                for name, parameter in named.items()
+                if (bool(section.loraplus_lr_ratio) and "lora_B" in name) == faster
+                and (name in decaying) == decays
+            ]
+            if parameters:
+                groups.append(
+                    {
+                        "params": parameters,
+                        "times": section.loraplus_lr_ratio if faster else 1.0,
+                        "weight_decay": section.weight_decay if decays else 0.0,
+                    }
+                )
     return torch.optim.AdamW(
         groups,
         lr=section.learning_rate,
         betas=(section.adam_beta1, section.adam_beta2),
         eps=section.adam_epsilon,
-        weight_decay=section.weight_decay,
         fused=True,
     )
+
+
+def _decaying(model: torch.nn.Module) -> set[str]:
+    """Names of the parameters that decay: `transformers.Trainer`'s rule."""
+    from transformers import Trainer
+
+    rule: Any = Trainer.get_decay_parameter_names
+    return set(rule(None, model))  # it asks nothing of the trainer
 
 
 def learning_rate(section: TrainingSection, step: int, total_steps: int) -> float:

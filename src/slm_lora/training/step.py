@@ -31,7 +31,8 @@ class Updater:
 
     Attributes:
         base: the base, with what trains.
-        parameters: that train.
+        names: of the parameters that train.
+        parameters: these.
         optimizer: over them.
         scaler: of fp16 gradients; else it does nothing.
         loss_on: tokens trained on.
@@ -40,6 +41,7 @@ class Updater:
     """
 
     base: Base
+    names: Sequence[str]
     parameters: Sequence[torch.nn.Parameter]
     optimizer: torch.optim.Optimizer
     scaler: torch.amp.GradScaler
@@ -93,6 +95,20 @@ class Updater:
         with torch.no_grad():
             largest = _largest(self.parameters)
         return Launched((loss, norm, largest), skipped, examples, where, wishes)
+
+    def check_gradients(self) -> None:
+        """After a step: every parameter that trains has a gradient.
+
+        Raises:
+            NumericError: the loss does not depend on one.
+        """
+        pairs = zip(self.names, self.parameters, strict=True)
+        if unreached := [name for name, parameter in pairs if parameter.grad is None]:
+            raise NumericError(
+                f"{len(unreached)} of {len(self.names)} parameters that train have no gradient, "
+                f"first {unreached[0]}: they would stay as they are; choose other "
+                "adapter.target_modules"
+            )
 
     def _backward(self, examples: Sequence[Example], budget: int, dropout_seed: str) -> Tensor:
         """Loss of a step in nats per label token; its gradient is left on the parameters."""
