@@ -69,7 +69,7 @@ def _check_kind(trained: Trained) -> None:
 
 def _write(trained: Trained, source: ModelSource, folder: Path, dtype: torch.dtype) -> None:
     base = load_base(source, device=torch.device("cpu"), precision="fp32", plain=True)
-    adapted = adapter_folder.load(base, trained.folder)
+    adapted = adapter_folder.load(base, trained.folder, compare=False)
     _check_tied(adapted, trained, source)
     merged: PreTrainedModel = adapted.merge_and_unload()
     torch.nn.Module.to(merged, dtype)

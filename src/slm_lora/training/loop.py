@@ -197,13 +197,13 @@ def train(
     scaler = torch.amp.GradScaler(base.device.type, enabled=base.precision == "fp16")
     updater = Updater(
         base,
-        list(named),
         list(named.values()),
         optimizer,
         scaler,
         section.loss_on,
         section.max_grad_norm,
         section.activation_checkpointing,
+        list(named),
     )
     several = not processes.alone()
     if steps_ahead is None:

@@ -31,23 +31,23 @@ class Updater:
 
     Attributes:
         base: the base, with what trains.
-        names: of the parameters that train.
-        parameters: these.
+        parameters: that train.
         optimizer: over them.
         scaler: of fp16 gradients; else it does nothing.
         loss_on: tokens trained on.
         max_grad_norm: the gradient is clipped to this norm.
         recompute: whether layers keep their inputs only (activation checkpointing).
+        names: of the parameters, for messages.
     """
 
     base: Base
-    names: Sequence[str]
     parameters: Sequence[torch.nn.Parameter]
     optimizer: torch.optim.Optimizer
     scaler: torch.amp.GradScaler
     loss_on: LossOn
     max_grad_norm: float
     recompute: bool = False
+    names: Sequence[str] = ()
 
     def step(
         self,
@@ -102,11 +102,11 @@ class Updater:
         Raises:
             NumericError: the loss does not depend on one.
         """
-        pairs = zip(self.names, self.parameters, strict=True)
+        pairs = zip(self.names, self.parameters, strict=False)
         if unreached := [name for name, parameter in pairs if parameter.grad is None]:
             raise NumericError(
-                f"{len(unreached)} of {len(self.names)} parameters that train have no gradient, "
-                f"first {unreached[0]}: they would stay as they are; choose other "
+                f"{len(unreached)} of {len(self.parameters)} parameters that train get no "
+                f"gradient, first {unreached[0]}: they would stay as they are; choose other "
                 "adapter.target_modules"
             )
 
