@@ -78,7 +78,29 @@ def _in_short(found: Sequence[Contrast]) -> str:
             said.append(f"{len(some)} {comparisons} {what}: {verdicts}.")
     if not all(each.covers_seeds for each in found):
         said.append("A verdict from one seed is on these runs, not on their settings.")
+    if note := _untuned(found):
+        said.append(note)
     return " ".join(said)
+
+
+def _untuned(found: Sequence[Contrast]) -> str:
+    """Where trainings are compared: that each may be far from its own best learning rate.
+
+    With lora_alpha = 2r the first step of Adam in the weights grows with the rank, so a larger rank
+    learns faster at the same rate; more rows are more steps.
+    """
+    rate = "training.learning_rate"
+    compared = [
+        arm for each in found if each.key not in ("base", rate) for arm in (each.first, each.second)
+    ]
+    if not compared:
+        return ""
+    rates = sorted({float(arm.setting(rate)) for arm in compared})
+    shared = f"{rates[0]:g} for all" if len(rates) == 1 else ", ".join(f"{r:g}" for r in rates)
+    return (
+        f"Learning rates were not tuned per setting ({shared}): at other rates these differences "
+        "can shrink, vanish or reverse."
+    )
 
 
 def name_of(key: str, tied: Sequence[str] = ()) -> str:
