@@ -25,8 +25,11 @@ def recomputed_layers(causal: PreTrainedModel, on: bool) -> Iterator[None]:
     if not on:
         yield
         return
+    # (transformers renamed them in 5.23.)
+    names = ("activation_checkpointing", "gradient_checkpointing")
+    name = next(name for name in names if hasattr(causal, f"{name}_enable"))
     try:
-        causal.activation_checkpointing_enable({"use_reentrant": False})
+        getattr(causal, f"{name}_enable")({"use_reentrant": False})
     except ValueError as error:
         raise UsageError(f"training.activation_checkpointing: {error}") from error
     # (Only reentrant checkpoints need inputs with gradients, which here nobody wants.)
@@ -34,4 +37,4 @@ def recomputed_layers(causal: PreTrainedModel, on: bool) -> Iterator[None]:
     try:
         yield
     finally:
-        causal.activation_checkpointing_disable()  # type: ignore[no-untyped-call]
+        getattr(causal, f"{name}_disable")()
