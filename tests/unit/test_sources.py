@@ -25,7 +25,7 @@ from hypothesis import strategies as st
 
 import slm_lora.data
 from slm_lora import storage
-from slm_lora.data import files, hub, sources
+from slm_lora.data import hub, sources, table
 from slm_lora.data.sources import BadRow, MalformedRowsError, RowSet, ensure_ml_qa, read_rows
 from slm_lora.errors import DataError, SlmLoraError, StorageError, UsageError
 from slm_lora.recipe.schema import DataSection
@@ -96,8 +96,13 @@ KINDS: list[tuple[bytes, str]] = [
 
 @pytest.mark.parametrize(("line", "reason"), KINDS)
 def test_malformed_line(tmp_path: Path, line: bytes, reason: str) -> None:
-    path = jsonl(tmp_path, good_line(1), line, good_line(2))
+    path = jsonl(tmp_path, good_line(1), line, *[good_line(n) for n in range(2, 11)])
     expected = f"rows.jsonl:2: {reason}. Mend it, or set data.on_bad_row=skip."
+    if b"\xff" in line:
+        expected = (
+            "rows.jsonl:2: invalid UTF-8, in 1 of 11 rows: the file looks like Windows-1252; "
+            "save it as UTF-8"
+        )
     assert refusal(path) == expected
 
 
@@ -109,9 +114,9 @@ def test_a_row_too_long_is_a_bad_row_of_its_size(tmp_path: Path) -> None:
 
 def test_the_longest_row_that_is_read(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     line = good_line(1)
-    monkeypatch.setattr(files, "ROW_BYTES", len(line))
+    monkeypatch.setattr(table, "ROW_BYTES", len(line))
     assert len(read(jsonl(tmp_path, line)).rows) == 1
-    monkeypatch.setattr(files, "ROW_BYTES", len(line) - 1)
+    monkeypatch.setattr(table, "ROW_BYTES", len(line) - 1)
     with pytest.raises(MalformedRowsError) as caught:
         read(jsonl(tmp_path, line, good_line(2)))
     assert [bad.source for bad in caught.value.bad_rows] == ["rows.jsonl:1", "rows.jsonl:2"]
@@ -120,10 +125,7 @@ def test_the_longest_row_that_is_read(tmp_path: Path, monkeypatch: pytest.Monkey
 def test_one_kind_names_its_lines(tmp_path: Path) -> None:
     empty = b'{"instruction": "q", "response": ""}'
     path = jsonl(tmp_path, good_line(1), empty, good_line(2), empty, empty)
-    assert refusal(path) == (
-        "rows.jsonl:2: response is empty (3 rows in all: 2, 4, 5). "
-        "Mend them, or set data.on_bad_row=skip."
-    )
+    assert refusal(path) == ("rows.jsonl:2: response is empty (3 rows in all: 2, 4, 5). Mend them.")
 
 
 def test_several_kinds_are_counted(tmp_path: Path) -> None:
@@ -131,7 +133,7 @@ def test_several_kinds_are_counted(tmp_path: Path) -> None:
     path = jsonl(tmp_path, empty, *[good_line(n) for n in range(9)], *[broken] * 4, empty)
     assert refusal(path) == (
         "rows.jsonl: 6 malformed rows: response is empty (2 rows: 1, 15); "
-        "bad JSON (4 rows: 11, 12, 13, …). Mend them, or set data.on_bad_row=skip."
+        "bad JSON (4 rows: 11, 12, 13, 14). Mend them."
     )
 
 
@@ -183,7 +185,7 @@ def test_exactly_the_bad_lines_are_reported(lines: list[bytes | None]) -> None:
     )
     total = sum(bool(line.strip()) for line in content)
     with tempfile.TemporaryDirectory() as folder, pytest.MonkeyPatch.context() as patch:
-        patch.setattr(files, "ROW_BYTES", 1000)
+        patch.setattr(table, "ROW_BYTES", 1000)
         check_bad_rows(jsonl(Path(folder), *content), expected, total)
 
 
@@ -239,7 +241,7 @@ PARQUET_KINDS: dict[str | None, str] = {
 def test_exactly_the_bad_rows_of_a_parquet_file_are_reported(answers: list[str | None]) -> None:
     answers = ["A", *answers]
     expected = tuple(
-        BadRow(f"rows.parquet:{number}", PARQUET_KINDS[answer])
+        BadRow(f"rows.parquet row {number}", PARQUET_KINDS[answer])
         for number, answer in enumerate(answers, start=1)
         if answer in PARQUET_KINDS
     )
@@ -307,7 +309,12 @@ WRITERS: dict[str, Callable[[Path, list[dict[str, Any]]], None]] = {
     ".csv": write_csv,
     ".parquet": write_parquet,
 }
-TEXT = st.text(st.characters(exclude_categories=["Cs"], exclude_characters="\0"))
+TEXT = st.text(
+    st.one_of(
+        st.characters(exclude_categories=["Cs", "Co"], exclude_characters="\0"),
+        st.characters(min_codepoint=0xE000, max_codepoint=0xF8FF),
+    )
+)
 FILLED = TEXT.filter(lambda text: bool(text.strip()))
 ROW = st.fixed_dictionaries(
     {"instruction": FILLED, "context": TEXT, "response": FILLED, "category": TEXT}
@@ -344,9 +351,10 @@ def test_numbers_in_sources(tmp_path: Path, suffix: str) -> None:
     path = tmp_path / f"rows{suffix}"
     WRITERS[suffix](path, [good(1), good(2)])
     first = 2 if suffix == ".csv" else 1  # lines of a CSV file begin with the header
+    unit = {".json": " item ", ".parquet": " row "}.get(suffix, ":")
     assert [row.source for row in read(path).rows] == [
-        f"rows{suffix}:{first}",
-        f"rows{suffix}:{first + 1}",
+        f"rows{suffix}{unit}{first}",
+        f"rows{suffix}{unit}{first + 1}",
     ]
 
 
@@ -447,7 +455,7 @@ def test_items_of_a_json_list_are_numbered(tmp_path: Path) -> None:
     path.write_bytes(b"\xef\xbb\xbf [\n" + b" ,\n".join(items) + b"]\n")
     assert refusal(path) == (
         "rows.json: 3 malformed rows: NaN is not JSON (1 row: 2); not a JSON object (1 row: 3); "
-        "duplicate key 'response' (1 row: 5). Mend them, or set data.on_bad_row=skip."
+        "duplicate key 'response' (1 row: 5). Mend them."
     )
 
 
@@ -470,12 +478,12 @@ def test_a_broken_json_list_is_refused_whole(tmp_path: Path, content: str, line:
     assert refusal(path, on_bad_row="skip") == f"rows.json:{line}: bad JSON; mend the file"
 
 
-def test_json_that_is_no_list(tmp_path: Path) -> None:
+def test_json_that_is_no_utf8(tmp_path: Path) -> None:
     path = tmp_path / "rows.json"
-    path.write_bytes(good_line(1) + b"\n" + good_line(2))
-    assert "one object a line is named .jsonl" in refusal(path)
     path.write_bytes(b'[\n{"text": "xyzzy\xff"}]')
-    assert refusal(path).startswith("rows.json:2: invalid UTF-8")
+    assert "the file looks like Windows-1252; save it as UTF-8" in refusal(path)
+    path.write_bytes('[\n{"text": "é'.encode() + b'xyzzy\xff"}]')
+    assert refusal(path) == "rows.json:2: invalid UTF-8. Mend it."
 
 
 # --- CSV ---------------------------------------------------------------------------------------
@@ -532,7 +540,7 @@ def test_parquet_types_that_are_no_text(tmp_path: Path) -> None:
     pq.write_table(pa.table({"instruction": ["a", "b"], "response": [1, None]}), path)
     assert refusal(path) == (
         "rows.parquet: 2 malformed rows: response must be text, is a number (1 row: 1); "
-        "response is null (1 row: 2). Mend them, or set data.on_bad_row=skip."
+        "response is null (1 row: 2). Mend them."
     )
 
 
@@ -541,7 +549,7 @@ def test_parquet_text_that_is_no_utf8_is_a_bad_row(tmp_path: Path) -> None:
     invalid = pa.StringArray.from_buffers(3, values.buffers()[1], values.buffers()[2])
     pq.write_table(pa.table({"text": invalid}), tmp_path / "rows.parquet")
     message = refusal(tmp_path / "rows.parquet")
-    assert message.startswith("rows.parquet:2: invalid UTF-8. Mend it")
+    assert message.startswith("rows.parquet row 2: invalid UTF-8. Mend it")
 
 
 def test_parquet_decodes_only_what_is_read(tmp_path: Path) -> None:
@@ -550,7 +558,7 @@ def test_parquet_decodes_only_what_is_read(tmp_path: Path) -> None:
     pq.write_table(pa.table({"text": ["a"], "seen": beyond_python}), path)
     assert len(read(path).rows) == 1
     pq.write_table(pa.table({"text": ["a"], "category": beyond_python}), path)
-    assert refusal(path).startswith("rows.parquet:1: a value cannot be read. Mend it")
+    assert refusal(path).startswith("rows.parquet row 1: a value cannot be read. Mend it")
     pq.write_table(pa.table({"question": ["a"]}), path)
     assert "columns seen: question" in refusal(path)
 
@@ -587,9 +595,9 @@ def test_no_such_file(tmp_path: Path, monkeypatch: pytest.MonkeyPatch, name: str
 
 
 def test_names_that_are_no_row_files(tmp_path: Path) -> None:
-    assert "is a folder" in refusal(tmp_path)
-    (tmp_path / "rows.jsonl.gz").write_bytes(b"")
-    assert ".jsonl, .json, .csv, .parquet" in refusal(tmp_path / "rows.jsonl.gz")
+    assert "is a folder without files that are read" in refusal(tmp_path)
+    (tmp_path / "rows.foo").write_bytes(b"")
+    assert ".jsonl, .ndjson, .json, .csv" in refusal(tmp_path / "rows.foo")
 
 
 def test_a_file_that_cannot_be_read_is_a_storage_error(
@@ -648,7 +656,7 @@ def test_hub_rows_carry_commit_and_index(monkeypatch: pytest.MonkeyPatch) -> Non
     assert asked == [("owner/set", "main", hub.HUB_TIMEOUT)]
     assert calls == [("owner/set", COMMIT, "train[:2]")]
     assert found.origin == f"owner/set@{COMMIT} split=train[:2]"
-    assert [row.source for row in found.rows] == ["owner/set:0", "owner/set:1"]
+    assert [row.source for row in found.rows] == ["owner/set row 0", "owner/set row 1"]
     assert found.format == "dolly"
 
 
