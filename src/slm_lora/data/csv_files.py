@@ -32,7 +32,7 @@ def read_csv(handle: BinaryIO, label: str, section: DataSection, strings: bool) 
     with _fields_of_any_size():
         first = text.readline()
         before = 0
-        if len(first.rstrip()) == 5 and first.lower().startswith("sep="):  # Excel's own
+        if len(first.rstrip("\r\n")) == 5 and first.lower().startswith("sep="):  # Excel's own
             separator, first, before = first[4], "", 1
         else:
             separator = _separator(first, section)

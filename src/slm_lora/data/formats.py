@@ -137,12 +137,20 @@ def to_row(
     for field in names:
         if field not in fields and shapes.refused(field) and not empty(record[names[field]]):
             raise RowError(
-                f"column {shown(field)} has content, which would be left out of the text "
-                f"(data.columns={{{shown(field)}: null}} leaves it out)"
+                f"column {shown(field)} has content, which the text would be without; "
+                f"data.columns={{{shown(field)}: null}} takes the row without it"
             )
     context = fields.get(entry.context)
+    try:
+        turns = entry.turns(fields)
+    except RowError as error:
+        if {"chosen", "rejected"} <= record.keys() and "chosen" not in section.columns.values():
+            raise RowError(
+                f"{error}; of preference data, put the answer in chosen at the end of the messages"
+            ) from None
+        raise
     return Row(
-        turns=_with_system(entry.turns(fields), fields, format_name),
+        turns=_with_system(turns, fields, format_name),
         context="" if context is None else checked(context, entry.context),
         category=_label(fields, "category"),
         group_hint=_label(fields, "group"),
@@ -193,9 +201,10 @@ def _check_not_rejected(
             spelt = value.strip().lower() if isinstance(value, str) else value
             # A label of 0 is a class more often than a verdict.
             if spelt is False or spelt == "false" or (field == "weight" and spelt in (0, "0")):
+                off = "0" if field == "weight" else "false"
                 raise RejectedRowError(
-                    f"{field} is {'0' if field == 'weight' else 'false'}: the row is marked not "
-                    f"to be learnt (data.columns={{{field}: null}} takes it all the same)"
+                    f"{field} is {off}: the row is marked not to be learnt, as in KTO data; "
+                    f"data.columns={{{field}: null}} takes it all the same"
                 )
 
 

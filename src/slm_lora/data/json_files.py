@@ -6,7 +6,6 @@ list below a key, or columns: an object of lists, or of objects by row number (p
 
 from __future__ import annotations
 
-import itertools
 import json
 import re
 from collections.abc import Iterable
@@ -31,13 +30,11 @@ def read_json_lines(handle: BinaryIO, label: str, section: DataSection, strings:
         # A list, or objects that are written over several lines; unless it is one broken line.
         content = first + handle.read()
         rest = content[len(first) :].strip()
-        lone = begins == b"{" and _is_whole(rest.partition(b"\n")[0])
+        lone = begins == b"{" and (not rest or _is_whole(rest.partition(b"\n")[0]))
         if not lone and not (rest and begins != b"{" and _is_whole(begins)):
             return read_json(BytesIO(content), label, section, strings)
         return _lines(table.lines(BytesIO(content)), label, strings)
-    whole = first.endswith(b"\n") or len(first) <= table.ROW_BYTES
-    begin = table.lines(BytesIO(first if whole else first + handle.read()))
-    return _lines(itertools.chain(begin, table.lines(handle)), label, strings)
+    return _lines(table.lines(handle, first), label, strings)
 
 
 def _is_whole(line: bytes) -> bool:
@@ -78,11 +75,11 @@ def _lines(lines: Iterable[tuple[bytes, int]], label: str, strings: bool) -> Tab
     faults: list[str] = []
     decoder = _decoder(faults)
 
-    def parse(line: bytes, size: int, first: bool) -> Record | RowError:
+    def parse(line: bytes, size: int) -> Record | RowError:
         faults.clear()
         try:
             table.check_size(size)
-            return _record(decoder.decode(table.decoded(line, first)), faults, strings)
+            return _record(decoder.decode(table.decoded(line)), faults, strings)
         except RowError as error:
             return error
         except (ValueError, RecursionError):  # a number of 5,000 digits is a plain ValueError
@@ -90,7 +87,7 @@ def _lines(lines: Iterable[tuple[bytes, int]], label: str, strings: bool) -> Tab
 
     return Table(
         [
-            (Place(label, "line", number), parse(line, size, number == 1))
+            (Place(label, "line", number), parse(line, size))
             for number, (line, size) in enumerate(lines, start=1)
             if line.strip()
         ]

@@ -7,10 +7,11 @@ would change the text or what is learnt of it are refused by name; others are to
 from __future__ import annotations
 
 import itertools
+import json
 import re
 from collections.abc import Iterator, Mapping
 
-from slm_lora.data.text import RowError, content, empty, kind
+from slm_lora.data.text import PART_METADATA, RowError, content, empty, kind
 from slm_lora.records import Role, Turn
 
 ROLES: dict[str, Role] = {
@@ -41,6 +42,9 @@ def turns_of(messages: object, field: str, learnt: bool = True) -> tuple[Turn, .
     Raises:
         RowError: it is no such list, or a message holds what would be lost.
     """
+    messages = _from_json(messages)
+    if isinstance(messages, str) and messages.lstrip().startswith("["):
+        raise RowError(f"{field} is text that is no JSON (Python's own spelling, perhaps)")
     if not isinstance(messages, list):
         raise RowError(f"{field} must be a list of messages, is {kind(messages)}")
     if not messages:
@@ -48,8 +52,19 @@ def turns_of(messages: object, field: str, learnt: bool = True) -> tuple[Turn, .
     return tuple(_turn(message, field, learnt) for message in messages)
 
 
+def _from_json(messages: object) -> object:
+    """Messages that are written as JSON text, as in the cell of a CSV file."""
+    if isinstance(messages, str) and messages.lstrip().startswith("["):
+        try:
+            return json.loads(messages)
+        except (ValueError, RecursionError):
+            return messages
+    return messages
+
+
 def unread_keys(messages: object) -> Iterator[str]:
     """Keys of messages that say something and are not read, as metadata are not."""
+    messages = _from_json(messages)
     for message in messages if isinstance(messages, list) else ():
         if isinstance(message, dict):
             read = _spelling(message)
@@ -60,6 +75,10 @@ def unread_keys(messages: object) -> Iterator[str]:
                     yield key
                 elif _role(message) != "assistant" and not _off(value):
                     yield key  # (turns that ask are learnt or not by training.loss_on)
+            parts = message.get(read[1])
+            for part in parts if isinstance(parts, list) else ():
+                if isinstance(part, dict):
+                    yield from (k for k in PART_METADATA if not empty(part.get(k)))
 
 
 def _spelling(message: Mapping[str, object]) -> tuple[str, str]:

@@ -65,7 +65,9 @@ def mapping(columns: Set[str], lists: Set[str]) -> str:
     asked = next((column for column in _ASKED if column in texts), "")
     answered = next((column for column in _ANSWERED if column in texts), "")
     if asked and answered:
-        return f", perhaps {{instruction: {asked}, response: {answered}}}"
+        names = {"instruction": asked, "response": answered}
+        other = ", ".join(f"{field}: {name}" for field, name in names.items() if field != name)
+        return f", perhaps {{{other}}}"
     chat = next((column for column in _CHATS if column in lists), "")
     return f", perhaps {{messages: {chat}}}" if chat else " (field: column)"
 

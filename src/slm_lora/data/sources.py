@@ -197,14 +197,17 @@ def _unread(
 ) -> list[str]:
     """What there is to say of columns and keys that are not read; those of a prompt by their
     rows, others by their names."""
-    notes, told = [], set()
+    notes, told, keys = [], set(), []
     for (what, name), many in sorted(left_out.items()):
         shown = formats.shown(name)
         if what == "column":
             told.add(name)
             notes.append(f"column {shown} has content in {many} of {rows} rows, and is not read")
         else:
-            notes.append(f"key {shown} of messages is not read ({many} rows)")
+            keys.append(f"{shown} ({many} rows)")
+    if keys:
+        more = f", and {len(keys) - 10} others" if len(keys) > 10 else ""
+        notes.append(f"keys of messages that are not read: {', '.join(keys[:10])}{more}")
     read = formats.read_columns(columns, format_name, section)
     # What would be told or refused if it had content has none.
     empty = {c for c in columns if c in shapes.PROMPT_COLUMNS or shapes.refused(c)}

@@ -67,24 +67,30 @@ def check_size(size: int) -> None:
         raise RowError(f"row of {size / 1e6:.1f} MB (at most {ROW_BYTES / 1e6:.0f} MB)")
 
 
-def lines(handle: BinaryIO) -> Iterator[tuple[bytes, int]]:
+def lines(handle: BinaryIO, first: bytes = b"") -> Iterator[tuple[bytes, int]]:
     """Lines with their sizes in bytes, without the line end; of a line too long only its
-    beginning, so that a file without line ends does not fill the memory. Only ``\\n`` ends one."""
-    while line := handle.readline(ROW_BYTES + 2):
+    beginning, so that a file without line ends does not fill the memory. Only ``\\n`` ends one.
+    A byte order mark at the beginning of the file is no part of its first line, of which
+    ``first`` may have been read."""
+    mark = b"\xef\xbb\xbf"
+    line = first or handle.readline(ROW_BYTES + 2)
+    while line:
         size, end = len(line), line
         while not end.endswith(b"\n") and (end := handle.readline(1 << 20)):
             size += len(end)
-        yield line, size - (end.endswith(b"\n"))
+        text = line.removeprefix(mark)
+        yield text, size - (len(line) - len(text)) - end.endswith(b"\n")
+        mark, line = b"", handle.readline(ROW_BYTES + 2)
 
 
-def decoded(line: bytes, first: bool) -> str:
-    """The text of a line; a mark at the beginning of the file is dropped.
+def decoded(line: bytes) -> str:
+    """The text of a line, or of several.
 
     Raises:
-        RowError: it is no UTF-8, or a mark stands inside the file.
+        RowError: it is no UTF-8, or begins with a mark, which `lines` leaves inside a file only.
     """
     try:
-        text = line.decode("utf-8-sig" if first else "utf-8")
+        text = line.decode("utf-8")
     except UnicodeDecodeError:
         raise InvalidUtf8Error from None
     if text.startswith("\ufeff"):

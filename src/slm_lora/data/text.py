@@ -9,6 +9,8 @@ from slm_lora.errors import DataError
 
 _REFUSED = re.compile("[\0\ud800-\udfff\U000f0000-\U0010ffff]")
 _PARTS = ("text", "input_text", "output_text")
+PART_METADATA = ("cache_control", "annotations")
+"""Keys of a text part that are no part of its text."""
 
 
 class RowError(Exception):
@@ -81,7 +83,7 @@ def _part(part: object, what: str) -> str:
         raise RowError(f"{what} has a part {shown}: only parts of type text are read")
     # In Arrow all parts have the keys of all: a filled one is another part's content.
     for key, other in part.items():
-        if key not in ("type", "text", "cache_control", "annotations") and not empty(other):
+        if key not in ("type", "text", *PART_METADATA) and not empty(other):
             raise RowError(f"{what} has a text part with {key[:30]!a} beside its text")
     return checked(part.get("text"), f"a part of {what}")
 

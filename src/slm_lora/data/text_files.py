@@ -21,7 +21,7 @@ def read_text(handle: BinaryIO, label: str, section: DataSection, strings: bool)
         begun = next((i for i, (*_, blank) in enumerate(found) if not blank), 0)
         by = "paragraphs" if any(blank for *_, blank in found[begun:]) else "lines"
     records: list[Numbered] = [
-        (Place(label, "line", number), _record(piece, number == 1))
+        (Place(label, "line", number), _record(piece))
         for number, piece in _pieces(found, by == "lines")
     ]
     other = "lines" if by == "paragraphs" else "paragraphs"
@@ -42,10 +42,10 @@ def _pieces(
             piece = []
 
 
-def _record(piece: list[tuple[bytes, int]], first: bool) -> dict[str, str] | RowError:
+def _record(piece: list[tuple[bytes, int]]) -> dict[str, str] | RowError:
     try:
         table.check_size(sum(size for _, size in piece))
-        text = table.decoded(b"".join(line for line, _ in piece), first)
+        text = table.decoded(b"".join(line for line, _ in piece))
     except RowError as error:
         return error
     return {"text": text.replace("\r\n", "\n").removesuffix("\n")}
