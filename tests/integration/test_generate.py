@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import io
 import json
 import shutil
 import signal
@@ -307,6 +308,18 @@ def test_text_that_is_none_is_refused_in_one_line(
         assert "lone surrogate" in error or "private-use" in error
         assert error.count("\n") == 1 and "Traceback" not in error
     assert run("chat", "--system", "\udcff") == 3
+
+
+def test_a_line_that_is_no_text_does_not_end_the_chat(
+    tiny_source: ModelSource, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
+    monkeypatch.setattr(
+        sys, "stdin", io.TextIOWrapper(io.BytesIO(b"caf\xe9\nTea?\n"), encoding="utf-8")
+    )
+    assert run("chat", "--base", tiny_source.path, "--max-new-tokens", 4, "--temperature", 0) == 0
+    said = capsys.readouterr().out
+    assert "the question has a lone surrogate" in said
+    assert len(said.split("> ")) >= 3, "asked on"
 
 
 def test_ctrl_c_stops_a_reply_and_not_the_chat(

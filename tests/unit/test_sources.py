@@ -700,6 +700,16 @@ def test_text_is_read_by_paragraphs_or_lines(tmp_path: Path) -> None:
     assert texts(path) == [("rows.txt:3", "One."), ("rows.txt:4", "Two.")]
 
 
+def test_a_folder_of_texts_is_read_one_way(tmp_path: Path) -> None:
+    (tmp_path / "a.txt").write_text("One,\ntwo.\n\nThree.\n")
+    (tmp_path / "b.txt").write_text("Four,\nfive.\n")
+    found = read(tmp_path)
+    assert [row.turns[0].content for row in found.rows] == ["One,\ntwo.", "Three.", "Four,\nfive."]
+    assert found.notes[1] == f"{tmp_path.name}: a row is one of the paragraphs (data.text_rows)"
+    assert len(read(tmp_path, text_rows="lines").rows) == 5
+    assert len(read(tmp_path, text_rows="lines").notes) == 1
+
+
 # --- folders, compressed files, other files ----------------------------------------------------
 
 
@@ -814,8 +824,28 @@ def test_columns_and_keys_that_are_not_read_are_told(tmp_path: Path) -> None:
         "keys of messages that are not read: id (4 rows), name (5 rows)",
         "columns that are not read: id, seen",
     )
+    write_jsonl(path, [good(n) | {"input": "C"} for n in range(5)])
+    assert read(path).notes == (
+        "column input has content in 5 of 5 rows, and is not read "
+        "(data.columns={context: input} reads it)",
+    )
+    assert read(path, columns={"context": "input"}).rows[0].context == "C"
     write_jsonl(path, [good(n) | {"category": "a", "group": "b"} for n in range(5)])
     assert read(path).notes == ()
+
+
+def test_values_nested_deep_are_no_traceback(tmp_path: Path) -> None:
+    deep = "[" * 900 + "]" * 900
+    path = tmp_path / "rows.jsonl"
+    for more, said in ((f'"tools": {deep}', ""), (f'"tools": {deep[:900]}1{deep[900:]}', "tools"),
+                       (f'"category": {deep[:900]}1{deep[900:]}', "")):  # fmt: skip
+        path.write_text(
+            "".join(f'{{"instruction": "q{n}", "response": "a", {more}}}\n' for n in range(3))
+        )
+        if said:
+            assert f"column {said} has content" in refusal(path)
+        else:
+            assert len(read(path).rows) == 3
 
 
 def test_pictures_in_parquet_are_refused_undecoded(tmp_path: Path) -> None:

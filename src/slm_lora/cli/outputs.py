@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import io
 import sys
 from pathlib import Path
 from typing import Annotated, Any
@@ -75,6 +76,8 @@ def chat(
         + ("" if several else " (one question at a time: it was trained on no more)"),
         soft_wrap=True,
     )
+    if isinstance(sys.stdin, io.TextIOWrapper):
+        sys.stdin.reconfigure(errors="surrogateescape")  # what is no text is told, and refused
     turns = list(beginning)
     while (asked := _asked()) is not None:
         if asked == "/new":

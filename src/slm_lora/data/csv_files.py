@@ -45,7 +45,8 @@ def read_csv(handle: BinaryIO, label: str, section: DataSection, strings: bool) 
                 if not header:
                     header = fields
                     if len(set(header)) < len(header):
-                        raise DataError(f"{label}:{line}: two columns have the same name")
+                        which = "no name" if header.count("") > 1 else "the same name"
+                        raise DataError(f"{label}:{line}: two columns have {which}")
                     if not _is_utf8(header):
                         return Table([(Place(label, "line", line), InvalidUtf8Error())])
                 elif fields:

@@ -14,14 +14,14 @@ from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 from io import BytesIO
 from pathlib import Path
-from typing import BinaryIO, cast
+from typing import BinaryIO, Literal, cast
 
 from slm_lora import storage
 from slm_lora.data.arrow import read_parquet
 from slm_lora.data.csv_files import read_csv
 from slm_lora.data.json_files import read_json, read_json_lines
 from slm_lora.data.table import InvalidUtf8Error, Table
-from slm_lora.data.text_files import read_text
+from slm_lora.data.text_files import has_paragraphs, read_text
 from slm_lora.errors import DataError, StorageError
 from slm_lora.recipe.schema import DataSection
 
@@ -61,6 +61,7 @@ _MAGIC = {
     b"%PDF-": "a PDF document",
     b"version https://git-lfs": "a pointer of Git LFS: fetch the file itself (git lfs pull)",
 }
+_MOST_SHOWN = 5
 _INSTEAD = "save the rows as JSONL, JSON, CSV or Parquet"
 
 
@@ -154,34 +155,50 @@ def read_folder(path: Path, section: DataSection, strings: bool = False) -> tupl
             f"data.name={path} is a folder of several kinds of files, {counted}; name one file, or "
             "a folder of one kind"
         )
-    read = [read_file(each, section, strings=strings) for each in shards]
-    digest = hashlib.sha256(
-        "".join(f"{each.name} {sha}\n" for each, (_, sha) in zip(shards, read, strict=True)).encode(
-            "utf-8", "surrogateescape"
-        )
-    )
-    return _joined(path.name, shards, [each for each in found if each not in shards],
-                   [table for table, _ in read]), f"sha256:{digest.hexdigest()}"  # fmt: skip
-
-
-def _joined(label: str, shards: list[Path], others: list[Path], tables: list[Table]) -> Table:
-    many = f"{len(shards)} file{'s' * (len(shards) > 1)}"
-    names = ", ".join(each.name for each in (shards if len(shards) < 5 else shards[:2]))
-    if len(shards) >= 5:
-        names += f", … {shards[-1].name}"
-    notes = [f"{label}: {many} ({names})"]
-    if others:
+    label, notes = path.resolve().name, [_named(shards)]
+    if others := [each for each in found if each not in shards]:
         left = ", ".join(each.name for each in others[:5]) + (", …" if len(others) > 5 else "")
-        notes.append(f"{label}: not read: {left}")
-    notes += [note for table in tables for note in table.notes][:5]
+        notes.append(f"not read: {left}")
+    if suffix_of(shards[0]).startswith(".txt") and section.text_rows == "auto":
+        # One way for all of them.
+        by: Literal["lines", "paragraphs"] = (
+            "paragraphs" if any(map(_has_paragraphs, shards)) else "lines"
+        )
+        section = section.model_copy(update={"text_rows": by})
+        notes.append(f"a row is one of the {by} (data.text_rows)")
+    tables, digest = [], hashlib.sha256()
+    for each in shards:
+        table, sha = read_file(each, section, strings=strings)
+        tables.append(table)
+        digest.update(f"{each.name} {sha}\n".encode("utf-8", "surrogateescape"))
+    inside = [note for table in tables for note in table.notes]
+    if len(inside) > _MOST_SHOWN:
+        inside[_MOST_SHOWN:] = [f"{len(inside) - _MOST_SHOWN} more of the kind"]
     columns = [table.columns for table in tables if table.columns is not None]
-    return Table(
+    whole = Table(
         [record for table in tables for record in table.records],
         frozenset().union(*columns) if len(columns) == len(tables) else None,
         frozenset().union(*(table.lists for table in tables)),
-        tuple(notes),
+        (*(f"{label}: {note}" for note in notes), *inside),
         next((table.encoding for table in tables if table.encoding), ""),
     )
+    return whole, f"sha256:{digest.hexdigest()}"
+
+
+def _named(shards: list[Path]) -> str:
+    many = f"{len(shards)} file{'s' * (len(shards) > 1)}"
+    names = [each.name for each in shards]
+    if len(shards) > _MOST_SHOWN:
+        names = [*names[:2], "…", names[-1]]
+    return f"{many} ({', '.join(names)})"
+
+
+def _has_paragraphs(path: Path) -> bool:
+    try:
+        with _opened(path, path.name, suffix_of(path)) as handle:
+            return has_paragraphs(handle)
+    except (OSError, EOFError, zlib.error):
+        return False  # reading it will say why
 
 
 @contextmanager

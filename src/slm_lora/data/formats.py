@@ -180,6 +180,12 @@ def left_out(
                     yield "key", key
 
 
+def context_of(format_name: str, columns: Collection[str], section: DataSection) -> str:
+    """The field of the format's context, if it has one that no column answers to."""
+    context = FORMATS[format_name].context
+    return "" if context in _canonical(columns, section.columns) else context
+
+
 def read_columns(columns: Collection[str], format_name: str, section: DataSection) -> set[str]:
     """Those of the columns that the format reads."""
     names = _canonical(columns, section.columns)
@@ -305,7 +311,10 @@ def _label(fields: Fields, field: str) -> str:
     if empty(value):
         return ""
     # A number in Parquet is the same digits in CSV.
-    written = json.dumps(value, ensure_ascii=False, default=str)
+    try:
+        written = json.dumps(value, ensure_ascii=False, default=str)
+    except (ValueError, RecursionError):
+        raise RowError(f"{field} cannot be written as text") from None
     return checked(written, field, rendered=False)
 
 

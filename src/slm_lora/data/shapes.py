@@ -16,6 +16,9 @@ PROMPT_COLUMNS = frozenset(
 )  # fmt: skip
 """Columns that usually are part of a prompt or of an answer: told if they are not read."""
 
+CONTEXTS = ("input", "inputs", "context", "passage", "document", "knowledge", "evidence")
+"""Those of them that may be the context of an instruction."""
+
 MARKS = ("label", "kto_tag", "train", "trainable", "weight")
 """Columns in which a row says by false or 0 that it is not to be learnt."""
 

@@ -202,7 +202,12 @@ def _unread(
         shown = formats.shown(name)
         if what == "column":
             told.add(name)
-            notes.append(f"column {shown} has content in {many} of {rows} rows, and is not read")
+            context = formats.context_of(format_name, columns, section)
+            fits = context and name in shapes.CONTEXTS
+            read_by = f" (data.columns={{{context}: {name}}} reads it)" if fits else ""
+            notes.append(
+                f"column {shown} has content in {many} of {rows} rows, and is not read{read_by}"
+            )
         else:
             keys.append(f"{shown} ({many} rows)")
     if keys:

@@ -31,15 +31,19 @@ def empty(value: object) -> bool:
     Arrow pads the objects of a column to the keys of all of them; a CSV cell, and a column of
     JSON written as text, spell nothing as ``[]`` or ``null``.
     """
-    if isinstance(value, str):
-        return value.strip() in ("", "[]", "{}", "null", "None")
-    if isinstance(value, float):
-        return math.isnan(value)
-    if isinstance(value, dict):
-        return all(map(empty, value.values()))
-    if isinstance(value, list | tuple):
-        return all(map(empty, value))
-    return value is None
+    left = [value]  # not by recursion: what was read may be nested as deep as it could be read
+    while left:
+        each = left.pop()
+        if isinstance(each, dict):
+            left.extend(each.values())
+        elif isinstance(each, list | tuple):
+            left.extend(each)
+        elif isinstance(each, str):
+            if each.strip() not in ("", "[]", "{}", "null", "None"):
+                return False
+        elif each is not None and not (isinstance(each, float) and math.isnan(each)):
+            return False
+    return True
 
 
 def checked(value: object, what: str, rendered: bool = True) -> str:

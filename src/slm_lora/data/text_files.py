@@ -14,12 +14,9 @@ from slm_lora.recipe.schema import DataSection
 def read_text(handle: BinaryIO, label: str, section: DataSection, strings: bool) -> Table:
     """The pieces of a text, one a row, under the line that they begin on."""
     found = [(line, size, not line.strip()) for line, size in table.lines(handle)]
-    while found and found[-1][2]:
-        found.pop()
     by = section.text_rows
     if by == "auto":
-        begun = next((i for i, (*_, blank) in enumerate(found) if not blank), 0)
-        by = "paragraphs" if any(blank for *_, blank in found[begun:]) else "lines"
+        by = "paragraphs" if _parted(found) else "lines"
     records: list[Numbered] = [
         (Place(label, "line", number), _record(piece))
         for number, piece in _pieces(found, by == "lines")
@@ -27,6 +24,16 @@ def read_text(handle: BinaryIO, label: str, section: DataSection, strings: bool)
     other = "lines" if by == "paragraphs" else "paragraphs"
     note = f"{label}: a row is one of its {by} (data.text_rows={other} reads {other})"
     return Table(records, notes=(note,) if records and section.text_rows == "auto" else ())
+
+
+def has_paragraphs(handle: BinaryIO) -> bool:
+    """Whether blank lines part the text."""
+    return _parted([(line, size, not line.strip()) for line, size in table.lines(handle)])
+
+
+def _parted(lines: list[tuple[bytes, int, bool]]) -> bool:
+    text = [number for number, (*_, blank) in enumerate(lines) if not blank]
+    return bool(text) and text[-1] - text[0] >= len(text)
 
 
 def _pieces(
