@@ -186,6 +186,20 @@ def test_text_that_is_none_is_a_bad_request(served: Served, text: str) -> None:
         assert json.loads(answer)["error"]["param"].startswith(("messages", "prompt", "stop"))
 
 
+@pytest.mark.parametrize(
+    "body",
+    [
+        b"\xff\xfe", b'{"model": "\xff"}', b"[" * 90_000, b'{"model": "\\ud83d", "prompt": "Q"}',
+        b'{"model": "base", "messages": [{"role": "\\ud83d", "content": "Q"}]}',
+        b'{"model": "base", "messages": [{"role": "user", "content": "Q", "tool\\ud83d": "x"}]}',
+    ],
+)  # fmt: skip
+def test_bodies_that_are_no_requests_are_refused(served: Served, body: bytes) -> None:
+    for path in ("chat/completions", "completions"):
+        status, answer = served.ask(f"/v1/{path}", body)
+        assert status in (400, 404) and json.loads(answer)["error"]["message"]
+
+
 def test_max_tokens_is_clamped(served: Served) -> None:
     asked = {"model": "base", "messages": QUESTION, "max_tokens": 10**9, "temperature": 1}
     found = served.client().chat.completions.create(**asked, seed=3)

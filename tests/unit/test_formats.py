@@ -376,6 +376,9 @@ def test_other_keys_and_columns_are_told() -> None:
     record = {"instruction": "Q", "input": "C", "response": "A"}
     assert list(left_out(record, "dolly", AUTO)) == [("column", "input")]
     assert not list(left_out(record, "dolly", section(columns={"context": "input"})))
+    record = {"instruction": "Be kind.", "question": "Q", "response": "A"}
+    mapped = section(columns={"instruction": "question"})
+    assert list(left_out(record, "dolly", mapped)) == [("column", "instruction")]
 
 
 @pytest.mark.parametrize("key", ["weight", "train", "trainable", "loss"])
@@ -467,6 +470,9 @@ def test_a_system_column_is_a_system_turn(column: str) -> None:
     with pytest.raises(RowError, match=f"a system turn beside the column {column}"):
         to_row({"messages": [said("system", "other"), *messages], column: "S"}, "x", "chat", AUTO)
     assert list(left_out({"text": "T", column: "S"}, "text", AUTO)) == [("column", column)]
+    both = {"system": "S", "system_prompt": "other"}
+    with pytest.raises(RowError, match="a system turn beside the column system_prompt"):
+        to_row({"instruction": "Q", "response": "A", **both}, "x", "dolly", AUTO)
 
 
 @pytest.mark.parametrize("column", ["tools", "functions", "image", "images", "audio", "videos"])

@@ -834,6 +834,14 @@ def test_columns_and_keys_that_are_not_read_are_told(tmp_path: Path) -> None:
     assert read(path).notes == ()
 
 
+def test_keys_of_hub_data_sets_are_told_where_they_do_nothing(tmp_path: Path) -> None:
+    path = jsonl(tmp_path, good_line(1))
+    assert read(path, split="test", revision="v1").notes == (
+        "data.split is for hub data sets, and has no effect here",
+        "data.revision is for hub data sets, and has no effect here",
+    )
+
+
 def test_values_nested_deep_are_no_traceback(tmp_path: Path) -> None:
     deep = "[" * 900 + "]" * 900
     path = tmp_path / "rows.jsonl"

@@ -170,7 +170,7 @@ def left_out(
     read = read_columns(record, format_name, section)
     for column, value in record.items():
         known = column in shapes.PROMPT_COLUMNS and column not in read
-        if known and column not in section.columns and not empty(value):
+        if known and column not in dropped(section) and not empty(value):
             yield "column", column
     if format_name == "chat":
         names = _canonical(record, section.columns)
@@ -178,6 +178,11 @@ def left_out(
             if field in names and names[field] in read:
                 for key in unread_keys(record[names[field]]):
                     yield "key", key
+
+
+def dropped(section: DataSection) -> set[str]:
+    """Columns that the recipe leaves out."""
+    return {column for column, name in section.columns.items() if name is None}
 
 
 def context_of(format_name: str, columns: Collection[str], section: DataSection) -> str:
@@ -215,14 +220,16 @@ def _check_not_rejected(
 
 
 def _with_system(turns: tuple[Turn, ...], fields: Fields, format_name: str) -> tuple[Turn, ...]:
-    given = next((name for name in SYSTEM if not empty(fields.get(name))), None)
-    if given is None or format_name == "text":
+    if format_name == "text":
         return turns
-    text = checked(fields[given], given)
-    if turns[0].role != "system":
-        return (Turn("system", text), *turns)
-    if turns[0].content != text:
-        raise RowError(f"a system turn beside the column {given}, which says something else")
+    for name in SYSTEM:
+        if empty(fields.get(name)):
+            continue
+        text = checked(fields[name], name)
+        if turns[0].role != "system":
+            turns = (Turn("system", text), *turns)
+        elif turns[0].content != text:
+            raise RowError(f"a system turn beside the column {name}, which says something else")
     return turns
 
 

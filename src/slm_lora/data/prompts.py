@@ -9,7 +9,7 @@ from pathlib import Path
 from slm_lora.data.files import is_known, is_read, read_file, suffix_of
 from slm_lora.data.formats import SYSTEM
 from slm_lora.data.messages import turns_of
-from slm_lora.data.shapes import refused
+from slm_lora.data.shapes import PROMPT_COLUMNS, refused
 from slm_lora.data.splits import seeded_order
 from slm_lora.data.table import Record, check_size
 from slm_lora.data.text import RowError, checked, empty
@@ -18,8 +18,14 @@ from slm_lora.recipe.schema import DataSection
 from slm_lora.records import Row, Turn
 
 _MESSAGES = ("messages", "conversations", "prompt")
-_ASKED, _CONTEXT = ("instruction", "prompt", "question", "text"), ("context", "input")
+_ASKED, _CONTEXT = ("instruction", "prompt", "question"), ("context", "input")
 _ANSWERED = ("response", "output", "completion", "answer")
+_NOT_READ = frozenset(PROMPT_COLUMNS) - {*_ASKED, *_CONTEXT, *SYSTEM} - {
+    "query", "tools", "functions", "reasoning", "reasoning_content", "thinking", "rationale"
+}  # fmt: skip
+"""Columns that would be missing in a prompt; the rest of `PROMPT_COLUMNS` is of answers, or
+refused anyway."""
+
 _AS_ROWS = DataSection(text_rows="lines")
 
 
@@ -96,7 +102,7 @@ def from_rows(rows: Sequence[Row], many: int) -> list[Prompt]:
 
 def _prompt(record: Record, source: str) -> Prompt:
     for column, value in record.items():
-        if (refused(column) or column == "documents") and not empty(value):
+        if (refused(column) or column in _NOT_READ) and not empty(value):
             raise RowError(f"{column} has content, which would be left out of the prompt")
     context, system = _text(record, _CONTEXT), _text(record, SYSTEM)
     listed = next((name for name in _MESSAGES if isinstance(record.get(name), list)), "")
@@ -110,9 +116,9 @@ def _prompt(record: Record, source: str) -> Prompt:
         if not reference:
             reference = _answer(record)
     else:
-        asked, reference = _text(record, _ASKED), _answer(record)
+        asked, reference = _text(record, _ASKED) or _text(record, ("text",)), _answer(record)
         if not asked.strip():
-            raise RowError(f"has none of {', '.join(_ASKED[:3])}, messages, or it is empty")
+            raise RowError(f"has none of {', '.join(_ASKED)}, messages, or it is empty")
         turns = (Turn("user", asked),)
     check_size(sum(len(turn.content.encode()) for turn in turns) + len(context.encode()))
     if system.strip() and turns[0].role != "system":
@@ -129,7 +135,9 @@ def _answer(record: Record) -> str:
 
 
 def _text(record: Mapping[str, object], names: tuple[str, ...]) -> str:
-    for name in names:
-        if (value := record.get(name)) is not None:
-            return checked(value, name)
-    return ""
+    """The text of the one of these columns that has some."""
+    found = [(name, checked(record[name], name)) for name in names if record.get(name) is not None]
+    filled = [(name, text) for name, text in found if text.strip()]
+    if len({text for _, text in filled}) > 1:
+        raise RowError(f"has {' and '.join(name for name, _ in filled)}, of which one is read")
+    return (filled or found or [("", "")])[0][1]

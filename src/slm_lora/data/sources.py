@@ -82,18 +82,27 @@ def read_rows(section: DataSection) -> RowSet:
     path = Path(os.path.expanduser(name))  # noqa: PTH111
     if name == "ml-qa":
         table, digest = read_file(ensure_ml_qa(), section, label=name)
-        return _row_set(table, section, name, " ".join([name, digest, *_ml_qa_versions()]))
+        origin = " ".join([name, digest, *_ml_qa_versions()])
+        return _row_set(table, section, name, origin, _of_hub_only(section))
     if os.path.isdir(path):  # noqa: PTH112
         table, digest = read_folder(path, section)
         folder = path.resolve().name
-        return _row_set(table, section, folder, f"{folder} {digest}")
+        return _row_set(table, section, folder, f"{folder} {digest}", _of_hub_only(section))
     if os.path.exists(path):  # noqa: PTH110
         table, digest = read_file(path, section)
-        return _row_set(table, section, path.name, f"{path.name} {digest}")
+        origin = f"{path.name} {digest}"
+        return _row_set(table, section, path.name, origin, _of_hub_only(section))
     if is_known(suffix_of(path)) or not _HUB_ID.fullmatch(name):
         raise DataError(f"no such file: data.name={name} (nor is it ml-qa or a hub id owner/name)")
     table, commit = read_hub(section)
     return _row_set(table, section, name, f"{name}@{commit} split={section.split}")
+
+
+def _of_hub_only(section: DataSection) -> tuple[str, ...]:
+    """Says which keys have no effect on what is no hub data set."""
+    default = DataSection()
+    keys = [key for key in ("split", "revision") if getattr(section, key) != getattr(default, key)]
+    return tuple(f"data.{key} is for hub data sets, and has no effect here" for key in keys)
 
 
 def ensure_ml_qa() -> Path:
@@ -126,7 +135,9 @@ def _ml_qa_versions() -> list[str]:
     return versions
 
 
-def _row_set(table: Table, section: DataSection, label: str, origin: str) -> RowSet:
+def _row_set(
+    table: Table, section: DataSection, label: str, origin: str, notes: tuple[str, ...] = ()
+) -> RowSet:
     if not table.records:
         raise DataError(f"{label}: no rows")
     readable = [record for _, record in table.records if not isinstance(record, RowError)]
@@ -161,7 +172,7 @@ def _row_set(table: Table, section: DataSection, label: str, origin: str) -> Row
         origin=origin,
         bad_rows=_bad_rows(bad),
         duplicates=total - len(bad) - len(rows),
-        notes=(*table.notes, *_unread(seen, total, format_name, section, left_out)),
+        notes=(*notes, *table.notes, *_unread(seen, total, format_name, section, left_out)),
     )
 
 
@@ -216,7 +227,7 @@ def _unread(
     read = formats.read_columns(columns, format_name, section)
     # What would be told or refused if it had content has none.
     empty = {c for c in columns if c in shapes.PROMPT_COLUMNS or shapes.refused(c)}
-    rest = columns - read - told - empty - section.columns.keys()
+    rest = columns - read - told - empty - formats.dropped(section)
     if rest:
         notes.append(f"columns that are not read: {formats.listed(rest, most=10)}")
     return notes
