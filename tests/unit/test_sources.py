@@ -659,6 +659,23 @@ def test_csv_as_spreadsheets_write_it(
     assert bool(found.notes) == (separator != ",")
 
 
+@pytest.mark.parametrize(
+    ("content", "said"),
+    [
+        (b"instruction,response,,\na,b,,\n", "rows.tsv:1: two columns have no name"),
+        (b"instruction, response\na, b\n", "columns seen: ' response', instruction"),
+        (b'instruction\tresponse\n"q" xyzzy\tb\n', "rows.tsv:2: broken CSV ('a tab' expected"),
+        ("Über;Antwort\na;b\n".encode("cp1252"), "rows.tsv:1: invalid UTF-8"),
+    ],
+)
+def test_headers_and_quotes_that_are_wrong_are_named(
+    tmp_path: Path, content: bytes, said: str
+) -> None:
+    path = tmp_path / "rows.tsv"
+    path.write_bytes(content)
+    assert said in refusal(path) and refusal(path).isprintable()
+
+
 @pytest.mark.parametrize("suffix", [".csv", ".jsonl", ".txt", ".json"])
 def test_windows_1252_is_named(tmp_path: Path, suffix: str) -> None:
     path = tmp_path / f"rows{suffix}"

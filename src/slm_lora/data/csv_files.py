@@ -54,7 +54,8 @@ def read_csv(handle: BinaryIO, label: str, section: DataSection, strings: bool) 
                 line = before + reader.line_num + 1
         except csv.Error as error:
             # An unclosed quote changes the meaning of all that follows: nothing to skip.
-            raise DataError(f"{label}:{line}: broken CSV ({error}); mend the file") from None
+            reason = str(error).replace("\t", "a tab")
+            raise DataError(f"{label}:{line}: broken CSV ({reason}); mend the file") from None
     named = {";": "semicolons", "\t": "tabs", "|": "bars"}.get(separator)
     notes = (f"{label}: {named} part the columns",) if named and records else ()
     return Table(records, notes=notes)

@@ -287,7 +287,8 @@ def _needs(entry: Format) -> str:
 def shown(name: str) -> str:
     """A name of a column or a key, for a message."""
     # A column's name comes from the file: it must not break the line or flood it.
-    return name if name.isprintable() and 0 < len(name) <= 40 else ascii(name[:40])
+    plain = name.isprintable() and 0 < len(name) <= 40 and name == name.strip()
+    return name if plain else ascii(name[:40])
 
 
 def listed(names: Collection[str], most: int = 20) -> str:
