@@ -45,8 +45,9 @@ def detected(kind: str, folder: Path) -> bool:
         return False
     except MalformedRowsError as error:
         reason = error.bad_rows[0].reason
-        wanted = (BadRow(f"{path.name}:{AT}", reason),)
-        if error.bad_rows != wanted or f"{path.name}:{AT}: {reason}" not in str(error):
+        place = f"{path.name} row {AT}" if path.suffix == ".parquet" else f"{path.name}:{AT}"
+        wanted = (BadRow(place, reason),)
+        if error.bad_rows != wanted or f"{place}: {reason}" not in str(error):
             return False
     skipped = read_rows(section.model_copy(update={"on_bad_row": "skip"}))
     return skipped.bad_rows == wanted

@@ -527,6 +527,14 @@ def test_data_commands(lab: Lab, capsys: pytest.CaptureFixture[str]) -> None:
     for part in ("would leak", "prompts with different answers: 0", "labels a training row (all)",
                  "length in tokens", "related in any of these ways", "<|im_end|>]"):  # fmt: skip
         assert part in checked
+    assert "note:" not in checked
+    record = json.loads(next(lab.results.rglob("run.json")).read_text())
+    # what was chosen, not that it was to be chosen
+    assert record["recipe"]["data"]["include_context"] is True
+    assert record["data"]["template"]["include_context"] is True
+    assert command("data", "check", lab.recipe, "data.include_context=false") == 0
+    told = capsys.readouterr().out
+    assert "note: contexts are left out of the prompts, in 40 of 120 rows" in told
     assert command("data", "show", lab.recipe, "--rows", 1) == 0
     shown = capsys.readouterr().out
     assert "Response" in shown and "<|im_end|>]" in shown

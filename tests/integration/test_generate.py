@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import io
 import json
 import shutil
 import signal
@@ -283,15 +284,42 @@ def test_outputs_stand_side_by_side(
 
 def test_bad_prompts_name_their_line(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
     for line, reason in (
-        ("{", "not JSON"), ("[]", "not a JSON object"), ('{"prompt": " "}', "has none of"),
-        ('{"prompt": 3}', "not text"), ('{"messages": [{"role": "user"}]}', "role and content"),
-        ('{"messages": [{"role": "tool", "content": "x"}]}', "roles"),
+        ("{", "bad JSON"), ("[]", "not a JSON object"), ('{"prompt": " "}', "has none of"),
+        ('{"prompt": 3}', "must be text"), ('{"messages": [{"role": "user"}]}', "role and content"),
+        ('{"messages": [{"role": "tool", "content": "x"}]}', "role tool"),
         ('{"messages": [{"role": "assistant", "content": "x"}]}', "must be the user's"),
     ):  # fmt: skip
         path = tmp_path / "prompts.jsonl"
         path.write_text('{"prompt": "Tea?"}\n' + line + "\n")
         assert run("generate", "--prompts", path) == 3
         assert f"{path}:2: " in (error := capsys.readouterr().err) and reason in error
+
+
+def test_text_that_is_none_is_refused_in_one_line(
+    tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    path = tmp_path / "prompts.jsonl"
+    path.write_text('{"prompt": "Tea?"}\n{"prompt": "half a \\ud83d"}\n')
+    for words in (
+        ("--prompts", path), ("half a \ud83d",), ("Tea?", "--stop", "\udcff"), ("\U000f0000",),
+    ):  # fmt: skip
+        assert run("generate", *words) == 3
+        error = capsys.readouterr().err
+        assert "lone surrogate" in error or "private-use" in error
+        assert error.count("\n") == 1 and "Traceback" not in error
+    assert run("chat", "--system", "\udcff") == 3
+
+
+def test_a_line_that_is_no_text_does_not_end_the_chat(
+    tiny_source: ModelSource, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
+    monkeypatch.setattr(
+        sys, "stdin", io.TextIOWrapper(io.BytesIO(b"caf\xe9\nTea?\n"), encoding="utf-8")
+    )
+    assert run("chat", "--base", tiny_source.path, "--max-new-tokens", 4, "--temperature", 0) == 0
+    said = capsys.readouterr().out
+    assert "the question has a lone surrogate" in said
+    assert len(said.split("> ")) >= 3, "asked on"
 
 
 def test_ctrl_c_stops_a_reply_and_not_the_chat(

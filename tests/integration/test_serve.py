@@ -5,6 +5,7 @@ from __future__ import annotations
 import asyncio
 import contextlib
 import http.client
+import json
 import socket
 import threading
 import time
@@ -158,6 +159,7 @@ def test_errors_are_those_that_clients_know(served: Served) -> None:
         ({"temperature": -1}, "temperature"), ({"n": 2}, "n"), ({"max_tokens": 0}, "max_tokens"),
         ({"messages": []}, "messages"), ({"logprobs": True}, "logprobs"),
         ({"messages": [{"role": "user", "content": [{"type": "image_url"}]}]}, "messages"),
+        ({"messages": [{"role": "user", "content": "Q", "tool_calls": [{"id": "1"}]}]}, "messages"),
     ):  # fmt: skip
         with pytest.raises(openai.BadRequestError) as bad:
             client.chat.completions.create(**{"model": "base", "messages": QUESTION, **more})
@@ -167,6 +169,35 @@ def test_errors_are_those_that_clients_know(served: Served) -> None:
         client.chat.completions.create(model="base", messages=long)
     assert served.ask("/v1/chat/completions", b"{not json")[0] == 400
     assert served.ask("/v1/nothing")[0] == 404
+
+
+@pytest.mark.parametrize("text", ["half a \\ud83d", "\\u0000", "\\udb80\\udc00"])
+def test_text_that_is_none_is_a_bad_request(served: Served, text: str) -> None:
+    one = '{"model": "base", "max_tokens": 2, '
+    for path, body in (
+        ("chat/completions", f'"messages": [{{"role": "user", "content": "{text}"}}]'),
+        ("chat/completions", '"messages": [{"role": "user", "content": [{"type": "text", '
+                             f'"text": "{text}"}}]}}]'),
+        ("completions", f'"prompt": "{text}"'),
+        ("completions", f'"prompt": "Tea?", "stop": ["{text}"]'),
+    ):  # fmt: skip
+        status, answer = served.ask(f"/v1/{path}", (one + body + "}").encode())
+        assert status == 400, answer
+        assert json.loads(answer)["error"]["param"].startswith(("messages", "prompt", "stop"))
+
+
+@pytest.mark.parametrize(
+    "body",
+    [
+        b"\xff\xfe", b'{"model": "\xff"}', b"[" * 90_000, b'{"model": "\\ud83d", "prompt": "Q"}',
+        b'{"model": "base", "messages": [{"role": "\\ud83d", "content": "Q"}]}',
+        b'{"model": "base", "messages": [{"role": "user", "content": "Q", "tool\\ud83d": "x"}]}',
+    ],
+)  # fmt: skip
+def test_bodies_that_are_no_requests_are_refused(served: Served, body: bytes) -> None:
+    for path in ("chat/completions", "completions"):
+        status, answer = served.ask(f"/v1/{path}", body)
+        assert status in (400, 404) and json.loads(answer)["error"]["message"]
 
 
 def test_max_tokens_is_clamped(served: Served) -> None:

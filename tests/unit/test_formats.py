@@ -6,7 +6,8 @@ from typing import Any
 
 import pytest
 
-from slm_lora.data.formats import RowError, recognise, to_row, wanted
+from slm_lora.data.formats import left_out, recognise, to_row, wanted
+from slm_lora.data.text import RowError
 from slm_lora.errors import DataError, UsageError
 from slm_lora.recipe.schema import DataSection
 from slm_lora.records import Turn
@@ -124,7 +125,7 @@ def test_mapping_mistakes_are_explained() -> None:
 
 
 def test_only_columns_that_are_read_are_wanted() -> None:
-    columns = ["id", "image", "instruction", "answer", "category", "topic"]
+    columns = ["id", "seen", "instruction", "answer", "category", "topic"]
     assert wanted(columns, section(columns={"response": "answer", "group": "topic"})) == [
         "instruction",
         "answer",
@@ -188,9 +189,31 @@ def test_context_may_be_empty(context: str | None) -> None:
     assert to_row(record, "x", "dolly", AUTO).context == ""
 
 
-def test_numbers_as_labels_are_their_digits() -> None:
-    row = to_row({"text": "T", "category": 3, "group": None}, "x", "text", AUTO)
-    assert (row.category, row.group_hint) == ("3", "")
+@pytest.mark.parametrize(
+    ("value", "written"),
+    [
+        (3, "3"), (1.5, "1.5"), (True, "true"), (False, "false"), (["a", 1], '["a", 1]'),
+        ({"é": None, "b": 2}, '{"é": null, "b": 2}'), (float("nan"), ""), ([], ""), ({}, ""),
+        (None, ""), (b"x", "\"b'x'\""), ("\U000f0000", "\U000f0000"), ("null", "null"),
+    ],
+)  # fmt: skip
+def test_labels_of_any_type_are_text(value: object, written: str) -> None:
+    row = to_row({"text": "T", "category": value, "group": value}, "x", "text", AUTO)
+    assert (row.category, row.group_hint) == (written, written)
+
+
+def test_a_column_is_left_out_by_null() -> None:
+    chosen = section(columns={"category": None, "tools": None})
+    record = {"instruction": "Q", "response": "A", "category": "c", "tools": ["t"], "group": "g"}
+    assert recognise(record.keys(), chosen) == "dolly"
+    row = to_row(record, "x", "dolly", chosen)
+    assert (row.category, row.group_hint) == ("", "g")
+    assert not list(left_out(record, "dolly", chosen))
+    assert wanted(record, chosen) == ["instruction", "response", "group"]
+    with pytest.raises(DataError, match="leaves typo out, a column that is not there"):
+        recognise(record.keys(), section(columns={"typo": None}))
+    with pytest.raises(DataError, match="no format fits"):
+        recognise(record.keys(), section(columns={"response": None}))
 
 
 @pytest.mark.parametrize(
@@ -208,8 +231,6 @@ def test_numbers_as_labels_are_their_digits() -> None:
         ({"response": {"a": 1}}, "response must be text, is an object"),
         ({"response": b"a"}, "response must be text, is of type bytes"),
         ({"context": 1.5}, "context must be text, is a number"),
-        ({"category": ["a"]}, "category must be text, is a list"),
-        ({"group": False}, "group must be text, is true or false"),
         ({"response": "a\0b"}, "response has a NUL character"),
         ({"context": "\0"}, "context has a NUL character"),
         ({"category": "\0"}, "category has a NUL character"),
@@ -262,11 +283,14 @@ def said(role: str, content: object) -> dict[str, object]:
         ([said("user", "Q"), said("assistant", " ")], "the last assistant turn is empty"),
         ([said("user", " "), said("assistant", "A")], "a user turn is empty"),
         ([said("assistant", None)], "content of a message in messages is null"),
-        ([said("assistant", ["A"])], "content of a message in messages must be text, is a list"),
+        (
+            [said("assistant", ["A"])],
+            "a part of content of a message in messages must be an object, is text",
+        ),
         ([said("assistant", "\0")], "content of a message in messages has a NUL character"),
         (
             [said("robot", "A")],
-            "a message in messages has an unknown role "
+            "a message in messages has the unknown role robot "
             "(known: system, user, human, assistant, gpt)",
         ),
         (
@@ -298,3 +322,223 @@ def test_a_chat_completion_must_answer() -> None:
         to_row({"completion": turns("assistant")}, "x", "chat", AUTO)
     with pytest.raises(RowError, match=r"messages \(or conversations\) is missing"):
         to_row({}, "x", "chat", AUTO)
+
+
+CALL = [{"id": "c1", "type": "function", "function": {"name": "f", "arguments": {}}}]
+
+
+@pytest.mark.parametrize(
+    ("key", "value"),
+    [
+        ("tool_calls", CALL), ("tool_call_id", "c1"), ("function_call", {"name": "f"}),
+        ("reasoning_content", "hm"), ("reasoning", "hm"), ("reasoning_details", [{"text": "hm"}]),
+        ("thinking", "hm"), ("thought", "hm"), ("images", ["a.png"]), ("input_audio", {"a": "x"}),
+        ("tools", CALL), ("refusal", "No."), ("prefix", True), ("loss_mask", [0, 1]),
+        ("train_detail", [{"begin_offset": 0, "train": False}]),
+    ],
+)  # fmt: skip
+@pytest.mark.parametrize("spelt", [("role", "content"), ("from", "value")])
+def test_keys_of_messages_that_change_the_text_are_refused(
+    key: str, value: object, spelt: tuple[str, str]
+) -> None:
+    role, content = spelt
+    messages = [{role: "user", content: "Q"}, {role: "assistant", content: "A", key: value}]
+    with pytest.raises(RowError) as caught:
+        to_row({"messages": messages}, "x", "chat", AUTO)
+    assert str(caught.value) == f"a message in messages has {key}, which would be left out"
+
+
+EMPTY = [None, "", [], {}, [None], {"name": None, "arguments": None}, [{"id": None}], float("nan")]
+
+
+@pytest.mark.parametrize("value", EMPTY)
+def test_what_arrow_pads_messages_with_changes_nothing(value: object) -> None:
+    padding = dict.fromkeys(
+        ("tool_calls", "function_call", "reasoning_content", "name", "weight", "train", "images"),
+        value,
+    )
+    messages = [{**said("user", "Q"), **padding}, {**said("assistant", "A"), **padding}]
+    record = {"messages": messages, "tools": value, "images": value, "system": value}
+    assert to_row(record, "x", "chat", AUTO).turns == (Turn("user", "Q"), Turn("assistant", "A"))
+    assert not list(left_out(record, "chat", AUTO))
+
+
+def test_other_keys_and_columns_are_told() -> None:
+    messages = [
+        {**said("user", "Q"), "name": "ann", "timestamp": 3, "train": True},
+        {**said("assistant", "A"), "loss": 2.5, "finish_reason": "stop", "toxic": False},
+    ]
+    record = {"messages": messages, "context": "C", "documents": [], "id": 1, "prompt": "Q"}
+    assert set(left_out(record, "chat", AUTO)) == {
+        ("key", "name"), ("key", "timestamp"), ("key", "train"), ("key", "loss"),
+        ("key", "finish_reason"), ("key", "toxic"), ("column", "context"), ("column", "prompt"),
+    }  # fmt: skip
+    record = {"instruction": "Q", "input": "C", "response": "A"}
+    assert list(left_out(record, "dolly", AUTO)) == [("column", "input")]
+    assert not list(left_out(record, "dolly", section(columns={"context": "input"})))
+    record = {"instruction": "Be kind.", "question": "Q", "response": "A"}
+    mapped = section(columns={"instruction": "question"})
+    assert list(left_out(record, "dolly", mapped)) == [("column", "instruction")]
+
+
+@pytest.mark.parametrize("key", ["weight", "train", "trainable", "loss"])
+@pytest.mark.parametrize("off", [False, 0, 0.0, "0", "false", "False"])
+def test_a_turn_that_is_marked_out_is_refused(key: str, off: object) -> None:
+    if key == "loss" and not isinstance(off, bool):
+        return  # a number that was measured
+    messages = [
+        said("user", "Q"), {**said("assistant", "Never."), key: off},
+        said("user", "Q"), said("assistant", "A"),
+    ]  # fmt: skip
+    with pytest.raises(RowError, match=rf"marked not to be learnt \({key}\), and would be"):
+        to_row({"messages": messages}, "x", "chat", AUTO)
+
+
+@pytest.mark.parametrize("on", [True, 1, 1.0, "1", "true", None])
+def test_marks_that_everything_is_learnt_change_nothing(on: object) -> None:
+    for key in ("weight", "train", "trainable"):
+        messages = [{**said("user", "Q"), key: 0}, {**said("assistant", "A"), key: on}]
+        assert len(to_row({"messages": messages}, "x", "chat", AUTO).turns) == 2
+        assert not list(left_out({"messages": messages}, "chat", AUTO))
+
+
+def test_a_weight_between_is_refused() -> None:
+    messages = [said("user", "Q"), {**said("assistant", "A"), "weight": 0.5}]
+    with pytest.raises(RowError, match="has a weight other than 0 and 1"):
+        to_row({"messages": messages}, "x", "chat", AUTO)
+
+
+@pytest.mark.parametrize("role", ["tool", "function_call", "observation", "ipython"])
+def test_roles_of_tools_are_named(role: str) -> None:
+    messages = [said("user", "Q"), said(role, "x"), said("assistant", "A")]
+    with pytest.raises(RowError, match=f"has the role {role}: tools are not trained on"):
+        to_row({"messages": messages}, "x", "chat", AUTO)
+
+
+def part(text: object, **more: object) -> dict[str, object]:
+    return {"type": "text", "text": text, **more}
+
+
+def test_text_parts_are_joined() -> None:
+    messages = [
+        said("user", [part("a", image_url=None), part(" b\r\n", cache_control={"type": "x"})]),
+        said("assistant", [part("A")]),
+    ]
+    row = to_row({"messages": messages}, "x", "chat", AUTO)
+    assert row.turns == (Turn("user", "a b\n"), Turn("assistant", "A"))
+    assert list(left_out({"messages": messages}, "chat", AUTO)) == [("key", "cache_control")]
+
+
+@pytest.mark.parametrize(
+    ("content", "reason"),
+    [
+        ([{"type": "image_url", "image_url": {"url": "u"}}], "has a part of type image_url"),
+        ([part("a"), {"type": "thinking", "thinking": "t"}], "has a part of type thinking"),
+        ([{"text": "a"}], "has a part without a type that is known"),
+        ([part("a", image={"bytes": b"x"})], "has a text part with 'image' beside its text"),
+        ([part(None)], "must be text, is of type NoneType"),
+        ([part("\ud800")], "has a lone surrogate"),
+        (["a"], "must be an object, is text"),
+        ({"type": "text", "text": "a"}, "must be text, is an object"),
+        ([], "the last assistant turn is empty"),
+    ],
+)
+def test_parts_that_are_no_text_are_named(content: object, reason: str) -> None:
+    with pytest.raises(RowError, match=reason):
+        to_row({"messages": [said("user", "Q"), said("assistant", content)]}, "x", "chat", AUTO)
+
+
+def test_messages_may_be_json_text() -> None:
+    row = to_row({"messages": '[{"role": "assistant", "content": "A"}]'}, "x", "chat", AUTO)
+    assert row.turns == (Turn("assistant", "A"),)
+    with pytest.raises(RowError, match="is text that is no JSON"):
+        to_row({"messages": "[{'role': 'assistant', 'content': 'A'}]"}, "x", "chat", AUTO)
+
+
+@pytest.mark.parametrize("column", ["system", "system_prompt"])
+def test_a_system_column_is_a_system_turn(column: str) -> None:
+    system, rest = Turn("system", "S"), (Turn("user", "Q"), Turn("assistant", "A"))
+    messages = [said("user", "Q"), said("assistant", "A")]
+    for name, record in (
+        ("dolly", {"instruction": "Q", "response": "A"}),
+        ("alpaca", {"instruction": "Q", "output": "A"}),
+        ("prompt_completion", {"prompt": "Q", "completion": "A"}),
+        ("chat", {"messages": messages}),
+        ("chat", {"messages": [said("system", "S"), *messages]}),
+    ):
+        assert to_row({**record, column: "S"}, "x", name, AUTO).turns == (system, *rest)
+    with pytest.raises(RowError, match=f"a system turn beside the column {column}"):
+        to_row({"messages": [said("system", "other"), *messages], column: "S"}, "x", "chat", AUTO)
+    assert list(left_out({"text": "T", column: "S"}, "text", AUTO)) == [("column", column)]
+    both = {"system": "S", "system_prompt": "other"}
+    with pytest.raises(RowError, match="a system turn beside the column system_prompt"):
+        to_row({"instruction": "Q", "response": "A", **both}, "x", "dolly", AUTO)
+
+
+@pytest.mark.parametrize("column", ["tools", "functions", "image", "images", "audio", "videos"])
+def test_columns_that_the_text_would_be_without(column: str) -> None:
+    for name, record in (
+        ("dolly", {"instruction": "Q", "response": "A"}),
+        ("chat", {"messages": [said("user", "Q"), said("assistant", "A")]}),
+    ):
+        for nothing in (None, [], "", "[]", "null", [None], {"bytes": None, "path": None}):
+            to_row({**record, column: nothing}, "x", name, AUTO)
+        with pytest.raises(RowError, match=f"^column {column} has content.*{column}: null}}"):
+            to_row({**record, column: [{"name": "f"}]}, "x", name, AUTO)
+        to_row({**record, column: "x"}, "x", name, section(columns={column: None}))
+
+
+def test_rows_that_are_marked_as_bad_are_refused() -> None:
+    record = {"prompt": "Q", "completion": "A"}
+    for mark in ({"label": False}, {"label": "False"}, {"kto_tag": False}, {"weight": 0},
+                 {"train": False}):  # fmt: skip
+        with pytest.raises(RowError, match="the row is marked not to be learnt"):
+            to_row({**record, **mark}, "x", "prompt_completion", AUTO)
+    for mark in ({"label": True}, {"label": 0}, {"label": None}, {"label": "no"}, {"weight": 2}):
+        to_row({**record, **mark}, "x", "prompt_completion", AUTO)
+    # a class of a text, not a verdict on an answer
+    to_row({"text": "T", "label": False}, "x", "text", AUTO)
+    to_row({**record, "label": False}, "x", "prompt_completion", section(columns={"label": None}))
+    by_label = section(columns={"category": "label"})
+    assert (
+        to_row({**record, "label": False}, "x", "prompt_completion", by_label).category == "false"
+    )
+
+
+@pytest.mark.parametrize(
+    ("columns", "lists", "mapping"),
+    [
+        ({"prompt", "chosen", "rejected"}, set(), {"completion": "chosen"}),
+        ({"chosen", "rejected"}, {"chosen", "rejected"}, {"messages": "chosen"}),
+        ({"prompt", "chosen", "rejected"}, {"chosen", "rejected"}, {"messages": "chosen"}),
+        ({"prompt", "chosen", "rejected"}, {"prompt", "chosen", "rejected"},
+         {"completion": "chosen"}),
+        ({"instruction", "input", "chosen", "rejected"}, set(), {"output": "chosen"}),
+        ({"question", "chosen", "rejected"}, set(), {"prompt": "question", "completion": "chosen"}),
+        ({"chosen", "rejected"}, set(), {"text": "chosen"}),
+    ],
+)  # fmt: skip
+def test_preference_data_are_named_with_what_works(
+    columns: set[str], lists: set[str], mapping: dict[str, str | None]
+) -> None:
+    with pytest.raises(DataError) as caught:
+        recognise(columns, AUTO, lists)
+    told = ", ".join(f"{field}: {column}" for field, column in mapping.items())
+    assert "preference data (columns chosen and rejected)" in str(caught.value)
+    assert f"data.columns={{{told}}}" in str(caught.value)
+    recognise(columns, section(columns=mapping), lists)
+
+
+@pytest.mark.parametrize(
+    ("columns", "said"),
+    [
+        ({"prompt", "completions", "labels"}, "several answers a row"),
+        ({"input_ids", "attention_mask"}, "the rows are tokens already"),
+        ({"prompt"}, "prompts without answers"),
+        ({"question", "answer"}, r"perhaps \{instruction: question, response: answer\}"),
+        ({"question", "response"}, r"perhaps \{instruction: question\}"),
+    ],
+)
+def test_other_data_are_named(columns: set[str], said: str) -> None:
+    with pytest.raises(DataError, match=said):
+        recognise(columns, AUTO)

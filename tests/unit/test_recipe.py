@@ -14,10 +14,11 @@ from hypothesis import example, given, settings
 from hypothesis import strategies as st
 
 from slm_lora.errors import UsageError
+from slm_lora.experiment.unfinished import differences
 from slm_lora.recipe.cells import MOST_CELLS, Cell
 from slm_lora.recipe.mistakes import known_keys
 from slm_lora.recipe.reading import load_recipe, parse_recipe
-from slm_lora.recipe.schema import CellRecipe, Recipe
+from slm_lora.recipe.schema import LATER_KEYS, CellRecipe, DataSection, Recipe
 
 FILE = "my.yaml"
 
@@ -661,3 +662,25 @@ def test_any_text_loads_or_is_explained(text: str, overrides: list[str]) -> None
 @given(st.one_of(RECIPE_TREES, NEARLY_RIGHT), OVERRIDES)
 def test_any_tree_loads_or_is_explained(tree: dict[str, Any], overrides: list[str]) -> None:
     loads_or_explains(yaml.safe_dump(tree, sort_keys=False, allow_unicode=True), overrides)
+
+
+def test_a_column_is_left_out_by_null_and_contexts_are_automatic() -> None:
+    recipe, _ = parse_recipe(
+        "name: x\ndata: {columns: {category: null, response: a}}\n", "x.yaml",
+        ["data.columns.group=null"],
+    )  # fmt: skip
+    assert recipe.data.columns == {"category": None, "response": "a", "group": None}
+    assert recipe.data.include_context == "auto"
+    for value in (True, False, "auto"):
+        data = DataSection(include_context=value)
+        assert data.include_context is value or value == "auto"
+    with pytest.raises(UsageError, match=r"data\.include_context"):
+        parse_recipe("name: x\ndata: {include_context: sometimes}\n", "x.yaml")
+
+
+def test_records_of_before_compare_with_those_of_now() -> None:
+    then = {"data": {"name": "rows.jsonl", "include_context": False}}
+    now = {**LATER_KEYS, "data": {**then["data"], **LATER_KEYS["data"]}}
+    assert differences({"recipe": then}, {"recipe": now}) == []
+    now["data"]["include_context"] = True
+    assert differences({"recipe": then}, {"recipe": now}) == ["data.include_context: False → True"]

@@ -3,8 +3,10 @@
 from __future__ import annotations
 
 import csv
+import gzip
 import hashlib
 import importlib.metadata
+import io
 import json
 import pickle
 import sys
@@ -25,7 +27,7 @@ from hypothesis import strategies as st
 
 import slm_lora.data
 from slm_lora import storage
-from slm_lora.data import files, hub, sources
+from slm_lora.data import hub, sources, table
 from slm_lora.data.sources import BadRow, MalformedRowsError, RowSet, ensure_ml_qa, read_rows
 from slm_lora.errors import DataError, SlmLoraError, StorageError, UsageError
 from slm_lora.recipe.schema import DataSection
@@ -96,8 +98,13 @@ KINDS: list[tuple[bytes, str]] = [
 
 @pytest.mark.parametrize(("line", "reason"), KINDS)
 def test_malformed_line(tmp_path: Path, line: bytes, reason: str) -> None:
-    path = jsonl(tmp_path, good_line(1), line, good_line(2))
+    path = jsonl(tmp_path, good_line(1), line, *[good_line(n) for n in range(2, 11)])
     expected = f"rows.jsonl:2: {reason}. Mend it, or set data.on_bad_row=skip."
+    if b"\xff" in line:
+        expected = (
+            "rows.jsonl:2: invalid UTF-8, in 1 of 11 rows: the file looks like Windows-1252; "
+            "save it as UTF-8"
+        )
     assert refusal(path) == expected
 
 
@@ -109,9 +116,9 @@ def test_a_row_too_long_is_a_bad_row_of_its_size(tmp_path: Path) -> None:
 
 def test_the_longest_row_that_is_read(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     line = good_line(1)
-    monkeypatch.setattr(files, "ROW_BYTES", len(line))
+    monkeypatch.setattr(table, "ROW_BYTES", len(line))
     assert len(read(jsonl(tmp_path, line)).rows) == 1
-    monkeypatch.setattr(files, "ROW_BYTES", len(line) - 1)
+    monkeypatch.setattr(table, "ROW_BYTES", len(line) - 1)
     with pytest.raises(MalformedRowsError) as caught:
         read(jsonl(tmp_path, line, good_line(2)))
     assert [bad.source for bad in caught.value.bad_rows] == ["rows.jsonl:1", "rows.jsonl:2"]
@@ -120,10 +127,7 @@ def test_the_longest_row_that_is_read(tmp_path: Path, monkeypatch: pytest.Monkey
 def test_one_kind_names_its_lines(tmp_path: Path) -> None:
     empty = b'{"instruction": "q", "response": ""}'
     path = jsonl(tmp_path, good_line(1), empty, good_line(2), empty, empty)
-    assert refusal(path) == (
-        "rows.jsonl:2: response is empty (3 rows in all: 2, 4, 5). "
-        "Mend them, or set data.on_bad_row=skip."
-    )
+    assert refusal(path) == ("rows.jsonl:2: response is empty (3 rows in all: 2, 4, 5). Mend them.")
 
 
 def test_several_kinds_are_counted(tmp_path: Path) -> None:
@@ -131,7 +135,7 @@ def test_several_kinds_are_counted(tmp_path: Path) -> None:
     path = jsonl(tmp_path, empty, *[good_line(n) for n in range(9)], *[broken] * 4, empty)
     assert refusal(path) == (
         "rows.jsonl: 6 malformed rows: response is empty (2 rows: 1, 15); "
-        "bad JSON (4 rows: 11, 12, 13, …). Mend them, or set data.on_bad_row=skip."
+        "bad JSON (4 rows: 11, 12, 13, 14). Mend them."
     )
 
 
@@ -183,7 +187,7 @@ def test_exactly_the_bad_lines_are_reported(lines: list[bytes | None]) -> None:
     )
     total = sum(bool(line.strip()) for line in content)
     with tempfile.TemporaryDirectory() as folder, pytest.MonkeyPatch.context() as patch:
-        patch.setattr(files, "ROW_BYTES", 1000)
+        patch.setattr(table, "ROW_BYTES", 1000)
         check_bad_rows(jsonl(Path(folder), *content), expected, total)
 
 
@@ -239,7 +243,7 @@ PARQUET_KINDS: dict[str | None, str] = {
 def test_exactly_the_bad_rows_of_a_parquet_file_are_reported(answers: list[str | None]) -> None:
     answers = ["A", *answers]
     expected = tuple(
-        BadRow(f"rows.parquet:{number}", PARQUET_KINDS[answer])
+        BadRow(f"rows.parquet row {number}", PARQUET_KINDS[answer])
         for number, answer in enumerate(answers, start=1)
         if answer in PARQUET_KINDS
     )
@@ -268,8 +272,29 @@ def test_a_parquet_column_of_another_type(tmp_path: Path, values: Any, said: str
 
 
 @settings(max_examples=300, deadline=None)
-@given(st.binary(max_size=200), st.sampled_from([".jsonl", ".json", ".csv", ".parquet"]))
-def test_any_file_is_read_or_explained(content: bytes, suffix: str) -> None:
+@given(
+    st.one_of(
+        st.binary(max_size=200),
+        st.text(max_size=100).map(lambda text: text.encode("utf-16", "surrogatepass")),
+        st.recursive(
+            st.one_of(st.none(), st.booleans(), st.integers(), st.sampled_from(["", "A", "é"])),
+            lambda inner: st.one_of(
+                st.lists(inner, max_size=3),
+                st.dictionaries(
+                    st.sampled_from(["instruction", "response", "messages", "text", "data", "x"]),
+                    inner,
+                    max_size=3,
+                ),
+            ),
+            max_leaves=8,
+        ).map(lambda value: json.dumps(value, ensure_ascii=False).encode()),
+    ),
+    st.sampled_from([".jsonl", ".ndjson", ".json", ".csv", ".tsv", ".txt", ".parquet"]),
+    st.booleans(),
+)
+def test_any_file_is_read_or_explained(content: bytes, suffix: str, compressed: bool) -> None:
+    if compressed:
+        content, suffix = gzip.compress(content), f"{suffix}.gz"
     with tempfile.TemporaryDirectory() as folder:
         path = Path(folder) / f"rows{suffix}"
         path.write_bytes(content)
@@ -307,7 +332,12 @@ WRITERS: dict[str, Callable[[Path, list[dict[str, Any]]], None]] = {
     ".csv": write_csv,
     ".parquet": write_parquet,
 }
-TEXT = st.text(st.characters(exclude_categories=["Cs"], exclude_characters="\0"))
+TEXT = st.text(
+    st.one_of(
+        st.characters(exclude_categories=["Cs", "Co"], exclude_characters="\0"),
+        st.characters(min_codepoint=0xE000, max_codepoint=0xF8FF),
+    )
+)
 FILLED = TEXT.filter(lambda text: bool(text.strip()))
 ROW = st.fixed_dictionaries(
     {"instruction": FILLED, "context": TEXT, "response": FILLED, "category": TEXT}
@@ -344,9 +374,10 @@ def test_numbers_in_sources(tmp_path: Path, suffix: str) -> None:
     path = tmp_path / f"rows{suffix}"
     WRITERS[suffix](path, [good(1), good(2)])
     first = 2 if suffix == ".csv" else 1  # lines of a CSV file begin with the header
+    unit = {".json": " item ", ".parquet": " row "}.get(suffix, ":")
     assert [row.source for row in read(path).rows] == [
-        f"rows{suffix}:{first}",
-        f"rows{suffix}:{first + 1}",
+        f"rows{suffix}{unit}{first}",
+        f"rows{suffix}{unit}{first + 1}",
     ]
 
 
@@ -447,7 +478,7 @@ def test_items_of_a_json_list_are_numbered(tmp_path: Path) -> None:
     path.write_bytes(b"\xef\xbb\xbf [\n" + b" ,\n".join(items) + b"]\n")
     assert refusal(path) == (
         "rows.json: 3 malformed rows: NaN is not JSON (1 row: 2); not a JSON object (1 row: 3); "
-        "duplicate key 'response' (1 row: 5). Mend them, or set data.on_bad_row=skip."
+        "duplicate key 'response' (1 row: 5). Mend them."
     )
 
 
@@ -470,12 +501,90 @@ def test_a_broken_json_list_is_refused_whole(tmp_path: Path, content: str, line:
     assert refusal(path, on_bad_row="skip") == f"rows.json:{line}: bad JSON; mend the file"
 
 
-def test_json_that_is_no_list(tmp_path: Path) -> None:
+def test_json_that_is_no_utf8(tmp_path: Path) -> None:
     path = tmp_path / "rows.json"
-    path.write_bytes(good_line(1) + b"\n" + good_line(2))
-    assert "one object a line is named .jsonl" in refusal(path)
     path.write_bytes(b'[\n{"text": "xyzzy\xff"}]')
-    assert refusal(path).startswith("rows.json:2: invalid UTF-8")
+    assert "the file looks like Windows-1252; save it as UTF-8" in refusal(path)
+    path.write_bytes('[\n{"text": "é'.encode() + b'xyzzy\xff"}]')
+    assert refusal(path) == "rows.json:2: invalid UTF-8. Mend it."
+
+
+ROWS = [good(n) for n in range(12)]
+
+
+def whole(value: Any) -> str:
+    return json.dumps(value, indent=1)
+
+
+SHAPES: dict[str, str] = {
+    "a list": whole(ROWS),
+    "one object a line": "".join(json.dumps(row) + "\n" for row in ROWS),
+    "with a byte order mark": "\ufeff" + "".join(json.dumps(row) + "\r\n" for row in ROWS),
+    "objects one after the other": "\n".join(map(whole, ROWS)),
+    "a list below a key": whole({"version": 1, "data": ROWS, "tags": ["a"]}),
+    "below any key": json.dumps({"examples": ROWS}),
+    "columns": whole({name: [row[name] for row in ROWS] for name in ROWS[0]}),
+    "columns by row number": whole(
+        {name: {str(n): row[name] for n, row in enumerate(ROWS)} for name in ROWS[0]}
+    ),
+    "rows by their number": whole({str(n): row for n, row in enumerate(ROWS)}),
+    "split": whole(
+        {"columns": list(ROWS[0]), "index": [0], "data": [list(row.values()) for row in ROWS]}
+    ),
+    "table": whole({"schema": {"fields": []}, "data": ROWS}),
+}
+
+
+@pytest.mark.parametrize("suffix", [".json", ".jsonl", ".ndjson", ".json.gz", ".JSONL.GZ"])
+@pytest.mark.parametrize("shape", SHAPES)
+def test_json_is_read_in_the_shapes_that_tools_write(
+    tmp_path: Path, shape: str, suffix: str
+) -> None:
+    if suffix not in (".json", ".json.gz") and shape in ("below any key", "one line"):
+        return  # a line of JSON lines: an object without a column that is known
+    path, content = tmp_path / f"rows{suffix}", SHAPES[shape].encode()
+    path.write_bytes(gzip.compress(content) if suffix.lower().endswith(".gz") else content)
+    found = read(path)
+    assert [row.turns[0].content for row in found.rows] == [row["instruction"] for row in ROWS]
+    assert found.bad_rows == ()
+
+
+def test_a_chat_in_json_is_one_row_or_columns(tmp_path: Path) -> None:
+    chat = [{"role": "user", "content": "Q"}, {"role": "assistant", "content": "A"}]
+    path = tmp_path / "rows.json"
+    for value, rows in (({"messages": chat}, 1), ({"messages": [chat, chat[1:]]}, 2),
+                        ({"data": [{"messages": chat}]}, 1)):  # fmt: skip
+        path.write_text(whole(value))
+        assert (len(read(path).rows), read(path).format) == (rows, "chat")
+
+
+def test_bad_items_of_a_wrapped_list_are_named(tmp_path: Path) -> None:
+    path = tmp_path / "rows.json"
+    items = [json.dumps(row) for row in ROWS]
+    items[4] = '{"instruction": "xyzzy", "response": NaN}'
+    path.write_text(f'{{"n": 1, "rows": [{", ".join(items)}], "m": {{}}}}')
+    assert refusal(path).startswith("rows.json item 5: NaN is not JSON. Mend it, or set")
+    found = read(path, on_bad_row="skip")
+    assert found.bad_rows == (BadRow("rows.json item 5", "NaN is not JSON"),)
+    assert found.notes == ("rows.json: its list rows is read; 2 keys beside it are not",)
+
+
+@pytest.mark.parametrize(
+    ("content", "said"),
+    [
+        (whole({"train": ROWS, "test": ROWS}), "holds several lists of rows (train, test)"),
+        (whole({"data": {"rows": ROWS}}), "neither a row nor a list of rows (its keys: data)"),
+        (whole({"instruction": ["a"], "response": []}), "columns of different lengths"),
+        ("{}", "neither a row nor a list of rows (its keys: none)"),
+        ("3", "not a list of objects"),
+        ('{"data": [{"text": "xyzzy"},]}', "rows.json:1: bad JSON; mend the file"),
+        ('{"a": "xyzzy"}\n\n[3]', "rows.json"),
+    ],
+)
+def test_json_in_no_shape_that_is_known(tmp_path: Path, content: str, said: str) -> None:
+    path = tmp_path / "rows.json"
+    path.write_text(content)
+    assert said in refusal(path)
 
 
 # --- CSV ---------------------------------------------------------------------------------------
@@ -524,6 +633,313 @@ def test_a_long_csv_field_is_read_and_the_limit_put_back(tmp_path: Path) -> None
     assert csv.field_size_limit() == before
 
 
+EXCEL = [{"instruction": 'Say "é"; or, so.', "response": f"Line {n}\nand so\t."} for n in range(12)]
+
+
+@pytest.mark.parametrize("encoding", ["utf-8", "utf-8-sig", "utf-16", "utf-16-le", "utf-16-be"])
+@pytest.mark.parametrize(("suffix", "separator"), [
+    (".csv", ","), (".csv", ";"), (".csv", "\t"), (".tsv", "\t"), (".TSV", "\t"), (".csv.gz", ";"),
+])  # fmt: skip
+@pytest.mark.parametrize("sep", [False, True])
+def test_csv_as_spreadsheets_write_it(
+    tmp_path: Path, encoding: str, suffix: str, separator: str, sep: bool
+) -> None:
+    lines = io.StringIO(newline="")
+    writer = csv.DictWriter(lines, list(EXCEL[0]), delimiter=separator)
+    writer.writeheader()
+    writer.writerows(EXCEL)
+    text = (f"sep={separator}\r\n" if sep else "") + lines.getvalue()
+    path, content = tmp_path / f"rows{suffix}", text.encode(encoding)
+    path.write_bytes(gzip.compress(content) if suffix.endswith(".gz") else content)
+    found = read(path)
+    assert [(row.turns[0].content, row.turns[1].content) for row in found.rows] == [
+        tuple(row.values()) for row in EXCEL
+    ]
+    assert found.rows[0].source == f"rows{suffix}:{2 + sep}"
+    assert bool(found.notes) == (separator != ",")
+
+
+@pytest.mark.parametrize(
+    ("content", "said"),
+    [
+        (b"instruction,response,,\na,b,,\n", "rows.tsv:1: two columns have no name"),
+        (b"instruction, response\na, b\n", "columns seen: ' response', instruction"),
+        (b'instruction\tresponse\n"q" xyzzy\tb\n', "rows.tsv:2: broken CSV ('a tab' expected"),
+        ("Über;Antwort\na;b\n".encode("cp1252"), "rows.tsv:1: invalid UTF-8"),
+    ],
+)
+def test_headers_and_quotes_that_are_wrong_are_named(
+    tmp_path: Path, content: bytes, said: str
+) -> None:
+    path = tmp_path / "rows.tsv"
+    path.write_bytes(content)
+    assert said in refusal(path) and refusal(path).isprintable()
+
+
+@pytest.mark.parametrize("suffix", [".csv", ".jsonl", ".txt", ".json"])
+def test_windows_1252_is_named(tmp_path: Path, suffix: str) -> None:
+    path = tmp_path / f"rows{suffix}"
+    rows = [{"text": f"Caf\xe9 {n}, “so”."} for n in range(12)]
+    {".txt": lambda p, r: p.write_text("\n".join(e["text"] for e in r)),
+     ".jsonl": lambda p, r: p.write_text("\n".join(json.dumps(e, ensure_ascii=False) for e in r)),
+     }.get(suffix, WRITERS.get(suffix))(path, rows)  # type: ignore[misc]  # fmt: skip
+    path.write_bytes(path.read_text(encoding="utf-8").encode("cp1252"))
+    for policy in ("fail", "skip"):
+        message = refusal(path, on_bad_row=policy)
+        assert "the file looks like Windows-1252; save it as UTF-8" in message
+        assert len(message) < 200
+    # one broken row among others that are UTF-8 is a bad row
+    path.write_bytes("Café\n".encode() + b"caf\xe9\n")
+    if suffix == ".txt":
+        assert refusal(path) == "rows.txt:2: invalid UTF-8. Mend it."
+
+
+# --- text --------------------------------------------------------------------------------------
+
+
+def test_text_is_read_by_paragraphs_or_lines(tmp_path: Path) -> None:
+    def texts(path: Path, **options: Any) -> list[tuple[str, str]]:
+        return [(row.source, row.turns[0].content) for row in read(path, **options).rows]
+
+    path = tmp_path / "rows.txt"
+    path.write_bytes(b"\xef\xbb\xbf\n One,\r\ntwo.\r\n \t\r\n\r\nThree\xe2\x80\xa8.\nfour\n\n")
+    paragraphs = [("rows.txt:2", " One,\ntwo."), ("rows.txt:6", "Three\u2028.\nfour")]
+    lines = [("rows.txt:2", " One,"), ("rows.txt:3", "two."), ("rows.txt:6", "Three\u2028."),
+             ("rows.txt:7", "four")]  # fmt: skip
+    assert texts(path) == texts(path, text_rows="paragraphs") == paragraphs
+    assert texts(path, text_rows="lines") == lines
+    assert read(path).format == "text"
+    assert (
+        "a row is one of its paragraphs (data.text_rows=lines reads lines)" in read(path).notes[0]
+    )
+    assert not read(path, text_rows="lines").notes
+    path.write_text("\n\nOne.\nTwo.\n\n\n")
+    assert texts(path) == [("rows.txt:3", "One."), ("rows.txt:4", "Two.")]
+
+
+def test_a_folder_of_texts_is_read_one_way(tmp_path: Path) -> None:
+    (tmp_path / "a.txt").write_text("One,\ntwo.\n\nThree.\n")
+    (tmp_path / "b.txt").write_text("Four,\nfive.\n")
+    found = read(tmp_path)
+    assert [row.turns[0].content for row in found.rows] == ["One,\ntwo.", "Three.", "Four,\nfive."]
+    assert found.notes[1] == f"{tmp_path.name}: a row is one of the paragraphs (data.text_rows)"
+    assert len(read(tmp_path, text_rows="lines").rows) == 5
+    assert len(read(tmp_path, text_rows="lines").notes) == 1
+
+
+# --- folders, compressed files, other files ----------------------------------------------------
+
+
+def test_a_folder_of_shards_is_read_in_order(tmp_path: Path) -> None:
+    folder = tmp_path / "shards"
+    folder.mkdir()
+    for name, numbers in (("b.jsonl", (2, 3)), ("a.jsonl", (0, 1)), ("c.jsonl", ())):
+        (folder / name).write_bytes(b"".join(good_line(n) + b"\n" for n in numbers))
+    found = read(folder)
+    assert [row.source for row in found.rows] == [
+        "a.jsonl:1",
+        "a.jsonl:2",
+        "b.jsonl:1",
+        "b.jsonl:2",
+    ]
+    assert found.notes == ("shards: 3 files (a.jsonl, b.jsonl, c.jsonl)",)
+    origin = found.origin
+    (folder / ".hidden").write_text("x")
+    (folder / "_SUCCESS").write_text("")
+    assert read(folder).origin == origin and origin.startswith("shards sha256:")
+    (folder / "README.md").write_text("x")
+    (folder / "sub").mkdir()
+    assert read(folder).notes[1] == "shards: not read: README.md, sub"
+    (folder / "b.jsonl").write_bytes(good_line(2) + b"\n{\n")
+    assert refusal(folder) == "b.jsonl:2: bad JSON. Mend it."
+    (folder / "a.jsonl").write_bytes(b"{\n")
+    assert (
+        refusal(folder) == "a.jsonl:1: bad JSON (2 rows in all: a.jsonl:1, b.jsonl:2). Mend them."
+    )
+    (folder / "d.csv").write_text("text\n")
+    assert "several kinds of files, .csv (1), .jsonl (3)" in refusal(folder)
+
+
+def test_a_folder_of_parquet_shards(tmp_path: Path) -> None:
+    folder = tmp_path / "shards"
+    folder.mkdir()
+    for name, n in (("b.parquet", 2), ("a.parquet", 1)):
+        write_parquet(folder / name, [{**good(n), "id": n}])
+    found = read(folder)
+    assert [row.source for row in found.rows] == ["a.parquet row 1", "b.parquet row 1"]
+    assert "columns that are not read: id" in found.notes
+    (folder / "b.parquet").write_bytes(b"xyzzy")
+    assert refusal(folder).startswith("b.parquet: broken, or not a Parquet file")
+
+
+def test_what_save_to_disk_wrote_is_named(tmp_path: Path) -> None:
+    datasets.Dataset.from_list(ROWS).save_to_disk(tmp_path / "saved")
+    assert "what save_to_disk of datasets wrote (Arrow)" in refusal(tmp_path / "saved")
+
+
+@pytest.mark.parametrize("suffix", [".jsonl", ".json", ".csv", ".txt"])
+def test_compressed_files(tmp_path: Path, suffix: str) -> None:
+    path, packed = tmp_path / f"rows{suffix}", tmp_path / f"rows{suffix}.gz"
+    (write_csv if suffix == ".txt" else WRITERS[suffix])(path, ROWS)
+    content = gzip.compress(path.read_bytes())
+    packed.write_bytes(content)
+    assert [r.row_id for r in read(packed).rows] == [r.row_id for r in read(path).rows]
+    digest = hashlib.sha256(content).hexdigest()
+    assert read(packed).origin == f"rows{suffix}.gz sha256:{digest}"
+    for broken in (b"xyzzy" * 9, content[:-9], content[:40], content[:-8] + b"\0" * 8):
+        packed.write_bytes(broken)
+        assert "no gzip file, or a broken one" in refusal(packed)
+    path.write_bytes(content)
+    assert "compressed by gzip: end its name in .gz" in refusal(path)
+
+
+@pytest.mark.parametrize(
+    ("name", "said"),
+    [
+        ("rows.xlsx", "a spreadsheet"), ("rows.zip", "an archive"), ("rows.pkl", "a pickle"),
+        ("rows.arrow", "an Arrow file"), ("rows.jsonl.zst", "in another way than gzip"),
+        ("rows.md", "a document"), ("rows.parquet.gz", "not one of the suffixes"),
+        ("rows.gz", "not one of the suffixes"), ("rows", "not one of the suffixes"),
+    ],
+)  # fmt: skip
+def test_other_files_are_named(tmp_path: Path, name: str, said: str) -> None:
+    (tmp_path / name).write_bytes(b"xyzzy")
+    assert said in refusal(tmp_path / name)
+    with pytest.raises(DataError, match="no such file"):
+        read_rows(DataSection(name=f"owner/{name}" if "." in name else f"./{name}"))
+
+
+@pytest.mark.parametrize("suffix", [".csv", ".jsonl", ".json", ".txt"])
+@pytest.mark.parametrize(
+    ("head", "said"),
+    [
+        (b"PK\x03\x04", "a ZIP archive or a spreadsheet"), (b"PAR1", "a Parquet file"),
+        (b"ARROW1", "an Arrow file"), (b"version https://git-lfs.github.com", "Git LFS"),
+    ],
+)  # fmt: skip
+def test_files_under_a_wrong_name_are_named(
+    tmp_path: Path, suffix: str, head: bytes, said: str
+) -> None:
+    path = tmp_path / f"rows{suffix}"
+    path.write_bytes(head + b"\0xyzzy" * 30)
+    assert said in refusal(path)
+
+
+# --- what is not read ----------------------------------------------------------------------------
+
+
+def test_columns_and_keys_that_are_not_read_are_told(tmp_path: Path) -> None:
+    path = tmp_path / "rows.jsonl"
+    messages = [{"role": "user", "content": "Q", "name": "ann"}]
+    write_jsonl(path, [
+        {"messages": [*messages, {"role": "assistant", "content": f"A{n}", "id": n or None}],
+         "context": "C" if n < 3 else "", "documents": None, "id": n, "seen": True}
+        for n in range(5)
+    ])  # fmt: skip
+    assert read(path).notes == (
+        "column context has content in 3 of 5 rows, and is not read",
+        "keys of messages that are not read: id (4 rows), name (5 rows)",
+        "columns that are not read: id, seen",
+    )
+    write_jsonl(path, [good(n) | {"input": "C"} for n in range(5)])
+    assert read(path).notes == (
+        "column input has content in 5 of 5 rows, and is not read "
+        "(data.columns={context: input} reads it)",
+    )
+    assert read(path, columns={"context": "input"}).rows[0].context == "C"
+    write_jsonl(path, [good(n) | {"category": "a", "group": "b"} for n in range(5)])
+    assert read(path).notes == ()
+
+
+def test_keys_of_hub_data_sets_are_told_where_they_do_nothing(tmp_path: Path) -> None:
+    path = jsonl(tmp_path, good_line(1))
+    assert read(path, split="test", revision="v1").notes == (
+        "data.split is for hub data sets, and has no effect here",
+        "data.revision is for hub data sets, and has no effect here",
+    )
+
+
+def test_values_nested_deep_are_no_traceback(tmp_path: Path) -> None:
+    deep = "[" * 900 + "]" * 900
+    path = tmp_path / "rows.jsonl"
+    for more, said in ((f'"tools": {deep}', ""), (f'"tools": {deep[:900]}1{deep[900:]}', "tools"),
+                       (f'"category": {deep[:900]}1{deep[900:]}', "")):  # fmt: skip
+        path.write_text(
+            "".join(f'{{"instruction": "q{n}", "response": "a", {more}}}\n' for n in range(3))
+        )
+        if said:
+            assert f"column {said} has content" in refusal(path)
+        else:
+            assert len(read(path).rows) == 3
+
+
+def test_pictures_in_parquet_are_refused_undecoded(tmp_path: Path) -> None:
+    path = tmp_path / "rows.parquet"
+    picture = pa.struct([("bytes", pa.binary()), ("path", pa.string())])
+    for column in (
+        pa.array([None, {"bytes": b"x", "path": None}], picture),
+        pa.array([[], [{"bytes": b"x", "path": None}]], pa.list_(picture)),
+        pa.array([None, ["a.png"]], pa.large_list(pa.string())),
+        pa.array(["", "a.png"]), pa.array([None, b"x"]),
+    ):  # fmt: skip
+        table = {"instruction": ["a", "b"], "response": ["a", "b"], "images": column}
+        pq.write_table(pa.table(table), path)
+        assert refusal(path).startswith("rows.parquet row 2: column images has content")
+
+
+def test_messages_that_arrow_pads_are_read(tmp_path: Path) -> None:
+    path = tmp_path / "rows.parquet"
+    call = pa.struct([("id", pa.string()), ("function", pa.struct([("name", pa.string())]))])
+    message = pa.struct([
+        ("role", pa.string()), ("content", pa.large_string()), ("name", pa.string()),
+        ("tool_calls", pa.list_(call)), ("reasoning_content", pa.string()),
+    ])  # fmt: skip
+    rows = [
+        [{"role": "user", "content": f"Q{n}", "name": None if n else "ann"},
+         {"role": "assistant", "content": "A"}] for n in range(40)
+    ]  # fmt: skip
+    for kind in (pa.list_(message), pa.large_list(message), pa.list_(message, 2)):
+        table = {"messages": pa.array(rows, kind), "score": [float("nan")] * 40}
+        pq.write_table(pa.table(table), path)
+        found = read(path)
+        assert (len(found.rows), found.format) == (40, "chat")
+        assert found.notes == (
+            "keys of messages that are not read: name (1 rows)",
+            "columns that are not read: score",
+        )
+
+
+def test_rejected_rows_are_refused_or_left_out(tmp_path: Path) -> None:
+    path = tmp_path / "rows.jsonl"
+    rows = [{"prompt": f"Q{n}", "completion": "A", "label": n % 2 == 0} for n in range(300)]
+    write_jsonl(path, rows)
+    message = refusal(path)
+    assert message.startswith("rows.jsonl:2: label is false: the row is marked not to be learnt")
+    assert message.endswith("(150 rows in all: 2, 4, 6, 8, 10, …). Mend them, or set "
+                            "data.on_bad_row=skip.")  # fmt: skip
+    found = read(path, on_bad_row="skip")
+    assert (len(found.rows), len(found.bad_rows)) == (150, 150)
+    write_jsonl(path, [row | {"label": False} for row in rows])
+    assert "all 300 rows are marked not to be learnt" in refusal(path, on_bad_row="skip")
+    assert len(read(path, columns={"label": None}).rows) == 300
+
+
+def test_an_error_about_many_rows_is_one_short_line(tmp_path: Path) -> None:
+    path = tmp_path / "rows.jsonl"
+    write_jsonl(path, [{"messages": [{"role": "user", "content": f"Q{n}"}]} for n in range(300)])
+    assert refusal(path) == (
+        "rows.jsonl:1: no assistant turn (300 rows in all: 1, 2, 3, 4, 5, …). Mend them."
+    )
+    path.write_text("".join(f'{{"{n}": 1, "{n}": 2}}\n' for n in range(300)))
+    message = refusal(path)
+    assert "300 malformed rows" in message and "; and 295 rows for other reasons" in message
+    write_jsonl(path, [
+        {"conversations": [{"from": "human", "value": "Q"}], "chosen": {"from": "gpt"},
+         "rejected": {"from": "gpt"}} for _ in range(300)
+    ])  # fmt: skip
+    assert "preference data, put the answer in chosen at the end" in refusal(path)
+
+
 # --- Parquet -----------------------------------------------------------------------------------
 
 
@@ -532,7 +948,7 @@ def test_parquet_types_that_are_no_text(tmp_path: Path) -> None:
     pq.write_table(pa.table({"instruction": ["a", "b"], "response": [1, None]}), path)
     assert refusal(path) == (
         "rows.parquet: 2 malformed rows: response must be text, is a number (1 row: 1); "
-        "response is null (1 row: 2). Mend them, or set data.on_bad_row=skip."
+        "response is null (1 row: 2). Mend them."
     )
 
 
@@ -541,7 +957,7 @@ def test_parquet_text_that_is_no_utf8_is_a_bad_row(tmp_path: Path) -> None:
     invalid = pa.StringArray.from_buffers(3, values.buffers()[1], values.buffers()[2])
     pq.write_table(pa.table({"text": invalid}), tmp_path / "rows.parquet")
     message = refusal(tmp_path / "rows.parquet")
-    assert message.startswith("rows.parquet:2: invalid UTF-8. Mend it")
+    assert message.startswith("rows.parquet row 2: invalid UTF-8. Mend it")
 
 
 def test_parquet_decodes_only_what_is_read(tmp_path: Path) -> None:
@@ -550,7 +966,7 @@ def test_parquet_decodes_only_what_is_read(tmp_path: Path) -> None:
     pq.write_table(pa.table({"text": ["a"], "seen": beyond_python}), path)
     assert len(read(path).rows) == 1
     pq.write_table(pa.table({"text": ["a"], "category": beyond_python}), path)
-    assert refusal(path).startswith("rows.parquet:1: a value cannot be read. Mend it")
+    assert refusal(path).startswith("rows.parquet row 1: a value cannot be read. Mend it")
     pq.write_table(pa.table({"question": ["a"]}), path)
     assert "columns seen: question" in refusal(path)
 
@@ -587,9 +1003,9 @@ def test_no_such_file(tmp_path: Path, monkeypatch: pytest.MonkeyPatch, name: str
 
 
 def test_names_that_are_no_row_files(tmp_path: Path) -> None:
-    assert "is a folder" in refusal(tmp_path)
-    (tmp_path / "rows.jsonl.gz").write_bytes(b"")
-    assert ".jsonl, .json, .csv, .parquet" in refusal(tmp_path / "rows.jsonl.gz")
+    assert "is a folder without files that are read" in refusal(tmp_path)
+    (tmp_path / "rows.foo").write_bytes(b"")
+    assert ".jsonl, .ndjson, .json, .csv" in refusal(tmp_path / "rows.foo")
 
 
 def test_a_file_that_cannot_be_read_is_a_storage_error(
@@ -648,7 +1064,7 @@ def test_hub_rows_carry_commit_and_index(monkeypatch: pytest.MonkeyPatch) -> Non
     assert asked == [("owner/set", "main", hub.HUB_TIMEOUT)]
     assert calls == [("owner/set", COMMIT, "train[:2]")]
     assert found.origin == f"owner/set@{COMMIT} split=train[:2]"
-    assert [row.source for row in found.rows] == ["owner/set:0", "owner/set:1"]
+    assert [row.source for row in found.rows] == ["owner/set row 0", "owner/set row 1"]
     assert found.format == "dolly"
 
 

@@ -590,7 +590,11 @@ def test_chat_needs_a_chat_template(tiny_folder: Path) -> None:
     ("row", "instead"),
     [
         (chat(("assistant", "words")), "plain"),
-        (chat(("system", "s"), ("user", "u"), ("assistant", "a")), "chat"),
+        (chat(("user", "u"), ("assistant", "a"), ("user", "v"), ("assistant", "b")), "chat"),
+        (
+            chat(("system", "s"), ("user", "u"), ("assistant", "a")),
+            r"chat \(or, .* leave it out: data\.columns=\{system: null\}\)",
+        ),
     ],
 )
 def test_rows_with_other_turns_than_a_pair(plain_tokenizer: Any, row: Row, instead: str) -> None:

@@ -18,6 +18,9 @@ from slm_lora.cli.options import (
 )
 
 if TYPE_CHECKING:
+    from collections.abc import Sequence
+
+    from slm_lora.data.sources import BadRow
     from slm_lora.experiment.jobs import Job
 
 Rows = Annotated[int, typer.Option("--rows", min=1, help="How many rows to show.")]
@@ -42,7 +45,10 @@ def show(
 
     _, cells = load_recipe(recipe, overrides or [])
     quiet_libraries()
-    _show_rows(make_jobs([chosen_cell(cells, cell)], computed="nowhere")[0], rows)
+    job = make_jobs([chosen_cell(cells, cell)], computed="nowhere")[0]
+    for note in (*job.rows.notes, *job.prepared.notes):
+        console().print(f"note: {note}", soft_wrap=True)
+    _show_rows(job, rows)
 
 
 def _show_rows(job: Job, rows: int) -> None:
@@ -77,8 +83,8 @@ def _show_rows(job: Job, rows: int) -> None:
 def check(recipe: RecipeFile, overrides: Overrides = None, rows: Rows = 2) -> None:
     """Read, split and tokenise a recipe's rows, and say what was found.
 
-    Names every bad row; counts duplicates and what a random split would leak, conflicting
-    answers, categories, lengths and what a limit on them costs; shows a few rows.
+    Names bad rows, a few of every kind; counts duplicates and what a random split would leak,
+    conflicting answers, categories, lengths and what a limit on them costs; shows a few rows.
     """
     from slm_lora.data.sources import MalformedRowsError
     from slm_lora.experiment.jobs import data_record, make_jobs
@@ -90,12 +96,14 @@ def check(recipe: RecipeFile, overrides: Overrides = None, rows: Rows = 2) -> No
     try:
         jobs = make_jobs(cells, computed="nowhere")
     except MalformedRowsError as error:
-        # The error names a few lines; whoever checks wants them all.
-        for bad in error.bad_rows:
-            out.print(f"{bad.source}: {bad.reason}", soft_wrap=True)
+        # The error names a few rows; whoever checks wants to see some of every kind.
+        kinds = {bad.reason for bad in error.bad_rows}
+        if len(kinds) > 1 or len(error.bad_rows) <= _MOST_SHOWN:
+            _print_bad_rows(error.bad_rows, "")
         raise
-    for bad in jobs[0].rows.bad_rows:
-        out.print(f"skipped {bad.source}: {bad.reason}", soft_wrap=True)
+    _print_bad_rows(jobs[0].rows.bad_rows, "skipped ")
+    for note in (*jobs[0].rows.notes, *jobs[0].prepared.notes):
+        out.print(f"note: {note}", soft_wrap=True)
     for job in jobs:
         record = data_record(job)
         out.print(f"{job.cell.name}: {record['origin']}", soft_wrap=True)
@@ -116,6 +124,22 @@ def check(recipe: RecipeFile, overrides: Overrides = None, rows: Rows = 2) -> No
     _say_facts(jobs[0])
     out.print()
     _show_rows(jobs[0], rows)
+
+
+_MOST_SHOWN = 5
+
+
+def _print_bad_rows(bad_rows: Sequence[BadRow], before: str) -> None:
+    """The first rows of every reason, and how many more there are."""
+    out = console()
+    shown: Counter[str] = Counter()
+    for bad in bad_rows:
+        shown[bad.reason] += 1
+        if shown[bad.reason] <= _MOST_SHOWN:
+            out.print(f"{before}{bad.source}: {bad.reason}", soft_wrap=True)
+    for reason, many in shown.items():
+        if many > _MOST_SHOWN:
+            out.print(f"{before}{many - _MOST_SHOWN} more rows: {reason}", soft_wrap=True)
 
 
 _RELATIONS = {

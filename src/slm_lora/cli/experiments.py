@@ -302,6 +302,8 @@ def _say_data(job: Any, reporter: Any) -> None:
         f"{job.source.name} · {job.rows.origin.split(' ')[0]} · {sets.rows_available} rows: "
         f"{len(sets.test)} test, {len(sets.validation)} validation"
     )
+    for note in (*job.rows.notes, *sets.notes):
+        reporter.say(f"  note: {note}")
 
 
 def _warn_if_too_large(jobs: Any, places: Any, reporter: Any) -> None:

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import io
 import sys
 from pathlib import Path
 from typing import Annotated, Any
@@ -9,7 +10,7 @@ from typing import Annotated, Any
 import typer
 
 from slm_lora.cli.options import console, quiet_libraries
-from slm_lora.errors import UsageError
+from slm_lora.errors import DataError, UsageError
 
 Adapter = Annotated[Path | None, typer.Option("--adapter", help="Adapter folder; else the base.")]
 BaseModel = Annotated[
@@ -53,9 +54,13 @@ def chat(
 
     Ctrl-C stops a reply, not the program; an empty line or Ctrl-D ends it; /new begins anew.
     """
+    from slm_lora.data.text import given
+    from slm_lora.errors import SlmLoraError
     from slm_lora.evaluation.generate import Sampling
     from slm_lora.records import Turn
 
+    system = given(system, "--system")
+    _check_stop(stop)
     variants = opened(base, [adapter] if adapter else [], device, precision)
     name = variants.names[-1]
     prompter = variants.prompters[name]
@@ -71,6 +76,8 @@ def chat(
         + ("" if several else " (one question at a time: it was trained on no more)"),
         soft_wrap=True,
     )
+    if isinstance(sys.stdin, io.TextIOWrapper):
+        sys.stdin.reconfigure(errors="surrogateescape")  # what is no text is told, and refused
     turns = list(beginning)
     while (asked := _asked()) is not None:
         if asked == "/new":
@@ -78,7 +85,11 @@ def chat(
             continue
         if not several:
             turns = list(beginning)
-        turns.append(Turn("user", asked))
+        try:
+            turns.append(Turn("user", given(asked, "the question")))
+        except SlmLoraError as error:
+            print(error)
+            continue
         said = _streamed(variants, name, turns, sampling)
         turns.append(Turn("assistant", said))
 
@@ -104,7 +115,7 @@ def _streamed(variants: Any, name: str, turns: list[Any], sampling: Any) -> str:
             print(_printable(piece), end="", flush=True)
     except KeyboardInterrupt:
         print(" [stopped]", end="")
-    except UsageError as error:  # the conversation has grown too long, say
+    except (UsageError, DataError) as error:  # the conversation has grown too long, say
         print(error, end="")
     print()
     return said
@@ -139,6 +150,7 @@ def generate(
     import json
 
     from slm_lora.data.prompts import Prompt, read_prompts
+    from slm_lora.data.text import given
     from slm_lora.evaluation.generate import Reply, Sampling, prompt_ids
     from slm_lora.progress import Reporter
     from slm_lora.records import Turn
@@ -146,9 +158,13 @@ def generate(
 
     if (prompt is None) == (prompts is None):
         raise UsageError("give one prompt, or a file of them with --prompts")
-    asked = read_prompts(prompts) if prompts else [Prompt((Turn("user", prompt or ""),))]
+    _check_stop(stop)
+    asked = read_prompts(prompts) if prompts else []
+    if prompt is not None:
+        asked = [Prompt((Turn("user", given(prompt, "prompt")),))]
     variants = opened(base, [adapter] if adapter else [], device, precision)
     name = variants.names[-1]
+    _say_contexts(asked, variants.prompters[name].template)
     sampling = Sampling(
         max_new_tokens, temperature, top_p, top_k, repetition_penalty, seed, tuple(stop or ())
     )
@@ -213,6 +229,9 @@ def compare_outputs(
         raise UsageError(f"--out {wrong[0]}: ends in none of .md, .html, .json")
     asked = read_prompts(prompts)
     variants = opened(base, adapters or [], device, precision)
+    _say_contexts(
+        asked, variants.prompters[variants.names[min(1, len(variants.names) - 1)]].template
+    )
     greedy = Sampling(max_new_tokens)
     drawn = Sampling(max_new_tokens, temperature, top_p, seed=seed) if sampled else None
     many = len(asked) * len(variants.names) * (1 + sampled)
@@ -274,6 +293,25 @@ def opened(base: str | None, adapters: list[Path], device: str, precision: str) 
     for note in found.notes:
         reporter.say(f"note: {note}")
     return found
+
+
+def _check_stop(stop: list[str] | None) -> None:
+    from slm_lora.data.text import given
+
+    for text in stop or ():
+        given(text, "--stop")
+
+
+def _say_contexts(asked: list[Any], template: Any) -> None:
+    """Says that contexts of prompts are left out, where the template has none."""
+    from slm_lora.progress import Reporter
+
+    many = sum(bool(each.context.strip()) for each in asked)
+    if many and (not template.include_context or template.kind == "plain"):
+        Reporter().say(
+            f"note: {many} of {len(asked)} prompts have a context, which is left out: the template "
+            f"({template.kind}) puts none in"
+        )
 
 
 def _check_choice(option: str, value: str, known: tuple[str, ...]) -> None:

@@ -1,267 +1,249 @@
-"""Rows of a local file: JSONL, JSON, CSV or Parquet; what cannot be read is named by its line."""
+"""Rows of a local file, or of a folder of them; a file that is not read is named for what it is.
+
+``READERS`` has one entry a suffix. All of them but Parquet's read text, which may be compressed
+(``.gz``) or UTF-16 (as Windows writes it), and is UTF-8 by the time that a reader sees it.
+"""
 
 from __future__ import annotations
 
-import csv
-import itertools
-import json
-import re
+import gzip
+import hashlib
+import zlib
+from collections import Counter
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
-from dataclasses import dataclass
+from io import BytesIO
 from pathlib import Path
-from typing import Any, BinaryIO
+from typing import BinaryIO, Literal, cast
 
 from slm_lora import storage
-from slm_lora.data import formats
-from slm_lora.data.formats import RowError
+from slm_lora.data.arrow import read_parquet
+from slm_lora.data.csv_files import read_csv
+from slm_lora.data.json_files import read_json, read_json_lines
+from slm_lora.data.table import InvalidUtf8Error, Table
+from slm_lora.data.text_files import has_paragraphs, read_text
 from slm_lora.errors import DataError, StorageError
 from slm_lora.recipe.schema import DataSection
 
-ROW_BYTES = 10_000_000
-"""Longest row that is read, in bytes of UTF-8; anything longer is a file gone wrong."""
+READERS: dict[str, Callable[[BinaryIO, str, DataSection, bool], Table]] = {
+    ".jsonl": read_json_lines,
+    ".ndjson": read_json_lines,
+    ".json": read_json,
+    ".csv": read_csv,
+    ".tsv": read_csv,
+    ".txt": read_text,
+    ".parquet": read_parquet,
+}
+_SUFFIXES = f"{', '.join(READERS)} (text also with .gz)"
 
-_SPACE = re.compile(r"[ \t\r\n]*")
+_OTHERS = {
+    "a spreadsheet": ".xlsx .xls .ods .numbers",
+    "an archive": ".zip .7z .tar .tgz .rar",
+    "compressed in another way than gzip": ".bz2 .xz .zst .lz4 .br",
+    "an Arrow file": ".arrow .feather .ipc",
+    "a pickle, which may run programs": ".pkl .pickle .pt .pth .joblib",
+    "a database": ".db .sqlite .sqlite3 .duckdb",
+    "a table of another kind": ".orc .avro .npy .npz .h5 .hdf5 .tfrecord",
+    "a document": ".md .html .htm .xml .pdf .docx .rtf .yaml .yml",
+}
+_FOREIGN = {suffix: what for what, suffixes in _OTHERS.items() for suffix in suffixes.split()}
+_MAGIC = {
+    b"PK\x03\x04": "a ZIP archive or a spreadsheet (.xlsx)",
+    b"PK\x05\x06": "an empty ZIP archive",
+    b"\xd0\xcf\x11\xe0": "an old spreadsheet (.xls)",
+    b"\x1f\x8b": "compressed by gzip: end its name in .gz",
+    b"BZh": "compressed by bzip2",
+    b"\xfd7zXZ\0": "compressed by xz",
+    b"\x28\xb5\x2f\xfd": "compressed by zstd",
+    b"PAR1": "a Parquet file: end its name in .parquet",
+    b"ARROW1": "an Arrow file",
+    b"SQLite format 3": "a database",
+    b"%PDF-": "a PDF document",
+    b"version https://git-lfs": "a pointer of Git LFS: fetch the file itself (git lfs pull)",
+}
+_MOST_SHOWN = 5
+_INSTEAD = "save the rows as JSONL, JSON, CSV or Parquet"
 
-Record = dict[str, Any]
-Numbered = tuple[int, Record | RowError]
-"""A record, or why there is none, under the number that a message shows."""
+
+def suffix_of(path: Path) -> str:
+    """What the name says of the kind of file: ``.jsonl``, or ``.jsonl.gz`` if compressed."""
+    last = path.suffix.lower()
+    return f"{path.with_suffix('').suffix.lower()}.gz" if last == ".gz" else last
 
 
-@dataclass(frozen=True, slots=True)
-class Table:
-    """What a reader found. ``columns`` and ``lists`` (those that hold lists) are None where only
-    the records tell."""
-
-    records: list[Numbered]
-    columns: frozenset[str] | None = None
-    lists: frozenset[str] = frozenset()
+def is_read(suffix: str) -> bool:
+    """Whether files of this suffix are read."""
+    inner = suffix.removesuffix(".gz")
+    return inner in READERS and (inner == suffix or inner != ".parquet")
 
 
-def check_size(size: int) -> None:
-    """Refuse a row of ``size`` bytes that is over `ROW_BYTES`.
-
-    Raises:
-        RowError: it is.
-    """
-    if size > ROW_BYTES:
-        raise RowError(f"row of {size / 1e6:.1f} MB (at most {ROW_BYTES / 1e6:.0f} MB)")
+def is_known(suffix: str) -> bool:
+    """Whether the suffix is that of a file, read or not."""
+    return is_read(suffix) or suffix in _FOREIGN or suffix.endswith(".gz")
 
 
-def read_file(path: Path, section: DataSection) -> tuple[Table, str]:
+def read_file(
+    path: Path,
+    section: DataSection,
+    label: str = "",
+    strings: bool = False,
+    suffix: str = "",
+) -> tuple[Table, str]:
     """What is in the file, and ``sha256:…`` of its bytes.
+
+    Args:
+        path: the file.
+        section: how it is read.
+        label: names it in places and messages; its name, if empty.
+        strings: JSON texts are records, too: of one column, ``text``.
+        suffix: the kind of file that it is taken for; that of its name, if empty.
 
     Raises:
         DataError: no reader for the suffix, or a file that is broken as a whole.
         StorageError: the file cannot be read.
     """
-    reader = READERS.get(path.suffix.lower())
-    if reader is None:
-        raise DataError(f"{path.name}: not one of the suffixes that are read: {_SUFFIXES}")
+    label, suffix = label or path.name, suffix or suffix_of(path)
+    if not is_read(suffix):
+        if what := _FOREIGN.get(path.suffix.lower()):
+            raise DataError(f"{label}: {what}, which is not read; {_INSTEAD}")
+        raise DataError(f"{label}: not one of the suffixes that are read: {_SUFFIXES}")
     try:
-        return reader(path, section), f"sha256:{storage.sha256_file(path)}"
+        with _opened(path, label, suffix) as handle:
+            table = READERS[suffix.removesuffix(".gz")](handle, label, section, strings)
+        if any(isinstance(record, InvalidUtf8Error) for _, record in table.records):
+            table = Table(
+                table.records, table.columns, table.lists, table.notes,
+                encoding="" if suffix == ".parquet" else _looks_like(path, label, suffix),
+            )  # fmt: skip
+        return table, f"sha256:{storage.sha256_file(path)}"
+    except (gzip.BadGzipFile, zlib.error, EOFError) as error:
+        raise DataError(f"{label}: no gzip file, or a broken one; write it again") from error
     except OSError as error:
         raise StorageError(f"cannot read {path}: {error.strerror or error}") from error
 
 
-def _json_decoder(faults: list[str]) -> json.JSONDecoder:
-    """A decoder that notes in ``faults`` what Python accepts and JSON does not. It notes rather
-    than raises, so that the end of the value is found and reading can go on behind it."""
+def read_folder(path: Path, section: DataSection, strings: bool = False) -> tuple[Table, str]:
+    """The files of a folder, in the order of their names, as one; and ``sha256:…`` of them all.
 
-    def unique_keys(pairs: list[tuple[str, Any]]) -> Record:
-        value: Record = {}
-        for key, item in pairs:
-            if key in value:
-                faults.append(f"duplicate key {key[:40]!a}")
-            value[key] = item
-        return value
-
-    def no_constant(literal: str) -> None:
-        faults.append(f"{literal} is not JSON")
-
-    return json.JSONDecoder(object_pairs_hook=unique_keys, parse_constant=no_constant)
-
-
-def _record(value: object, faults: list[str]) -> Record | RowError:
-    if faults:
-        return RowError(faults[0])
-    return value if isinstance(value, dict) else RowError("not a JSON object")
-
-
-def _jsonl(path: Path, section: DataSection) -> Table:
-    faults: list[str] = []
-    decoder = _json_decoder(faults)
-
-    def parse(line: bytes, size: int, first: bool) -> Record | RowError:
-        faults.clear()
-        try:
-            check_size(size)
-            text = line.decode("utf-8-sig" if first else "utf-8")
-            if text.startswith("\ufeff"):
-                return RowError("byte order mark inside the file")
-            return _record(decoder.decode(text), faults)
-        except RowError as error:
-            return error
-        except UnicodeDecodeError:
-            return RowError("invalid UTF-8")
-        except (ValueError, RecursionError):  # a number of 5,000 digits is a plain ValueError
-            return RowError("bad JSON")
-
-    with path.open("rb") as handle:
-        return Table(
-            [
-                (number, parse(line, size, number == 1))
-                for number, (line, size) in enumerate(_lines(handle), start=1)
-                if line.strip()
-            ]
-        )
-
-
-def _lines(handle: BinaryIO) -> Iterator[tuple[bytes, int]]:
-    """Lines with their sizes in bytes, without the line end; of a line too long only its
-    beginning, so that a file without line ends does not fill the memory."""
-    while line := handle.readline(ROW_BYTES + 2):
-        size, end = len(line), line
-        while not end.endswith(b"\n") and (end := handle.readline(1 << 20)):
-            size += len(end)
-        yield line, size - (end.endswith(b"\n"))
-
-
-def _json(path: Path, section: DataSection) -> Table:
-    content = path.read_bytes()
+    Raises:
+        DataError: no file in it is read, several kinds of files are, or one of them is broken.
+        StorageError: it cannot be read.
+    """
     try:
-        text = content.decode("utf-8-sig")
-    except UnicodeDecodeError as error:
-        line = content.count(b"\n", 0, error.start) + 1
-        raise DataError(f"{path.name}:{line}: invalid UTF-8; save the file as UTF-8") from None
-
-    def after_space(position: int) -> int:
-        space = _SPACE.match(text, position)
-        return space.end() if space else position
-
-    def broken(position: int) -> DataError:
-        # Where the list is broken, nobody knows where the next item begins: nothing to skip.
-        line = text.count("\n", 0, position) + 1
-        return DataError(f"{path.name}:{line}: bad JSON; mend the file")
-
-    position = after_space(0)
-    if position == len(text):
-        return Table([])
-    if text[position] != "[":
-        raise DataError(f"{path.name}: not a list of objects; one object a line is named .jsonl")
-    faults: list[str] = []
-    decoder = _json_decoder(faults)
-    records: list[Numbered] = []
-    position = after_space(position + 1)
-    more = not text.startswith("]", position)
-    while more:
-        faults.clear()
-        try:
-            value, end = decoder.raw_decode(text, position)
-        except (ValueError, RecursionError) as error:
-            at = error.pos if isinstance(error, json.JSONDecodeError) else position
-            raise broken(at) from None
-        records.append((len(records) + 1, _record(value, faults)))
-        position = after_space(end)
-        more = text.startswith(",", position)
-        if more:
-            position = after_space(position + 1)
-    if not text.startswith("]", position) or after_space(position + 1) < len(text):
-        raise broken(position)
-    return Table(records)
-
-
-def _csv(path: Path, section: DataSection) -> Table:
-    records: list[Numbered] = []
-    header: list[str] = []
-    # Bytes that are no UTF-8 become surrogates, which valid UTF-8 cannot hold: they are found
-    # in their row, where strict decoding would stop at a place unknown.
-    with (
-        path.open(encoding="utf-8-sig", errors="surrogateescape", newline="") as handle,
-        _csv_fields_of_any_size(),
+        found = sorted(each for each in path.iterdir() if not each.name.startswith((".", "_")))
+        files = [each for each in found if each.is_file()]
+    except OSError as error:
+        raise StorageError(f"cannot read {path}: {error.strerror or error}") from error
+    if any(each.name == "dataset_info.json" for each in files) and any(
+        each.suffix == ".arrow" for each in files
     ):
-        reader = csv.reader(handle, strict=True)
-        line = 1
-        try:
-            for fields in reader:
-                if not header:
-                    header = fields
-                    if len(set(header)) < len(header):
-                        raise DataError(f"{path.name}:{line}: two columns have the same name")
-                elif fields:
-                    records.append((line, _csv_record(header, fields)))
-                line = reader.line_num + 1
-        except csv.Error as error:
-            # An unclosed quote changes the meaning of all that follows: nothing to skip.
-            raise DataError(f"{path.name}:{line}: broken CSV ({error}); mend the file") from None
-    return Table(records)
+        raise DataError(
+            f"data.name={path} is what save_to_disk of datasets wrote (Arrow), which is not read; "
+            "write it by to_parquet or to_json"
+        )
+    shards = [each for each in files if is_read(suffix_of(each))]
+    if not shards:
+        named = ", ".join(each.name for each in found[:5]) or "nothing"
+        raise DataError(
+            f"data.name={path} is a folder without files that are read ({_SUFFIXES}); it holds "
+            f"{named}"
+        )
+    kinds = Counter(map(suffix_of, shards))
+    if len(kinds) > 1:
+        counted = ", ".join(f"{kind} ({many})" for kind, many in sorted(kinds.items()))
+        raise DataError(
+            f"data.name={path} is a folder of several kinds of files, {counted}; name one file, or "
+            "a folder of one kind"
+        )
+    label, notes = path.resolve().name, [_named(shards)]
+    if others := [each for each in found if each not in shards]:
+        left = ", ".join(each.name for each in others[:5]) + (", …" if len(others) > 5 else "")
+        notes.append(f"not read: {left}")
+    if suffix_of(shards[0]).startswith(".txt") and section.text_rows == "auto":
+        # One way for all of them.
+        by: Literal["lines", "paragraphs"] = (
+            "paragraphs" if any(map(_has_paragraphs, shards)) else "lines"
+        )
+        section = section.model_copy(update={"text_rows": by})
+        notes.append(f"a row is one of the {by} (data.text_rows)")
+    tables, digest = [], hashlib.sha256()
+    for each in shards:
+        table, sha = read_file(each, section, strings=strings)
+        tables.append(table)
+        digest.update(f"{each.name} {sha}\n".encode("utf-8", "surrogateescape"))
+    inside = [note for table in tables for note in table.notes]
+    if len(inside) > _MOST_SHOWN:
+        inside[_MOST_SHOWN:] = [f"{len(inside) - _MOST_SHOWN} more of the kind"]
+    columns = [table.columns for table in tables if table.columns is not None]
+    whole = Table(
+        [record for table in tables for record in table.records],
+        frozenset().union(*columns) if len(columns) == len(tables) else None,
+        frozenset().union(*(table.lists for table in tables)),
+        (*(f"{label}: {note}" for note in notes), *inside),
+        next((table.encoding for table in tables if table.encoding), ""),
+    )
+    return whole, f"sha256:{digest.hexdigest()}"
 
 
-def _csv_record(header: list[str], fields: list[str]) -> Record | RowError:
+def _named(shards: list[Path]) -> str:
+    many = f"{len(shards)} file{'s' * (len(shards) > 1)}"
+    names = [each.name for each in shards]
+    if len(shards) > _MOST_SHOWN:
+        names = [*names[:2], "…", names[-1]]
+    return f"{many} ({', '.join(names)})"
+
+
+def _has_paragraphs(path: Path) -> bool:
     try:
-        "".join(fields).encode()
-    except UnicodeEncodeError:
-        return RowError("invalid UTF-8")
-    if len(fields) != len(header):
-        count = f"{len(fields)} field{'s' * (len(fields) > 1)}"
-        return RowError(f"{count} where the header has {len(header)}")
-    return dict(zip(header, fields, strict=True))
+        with _opened(path, path.name, suffix_of(path)) as handle:
+            return has_paragraphs(handle)
+    except (OSError, EOFError, zlib.error):
+        return False  # reading it will say why
 
 
 @contextmanager
-def _csv_fields_of_any_size() -> Iterator[None]:
-    # A field too long would end the reading (ours only ends the row). The limit belongs to the
-    # whole process: it is put back as it was.
-    before = csv.field_size_limit(2**31 - 1)
+def _opened(path: Path, label: str, suffix: str) -> Iterator[BinaryIO]:
+    """The bytes of a file as a reader wants them: text is UTF-8 unless it is none."""
+    with gzip.open(path) if suffix.endswith(".gz") else path.open("rb") as handle:
+        head = handle.peek(64)
+        if suffix == ".parquet":
+            yield cast(BinaryIO, handle)
+            return
+        for magic, what in _MAGIC.items():
+            if head.startswith(magic):
+                raise DataError(f"{label}: {what}; {_INSTEAD}")
+        if encoding := _wide(head):
+            try:
+                text = handle.read().decode(encoding)
+            except UnicodeDecodeError:
+                raise DataError(f"{label}: broken {encoding.upper()}; save it as UTF-8") from None
+            yield BytesIO(text.encode())
+        else:
+            yield cast(BinaryIO, handle)
+
+
+def _wide(head: bytes) -> str:
+    """UTF-16 or UTF-32, by a mark at the beginning or by the zeros of plain letters."""
+    if head.startswith((b"\xff\xfe\0\0", b"\0\0\xfe\xff")):
+        return "utf-32"
+    if head.startswith((b"\xff\xfe", b"\xfe\xff")):
+        return "utf-16"
+    if len(head) >= 4 and not any(head[1::2]) and all(head[::2]):
+        return "utf-16-le"
+    if len(head) >= 4 and not any(head[::2]) and all(head[1::2]):
+        return "utf-16-be"
+    return ""
+
+
+def _looks_like(path: Path, label: str, suffix: str) -> str:
+    """The 8-bit encoding of a file that is no UTF-8 anywhere; empty if it may be UTF-8, broken."""
+    with _opened(path, label, suffix) as handle:
+        content = handle.read()
+    if not content.decode("utf-8", "ignore").isascii():
+        return ""
     try:
-        yield
-    finally:
-        csv.field_size_limit(before)
-
-
-def _parquet(path: Path, section: DataSection) -> Table:
-    import pyarrow
-    import pyarrow.parquet
-
-    try:
-        with pyarrow.parquet.ParquetFile(path) as file:
-            read = formats.wanted(file.schema_arrow.names, section)
-            batches = list(file.iter_batches(batch_size=1024, columns=read))
-            return arrow_table(file.schema_arrow, batches, section, first=1)
-    except (pyarrow.ArrowException, UnicodeDecodeError, OSError) as error:
-        if isinstance(error, OSError) and error.errno:
-            raise  # the disk's, not Arrow's
-        raise DataError(f"{path.name}: broken, or not a Parquet file; write it again") from error
-
-
-def arrow_table(schema: Any, batches: list[Any], section: DataSection, first: int) -> Table:
-    """Rows of record batches, numbered from ``first``; only columns that a format reads."""
-    import pyarrow
-
-    lists = frozenset(
-        field.name
-        for field in schema
-        if pyarrow.types.is_list(field.type) or pyarrow.types.is_large_list(field.type)
-    )
-    rows = itertools.chain.from_iterable(map(_batch_rows, batches))
-    return Table(list(enumerate(rows, start=first)), frozenset(schema.names), lists)
-
-
-def _batch_rows(batch: Any) -> list[Record | RowError]:
-    try:
-        rows: list[Record | RowError] = batch.to_pylist()
-        return rows
-    except (ValueError, OverflowError) as error:
-        if len(batch) > 1:
-            return [row for i in range(len(batch)) for row in _batch_rows(batch.slice(i, 1))]
-        invalid = isinstance(error, UnicodeDecodeError)
-        return [RowError("invalid UTF-8" if invalid else "a value cannot be read")]
-
-
-READERS: dict[str, Callable[[Path, DataSection], Table]] = {
-    ".jsonl": _jsonl,
-    ".json": _json,
-    ".csv": _csv,
-    ".parquet": _parquet,
-}
-_SUFFIXES = ", ".join(READERS)
+        content.decode("cp1252")
+        content.decode("utf-8", "surrogatepass")
+    except UnicodeDecodeError as error:
+        return "" if error.encoding == "charmap" else "Windows-1252"
+    return ""

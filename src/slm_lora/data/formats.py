@@ -6,31 +6,29 @@ a record becomes turns. A new format is a new entry there, and its name in ``rec
 
 from __future__ import annotations
 
-import itertools
-from collections.abc import Callable, Collection, Mapping, Set
+import json
+from collections.abc import Callable, Collection, Iterator, Mapping, Set
 from dataclasses import dataclass
 
+from slm_lora.data import shapes
+from slm_lora.data.messages import check_order, turns_of, unread_keys
+from slm_lora.data.text import RowError, checked, empty
 from slm_lora.errors import DataError, UsageError
 from slm_lora.recipe.schema import DataSection
-from slm_lora.records import Role, Row, Turn
+from slm_lora.records import Row, Turn
 
 Fields = Mapping[str, object]
 """A record by canonical field names, after ``data.columns`` has been applied."""
 
 LABELS = ("category", "group")
-"""Fields that every format takes when they are there: text or whole numbers, or null."""
+"""Fields that every format takes when they are there: text, or what is written as text."""
 
-_ROLES: dict[str, Role] = {
-    "system": "system",
-    "user": "user",
-    "human": "user",
-    "assistant": "assistant",
-    "gpt": "assistant",
-}
+SYSTEM = ("system", "system_prompt")
+"""Fields of a system turn, for every format that has turns."""
 
 
-class RowError(Exception):
-    """A row is malformed; the message is the reason and never quotes the row's text."""
+class RejectedRowError(RowError):
+    """The row itself says that it is no example to learn from."""
 
 
 @dataclass(frozen=True, slots=True)
@@ -61,15 +59,22 @@ def recognise(columns: Set[str], section: DataSection, lists: Set[str] = frozens
         DataError: no format fits, several do, or the one asked for lacks a column.
     """
     where = f"data.name={section.name}"
-    seen = f"columns seen: {_listed(columns)}"
+    seen = f"columns seen: {listed(columns)}"
     for field, column in section.columns.items():
-        if field not in _FIELDS:
+        if column is None:
+            if field not in columns:
+                raise DataError(
+                    f"{where}: data.columns leaves {shown(field)} out, "
+                    f"a column that is not there; {seen}"
+                )
+            continue
+        if field not in FIELDS:
             raise UsageError(
-                f"data.columns: unknown field {field!r}; the fields are {_listed(_FIELDS)}"
+                f"data.columns: unknown field {field!r}; the fields are {listed(FIELDS)}"
             )
         if column not in columns:
             raise DataError(
-                f"{where}: data.columns takes '{field}' from {_shown(column)}, "
+                f"{where}: data.columns takes '{field}' from {shown(column)}, "
                 f"a column that is not there; {seen}"
             )
     names = _canonical(columns, section.columns)
@@ -92,19 +97,24 @@ def recognise(columns: Set[str], section: DataSection, lists: Set[str] = frozens
             f"{where}: the columns fit several formats, {' and '.join(fitting)}; {seen}. "
             "Name one with data.format."
         )
+    if not fitting and (other := shapes.explain(columns, lists)):
+        raise DataError(f"{where}: {other}; {seen}.")
     if not fitting:
         known = "; ".join(f"{name} ({_needs(entry)})" for name, entry in FORMATS.items())
         raise DataError(
             f"{where}: no format fits; {seen}. The formats: {known}. "
-            "Name other columns in data.columns (field: column)."
+            f"Name other columns in data.columns{shapes.mapping(columns, lists)}."
         )
     return _checked(fitting[0], section)
 
 
 def wanted(columns: Collection[str], section: DataSection) -> list[str]:
-    """Those of the columns that some format reads, in their order; the rest need no decoding."""
+    """Those of the columns that are looked at, in their order; the rest need no decoding.
+
+    They are those that some format reads, and those whose content must not be lost in silence.
+    """
     names = _canonical(columns, section.columns)
-    read = {column for field, column in names.items() if field in _FIELDS}
+    read = {column for field, column in names.items() if field in FIELDS or shapes.watched(field)}
     return [column for column in columns if column in read]
 
 
@@ -121,18 +131,109 @@ def to_row(
     """
     entry = FORMATS[format_name]
     names = _canonical(record, section.columns)
-    fields = {field: record[column] for field, column in names.items() if field in _FIELDS}
+    fields = {field: record[column] for field, column in names.items() if field in FIELDS}
+    if format_name != "text":
+        _check_not_rejected(record, names, section)
+    for field in names:
+        if field not in fields and shapes.refused(field) and not empty(record[names[field]]):
+            raise RowError(
+                f"column {shown(field)} has content, which the text would be without; "
+                f"data.columns={{{shown(field)}: null}} takes the row without it"
+            )
     context = fields.get(entry.context)
+    try:
+        turns = entry.turns(fields)
+    except RowError as error:
+        if {"chosen", "rejected"} <= record.keys() and "chosen" not in section.columns.values():
+            raise RowError(
+                f"{error}; of preference data, put the answer in chosen at the end of the messages"
+            ) from None
+        raise
     return Row(
-        turns=entry.turns(fields),
-        context="" if context is None else _text(context, entry.context),
+        turns=_with_system(turns, fields, format_name),
+        context="" if context is None else checked(context, entry.context),
         category=_label(fields, "category"),
         group_hint=_label(fields, "group"),
         source=source,
     )
 
 
-def _canonical(columns: Collection[str], mapping: Mapping[str, str]) -> dict[str, str]:
+def left_out(
+    record: Mapping[str, object], format_name: str, section: DataSection
+) -> Iterator[tuple[str, str]]:
+    """What a well-formed record says and `to_row` does not read.
+
+    Yields:
+        ``("column", name)`` of columns that usually are part of a prompt, and
+        ``("key", name)`` of keys of messages.
+    """
+    read = read_columns(record, format_name, section)
+    for column, value in record.items():
+        known = column in shapes.PROMPT_COLUMNS and column not in read
+        if known and column not in dropped(section) and not empty(value):
+            yield "column", column
+    if format_name == "chat":
+        names = _canonical(record, section.columns)
+        for field in ("messages", "conversations", "prompt", "completion"):
+            if field in names and names[field] in read:
+                for key in unread_keys(record[names[field]]):
+                    yield "key", key
+
+
+def dropped(section: DataSection) -> set[str]:
+    """Columns that the recipe leaves out."""
+    return {column for column, name in section.columns.items() if name is None}
+
+
+def context_of(format_name: str, columns: Collection[str], section: DataSection) -> str:
+    """The field of the format's context, if it has one that no column answers to."""
+    context = FORMATS[format_name].context
+    return "" if context in _canonical(columns, section.columns) else context
+
+
+def read_columns(columns: Collection[str], format_name: str, section: DataSection) -> set[str]:
+    """Those of the columns that the format reads."""
+    names = _canonical(columns, section.columns)
+    fields: Collection[str] = _reads(FORMATS[format_name])
+    if format_name == "chat":
+        lists = ("messages", "conversations")
+        whole = [field for field in lists if field in names][:1]
+        fields = [*(whole or ("prompt", "completion")), *SYSTEM]
+    return {names[field] for field in (*fields, *LABELS) if field in names}
+
+
+def _check_not_rejected(
+    record: Mapping[str, object], names: Mapping[str, str], section: DataSection
+) -> None:
+    for field in shapes.MARKS:
+        # Under another name it is read, and means what the recipe says.
+        if field in names and field not in section.columns.values():
+            value = record[names[field]]
+            spelt = value.strip().lower() if isinstance(value, str) else value
+            # A label of 0 is a class more often than a verdict.
+            if spelt is False or spelt == "false" or (field == "weight" and spelt in (0, "0")):
+                off = "0" if field == "weight" else "false"
+                raise RejectedRowError(
+                    f"{field} is {off}: the row is marked not to be learnt, as in KTO data; "
+                    f"data.columns={{{field}: null}} takes it all the same"
+                )
+
+
+def _with_system(turns: tuple[Turn, ...], fields: Fields, format_name: str) -> tuple[Turn, ...]:
+    if format_name == "text":
+        return turns
+    for name in SYSTEM:
+        if empty(fields.get(name)):
+            continue
+        text = checked(fields[name], name)
+        if turns[0].role != "system":
+            turns = (Turn("system", text), *turns)
+        elif turns[0].content != text:
+            raise RowError(f"a system turn beside the column {name}, which says something else")
+    return turns
+
+
+def _canonical(columns: Collection[str], mapping: Mapping[str, str | None]) -> dict[str, str]:
     """Canonical field → column. A mapped column answers to its field alone, so that renaming
     cannot make two formats fit; labels do not use a column up, as one may group by an
     instruction."""
@@ -140,22 +241,28 @@ def _canonical(columns: Collection[str], mapping: Mapping[str, str]) -> dict[str
         return {column: column for column in columns}
     used = {column for field, column in mapping.items() if field not in LABELS}
     names = {column: column for column in columns if column not in used and column not in mapping}
-    return names | {field: column for field, column in mapping.items() if column in columns}
+    return names | {
+        field: column
+        for field, column in mapping.items()
+        if column is not None and column in columns
+    }
 
 
 def _checked(name: str, section: DataSection) -> str:
     # A mapped field that the format does not read would be lost in silence.
-    for field in sorted(section.columns.keys() - set(_reads(FORMATS[name])) - set(LABELS)):
+    mapped = {field for field, column in section.columns.items() if column is not None}
+    for field in sorted(mapped - set(_reads(FORMATS[name])) - set(LABELS)):
         raise UsageError(
             f"data.columns: format {name} has no field {field!r}; "
-            f"it reads {_listed(_reads(FORMATS[name]))}"
+            f"it reads {listed(_reads(FORMATS[name]))}"
         )
     return name
 
 
 def _reads(entry: Format) -> list[str]:
     required = [field for fields in entry.required for field in fields]
-    return [*required, entry.context] if entry.context else required
+    context = [entry.context] if entry.context else []
+    return [*required, *context, *(SYSTEM if entry is not FORMATS["text"] else ())]
 
 
 def _fits(entry: Format, names: Collection[str]) -> bool:
@@ -177,33 +284,17 @@ def _needs(entry: Format) -> str:
     return ", or ".join(" + ".join(fields) for fields in entry.required) + kind
 
 
-def _shown(name: str) -> str:
+def shown(name: str) -> str:
+    """A name of a column or a key, for a message."""
     # A column's name comes from the file: it must not break the line or flood it.
-    return name if name.isprintable() and 0 < len(name) <= 40 else ascii(name[:40])
+    plain = name.isprintable() and 0 < len(name) <= 40 and name == name.strip()
+    return name if plain else ascii(name[:40])
 
 
-def _listed(names: Collection[str], most: int = 20) -> str:
-    shown = [_shown(name) for name in sorted(names)[:most]]
-    return (", ".join(shown) or "none") + (", …" if len(names) > most else "")
-
-
-def _kind(value: object) -> str:
-    if isinstance(value, bool):
-        return "true or false"
-    words = {str: "text", int: "a number", float: "a number", list: "a list", dict: "an object"}
-    return words.get(type(value), f"of type {type(value).__name__}")
-
-
-def _text(value: object, field: str) -> str:
-    if not isinstance(value, str):
-        raise RowError(f"{field} must be text, is {_kind(value)}")
-    if "\0" in value:
-        raise RowError(f"{field} has a NUL character")
-    try:
-        value.encode()
-    except UnicodeEncodeError:
-        raise RowError(f"{field} has a lone surrogate (half a character)") from None
-    return value.replace("\r\n", "\n")
+def listed(names: Collection[str], most: int = 20) -> str:
+    """Some names, for a message."""
+    some = [shown(name) for name in sorted(names)[:most]]
+    return (", ".join(some) or "none") + (", …" if len(names) > most else "")
 
 
 def _present(fields: Fields, field: str) -> object:
@@ -215,7 +306,7 @@ def _present(fields: Fields, field: str) -> object:
 
 
 def _filled(fields: Fields, field: str) -> str:
-    text = _text(_present(fields, field), field)
+    text = checked(_present(fields, field), field)
     if not text.strip():
         raise RowError(f"{field} is empty")
     return text
@@ -223,12 +314,16 @@ def _filled(fields: Fields, field: str) -> str:
 
 def _label(fields: Fields, field: str) -> str:
     value = fields.get(field)
-    if value is None:
+    if isinstance(value, str):
+        return checked(value, field, rendered=False)
+    if empty(value):
         return ""
-    if isinstance(value, int) and not isinstance(value, bool):
-        # A number in Parquet is the same digits in CSV.
-        return str(value)
-    return _text(value, field)
+    # A number in Parquet is the same digits in CSV.
+    try:
+        written = json.dumps(value, ensure_ascii=False, default=str)
+    except (ValueError, RecursionError):
+        raise RowError(f"{field} cannot be written as text") from None
+    return checked(written, field, rendered=False)
 
 
 def _exchange(asked: str, answered: str) -> Callable[[Fields], tuple[Turn, ...]]:
@@ -245,58 +340,17 @@ def _plain(fields: Fields) -> tuple[Turn, ...]:
 def _chat(fields: Fields) -> tuple[Turn, ...]:
     for field in ("messages", "conversations"):
         if field in fields:
-            turns = _messages(fields, field)
+            turns = turns_of(_present(fields, field), field)
             break
     else:
         if "prompt" not in fields and "completion" not in fields:
             raise RowError("messages (or conversations) is missing")
-        completion = _messages(fields, "completion")
+        completion = turns_of(_present(fields, "completion"), "completion")
         if all(turn.role != "assistant" for turn in completion):
             raise RowError("completion has no assistant turn")
-        turns = _messages(fields, "prompt") + completion
-    _check_order(turns)
+        turns = turns_of(_present(fields, "prompt"), "prompt") + completion
+    check_order(turns)
     return turns
-
-
-def _messages(fields: Fields, field: str) -> tuple[Turn, ...]:
-    messages = _present(fields, field)
-    if not isinstance(messages, list):
-        raise RowError(f"{field} must be a list of messages, is {_kind(messages)}")
-    if not messages:
-        raise RowError(f"{field} is empty")
-    return tuple(_turn(message, field) for message in messages)
-
-
-def _turn(message: object, field: str) -> Turn:
-    if not isinstance(message, dict):
-        raise RowError(f"a message in {field} must be an object, is {_kind(message)}")
-    role_key, content_key = ("role", "content") if "role" in message else ("from", "value")
-    if role_key not in message or content_key not in message:
-        raise RowError(f"a message in {field} lacks role and content, or from and value")
-    role, content = message[role_key], message[content_key]
-    if not isinstance(role, str) or role not in _ROLES:
-        raise RowError(f"a message in {field} has an unknown role (known: {', '.join(_ROLES)})")
-    if content is None:
-        raise RowError(f"{content_key} of a message in {field} is null")
-    return Turn(_ROLES[role], _text(content, f"{content_key} of a message in {field}"))
-
-
-def _check_order(turns: tuple[Turn, ...]) -> None:
-    if any(turn.role == "system" for turn in turns[1:]):
-        raise RowError("a system turn stands after another turn")
-    for earlier, later in itertools.pairwise(turns):
-        if earlier.role == later.role:
-            raise RowError(f"two {later.role} turns in a row")
-    answers = [turn for turn in turns if turn.role == "assistant"]
-    if not answers:
-        raise RowError("no assistant turn")
-    if turns[-1].role != "assistant":
-        # A question without its answer: what was to be learnt is missing.
-        raise RowError("the last turn is not the assistant's")
-    if not answers[-1].content.strip():
-        raise RowError("the last assistant turn is empty")
-    if any(turn.role == "user" and not turn.content.strip() for turn in turns):
-        raise RowError("a user turn is empty")
 
 
 FORMATS: dict[str, Format] = {
@@ -315,4 +369,5 @@ FORMATS: dict[str, Format] = {
     "text": Format((("text",),), "text", "", _plain),
 }
 
-_FIELDS = frozenset(LABELS).union(*map(_reads, FORMATS.values()))
+FIELDS = frozenset(LABELS).union(*map(_reads, FORMATS.values()))
+"""Names that ``data.columns`` may map."""

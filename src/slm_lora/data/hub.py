@@ -6,7 +6,8 @@ import re
 from pathlib import Path
 
 from slm_lora.data import formats
-from slm_lora.data.files import Table, arrow_table
+from slm_lora.data.arrow import arrow_table
+from slm_lora.data.table import Table
 from slm_lora.errors import DataError, SlmLoraError, StorageError
 from slm_lora.recipe.schema import DataSection
 
@@ -54,7 +55,7 @@ def read_hub(section: DataSection) -> tuple[Table, str]:
             f"{expected}, and that could not be loaded; go online, or set data.revision={cached}"
         )
     schema = loaded.features.arrow_schema
-    return arrow_table(schema, batches, section, first=0), commit or cached or "unknown"
+    return arrow_table(schema, batches, section, name, first=0), commit or cached or "unknown"
 
 
 def _hub_failure(section: DataSection, error: Exception) -> SlmLoraError:

@@ -21,7 +21,10 @@ if TYPE_CHECKING:
 
 @dataclass(frozen=True, slots=True)
 class Prepared:
-    """Tokenised test, validation and training rows, and what was cut or left out."""
+    """Tokenised test, validation and training rows, and what was cut or left out.
+
+    ``notes`` say what else of the rows is not in their tokens, one line each.
+    """
 
     test: tuple[Example, ...]
     validation: tuple[Example, ...]
@@ -33,6 +36,7 @@ class Prepared:
     duplicates: int
     bad_rows: int
     long: dict[str, LongRows]
+    notes: tuple[str, ...] = ()
 
     @property
     def held_out_hash(self) -> str:
@@ -68,7 +72,11 @@ def prepare(
         DataError: too few rows, a row that does not render or is refused.
         UsageError: a template that the tokenizer does not have.
     """
-    template = choose_template(section.template, rows.format, section.include_context)
+    with_context = sum(bool(row.context) for row in rows.rows)
+    include_context = section.include_context
+    if include_context == "auto":
+        include_context = with_context > 0
+    template = choose_template(section.template, rows.format, include_context)
     tokenize = RowTokenizer(tokenizer, template)
     usable = rows.rows
     long: dict[str, LongRows] = {}
@@ -112,4 +120,17 @@ def prepare(
         duplicates=rows.duplicates,
         bad_rows=len(rows.bad_rows),
         long=long,
+        notes=_context_note(with_context, len(rows.rows), template),
     )
+
+
+def _context_note(many: int, rows: int, template: Template) -> tuple[str, ...]:
+    """Says that contexts are no part of the prompts, where rows have some."""
+    if not many or (template.include_context and template.kind != "plain"):
+        return ()
+    why = (
+        "data.include_context=auto puts them in"
+        if not template.include_context
+        else "template plain has no place for them: data.template=instruction_response has one"
+    )
+    return (f"contexts are left out of the prompts, in {many} of {rows} rows ({why})",)

@@ -2,18 +2,31 @@
 
 from __future__ import annotations
 
-import json
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Any
 
+from slm_lora.data.files import is_known, is_read, read_file, suffix_of
+from slm_lora.data.formats import SYSTEM
+from slm_lora.data.messages import turns_of
+from slm_lora.data.shapes import PROMPT_COLUMNS, refused
 from slm_lora.data.splits import seeded_order
-from slm_lora.errors import DataError, UsageError
+from slm_lora.data.table import Record, check_size
+from slm_lora.data.text import RowError, checked, empty
+from slm_lora.errors import DataError, StorageError, UsageError
+from slm_lora.recipe.schema import DataSection
 from slm_lora.records import Row, Turn
 
+_MESSAGES = ("messages", "conversations", "prompt")
 _ASKED, _CONTEXT = ("instruction", "prompt", "question"), ("context", "input")
 _ANSWERED = ("response", "output", "completion", "answer")
+_NOT_READ = frozenset(PROMPT_COLUMNS) - {*_ASKED, *_CONTEXT, *SYSTEM} - {
+    "query", "tools", "functions", "reasoning", "reasoning_content", "thinking", "rationale"
+}  # fmt: skip
+"""Columns that would be missing in a prompt; the rest of `PROMPT_COLUMNS` is of answers, or
+refused anyway."""
+
+_AS_ROWS = DataSection(text_rows="lines")
 
 
 @dataclass(frozen=True, slots=True)
@@ -39,26 +52,42 @@ class Prompt:
 
 
 def read_prompts(path: Path) -> list[Prompt]:
-    """Read a text file (one prompt a line) or JSON lines.
+    """Read a text file (one prompt a line), or a file of records as `read_file` does.
 
-    A JSON line has ``instruction``, ``prompt`` or ``question`` (and ``context`` or ``input``), or
-    ``messages``; an answer to compare with is ``response``, ``output``, ``completion`` or
-    ``answer``, or a last assistant's message.
+    A record has ``instruction``, ``prompt`` or ``question`` (and ``context`` or ``input``, and
+    ``system``), or ``messages``; an answer to compare with is ``response``, ``output``,
+    ``completion`` or ``answer``, or a last assistant's message. In JSON a prompt may be a text.
 
     Raises:
         UsageError: the file cannot be read.
         DataError: a line is no prompt; or there is none.
     """
+    suffix = suffix_of(path)
+    # A list of questions may have any name; what is known to be no text is refused by the reader.
+    as_text = not is_read(suffix) and (not is_known(suffix) or suffix == ".md")
     try:
-        lines = path.read_text(encoding="utf-8-sig").splitlines()
-    except (OSError, UnicodeDecodeError) as error:
-        raise UsageError(f"{path}: cannot be read ({error})") from error
-    written = [(f"{path}:{number}", line) for number, line in enumerate(lines, 1) if line.strip()]
-    if not written:
+        table, _ = read_file(
+            path, _AS_ROWS, str(path), strings=True, suffix=".txt" if as_text else ""
+        )
+    except StorageError as error:
+        raise UsageError(str(error)) from error
+    if not table.records:
         raise DataError(f"{path}: no prompt in it")
-    if path.suffix not in (".jsonl", ".json"):
-        return [Prompt((Turn("user", line),), source=source) for source, line in written]
-    return [_from_json(line, source) for source, line in written]
+    prompts, bad = [], []
+    for place, record in table.records:
+        try:
+            if isinstance(record, RowError):
+                raise record
+            prompts.append(_prompt(record, str(place)))
+        except RowError as error:
+            bad.append((place, error))
+    if bad:
+        place, reason = bad[0]
+        more = f" (and {len(bad) - 1} more that are no prompts)" if len(bad) > 1 else ""
+        if table.encoding:
+            more += f"; looks like {table.encoding}, save the file as UTF-8"
+        raise DataError(f"{place}: {reason}{more}")
+    return prompts
 
 
 def from_rows(rows: Sequence[Row], many: int) -> list[Prompt]:
@@ -71,46 +100,44 @@ def from_rows(rows: Sequence[Row], many: int) -> list[Prompt]:
     ]
 
 
-def _from_json(line: str, source: str) -> Prompt:
-    try:
-        found = json.loads(line)
-    except ValueError as error:
-        raise DataError(f"{source}: not JSON ({error}); one object a line") from error
-    if not isinstance(found, dict):
-        raise DataError(f"{source}: not a JSON object; one object a line")
-    if "messages" in found:
-        return _from_messages(found["messages"], source)
-    asked = _text(found, _ASKED, source)
-    if not asked.strip():
-        raise DataError(f"{source}: has none of {', '.join(_ASKED)}, messages, or it is empty")
-    context, answer = _text(found, _CONTEXT, source), _text(found, _ANSWERED, source)
-    return Prompt((Turn("user", asked),), context, answer, source)
+def _prompt(record: Record, source: str) -> Prompt:
+    for column, value in record.items():
+        if (refused(column) or column in _NOT_READ) and not empty(value):
+            raise RowError(f"{column} has content, which would be left out of the prompt")
+    context, system = _text(record, _CONTEXT), _text(record, SYSTEM)
+    listed = next((name for name in _MESSAGES if isinstance(record.get(name), list)), "")
+    if listed:
+        turns = turns_of(record[listed], listed, learnt=False)
+        reference = ""
+        if turns[-1].role == "assistant":
+            reference, turns = turns[-1].content, turns[:-1]
+        if not turns or turns[-1].role != "user":
+            raise RowError("the last message that asks must be the user's")
+        if not reference:
+            reference = _answer(record)
+    else:
+        asked, reference = _text(record, _ASKED) or _text(record, ("text",)), _answer(record)
+        if not asked.strip():
+            raise RowError(f"has none of {', '.join(_ASKED)}, messages, or it is empty")
+        turns = (Turn("user", asked),)
+    check_size(sum(len(turn.content.encode()) for turn in turns) + len(context.encode()))
+    if system.strip() and turns[0].role != "system":
+        turns = (Turn("system", system), *turns)
+    return Prompt(turns, context, reference, source)
 
 
-def _text(found: Mapping[str, Any], names: tuple[str, ...], source: str) -> str:
-    for name in names:
-        if (value := found.get(name)) is not None:
-            if not isinstance(value, str):
-                raise DataError(f"{source}: {name} is not text")
-            return value
-    return ""
+def _answer(record: Record) -> str:
+    """The answer of a record: text, or messages, of which it is the last."""
+    for name in _ANSWERED:
+        if isinstance(messages := record.get(name), list) and messages:
+            return turns_of(messages, name, learnt=False)[-1].content
+    return _text(record, _ANSWERED)
 
 
-def _from_messages(messages: Any, source: str) -> Prompt:
-    try:
-        turns = tuple(Turn(each["role"], each["content"]) for each in messages)
-    except (TypeError, KeyError) as error:
-        raise DataError(
-            f"{source}: messages must be a list of objects with role and content"
-        ) from error
-    if any(
-        turn.role not in ("system", "user", "assistant") or not isinstance(turn.content, str)
-        for turn in turns
-    ):
-        raise DataError(f"{source}: messages have roles system, user, assistant, and text content")
-    reference = ""
-    if turns and turns[-1].role == "assistant":
-        reference, turns = turns[-1].content, turns[:-1]
-    if not turns or turns[-1].role != "user":
-        raise DataError(f"{source}: the last message that asks must be the user's")
-    return Prompt(turns, reference=reference, source=source)
+def _text(record: Mapping[str, object], names: tuple[str, ...]) -> str:
+    """The text of the one of these columns that has some."""
+    found = [(name, checked(record[name], name)) for name in names if record.get(name) is not None]
+    filled = [(name, text) for name, text in found if text.strip()]
+    if len({text for _, text in filled}) > 1:
+        raise RowError(f"has {' and '.join(name for name, _ in filled)}, of which one is read")
+    return (filled or found or [("", "")])[0][1]

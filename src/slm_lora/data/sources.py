@@ -15,10 +15,12 @@ from pathlib import Path
 
 import slm_lora
 from slm_lora import storage
-from slm_lora.data import formats
-from slm_lora.data.files import READERS, Record, Table, check_size, read_file
-from slm_lora.data.formats import RowError
+from slm_lora.data import formats, shapes
+from slm_lora.data.files import is_known, read_file, read_folder, suffix_of
+from slm_lora.data.formats import RejectedRowError
 from slm_lora.data.hub import read_hub
+from slm_lora.data.table import InvalidUtf8Error, Place, Record, Table, check_size
+from slm_lora.data.text import RowError
 from slm_lora.errors import DataError, UsageError
 from slm_lora.recipe.schema import DataSection
 from slm_lora.records import Row
@@ -26,13 +28,15 @@ from slm_lora.records import Row
 SKIPPED_SHARE = 0.1
 """Share of bad rows above which even ``on_bad_row=skip`` gives up: the set is another one."""
 
+_MOST_SHOWN = 5
+
 _ML_QA_BUILT_FROM = ("scikit-learn", "scipy", "numpy", "numpydoc")
 _HUB_ID = re.compile(r"[A-Za-z0-9_][\w.-]*/[\w.-]+", re.ASCII)
 
 
 @dataclass(frozen=True, slots=True)
 class BadRow:
-    """A malformed row: where (``file:line`` or ``hub id:index``), and why, for people."""
+    """A malformed row: where (``file:line``, ``file row 3``), and why, for people."""
 
     source: str
     reason: str
@@ -45,7 +49,8 @@ class RowSet:
     ``rows`` are unique by ``row_id``: of exact duplicates the first is kept and ``duplicates``
     counts the others. ``origin`` says what was read, the same on every machine: hub id and
     commit, or file name and SHA-256, or ``ml-qa`` and the versions it was built from.
-    ``bad_rows`` are those skipped.
+    ``bad_rows`` are those skipped. ``notes`` say what was read how, and what of it was not, one
+    line each.
     """
 
     rows: list[Row]
@@ -53,6 +58,7 @@ class RowSet:
     origin: str
     bad_rows: tuple[BadRow, ...]
     duplicates: int
+    notes: tuple[str, ...] = ()
 
 
 class MalformedRowsError(DataError):
@@ -75,17 +81,28 @@ def read_rows(section: DataSection) -> RowSet:
     # Functions of os.path, as those of Path raise for a name that cannot be a path.
     path = Path(os.path.expanduser(name))  # noqa: PTH111
     if name == "ml-qa":
-        table, digest = read_file(ensure_ml_qa(), section)
-        return _row_set(table, section, name, " ".join([name, digest, *_ml_qa_versions()]))
+        table, digest = read_file(ensure_ml_qa(), section, label=name)
+        origin = " ".join([name, digest, *_ml_qa_versions()])
+        return _row_set(table, section, name, origin, _of_hub_only(section))
     if os.path.isdir(path):  # noqa: PTH112
-        raise DataError(f"data.name={name} is a folder; name one file")
+        table, digest = read_folder(path, section)
+        folder = path.resolve().name
+        return _row_set(table, section, folder, f"{folder} {digest}", _of_hub_only(section))
     if os.path.exists(path):  # noqa: PTH110
         table, digest = read_file(path, section)
-        return _row_set(table, section, path.name, f"{path.name} {digest}")
-    if path.suffix.lower() in READERS or not _HUB_ID.fullmatch(name):
+        origin = f"{path.name} {digest}"
+        return _row_set(table, section, path.name, origin, _of_hub_only(section))
+    if is_known(suffix_of(path)) or not _HUB_ID.fullmatch(name):
         raise DataError(f"no such file: data.name={name} (nor is it ml-qa or a hub id owner/name)")
     table, commit = read_hub(section)
     return _row_set(table, section, name, f"{name}@{commit} split={section.split}")
+
+
+def _of_hub_only(section: DataSection) -> tuple[str, ...]:
+    """Says which keys have no effect on what is no hub data set."""
+    default = DataSection()
+    keys = [key for key in ("split", "revision") if getattr(section, key) != getattr(default, key)]
+    return tuple(f"data.{key} is for hub data sets, and has no effect here" for key in keys)
 
 
 def ensure_ml_qa() -> Path:
@@ -118,7 +135,9 @@ def _ml_qa_versions() -> list[str]:
     return versions
 
 
-def _row_set(table: Table, section: DataSection, label: str, origin: str) -> RowSet:
+def _row_set(
+    table: Table, section: DataSection, label: str, origin: str, notes: tuple[str, ...] = ()
+) -> RowSet:
     if not table.records:
         raise DataError(f"{label}: no rows")
     readable = [record for _, record in table.records if not isinstance(record, RowError)]
@@ -129,27 +148,38 @@ def _row_set(table: Table, section: DataSection, label: str, origin: str) -> Row
             columns, lists = _columns(readable, section)
         format_name = formats.recognise(columns, section, lists)
     rows: dict[str, Row] = {}
-    bad: list[tuple[int, str]] = []
-    for number, record in table.records:
+    bad: list[tuple[Place, RowError]] = []
+    left_out: Counter[tuple[str, str]] = Counter()
+    seen = set(table.columns or ())
+    for place, record in table.records:
         try:
             if isinstance(record, RowError):
                 raise record
-            row = formats.to_row(record, f"{label}:{number}", format_name, section)
+            row = formats.to_row(record, str(place), format_name, section)
             check_size(sum(len(t.content.encode()) for t in row.turns) + len(row.context.encode()))
         except RowError as error:
-            bad.append((number, str(error)))
+            bad.append((place, error))
         else:
             rows.setdefault(row.row_id, row)
+            seen.update(record)
+            left_out.update(set(formats.left_out(record, format_name, section)))
     total = len(table.records)
-    if bad and (section.on_bad_row == "fail" or len(bad) > SKIPPED_SHARE * total):
-        raise _malformed(label, bad, total, section)
+    if bad and (section.on_bad_row == "fail" or _too_many(bad, total) or not rows):
+        raise _malformed(label, bad, total, section, table.encoding)
     return RowSet(
         rows=list(rows.values()),
         format=format_name,
         origin=origin,
-        bad_rows=_bad_rows(label, bad),
+        bad_rows=_bad_rows(bad),
         duplicates=total - len(bad) - len(rows),
+        notes=(*notes, *table.notes, *_unread(seen, total, format_name, section, left_out)),
     )
+
+
+def _too_many(bad: list[tuple[Place, RowError]], total: int) -> bool:
+    # Rows that say of themselves that they are no examples are not malformed.
+    malformed = sum(not isinstance(error, RejectedRowError) for _, error in bad)
+    return malformed > SKIPPED_SHARE * total
 
 
 def _columns(records: list[Record], section: DataSection) -> tuple[frozenset[str], frozenset[str]]:
@@ -160,47 +190,110 @@ def _columns(records: list[Record], section: DataSection) -> tuple[frozenset[str
         column for record in records for column, value in record.items() if isinstance(value, list)
     )
     asked = section.format != "auto"
+    mapped = {*section.columns.values(), *section.columns}
     columns = frozenset(
         column
         for column, count in counts.items()
-        if asked or 2 * count >= len(records) or column in section.columns.values()
+        if asked or 2 * count >= len(records) or column in mapped
     )
     return columns, frozenset(c for c in columns if 2 * lists[c] >= counts[c])
 
 
-def _bad_rows(label: str, bad: list[tuple[int, str]]) -> tuple[BadRow, ...]:
-    return tuple(BadRow(f"{label}:{number}", reason) for number, reason in bad)
+def _unread(
+    columns: set[str],
+    rows: int,
+    format_name: str,
+    section: DataSection,
+    left_out: Counter[tuple[str, str]],
+) -> list[str]:
+    """What there is to say of columns and keys that are not read; those of a prompt by their
+    rows, others by their names."""
+    notes, told, keys = [], set(), []
+    for (what, name), many in sorted(left_out.items()):
+        shown = formats.shown(name)
+        if what == "column":
+            told.add(name)
+            context = formats.context_of(format_name, columns, section)
+            fits = context and name in shapes.CONTEXTS
+            read_by = f" (data.columns={{{context}: {name}}} reads it)" if fits else ""
+            notes.append(
+                f"column {shown} has content in {many} of {rows} rows, and is not read{read_by}"
+            )
+        else:
+            keys.append(f"{shown} ({many} rows)")
+    if keys:
+        more = f", and {len(keys) - 10} others" if len(keys) > 10 else ""
+        notes.append(f"keys of messages that are not read: {', '.join(keys[:10])}{more}")
+    read = formats.read_columns(columns, format_name, section)
+    # What would be told or refused if it had content has none.
+    empty = {c for c in columns if c in shapes.PROMPT_COLUMNS or shapes.refused(c)}
+    rest = columns - read - told - empty - formats.dropped(section)
+    if rest:
+        notes.append(f"columns that are not read: {formats.listed(rest, most=10)}")
+    return notes
+
+
+def _bad_rows(bad: list[tuple[Place, RowError]]) -> tuple[BadRow, ...]:
+    return tuple(BadRow(str(place), str(error)) for place, error in bad)
 
 
 def _malformed(
-    label: str, bad: list[tuple[int, str]], total: int, section: DataSection
+    label: str,
+    bad: list[tuple[Place, RowError]],
+    total: int,
+    section: DataSection,
+    encoding: str,
 ) -> MalformedRowsError:
-    numbers: dict[str, list[int]] = {}
-    for number, reason in bad:
-        numbers.setdefault(reason, []).append(number)
-    shown = {
-        reason: ", ".join(map(str, found[:3])) + (", …" if len(found) > 3 else "")
-        for reason, found in numbers.items()
-    }
-    kinds = "; ".join(
-        f"{reason} ({len(found)} row{'s' * (len(found) > 1)}: {shown[reason]})"
-        for reason, found in numbers.items()
-    )
+    places: dict[str, list[Place]] = {}
+    for place, error in bad:
+        reason = str(error)
+        if encoding and isinstance(error, InvalidUtf8Error):
+            reason = f"invalid UTF-8 (the file looks like {encoding}; save it as UTF-8)"
+        places.setdefault(reason, []).append(place)
     mend = f"Mend {'them' if len(bad) > 1 else 'it'}"
-    first, reason = bad[0]
-    if section.on_bad_row == "skip":
+    first, many = bad[0][0], f"{len(bad)} of {total} rows"
+    only = len(places) == 1
+    rejected = all(isinstance(error, RejectedRowError) for _, error in bad)
+    kind = "are marked not to be learnt" if rejected else "are malformed"
+    if only and encoding and isinstance(bad[0][1], InvalidUtf8Error):
         message = (
-            f"{label}: {len(bad)} of {total} rows are malformed, more than the "
-            f"{SKIPPED_SHARE:.0%} that data.on_bad_row=skip lets pass: {kinds}. {mend}."
+            f"{first}: invalid UTF-8, in {many}: the file looks like {encoding}; save it as UTF-8"
+        )
+    elif section.on_bad_row == "skip" and len(bad) == total:
+        message = f"{label}: all {total} rows {kind}: {_kinds(places, label)}. {mend}."
+    elif section.on_bad_row == "skip":
+        message = (
+            f"{label}: {many} are malformed, more than the {SKIPPED_SHARE:.0%} that "
+            f"data.on_bad_row=skip lets pass: {_kinds(places, label)}. {mend}."
         )
     else:
-        if len(numbers) > 1:
-            message = f"{label}: {len(bad)} malformed rows: {kinds}"
+        (reason, found), *_ = places.items()
+        if not only:
+            message = f"{label}: {len(bad)} malformed rows: {_kinds(places, label)}"
         elif len(bad) > 1:
-            message = f"{label}:{first}: {reason} ({len(bad)} rows in all: {shown[reason]})"
+            message = f"{first}: {reason} ({len(bad)} rows in all: {_numbers(found, label)})"
         else:
-            message = f"{label}:{first}: {reason}"
-        message += f". {mend}, or set data.on_bad_row=skip."
-    error = MalformedRowsError(message)
-    error.bad_rows = _bad_rows(label, bad)
-    return error
+            message = f"{first}: {reason}"
+        skipped = not _too_many(bad, total) and len(bad) < total
+        message += f". {mend}{', or set data.on_bad_row=skip' if skipped else ''}."
+    malformed = MalformedRowsError(message)
+    malformed.bad_rows = _bad_rows(bad)
+    return malformed
+
+
+def _kinds(places: dict[str, list[Place]], label: str) -> str:
+    shown = list(places.items())[:_MOST_SHOWN]
+    text = "; ".join(
+        f"{reason} ({len(found)} row{'s' * (len(found) > 1)}: {_numbers(found, label)})"
+        for reason, found in shown
+    )
+    others = list(places.values())[_MOST_SHOWN:]
+    if others:
+        text += f"; and {sum(map(len, others))} rows for other reasons"
+    return text
+
+
+def _numbers(places: list[Place], label: str) -> str:
+    """The first places; by their numbers alone in the file that is spoken of."""
+    shown = [str(p.number if p.file == label else p) for p in places[:_MOST_SHOWN]]
+    return ", ".join(shown) + (", …" if len(places) > _MOST_SHOWN else "")

@@ -96,9 +96,13 @@ def _pair(row: Row, template: str) -> tuple[str, str, str]:
         return "", "", row.turns[0].content
     if roles != ["user", "assistant"]:
         other = "plain" if roles == ["assistant"] else "chat"
+        column = (
+            " (or, where the system turn is a column, leave it out: data.columns={system: null})"
+        )
         raise DataError(
             f"{row.source}: template '{template}' takes one instruction and one response, "
             f"this row has the turns {', '.join(roles)}; set data.template={other}"
+            f"{column if roles == ['system', 'user', 'assistant'] else ''}"
         )
     return row.turns[0].content, row.context, row.turns[1].content
 

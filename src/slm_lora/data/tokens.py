@@ -27,6 +27,7 @@ from slm_lora.data.templates import (
     render_instruction_response,
     render_plain,
 )
+from slm_lora.data.text import given
 from slm_lora.errors import DataError, SlmLoraError, UsageError
 from slm_lora.records import Example, Row, Turn
 
@@ -175,6 +176,9 @@ class RowTokenizer:
             UsageError: the template has no place for such turns.
             DataError: the text spells what cannot be told from a special token.
         """
+        # As rows are read: the same text is the same tokens.
+        turns = [Turn(turn.role, given(turn.content, "prompt")) for turn in turns]
+        context = given(context, "context")
         roles = [turn.role for turn in turns]
         if self._render_chat is None and roles != ["user"]:
             raise UsageError(

@@ -106,7 +106,7 @@ def make_jobs(cells: Sequence[Cell], computed: ComputedName = "here") -> list[Jo
     return jobs
 
 
-_ROW_FIELDS = {"name", "revision", "split", "format", "columns", "on_bad_row"}
+_ROW_FIELDS = {"name", "revision", "split", "format", "columns", "text_rows", "on_bad_row"}
 
 
 def _check_length(section: DataSection, source: ModelSource) -> None:
@@ -169,6 +169,7 @@ def _job(
 ) -> Job:
     device, precision = _device_and_precision(cell.recipe.training, computed)
     recipe = _portable_recipe(cell, source, precision, device.type)
+    recipe["data"]["include_context"] = prepared.template.include_context
     scored = {
         "format": RUN_FORMAT,
         "split": SPLIT_VERSION,

@@ -74,26 +74,38 @@ class DataSection(Section):
     """Where the rows come from, how they become text, and how many are used for what."""
 
     name: str = Field(
-        "ml-qa", description="Hub id, local file (JSONL, JSON, CSV, Parquet), or `ml-qa`."
+        "ml-qa",
+        description="Hub id, local file (JSON lines, JSON, CSV, TSV, text, Parquet; text also "
+        "`.gz`), folder of such files, or `ml-qa`.",
     )
     revision: str | None = Field(None, description="Hub revision; hub ids only.")
     split: str = Field("train", description="Split of a hub data set that the rows are taken from.")
     format: Format = Field("auto", description="Row format; `auto` recognises it by the columns.")
-    columns: dict[str, str] = Field(
+    columns: dict[str, str | None] = Field(
         default_factory=dict,
         description="Other column names: canonical field → column, e.g. `{response: answer}`. "
-        "`category` and `group` may be named too.",
+        "`category`, `group` and `system` may be named too; null leaves a column out: "
+        "`{category: null}`.",
+    )
+    text_rows: Literal["auto", "lines", "paragraphs"] = Field(
+        "auto",
+        description="What is a row of a `.txt` file; `auto`: a paragraph where blank lines part "
+        "them, else a line.",
     )
     on_bad_row: Literal["fail", "skip"] = Field(
-        "fail", description="Malformed rows stop the run, or are skipped and counted."
+        "fail",
+        description="Malformed rows stop the run, or are skipped and counted (a tenth at most; "
+        "rows that are marked as rejected, however many).",
     )
     template: str = Field(
         "auto",
         description="`instruction_response`, `chat` (the tokenizer's own), `plain`, the path of "
         "a `.jinja` file, or `auto` by format.",
     )
-    include_context: bool = Field(
-        False, description="Put a row's context between instruction and response."
+    include_context: bool | Literal["auto"] = Field(
+        "auto",
+        description="Put a row's context (Alpaca's `input`) between instruction and response; "
+        "`auto`: where rows have one.",
     )
     size: Int | None = Field(
         None,
@@ -309,6 +321,7 @@ class CellRecipe(Section):
 
 LATER_KEYS: dict[str, dict[str, object]] = {
     "model": {"quantization": None},
+    "data": {"text_rows": "auto"},
     "training": {"activation_checkpointing": False, "fsdp": False},
 }
 """Keys that came after runs were recorded, with what those runs had: at that value a key is no part

@@ -12,10 +12,19 @@ from typing import Annotated, Any, Literal
 from fastapi import FastAPI, Request
 from fastapi.exceptions import RequestValidationError
 from fastapi.responses import JSONResponse, Response, StreamingResponse
-from pydantic import BaseModel, ConfigDict, Field, StringConstraints
+from pydantic import (
+    AfterValidator,
+    BaseModel,
+    ConfigDict,
+    Field,
+    StringConstraints,
+    model_validator,
+)
 from starlette.exceptions import HTTPException
 
+from slm_lora.data.messages import turns_of
 from slm_lora.data.templates import Template
+from slm_lora.data.text import RowError, checked
 from slm_lora.data.tokens import RowTokenizer
 from slm_lora.errors import SlmLoraError
 from slm_lora.evaluation.generate import Sampling
@@ -26,22 +35,36 @@ from slm_lora.serve.guard import error_body
 DEFAULT_TOKENS = 256
 """Longest reply where a request does not say."""
 
-_Stop = Annotated[str, StringConstraints(min_length=1, max_length=200)]
+
+def _read(value: str) -> str:
+    try:
+        return checked(value, "text")
+    except RowError as error:
+        raise ValueError(str(error)) from None
 
 
-class _TextPart(BaseModel):
-    type: Literal["text"]
-    text: str
+_Words = Annotated[str, AfterValidator(_read)]
+_Stop = Annotated[_Words, StringConstraints(min_length=1, max_length=200)]
 
 
 class _Message(BaseModel):
+    """Read as the messages of rows are; other keys are kept, to be refused if they matter."""
+
+    model_config = ConfigDict(extra="allow")
+
     role: Role
-    content: str | list[_TextPart]
+    content: str | list[Any]
+
+    @model_validator(mode="after")
+    def _is_a_turn(self) -> _Message:
+        try:
+            self.turn()
+        except RowError as error:
+            raise ValueError(str(error)) from None
+        return self
 
     def turn(self) -> Turn:
-        if isinstance(self.content, str):
-            return Turn(self.role, self.content)
-        return Turn(self.role, "".join(part.text for part in self.content))
+        return turns_of([self.model_dump()], "messages", learnt=False)[0]
 
 
 class _StreamOptions(BaseModel):
@@ -91,7 +114,7 @@ class _ChatAsked(_Asked):
 
 
 class _TextAsked(_Asked):
-    prompt: str
+    prompt: _Words
     echo: Literal[False] = False
     suffix: Literal[None] = None
 

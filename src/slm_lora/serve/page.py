@@ -13,6 +13,7 @@ from typing import Any
 from fastapi import FastAPI
 
 from slm_lora.data.prompts import Prompt
+from slm_lora.data.text import given
 from slm_lora.errors import SlmLoraError
 from slm_lora.evaluation.generate import Sampling, prompt_ids
 from slm_lora.model.variants import BASE
@@ -133,7 +134,11 @@ def _asker(gradio: Any, engine: Engine) -> Any:
         if not question.strip():
             raise gradio.Error("Write a question first.", print_exception=False)
         asked_as = names[1] if len(names) > 1 else BASE
-        prompt = Prompt((Turn("user", question),), reference=(reference or "").strip())
+        try:
+            wanted = given(reference or "", "reference").strip()
+            prompt = Prompt((Turn("user", given(question, "question")),), reference=wanted)
+        except SlmLoraError as error:
+            raise gradio.Error(str(error), print_exception=False) from error
         sampling = Sampling(
             min(int(longest), engine.most_tokens), temperature, top_p, seed=int(seed or 0)
         )

@@ -1,0 +1,102 @@
+"""Rows of CSV and TSV files, as spreadsheets and data frames write them."""
+
+from __future__ import annotations
+
+import csv
+import io
+import itertools
+from collections.abc import Iterator
+from contextlib import contextmanager
+from typing import BinaryIO
+
+from slm_lora.data.formats import FIELDS
+from slm_lora.data.table import InvalidUtf8Error, Numbered, Place, Record, Table
+from slm_lora.data.text import RowError
+from slm_lora.errors import DataError
+from slm_lora.recipe.schema import DataSection
+
+_SEPARATORS = (",", ";", "\t", "|")
+
+
+def read_csv(handle: BinaryIO, label: str, section: DataSection, strings: bool) -> Table:
+    """The rows of a file whose first line names the columns.
+
+    Raises:
+        DataError: it is broken.
+    """
+    records: list[Numbered] = []
+    header: list[str] = []
+    # Bytes that are no UTF-8 become surrogates, which valid UTF-8 cannot hold: they are found
+    # in their row, where strict decoding would stop at a place unknown.
+    text = io.TextIOWrapper(handle, encoding="utf-8-sig", errors="surrogateescape", newline="")
+    with _fields_of_any_size():
+        first = text.readline()
+        before = 0
+        if len(first.rstrip("\r\n")) == 5 and first.lower().startswith("sep="):  # Excel's own
+            separator, first, before = first[4], "", 1
+        else:
+            separator = _separator(first, section)
+        reader = csv.reader(
+            itertools.chain([first] if first else [], text), delimiter=separator, strict=True
+        )
+        line = 1 + before
+        try:
+            for fields in reader:
+                if not header:
+                    header = fields
+                    if len(set(header)) < len(header):
+                        which = "no name" if header.count("") > 1 else "the same name"
+                        raise DataError(f"{label}:{line}: two columns have {which}")
+                    if not _is_utf8(header):
+                        return Table([(Place(label, "line", line), InvalidUtf8Error())])
+                elif fields:
+                    records.append((Place(label, "line", line), _record(header, fields)))
+                line = before + reader.line_num + 1
+        except csv.Error as error:
+            # An unclosed quote changes the meaning of all that follows: nothing to skip.
+            reason = str(error).replace("\t", "a tab")
+            raise DataError(f"{label}:{line}: broken CSV ({reason}); mend the file") from None
+    named = {";": "semicolons", "\t": "tabs", "|": "bars"}.get(separator)
+    notes = (f"{label}: {named} part the columns",) if named and records else ()
+    return Table(records, notes=notes)
+
+
+def _separator(header: str, section: DataSection) -> str:
+    """What parts the columns: under it the header names a field, or else the most columns."""
+    known = FIELDS | {column for column in section.columns.values() if column}
+
+    def names(separator: str) -> list[str]:
+        return next(csv.reader([header], delimiter=separator), [])
+
+    for separator in _SEPARATORS:
+        if not known.isdisjoint(names(separator)):
+            return separator
+    return max(_SEPARATORS, key=lambda separator: len(names(separator)))
+
+
+def _is_utf8(fields: list[str]) -> bool:
+    try:
+        "".join(fields).encode()
+    except UnicodeEncodeError:
+        return False
+    return True
+
+
+def _record(header: list[str], fields: list[str]) -> Record | RowError:
+    if not _is_utf8(fields):
+        return InvalidUtf8Error()
+    if len(fields) != len(header):
+        count = f"{len(fields)} field{'s' * (len(fields) > 1)}"
+        return RowError(f"{count} where the header has {len(header)}")
+    return dict(zip(header, fields, strict=True))
+
+
+@contextmanager
+def _fields_of_any_size() -> Iterator[None]:
+    # A field too long would end the reading (ours only ends the row). The limit belongs to the
+    # whole process: it is put back as it was.
+    before = csv.field_size_limit(2**31 - 1)
+    try:
+        yield
+    finally:
+        csv.field_size_limit(before)
