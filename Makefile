@@ -4,8 +4,10 @@ PYTHON ?= python3
 BIN := .venv/bin
 # A file's tests share what it made, so they stay in one process.
 PARALLEL := --numprocesses auto --dist loadfile
+LOWEST := tests/unit $(addprefix tests/integration/test_,adapter_folder.py checkpoint.py \
+	experiment.py forward.py generate.py merge.py methods.py plan.py training.py)
 
-.PHONY: help experiment plan demo test test-all bench bench-generate calibration scaling gpu-check plan-check faults check format clean
+.PHONY: help experiment plan demo test test-all test-lowest zoo bench bench-generate calibration scaling gpu-check plan-check faults check format clean
 
 help:  ## List the targets.
 	@grep -hE '^[a-z-]+:.*## ' $(MAKEFILE_LIST) | sort | awk -F ':.*## ' '{printf "  make %-15s %s\n", $$1, $$2}'
@@ -26,6 +28,12 @@ test: .venv/installed-dev  ## Run the tests.
 
 test-all: .venv/installed-clients  ## The tests with every extra and with clients of others.
 	$(BIN)/python -m pytest $(PARALLEL)
+
+test-lowest: .venv-lowest/installed  ## The core of the tests with the lowest versions that pyproject.toml allows.
+	.venv-lowest/bin/python -m pytest $(PARALLEL) -m 'not slow' $(LOWEST)
+
+zoo: .venv/installed  ## Small models of every family against transformers and PEFT: ARGS='llama gpt2'.
+	$(BIN)/python benchmarks/zoo.py $(ARGS)
 
 bench: .venv/installed requirements-bench.txt  ## Measure speed and memory against TRL and the naive script: ARGS='--data dolly.jsonl'.
 	$(BIN)/python -m pip install --quiet --disable-pip-version-check -r requirements-bench.txt
@@ -63,7 +71,7 @@ format: .venv/installed-dev  ## Format the code and make the recipe reference ag
 	$(BIN)/python docs/make_recipe_reference.py
 
 clean:  ## Remove the environment and caches (results and adapters stay).
-	rm -rf .venv build src/*.egg-info .pytest_cache .mypy_cache .ruff_cache
+	rm -rf .venv .venv-lowest build src/*.egg-info .pytest_cache .mypy_cache .ruff_cache
 
 .venv/installed: requirements.txt pyproject.toml
 	$(PYTHON) -c 'import sys; sys.exit("slm-lora needs Python 3.11 or newer; set PYTHON=…" if sys.version_info < (3, 11) else 0)'
@@ -82,4 +90,12 @@ clean:  ## Remove the environment and caches (results and adapters stay).
 
 .venv/installed-clients: .venv/installed-dev .venv/installed-serve requirements-clients.txt requirements-extras.txt
 	$(BIN)/python -m pip install --quiet --disable-pip-version-check -r requirements-clients.txt -r requirements-extras.txt
+	touch $@
+
+.venv-lowest/installed: requirements-lowest.txt requirements-dev.txt pyproject.toml
+	$(PYTHON) -m venv .venv-lowest
+	.venv-lowest/bin/python -m pip install --quiet --disable-pip-version-check -r requirements-lowest.txt
+	grep -E '^(pytest|hypothesis|execnet|iniconfig|pluggy|sortedcontainers)' requirements-dev.txt > .venv-lowest/tests.txt
+	.venv-lowest/bin/python -m pip install --quiet --disable-pip-version-check -r .venv-lowest/tests.txt
+	.venv-lowest/bin/python -m pip install --quiet --disable-pip-version-check --no-deps -e .
 	touch $@

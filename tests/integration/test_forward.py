@@ -185,6 +185,8 @@ def save_headed(kind: str, folder: Path, std: float) -> None:
         "num_attention_heads": 2, "num_key_value_heads": 2, "head_dim": 8,
         "bos_token_id": 0, "eos_token_id": 0, "pad_token_id": 0,
     }  # fmt: skip
+    if not hasattr(transformers, kind):
+        pytest.skip(f"transformers {transformers.__version__} has no {kind}")
     if kind == "MiniCPM3Config":
         del sizes["head_dim"]
     torch.manual_seed(0)

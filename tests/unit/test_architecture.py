@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import re
+import tomllib
 from pathlib import Path
 
 ROOT = Path(__file__).parents[2]
@@ -36,3 +38,22 @@ def test_the_page_names_every_module() -> None:
     here = {name for name in modules if not name.startswith(tuple(whole))}
     assert here == {name for name in page if name.endswith(".py")}
     assert all((PACKAGE / name).is_dir() for name in page if name.endswith("/"))
+
+
+def test_the_lowest_versions_that_are_allowed_are_those_that_are_tested() -> None:
+    project = tomllib.loads((ROOT / "pyproject.toml").read_text(encoding="utf-8"))["project"]
+    floors = dict(each.split(">=") for each in project["dependencies"])
+    pinned = dict(
+        line.split("==")
+        for line in (ROOT / "requirements-lowest.txt").read_text(encoding="utf-8").splitlines()
+        if "==" in line
+    )
+
+    def padded(version: str) -> list[int]:
+        return [*map(int, re.findall(r"\d+", version)), 0, 0, 0][:3]
+
+    # (A release of that very number may not exist; the next patch is as low as can be had.)
+    wrong = [
+        name for name, floor in floors.items() if padded(pinned[name])[:2] != padded(floor)[:2]
+    ]
+    assert not wrong

@@ -178,5 +178,11 @@ def test_the_answer_begins_with_how_many_said_what() -> None:
     assert "3 comparisons with the base: 3 different." in said
     assert "2 comparisons between trainings: 1 different, 1 equivalent." in said
     assert "one seed" not in said
+    assert "Learning rates were not tuned per setting (0.0002 for all)" in said
     alone = analysis.answer(all_contrasts(lines[:3])).split("\n", 1)[0]
-    assert alone.endswith("A verdict from one seed is on these runs, not on their settings.")
+    assert "A verdict from one seed is on these runs, not on their settings." in alone
+    rates = [
+        line("r4-a", 2.0, adapter__r=4, training__learning_rate=1e-3),
+        line("r4-b", 2.1, adapter__r=4, training__learning_rate=2e-3),
+    ]
+    assert "not tuned" not in analysis.answer(all_contrasts([lines[0], *rates]))
