@@ -130,11 +130,11 @@ def skeleton(source: ModelSource) -> PreTrainedModel | None:
 
 
 def _is_linear(module: nn.Module) -> bool:
-    """A linear layer whose output is the product; some routers are subclasses and return more."""
+    """A linear layer. (Some routers are subclasses by another name, and return more than it.)"""
     from transformers.pytorch_utils import Conv1D
 
-    plain = isinstance(module, nn.Linear) and type(module).forward is nn.Linear.forward
-    return plain or isinstance(module, Conv1D)
+    named = isinstance(module, nn.Linear) and type(module).__name__.endswith("Linear")
+    return named or isinstance(module, Conv1D)
 
 
 def _linear_modules(causal: PreTrainedModel) -> tuple[list[str], list[str]]:
