@@ -333,6 +333,9 @@ def _print_plan(jobs: Any, places: Any, reporter: Any) -> None:
     from slm_lora.experiment.plan import plan
     from slm_lora.progress import clock
 
+    elsewhere = _not_here(jobs)
+    if elsewhere:
+        reporter.say(f"  warning: {elsewhere}")
     reporter.say("  timing slices of the model")
     found = plan(jobs, places)
     table = Table(box=None, pad_edge=False, header_style="bold")
@@ -360,6 +363,28 @@ def _print_plan(jobs: Any, places: Any, reporter: Any) -> None:
     )
     if warning := found.warning():
         out.print(f"warning: {warning}", soft_wrap=True)
+    if elsewhere:
+        out.print(f"warning: {elsewhere}", soft_wrap=True)
+
+
+def _not_here(jobs: Any) -> str:
+    """One line where a plan is not for the device or the precision that the recipe names."""
+    wanted: dict[str, None] = {}
+    for job in jobs:
+        training = job.cell.recipe.training
+        for key, asked, has in (
+            ("device", training.device, job.device.type),
+            ("precision", training.precision, job.precision),
+        ):
+            if asked not in ("auto", has):
+                wanted[f"training.{key} = {asked}"] = None
+    if not wanted:
+        return ""
+    return (
+        f"{' and '.join(wanted)}: not on this machine, where the experiment would be refused; time "
+        f"and memory are those of its {jobs[0].device.type} in {jobs[0].precision}, and runs "
+        "finished elsewhere are not told as finished; plan where it will run"
+    )
 
 
 def _print_where(results: Path, adapters: list[Path], with_rows: bool) -> None:

@@ -10,6 +10,7 @@ import typer
 
 from slm_lora.cli.options import console, quiet_libraries
 from slm_lora.errors import UsageError
+from slm_lora.terminal import printable
 
 Adapter = Annotated[Path | None, typer.Option("--adapter", help="Adapter folder; else the base.")]
 BaseModel = Annotated[
@@ -101,18 +102,13 @@ def _streamed(variants: Any, name: str, turns: list[Any], sampling: Any) -> str:
         reply = Reply(variants, name, variants.prompters[name].prompt(turns), sampling)
         for piece in reply.pieces():
             said += piece
-            print(_printable(piece), end="", flush=True)
+            print(printable(piece), end="", flush=True)
     except KeyboardInterrupt:
         print(" [stopped]", end="")
     except UsageError as error:  # the conversation has grown too long, say
         print(error, end="")
     print()
     return said
-
-
-def _printable(text: str) -> str:
-    """Text that cannot steer the terminal: escape sequences show as what they are."""
-    return "".join(c if c.isprintable() or c in "\n\t" else repr(c)[1:-1] for c in text)
 
 
 def generate(
@@ -155,7 +151,7 @@ def generate(
     if prompts is None:
         reply = Reply(variants, name, prompt_ids(variants, name, asked[0]), sampling)
         for piece in reply.pieces():
-            print(_printable(piece), end="", flush=True)
+            print(printable(piece), end="", flush=True)
         print()
         return
     lines = []
@@ -247,17 +243,17 @@ def _print_side_by_side(found: list[Any]) -> None:
     shown = Console(highlight=False, markup=False, width=None if sys.stdout.isatty() else 140)
     fitting = max(1, shown.width // 36)
     for number, each in enumerate(found, 1):
-        shown.print(f"\n{number}. {_printable(each.prompt)}", style="bold")
+        shown.print(f"\n{number}. {printable(each.prompt)}", style="bold")
         for start in range(0, len(each.answers), fitting):
             some = each.answers[start : start + fitting]
             table = Table(box=None, pad_edge=False, padding=(0, 2, 0, 0), header_style="dim")
             for answer in some:
                 loss = "" if answer.loss is None else f"  loss {answer.loss:.3f}"
                 table.add_column(f"{answer.variant}{loss}", ratio=1)
-            table.add_row(*(_printable(answer.greedy) for answer in some))
+            table.add_row(*(printable(answer.greedy) for answer in some))
             if any(answer.sampled for answer in some):
                 table.add_row()
-                table.add_row(*(f"sampled: {_printable(answer.sampled)}" for answer in some))
+                table.add_row(*(f"sampled: {printable(answer.sampled)}" for answer in some))
             shown.print(table)
 
 
@@ -269,8 +265,14 @@ def opened(base: str | None, adapters: list[Path], device: str, precision: str) 
     quiet_libraries()
     _check_choice("--device", device, ("auto", "cpu", "cuda", "mps"))
     _check_choice("--precision", precision, ("auto", "fp32", "bf16", "fp16"))
-    found = open_variants(base, adapters, device=device, precision=precision)
     reporter = Reporter()
+    # Else nothing would be seen for the better part of a minute.
+    named = ", ".join(folder.resolve().name for folder in adapters)
+    reporter.say(
+        f"  loading {base or ('the base' if adapters else 'the embedded model')}"
+        + (f" and {named}" if named else "")
+    )
+    found = open_variants(base, adapters, device=device, precision=precision)
     for note in found.notes:
         reporter.say(f"note: {note}")
     return found
