@@ -5,6 +5,7 @@ from __future__ import annotations
 import asyncio
 import contextlib
 import http.client
+import json
 import socket
 import threading
 import time
@@ -157,6 +158,10 @@ def test_errors_are_those_that_clients_know(served: Served) -> None:
     for more, name in (
         ({"temperature": -1}, "temperature"), ({"n": 2}, "n"), ({"max_tokens": 0}, "max_tokens"),
         ({"messages": []}, "messages"), ({"logprobs": True}, "logprobs"),
+        ({"min_p": 2}, "min_p"),
+        ({"frequency_penalty": 3}, "frequency_penalty"), ({"top_k": -2}, "top_k"),
+        ({"stop": [""]}, "stop"), ({"stop_token_ids": [10**6]}, "stop_token_ids"),
+        ({"min_tokens": 30, "max_tokens": 20}, "min_tokens"),
         ({"messages": [{"role": "user", "content": [{"type": "image_url"}]}]}, "messages"),
     ):  # fmt: skip
         with pytest.raises(openai.BadRequestError) as bad:
@@ -167,6 +172,133 @@ def test_errors_are_those_that_clients_know(served: Served) -> None:
         client.chat.completions.create(model="base", messages=long)
     assert served.ask("/v1/chat/completions", b"{not json")[0] == 400
     assert served.ask("/v1/nothing")[0] == 404
+
+
+CHAT = "/v1/chat/completions"
+
+
+def posted(served: Served, path: str, text: str | None = None, **more: Any) -> tuple[int, Any]:
+    asked: dict[str, Any] = {"model": "base", "max_tokens": 8, "temperature": 0}
+    asked |= {"messages": QUESTION} if path == CHAT else {"prompt": "Tea?"}
+    body = json.dumps({**asked, **more}) if text is None else text
+    status, answer = served.ask(path, body.encode())
+    found = json.loads(answer)
+    if status != 200:
+        assert found["error"]["type"] == "invalid_request_error", found
+        return status, found["error"]
+    choice = found["choices"][0]
+    return status, choice["message"]["content"] if path == CHAT else choice["text"]
+
+
+@pytest.mark.parametrize("path", [CHAT, "/v1/completions"])
+def test_null_and_what_asks_for_nothing_is_unset(served: Served, path: str) -> None:
+    plain = posted(served, path)
+    for name in (
+        "stream", "stream_options", "top_p", "top_k", "min_p", "repetition_penalty", "seed", "stop",
+        "frequency_penalty", "presence_penalty", "n", "logprobs", "logit_bias", "tools", "user",
+        "tool_choice", "response_format", "suffix", "echo", "best_of", "min_tokens", "ignore_eos",
+        "stop_token_ids", "max_completion_tokens", "reasoning_effort", "guided_json", "unknown",
+    ):  # fmt: skip
+        assert posted(served, path, **{name: None}) == plain, name
+    neutral: dict[str, Any] = {
+        "stop": [], "logit_bias": {}, "tools": [], "n": 1, "logprobs": False, "top_k": -1,
+        "response_format": {"type": "text"}, "tool_choice": "none", "functions": [], "suffix": "",
+        "modalities": ["text"], "stop_token_ids": [], "best_of": 1, "echo": False, "min_p": 0,
+        "user": "me", "metadata": {"a": 1}, "store": True, "repeat_penalty": 1.0,
+        "skip_special_tokens": True, "chat_template_kwargs": {}, "some_new_field": [1],
+    }  # fmt: skip
+    for name, value in neutral.items():
+        assert posted(served, path, **{name: value}) == plain, name
+    assert posted(served, path, **neutral) == plain
+    # Unset is the default, not zero.
+    assert posted(served, path, temperature=None, max_tokens=None)[0] == 200
+
+
+@pytest.mark.parametrize("path", [CHAT, "/v1/completions"])
+def test_what_is_not_done_is_refused_by_name(served: Served, path: str) -> None:
+    for name, value in {
+        "response_format": {"type": "json_object"}, "tools": [{"type": "function"}], "n": 2,
+        "tool_choice": "auto", "functions": [{}], "logit_bias": {"5": 1}, "logprobs": True,
+        "top_logprobs": 3, "best_of": 2, "suffix": "x", "echo": True, "audio": {"voice": "x"},
+        "modalities": ["text", "audio"], "guided_json": {}, "guided_regex": "a",
+        "reasoning_effort": "low", "chat_template": "x", "bad_words": ["x"], "typical_p": 0.5,
+        "chat_template_kwargs": {"enable_thinking": False}, "repeat_penalty": 1.2,
+        "max_new_tokens": 5, "do_sample": False, "use_beam_search": True, "system": "Be short.",
+        "continue_final_message": True, "add_generation_prompt": False,
+        "skip_special_tokens": False,
+    }.items():  # fmt: skip
+        if value == {}:
+            continue
+        status, error = posted(served, path, **{name: value})
+        assert (status, error["param"]) == (400, name), error
+        assert error["message"].startswith(f"{name}: not supported: ")
+    status, error = posted(served, path, n=0)
+    assert (status, error["param"]) == (400, "n")
+    assert posted(served, path, logprobs=0)[0] == 400
+
+
+def test_messages_are_text_in_any_form(served: Served) -> None:
+    text = QUESTION[0]["content"]
+    plain = posted(served, CHAT)
+    parts = [{"type": "text", "text": text[:9]}, {"type": "text", "text": text[9:]}]
+    for content in (parts, [text]):
+        assert posted(served, CHAT, messages=[{"role": "user", "content": content}]) == plain
+    harmless = {"name": "me", "tool_calls": None, "refusal": None, "audio": None}
+    assert posted(served, CHAT, messages=[{**QUESTION[0], **harmless}]) == plain
+    told = [
+        posted(served, CHAT, messages=[{"role": role, "content": "Be short."}, *QUESTION])
+        for role in ("system", "developer")
+    ]
+    assert told[0] == told[1] and told[0][0] == 200
+    for messages, where in (
+        ([{"role": "tool", "content": "x"}], "messages.0.role"),
+        ([*QUESTION, {"role": "assistant", "content": None}], "messages.1.content"),
+        ([{"role": "user"}], "messages.0.content"),
+        ([{"role": "user", "content": []}], "messages.0.content"),
+        ([{"role": "user", "content": [{"type": "image_url"}]}], "messages.0.content.0"),
+        ([{"role": "user", "content": [{"type": "text", "text": 3}]}], "messages.0.content.0"),
+        (["Tea?"], "messages.0"),
+        (
+            [*QUESTION, {"role": "assistant", "content": "x", "tool_calls": [{}]}, *QUESTION],
+            "messages.1.tool_calls",
+        ),
+        (
+            [*QUESTION, {"role": "assistant", "content": "x", "reasoning_content": "y"}, *QUESTION],
+            "messages.1.reasoning_content",
+        ),
+    ):
+        status, error = posted(served, CHAT, messages=messages)
+        assert (status, error["param"]) == (400, where), error
+
+
+@pytest.mark.parametrize("path", [CHAT, "/v1/completions"])
+def test_a_body_that_is_no_request_is_400(served: Served, path: str) -> None:
+    half = json.dumps({"model": "base", "messages": QUESTION, "prompt": "Tea?"})
+    for text in (
+        "[]", "3", "null", "", "{", "[" * 100_00, '{"model": "base"}', '{"a": ' + "9" * 5000 + "}",
+        half.replace("Tea?", "\\ud800").replace("bread", "\\udfff"),
+        half.replace('"model"', '"\\ud800": 1, "model"'), half.replace('"base"', '"\\ud800"'),
+        half.replace('"model"', '"temperature": NaN, "model"'),
+        half.replace('"model"', '"max_tokens": 1e400, "model"'),
+        half.replace('"model"', '"stop": ["\\udc00"], "model"'),
+    ):  # fmt: skip
+        assert posted(served, path, text)[0] == 400, text[:80]
+    status, _ = served.ask(path, b'{"model": "\xff"}')
+    assert status == 400
+
+
+def test_sampling_fields_reach_the_sampler(served: Served, variants: Variants) -> None:
+    given: dict[str, Any] = {
+        "temperature": 0.4, "top_p": 0.9, "top_k": 40, "min_p": 0.02, "repetition_penalty": 1.1,
+        "frequency_penalty": -0.4, "presence_penalty": -0.3, "seed": 5, "min_tokens": 12,
+        "stop_token_ids": [7], "ignore_eos": True,
+    }  # fmt: skip
+    how = Sampling(20, **{**given, "stop_token_ids": (7,)})
+    text = wanted(variants, "base", QUESTION[0]["content"], how)[0]
+    assert posted(served, CHAT, max_tokens=20, **given) == (200, text)
+    for name in ("min_p", "frequency_penalty", "presence_penalty"):
+        other = Sampling(20, **{**given, "stop_token_ids": (7,), name: 1.0})
+        assert wanted(variants, "base", QUESTION[0]["content"], other)[0] != text, name
 
 
 def test_max_tokens_is_clamped(served: Served) -> None:
