@@ -5,6 +5,7 @@ from __future__ import annotations
 import itertools
 import json
 import math
+import os
 import shutil
 import signal
 import subprocess
@@ -404,6 +405,41 @@ def test_bad_prompts_name_their_line(tmp_path: Path, capsys: pytest.CaptureFixtu
         path.write_text('{"prompt": "Tea?"}\n' + line + "\n")
         assert run("generate", "--prompts", path) == 3
         assert f"{path}:2: " in (error := capsys.readouterr().err) and reason in error
+
+
+def test_chat_knows_its_commands_and_sends_no_other(
+    tiny_source: ModelSource, folders: tuple[Path, ...]
+) -> None:
+    asked = b"/help\n/hlep me\n/etc/hosts?\n\xff\xfe\n/new\n/quit\nTea?\n"
+    done = subprocess.run(
+        [
+            sys.executable, "-m", "slm_lora", "chat", "--adapter", folders[1],
+            "--base", tiny_source.path, "--max-new-tokens", "1", "--precision", "fp32",
+        ],
+        input=asked, capture_output=True, check=False, env={**os.environ, "PYTHONUTF8": "1"},
+    )  # fmt: skip
+    assert done.returncode == 0, done.stderr
+    first, *said = done.stdout.decode().split("\n> ")
+    assert "template chat" in first and len(said) == 6, said
+    assert said[0].startswith("/new begins anew, /help shows this, /quit or an empty line ends")
+    assert said[1].startswith("/hlep: no command, and not sent; /new begins anew")
+    assert "command" not in said[2], "a path is a question"
+    assert said[3].startswith(("not text in utf-8", "holds bytes that are no text"))
+    assert said[4].startswith("begun anew") and not said[5].strip()
+
+
+def test_what_is_no_text_is_told(tiny_source: ModelSource) -> None:
+    for words, reason in (
+        (["generate", b"\xff"], b"the prompt: holds bytes that are no text"),
+        (["generate", "Tea?", "--stop", b"\xff"], b"--stop: holds bytes that are no text"),
+        (["generate", " "], b"the prompt is empty"),
+        (["chat", "--system", b"\xff"], b"--system: holds bytes that are no text"),
+    ):
+        done = subprocess.run(
+            [sys.executable, "-m", "slm_lora", *words, "--base", str(tiny_source.path)],
+            capture_output=True, check=False, stdin=subprocess.DEVNULL,
+        )  # fmt: skip
+        assert done.returncode == 2 and reason in done.stderr, done.stderr
 
 
 def test_ctrl_c_stops_a_reply_and_not_the_chat(

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import re
 import sys
 from pathlib import Path
 from typing import Annotated, Any
@@ -52,11 +53,13 @@ def chat(
 ) -> None:
     """Talk to a model in the terminal, prompted exactly as it was trained.
 
-    Ctrl-C stops a reply, not the program; an empty line or Ctrl-D ends it; /new begins anew.
+    Ctrl-C stops a reply, not the program; an empty line, /quit or Ctrl-D ends it; /new begins
+    anew; /help lists what there is.
     """
     from slm_lora.evaluation.generate import Sampling
     from slm_lora.records import Turn
 
+    _check_text({"--system": system, "--stop": "".join(stop or ())})
     variants = opened(base, [adapter] if adapter else [], device, precision)
     name = variants.names[-1]
     prompter = variants.prompters[name]
@@ -74,8 +77,12 @@ def chat(
     )
     turns = list(beginning)
     while (asked := _asked()) is not None:
-        if asked == "/new":
-            turns = list(beginning)
+        # (A question may begin with a path, or with a comment's strokes.)
+        if re.fullmatch(r"/[A-Za-z?_-]+", word := asked.split()[0]):
+            if word in ("/quit", "/exit", "/bye"):
+                break
+            turns = list(beginning) if word == "/new" else turns
+            out.print(_COMMANDS.get(word, f"{word}: no command, and not sent; {_HELP}"))
             continue
         if not several:
             turns = list(beginning)
@@ -84,13 +91,35 @@ def chat(
         turns.append(Turn("assistant", said))
 
 
+_HELP = "/new begins anew, /help shows this, /quit or an empty line ends, Ctrl-C stops a reply"
+_COMMANDS = {"/help": _HELP, "/?": _HELP, "/new": "begun anew"}
+
+
 def _asked() -> str | None:
     """The next question; None at the end."""
-    try:
-        return input("\n> ").strip() or None
-    except (EOFError, KeyboardInterrupt):
-        print()
-        return None
+    while True:
+        try:
+            asked = input("\n> ").strip()
+        except (EOFError, KeyboardInterrupt):
+            print()
+            return None
+        except UnicodeDecodeError as error:
+            print(f"not text in {error.encoding}, and not sent")
+            continue
+        if _is_text(asked):
+            return asked or None
+        print("holds bytes that are no text, and not sent")
+
+
+def _is_text(text: str) -> bool:
+    """Whether UTF-8 can hold it: arguments and input may bring bytes that are no characters."""
+    return text.encode(errors="ignore").decode() == text
+
+
+def _check_text(named: dict[str, str]) -> None:
+    for name, text in named.items():
+        if not _is_text(text):
+            raise UsageError(f"{name}: holds bytes that are no text; give it as UTF-8")
 
 
 def _streamed(variants: Any, name: str, turns: list[Any], sampling: Any) -> str:
@@ -142,6 +171,9 @@ def generate(
 
     if (prompt is None) == (prompts is None):
         raise UsageError("give one prompt, or a file of them with --prompts")
+    if prompt is not None and not prompt.strip():
+        raise UsageError("the prompt is empty")
+    _check_text({"the prompt": prompt or "", "--stop": "".join(stop or ())})
     asked = read_prompts(prompts) if prompts else [Prompt((Turn("user", prompt or ""),))]
     variants = opened(base, [adapter] if adapter else [], device, precision)
     name = variants.names[-1]

@@ -66,8 +66,8 @@ def serve(
             from slm_lora.serve.page import mount_page
     except ImportError as error:
         raise UsageError(
-            f"serve needs {error.name}, which is not installed: pip install 'slm-lora[serve]' "
-            "(from a checkout: pip install '.[serve]')"
+            f"serve needs {error.name}, which is not installed: pip install '.[serve]' in a "
+            "checkout"
         ) from error
     chosen = list(adapter or _last_experiment(adapters))
     examples = read_prompts(prompts) if prompts else _dataset_examples(chosen) if page else []
