@@ -238,3 +238,22 @@ def test_a_broken_run_is_told_without_destroying_it(
         assert path.parent.name in error and "delete" not in error
         assert "Traceback" not in error
         assert contents(lab.results / "runs") == before
+
+
+def test_the_best_adapter_is_known_by_its_run(lab: Lab, tmp_path: Path) -> None:
+    from slm_lora.cli.serving import _best, _last_experiment
+
+    assert lab.run() == 0
+    assert lab.run(ONE, "training.learning_rate=1e-5") == 0
+    runs = [json.loads(path.read_text()) for path in lab.results.glob("runs/r*/run.json")]
+    best = min(runs, key=lambda run: run["evaluation"]["all"]["loss"])
+    found = _last_experiment(lab.adapters)
+    # In whatever order, and whatever the last table shows.
+    for folders in (found, found[::-1]):
+        assert _best(folders, lab.results.parent) == best["adapter"]["folder"]
+    assert _best(found, tmp_path / "nowhere") is None
+    assert _best([lab.adapters / "gone"], lab.results.parent) is None
+    # Losses of other rows cannot be compared.
+    other = ("--results", lab.results.parent, "--adapters", lab.adapters)
+    assert command("experiment", lab.recipe, "name=other", "data.test_rows=10", ONE, *other) == 0
+    assert _best([*found, lab.adapters / "other-r2-40"], lab.results.parent) is None

@@ -9,7 +9,7 @@ import json
 import socket
 import threading
 import time
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator, Sequence
 from pathlib import Path
 from typing import Any
 
@@ -31,7 +31,7 @@ from slm_lora.serve import server as serving  # noqa: E402
 from slm_lora.serve.api import make_app  # noqa: E402
 from slm_lora.serve.engine import BusyError, Engine  # noqa: E402
 from slm_lora.serve.guard import LOOPBACK, Guard  # noqa: E402
-from slm_lora.serve.page import mount_page  # noqa: E402
+from slm_lora.serve.page import GENERAL, mount_page  # noqa: E402
 
 MOST_BYTES, PATIENCE, MOST_TOKENS = 100_000, 1.5, 200
 
@@ -49,12 +49,18 @@ def variants(tiny_source: ModelSource, tmp_path_factory: pytest.TempPathFactory)
 class Served:
     """A server on a free port, in a thread of this process."""
 
-    def __init__(self, variants: Variants, token: str | None = None, page: bool = False) -> None:
+    def __init__(
+        self,
+        variants: Variants,
+        token: str | None = None,
+        page: bool = False,
+        examples: Sequence[Prompt] = (Prompt((Turn("user", "Tea?"),), reference="Of leaves."),),
+        chosen: str | None = None,
+    ) -> None:
         self.engine = Engine(variants, most_tokens=MOST_TOKENS, most_waiting=70)
         app = make_app(self.engine)
         if page:
-            examples = [Prompt((Turn("user", "Tea?"),), reference="Leaves in water.")]
-            app = mount_page(app, self.engine, examples)
+            app = mount_page(app, self.engine, examples, chosen)
         guarded = Guard(app, hosts=LOOPBACK, token=token, most_bytes=MOST_BYTES, patience=PATIENCE)
         listening = serving.listen("127.0.0.1", 0)
         self.port = listening.getsockname()[1]
@@ -486,11 +492,87 @@ def letters(text: str) -> str:
     return "".join(c for c in text if c.isalnum())
 
 
-def test_the_page_shows_base_and_adapter_side_by_side(variants: Variants, tmp_path: Path) -> None:
+@contextlib.contextmanager
+def browsed(url: str) -> Iterator[Any]:
+    """A page of headless Chromium."""
     playwright = pytest.importorskip("playwright.sync_api", reason="needs playwright")
     browser_path = Path("/usr/bin/chromium")
     if not browser_path.exists():
         pytest.skip("needs Chromium")
+    with playwright.sync_playwright() as driver:
+        browser = driver.chromium.launch(
+            executable_path=browser_path,
+            args=["--no-sandbox", "--disable-gpu", "--disable-background-networking"],
+        )
+        page = browser.new_page(viewport={"width": 1200, "height": 900})
+        page.set_default_timeout(30_000)
+        page.goto(url, wait_until="domcontentloaded")
+        yield page
+        browser.close()
+
+
+def until(page: Any, holds: Callable[[], bool]) -> None:
+    deadline = time.monotonic() + 60
+    while not holds():
+        assert time.monotonic() < deadline, page.locator("body").inner_text()
+        page.wait_for_timeout(50)
+
+
+def test_the_page_helps_with_any_adapter(variants: Variants, tmp_path: Path) -> None:
+    made = Served(variants, page=True, examples=(), chosen="single")
+    with browsed(made.url) as page:
+        question, base = page.get_by_label("Question"), page.locator("#base textarea")
+        stop = page.get_by_role("button", name="Stop")
+        assert GENERAL[0] in (question.get_attribute("placeholder") or "")
+        assert "Enter asks" in (question.get_attribute("placeholder") or "")
+        assert page.get_by_label("Adapter", exact=True).input_value() == "single"
+        assert page.get_by_text(GENERAL[1]).count() >= 1 and stop.count() == 0
+        page.screenshot(path=tmp_path / "before.png")
+
+        # Shift+Enter is a new line, Enter asks; Stop is there while it is answered.
+        question.fill("Tea?")
+        question.press("Shift+Enter")
+        assert question.input_value() == "Tea?\n" and not base.input_value()
+        question.fill("Tea?")
+        question.press("Enter")
+        until(page, lambda: stop.count() == 1)
+        until(page, lambda: bool(base.input_value()))
+        page.screenshot(path=tmp_path / "while.png")
+        until(page, lambda: stop.count() == 0)
+        answers = [base.input_value(), page.locator("#first textarea").input_value()]
+        assert all(answers)
+
+        # Nothing asked: a hint, and the answers stay.
+        question.fill("  ")
+        page.get_by_role("button", name="Ask").click()
+        page.get_by_text("Write a question first.").wait_for()
+        page.screenshot(path=tmp_path / "hint.png")
+        assert [base.input_value(), page.locator("#first textarea").input_value()] == answers
+        assert stop.count() == 0
+
+        # A question that cannot be answered is a warning, and can be mended.
+        question.fill("bread " * 600)
+        question.press("Enter")
+        page.get_by_text("shorten it").wait_for()
+        until(page, lambda: stop.count() == 0)
+        assert question.input_value().startswith("bread")
+
+        # Stopped, it is at rest.
+        page.get_by_role("button", name="Sampling").click()
+        question.fill("Salt?")
+        question.press("Enter")
+        until(page, lambda: stop.count() == 1)
+        stop.click()
+        until(page, lambda: stop.count() == 0)
+        question.fill("Tea?")
+        question.press("Enter")
+        until(page, lambda: stop.count() == 1)
+        until(page, lambda: stop.count() == 0 and base.input_value() == answers[0])
+    made.engine.close()
+
+
+def test_the_page_shows_base_and_adapter_side_by_side(variants: Variants, tmp_path: Path) -> None:
+    pytest.importorskip("playwright.sync_api", reason="needs playwright")
     # All are asked as the first chosen adapter was trained to be. (Computed before the server
     # is, as both use the same model.)
     ids = prompt_ids(variants, "talker", Prompt((Turn("user", "Tea?"),)))
@@ -499,12 +581,7 @@ def test_the_page_shows_base_and_adapter_side_by_side(variants: Variants, tmp_pa
     }
     made = Served(variants, page=True)
     outside: list[str] = []
-    with playwright.sync_playwright() as driver:
-        browser = driver.chromium.launch(
-            executable_path=browser_path,
-            args=["--no-sandbox", "--disable-gpu", "--disable-background-networking"],
-        )
-        page = browser.new_page()
+    with browsed("about:blank") as page:
         page.on("request", lambda request: outside.append(request.url))
         page.goto(made.url, wait_until="domcontentloaded")
         page.get_by_label("Question").fill("Tea?")
@@ -525,6 +602,5 @@ def test_the_page_shows_base_and_adapter_side_by_side(variants: Variants, tmp_pa
             shown[name] = page.locator(f"#{place}").inner_text()
         assert all("loss" in label for label in shown.values())
         page.screenshot(path=tmp_path / "page.png")
-        browser.close()
     assert not [url for url in outside if not url.startswith((made.url, "data:", "blob:"))]
     made.engine.close()
