@@ -257,3 +257,22 @@ def test_the_best_adapter_is_known_by_its_run(lab: Lab, tmp_path: Path) -> None:
     other = ("--results", lab.results.parent, "--adapters", lab.adapters)
     assert command("experiment", lab.recipe, "name=other", "data.test_rows=10", ONE, *other) == 0
     assert _best([*found, lab.adapters / "other-r2-40"], lab.results.parent) is None
+
+
+def test_a_model_card_knows_the_losses_of_runs_that_the_last_table_leaves_out(
+    lab: Lab, tmp_path: Path
+) -> None:
+    assert lab.run() == 0
+    card = ("push", lab.adapters / "tiny-r2-40", "me/x", "--results", lab.results.parent)
+    assert command(*card, "--dry-run", tmp_path / "before") == 0
+    assert lab.run(ONE, "training.learning_rate=5e-3") == 0
+    assert command(*card, "--dry-run", tmp_path / "after") == 0
+    before, after = (
+        [
+            line.split("|")[2]
+            for line in (tmp_path / name / "README.md").read_text().splitlines()
+            if line.startswith(("| base |", "| this |"))
+        ]
+        for name in ("before", "after")
+    )
+    assert len(before) == 2 and before == after
