@@ -16,6 +16,7 @@ from slm_lora.cli.options import (
     console,
     quiet_libraries,
 )
+from slm_lora.terminal import printable
 
 if TYPE_CHECKING:
     from collections.abc import Sequence
@@ -61,7 +62,7 @@ def _show_rows(job: Job, rows: int) -> None:
     out = console()
     for example in job.prepared.train[:rows]:
         out.print(
-            f"row {example.row_id[:8]}  {example.category}  {example.length} tokens, "
+            f"row {example.row_id[:8]}  {printable(example.category)}  {example.length} tokens, "
             f"{int(example.response.sum())} of the response"
         )
         shown = Text()
@@ -71,7 +72,7 @@ def _show_rows(job: Job, rows: int) -> None:
         ]
         pairs = zip(labels, example.ids.tolist(), strict=True)
         for marked, run in itertools.groupby(pairs, key=lambda pair: pair[0]):
-            text = str(tokenizer.decode([token for _, token in run]))
+            text = printable(str(tokenizer.decode([token for _, token in run])))
             # Off a terminal there is no colour: brackets mark the labels instead.
             if marked and not out.is_terminal:
                 text = f"[{text}]"
@@ -184,7 +185,7 @@ def _say_facts(job: Job) -> None:
         held = Counter(example.category for example in job.prepared.test)
         say("\ncategory: rows, test rows")
         for name, many in found.categories:
-            say(f"  {name:30} {many:6} {held[name]:6}")
+            say(f"  {printable(name):30} {many:6} {held[name]:6}")
     labels = sorted(label_count(e, job.cell.recipe.training.loss_on) for e in job.prepared.train)
     say(
         f"\nlabels a training row ({job.cell.recipe.training.loss_on}): "
