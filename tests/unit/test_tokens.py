@@ -401,7 +401,7 @@ def test_long_rows_are_refused_with_place_and_number(plain_tokenizer: Any) -> No
     length = lengths(plain_tokenizer)[1]
     assert str(caught.value) == (
         f"rows.jsonl:7: {length} tokens, over data.max_length = 10 (2 rows in all); "
-        "set data.on_long_row to truncate or drop"
+        "set data.on_long_row to truncate or drop, or, for plain text, to split"
     )
     encode(plain_tokenizer, Template("plain"), LENGTHS, max(lengths(plain_tokenizer)), "refuse")
 

@@ -299,9 +299,12 @@ def _places(recipe: Any, results: Path, adapters: Path) -> Any:
 def _say_data(job: Any, reporter: Any) -> None:
     sets = job.prepared
     reporter.say(
-        f"{job.source.name} · {job.rows.origin.split(' ')[0]} · {sets.rows_available} rows: "
-        f"{len(sets.test)} test, {len(sets.validation)} validation"
+        f"{job.source.name} · {job.rows.origin.split(' ')[0]} · {sets.rows_available} rows in "
+        f"{sets.groups} groups: {len(sets.test)} test, "
+        f"{len(sets.validation)} validation"
     )
+    for note in sets.notes:
+        reporter.say(f"  note: {note}")
 
 
 def _warn_if_too_large(jobs: Any, places: Any, reporter: Any) -> None:
