@@ -13,7 +13,7 @@ from slm_lora.data.splits import Rule, group_rows, same_prompt_in_other_groups
 from slm_lora.data.tokens import RowTokenizer
 from slm_lora.errors import SlmLoraError
 from slm_lora.recipe.schema import Relation
-from slm_lora.records import Example, Row, Turn
+from slm_lora.records import PIECE, Example, Row, Turn
 
 HELD_OUT = 0.1
 """Share of the rows that a random split, as it is usually made, holds out."""
@@ -77,7 +77,12 @@ def facts(rows: Sequence[Row], lengths: Sequence[int], rule: Rule | None = None)
     """Look at rows, related by the rule, and their untruncated lengths in tokens."""
     rule = rule or Rule()
     names = [name for name in get_args(Relation) if name in rule.by or name == "instruction"]
-    by_each = [_related(rows, replace(rule, by=(name,)), name) for name in names]
+    # No near-duplicates are looked for among rows that name their group.
+    free = [row for row in rows if not (row.group_hint and "group" in rule.by)]
+    by_each = [
+        _related(free if name == "near" else rows, replace(rule, by=(name,)), name)
+        for name in names
+    ]
     found = [each for each in by_each if each.groups]
     counted = Counter(row.category for row in rows if row.category)
     bins = Counter(1 << (length - 1).bit_length() for length in lengths)
@@ -110,7 +115,7 @@ def _related(rows: Sequence[Row], rule: Rule, relation: Relation | None) -> Rela
     sizes = Counter(group_rows(rows, rule).of.values()).values()
     many = [size for size in sizes if size > 1]
     # A held-out row has no relative in training if all of them are held out, too.
-    leak = sum(size * (1 - HELD_OUT ** (size - 1)) for size in many) / len(rows)
+    leak = sum(size * (1 - HELD_OUT ** (size - 1)) for size in many) / max(1, len(rows))
     return Related(relation, len(many), sum(many), leak)
 
 
@@ -189,8 +194,9 @@ def few_test_rows(test: Sequence[Example]) -> str:
     groups = len({example.group_id for example in test})
     if groups >= FEW:
         return ""
-    what = f"{len(test)} test rows"
-    if groups < len(test):
+    rows = len({example.row_id.partition(PIECE)[0] for example in test})
+    what = f"{rows} test rows"
+    if groups < rows:
         what += f" in {groups} groups of related rows"
     return (
         f"{what}: fewer than {FEW} give wide and unreliable intervals; raise data.test_rows, "
