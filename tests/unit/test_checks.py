@@ -166,6 +166,8 @@ def test_few_test_rows_are_told() -> None:
         ("Hello <insert name here>!", {"<insert name here>"}),
         ("Best,\n<your name>", {"<your name>"}),
         ("[Insert today's date]", {"[Insert today's date]"}),
+        ("Hi {customer_name},\nyour flight\nfrom {city} is late;\n", {"{customer_name}", "{city}"}),
+        ("Dear [Customer Name]: it costs $5 and {price}, $6.", {"[Customer Name]", "{price}"}),
     ],
 )
 def test_placeholders_are_found(text: str, found: set[str]) -> None:
@@ -186,6 +188,8 @@ def test_placeholders_are_found(text: str, found: set[str]) -> None:
         "const say = name => {name}",
         "for (i = 0; i < n; i++) {\n  a[i] = {name};\n}",
         "${name} and #{name} of a shell",
+        "GET /users/{id} and /posts/{name}",
+        "from x import {name}",
         r"\frac{name}{text} is \text{name} and x_{name}, y^{name}",
         r"It is $x_{name} = {input}$, or \({text}\).",
         r"\begin{equation} {input} \end{equation}",

@@ -14,18 +14,17 @@ from dataclasses import dataclass
 from slm_lora.records import Row
 
 _ASKED_FOR = (
-    "name|first[ _-]?name|last[ _-]?name|full[ _-]?name|user[ _-]?name|surname|company|"
-    "company[ _-]?name|organisation|organization|city|country|address|street|e-?mail|"
-    "email[ _-]?address|"
-    "phone|phone[ _-]?number|date|time|year|title|job[ _-]?title|topic|subject|amount|price|"
-    "product|product[ _-]?name|url|link|number|"
+    r"(?:[a-z]+[ _-])?(?:name|username|surname|customer|client|patient|student|recipient|sender|"
+    "company|organisation|organization|city|country|address|street|e-?mail|phone|phone number|"
+    "phone_number|date|time|year|age|title|topic|subject|amount|price|product|url|link|number|id|"
     "input|inputs|output|instruction|instructions|context|question|answer|prompt|response|query|"
-    "text|sentence|passage|document|article|message|content|source|target|language|summary|"
-    "user[ _-]?input|input[ _-]?text|source[ _-]?text"
+    "text|sentence|paragraph|passage|document|article|message|content|transcript|review|source|"
+    "target|language|summary|keyword|keywords|category|label|description|premise|hypothesis|"
+    "choices|options|persona|history|job|role|location|details)"
 )
 """Words that forms and prompt templates ask for."""
 
-_BEFORE_FORMULA = r"(?<![\w\\^_}$#%{])"
+_BEFORE_FORMULA = r"(?<![\w\\^_}$#%{/])"
 _KINDS = (
     # {{name}}, {{ user.name }}
     re.compile(rf"{_BEFORE_FORMULA}\{{\{{\s*[A-Za-z][\w.]{{1,40}}\s*\}}\}}(?!\}})"),
@@ -33,20 +32,27 @@ _KINDS = (
     re.compile(rf"{_BEFORE_FORMULA}\{{\s?(?:{_ASKED_FOR})\s?\}}(?!\}})", re.IGNORECASE),
     # [NAME], [Company Name], [insert date here], [your name]; no link, no index
     re.compile(
-        rf"(?<![\w\\\]!\[])\[(?:{_ASKED_FOR.upper()}|{_ASKED_FOR.title()}|"
-        r"(?i:insert|enter|your) [\w' -]{2,40})\](?![(\[:])"
+        rf"(?<![\w\\\]!\[])\[(?:(?=[A-Z])(?i:{_ASKED_FOR})|"
+        r"(?i:insert|enter|your) [\w' -]{2,40})\](?![(\[]|: ?(?:http|[<#/]))"
     ),
     # <insert name here>, <your name>
     re.compile(r"<(?i:insert|enter|your|put) [\w' -]{2,40}>"),
 )
 _CODE = re.compile(
-    r"```.*?(?:```|\Z)|`[^`\n]*`|\$\$.*?\$\$|\$[^$\n]{1,200}\$|\\\[.*?\\\]|\\\(.*?\\\)", re.DOTALL
+    r"```.*?(?:```|\Z)|`[^`\n]*`|\$\$.*?\$\$|\$(?=\S)[^$\n]{1,200}(?<=\S)\$(?!\d)|\\\[.*?\\\]|\\\(.*?\\\)",
+    re.DOTALL,
 )
+_FORM = re.compile(r"\b(?:form|format|list)\b", re.IGNORECASE)
 _LOOKS_LIKE_CODE = re.compile(
-    r"[;{]\s*$|^\s*(?:def|class|import|from|return|func|fn|public|private|var|let|const|#include|"
-    r"SELECT)\b|\b[fr]['\"]|\.format\(|\{%|=>|</\w+>|\\(?:begin|frac|sum|int|text|mathbb?)\b",
+    r"\{\s*$|=.*;\s*$|[)\]}\"'];\s*$|^\s*(?:def|func|fn|function) \w+\s*[(<]|"
+    r"^\s*class \w+\s*[:({]|^\s*from [\w.]+ import |^\s*import [\w{*\"']|"
+    r"^\s*return [\w{(\[].*[;)\]}]\s*$|"
+    r"^\s*(?:let|const|var|public|private|static) [\w<>\[\] ]+ ?[=(]|^\s*#include\b|"
+    r"\bSELECT\b.+\bFROM\b|\b[fr]['\"]|\.format\(|\{%|=>|</\w+>|"
+    r"\\(?:begin|frac|sum|int|text|mathbb?)\b",
     re.MULTILINE,
 )
+"""Lines that programs, pages and formulas have, and prose has not."""
 
 
 @dataclass(frozen=True, slots=True)
@@ -74,7 +80,7 @@ def placeholders_in(text: str) -> set[str]:
         for kind in _KINDS
         for match in kind.finditer(prose)
         # "List them in the format {Name}" asks for what it spells.
-        if "format" not in prose[max(0, match.start() - 80) : match.start()].lower()
+        if not _FORM.search(prose, max(0, match.start() - 80), match.start())
     }
 
 
