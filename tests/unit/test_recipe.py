@@ -661,3 +661,13 @@ def test_any_text_loads_or_is_explained(text: str, overrides: list[str]) -> None
 @given(st.one_of(RECIPE_TREES, NEARLY_RIGHT), OVERRIDES)
 def test_any_tree_loads_or_is_explained(tree: dict[str, Any], overrides: list[str]) -> None:
     loads_or_explains(yaml.safe_dump(tree, sort_keys=False, allow_unicode=True), overrides)
+
+
+def test_what_relates_rows_is_a_set_of_names() -> None:
+    def of(*overrides: str) -> object:
+        return read("name: x", *overrides)[1][0].recipe.data.group_by
+
+    assert of() == ("group", "prompt", "context", "near")
+    assert of("data.group_by=near") == ("near",)
+    assert of("data.group_by=[near, group]") == ("group", "near")
+    assert of("data.group_by=[]") == ()
