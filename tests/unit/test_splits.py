@@ -440,6 +440,16 @@ def test_nearly_the_same_prompt_ties_rows() -> None:
     assert groups(rows) == {frozenset({0, 1}), frozenset({2}), frozenset({3, 4})}
 
 
+def test_texts_without_spaces_are_near_by_pairs_of_characters() -> None:
+    asked = "この本の著者が書いた最も有名な小説の主人公の名前は何ですか"
+    rows = [row(asked), row(asked + "？"), row(asked + "ね"), row("この本の値段はいくらですか")]
+    assert groups(rows) == {frozenset({0, 1, 2}), frozenset({3})}
+    text = "蜜蜂は巣箱に住み、冬の間は外に出ない。"
+    on_it = [row("どこに住むか", context=text), row("冬は何をするか", context=text)]
+    assert len(groups(on_it)) == 1, "a document, though it has no five words between spaces"
+    assert len(groups([row(each, context="無し") for each in ("犬", "猫", "鳥")])) == 3
+
+
 def test_rows_that_name_their_group_are_taken_at_their_word() -> None:
     questions = ["What does the parameter axis of numpy.sum do in this function?"]
     questions.append(questions[0].replace("sum", "mean"))

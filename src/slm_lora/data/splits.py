@@ -43,9 +43,23 @@ def _instruction(row: Row) -> str:
     return own[0]
 
 
+_UNSPACED = "\u3040-\u30ff\u3400-\u4dbf\u4e00-\u9fff\uf900-\ufaff"
+_RUNS = re.compile(f"[{_UNSPACED}]+|[^{_UNSPACED}]+")
+
+
+def _words(normalised: str) -> list[str]:
+    """The words; of Chinese and Japanese, which put no space between them, pairs of characters."""
+    found = []
+    for word in normalised.split():
+        for run in _RUNS.findall(word):
+            unspaced = len(run) > 2 and re.match(f"[{_UNSPACED}]", run)
+            found += [run[i : i + 2] for i in range(len(run) - 1)] if unspaced else [run]
+    return found
+
+
 def prompt_words(row: Row) -> frozenset[str]:
     """Words of instruction and context, which near-duplicates share most of."""
-    return frozenset(_normalised(f"{_instruction(row)} {row.context}").split())
+    return frozenset(_words(_normalised(f"{_instruction(row)} {row.context}")))
 
 
 @dataclass(frozen=True, slots=True)
@@ -109,10 +123,10 @@ def group_rows(rows: Sequence[Row], rule: Rule | None = None) -> Groups:
         ties.equal((row.row_id, _normalised(_instruction(row))) for row in free)
     if "context" in rule.by:
         contexts = ((row.row_id, _normalised(row.context)) for row in free)
-        ties.equal(each for each in contexts if len(each[1].split()) >= LEAST_CONTEXT_WORDS)
-    opened: dict[str, frozenset[str]] = {}
-    if "prompt" in rule.by:
-        opened = _tie_prompts(free, rule.with_context, len(rows), ties)
+        ties.equal(each for each in contexts if len(_words(each[1])) >= LEAST_CONTEXT_WORDS)
+    # (What is near depends on how conversations begin, whether or not that ties them.)
+    prompts = ties if "prompt" in rule.by else _Ties([row.row_id for row in free])
+    opened = _tie_prompts(free, rule.with_context, len(rows), prompts)
     if "near" not in rule.by:
         return Groups(ties.groups(), openings=len(opened))
     before = ties.groups()
@@ -185,7 +199,7 @@ def _tie_prompts(
             ):
                 waiting.append((group, depth + 1))
                 for row_id in group:
-                    opened[row_id] = frozenset(" ".join(paths[row_id]).split())
+                    opened[row_id] = frozenset(_words(" ".join(paths[row_id]).replace("\0", " ")))
             else:
                 ties.equal((row_id, "") for row_id in group)
     return opened
