@@ -321,6 +321,15 @@ def test_another_template_beside_the_adapter_is_refused(
     assert "says nothing of the prompts" in found.notes[0]
 
 
+@pytest.mark.parametrize("special", [False, True])
+def test_special_tokens_are_said_where_responses_were_trained_to_hold_them(special: bool) -> None:
+    variants = _text_only()
+    ids = variants.tokenizer("a <|im_start|>call<|im_start|> b")["input_ids"]
+    decode = _Text(variants, [], (), special)  # type: ignore[arg-type]
+    shown = "".join(decode.add(token)[0] for token in ids) + decode.rest()
+    assert shown == ("a <|im_start|>call<|im_start|> b" if special else "a call b")
+
+
 @settings(max_examples=200, deadline=None)
 @given(
     text=st.text("ab\n", min_size=1, max_size=40),
@@ -329,7 +338,7 @@ def test_another_template_beside_the_adapter_is_refused(
 def test_stop_texts_are_found_however_tokens_fall(text: str, stop: list[str]) -> None:
     variants = _text_only()
     ids = variants.tokenizer(text)["input_ids"]
-    decode = _Text(variants, [], tuple(stop))  # type: ignore[arg-type]
+    decode = _Text(variants, [], tuple(stop), special=False)  # type: ignore[arg-type]
     shown, stopped = "", False
     for token in ids:
         new, stopped = decode.add(token)

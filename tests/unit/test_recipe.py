@@ -718,3 +718,13 @@ def test_records_of_before_compare_with_those_of_now() -> None:
     assert differences({"recipe": then}, {"recipe": now}) == []
     now["data"]["include_context"] = True
     assert differences({"recipe": then}, {"recipe": now}) == ["data.include_context: False → True"]
+
+
+def test_what_relates_rows_is_a_set_of_names() -> None:
+    def of(*overrides: str) -> object:
+        return read("name: x", *overrides)[1][0].recipe.data.group_by
+
+    assert of() == ("group", "prompt", "context", "near")
+    assert of("data.group_by=near") == ("near",)
+    assert of("data.group_by=[near, group]") == ("group", "near")
+    assert of("data.group_by=[]") == ()

@@ -315,8 +315,9 @@ def _places(recipe: Any, results: Path, adapters: Path) -> Any:
 def _say_data(job: Any, reporter: Any) -> None:
     sets = job.prepared
     reporter.say(
-        f"{job.source.name} · {job.rows.origin.split(' ')[0]} · {sets.rows_available} rows: "
-        f"{len(sets.test)} test, {len(sets.validation)} validation"
+        f"{job.source.name} · {job.rows.origin.split(' ')[0]} · {sets.rows_available} rows in "
+        f"{sets.groups} groups: {len(sets.test)} test, "
+        f"{len(sets.validation)} validation"
     )
     for note in (*job.rows.notes, *sets.notes):
         reporter.say(f"  note: {note}")

@@ -114,7 +114,9 @@ class Reply:
         self._generator = torch.Generator().manual_seed(sampling.seed)
         self._repeated = _repetition(sampling.repetition_penalty)
         self._warp = _warpers(sampling)
-        self._text = _Text(variants, self._prompt, sampling.stop)
+        # Where responses were trained to hold special tokens, they are part of what is said.
+        special = variants.prompters[variant].template.special_in_responses
+        self._text = _Text(variants, self._prompt, sampling.stop, special)
         own = frozenset[int]() if sampling.ignore_eos else variants.ends
         self._ends = own | frozenset(sampling.stop_token_ids)
 
@@ -210,10 +212,12 @@ def _warpers(sampling: Sampling) -> LogitsProcessorList:
 class _Text:
     """Tokens to text as they come. What may be the beginning of a stop text is held back."""
 
-    def __init__(self, variants: Variants, prompt: list[int], stop: tuple[str, ...]) -> None:
+    def __init__(
+        self, variants: Variants, prompt: list[int], stop: tuple[str, ...], special: bool
+    ) -> None:
         from tokenizers.decoders import DecodeStream
 
-        self._stream: DecodeStream = DecodeStream(ids=prompt, skip_special_tokens=True)
+        self._stream: DecodeStream = DecodeStream(ids=prompt, skip_special_tokens=not special)
         self._backend = variants.tokenizer.backend_tokenizer
         self._stop = tuple(text for text in stop if text)
         self._held = ""

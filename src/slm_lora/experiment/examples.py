@@ -14,7 +14,7 @@ from slm_lora.errors import IntegrityError, UsageError
 from slm_lora.experiment import side_by_side
 from slm_lora.experiment.contrasts import Arm, Contrast
 from slm_lora.experiment.page import Column, Section, plain
-from slm_lora.records import LossOn, Row, RowScore
+from slm_lora.records import PIECE, LossOn, Row, RowScore
 from slm_lora.runs import Run
 
 OUTPUTS_FILE = "outputs.json"
@@ -117,12 +117,14 @@ def rows(found: Sequence[Contrast], quoted: Quoted | None = None) -> list[Sectio
 
 
 def _row(score: RowScore, rows: Mapping[str, Row]) -> Row:
-    if score.row_id not in rows:
+    # Of a long text one piece was scored: shown is the text.
+    row_id = score.row_id.partition(PIECE)[0]
+    if row_id not in rows:
         raise UsageError(
             f"row {score.row_id[:12]} was scored, but is not among the recipe's rows; "
             "give the recipe and the data that the experiment ran on"
         )
-    return rows[score.row_id]
+    return rows[row_id]
 
 
 def _context_seen(run: Run) -> bool:

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import Any, Literal
 
@@ -229,10 +229,8 @@ def _setup(lines: Sequence[Line], results: Path) -> str:
         + f"; SHA-256 of its weights {model['sha256'][:16]}…; computed in {model['precision']}.",
         f"Data: {plain(data['origin'])}, format {data['format']}, template "
         f"{data['template']['kind']}; "
-        f"{data['rows_available']} rows in {data['groups']} groups of related rows (same "
-        "instruction, context or named group"
-        + (", or nearly the same prompt" if data["split_version"] > 1 else "")
-        + f"; split version {data['split_version']}).",
+        f"{data['rows_available']} rows in {data['groups']} groups of related rows "
+        f"({_relations(record)}; split version {data['split_version']}).",
         f"Left out: {data['duplicates_dropped']} exact duplicates, {data['bad_rows_skipped']} "
         "malformed rows.",
         f"Sets: {first['test']['rows']} test rows ({first['test']['tokens']} tokens), "
@@ -254,12 +252,33 @@ def _setup(lines: Sequence[Line], results: Path) -> str:
     return "\n".join(f"- {each}" for each in facts) + f"\n\n{again}\n\n```\n{command}\n```"
 
 
+def _relations(record: Mapping[str, Any]) -> str:
+    """What tied the rows: the recipe's relations, or what there was before a recipe named them."""
+    named = {
+        "group": "same named group",
+        "prompt": "same prompt",
+        "instruction": "same instruction",
+        "context": "same context",
+        "near": "nearly the same prompt",
+    }
+    chosen = record["recipe"]["data"].get("group_by")
+    if chosen is not None:
+        return ", ".join(named[each] for each in chosen) or "none: every row by itself"
+    near = ", or nearly the same prompt" if record["data"]["split_version"] > 1 else ""
+    return f"same instruction, context or named group{near}"
+
+
 def _cut_rows(lines: Sequence[Line]) -> list[str]:
     counted = lines[0].run.record["data"]["long_rows"]
     which, test = ("test rows", counted["test"]) if "test" in counted else ("rows", counted["all"])
     if not test["rows"]:
         return []
     limit = lines[0].setting("data.max_length")
+    if test["policy"] == "split":
+        return [
+            f"{test['rows']} {which} were longer than {limit} tokens, and were split into pieces, "
+            f"which count as rows here (the longest row had {test['longest']} tokens)."
+        ]
     return [
         f"{test['rows']} {which} were longer than {limit} tokens ({test['policy']}; "
         f"{test['tokens_cut']} tokens cut, the longest row had {test['longest']})."
