@@ -248,6 +248,7 @@ def test_special_tokens_that_rows_spell_are_counted() -> None:
         ("{{ eos_token }}{% if enable_thinking %}x{% endif %}", ("enable_thinking",)),
         ("{% if thinking is defined and thinking %}x{% endif %}", ()),
         ("{% if not day is defined %}{% set day = 'x' %}{% endif %}{{ day }}", ()),
+        ("{% if tools %}{% set a = 'x' %}{% else %}{% set b = 1 %}{% endif %}{{ a }}{{ b }}", ()),
         ("{{ style | default('plain') }}{{ mesages[0] }}", ("mesages",)),
         (
             "{% for m in messages %}{% generation %}{{ m.content }}{% endgeneration %}{% endfor %}",

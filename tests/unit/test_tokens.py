@@ -859,6 +859,17 @@ def tinyllama() -> Any:
     return tokenizer
 
 
+@pytest.mark.parametrize("limit", [2, 5, 16])
+def test_tinyllama_learns_every_token_of_a_long_text_once(tinyllama: Any, limit: int) -> None:
+    pieces, _ = encode(tinyllama, Template("plain"), TEXTS, limit, "split")
+    labels = [label for each in pieces for label in pack([each], "all").labels[:-1].tolist()]
+    assert labels == [
+        id_ for row in TEXTS for id_ in [*ids(tinyllama, TEXTS_OF[row.row_id]), 2][1:]
+    ]
+    assert all(each.ids[0] == 1 and each.length <= limit for each in pieces)
+    assert sum(each.bytes_all for each in pieces) == sum(map(size, TEXTS_OF.values()))
+
+
 def test_tinyllama_puts_bos_first_and_eos_last(tinyllama: Any) -> None:
     example = one(tinyllama, "instruction_response", pair("Say", "Yes"))
     golden = [1, 2799, 4080, 29901, 13, 29903, 388, 13, 5103, 29901, 13, 8241, 2]

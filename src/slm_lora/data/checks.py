@@ -285,5 +285,7 @@ def names_not_set(source: str, special_tokens: Collection[str]) -> tuple[str, ..
     for each in tree.find_all(nodes.Filter):
         if each.name in ("default", "d") and isinstance(each.node, nodes.Name):
             asked_for.add(each.node.name)
-    known = _SET_BY_PROGRAMS | _FUNCTIONS | environment.globals.keys() | set(special_tokens)
+    # (Names set in one branch only are not counted: the other branches may not read them.)
+    own = {name.name for name in tree.find_all(nodes.Name) if name.ctx == "store"}
+    known = own | _SET_BY_PROGRAMS | _FUNCTIONS | environment.globals.keys() | set(special_tokens)
     return tuple(sorted(meta.find_undeclared_variables(tree) - known - asked_for))

@@ -182,7 +182,7 @@ def _group_notes(groups: Groups) -> tuple[str, ...]:
     if groups.openings:
         notes.append(
             f"{groups.openings} rows begin with the same question as more than a tenth of all: "
-            "they are told apart by system text and later questions (data.group_by=instruction "
-            "ties them)"
+            "they are told apart by system text and later questions (add 'instruction' to "
+            "data.group_by to tie them)"
         )
     return tuple(notes)
