@@ -18,6 +18,7 @@ from typing import Any
 import torch
 
 from slm_lora.data.batches import by_token_budget, pack
+from slm_lora.errors import UsageError
 from slm_lora.evaluation.perplexity import score
 from slm_lora.experiment.jobs import Job
 from slm_lora.model import adapter, fusion
@@ -132,12 +133,20 @@ def _sliced(source: ModelSource, config: Any, layers: int, folder: Path) -> Mode
     from transformers.utils import logging
 
     config.num_hidden_layers, config.vocab_size = layers, WORDS
-    if getattr(config, "layer_types", None):
+    # (In some configurations it is computed from other keys.)
+    if isinstance(vars(config).get("layer_types"), list):
         config.layer_types = config.layer_types[:layers]
     config.pad_token_id = config.bos_token_id = config.eos_token_id = None
     logging.disable_progress_bar()  # type: ignore[no-untyped-call]
     made: Any = AutoModelForCausalLM
-    made.from_config(config, dtype=torch.float32).save_pretrained(folder)
+    try:
+        made.from_config(config, dtype=torch.float32).save_pretrained(folder)
+    except Exception as error:  # the model's code, with a configuration that nobody uses
+        reason = (str(error).splitlines() or [type(error).__name__])[0]
+        raise UsageError(
+            f"--plan: no slice of {source.name} can be made, so nothing can be timed ({reason}); "
+            "the experiment itself needs none: leave --plan out"
+        ) from error
     return replace(source, path=folder)
 
 

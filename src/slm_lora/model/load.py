@@ -186,7 +186,7 @@ def _measured_head(source: ModelSource, causal: PreTrainedModel) -> HeadForm:
     except Exception as error:  # the model's code, which may fail in any way
         raise UsageError(
             f"model {source.name}: transformers does not compute it here "
-            f"({causal.config.model_type}: {_first_line(error)})"
+            f"({causal.config.model_type}: {type(error).__name__}: {_first_line(error)})"
         ) from error
     return head
 
