@@ -183,6 +183,7 @@ class Outcome:
         how: ``packed``, ``padded`` or ``refused``; ``failed`` otherwise.
         base_difference: nats per token between our loss of the base and transformers' own.
         adapter_difference: the same of the adapter, against PEFT.
+        replies: whether a greedy reply of the adapter has the tokens that PEFT finds most likely.
         says: reason, or what went wrong.
     """
 
@@ -190,6 +191,7 @@ class Outcome:
     how: str
     base_difference: float = math.nan
     adapter_difference: float = math.nan
+    replies: bool = False
     says: str = ""
 
     @property
@@ -202,6 +204,7 @@ class Outcome:
             self.how in ("packed", "padded")
             and self.base_difference <= BOUND
             and self.adapter_difference <= BOUND
+            and self.replies
         )
 
 
@@ -387,8 +390,30 @@ def compare(family: str, model: Path, folder: Path, runs: Path, said: str) -> Ou
     notes = [line.strip() for line in said.splitlines() if "note:" in line]
     return Outcome(
         family, "packed" if packed else "padded", base, tuned,
+        same_reply(model, adapter, tokenizer, adapted),
         "; ".join(re.sub(r"^note: ", "", note) for note in notes),
     )  # fmt: skip
+
+
+def same_reply(model: Path, adapter: Path, tokenizer: Any, adapted: Any) -> bool:
+    """A greedy reply of ours, token by token against PEFT's own logits of the whole text."""
+    import torch
+
+    from slm_lora.evaluation.generate import Reply, Sampling
+    from slm_lora.model.variants import open_variants
+
+    ids = list(tokenizer(texts()[0])["input_ids"])
+    variants = open_variants(str(model), [adapter], device="cpu", precision="fp32")
+    reply = Reply(variants, variants.names[-1], ids, Sampling(10))
+    list(reply.pieces())
+    for token in reply.ids:
+        with torch.no_grad():
+            logits = adapted(input_ids=torch.tensor([ids]), use_cache=False).logits[0, -1]
+        # (Of two that are equally likely to rounding either may come.)
+        if float(logits.max() - logits[token]) > 1e-4 * float(logits.abs().max()):
+            return False
+        ids.append(token)
+    return True
 
 
 def row_id(text: str) -> str:
@@ -415,7 +440,8 @@ def main() -> None:
         mark = "ok   " if outcome.right else "WRONG"
         print(
             f"{mark} {family:20} {outcome.how:8} {outcome.base_difference:8.1e} "
-            f"{outcome.adapter_difference:8.1e}  {outcome.says[:300]}",
+            f"{outcome.adapter_difference:8.1e} {'same' if outcome.replies else '-':4}  "
+            f"{outcome.says[:300]}",
             flush=True,
         )
     wrong = [outcome.family for outcome in outcomes if not outcome.right]
@@ -443,8 +469,9 @@ def page(outcomes: list[Outcome]) -> str:
         "Which models of transformers give which numbers here. A small model of each family with",
         "random weights was trained for four steps by the real command (LoRA on all linear",
         "layers, fp32), and the held-out loss of base and adapter was computed again with",
-        "transformers and PEFT alone, row by row. A family gives the same loss to rounding, or is",
-        "refused before any work; there is no third outcome. The command writes this page:",
+        "transformers and PEFT alone, row by row; so was a greedy reply of the adapter. A family",
+        "gives the same loss to rounding and the same reply, or is refused before any work; there",
+        "is no third outcome. The command writes this page:",
         "",
         "```",
         "make zoo                      # all families; make zoo ARGS='llama gpt2' tries some",

@@ -15,6 +15,7 @@ from pathlib import Path
 
 import pytest
 import torch
+import transformers
 from hypothesis import HealthCheck, assume, given, settings
 from hypothesis import strategies as st
 from peft import PeftModel
@@ -33,7 +34,9 @@ from slm_lora.model.variants import BASE, Variants, open_variants
 from slm_lora.records import Row, Turn
 from slm_lora.seals import FILES, SEAL
 
+from ..conftest import tiny_tokenizer
 from .exports import make_adapter
+from .test_forward import save_model
 
 QUESTIONS = ("Tell me fact 3 about bread.", "What of <|im_end|> and tea?", "Maps?\nAnd clocks?")
 
@@ -488,3 +491,33 @@ def test_ctrl_c_stops_a_reply_and_not_the_chat(
     out, errors = process.communicate(timeout=120)
     assert process.returncode == 0, errors
     assert "[stopped]" in out and out.count("\n> ") >= 2
+
+
+@pytest.mark.parametrize(
+    ("kind", "cached"),
+    [("LlamaConfig", True), ("MambaConfig", False), ("Mamba2Config", False), ("RwkvConfig", False)],
+)
+def test_replies_of_models_with_a_state_of_their_own_are_transformers_own(
+    kind: str, cached: bool, tmp_path: Path
+) -> None:
+    sizes = {
+        "vocab_size": 500, "hidden_size": 32, "intermediate_size": 48, "num_hidden_layers": 2,
+        "num_attention_heads": 4, "num_key_value_heads": 2, "state_size": 8, "num_heads": 4,
+        "head_dim": 16, "n_groups": 1, "chunk_size": 16, "attention_hidden_size": 32,
+    }  # fmt: skip
+    torch.manual_seed(0)
+    save_model(getattr(transformers, kind)(**sizes), tmp_path, 0.2)
+    tiny_tokenizer().save_pretrained(tmp_path)
+    opened = open_variants(str(tmp_path), [], device="cpu", precision="fp32")
+    assert opened.cached == cached
+    assert any("no key-value cache" in note for note in opened.notes) == (not cached)
+    prompt = [5, 70, 300, 12, 9]
+    reply = Reply(opened, "base", prompt, Sampling(12))
+    list(reply.pieces())
+    plain = transformers.AutoModelForCausalLM.from_pretrained(tmp_path, dtype=torch.float32).eval()
+    ids = list(prompt)
+    for token in reply.ids:
+        with torch.no_grad():
+            logits = plain(input_ids=torch.tensor([ids]), use_cache=False).logits[0, -1]
+        assert token == int(logits.argmax())
+        ids.append(token)

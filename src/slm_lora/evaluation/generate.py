@@ -17,9 +17,8 @@ import torch
 from slm_lora.data.batches import pack
 from slm_lora.data.prompts import Prompt
 from slm_lora.errors import UsageError
-from slm_lora.model.base import trunk
-from slm_lora.model.forward import mixed_precision, score_documents
-from slm_lora.model.output_head import output_head
+from slm_lora.model.cache import new_cache, next_logits
+from slm_lora.model.forward import score_documents
 from slm_lora.model.variants import Variants
 
 if TYPE_CHECKING:
@@ -91,8 +90,6 @@ class Reply:
         Raises:
             UsageError: the prompt leaves no room for a reply.
         """
-        from transformers import DynamicCache
-
         if len(prompt) >= variants.longest:
             raise UsageError(
                 f"prompt: {len(prompt)} tokens, and {variants.base.source.name} takes "
@@ -110,7 +107,8 @@ class Reply:
         self._variants, self._variant, self._sampling = variants, variant, sampling
         self._prompt = list(prompt)
         self._room = min(sampling.max_new_tokens, variants.longest - len(prompt))
-        self._cache = DynamicCache(config=variants.base.causal.config)
+        self._cache = new_cache(variants.base) if variants.cached else None
+        self._known = 0
         self._generator = torch.Generator().manual_seed(sampling.seed)
         self._repeated = _repetition(sampling.repetition_penalty)
         self._warp = _warpers(sampling)
@@ -144,12 +142,10 @@ class Reply:
     @torch.inference_mode()
     def _next_logits(self) -> torch.Tensor:
         """Logits of the token that follows, fp32 [1, vocabulary], on the CPU."""
-        base = self._variants.base
         self._variants.use(self._variant)
-        given = torch.tensor([self.ids[-1:] or self._prompt], device=base.device)
-        with mixed_precision(base):
-            found = trunk(base.causal)(input_ids=given, past_key_values=self._cache, use_cache=True)
-            logits = output_head(base.causal, base.head).logits(found.last_hidden_state[:, -1])
+        ids, known = [*self._prompt, *self.ids], self._known
+        logits = next_logits(self._variants.base, ids, self._cache, known)
+        self._known = len(ids)
         on_cpu: torch.Tensor = logits.to("cpu", torch.float32)
         return on_cpu
 

@@ -14,6 +14,7 @@ from slm_lora.data.tokens import RowTokenizer
 from slm_lora.errors import IntegrityError, UsageError
 from slm_lora.model import adapter_folder
 from slm_lora.model.base import Base
+from slm_lora.model.cache import cache_is_exact
 from slm_lora.model.load import choose_device, choose_precision, load_base, load_tokenizer
 from slm_lora.model.source import resolve
 from slm_lora.recipe.schema import ModelSection
@@ -38,6 +39,7 @@ class Variants:
         ends: ids of tokens that end a response.
         longest: tokens that the base's positions allow, prompt and response together.
         notes: what the user should know, a line each.
+        cached: whether replies are computed with a key-value cache.
     """
 
     base: Base
@@ -46,6 +48,7 @@ class Variants:
     ends: frozenset[int]
     longest: int
     notes: tuple[str, ...]
+    cached: bool
     _adapted: PeftModel | None
     _inner: dict[str, str]
     _used: str = field(default="", init=False)
@@ -108,6 +111,12 @@ def open_variants(
     adapted = adapter_folder.load_several(loaded, by_name) if adapters else None
     for name, folder in zip(inner, adapters, strict=True):
         prompters[name] = _prompter(folder, tokenizer, prompters[BASE], notes)
+    cached = cache_is_exact(loaded)
+    if not cached:
+        notes.append(
+            f"{source.name} ({loaded.causal.config.model_type}) has no key-value cache that gives "
+            "its own logits: replies compute the whole text for every token, slowly"
+        )
     found = Variants(
         base=loaded,
         tokenizer=tokenizer,
@@ -115,6 +124,7 @@ def open_variants(
         ends=_ends(loaded, tokenizer),
         longest=_longest(loaded),
         notes=tuple(notes),
+        cached=cached,
         _adapted=adapted,
         _inner=inner,
     )
