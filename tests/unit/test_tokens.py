@@ -532,8 +532,8 @@ def test_a_template_sees_what_chat_templates_see(plain_tokenizer: Any, tmp_path:
     ("source", "said"),
     [
         ("{% for m in messages %}\n{{ m['content'] }}", r"line 2: Unexpected end of template"),
-        ("{{ mesages }}", "'mesages' is undefined"),
-        ("{{ messages[0].contents }}", "has no attribute 'contents'"),
+        ("{{ mesages[0].content }}", "'mesages' is undefined"),
+        ("{{ messages[0].contents.strip() }}", "has no attribute 'contents'"),
         ("{{ raise_exception('users only') }}", "users only"),
         ("{{ messages + 1 }}", "can only concatenate list"),
         ("{{ 1 / 0 }}", "division by zero"),

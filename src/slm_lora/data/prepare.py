@@ -7,6 +7,7 @@ from collections.abc import Sequence
 from dataclasses import dataclass
 from typing import TYPE_CHECKING
 
+from slm_lora.data.handed_on import notes_on_template
 from slm_lora.data.sources import RowSet
 from slm_lora.data.splits import SPLIT_VERSION, split_rows
 from slm_lora.data.templates import Template, choose_template
@@ -78,6 +79,7 @@ def prepare(
         include_context = with_context > 0
     template = choose_template(section.template, rows.format, include_context)
     tokenize = RowTokenizer(tokenizer, template)
+    handed_on = notes_on_template(tokenizer, tokenize, rows.rows)
     usable = rows.rows
     long: dict[str, LongRows] = {}
     if section.on_long_row == "drop":
@@ -120,7 +122,7 @@ def prepare(
         duplicates=rows.duplicates,
         bad_rows=len(rows.bad_rows),
         long=long,
-        notes=_context_note(with_context, len(rows.rows), template),
+        notes=(*_context_note(with_context, len(rows.rows), template), *handed_on),
     )
 
 
