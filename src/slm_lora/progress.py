@@ -7,17 +7,29 @@ from collections.abc import Iterator
 from contextlib import contextmanager
 
 from rich.console import Console
-from rich.progress import (
-    BarColumn,
-    MofNCompleteColumn,
-    Progress,
-    TextColumn,
-    TimeElapsedColumn,
-    TimeRemainingColumn,
-)
+from rich.progress import BarColumn, Progress, ProgressColumn, TextColumn
+from rich.progress import Task as Row
+from rich.table import Column
+from rich.text import Text
 
 LOG_EVERY = 15.0
 """Seconds between plain lines of one task, off a terminal."""
+
+
+_WIDE = 100
+"""Characters of a terminal that has room for a bar."""
+
+
+class _StateColumn(ProgressColumn):
+    """How far it is, with the time left from the first unit on. (rich's own tells none while units
+    take longer than the half minute that it looks back.) Cut at the right, never wrapped."""
+
+    def __init__(self, task: Task) -> None:
+        super().__init__(Column(no_wrap=True, overflow="ellipsis", ratio=1))
+        self._task = task
+
+    def render(self, task: Row) -> Text:
+        return Text(self._task.state(), no_wrap=True, overflow="ellipsis")
 
 
 class Task:
@@ -25,23 +37,20 @@ class Task:
 
     def __init__(self, console: Console, label: str, total: int, unit: str) -> None:
         self._console, self._label, self._total, self._unit = console, label, total, unit
-        self._done, self._earlier, self._tokens = 0, 0, 0
-        self._began = self._said = time.monotonic()
+        self._done, self._earlier, self._first, self._tokens = 0, 0, 0, 0
+        self._began = self._said = self._last = self._first_at = time.monotonic()
+        self._note = ""
         self._bar: Progress | None = None
         if console.is_terminal:
             self._bar = Progress(
-                TextColumn("  {task.description}"),
-                BarColumn(bar_width=24),
-                MofNCompleteColumn(),
-                TextColumn(unit + "{task.fields[note]}"),
-                TimeElapsedColumn(),
-                TextColumn("·"),
-                TimeRemainingColumn(),
-                TextColumn("left"),
+                TextColumn("  {task.description}", markup=False),
+                *([BarColumn(bar_width=24)] if console.width >= _WIDE else []),
+                _StateColumn(self),
                 console=console,
                 transient=True,
+                expand=True,
             )
-            self._row = self._bar.add_task(label, total=total, note="")
+            self._row = self._bar.add_task(label, total=total)
             self._bar.start()
 
     def advance(self, units: int, tokens: int = 0, note: str = "", earlier: int = 0) -> None:
@@ -52,22 +61,45 @@ class Task:
         self._done += units + earlier
         self._earlier += earlier
         self._tokens += tokens
-        now = time.monotonic()
-        elapsed = max(1e-9, now - self._began)
-        shown = f"  {note}" if note else ""
-        if self._tokens:
-            shown += f"  {self._tokens / elapsed:.0f} tok/s"
+        now = self._last = time.monotonic()
+        if not self._first:
+            self._first, self._first_at = units, now
+        self._note = f"  {note}" if note else ""
         if self._bar is not None:
-            # In one call: rich leaves the first out of its speed.
-            self._bar.update(self._row, advance=units + earlier, note=shown)
+            self._bar.update(self._row, advance=units + earlier)
         elif now - self._said >= LOG_EVERY:
-            left = (self._total - self._done) * elapsed / max(1, self._done - self._earlier)
             self._said = now
             self._console.print(
-                f"  {self._label}  {self._done}/{self._total} {self._unit}{shown}  "
-                f"{clock(left)} left",
+                f"  {self._label}  {self._done}/{self._total} {self._unit}{self._note}"
+                f"{self._rate()}  {clock(self._left())} left",
                 soft_wrap=True,
             )
+
+    def _seconds_each(self) -> float:
+        """Of this sitting's units; the first, which may compile, only while it is alone."""
+        here = self._done - self._earlier
+        if here > self._first:
+            return (self._last - self._first_at) / (here - self._first)
+        return (self._last - self._began) / max(1, here)
+
+    def _left(self) -> float:
+        return (self._total - self._done) * self._seconds_each()
+
+    def _rate(self) -> str:
+        elapsed = max(1e-9, self._last - self._began)
+        return f"  {self._tokens / elapsed:.0f} tok/s" if self._tokens else ""
+
+    def state(self) -> str:
+        """``2/10 steps  1:20 · 5:20 left  40 s each  loss 2.345  67 tok/s``, counted down between
+        units."""
+        now = time.monotonic()
+        shown = f"{self._done}/{self._total} {self._unit}  {clock(now - self._began)}"
+        if not self._first:
+            return shown
+        shown += f" · {clock(max(0.0, self._left() - (now - self._last)))} left"
+        if (each := self._seconds_each()) >= 1:
+            shown += f"  {each:.{0 if each >= 10 else 1}f} s each"
+        return f"{shown}{self._note}{self._rate()}"
 
     def close(self, summary: str) -> None:
         """Take the bar away and leave one line."""

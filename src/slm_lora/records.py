@@ -50,9 +50,13 @@ class Row:
         object.__setattr__(self, "row_id", digest)
 
 
+PIECE = "."
+"""Between the id of a row and the number of its piece, in the id of a piece (``….2of3``)."""
+
+
 @dataclass(frozen=True, slots=True)
 class Example:
-    """A tokenised row.
+    """A tokenised row, or a piece of one that was too long.
 
     ``ids`` is the whole sequence, BOS first where the tokenizer adds one, EOS last unless cut.
     ``response`` marks the response tokens; position 0 is never scored (nothing predicts it).

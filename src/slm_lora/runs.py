@@ -10,7 +10,7 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
-from slm_lora.errors import IntegrityError
+from slm_lora.errors import IntegrityError, UsageError
 from slm_lora.storage import atomic_folder
 
 RUN_FORMAT = 1
@@ -46,7 +46,7 @@ class Run:
             lines = path.read_text(encoding="utf-8").splitlines()
             return [json.loads(line) for line in lines]
         except (OSError, ValueError) as error:
-            raise IntegrityError(f"{path}: broken ({error}); delete the run's folder") from error
+            raise IntegrityError(f"{path}: broken ({error}); {_AGAIN}") from error
 
     @property
     def scores_path(self) -> Path:
@@ -74,39 +74,103 @@ def find_run(results: Path, cell: str, identity: str) -> Run | None:
     folder = run_folder(results, cell, identity)
     if not folder.exists():
         return None
+    if not (folder / RUN_FILE).is_file():
+        raise IntegrityError(f"{folder}: should be a run, and has no {RUN_FILE}; {_AGAIN}")
     run = read_run(folder)
     if run.record["hash"] != identity:
-        raise IntegrityError(f"{folder}: holds another run; move it away")
+        raise IntegrityError(f"{folder}: holds another run; {_AGAIN}")
     return run
+
+
+_AGAIN = "move the run's folder away, and the same command makes the run again"
 
 
 def read_run(folder: Path) -> Run:
     """Read a run folder.
 
     Raises:
+        UsageError: no such folder, or one of another kind; says what it is.
         IntegrityError: run.json or the scores are missing or broken.
     """
+    if not (folder / RUN_FILE).is_file():
+        raise _no_run(folder)
     try:
         record = json.loads((folder / RUN_FILE).read_text(encoding="utf-8"))
         complete = record["format"] == RUN_FORMAT and isinstance(record["hash"], str)
     except (OSError, ValueError, KeyError, TypeError) as error:
+        raise IntegrityError(f"{folder / RUN_FILE}: broken ({error}); {_AGAIN}") from error
+    if not complete:
         raise IntegrityError(
-            f"{folder}: no whole run in it ({error}); delete the folder"
-        ) from error
-    if not complete or not (folder / SCORES_FILE).is_file():
-        raise IntegrityError(f"{folder}: incomplete, or of another version; delete the folder")
+            f"{folder}: of another version of slm-lora (format {record['format']!r:.20}, not "
+            f"{RUN_FORMAT}); {_AGAIN}"
+        )
+    if not (folder / SCORES_FILE).is_file():
+        raise IntegrityError(f"{folder}: its {SCORES_FILE} is missing; {_AGAIN}")
     return Run(folder, record)
 
 
+MOST_NAMED = 12
+"""Runs that a message names one by one."""
+
+
+def named(names: Sequence[str]) -> str:
+    """Names in a line: the first `MOST_NAMED`, and how many more."""
+    more = len(names) - MOST_NAMED
+    return ", ".join(names[:MOST_NAMED]) + (f" and {more} more" if more > 0 else "")
+
+
+def _no_run(folder: Path) -> UsageError | IntegrityError:
+    """Why a folder is no run, with the way to one where it is near."""
+    if not folder.is_dir():
+        what = "a file" if folder.exists() else "no such folder"
+        return UsageError(f"{folder}: {what}; a run is a folder results/<experiment>/runs/…")
+    for kind, runs in (("an experiment", folder / "runs"), ("all runs of an experiment", folder)):
+        if there := [path.name for path in run_folders(runs)]:
+            return UsageError(f"{folder}: {kind}, not one run; name one in {runs}: {named(there)}")
+    if any(folder.glob(f"*/runs/*/{RUN_FILE}")):
+        there = sorted(path.name for path in folder.iterdir() if run_folders(path / "runs"))
+        return UsageError(
+            f"{folder}: the experiments {named(there)}, not one run; a run is a folder "
+            f"{folder / there[0] / 'runs'}/…"
+        )
+    if (folder / "adapter_config.json").is_file() or (folder / "slm_lora.json").is_file():
+        return UsageError(
+            f"{folder}: an adapter or a model, not a run; its run lies in results/<experiment>/runs"
+        )
+    return IntegrityError(f"{folder}: no run in it (no {RUN_FILE}); see what it holds")
+
+
+def run_folders(runs: Path) -> list[Path]:
+    """The folders of finished runs in ``<results>/runs``."""
+    return sorted(path.parent for path in runs.glob(f"*/{RUN_FILE}"))
+
+
 def list_runs(results: Path) -> list[Run]:
-    """The runs of an experiment's last table; all that are there, before there is a table."""
-    folders = sorted(path.parent for path in (results / "runs").glob(f"*/{RUN_FILE}"))
+    """The runs of an experiment's last table; all that are there, before there is a table.
+
+    Raises:
+        UsageError: no finished run, or the folder of something else.
+        IntegrityError: a run is broken, or one of the last table is gone.
+    """
+    folders = {folder.name: folder for folder in run_folders(results / "runs")}
+    if not folders:
+        if not results.is_dir():
+            raise UsageError(f"{results}: no such folder; an experiment's is results/<experiment>")
+        if (results / RUN_FILE).is_file():
+            raise UsageError(f"{results}: one run, not an experiment (results/<experiment>)")
+        raise UsageError(f"{results}: no finished run in it")
     try:
         metrics = json.loads((results / METRICS_FILE).read_text(encoding="utf-8"))
-        last = {str(run["folder"]) for run in metrics["runs"]}
+        last = [str(run["folder"]) for run in metrics["runs"]]
     except (OSError, ValueError, KeyError, TypeError):
-        last = {folder.name for folder in folders}
-    return [read_run(folder) for folder in folders if folder.name in last]
+        last = list(folders)
+    if gone := [name for name in last if name not in folders]:
+        raise IntegrityError(
+            f"{results / 'runs'}: without {named(gone)}, which the last table ({METRICS_FILE}) is "
+            "made of; put it back, or run the experiment again, or move the table away for one of "
+            "all runs that are there"
+        )
+    return [read_run(folders[name]) for name in sorted(last)]
 
 
 @contextmanager

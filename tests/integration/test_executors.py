@@ -251,7 +251,7 @@ def test_an_engine_that_is_not_installed_names_its_extra(
     monkeypatch.setitem(sys.modules, library, None)  # what `import` finds is no module
     lab = Lab(tmp_path / "lab", tiny_folder)
     assert lab.run("--executor", engine) == 2
-    assert f"slm-lora[{engine}]" in capsys.readouterr().err
+    assert f"pip install '.[{engine}]'" in capsys.readouterr().err
 
 
 def test_slurm_that_is_not_here(

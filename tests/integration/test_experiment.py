@@ -21,6 +21,7 @@ from safetensors.torch import load_file, save_file
 from slm_lora.cli import _guarded, app
 from slm_lora.model import adapter_folder
 from slm_lora.model.base import Base
+from slm_lora.records import Row, Turn
 
 from ..conftest import make_rows, write_jsonl
 
@@ -199,7 +200,7 @@ def test_without_keeping_adapters_scores_are_enough(lab: Lab, tmp_path: Path) ->
     out = ("--results", tmp_path / "results", "--adapters", tmp_path / "adapter")
     words = ("grid.cells=[{data.size: 40, adapter.r: 2}]", "keep_adapters=false")
     assert command("experiment", lab.recipe, *words, *out) == 0
-    assert not list((tmp_path / "adapter").iterdir())
+    assert not list(tmp_path.rglob("*.safetensors"))
     run = next((tmp_path / "results" / "tiny" / "runs").glob("r2-40-*"))
     assert run.name == next((lab.results / "runs").glob("r2-40-*")).name, "the same run"
     written = (run / "run.json").stat().st_mtime_ns
@@ -520,14 +521,93 @@ def test_data_check_names_every_bad_row(
     assert "5 malformed rows skipped" in capsys.readouterr().out
 
 
+def test_data_check_warns_of_what_may_not_be_meant(
+    lab: Lab, tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    rows: list[dict[str, str]] = [
+        {"prompt": f"Tell me fact {n} of {row['instruction']} ", "completion": row["response"]}
+        for n, row in enumerate(make_rows(60))
+    ]
+    rows[4]["prompt"] = "Dear {{name}}, tell me. "
+    rows[7]["completion"] = "It ends <|im_end|> here, and <|im_start|> begins."
+    rows[8]["prompt"] = "word " * 300
+    path = write_jsonl(tmp_path / "odd.jsonl", rows)
+    words = (f"data.name={path}", "data.test_rows=8", "data.validation_rows=4", "data.size=null")
+    plain = (*words, "grid.cells=[{adapter.r: 2}]", "training.loss_on=response")
+    assert command("data", "check", lab.recipe, *plain) == 0
+    said = [line for line in capsys.readouterr().out.splitlines() if line.startswith("warning: ")]
+    assert len(said) == 6
+    assert said[0].startswith("warning: 8 test rows: fewer than 30 give wide ")
+    assert "1 of 48 training rows have no label token (loss on response)" in said[1]
+    assert said[2].startswith("warning: 1 rows are longer than data.max_length = 128 and are cut")
+    assert "1 rows hold what looks like a placeholder" in said[3]
+    assert "({{name}}), first odd.jsonl:5" in said[3]
+    assert "rows are prompted otherwise than trained" in said[4]
+    assert "responses of 1 rows spell special tokens (<|im_" in said[5]
+    assert "data.special_tokens_in_responses=special makes them" in said[5]
+    special = "data.special_tokens_in_responses=special"
+    assert command("data", "check", lab.recipe, *plain, special) == 0
+    assert "they are these tokens (data.special_tokens_in" in capsys.readouterr().out
+
+
+def test_long_texts_are_trained_on_and_scored_whole_in_pieces(
+    tmp_path: Path, tiny_folder: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    """Tokens counted by the tokenizer alone; no row of one side is on the other."""
+    from transformers import AutoTokenizer
+
+    lab = Lab(tmp_path, tiny_folder)
+    texts = [
+        {"text": " ".join(f"{word}{n}" for word in ("river", "bread", "glass", "tea") * (9 + n))}
+        for n in range(24)
+    ]
+    path = write_jsonl(tmp_path / "texts.jsonl", texts)
+    words = (f"data.name={path}", "data.test_rows=6", "data.validation_rows=2")
+    one = (*words, "grid.cells=[{adapter.r: 2}]", "training.num_train_epochs=1")
+    assert command("data", "check", lab.recipe, *one) == 0
+    assert "data.on_long_row=split trains on and scores all of it" in capsys.readouterr().out
+    split = (*one, "data.on_long_row=split", "data.max_length=50")
+    assert command("data", "check", lab.recipe, *split) == 0
+    checked = capsys.readouterr().out
+    assert "warning: 6 test rows" in checked and "are cut off there" not in checked
+    assert re.search(r"test +\d+ pieces +\d+ tokens; 6 rows over 50 tokens \(split\)", checked)
+    assert lab.run(*split) == 0
+    tokenizer = AutoTokenizer.from_pretrained(tiny_folder)
+    (run,) = (lab.results / "runs").glob("r2-*")
+    record = json.loads((run / "run.json").read_text())
+    scores = pq.read_table(run / "scores.parquet").to_pylist()
+    rows = {each["row_id"].partition(".")[0] for each in scores}
+    assert len(rows) == 6 and len(scores) > 12
+    assert len({each["group_id"] for each in scores}) == 6
+    counts = {
+        Row((Turn("assistant", each["text"]),)).row_id: len(tokenizer(each["text"])["input_ids"])
+        for each in texts
+    }
+    # Of n tokens and an EOS the first is nobody's label.
+    assert sum(each["tokens_all"] for each in scores) == sum(counts[row] for row in rows)
+    sets = record["data"]["sets"]
+    labels = sum(found["tokens"] - found["rows"] for found in sets.values())
+    assert labels == sum(counts.values())
+    assert record["data"]["long_rows"]["test"]["tokens_cut"] == 0
+    recipe = (lab.recipe, *split, "--results", lab.results.parent, "--adapters", lab.adapters)
+    assert command("experiment", *recipe, "--with-rows") == 0
+    assert "river" in (lab.results / "report-with-rows.html").read_text()
+
+
+def test_only_plain_text_can_be_split(lab: Lab, capsys: pytest.CaptureFixture[str]) -> None:
+    assert lab.run("data.on_long_row=split") == 2
+    assert "data.template = instruction_response: puts a prompt" in capsys.readouterr().err
+
+
 def test_data_commands(lab: Lab, capsys: pytest.CaptureFixture[str]) -> None:
     assert command("data", "check", lab.recipe) == 0
     checked = capsys.readouterr().out
     assert "120 rows in" in checked
     for part in ("would leak", "prompts with different answers: 0", "labels a training row (all)",
-                 "length in tokens", "related in any of these ways", "<|im_end|>]"):  # fmt: skip
+                 "length in tokens", "related as data.group_by says", "<|im_end|>]"):  # fmt: skip
         assert part in checked
-    assert "note:" not in checked
+    notes = [line for line in checked.splitlines() if line.startswith("note:")]
+    assert len(notes) == 1 and notes[0].startswith("note: near-duplicate prompts keep 40 rows")
     record = json.loads(next(lab.results.rglob("run.json")).read_text())
     # what was chosen, not that it was to be chosen
     assert record["recipe"]["data"]["include_context"] is True

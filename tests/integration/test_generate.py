@@ -3,7 +3,10 @@
 from __future__ import annotations
 
 import io
+import itertools
 import json
+import math
+import os
 import shutil
 import signal
 import subprocess
@@ -12,7 +15,7 @@ from pathlib import Path
 
 import pytest
 import torch
-from hypothesis import given, settings
+from hypothesis import HealthCheck, assume, given, settings
 from hypothesis import strategies as st
 from peft import PeftModel
 from transformers import AutoModelForCausalLM, AutoTokenizer
@@ -112,6 +115,116 @@ def test_sampling_follows_its_seed_and_its_limits(variants: Variants) -> None:
     greedy = said(variants, BASE, QUESTIONS[0], Sampling(20))
     for narrow in (Sampling(20, 1.0, top_k=1), Sampling(20, 1.0, top_p=1e-6)):
         assert said(variants, BASE, QUESTIONS[0], narrow) == greedy
+
+
+def chosen(variants: Variants, many: int, how: Sampling, logits_of: list[list[float]]) -> list[int]:
+    """Tokens of a reply whose logits are given, step by step."""
+    reply = Reply(variants, BASE, [5, 6], how)
+    for step in range(many):
+        reply.ids.append(reply._choose(torch.tensor([logits_of[step]])))
+    return reply.ids
+
+
+def by_formula(
+    prompt: list[int], ids: list[int], logits: list[float], how: Sampling
+) -> list[float]:
+    """Chances of the next token, in plain Python: penalties, temperature, min p, top k, top p."""
+    found = list(logits)
+    for token in {*prompt, *ids}:
+        penalty = how.repetition_penalty
+        found[token] = found[token] / penalty if found[token] > 0 else found[token] * penalty
+    for token in set(ids):
+        found[token] -= how.frequency_penalty * ids.count(token) + how.presence_penalty
+    found = [value / how.temperature for value in found]
+    most = max(found)
+    chances = [math.exp(value - most) for value in found]
+    # What rounding may put on either side of a limit shows nothing.
+    assume(all(abs(chance / max(chances) - how.min_p) > 1e-4 or chance == 1 for chance in chances))
+    assume(all(b - a > 1e-4 for a, b in itertools.pairwise(sorted(found))))
+    kept = {i for i, chance in enumerate(chances) if chance >= how.min_p * max(chances)}
+    if how.top_k:
+        order = sorted(kept, key=lambda i: -chances[i])
+        kept = set(order[: how.top_k])
+    total, sum_so_far, nucleus = sum(chances[i] for i in kept), 0.0, set()
+    for i in sorted(kept, key=lambda i: -chances[i]):
+        if sum_so_far >= how.top_p:
+            break
+        nucleus.add(i)
+        sum_so_far += chances[i] / total
+        assume(abs(sum_so_far - how.top_p) > 1e-4 or how.top_p == 1)
+    total = sum(chances[i] for i in nucleus)
+    return [chances[i] / total if i in nucleus else 0.0 for i in range(len(chances))]
+
+
+@settings(max_examples=60, deadline=None, suppress_health_check=[HealthCheck.filter_too_much])
+@given(data=st.data())
+def test_sampling_is_as_the_formulas_say(variants: Variants, data: st.DataObject) -> None:
+    number = st.floats(-2, 2)
+    how = Sampling(
+        temperature=data.draw(st.floats(0.2, 3)),
+        top_p=data.draw(st.sampled_from([1.0, 0.9, 0.5, 0.2])),
+        top_k=data.draw(st.sampled_from([0, 1, 3, 8])),
+        min_p=data.draw(st.sampled_from([0.0, 0.05, 0.3, 1.0])),
+        repetition_penalty=data.draw(st.floats(0.5, 2)),
+        frequency_penalty=data.draw(number),
+        presence_penalty=data.draw(number),
+    )
+    steps = data.draw(st.permutations(range(12)))
+    logits = [step - 6 + data.draw(st.floats(-0.4, 0.4)) for step in steps]
+    ids = data.draw(st.lists(st.integers(0, 11), max_size=9))
+    wanted = by_formula([5, 6], ids, logits, how)
+    seen: list[torch.Tensor] = []
+    reply = Reply(variants, BASE, [5, 6], how)
+    reply.ids = list(ids)
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setattr(torch, "multinomial", lambda chances, *_, **__: seen.append(chances) or 0)  # type: ignore[func-returns-value]
+        reply._choose(torch.tensor([logits]))
+    assert seen[0].tolist() == pytest.approx(wanted, abs=2e-5)
+
+
+def test_greedy_replies_are_penalised(variants: Variants) -> None:
+    # Token 3 leads by half a nat.
+    logits = [[0.0] * 3 + [2.0, 1.5] + [0.0] * 7] * 6
+    assert chosen(variants, 6, Sampling(), logits) == [3] * 6
+    assert chosen(variants, 6, Sampling(frequency_penalty=0.3), logits) == [3, 3, 4, 3, 4, 3]
+    assert chosen(variants, 6, Sampling(presence_penalty=0.6), logits) == [3, 4, 3, 3, 3, 3]
+    # The prompt's tokens count for neither.
+    prompted = [[0.0] * 5 + [2.0, 1.9] + [0.0] * 5]
+    assert chosen(variants, 1, Sampling(frequency_penalty=2, presence_penalty=2), prompted) == [5]
+    assert chosen(variants, 1, Sampling(temperature=1e-30), prompted) == [5]
+
+
+def test_ends_that_are_barred_ignored_or_added(variants: Variants) -> None:
+    text, ids = said(variants, BASE, QUESTIONS[0], Sampling(40, 1.0, seed=3))
+    stop_at = ids[4]
+    first = ids.index(stop_at)
+    cut = said(variants, BASE, QUESTIONS[0], Sampling(40, 1.0, seed=3, stop_token_ids=(stop_at,)))
+    assert cut[1] == ids[: first + 1] and text.startswith(cut[0])
+    how = Sampling(40, 1.0, seed=3, stop_token_ids=(stop_at,), min_tokens=12)
+    assert stop_at not in said(variants, BASE, QUESTIONS[0], how)[1][:12]
+    # Whatever would end a reply at once does not.
+    every = tuple(set(range(len(variants.tokenizer))) - {7})
+    end = Sampling(40, 1.0, seed=3, stop_token_ids=every)
+    assert len(said(variants, BASE, QUESTIONS[0], end)[1]) == 1
+    how = Sampling(40, 1.0, seed=3, stop_token_ids=every, min_tokens=9)
+    assert said(variants, BASE, QUESTIONS[0], how)[1][:9] == [7] * 9
+    # The model's own end, made the likeliest token there is.
+    (own,) = variants.ends
+    biased = [0.0] * len(variants.tokenizer)
+    biased[own] = 9.0
+    reply = Reply(variants, BASE, [5], Sampling(4, ignore_eos=True))
+    reply._next_logits = lambda: torch.tensor([biased])  # type: ignore[method-assign]
+    list(reply.pieces())
+    assert reply.ids == [own] * 4 and reply.finished == "length"
+
+
+def test_stop_texts_wait_for_the_least_tokens(variants: Variants) -> None:
+    text, _ = said(variants, BASE, QUESTIONS[0], Sampling(30))
+    stop = text[3:5]
+    early = said(variants, BASE, QUESTIONS[0], Sampling(30, stop=(stop,)))[0]
+    assert early == text[: text.index(stop)]
+    late, ids = said(variants, BASE, QUESTIONS[0], Sampling(30, stop=(stop,), min_tokens=10))
+    assert late.startswith(early + stop) and len(ids) >= 10
 
 
 @pytest.mark.parametrize("kind", ["instruction_response", "chat", "plain"])
@@ -260,6 +373,15 @@ def test_a_base_with_several_named_templates(tiny_folder: Path, tmp_path: Path) 
     assert [each.template.kind for each in found.prompters.values()] == ["chat", "chat"]
 
 
+@pytest.mark.parametrize("special", [False, True])
+def test_special_tokens_are_said_where_responses_were_trained_to_hold_them(special: bool) -> None:
+    variants = _text_only()
+    ids = variants.tokenizer("a <|im_start|>call<|im_start|> b")["input_ids"]
+    decode = _Text(variants, [], (), special)  # type: ignore[arg-type]
+    shown = "".join(decode.add(token)[0] for token in ids) + decode.rest()
+    assert shown == ("a <|im_start|>call<|im_start|> b" if special else "a call b")
+
+
 @settings(max_examples=200, deadline=None)
 @given(
     text=st.text("ab\n", min_size=1, max_size=40),
@@ -268,7 +390,7 @@ def test_a_base_with_several_named_templates(tiny_folder: Path, tmp_path: Path) 
 def test_stop_texts_are_found_however_tokens_fall(text: str, stop: list[str]) -> None:
     variants = _text_only()
     ids = variants.tokenizer(text)["input_ids"]
-    decode = _Text(variants, [], tuple(stop))  # type: ignore[arg-type]
+    decode = _Text(variants, [], tuple(stop), special=False)  # type: ignore[arg-type]
     shown, stopped = "", False
     for token in ids:
         new, stopped = decode.add(token)
@@ -372,6 +494,27 @@ def test_a_line_that_is_no_text_does_not_end_the_chat(
     said = capsys.readouterr().out
     assert "the question has a lone surrogate" in said
     assert len(said.split("> ")) >= 3, "asked on"
+
+
+def test_chat_knows_its_commands_and_sends_no_other(
+    tiny_source: ModelSource, folders: tuple[Path, ...]
+) -> None:
+    asked = b"/help\n/hlep me\n/etc/hosts?\n\xff\xfe\n/new\n/quit\nTea?\n"
+    done = subprocess.run(
+        [
+            sys.executable, "-m", "slm_lora", "chat", "--adapter", folders[1],
+            "--base", tiny_source.path, "--max-new-tokens", "1", "--precision", "fp32",
+        ],
+        input=asked, capture_output=True, check=False, env={**os.environ, "PYTHONUTF8": "1"},
+    )  # fmt: skip
+    assert done.returncode == 0, done.stderr
+    first, *said = done.stdout.decode().split("\n> ")
+    assert "template chat" in first and len(said) == 6, said
+    assert said[0].startswith("/new begins anew, /help shows this, /quit or an empty line ends")
+    assert said[1].startswith("/hlep: no command, and not sent; /new begins anew")
+    assert "command" not in said[2], "a path is a question"
+    assert said[3].startswith(("not text in utf-8", "the question has a lone surrogate"))
+    assert said[4].startswith("begun anew") and not said[5].strip()
 
 
 def test_ctrl_c_stops_a_reply_and_not_the_chat(

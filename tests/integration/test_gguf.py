@@ -280,7 +280,7 @@ def test_the_command_says_what_it_wrote(
         str(out / name) for name in ("Modelfile", "tiny-llama-q8_0.gguf", "toy-lora.gguf")
     ]
     assert _guarded(lambda: app(command, standalone_mode=False)) == 2
-    assert "exists; remove it, or choose another name" in capsys.readouterr().err
+    assert "exists, and nothing is replaced; choose another name" in capsys.readouterr().err
 
 
 # ---- llama.cpp itself ----

@@ -131,7 +131,7 @@ def test_tied_embeddings_are_refused(target: str, tiny_source: ModelSource, tmp_
 def test_what_is_there_is_not_replaced(tiny_source: ModelSource, tmp_path: Path) -> None:
     folder = make_adapter(tiny_source, tmp_path / "adapter")
     before = sorted(folder.iterdir())
-    with pytest.raises(UsageError, match="exists; remove it, or choose another name"):
+    with pytest.raises(UsageError, match="exists, and nothing is replaced; choose another name"):
         merge(read(folder), folder, "fp32", tiny_source.path)
     assert sorted(folder.iterdir()) == before
 

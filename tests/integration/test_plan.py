@@ -6,6 +6,7 @@ from dataclasses import replace
 from pathlib import Path
 
 import pytest
+import torch
 
 from slm_lora import machine
 from slm_lora.experiment.jobs import Job, make_jobs
@@ -92,3 +93,19 @@ def test_too_large_is_said_before_the_run(
 
 def test_what_the_machine_has() -> None:
     assert 10**7 < machine.resident_bytes() < machine.free_bytes("cpu")
+
+
+@pytest.mark.skipif(torch.cuda.is_available(), reason="there is a GPU")
+def test_a_plan_for_a_device_that_is_not_here_says_so(
+    lab: Lab, capsys: pytest.CaptureFixture[str]
+) -> None:
+    one = ("grid.cells=[{data.size: 40}]", "--plan", "--results", lab.folder / "r")
+    asked = ("training.device=cuda", "training.precision=fp16")
+    assert command("experiment", lab.recipe, *asked, *one) == 0
+    said = capsys.readouterr()
+    warning = "warning: training.device = cuda and training.precision = fp16: not on this machine"
+    assert warning in " ".join(said.out.split()) and warning in said.err
+    assert command("experiment", lab.recipe, *one) == 0
+    assert "not on this machine" not in "".join(capsys.readouterr())
+    # Without --plan it is refused.
+    assert lab.run("grid.cells=[{data.size: 40}]", *asked) == 2

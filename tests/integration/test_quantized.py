@@ -136,7 +136,7 @@ def test_a_missing_extra_is_named(
     monkeypatch.setattr(four_bits.importlib.util, "find_spec", lambda name: None)
     elsewhere = ("--results", tmp_path, "--adapters", tmp_path, "--cell", "r2-40")
     assert command("train", lab.recipe, "model.quantization=nf4", *elsewhere) == 2
-    assert "pip install 'slm-lora[nf4]'" in capsys.readouterr().err
+    assert "pip install '.[nf4]'" in capsys.readouterr().err
 
 
 IMPORT_AND_ATTACH = """

@@ -9,7 +9,7 @@ import json
 import socket
 import threading
 import time
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator, Sequence
 from pathlib import Path
 from typing import Any
 
@@ -31,7 +31,7 @@ from slm_lora.serve import server as serving  # noqa: E402
 from slm_lora.serve.api import make_app  # noqa: E402
 from slm_lora.serve.engine import BusyError, Engine  # noqa: E402
 from slm_lora.serve.guard import LOOPBACK, Guard  # noqa: E402
-from slm_lora.serve.page import mount_page  # noqa: E402
+from slm_lora.serve.page import GENERAL, mount_page  # noqa: E402
 
 MOST_BYTES, PATIENCE, MOST_TOKENS = 100_000, 1.5, 200
 
@@ -49,12 +49,18 @@ def variants(tiny_source: ModelSource, tmp_path_factory: pytest.TempPathFactory)
 class Served:
     """A server on a free port, in a thread of this process."""
 
-    def __init__(self, variants: Variants, token: str | None = None, page: bool = False) -> None:
+    def __init__(
+        self,
+        variants: Variants,
+        token: str | None = None,
+        page: bool = False,
+        examples: Sequence[Prompt] = (Prompt((Turn("user", "Tea?"),), reference="Of leaves."),),
+        chosen: str | None = None,
+    ) -> None:
         self.engine = Engine(variants, most_tokens=MOST_TOKENS, most_waiting=70)
         app = make_app(self.engine)
         if page:
-            examples = [Prompt((Turn("user", "Tea?"),), reference="Leaves in water.")]
-            app = mount_page(app, self.engine, examples)
+            app = mount_page(app, self.engine, examples, chosen)
         guarded = Guard(app, hosts=LOOPBACK, token=token, most_bytes=MOST_BYTES, patience=PATIENCE)
         listening = serving.listen("127.0.0.1", 0)
         self.port = listening.getsockname()[1]
@@ -158,8 +164,8 @@ def test_errors_are_those_that_clients_know(served: Served) -> None:
     for more, name in (
         ({"temperature": -1}, "temperature"), ({"n": 2}, "n"), ({"max_tokens": 0}, "max_tokens"),
         ({"messages": []}, "messages"), ({"logprobs": True}, "logprobs"),
+        ({"frequency_penalty": 3}, "frequency_penalty"), ({"stop": [""]}, "stop"),
         ({"messages": [{"role": "user", "content": [{"type": "image_url"}]}]}, "messages"),
-        ({"messages": [{"role": "user", "content": "Q", "tool_calls": [{"id": "1"}]}]}, "messages"),
     ):  # fmt: skip
         with pytest.raises(openai.BadRequestError) as bad:
             client.chat.completions.create(**{"model": "base", "messages": QUESTION, **more})
@@ -198,6 +204,139 @@ def test_bodies_that_are_no_requests_are_refused(served: Served, body: bytes) ->
     for path in ("chat/completions", "completions"):
         status, answer = served.ask(f"/v1/{path}", body)
         assert status in (400, 404) and json.loads(answer)["error"]["message"]
+
+
+CHAT = "/v1/chat/completions"
+
+
+def posted(served: Served, path: str, text: str | None = None, **more: Any) -> tuple[int, Any]:
+    asked: dict[str, Any] = {"model": "base", "max_tokens": 8, "temperature": 0}
+    asked |= {"messages": QUESTION} if path == CHAT else {"prompt": "Tea?"}
+    body = json.dumps({**asked, **more}) if text is None else text
+    status, answer = served.ask(path, body.encode())
+    found = json.loads(answer)
+    if status != 200:
+        assert found["error"]["type"] == "invalid_request_error", found
+        return status, found["error"]
+    choice = found["choices"][0]
+    return status, choice["message"]["content"] if path == CHAT else choice["text"]
+
+
+@pytest.mark.parametrize("path", [CHAT, "/v1/completions"])
+def test_null_and_what_asks_for_nothing_is_unset(served: Served, path: str) -> None:
+    plain = posted(served, path)
+    for name in (
+        "stream", "stream_options", "top_p", "top_k", "min_p", "repetition_penalty", "seed", "stop",
+        "frequency_penalty", "presence_penalty", "n", "logprobs", "logit_bias", "tools", "user",
+        "tool_choice", "response_format", "suffix", "echo", "best_of", "min_tokens", "ignore_eos",
+        "stop_token_ids", "max_completion_tokens", "reasoning_effort", "guided_json", "unknown",
+    ):  # fmt: skip
+        assert posted(served, path, **{name: None}) == plain, name
+    neutral: dict[str, Any] = {
+        "stop": [], "logit_bias": {}, "tools": [], "n": 1, "logprobs": False, "top_k": -1,
+        "response_format": {"type": "text"}, "tool_choice": "none", "functions": [], "suffix": "",
+        "modalities": ["text"], "stop_token_ids": [], "best_of": 1, "echo": False, "min_p": 0,
+        "user": "me", "metadata": {"a": 1}, "store": True, "repeat_penalty": 1.0,
+        "skip_special_tokens": True, "chat_template_kwargs": {}, "some_new_field": [1],
+    }  # fmt: skip
+    for name, value in neutral.items():
+        assert posted(served, path, **{name: value}) == plain, name
+    assert posted(served, path, **neutral) == plain
+    # Unset is the default, not zero.
+    assert posted(served, path, temperature=None, max_tokens=None)[0] == 200
+
+
+@pytest.mark.parametrize("path", [CHAT, "/v1/completions"])
+def test_what_is_not_done_is_refused_by_name(served: Served, path: str) -> None:
+    for name, value in {
+        "response_format": {"type": "json_object"}, "tools": [{"type": "function"}], "n": 2,
+        "tool_choice": "auto", "functions": [{}], "logit_bias": {"5": 1}, "logprobs": True,
+        "top_logprobs": 3, "best_of": 2, "suffix": "x", "echo": True, "audio": {"voice": "x"},
+        "modalities": ["text", "audio"], "guided_json": {}, "guided_regex": "a",
+        "reasoning_effort": "low", "chat_template": "x", "bad_words": ["x"], "typical_p": 0.5,
+        "chat_template_kwargs": {"enable_thinking": False}, "repeat_penalty": 1.2,
+        "max_new_tokens": 5, "do_sample": False, "use_beam_search": True, "system": "Be short.",
+        "continue_final_message": True, "add_generation_prompt": False,
+        "skip_special_tokens": False,
+    }.items():  # fmt: skip
+        if value == {}:
+            continue
+        status, error = posted(served, path, **{name: value})
+        assert (status, error["param"]) == (400, name), error
+        assert error["message"].startswith(f"{name}: not supported: ")
+    for wrong in (
+        {"min_p": 2}, {"top_k": -2}, {"stop_token_ids": [10**6]}, {"stop": 3},
+        {"min_tokens": 30, "max_tokens": 20}, {"repetition_penalty": 0}, {"seed": 2**64},
+    ):  # fmt: skip
+        status, error = posted(served, path, **wrong)
+        assert (status, error["param"].split(".")[0]) == (400, next(iter(wrong)))
+    status, error = posted(served, path, n=0)
+    assert (status, error["param"]) == (400, "n")
+    assert posted(served, path, logprobs=0)[0] == 400
+
+
+def test_messages_are_text_in_any_form(served: Served) -> None:
+    text = QUESTION[0]["content"]
+    plain = posted(served, CHAT)
+    parts = [{"type": "text", "text": text[:9]}, {"type": "text", "text": text[9:]}]
+    for content in (parts, [text]):
+        assert posted(served, CHAT, messages=[{"role": "user", "content": content}]) == plain
+    harmless = {"name": "me", "tool_calls": None, "refusal": None, "audio": None}
+    assert posted(served, CHAT, messages=[{**QUESTION[0], **harmless}]) == plain
+    told = [
+        posted(served, CHAT, messages=[{"role": role, "content": "Be short."}, *QUESTION])
+        for role in ("system", "developer")
+    ]
+    assert told[0] == told[1] and told[0][0] == 200
+    for messages, where in (
+        ([{"role": "tool", "content": "x"}], "messages.0.role"),
+        ([*QUESTION, {"role": "assistant", "content": None}], "messages.1.content"),
+        ([{"role": "user"}], "messages.0.content"),
+        ([{"role": "user", "content": []}], "messages.0.content"),
+        ([{"role": "user", "content": [{"type": "image_url"}]}], "messages.0.content.0"),
+        ([{"role": "user", "content": [{"type": "text", "text": 3}]}], "messages.0.content.0"),
+        (["Tea?"], "messages.0"),
+        (
+            [*QUESTION, {"role": "assistant", "content": "x", "tool_calls": [{}]}, *QUESTION],
+            "messages.1.tool_calls",
+        ),
+        (
+            [*QUESTION, {"role": "assistant", "content": "x", "reasoning_content": "y"}, *QUESTION],
+            "messages.1.reasoning_content",
+        ),
+    ):
+        status, error = posted(served, CHAT, messages=messages)
+        assert (status, error["param"]) == (400, where), error
+
+
+@pytest.mark.parametrize("path", [CHAT, "/v1/completions"])
+def test_a_body_that_is_no_request_is_400(served: Served, path: str) -> None:
+    half = json.dumps({"model": "base", "messages": QUESTION, "prompt": "Tea?"})
+    for text in (
+        "[]", "3", "null", "", "{", "[" * 100_00, '{"model": "base"}', '{"a": ' + "9" * 5000 + "}",
+        half.replace("Tea?", "\\ud800").replace("bread", "\\udfff"),
+        half.replace('"model"', '"\\ud800": 1, "model"'), half.replace('"base"', '"\\ud800"'),
+        half.replace('"model"', '"temperature": NaN, "model"'),
+        half.replace('"model"', '"max_tokens": 1e400, "model"'),
+        half.replace('"model"', '"stop": ["\\udc00"], "model"'),
+    ):  # fmt: skip
+        assert posted(served, path, text)[0] == 400, text[:80]
+    status, _ = served.ask(path, b'{"model": "\xff"}')
+    assert status == 400
+
+
+def test_sampling_fields_reach_the_sampler(served: Served, variants: Variants) -> None:
+    given: dict[str, Any] = {
+        "temperature": 0.4, "top_p": 0.9, "top_k": 40, "min_p": 0.02, "repetition_penalty": 1.1,
+        "frequency_penalty": -0.4, "presence_penalty": -0.3, "seed": 5, "min_tokens": 12,
+        "stop_token_ids": [7], "ignore_eos": True,
+    }  # fmt: skip
+    how = Sampling(20, **{**given, "stop_token_ids": (7,)})
+    text = wanted(variants, "base", QUESTION[0]["content"], how)[0]
+    assert posted(served, CHAT, max_tokens=20, **given) == (200, text)
+    for name in ("min_p", "frequency_penalty", "presence_penalty"):
+        other = Sampling(20, **{**given, "stop_token_ids": (7,), name: 1.0})
+        assert wanted(variants, "base", QUESTION[0]["content"], other)[0] != text, name
 
 
 def test_max_tokens_is_clamped(served: Served) -> None:
@@ -382,11 +521,88 @@ def letters(text: str) -> str:
     return "".join(c for c in text if c.isalnum())
 
 
-def test_the_page_shows_base_and_adapter_side_by_side(variants: Variants, tmp_path: Path) -> None:
+@contextlib.contextmanager
+def browsed(url: str) -> Iterator[Any]:
+    """A page of headless Chromium."""
     playwright = pytest.importorskip("playwright.sync_api", reason="needs playwright")
     browser_path = Path("/usr/bin/chromium")
     if not browser_path.exists():
         pytest.skip("needs Chromium")
+    with playwright.sync_playwright() as driver:
+        browser = driver.chromium.launch(
+            executable_path=browser_path,
+            args=["--no-sandbox", "--disable-gpu", "--disable-background-networking"],
+        )
+        page = browser.new_page(viewport={"width": 1200, "height": 900})
+        page.set_default_timeout(30_000)
+        page.goto(url, wait_until="domcontentloaded")
+        yield page
+        browser.close()
+
+
+def until(page: Any, holds: Callable[[], bool]) -> None:
+    deadline = time.monotonic() + 60
+    while not holds():
+        assert time.monotonic() < deadline, page.locator("body").inner_text()
+        page.wait_for_timeout(50)
+
+
+def test_the_page_helps_with_any_adapter(variants: Variants, tmp_path: Path) -> None:
+    made = Served(variants, page=True, examples=(), chosen="single")
+    with browsed(made.url) as page:
+        question, base = page.get_by_label("Question"), page.locator("#base textarea")
+        stop = page.get_by_role("button", name="Stop")
+        assert GENERAL[0] in (question.get_attribute("placeholder") or "")
+        assert "Enter asks" in (question.get_attribute("placeholder") or "")
+        assert page.get_by_label("Adapter", exact=True).input_value() == "single"
+        page.get_by_text(GENERAL[1]).first.wait_for()
+        assert stop.count() == 0
+        page.screenshot(path=tmp_path / "before.png")
+
+        # Shift+Enter is a new line, Enter asks; Stop is there while it is answered.
+        question.fill("Tea?")
+        question.press("Shift+Enter")
+        assert question.input_value() == "Tea?\n" and not base.input_value()
+        question.fill("Tea?")
+        question.press("Enter")
+        until(page, lambda: stop.count() == 1)
+        until(page, lambda: bool(base.input_value()))
+        page.screenshot(path=tmp_path / "while.png")
+        until(page, lambda: stop.count() == 0)
+        answers = [base.input_value(), page.locator("#first textarea").input_value()]
+        assert all(answers)
+
+        # Nothing asked: a hint, and the answers stay.
+        question.fill("  ")
+        page.get_by_role("button", name="Ask").click()
+        page.get_by_text("Write a question first.").wait_for()
+        page.screenshot(path=tmp_path / "hint.png")
+        assert [base.input_value(), page.locator("#first textarea").input_value()] == answers
+        assert stop.count() == 0
+
+        # A question that cannot be answered is a warning, and can be mended.
+        question.fill("bread " * 600)
+        question.press("Enter")
+        page.get_by_text("shorten it").wait_for()
+        until(page, lambda: stop.count() == 0)
+        assert question.input_value().startswith("bread")
+
+        # Stopped, it is at rest.
+        page.get_by_role("button", name="Sampling").click()
+        question.fill("Salt?")
+        question.press("Enter")
+        until(page, lambda: stop.count() == 1)
+        stop.click()
+        until(page, lambda: stop.count() == 0)
+        question.fill("Tea?")
+        question.press("Enter")
+        until(page, lambda: stop.count() == 1)
+        until(page, lambda: stop.count() == 0 and base.input_value() == answers[0])
+    made.engine.close()
+
+
+def test_the_page_shows_base_and_adapter_side_by_side(variants: Variants, tmp_path: Path) -> None:
+    pytest.importorskip("playwright.sync_api", reason="needs playwright")
     # All are asked as the first chosen adapter was trained to be. (Computed before the server
     # is, as both use the same model.)
     ids = prompt_ids(variants, "talker", Prompt((Turn("user", "Tea?"),)))
@@ -395,12 +611,7 @@ def test_the_page_shows_base_and_adapter_side_by_side(variants: Variants, tmp_pa
     }
     made = Served(variants, page=True)
     outside: list[str] = []
-    with playwright.sync_playwright() as driver:
-        browser = driver.chromium.launch(
-            executable_path=browser_path,
-            args=["--no-sandbox", "--disable-gpu", "--disable-background-networking"],
-        )
-        page = browser.new_page()
+    with browsed("about:blank") as page:
         page.on("request", lambda request: outside.append(request.url))
         page.goto(made.url, wait_until="domcontentloaded")
         page.get_by_label("Question").fill("Tea?")
@@ -421,6 +632,5 @@ def test_the_page_shows_base_and_adapter_side_by_side(variants: Variants, tmp_pa
             shown[name] = page.locator(f"#{place}").inner_text()
         assert all("loss" in label for label in shown.values())
         page.screenshot(path=tmp_path / "page.png")
-        browser.close()
     assert not [url for url in outside if not url.startswith((made.url, "data:", "blob:"))]
     made.engine.close()

@@ -90,7 +90,7 @@ def test_one_that_is_not_installed_is_named_before_any_work(
     monkeypatch.setattr(trackers.importlib.util, "find_spec", lambda name: None)
     assert train(lab, "wandb") == 2
     said = capsys.readouterr().err
-    assert "report_to: wandb is not installed; pip install 'slm-lora[trackers]'" in said
+    assert "report_to: wandb is not installed; pip install '.[trackers]' in a checkout" in said
     assert not lab.results.exists()
 
 

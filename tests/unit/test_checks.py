@@ -4,13 +4,21 @@ from __future__ import annotations
 
 import random
 
+import numpy as np
 import pytest
 
-from slm_lora.data.checks import facts, plain_marks
-from slm_lora.data.splits import group_rows
+from slm_lora.data.checks import (
+    facts,
+    few_test_rows,
+    names_not_set,
+    plain_marks,
+    spelt_specials,
+)
+from slm_lora.data.placeholders import find_placeholders, placeholders_in
+from slm_lora.data.splits import Rule, group_rows
 from slm_lora.data.templates import Template, TemplateKind
 from slm_lora.data.tokens import RowTokenizer
-from slm_lora.records import Row, Turn
+from slm_lora.records import Example, Row, Turn
 
 from ..conftest import CHAT_TEMPLATE, tiny_tokenizer
 
@@ -31,7 +39,8 @@ ROWS = [
 
 def test_relations_are_counted_one_by_one_and_together() -> None:
     found = {each.relation: each for each in facts(ROWS, [10] * len(ROWS)).related}
-    assert set(found) == {"instruction", "context", "near", None}
+    assert set(found) == {"prompt", "instruction", "context", "near", None}
+    assert (found["prompt"].groups, found["prompt"].rows) == (1, 3)
     assert (found["instruction"].groups, found["instruction"].rows) == (1, 3)
     assert (found["context"].groups, found["context"].rows) == (1, 2)
     assert (found[None].groups, found[None].rows) == (2, 5)
@@ -40,7 +49,7 @@ def test_relations_are_counted_one_by_one_and_together() -> None:
 def test_the_leak_is_that_of_random_splits() -> None:
     rows = [row(f"question {i // 3}", f"{i}") for i in range(60)]
     leak = facts(rows, [1] * 60).related[-1].leak
-    group, rng, shares = group_rows(rows), random.Random(0), []
+    group, rng, shares = group_rows(rows).of, random.Random(0), []
     for _ in range(3000):
         held = {r.row_id for r in rows if rng.random() < 0.1}
         train = {group[r.row_id] for r in rows if r.row_id not in held}
@@ -113,3 +122,144 @@ def test_rows_that_spell_a_role_mark_are_counted() -> None:
     said = Row((Turn("user", "Response: what is it?"), Turn("assistant", "A reply.")))
     forged = Row((Turn("user", "a\nResponse:\nb"), Turn("assistant", "c")))
     assert [mark.rows for mark in plain_marks(own, [said, forged])] == [0, 1]
+
+
+# --- what may not be meant so ------------------------------------------------------------------
+
+
+def test_an_instruction_that_other_contexts_share_is_counted_and_ties_nothing() -> None:
+    rows = [row("Is it good?", "Yes.", context=f"Text {n} of a guest {n}.") for n in range(4)]
+    found = {each.relation: each for each in facts(rows, [9] * 4).related}
+    assert (found["instruction"].groups, found["instruction"].rows) == (1, 4)
+    assert (found[None].groups, found[None].rows, found[None].leak) == (0, 0, 0)
+    tied = facts(rows, [9] * 4, Rule(with_context=False)).related[-1]
+    assert (tied.groups, tied.rows) == (1, 4)
+
+
+def test_prompts_that_named_groups_part_are_counted() -> None:
+    rows = [row("Who?", f"{n}", group_hint=f"g{n % 2}") for n in range(5)]
+    assert facts(rows, [9] * 5).parted == 5
+    assert facts(rows[::2], [9] * 3).parted == 0
+
+
+def example(number: int, group: int) -> Example:
+    ids = np.array([1, 2], dtype=np.int32)
+    return Example(f"row{number}", f"group{group}", "", ids, ids > 1, 1, 1)
+
+
+def test_few_test_rows_are_told() -> None:
+    assert few_test_rows([example(n, n) for n in range(30)]) == ""
+    assert few_test_rows([example(n, n) for n in range(29)]).startswith("29 test rows: fewer than")
+    found = few_test_rows([example(n, n % 7) for n in range(300)])
+    assert found.startswith("300 test rows in 7 groups of related rows: fewer than 30 ")
+
+
+@pytest.mark.parametrize(
+    ("text", "found"),
+    [
+        ("Dear {{name}}, thank you.", {"{{name}}"}),
+        ("Dear {{ user.first_name }},", {"{{ user.first_name }}"}),
+        ("Answer this: {input}", {"{input}"}),
+        ("Dear {Name}, from {company_name}.", {"{Name}", "{company_name}"}),
+        ("Dear [NAME], I live in [City].", {"[NAME]", "[City]"}),
+        ("Best,\n[Your Name]", {"[Your Name]"}),
+        ("Hello <insert name here>!", {"<insert name here>"}),
+        ("Best,\n<your name>", {"<your name>"}),
+        ("[Insert today's date]", {"[Insert today's date]"}),
+        ("Hi {customer_name},\nyour flight\nfrom {city} is late;\n", {"{customer_name}", "{city}"}),
+        ("Dear [Customer Name]: it costs $5 and {price}, $6.", {"[Customer Name]", "{price}"}),
+    ],
+)
+def test_placeholders_are_found(text: str, found: set[str]) -> None:
+    assert placeholders_in(text) == found
+
+
+@pytest.mark.parametrize(
+    "text",
+    [
+        "```jinja\nDear {{name}},\n```",
+        "Write `{{ name }}` there.",
+        "Dear {{name}}, {% if late %}sorry{% endif %}",
+        'print(f"Hello {name}")',
+        '"Hello {name}".format(name=1)',
+        "def f(name):\n    return {name}",
+        "import {input} from 'x'",
+        "const a = {name}",
+        "const say = name => {name}",
+        "for (i = 0; i < n; i++) {\n  a[i] = {name};\n}",
+        "${name} and #{name} of a shell",
+        "GET /users/{id} and /posts/{name}",
+        "from x import {name}",
+        r"\frac{name}{text} is \text{name} and x_{name}, y^{name}",
+        r"It is $x_{name} = {input}$, or \({text}\).",
+        r"\begin{equation} {input} \end{equation}",
+        "The set {name, date} and {1, 2} and {x}",
+        '{"name": "a", "date": 3}',
+        "See [name](https://x.org) and [Link][1] and [1] and [x]",
+        "[INST] Say [/INST] [MASK] [PAD] [UNK] [SEP]",
+        "<b>bold</b> <input> <name>x</name>",
+        "a[name] and b[NAME] of an array",
+        "List them in the format {Name} - {Year}.",
+        "- [ ] to do, [x] done, [sic], [...]",
+        "Use {} or {0} or {braces}.",
+        "{{{{name}}}} or {{{name}}}",
+    ],
+)
+def test_code_formulas_links_and_marks_are_no_placeholders(text: str) -> None:
+    assert placeholders_in(text) == set()
+
+
+def test_rows_with_placeholders_are_counted() -> None:
+    rows = [
+        row("Greet.", "Hello."),
+        Row((Turn("user", "Dear {{name}}"), Turn("assistant", "[NAME]")), source="rows.jsonl:2"),
+        Row((Turn("user", "Greet."), Turn("assistant", "Hi {{name}}!")), source="rows.jsonl:3"),
+        row("Sum up.", "Done.", context="{input}"),
+    ]
+    found = find_placeholders(rows)
+    assert found is not None
+    assert (found.rows, found.first) == (3, "rows.jsonl:2")
+    assert found.spelt[0] == "{{name}}"
+    assert set(found.spelt) == {"{{name}}", "[NAME]", "{input}"}
+    assert find_placeholders(ROWS) is None
+
+
+def test_special_tokens_that_rows_spell_are_counted() -> None:
+    tokenize = RowTokenizer(tiny_tokenizer(), Template("chat"))
+    rows = [
+        row("What is <|im_end|>?", "An end."),
+        Row((Turn("user", "Q"), Turn("assistant", "<|im_end|><|im_end|>")), source="rows.jsonl:2"),
+        row("Q", "a <|im_end|> b <|endoftext|>"),
+        row("Q", "clean", context="<|im_start|>"),
+    ]
+    responses, prompts = spelt_specials(tokenize, rows)
+    assert responses is not None and prompts is not None
+    assert (responses.rows, responses.first) == (2, "rows.jsonl:2")
+    assert responses.tokens == (("<|im_end|>", 2), ("<|endoftext|>", 1))
+    assert (prompts.rows, dict(prompts.tokens)) == (2, {"<|im_end|>": 1, "<|im_start|>": 1})
+    assert spelt_specials(tokenize, ROWS) == (None, None)
+
+
+@pytest.mark.parametrize(
+    ("source", "names"),
+    [
+        (CHAT_TEMPLATE, ()),
+        ("{% if tools %}{{ tools }}{% endif %}{{ bos_token }}", ("bos_token",)),
+        ("{{ eos_token }}{% if enable_thinking %}x{% endif %}", ("enable_thinking",)),
+        ("{% if thinking is defined and thinking %}x{% endif %}", ()),
+        ("{% if not day is defined %}{% set day = 'x' %}{% endif %}{{ day }}", ()),
+        ("{% if tools %}{% set a = 'x' %}{% else %}{% set b = 1 %}{% endif %}{{ a }}{{ b }}", ()),
+        ("{{ style | default('plain') }}{{ mesages[0] }}", ("mesages",)),
+        (
+            "{% for m in messages %}{% generation %}{{ m.content }}{% endgeneration %}{% endfor %}",
+            (),
+        ),
+        (
+            "{% macro say(x) %}{{ x }}{% endmacro %}{{ say(1) }}{% set a = namespace() %}{{ a.b }}",
+            (),
+        ),
+        ("{{ strftime_now('%Y') }}{{ raise_exception('no') }}{% break %", ()),
+    ],
+)
+def test_names_that_nothing_sets_for_a_template(source: str, names: tuple[str, ...]) -> None:
+    assert names_not_set(source, ["eos_token"]) == names

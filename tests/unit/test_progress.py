@@ -1,9 +1,10 @@
-"""What is said off a terminal."""
+"""What is said of how far it is, on a terminal and off one."""
 
 import io
 
 import pytest
 from rich.console import Console
+from rich.text import Text
 
 from slm_lora import progress
 
@@ -19,3 +20,36 @@ def test_time_left_rests_on_this_sitting_alone(monkeypatch: pytest.MonkeyPatch) 
         "  r8  50/100 steps  10 tok/s  16:40 left",
         "  r8  51/100 steps  10 tok/s  16:20 left",
     ]
+
+
+def test_a_terminal_shows_time_left_from_the_first_slow_step_on(
+    monkeypatch: pytest.MonkeyPatch,
+) -> None:
+    now = [0.0]
+    monkeypatch.setattr(progress.time, "monotonic", lambda: now[0])
+    console = Console(file=io.StringIO(), width=78, force_terminal=True)
+    task = progress.Task(console, "r16-3000-seed0", 10, "steps")
+    assert task._bar is not None
+
+    def shown() -> str:
+        assert task._bar is not None
+        task._bar.refresh()
+        with console.capture() as taken:
+            console.print(task._bar.get_renderable())
+        return Text.from_ansi(taken.get()).plain
+
+    now[0] = 30.0
+    assert "0/10" in shown() and "0:30" in shown() and "left" not in shown()
+    now[0] = 60.0  # the first step, which compiles
+    task.advance(1, 4000, "loss 2.345")
+    assert "1/10" in shown() and "loss 2.345" in shown() and "67 tok/s" in shown()
+    assert "60 s each" in shown() and "1:00 · 9:00 left" in shown()
+    now[0] = 100.0  # the second takes 40 seconds: that is what the others will take
+    task.advance(1, 4000, "loss 2.300")
+    assert "40 s each" in shown() and "1:40 · 5:20 left" in shown()
+    now[0] = 110.0  # counted down meanwhile
+    assert "1:50 · 5:10 left" in shown()
+    # Cut where it is too long, never wrapped: what is last matters least.
+    task.advance(1, 4000, "loss 2.300  validation 2.200")
+    assert len(set(shown().splitlines())) == 1 and "left" in shown() and "…" in shown()
+    task._bar.stop()

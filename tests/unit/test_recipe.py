@@ -15,6 +15,7 @@ from hypothesis import strategies as st
 
 from slm_lora.errors import UsageError
 from slm_lora.experiment.unfinished import differences
+from slm_lora.recipe.aliases import MEANT, NO_KEY
 from slm_lora.recipe.cells import MOST_CELLS, Cell
 from slm_lora.recipe.mistakes import known_keys
 from slm_lora.recipe.reading import load_recipe, parse_recipe
@@ -93,6 +94,14 @@ def test_all_mistakes_at_once() -> None:
             "adapter.kind = 3: must be 'lora', 'rslora', 'dora', 'pissa' or 'full' (line 3)",
         ),
         ("adapter:", "adapter = null: must be a mapping of keys to values (line 2)"),
+        (
+            "model: a/b",
+            "model = a/b: must be a mapping of keys to values (did you mean 'model: {name: a/b}'?)",
+        ),
+        ("data: rows.jsonl", "did you mean 'data: {name: rows.jsonl}'?"),
+        ("lr: 3", "unknown key 'lr' (line 2); did you mean 'training.learning_rate'?"),
+        ("lora: {r: 8}", "unknown key 'lora' (line 2); did you mean 'adapter'?"),
+        ("packing: true", "unknown key 'packing' (line 2); there is none: rows are always packed"),
         ("adapter: 5", "adapter = 5: must be a mapping of keys to values (line 2)"),
         ("data: {columns: [a]}", "data.columns = ['a']: must be a mapping of keys to values"),
         ("data: {columns: {float: 3}}", "data.columns.float = 3: must be text (line 2)"),
@@ -214,6 +223,17 @@ def test_the_last_override_of_a_key_counts() -> None:
             "data={size: 30}",
             "override: 'data' is a section; set what is in it, such as 'data.name'",
         ),
+        ("lr=1e-3", "unknown key 'lr'; did you mean 'training.learning_rate'?"),
+        ("training.lr=1e-3", "did you mean 'training.learning_rate'?"),
+        ("--learning-rate=1e-3", "did you mean 'training.learning_rate'?"),
+        ("Epochs=3", "did you mean 'training.num_train_epochs'?"),
+        ("max_seq_length=8", "did you mean 'data.max_length'?"),
+        ("lora.rank=8", "did you mean 'adapter.r'?"),
+        ("batch_size=8", "did you mean 'training.effective_batch_size'? (examples a step"),
+        ("gradient_accumulation_steps=8", "did you mean 'training.effective_batch_size'?"),
+        ("load_in_4bit=true", "did you mean 'model.quantization=nf4'?"),
+        ("training.optim=adamw_torch", "'training.optim'; there is none: it is always AdamW"),
+        ("grid.cells=[{lr: 3}]", "unknown key 'lr'; did you mean 'training.learning_rate'?"),
         ("adapter.r=[1", "override: adapter.r = [1: not a value in YAML"),
         ("adapter.r=" + "[" * 1500, "not a value in YAML"),
         ("adapter.r=!!timestamp x", "override: adapter.r = !!timestamp x: not a value in YAML"),
@@ -226,6 +246,20 @@ def test_a_wrong_override(override: str, said: str) -> None:
     assert said in found
     assert found.startswith("override: ")
     assert len(found) < 200
+
+
+def test_names_of_other_tools_lead_to_keys_that_are_there() -> None:
+    known = set(known_keys())
+    taken = {key.rsplit(".", 1)[-1] for key in known}
+    names = " ".join(MEANT.values()).split()
+    assert len(names) == len(set(names)), "a name that means two keys"
+    assert not taken & {*names, *NO_KEY}
+    assert not set(NO_KEY) & set(names)
+    for meant in MEANT:
+        key, _, value = meant.split(" ")[0].partition("=")
+        assert key in known
+        if value:
+            cells("", f"{key}={value}")
 
 
 def test_what_an_override_does_not_cause_is_the_files() -> None:
@@ -684,3 +718,13 @@ def test_records_of_before_compare_with_those_of_now() -> None:
     assert differences({"recipe": then}, {"recipe": now}) == []
     now["data"]["include_context"] = True
     assert differences({"recipe": then}, {"recipe": now}) == ["data.include_context: False → True"]
+
+
+def test_what_relates_rows_is_a_set_of_names() -> None:
+    def of(*overrides: str) -> object:
+        return read("name: x", *overrides)[1][0].recipe.data.group_by
+
+    assert of() == ("group", "prompt", "context", "near")
+    assert of("data.group_by=near") == ("near",)
+    assert of("data.group_by=[near, group]") == ("group", "near")
+    assert of("data.group_by=[]") == ()

@@ -10,10 +10,12 @@ import pytest
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
-from slm_lora.data.near_duplicates import similar_pairs
+from slm_lora.data.near_duplicates import similar_groups, similar_pairs
 from slm_lora.data.splits import (
+    Rule,
     Split,
     group_rows,
+    same_prompt_in_other_groups,
     seeded_order,
     split_rows,
     training_rows_for,
@@ -70,7 +72,7 @@ def test_no_group_stands_on_two_sides() -> None:
     for seed in range(20):
         found = split(MIXED, split_seed=seed)
         sides = [
-            {found.group_of[row_id] for row_id in side}
+            {found.groups.of[row_id] for row_id in side}
             for side in (found.test, found.validation, found.train)
         ]
         assert sum(map(len, sides)) == len(set.union(*sides)) == 273
@@ -147,9 +149,9 @@ def test_seeded_order_is_a_permutation_that_each_part_of_the_key_changes() -> No
 # --- groups ------------------------------------------------------------------------------------
 
 
-def groups(rows: list[Row]) -> set[frozenset[int]]:
+def groups(rows: list[Row], rule: Rule | None = None) -> set[frozenset[int]]:
     """The groups as sets of indices of rows."""
-    found = group_rows(rows)
+    found = group_rows(rows, rule).of
     members: dict[str, set[int]] = {}
     for index, each in enumerate(rows):
         members.setdefault(found[each.row_id], set()).add(index)
@@ -178,22 +180,27 @@ def test_other_instructions_are_not_related(first: str, second: str) -> None:
     assert len(groups([row(first), row(second)])) == 2
 
 
+BEES = "Bees live in hives, and some below the ground."
+SALT = "Salt dissolves in water, and melts at 801 °C."
+
+
 def test_rows_are_tied_through_one_another() -> None:
     rows = [
-        row("Where do bees live?", context="Bees live in hives."),
-        row("How many legs?", context="bees LIVE in hives", group_hint="insects"),
-        row("Which colour?", group_hint="insects"),
-        row("which colour", "Yellow.", context="Salt dissolves."),
-        row("Does it melt?", context="Salt dissolves"),
-        row("Where do wasps live?", context="Wasps live in nests."),
+        row("Where do bees live?", context=BEES),
+        row("How many legs has one?", context=BEES.upper()),
+        row("how many legs has one", "Six.", context=BEES),
+        row("Which colour has it?", "White.", context=SALT),
+        row("which colour has it", "Grey.", context=SALT.removesuffix(".")),
+        row("Does it melt?", context=SALT),
+        row("Where do wasps live?", context="Wasps live in nests that they build of paper."),
     ]
-    assert groups(rows) == {frozenset({0, 1, 2, 3, 4}), frozenset({5})}
-    assert groups(rows[::-1]) == {frozenset({5, 4, 3, 2, 1}), frozenset({0})}
+    assert groups(rows) == {frozenset({0, 1, 2}), frozenset({3, 4, 5}), frozenset({6})}
+    assert len(groups(rows[::-1])) == 3
 
 
-def test_an_instruction_a_context_and_a_hint_are_not_mistaken_for_each_other() -> None:
-    rows = [row("salt"), row("other", context="salt"), row("third", group_hint="salt")]
-    assert len(groups(rows)) == 3
+def test_a_context_and_a_group_of_one_text_are_not_mistaken_for_each_other() -> None:
+    rows = [row(BEES), row("other", context=BEES), row("third", group_hint=BEES)]
+    assert len(groups(rows, Rule(("group", "prompt", "context", "instruction")))) == 3
 
 
 def test_no_context_and_no_hint_tie_nothing() -> None:
@@ -219,7 +226,7 @@ def test_texts_under_one_system_turn_are_not_one_group() -> None:
 
 def test_a_groups_name_is_its_smallest_row_id() -> None:
     rows = in_groups([7])
-    assert set(group_rows(rows).values()) == {min(each.row_id for each in rows)}
+    assert set(group_rows(rows).of.values()) == {min(each.row_id for each in rows)}
 
 
 @settings(max_examples=100, deadline=None)
@@ -238,28 +245,35 @@ def test_groups_are_the_connected_rows(
     """Against a search over pairs; 0 stands for no context and no hint."""
     rows = [
         row(
-            f"question {a}", f"{a} {b} {c}", context=f"c{b}" * bool(b), group_hint=f"g{c}" * bool(c)
+            f"question {a}",
+            f"{a} {b} {c}",
+            context=" ".join(f"c{b}x{i}" for i in range(5)) * bool(b),
+            group_hint=f"g{c}" * bool(c),
         )
         for a, b, c in links
     ]
-    reached: dict[int, set[int]] = {}
-    for start in range(len(rows)):
-        seen, open_ends = {start}, [start]
-        while open_ends:
-            one = links[open_ends.pop()]
-            for other, link in enumerate(links):
-                tied = any(
-                    x == y and (x or place == 0)
-                    for place, (x, y) in enumerate(zip(one, link, strict=True))
-                )
-                if other not in seen and tied:
-                    seen.add(other)
-                    open_ends.append(other)
-        reached[start] = seen
-    assert groups(rows) == {frozenset(seen) for seen in reached.values()}
+
+    def tied(one: tuple[int, int, int], other: tuple[int, int, int], with_context: bool) -> bool:
+        if one[2] or other[2]:  # those who name a group are tied by that alone
+            return one[2] == other[2]
+        same_prompt = one[0] == other[0] and (one[1] == other[1] or not with_context)
+        return same_prompt or one[1] == other[1] != 0
+
     shuffled = rows.copy()
     shuffle.shuffle(shuffled)
-    assert group_rows(shuffled) == group_rows(rows)
+    for rule in (Rule(), Rule(with_context=False)):
+        reached: dict[int, set[int]] = {}
+        for start in range(len(rows)):
+            seen, open_ends = {start}, [start]
+            while open_ends:
+                one = links[open_ends.pop()]
+                for other, link in enumerate(links):
+                    if other not in seen and tied(one, link, rule.with_context):
+                        seen.add(other)
+                        open_ends.append(other)
+            reached[start] = seen
+        assert groups(rows, rule) == {frozenset(seen) for seen in reached.values()}
+        assert group_rows(shuffled, rule).of == group_rows(rows, rule).of
 
 
 # --- refusals ----------------------------------------------------------------------------------
@@ -306,7 +320,15 @@ def test_one_row_left_is_no_data_set_of_any_size() -> None:
 
 def test_too_few_groups_for_three_sets() -> None:
     message = refusal(in_groups([50, 50]), test_rows=50)
-    assert message.startswith("data.name: the 100 rows are 2 groups of related rows")
+    assert message.startswith(
+        "data.name: the 100 rows are 2 groups of related rows "
+        "(data.group_by = [group, prompt, context, near])"
+    )
+    # ("question 0.1" and "question 1.0" have the same words.)
+    assert message.endswith(
+        "or a column 'group' that says which are related; "
+        "with 'data.group_by=[prompt, context, near]' they are 99 groups"
+    )
 
 
 def split_or_refusal(rows: list[Row], **changed: Any) -> Split | str:
@@ -378,6 +400,35 @@ def test_every_similar_pair_is_found_and_no_other(
     assert len(found) == len(wanted), "each once"
 
 
+@settings(max_examples=200, deadline=None)
+@given(
+    texts=st.lists(st.frozensets(st.sampled_from("abcdefghij"), max_size=8), max_size=12),
+    threshold=st.sampled_from([0.3, 0.5, 0.8, 1.0]),
+)
+def test_similar_texts_are_tied_and_no_other(texts: list[frozenset[str]], threshold: float) -> None:
+    """Of fewer texts than a template has, against a search over all pairs."""
+    reached = {i: {i} for i in range(len(texts))}
+    for _ in texts:
+        for i, one in enumerate(texts):
+            for j, other in enumerate(texts):
+                alike = one and other and len(one & other) >= threshold * len(one | other) - 1e-9
+                if alike:
+                    reached[i] |= reached[j]
+    found, templates = similar_groups(texts, threshold, of=1000)
+    assert found == sorted(
+        {tuple(sorted(group)): sorted(group) for group in reached.values()}.values()
+    )
+    assert not templates
+
+
+def test_thousands_of_texts_of_one_template_take_no_time() -> None:
+    shared = frozenset(f"word{n}" for n in range(40))
+    texts = [shared | {f"guest{n}"} for n in range(3000)]
+    found, templates = similar_groups(texts)
+    assert len(found) == 3000
+    assert [(len(each.texts), each.words) for each in templates] == [(3000, shared)]
+
+
 def test_nearly_the_same_prompt_ties_rows() -> None:
     rows = [
         row("Who is the founder of House Tarly in the series of books?"),
@@ -389,9 +440,161 @@ def test_nearly_the_same_prompt_ties_rows() -> None:
     assert groups(rows) == {frozenset({0, 1}), frozenset({2}), frozenset({3, 4})}
 
 
+def test_texts_without_spaces_are_near_by_pairs_of_characters() -> None:
+    asked = "この本の著者が書いた最も有名な小説の主人公の名前は何ですか"
+    rows = [row(asked), row(asked + "？"), row(asked + "ね"), row("この本の値段はいくらですか")]
+    assert groups(rows) == {frozenset({0, 1, 2}), frozenset({3})}
+    text = "蜜蜂は巣箱に住み、冬の間は外に出ない。"
+    on_it = [row("どこに住むか", context=text), row("冬は何をするか", context=text)]
+    assert len(groups(on_it)) == 1, "a document, though it has no five words between spaces"
+    assert len(groups([row(each, context="無し") for each in ("犬", "猫", "鳥")])) == 3
+
+
 def test_rows_that_name_their_group_are_taken_at_their_word() -> None:
     questions = ["What does the parameter axis of numpy.sum do in this function?"]
     questions.append(questions[0].replace("sum", "mean"))
     assert groups([row(q) for q in questions]) == {frozenset({0, 1})}
     named = [row(q, group_hint=q) for q in questions]
     assert groups(named) == {frozenset({0}), frozenset({1})}
+
+
+# --- one instruction, one opening, one template for all ----------------------------------------
+
+REMARKS = [f"The {thing} was {how}, said guest {n}." for n, (thing, how) in enumerate(
+    (thing, how)
+    for thing in ("north room", "harbour tour", "old market", "garden path", "winter tea", "bridge")
+    for how in ("dreadful and loud", "lovely beyond words", "shut", "far too dear", "rather cold")
+)]  # fmt: skip
+"""30 texts that are no near-duplicates."""
+
+
+def test_one_instruction_with_other_contexts_is_many_prompts() -> None:
+    rows = [row("Is the mood good or bad?", "good", context=text) for text in REMARKS]
+    assert len(groups(rows)) == 30
+    assert len(groups([*rows, row("is the mood good, or bad", "bad", context=REMARKS[0])])) == 30
+
+
+def test_a_context_that_the_model_is_not_shown_tells_nothing_apart() -> None:
+    rows = [row("Is the mood good or bad?", "good", context=text) for text in REMARKS]
+    assert len(groups(rows, Rule(with_context=False))) == 1
+    message = refusal(rows, test_rows=4, validation_rows=2, rule=Rule(with_context=False))
+    assert "the 30 rows are 1 group of related rows" in message
+    assert message.endswith("with data.include_context=true they are 30 groups")
+
+
+def test_the_same_instruction_ties_where_a_recipe_says_so() -> None:
+    rows = [row(f"Task {n % 5}.", "good", context=text) for n, text in enumerate(REMARKS)]
+    assert len(groups(rows)) == 30
+    assert len(groups(rows, Rule(("instruction",)))) == 5
+    assert len(groups(rows, Rule(()))) == 30
+
+
+def test_questions_on_one_document_stay_together() -> None:
+    rows = [
+        row(f"{ask} number {n}?", context=text)
+        for text in REMARKS[:10]
+        for n, ask in enumerate(("Who said", "What of", "Where is", "When was"))
+    ]
+    assert len(groups(rows)) == 10
+
+
+def test_a_context_of_a_few_words_is_no_document() -> None:
+    for said in ("<noinput>", "N/A", "French", "No input was given"):
+        rows = [row(f"What does word {n} mean?", context=said) for n in range(30)]
+        assert len(groups(rows)) == 30
+        same = [row("Translate.", answer, context=said) for answer in "ab"]
+        assert len(groups(same)) == 1
+
+
+def test_rows_that_name_their_groups_are_tied_by_that_alone() -> None:
+    rows = [row(f"Is it good? {n}", context=BEES, group_hint=f"g{n // 2}") for n in range(6)]
+    assert groups(rows) == {frozenset({0, 1}), frozenset({2, 3}), frozenset({4, 5})}
+    assert len(groups(rows, Rule(("prompt", "context")))) == 1, "the column is not asked for"
+    same = [row("Is it good?", str(n), group_hint=f"g{n}") for n in range(4)]
+    assert len(groups(same)) == 4
+    assert same_prompt_in_other_groups(same, Rule()) == 4
+    assert same_prompt_in_other_groups([*rows, row("Who?")], Rule()) == 0
+
+
+def conversation(*asked: str, system: str = "") -> Row:
+    turns = [Turn("system", system)] if system else []
+    for number, question in enumerate(asked):
+        turns += [Turn("user", question), Turn("assistant", f"Reply {number}.")]
+    return Row(tuple(turns))
+
+
+def test_conversations_that_all_begin_alike_are_told_apart_by_what_follows() -> None:
+    rows = [conversation("Hello!", text, system="Be kind.") for text in REMARKS]
+    assert len(groups(rows)) == 30
+    deeper = [conversation("Hello!", "An order.", text) for text in REMARKS]
+    assert len(groups(deeper)) == 30
+    assert len(groups([*rows, *deeper])) == 60
+    assert group_rows(deeper).openings == 30
+    again = conversation("hello", REMARKS[0], "And now?")
+    assert len(groups([*rows, again])) == 31  # it has no system text
+    again = conversation("hello", REMARKS[0], "And now?", system="Be kind!")
+    assert len(groups([*rows, again])) == 30, "one conversation, cut off and not"
+
+
+def test_one_question_under_other_system_texts() -> None:
+    few = [conversation("What does it say?", system=text) for text in REMARKS[:5]]
+    assert len(groups(few)) == 1, "the same question, as far as one can know"
+    rows = [conversation("What does it say?", system=text) for text in REMARKS]
+    assert len(groups(rows)) == 30
+
+
+def test_one_conversation_cut_off_at_every_turn_is_one_group() -> None:
+    rows = [conversation(*REMARKS[:length]) for length in range(1, 16)]
+    assert len(groups(rows)) == 1
+    others = [conversation(f"Other question {n}?", *REMARKS[:n]) for n in range(15)]
+    assert len(groups([*rows, *others])) == 16
+
+
+LONG = (
+    "Below is a remark of a guest. Say whether the guest liked the stay, with one word only, good "
+    "or bad, and nothing else at all.\nRemark: I was glad to be gone.\nAnswer: bad\n"
+)
+
+
+@pytest.mark.parametrize("around", [(LONG, "\nAnswer:"), ("", "\n" + LONG), (LONG[:60], LONG[60:])])
+def test_a_template_around_every_prompt_is_not_compared(around: tuple[str, str]) -> None:
+    before, after = around
+    rows = [row(f"{before}{text}{after}", "good") for text in REMARKS]
+    assert len(groups(rows)) == 30
+    found = group_rows(rows)
+    assert found.near == (0, 0)
+    assert [rows for rows, _ in found.templates] == [30]
+    changed = row(f"{before}{REMARKS[0].replace('said', 'says')}{after}")
+    assert len(groups([*rows, changed])) == 30, "a near-duplicate within the template"
+
+
+def test_several_tasks_each_with_a_template_of_its_own() -> None:
+    tasks = [LONG, LONG[::-1], "Please " + " ".join(f"step{n}" for n in range(30))]
+    rows = [row(f"{task} {text}") for task in tasks for text in REMARKS]
+    assert len(groups(rows)) == 90
+    assert [rows for rows, _ in group_rows(rows).templates] == [30, 30, 30]
+
+
+def test_documents_inside_of_prompts_stay_together() -> None:
+    """A tenth of the rows and less: no template of the set, but a text that some ask about."""
+    documents = [" ".join(f"word{n}x{k}" for k in range(60)) for n in range(12)]
+    rows = [
+        row(f"{text}\nQuestion: {ask} {n}?")
+        for text in documents
+        for n, ask in enumerate(("who", "what", "where", "when", "why") * 2)
+    ]
+    found = group_rows(rows)
+    assert len(groups(rows)) == 12
+    assert found.near == (120, 12)
+    assert not found.templates
+    assert len(groups(rows, Rule(("prompt",)))) == 120
+    assert len(groups(rows, Rule(threshold=1.0))) == 120
+
+
+def test_what_a_split_refuses_names_a_relation_to_give_up() -> None:
+    rows = [row(f"What of {n}?", context=BEES) for n in range(20)]
+    message = refusal(rows, test_rows=2, validation_rows=2)
+    assert message.endswith("with 'data.group_by=[group, prompt, near]' they are 20 groups")
+    message = refusal([row("Write.", str(n)) for n in range(20)], test_rows=2, validation_rows=2)
+    assert message.endswith("with 'data.group_by=[]' they are 20 groups")
+    assert len(split([row("Write.", str(n)) for n in range(80)], rule=Rule(())).test) == 40

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import contextlib
+import itertools
 from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
@@ -401,9 +402,153 @@ def test_long_rows_are_refused_with_place_and_number(plain_tokenizer: Any) -> No
     length = lengths(plain_tokenizer)[1]
     assert str(caught.value) == (
         f"rows.jsonl:7: {length} tokens, over data.max_length = 10 (2 rows in all); "
-        "set data.on_long_row to truncate or drop"
+        "set data.on_long_row to truncate or drop, or, for plain text, to split"
     )
     encode(plain_tokenizer, Template("plain"), LENGTHS, max(lengths(plain_tokenizer)), "refuse")
+
+
+# --- long text in pieces -----------------------------------------------------------------------
+
+
+def text(content: str) -> Row:
+    return Row((Turn("assistant", content),), source="rows.jsonl:7")
+
+
+TEXTS = [
+    text("Rivers matter. " * 20),
+    text("short"),
+    text("漢字 🙂🙃 ναι\n\n" * 9),
+    text("x"),
+    text("one two three four five six seven"),
+]
+TEXTS_OF = {row.row_id: row.turns[0].content for row in TEXTS}
+
+
+@pytest.mark.parametrize("limit", [2, 3, 7, 10, 31, 64, 500])
+def test_every_token_of_a_long_text_is_a_label_once(tokenizer: Any, limit: int) -> None:
+    """Against the ids of the whole text, with no count of ours."""
+    bos = tokenizer.bos_token_id
+    whole, _ = encode(tokenizer, Template("plain"), TEXTS)
+    pieces, counted = encode(tokenizer, Template("plain"), TEXTS, limit, "split")
+    assert counted.tokens_cut == 0
+    assert counted.rows == sum(each.length > limit for each in whole)
+    assert max(each.length for each in pieces) <= limit
+    of_row: dict[str, list[Example]] = {}
+    for each in pieces:
+        of_row.setdefault(each.row_id.partition(".")[0], []).append(each)
+    assert list(of_row) == [row.row_id for row in TEXTS], "their order is kept"
+    for before, parts in zip(whole, of_row.values(), strict=True):
+        wanted = [*ids(tokenizer, TEXTS_OF[before.row_id]), tokenizer.eos_token_id]
+        labels = [label for part in parts for label in pack([part], "all").labels[:-1].tolist()]
+        assert labels == wanted[1:] == before.ids[1:].tolist()
+        answered = [n for part in parts for n in pack([part], "response").labels[:-1].tolist()]
+        assert answered == labels, "plain text is all response"
+        for part, after in itertools.pairwise(parts):
+            context = bos if bos is not None else part.ids[-1]
+            assert after.ids[0] == context, "what a piece begins with is no label of it"
+        assert sum(part.bytes_all for part in parts) == before.bytes_all
+        assert sum(part.bytes_response for part in parts) == before.bytes_response
+        sizes = [part.length for part in parts]
+        assert max(sizes) - min(sizes) <= 1
+        assert len(parts) == max(1, -(-(before.length - 1) // (limit - 1)))
+        assert {part.group_id for part in parts} == {before.group_id}
+
+
+def test_pieces_are_named_by_their_row_and_place(tokenizer: Any) -> None:
+    pieces, _ = encode(tokenizer, Template("plain"), TEXTS, 10, "split")
+    names = [each.row_id for each in pieces]
+    assert len(set(names)) == len(names)
+    first = TEXTS[0].row_id
+    many = sum(name.startswith(first) for name in names)
+    assert names[:many] == [f"{first}.{n}of{many}" for n in range(1, many + 1)]
+    assert TEXTS[1].row_id in names, "a row that fits is itself"
+
+
+def test_rows_that_fit_are_the_same_whether_long_ones_are_split(tokenizer: Any) -> None:
+    split, _ = encode(tokenizer, Template("plain"), TEXTS, 500, "split")
+    cut, _ = encode(tokenizer, Template("plain"), TEXTS, 500, "truncate")
+    assert [each.ids.tolist() for each in split] == [each.ids.tolist() for each in cut]
+    assert [each.row_id for each in split] == [each.row_id for each in cut]
+
+
+# --- special tokens that responses may hold ----------------------------------------------------
+
+
+@pytest.mark.parametrize("kind", NAMED)
+def test_special_tokens_in_responses_are_these_where_asked_for(
+    tokenizer: Any, kind: TemplateKind
+) -> None:
+    chosen = Template(kind, special_in_responses=True)
+    row = pair("What of <|im_start|>?", "<|im_start|>call(1)<|im_start|> then, später.")
+    example = one(tokenizer, chosen, row)
+    start = tokenizer.convert_tokens_to_ids("<|im_start|>")
+    said = example.ids[example.response]
+    assert (said == start).sum() == 2
+    assert example.ids.tolist().count(start) == 2 + 2 * (kind == "chat"), "the prompt's is text"
+    assert responses(tokenizer, example) == [
+        "<|im_start|>call(1)<|im_start|> then, später.<|im_end|>"
+    ]
+    assert example.bytes_response == size("call(1) then, später.")
+    plain = one(tokenizer, kind, row)
+    assert (plain.ids[plain.response] == start).sum() == 0
+    assert plain.bytes_response == size("<|im_start|>call(1)<|im_start|> then, später.")
+
+
+@pytest.mark.parametrize("kind", NAMED)
+def test_prompts_are_the_same_whatever_responses_may_hold(
+    tokenizer: Any, kind: TemplateKind
+) -> None:
+    tokenize = RowTokenizer(tokenizer, Template(kind, special_in_responses=True))
+    asked = [Turn("user", "What of <|im_start|>?")]
+    assert tokenize.prompt(asked) == RowTokenizer(tokenizer, Template(kind)).prompt(asked)
+    example = one(tokenizer, tokenize.template, pair("What of <|im_start|>?", "<|im_start|>"))
+    prompt = tokenize.prompt(asked)
+    assert example.ids[: len(prompt)].tolist() == prompt
+
+
+def test_an_earlier_response_is_prompted_with_as_it_was_trained(plain_tokenizer: Any) -> None:
+    row = chat(("user", "1?"), ("assistant", "<|endoftext|>a"), ("user", "2?"), ("assistant", "b"))
+    tokenize = RowTokenizer(plain_tokenizer, Template("chat", special_in_responses=True))
+    (example,), _ = tokenize.encode([row], {row.row_id: ""})
+    prompt = tokenize.prompt(row.turns[:-1])
+    assert plain_tokenizer.convert_tokens_to_ids("<|endoftext|>") in prompt
+    assert example.ids[: len(prompt)].tolist() == prompt
+    wanted = plain_tokenizer.apply_chat_template(messages(row)[:-1], add_generation_prompt=True)
+    assert prompt == list(wanted["input_ids"]), "transformers reads specials everywhere"
+
+
+def test_a_response_that_spells_its_own_end_has_one(plain_tokenizer: Any) -> None:
+    example = one(
+        plain_tokenizer, Template("plain", special_in_responses=True), pair("Q", "A<|im_end|>")
+    )
+    assert example.ids.tolist().count(plain_tokenizer.eos_token_id) == 1
+    assert responses(plain_tokenizer, example) == ["A<|im_end|>"]
+    assert example.response[-1]
+
+
+# --- prompts that end within a token -----------------------------------------------------------
+
+
+def test_rows_prompted_otherwise_than_trained_are_found(plain_tokenizer: Any) -> None:
+    tokenize = RowTokenizer(plain_tokenizer, Template("plain"))
+    rows = [
+        pair("Tell me a fact about rivers.", " Rivers matter."),
+        pair("Rivers mat", "ter a great deal."),
+        pair("Tell me. ", "matter"),
+        text("Rivers matter."),
+        pair("What? ", " Yes"),
+    ]
+    found = tokenize.joined(rows)
+    for row, so in zip(rows, found, strict=True):
+        asked = row.turns[0].content if len(row.turns) > 1 else ""
+        alone, whole = (
+            ids(plain_tokenizer, asked),
+            ids(plain_tokenizer, asked + row.turns[-1].content),
+        )
+        assert so == (whole[: len(alone)] != alone)
+    assert found[:4] == [False, True, True, False]
+    in_words = RowTokenizer(plain_tokenizer, Template("instruction_response"))
+    assert in_words.joined(rows[:3]) == [False, False, False]
 
 
 # --- bytes -------------------------------------------------------------------------------------
@@ -712,6 +857,17 @@ def tinyllama() -> Any:
         "{% endfor %}{% if add_generation_prompt %}{{ '<|assistant|>\\n' }}{% endif %}"
     )
     return tokenizer
+
+
+@pytest.mark.parametrize("limit", [2, 5, 16])
+def test_tinyllama_learns_every_token_of_a_long_text_once(tinyllama: Any, limit: int) -> None:
+    pieces, _ = encode(tinyllama, Template("plain"), TEXTS, limit, "split")
+    labels = [label for each in pieces for label in pack([each], "all").labels[:-1].tolist()]
+    assert labels == [
+        id_ for row in TEXTS for id_ in [*ids(tinyllama, TEXTS_OF[row.row_id]), 2][1:]
+    ]
+    assert all(each.ids[0] == 1 and each.length <= limit for each in pieces)
+    assert sum(each.bytes_all for each in pieces) == sum(map(size, TEXTS_OF.values()))
 
 
 def test_tinyllama_puts_bos_first_and_eos_last(tinyllama: Any) -> None:

@@ -3,18 +3,20 @@ imported inside the commands, so that ``--help`` is instant."""
 
 from __future__ import annotations
 
+import errno
 import signal
 import sys
+import traceback
 from collections.abc import Callable
+from typing import Annotated
 
 import typer
 
-from slm_lora import __version__, machine
+from slm_lora import __version__, machine, terminal
 from slm_lora.cli import data, experiments, exports, models, outputs, serving, workers
 from slm_lora.errors import STOPPED_RESUMABLE, SlmLoraError, StorageError
 
 app = typer.Typer(
-    help="Controlled LoRA experiments on small language models: which differences are real.",
     no_args_is_help=True,
     add_completion=False,
     pretty_exceptions_enable=False,
@@ -57,13 +59,43 @@ def version() -> None:
     typer.echo(f"slm-lora {__version__}")
 
 
+def _version_asked(asked: bool) -> None:
+    if asked:
+        version()
+        raise typer.Exit
+
+
+@app.callback()
+def _options(
+    _version: Annotated[
+        bool,
+        typer.Option(
+            "--version", callback=_version_asked, is_eager=True, help="Print the version."
+        ),
+    ] = False,
+) -> None:
+    """Controlled LoRA experiments on small language models: which differences are real."""
+
+
 def main() -> None:
     """Entry point: errors become one line and an exit code, Ctrl-C a resumable stop."""
+    terminal.make_safe()
     # A scheduler's request to stop is Ctrl-C by another name.
     signal.signal(signal.SIGTERM, signal.default_int_handler)
     workers.watch_starter()
     machine.collect_garbage_rarely()
-    sys.exit(_guarded(lambda: app(standalone_mode=False)))
+    try:
+        code = _guarded(lambda: app(standalone_mode=False))
+    except Exception as error:
+        reason = (str(error).splitlines() or [""])[0]
+        print(
+            f"a bug of ours: {type(error).__name__}: {reason}; please report it, with "
+            f"what was asked for and these lines (slm-lora {__version__}):",
+            file=sys.stderr,
+        )
+        traceback.print_exception(error)
+        code = 1
+    sys.exit(code)
 
 
 _TYPER_INTERRUPTED = 130
@@ -73,6 +105,7 @@ _TYPER_INTERRUPTED = 130
 def _guarded(command: Callable[[], object]) -> int:
     try:
         result = command()
+        sys.stdout.flush()
         if result == _TYPER_INTERRUPTED:
             raise KeyboardInterrupt
         return result if isinstance(result, int) else 0
@@ -82,6 +115,11 @@ def _guarded(command: Callable[[], object]) -> int:
     except KeyboardInterrupt:
         print("stopped; the same command continues where it stopped", file=sys.stderr)
         return STOPPED_RESUMABLE
+    except (SystemExit, BrokenPipeError) as error:
+        if not terminal.nobody_reads(error):
+            raise
+        terminal.stop_writing()
+        return terminal.BROKEN_PIPE
     except Exception as error:
         # Click's own usage errors know how to show themselves.
         if hasattr(error, "show") and hasattr(error, "exit_code"):
@@ -95,4 +133,12 @@ def _guarded(command: Callable[[], object]) -> int:
                 file=sys.stderr,
             )
             return StorageError.exit_code
+        if isinstance(error, OSError) and error.errno in _STORAGE:
+            where = f"{error.filename}: " if error.filename else ""
+            print(f"{where}{error.strerror}; make room, or choose another folder", file=sys.stderr)
+            return StorageError.exit_code
         raise
+
+
+_STORAGE = {errno.ENOSPC, errno.EDQUOT, errno.EFBIG, errno.EROFS, errno.EIO, errno.EACCES}
+"""Failures that can come wherever anything is read or written."""

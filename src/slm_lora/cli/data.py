@@ -16,10 +16,12 @@ from slm_lora.cli.options import (
     console,
     quiet_libraries,
 )
+from slm_lora.terminal import printable
 
 if TYPE_CHECKING:
     from collections.abc import Sequence
 
+    from slm_lora.data.checks import SpeltSpecials
     from slm_lora.data.sources import BadRow
     from slm_lora.experiment.jobs import Job
 
@@ -61,7 +63,7 @@ def _show_rows(job: Job, rows: int) -> None:
     out = console()
     for example in job.prepared.train[:rows]:
         out.print(
-            f"row {example.row_id[:8]}  {example.category}  {example.length} tokens, "
+            f"row {example.row_id[:8]}  {printable(example.category)}  {example.length} tokens, "
             f"{int(example.response.sum())} of the response"
         )
         shown = Text()
@@ -71,7 +73,7 @@ def _show_rows(job: Job, rows: int) -> None:
         ]
         pairs = zip(labels, example.ids.tolist(), strict=True)
         for marked, run in itertools.groupby(pairs, key=lambda pair: pair[0]):
-            text = str(tokenizer.decode([token for _, token in run]))
+            text = printable(str(tokenizer.decode([token for _, token in run])))
             # Off a terminal there is no colour: brackets mark the labels instead.
             if marked and not out.is_terminal:
                 text = f"[{text}]"
@@ -84,7 +86,8 @@ def check(recipe: RecipeFile, overrides: Overrides = None, rows: Rows = 2) -> No
     """Read, split and tokenise a recipe's rows, and say what was found.
 
     Names bad rows, a few of every kind; counts duplicates and what a random split would leak,
-    conflicting answers, categories, lengths and what a limit on them costs; shows a few rows.
+    conflicting answers, categories, lengths and what a limit on them costs; warns of too few test
+    rows, rows without labels, text that is cut, placeholders, special tokens; shows a few rows.
     """
     from slm_lora.data.sources import MalformedRowsError
     from slm_lora.experiment.jobs import data_record, make_jobs
@@ -114,14 +117,18 @@ def check(recipe: RecipeFile, overrides: Overrides = None, rows: Rows = 2) -> No
             f"{record['bad_rows_skipped']} malformed rows skipped",
             soft_wrap=True,
         )
+        # Once some rows are pieces, it is pieces that are counted.
+        unit = "pieces" if job.cell.recipe.data.on_long_row == "split" else "rows"
         for name, found in record["sets"].items():
             long = record["long_rows"].get(name, record["long_rows"].get("all"))
             out.print(
-                f"  {name:10} {found['rows']:6} rows {found['tokens']:9} tokens; "
-                f"{long['rows']} over {job.cell.recipe.data.max_length} tokens ({long['policy']})",
+                f"  {name:10} {found['rows']:6} {unit} {found['tokens']:9} tokens; "
+                f"{long['rows']} rows over {job.cell.recipe.data.max_length} tokens "
+                f"({long['policy']})",
                 soft_wrap=True,
             )
     _say_facts(jobs[0])
+    _say_warnings(jobs)
     out.print()
     _show_rows(jobs[0], rows)
 
@@ -143,11 +150,12 @@ def _print_bad_rows(bad_rows: Sequence[BadRow], before: str) -> None:
 
 
 _RELATIONS = {
-    "instruction": "same instruction (case, punctuation and spacing aside)",
+    "group": "same named group",
+    "prompt": "same prompt (case, punctuation and spacing aside)",
+    "instruction": "same instruction, whatever the context",
     "context": "same context",
-    "hint": "same named group",
-    "near": "nearly the same prompt (4 of 5 words shared)",
-    None: "related in any of these ways",
+    "near": "nearly the same prompt",
+    None: "related as data.group_by says: never parted here",
 }
 
 
@@ -160,7 +168,7 @@ def _say_facts(job: Job) -> None:
     rows = job.rows.rows
     tokenize = RowTokenizer(load_tokenizer(job.source), job.prepared.template)
     whole, _ = tokenize.encode(rows, {row.row_id: row.row_id for row in rows})
-    found = facts(rows, [example.length for example in whole])
+    found = facts(rows, [example.length for example in whole], job.prepared.rule)
     out = console()
 
     def say(line: str) -> None:
@@ -173,6 +181,8 @@ def _say_facts(job: Job) -> None:
                 f"  {_RELATIONS[each.relation]:55} {each.rows:6} rows in {each.groups:5} groups  "
                 f"{each.leak:6.1%}"
             )
+    if found.parted:
+        say(f"  rows that ask exactly what a row of another group asks: {found.parted}")
     prompts, answered = found.conflicts
     say(f"\nprompts with different answers: {prompts} ({answered} rows)")
     for mark in plain_marks(tokenize, rows):
@@ -184,12 +194,11 @@ def _say_facts(job: Job) -> None:
         held = Counter(example.category for example in job.prepared.test)
         say("\ncategory: rows, test rows")
         for name, many in found.categories:
-            say(f"  {name:30} {many:6} {held[name]:6}")
+            say(f"  {printable(name):30} {many:6} {held[name]:6}")
     labels = sorted(label_count(e, job.cell.recipe.training.loss_on) for e in job.prepared.train)
     say(
         f"\nlabels a training row ({job.cell.recipe.training.loss_on}): "
-        f"{labels[0]} to {labels[-1]}, median {labels[len(labels) // 2]}, "
-        f"{sum(not many for many in labels)} rows without"
+        f"{labels[0]} to {labels[-1]}, median {labels[len(labels) // 2]}"
     )
     say("\nlength in tokens, uncut: rows")
     largest = max(many for _, many in found.lengths)
@@ -200,3 +209,107 @@ def _say_facts(job: Job) -> None:
             f"  max_length {cost.limit:5} cuts {cost.rows:6.2%} of rows, "
             f"{cost.tokens:6.2%} of tokens"
         )
+
+
+def _say_warnings(jobs: Sequence[Job]) -> None:
+    """One line for each thing that may not be meant so."""
+    from slm_lora.data.checks import few_test_rows
+
+    job = jobs[0]
+    lines = [
+        few_test_rows(job.prepared.test),
+        *_without_labels(jobs),
+        *_cut(job),
+        *_odd_text(job),
+    ]
+    out = console()
+    out.print()
+    for line in filter(None, lines):
+        out.print(f"warning: {line}", soft_wrap=True)
+
+
+def _without_labels(jobs: Sequence[Job]) -> list[str]:
+    from slm_lora.data.batches import label_count
+
+    lines = []
+    for job in jobs:
+        recipe, prepared = job.cell.recipe, job.prepared
+        for name, examples, loss_on, then in (
+            ("training", prepared.train, recipe.training.loss_on, "they are not trained on"),
+            ("test", prepared.test, recipe.evaluation.headline, "they are not scored"),
+        ):
+            if many := sum(not label_count(each, loss_on) for each in examples):
+                lines.append(
+                    f"{many} of {len(examples)} {name} rows have no label token (loss on "
+                    f"{loss_on}): {then}; their prompts fill data.max_length = "
+                    f"{recipe.data.max_length}, or the template writes no response"
+                )
+    return list(dict.fromkeys(lines))
+
+
+def _cut(job: Job) -> list[str]:
+    data, long = job.cell.recipe.data, job.prepared.long
+    rows = sum(each.rows for each in long.values())
+    if not rows or data.on_long_row not in ("truncate", "drop"):
+        return []
+    tokens = sum(each.tokens_cut for each in long.values())
+    done = "are cut off there" if data.on_long_row == "truncate" else "are left out"
+    line = f"{rows} rows are longer than data.max_length = {data.max_length} and {done}"
+    if data.on_long_row == "truncate":
+        line += f" ({tokens} tokens)"
+    if job.prepared.template.kind == "plain" and job.rows.format == "text":
+        return [f"{line}; data.on_long_row=split trains on and scores all of it, in pieces"]
+    return [f"{line}; raise data.max_length to keep them whole"]
+
+
+def _odd_text(job: Job) -> list[str]:
+    from slm_lora.data.chat_templates import default_template
+    from slm_lora.data.checks import names_not_set, spelt_specials
+    from slm_lora.data.placeholders import find_placeholders
+    from slm_lora.data.tokens import RowTokenizer
+    from slm_lora.model.load import load_tokenizer
+
+    rows, template = job.rows.rows, job.prepared.template
+    tokenizer = load_tokenizer(job.source)
+    tokenize = RowTokenizer(tokenizer, template)
+    lines = []
+    if found := find_placeholders(rows):
+        spelt = ", ".join(found.spelt[:5]) + (", …" if len(found.spelt) > 5 else "")
+        lines.append(
+            f"{found.rows} rows hold what looks like a placeholder that was never filled in "
+            f"({spelt}), first {found.first}"
+        )
+    joined = [row for row, so in zip(rows, tokenize.joined(rows), strict=True) if so]
+    if joined:
+        lines.append(
+            f"{len(joined)} of {len(rows)} rows are prompted otherwise than trained: the end of "
+            "the prompt and the beginning of the response become other tokens together than apart "
+            f"(a space or line end between them, say), first {joined[0].source}; let prompts end "
+            "without white space, and responses begin with it"
+        )
+    in_responses, in_prompts = spelt_specials(tokenize, rows)
+    if in_responses:
+        how = (
+            "they are these tokens (data.special_tokens_in_responses = special)"
+            if template.special_in_responses
+            else "they are cut up as text; data.special_tokens_in_responses=special makes them "
+            "the tokens themselves"
+        )
+        lines.append(f"responses of {_named(in_responses)}: {how}")
+    if in_prompts:
+        lines.append(f"prompts of {_named(in_prompts)}: they are text there, always")
+    source = template.source if template.kind == "jinja" else default_template(tokenizer)
+    if template.kind in ("jinja", "chat") and source is not None:
+        unset = names_not_set(source, tokenizer.special_tokens_map.keys())
+        if unset:
+            lines.append(
+                f"the chat template uses names that nothing sets: {', '.join(unset)}; each counts "
+                "as empty, or as false"
+            )
+    return lines
+
+
+def _named(found: SpeltSpecials) -> str:
+    tokens = ", ".join(f"{token} ({many})" for token, many in found.tokens[:5])
+    more = ", …" if len(found.tokens) > 5 else ""
+    return f"{found.rows} rows spell special tokens ({tokens}{more}), first {found.first}"

@@ -61,7 +61,7 @@ def experiment(
     from slm_lora.experiment.elsewhere import CommandLine, run_elsewhere
     from slm_lora.experiment.examples import Quoted
     from slm_lora.experiment.jobs import ComputedName, make_jobs
-    from slm_lora.experiment.report import terminal_table, write_report
+    from slm_lora.experiment.report import not_shown, terminal_table, write_report
     from slm_lora.experiment.runner import run_jobs
     from slm_lora.progress import Reporter
     from slm_lora.recipe.reading import load_recipe
@@ -99,8 +99,9 @@ def experiment(
     out.print()
     out.print(terminal_table(lines))
     out.print()
-    kept = jobs if places.keep_adapters else []
-    _print_where(places.results, [places.adapter(job.cell.name) for job in kept], with_rows)
+    if others := not_shown(runs, places.results):
+        out.print(f"{others}\n", soft_wrap=True)
+    _print_where(places.results, _adapters(runs, places), with_rows)
 
 
 def train(
@@ -143,8 +144,8 @@ def train(
     out.print()
     for run in runs:
         out.print(f"{run.folder}", soft_wrap=True)
-        if places.keep_adapters and cell != BASE:
-            out.print(f"{places.adapter(run.cell)}", soft_wrap=True)
+    for folder in _adapters(runs, places):
+        out.print(f"{folder}", soft_wrap=True)
 
 
 def evaluate(
@@ -235,7 +236,8 @@ def report(
     """Make table, metrics and report again from the run folders of an experiment."""
     from slm_lora.data.sources import read_rows
     from slm_lora.experiment.examples import Quoted
-    from slm_lora.experiment.report import terminal_table, write_report
+    from slm_lora.experiment.places import Places
+    from slm_lora.experiment.report import not_shown, terminal_table, write_report
     from slm_lora.recipe.reading import load_recipe
     from slm_lora.runs import list_runs
 
@@ -243,28 +245,42 @@ def report(
     if with_rows is not None:
         read, cells = load_recipe(with_rows, overrides or [])
         rows = read_rows(cells[0].recipe.data).rows
-        answer = _answering(cells[0].recipe, adapters / read.name) if answers else None
+        places = Places(read.name, experiment_folder, adapters)
+        answer = _answering(cells[0].recipe, places) if answers else None
         quoted = Quoted({row.row_id: row for row in rows}, answer)
     elif overrides or answers:
         given = overrides[0] if overrides else "--answers"
         raise UsageError(f"{given}: needs --with-rows RECIPE")
     out = console()
-    lines = write_report(list_runs(experiment_folder), experiment_folder, quoted=quoted)
+    runs = list_runs(experiment_folder)
+    lines = write_report(runs, experiment_folder, quoted=quoted)
     out.print(terminal_table(lines))
     out.print()
+    if others := not_shown(runs, experiment_folder):
+        out.print(f"{others}\n", soft_wrap=True)
     _print_where(experiment_folder, [], quoted is not None)
 
 
-def _answering(recipe: Any, adapters: Path) -> Any:
-    """Lets the base of a cell and its adapter answer prompts: ``adapters`` and the cell's name make
-    the adapter's folder."""
+def _adapters(runs: Any, places: Any) -> list[Path]:
+    """Where the adapters of finished runs lie, of those that are kept."""
+    tuned = [run for run in runs if "adapter" in run.record] if places.keep_adapters else []
+    return [folder for run in tuned if (folder := places.adapter_of(run)) is not None]
+
+
+def _answering(recipe: Any, places: Any) -> Any:
+    """Lets the base of a run and its adapter answer prompts."""
     from slm_lora.cli.outputs import opened
     from slm_lora.evaluation.generate import Sampling
     from slm_lora.experiment.side_by_side import compare_outputs
     from slm_lora.progress import Reporter
 
-    def answer(cell: str, prompts: Any) -> Any:
-        folder = adapters.with_name(f"{adapters.name}-{cell}")
+    def answer(run: Any, prompts: Any) -> Any:
+        folder = places.adapter_of(run)
+        if folder is None:
+            raise UsageError(
+                f"--answers: the adapter of {run.folder.name} is not in {places.adapters}, or is "
+                "not as it was scored; name its folder's parent (--adapters), or leave it out"
+            )
         training = recipe.training
         variants = opened(recipe.model.name, [folder], training.device, training.precision)
         many = 2 * len(prompts)
@@ -321,8 +337,9 @@ def _places(recipe: Any, results: Path, adapters: Path) -> Any:
 def _say_data(job: Any, reporter: Any) -> None:
     sets = job.prepared
     reporter.say(
-        f"{job.source.name} · {job.rows.origin.split(' ')[0]} · {sets.rows_available} rows: "
-        f"{len(sets.test)} test, {len(sets.validation)} validation"
+        f"{job.source.name} · {job.rows.origin.split(' ')[0]} · {sets.rows_available} rows in "
+        f"{sets.groups} groups: {len(sets.test)} test, "
+        f"{len(sets.validation)} validation"
     )
     for note in (*job.rows.notes, *sets.notes):
         reporter.say(f"  note: {note}")
@@ -341,6 +358,9 @@ def _print_plan(jobs: Any, places: Any, reporter: Any) -> None:
     from slm_lora.experiment.plan import plan
     from slm_lora.progress import clock
 
+    elsewhere = _not_here(jobs)
+    if elsewhere:
+        reporter.say(f"  warning: {elsewhere}")
     reporter.say("  timing slices of the model")
     found = plan(jobs, places)
     table = Table(box=None, pad_edge=False, header_style="bold")
@@ -368,6 +388,28 @@ def _print_plan(jobs: Any, places: Any, reporter: Any) -> None:
     )
     if warning := found.warning():
         out.print(f"warning: {warning}", soft_wrap=True)
+    if elsewhere:
+        out.print(f"warning: {elsewhere}", soft_wrap=True)
+
+
+def _not_here(jobs: Any) -> str:
+    """One line where a plan is not for the device or the precision that the recipe names."""
+    wanted: dict[str, None] = {}
+    for job in jobs:
+        training = job.cell.recipe.training
+        for key, asked, has in (
+            ("device", training.device, job.device.type),
+            ("precision", training.precision, job.precision),
+        ):
+            if asked not in ("auto", has):
+                wanted[f"training.{key} = {asked}"] = None
+    if not wanted:
+        return ""
+    return (
+        f"{' and '.join(wanted)}: not on this machine, where the experiment would be refused; time "
+        f"and memory are those of its {jobs[0].device.type} in {jobs[0].precision}, and runs "
+        "finished elsewhere are not told as finished; plan where it will run"
+    )
 
 
 def _print_where(results: Path, adapters: list[Path], with_rows: bool) -> None:

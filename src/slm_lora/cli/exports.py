@@ -32,9 +32,14 @@ def merge(
     """
     from slm_lora.export.folder import read
     from slm_lora.export.merged import merge as merge_adapter
+    from slm_lora.progress import Reporter
 
     quiet_libraries()
     trained = read(folder)
+    Reporter().say(
+        f"  loading {trained.base_name}, merging {trained.name}, and comparing logits in a fresh "
+        "process"
+    )
     proof = merge_adapter(trained, out, dtype, base)
     console().print(f"{out}\n{proof.sentence()}", soft_wrap=True)
     if quantization := trained.about["base"].get("quantization"):
@@ -63,9 +68,12 @@ def export_gguf(
     """
     from slm_lora.export.folder import read
     from slm_lora.export.llama_cpp import export
+    from slm_lora.progress import Reporter
 
     quiet_libraries()
-    for path in export(read(folder), out, form, kind, base):
+    trained = read(folder)
+    Reporter().say(f"  writing {trained.name} as GGUF ({form}, {kind})")
+    for path in export(trained, out, form, kind, base):
         console().print(f"{path}", soft_wrap=True)
 
 

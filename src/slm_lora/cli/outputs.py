@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import io
+import re
 import sys
 from pathlib import Path
 from typing import Annotated, Any
@@ -11,6 +12,7 @@ import typer
 
 from slm_lora.cli.options import console, quiet_libraries
 from slm_lora.errors import DataError, UsageError
+from slm_lora.terminal import printable
 
 Adapter = Annotated[Path | None, typer.Option("--adapter", help="Adapter folder; else the base.")]
 BaseModel = Annotated[
@@ -52,7 +54,8 @@ def chat(
 ) -> None:
     """Talk to a model in the terminal, prompted exactly as it was trained.
 
-    Ctrl-C stops a reply, not the program; an empty line or Ctrl-D ends it; /new begins anew.
+    Ctrl-C stops a reply, not the program; an empty line, /quit or Ctrl-D ends it; /new begins
+    anew; /help lists what there is.
     """
     from slm_lora.data.text import given
     from slm_lora.errors import SlmLoraError
@@ -80,8 +83,12 @@ def chat(
         sys.stdin.reconfigure(errors="surrogateescape")  # what is no text is told, and refused
     turns = list(beginning)
     while (asked := _asked()) is not None:
-        if asked == "/new":
-            turns = list(beginning)
+        # (A question may begin with a path, or with a comment's strokes.)
+        if re.fullmatch(r"/[A-Za-z?_-]+", word := asked.split()[0]):
+            if word in ("/quit", "/exit", "/bye"):
+                break
+            turns = list(beginning) if word == "/new" else turns
+            out.print(_COMMANDS.get(word, f"{word}: no command, and not sent; {_HELP}"))
             continue
         if not several:
             turns = list(beginning)
@@ -94,13 +101,22 @@ def chat(
         turns.append(Turn("assistant", said))
 
 
+_HELP = "/new begins anew, /help shows this, /quit or an empty line ends, Ctrl-C stops a reply"
+_COMMANDS = {"/help": _HELP, "/?": _HELP, "/new": "begun anew"}
+
+
 def _asked() -> str | None:
     """The next question; None at the end."""
-    try:
-        return input("\n> ").strip() or None
-    except (EOFError, KeyboardInterrupt):
-        print()
-        return None
+    while True:
+        try:
+            asked = input("\n> ").strip()
+        except (EOFError, KeyboardInterrupt):
+            print()
+            return None
+        except UnicodeDecodeError as error:
+            print(f"not text in {error.encoding}, and not sent")
+            continue
+        return asked or None
 
 
 def _streamed(variants: Any, name: str, turns: list[Any], sampling: Any) -> str:
@@ -112,18 +128,13 @@ def _streamed(variants: Any, name: str, turns: list[Any], sampling: Any) -> str:
         reply = Reply(variants, name, variants.prompters[name].prompt(turns), sampling)
         for piece in reply.pieces():
             said += piece
-            print(_printable(piece), end="", flush=True)
+            print(printable(piece), end="", flush=True)
     except KeyboardInterrupt:
         print(" [stopped]", end="")
     except (UsageError, DataError) as error:  # the conversation has grown too long, say
         print(error, end="")
     print()
     return said
-
-
-def _printable(text: str) -> str:
-    """Text that cannot steer the terminal: escape sequences show as what they are."""
-    return "".join(c if c.isprintable() or c in "\n\t" else repr(c)[1:-1] for c in text)
 
 
 def generate(
@@ -158,6 +169,8 @@ def generate(
 
     if (prompt is None) == (prompts is None):
         raise UsageError("give one prompt, or a file of them with --prompts")
+    if prompt is not None and not prompt.strip():
+        raise UsageError("the prompt is empty")
     _check_stop(stop)
     asked = read_prompts(prompts) if prompts else []
     if prompt is not None:
@@ -171,7 +184,7 @@ def generate(
     if prompts is None:
         reply = Reply(variants, name, prompt_ids(variants, name, asked[0]), sampling)
         for piece in reply.pieces():
-            print(_printable(piece), end="", flush=True)
+            print(printable(piece), end="", flush=True)
         print()
         return
     lines = []
@@ -266,17 +279,17 @@ def _print_side_by_side(found: list[Any]) -> None:
     shown = Console(highlight=False, markup=False, width=None if sys.stdout.isatty() else 140)
     fitting = max(1, shown.width // 36)
     for number, each in enumerate(found, 1):
-        shown.print(f"\n{number}. {_printable(each.prompt)}", style="bold")
+        shown.print(f"\n{number}. {printable(each.prompt)}", style="bold")
         for start in range(0, len(each.answers), fitting):
             some = each.answers[start : start + fitting]
             table = Table(box=None, pad_edge=False, padding=(0, 2, 0, 0), header_style="dim")
             for answer in some:
                 loss = "" if answer.loss is None else f"  loss {answer.loss:.3f}"
                 table.add_column(f"{answer.variant}{loss}", ratio=1)
-            table.add_row(*(_printable(answer.greedy) for answer in some))
+            table.add_row(*(printable(answer.greedy) for answer in some))
             if any(answer.sampled for answer in some):
                 table.add_row()
-                table.add_row(*(f"sampled: {_printable(answer.sampled)}" for answer in some))
+                table.add_row(*(f"sampled: {printable(answer.sampled)}" for answer in some))
             shown.print(table)
 
 
@@ -288,8 +301,14 @@ def opened(base: str | None, adapters: list[Path], device: str, precision: str) 
     quiet_libraries()
     _check_choice("--device", device, ("auto", "cpu", "cuda", "mps"))
     _check_choice("--precision", precision, ("auto", "fp32", "bf16", "fp16"))
-    found = open_variants(base, adapters, device=device, precision=precision)
     reporter = Reporter()
+    # Else nothing would be seen for the better part of a minute.
+    named = ", ".join(folder.resolve().name for folder in adapters)
+    reporter.say(
+        f"  loading {base or ('the base' if adapters else 'the embedded model')}"
+        + (f" and {named}" if named else "")
+    )
+    found = open_variants(base, adapters, device=device, precision=precision)
     for note in found.notes:
         reporter.say(f"note: {note}")
     return found

@@ -8,7 +8,7 @@ from typing import TYPE_CHECKING, Annotated
 
 import typer
 
-from slm_lora.cli.options import AdaptersDir, console
+from slm_lora.cli.options import AdaptersDir, ResultsDir, console
 from slm_lora.cli.outputs import BaseModel, Device, Precision, opened
 from slm_lora.errors import UsageError
 
@@ -37,8 +37,12 @@ def serve(
     page: Annotated[bool, typer.Option(help="The page at /, besides the API at /v1.")] = True,
     prompts: Annotated[
         Path | None,
-        typer.Option("--prompts", help="The page's examples; else rows of the data set."),
+        typer.Option(
+            "--prompts",
+            help="The page's examples; else rows of the data set, where it is on this machine.",
+        ),
     ] = None,
+    results: ResultsDir = Path("results"),
     max_tokens: Annotated[int, typer.Option(min=1, help="Longest reply, in tokens.")] = 1024,
     max_waiting: Annotated[int, typer.Option(min=1, help="Requests in the queue; more: 429.")] = 64,
     device: Device = "auto",
@@ -66,8 +70,8 @@ def serve(
             from slm_lora.serve.page import mount_page
     except ImportError as error:
         raise UsageError(
-            f"serve needs {error.name}, which is not installed: pip install 'slm-lora[serve]' "
-            "(from a checkout: pip install '.[serve]')"
+            f"serve needs {error.name}, which is not installed: pip install '.[serve]' in a "
+            "checkout"
         ) from error
     chosen = list(adapter or _last_experiment(adapters))
     examples = read_prompts(prompts) if prompts else _dataset_examples(chosen) if page else []
@@ -76,7 +80,7 @@ def serve(
     engine = Engine(variants, most_tokens=max_tokens, most_waiting=max_waiting)
     app = make_app(engine)
     if page:
-        app = mount_page(app, engine, examples)
+        app = mount_page(app, engine, examples, _best(chosen, results))
     outside = host not in LOOPBACK and host != "::1"
     token = os.environ.get("SLM_LORA_TOKEN") or (secrets.token_urlsafe(24) if outside else None)
     shown = f"[{host}]" if ":" in host else host
@@ -115,6 +119,25 @@ def _last_experiment(adapters: Path) -> list[Path]:
         )
     newest = list(usable.values())[-1]
     return [folder for folder, of in usable.items() if of == newest]
+
+
+def _best(adapters: list[Path], results: Path) -> str | None:
+    """Name of the adapter with the lowest held-out loss, where the losses of all that have one are
+    of the same tokens; None where that is not known."""
+    found: dict[str, float] = {}
+    scored_on = set()
+    for folder in adapters:
+        try:
+            about = json.loads((folder / "slm_lora.json").read_text(encoding="utf-8"))
+            place = results / about["experiment"] / "runs" / f"{about['cell']}-{about['run'][:8]}"
+            run = json.loads((place / "run.json").read_text(encoding="utf-8"))
+            headline = run["evaluation"]["headline"]
+            if run["hash"] == about["run"]:
+                found[folder.resolve().name] = float(run["evaluation"][headline]["loss"])
+                scored_on.add((run["data"]["held_out_sha256"], run["model"]["sha256"], headline))
+        except (OSError, ValueError, KeyError, TypeError):
+            continue
+    return min(found, key=found.__getitem__) if len(scored_on) == 1 else None
 
 
 def _dataset_examples(adapters: list[Path]) -> list[Prompt]:

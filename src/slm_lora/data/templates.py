@@ -178,11 +178,20 @@ def _end_of_turn(text: str, start: int, ends: tuple[str, ...]) -> int:
 
 @dataclass(frozen=True, slots=True)
 class Template:
-    """How rows become text: a named template, or the source of a Jinja one."""
+    """How rows become text: a named template, or the source of a Jinja one.
+
+    ``special_in_responses``: special tokens that responses spell are these tokens, not text.
+    """
 
     kind: TemplateKind
     include_context: bool = False
     source: str = ""
+    special_in_responses: bool = False
+
+    @property
+    def shows_context(self) -> bool:
+        """Whether the context of a row that has one is part of its prompt."""
+        return self.include_context and self.kind != "plain"
 
 
 def choose_template(name: str, row_format: str, include_context: bool) -> Template:

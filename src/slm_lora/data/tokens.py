@@ -28,7 +28,7 @@ from slm_lora.data.templates import (
 )
 from slm_lora.data.text import given
 from slm_lora.errors import DataError, SlmLoraError, UsageError
-from slm_lora.records import Example, Row, Turn
+from slm_lora.records import PIECE, Example, Row, Turn
 
 if TYPE_CHECKING:
     from transformers import PreTrainedTokenizerBase
@@ -44,6 +44,16 @@ class LongRows:
 
 
 _Tokens = tuple[list[int], list[bool], list[int]]
+
+
+@dataclass(frozen=True, slots=True)
+class _Part:
+    """Tokens that become an example: ids, response mask, last character of each in the text."""
+
+    row_id: str
+    ids: list[int]
+    response: list[bool]
+    ends: list[int]
 
 
 class RowTokenizer:
@@ -207,10 +217,17 @@ class RowTokenizer:
 
     def _hidden(self, row: Row) -> Row:
         return Row(
-            tuple(Turn(turn.role, self.specials.hide(turn.content)) for turn in row.turns),
+            tuple(Turn(turn.role, self._content(turn)) for turn in row.turns),
             context=self.specials.hide(row.context),
             source=row.source,
         )
+
+    def _content(self, turn: Turn) -> str:
+        """A turn's text with its special tokens as text, or as themselves where the recipe lets
+        responses hold them (an earlier response of a conversation, too)."""
+        if turn.role == "assistant" and self.template.special_in_responses:
+            return self.specials.own(turn.content)
+        return self.specials.hide(turn.content)
 
     def _rendered_chat(self, hidden: Row) -> Rendered:
         assert self._render_chat is not None
@@ -239,7 +256,8 @@ class RowTokenizer:
             rows: the rows.
             group_of: group id of every row id.
             max_length: longest sequence in tokens, BOS and EOS included; None: any.
-            on_long_row: ``truncate`` (the row then ends without EOS), ``drop`` or ``refuse``.
+            on_long_row: ``truncate`` (the row then ends without EOS), ``drop``, ``refuse``, or
+                ``split``: into pieces, see `_pieces`.
 
         Raises:
             DataError: a row has no tokens, cannot be rendered, or is too long under ``refuse``.
@@ -256,20 +274,73 @@ class RowTokenizer:
         long = [(row, _length(t)) for row, t in zip(rows, whole, strict=True) if _length(t) > limit]
         counted = LongRows(
             rows=len(long),
-            tokens_cut=sum(length - limit for _, length in long),
+            tokens_cut=sum(length - limit for _, length in long) * (on_long_row != "split"),
             longest=max(map(_length, whole), default=0),
         )
         if long and on_long_row == "refuse":
             raise DataError(
                 f"{long[0][0].source}: {long[0][1]} tokens, over data.max_length = {limit} "
-                f"({len(long)} rows in all); set data.on_long_row to truncate or drop"
+                f"({len(long)} rows in all); set data.on_long_row to truncate or drop, or, for "
+                "plain text, to split"
             )
-        examples = [
-            self._example(row, group_of[row.row_id], each, tokens, limit)
-            for row, each, tokens in zip(rows, rendered, whole, strict=True)
-            if on_long_row != "drop" or _length(tokens) <= limit
-        ]
+        examples: list[Example] = []
+        for row, each, tokens in zip(rows, rendered, whole, strict=True):
+            group = group_of[row.row_id]
+            if _length(tokens) > limit and on_long_row == "split":
+                examples += self._pieces(row, group, each, tokens, limit)
+            elif _length(tokens) <= limit or on_long_row != "drop":
+                ids, response, ends = tokens
+                part = _Part(row.row_id, ids[:limit], response[:limit], ends[:limit])
+                examples.append(self._example(row, group, each, part))
         return examples, counted
+
+    def _pieces(
+        self, row: Row, group_id: str, rendered: Rendered, tokens: _Tokens, limit: int
+    ) -> list[Example]:
+        """A row over the limit as the fewest pieces within it, of equal length.
+
+        Every token but the first is the label of exactly one piece. What a piece begins with is
+        no label: BOS, as models that have one expect it there, or else the token before it.
+        """
+        ids, response, ends = tokens
+        labels = len(ids) - 1
+        many = -(-labels // (limit - 1))
+        found = []
+        for number in range(many):
+            start, end = (1 + labels * k // many for k in (number, number + 1))
+            first = ids[0] if ids[0] == self.bos_id else ids[start - 1]
+            found.append(
+                self._example(
+                    row,
+                    group_id,
+                    rendered,
+                    _Part(
+                        f"{row.row_id}{PIECE}{number + 1}of{many}",
+                        [first, *ids[start:end]],
+                        [response[start - 1], *response[start:end]],
+                        ends[start - 1 : end],
+                    ),
+                )
+            )
+        return found
+
+    def joined(self, rows: Sequence[Row]) -> list[bool]:
+        """Of each row, whether a prompt in it ends in other tokens alone than before its response.
+
+        The last letters of a prompt and the first of a response may be one token, or the white
+        space between them be divided in another way. Trained is the whole text as it is
+        tokenised; whoever prompts has the prompt alone.
+        """
+        rendered = [self.render(row) for row in rows]
+        whole = self._backend.encode_batch([r.text for r in rendered], add_special_tokens=False)
+        asked = [(at, a) for at, r in enumerate(rendered) for a, _ in r.responses if a]
+        prompts = self._backend.encode_batch(
+            [rendered[at].text[:a] for at, a in asked], add_special_tokens=False
+        )
+        found = [False] * len(rows)
+        for (at, _), prompt in zip(asked, prompts, strict=True):
+            found[at] |= prompt.ids != whole[at].ids[: len(prompt.ids)]
+        return found
 
     def _tokens(
         self, row: Row, rendered: Rendered, raw_ids: list[int], offsets: list[tuple[int, int]]
@@ -295,18 +366,15 @@ class RowTokenizer:
             ends = [*ends, len(rendered.text)]
         return ids, response, ends
 
-    def _example(
-        self, row: Row, group_id: str, rendered: Rendered, tokens: _Tokens, limit: int
-    ) -> Example:
-        ids, response, ends = (part[:limit] for part in tokens)
+    def _example(self, row: Row, group_id: str, rendered: Rendered, part: _Part) -> Example:
         # The first token is not scored: BOS has no bytes, any other's bytes are left out.
-        first, last = ends[0], ends[-1]
+        first, last = part.ends[0], part.ends[-1]
         return Example(
-            row_id=row.row_id,
+            row_id=part.row_id,
             group_id=group_id,
             category=row.category,
-            ids=np.array(ids, dtype=np.int32),
-            response=np.array(response, dtype=np.bool_),
+            ids=np.array(part.ids, dtype=np.int32),
+            response=np.array(part.response, dtype=np.bool_),
             bytes_all=self._bytes(rendered.text[first:last]),
             bytes_response=sum(
                 self._bytes(rendered.text[max(a, first) : min(b, last)])

@@ -41,7 +41,7 @@ class RayEngine:
             import ray
         except ImportError as error:
             raise UsageError(
-                "--executor ray: needs Ray; install the extra: slm-lora[ray]"
+                "--executor ray: needs Ray: pip install '.[ray]' in a checkout"
             ) from error
         self._ray = ray
         if ":" in address:

@@ -62,7 +62,7 @@ class SlurmEngine:
             import submitit
         except ImportError as error:
             raise UsageError(
-                "--executor slurm: needs submitit; install the extra: slm-lora[slurm]"
+                "--executor slurm: needs submitit: pip install '.[slurm]' in a checkout"
             ) from error
         given = dict(options)
         cluster = given.pop("cluster", "slurm")

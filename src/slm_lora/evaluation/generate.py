@@ -7,6 +7,7 @@ what else is asked at the same time.
 
 from __future__ import annotations
 
+from collections import Counter
 from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
 from typing import TYPE_CHECKING, Any, Literal
@@ -27,6 +28,9 @@ if TYPE_CHECKING:
 
 Finish = Literal["", "stop", "length"]
 
+GREEDY_BELOW = 1e-5
+"""Temperatures under this are 0, as in vLLM: logits divided by them would overflow."""
+
 
 @dataclass(frozen=True, slots=True)
 class Sampling:
@@ -41,6 +45,13 @@ class Sampling:
             2019, arXiv 1909.05858).
         seed: of the samples.
         stop: texts that end the reply, and are not part of it.
+        min_p: sample among tokens of at least this share of the most likely one's probability.
+        frequency_penalty: taken off a logit for each time that the token is in the reply so far.
+        presence_penalty: taken off a logit once, where the token is in the reply so far. Both as
+            OpenAI and vLLM define them: of the prompt's tokens none counts.
+        min_tokens: of the reply, before its end or a stop may come.
+        ignore_eos: the model's own end is a token like others.
+        stop_token_ids: tokens that end the reply besides, and are not part of its text.
     """
 
     max_new_tokens: int = 256
@@ -50,6 +61,12 @@ class Sampling:
     repetition_penalty: float = 1.0
     seed: int = 0
     stop: tuple[str, ...] = ()
+    min_p: float = 0.0
+    frequency_penalty: float = 0.0
+    presence_penalty: float = 0.0
+    min_tokens: int = 0
+    ignore_eos: bool = False
+    stop_token_ids: tuple[int, ...] = ()
 
 
 class Reply:
@@ -95,17 +112,22 @@ class Reply:
         self._room = min(sampling.max_new_tokens, variants.longest - len(prompt))
         self._cache = DynamicCache(config=variants.base.causal.config)
         self._generator = torch.Generator().manual_seed(sampling.seed)
+        self._repeated = _repetition(sampling.repetition_penalty)
         self._warp = _warpers(sampling)
-        self._text = _Text(variants, self._prompt, sampling.stop)
+        # Where responses were trained to hold special tokens, they are part of what is said.
+        special = variants.prompters[variant].template.special_in_responses
+        self._text = _Text(variants, self._prompt, sampling.stop, special)
+        own = frozenset[int]() if sampling.ignore_eos else variants.ends
+        self._ends = own | frozenset(sampling.stop_token_ids)
 
     def advance(self) -> str:
         """Compute the next token; the text that is certain now, which may be none."""
         token = self._choose(self._next_logits())
         self.ids.append(token)
-        if token in self._variants.ends:
+        if token in self._ends:
             self.finished = "stop"
             return self._text.rest()
-        new, stopped = self._text.add(token)
+        new, stopped = self._text.add(token, len(self.ids) > self._sampling.min_tokens)
         if stopped:
             self.finished = "stop"
         elif len(self.ids) >= self._room:
@@ -131,32 +153,55 @@ class Reply:
         on_cpu: torch.Tensor = logits.to("cpu", torch.float32)
         return on_cpu
 
+    @torch.inference_mode()
     def _choose(self, logits: torch.Tensor) -> int:
+        if len(self.ids) < self._sampling.min_tokens:
+            barred = [token for token in self._ends if token < logits.shape[1]]
+            logits[0, barred] = -torch.inf
         seen: Any = torch.tensor([[*self._prompt, *self.ids]])
-        logits = self._warp(seen, logits)
-        if self._sampling.temperature == 0:
+        logits = self._repeated(seen, logits)
+        self._penalise(logits)
+        if self._sampling.temperature < GREEDY_BELOW:
             return int(logits.argmax())
+        logits = self._warp(seen, logits)
         chances = torch.softmax(logits[0], 0)
         return int(torch.multinomial(chances, 1, generator=self._generator))
 
+    def _penalise(self, logits: torch.Tensor) -> None:
+        """Frequency and presence, in place."""
+        how = self._sampling
+        if how.frequency_penalty or how.presence_penalty:
+            times = Counter(self.ids)
+            taken = how.frequency_penalty * torch.tensor(list(times.values()), dtype=torch.float32)
+            logits[0, list(times)] -= taken + how.presence_penalty
+
+
+def _repetition(penalty: float) -> LogitsProcessorList:
+    """transformers' own, which counts the prompt's tokens, too, as vLLM does."""
+    from transformers import LogitsProcessorList, RepetitionPenaltyLogitsProcessor
+
+    kept = LogitsProcessorList()
+    if penalty != 1:
+        kept.append(RepetitionPenaltyLogitsProcessor(penalty))
+    return kept
+
 
 def _warpers(sampling: Sampling) -> LogitsProcessorList:
-    """transformers' own, in the order of its `generate`."""
+    """transformers' own, in vLLM's order: that of its `generate`, but for min_p, which comes
+    before top_k and top_p."""
     from transformers import (
         LogitsProcessorList,
-        RepetitionPenaltyLogitsProcessor,
+        MinPLogitsWarper,
         TemperatureLogitsWarper,
         TopKLogitsWarper,
         TopPLogitsWarper,
     )
 
     warp = LogitsProcessorList()
-    if sampling.repetition_penalty != 1:
-        warp.append(RepetitionPenaltyLogitsProcessor(sampling.repetition_penalty))
-    if sampling.temperature == 0:
-        return warp
-    if sampling.temperature != 1:
+    if sampling.temperature >= GREEDY_BELOW and sampling.temperature != 1:
         warp.append(TemperatureLogitsWarper(sampling.temperature))
+    if sampling.min_p > 0:
+        warp.append(MinPLogitsWarper(sampling.min_p))
     if sampling.top_k:
         warp.append(TopKLogitsWarper(sampling.top_k))
     if sampling.top_p < 1:
@@ -167,17 +212,22 @@ def _warpers(sampling: Sampling) -> LogitsProcessorList:
 class _Text:
     """Tokens to text as they come. What may be the beginning of a stop text is held back."""
 
-    def __init__(self, variants: Variants, prompt: list[int], stop: tuple[str, ...]) -> None:
+    def __init__(
+        self, variants: Variants, prompt: list[int], stop: tuple[str, ...], special: bool
+    ) -> None:
         from tokenizers.decoders import DecodeStream
 
-        self._stream: DecodeStream = DecodeStream(ids=prompt, skip_special_tokens=True)
+        self._stream: DecodeStream = DecodeStream(ids=prompt, skip_special_tokens=not special)
         self._backend = variants.tokenizer.backend_tokenizer
         self._stop = tuple(text for text in stop if text)
         self._held = ""
 
-    def add(self, token: int) -> tuple[str, bool]:
-        """Text that is certain now, and whether a stop text came."""
+    def add(self, token: int, may_stop: bool = True) -> tuple[str, bool]:
+        """Text that is certain now, and whether a stop text came. One that begins in text of
+        before it might is none."""
         self._held += self._stream.step(self._backend, token) or ""
+        if not may_stop:
+            return self.rest(), False
         ends = [at for text in self._stop if (at := self._held.find(text)) >= 0]
         if ends:
             return self._held[: min(ends)], True

@@ -70,12 +70,17 @@ def _other_template(trained: Template, job: Job) -> str:
         return (
             f"was trained in template {trained.kind}, and is scored in {same}: {way} it as it was"
         )
-    with_context = trained.include_context and trained.kind != "plain"
-    if with_context != now.include_context and any(row.context for row in job.rows.rows):
-        has = "with" if with_context else "without"
+    shows, hides = ("with", "without") if trained.shows_context else ("without", "with")
+    if trained.shows_context != now.shows_context and any(row.context for row in job.rows.rows):
         return (
-            f"was trained {has} contexts, and is scored {'without' if with_context else 'with'} "
-            f"them: data.include_context={str(with_context).lower()} scores it as it was"
+            f"was trained {shows} contexts, and is scored {hides} them: "
+            f"data.include_context={str(trained.shows_context).lower()} scores it as it was"
+        )
+    if trained.special_in_responses != now.special_in_responses:
+        key, was = "data.special_tokens_in_responses", trained.special_in_responses
+        return (
+            f"was trained with {key}={'special' if was else 'text'}, and is scored with "
+            f"{'text' if was else 'special'}"
         )
     return ""
 
@@ -100,15 +105,14 @@ def _foreign_template(shipped: Path, job: Job) -> str:
 
 def _other_split(trained: dict[str, Any], now: dict[str, Any]) -> str:
     """Says it where rows that are scored may have been trained on."""
-    if any(trained.get(key) is None for key in ("split_seed", "test_rows")):
+    if "split_seed" not in trained or trained.get("name") != now["name"]:
         return ""
-    if trained.get("name") != now["name"]:
-        return ""
-    more = now["test_rows"] > trained["test_rows"]
-    if trained["split_seed"] == now["split_seed"] and not more:
-        return ""
-    key = "test_rows" if more else "split_seed"
-    return (
-        f"was trained with data.{key}={trained[key]}, and is scored with {now[key]}: rows that "
-        "are scored may be among those that it was trained on"
-    )
+    for key in ("split_seed", "test_rows"):
+        before, after = trained.get(key), now[key]
+        # Fewer test rows are the first of the same.
+        if before != after and not (key == "test_rows" and before and after and after < before):
+            return (
+                f"was trained with data.{key}={before}, and is scored with {after}: rows that are "
+                "scored may be among those that it was trained on"
+            )
+    return ""

@@ -14,7 +14,8 @@ from slm_lora.errors import IntegrityError, UsageError
 from slm_lora.experiment import side_by_side
 from slm_lora.experiment.contrasts import Arm, Contrast
 from slm_lora.experiment.page import Column, Section, plain
-from slm_lora.records import LossOn, Row, RowScore
+from slm_lora.records import PIECE, LossOn, Row, RowScore
+from slm_lora.runs import Run
 
 OUTPUTS_FILE = "outputs.json"
 """Beside the run folders: what `compare-outputs` wrote, if anybody asked."""
@@ -34,7 +35,9 @@ def outputs(results: Path) -> list[Section]:
         compared = side_by_side.read(found)
         how = _how(found)
     except (ValueError, KeyError, TypeError) as error:
-        raise IntegrityError(f"{path}: broken ({error}); make it again or delete it") from error
+        raise IntegrityError(
+            f"{path}: broken ({error}); move it away, or make it again: slm-lora compare-outputs"
+        ) from error
     return [Section("Outputs side by side", how), *side_by_side.sections(compared, level=3)]
 
 
@@ -61,11 +64,11 @@ class Quoted:
 
     Attributes:
         rows: the data set, by id.
-        answer: lets the base and the adapter of a cell answer prompts; None: nobody is asked.
+        answer: lets the base and the adapter of a run answer prompts; None: nobody is asked.
     """
 
     rows: Mapping[str, Row]
-    answer: Callable[[str, Sequence[Prompt]], Sequence[side_by_side.Compared]] | None = None
+    answer: Callable[[Run, Sequence[Prompt]], Sequence[side_by_side.Compared]] | None = None
 
 
 def rows(found: Sequence[Contrast], quoted: Quoted | None = None) -> list[Section]:
@@ -102,43 +105,57 @@ def rows(found: Sequence[Contrast], quoted: Quoted | None = None) -> list[Sectio
     if quoted is None:
         return [Section("Rows", text)]
     shown = [_row(score, quoted.rows) for _, score, *_ in chosen]
-    answers = _answers(best.second.line.run.cell, shown, quoted)
+    run = best.second.line.run
+    answers = _answers(run, shown, quoted)
     if answers:
         text += "\n\nThe answers are greedy, by the base and by the first seed's adapter."
     texts = [
-        _text(rule, row, answers.get(row.row_id, ()))
+        _text(rule, row, answers.get(row.row_id, ()), _context_seen(run))
         for (rule, *_), row in zip(chosen, shown, strict=True)
     ]
     return [Section("Rows", text), *texts]
 
 
 def _row(score: RowScore, rows: Mapping[str, Row]) -> Row:
-    if score.row_id not in rows:
+    # Of a long text one piece was scored: shown is the text.
+    row_id = score.row_id.partition(PIECE)[0]
+    if row_id not in rows:
         raise UsageError(
             f"row {score.row_id[:12]} was scored, but is not among the recipe's rows; "
             "give the recipe and the data that the experiment ran on"
         )
-    return rows[score.row_id]
+    return rows[row_id]
+
+
+def _context_seen(run: Run) -> bool:
+    """Whether contexts were part of the text that a run was scored on."""
+    template = run.record["data"]["template"]
+    # The template plain has no place for one.
+    return bool(template["include_context"]) and template["kind"] != "plain"
 
 
 def _answers(
-    cell: str, shown: Sequence[Row], quoted: Quoted
+    run: Run, shown: Sequence[Row], quoted: Quoted
 ) -> dict[str, tuple[side_by_side.Answer, ...]]:
     """Of those rows that ask something, by their ids."""
     if quoted.answer is None:
         return {}
     asking = [row for row in shown if len(row.turns) > 1]
     prompts = [Prompt(row.turns[:-1], row.context, row.turns[-1].content) for row in asking]
-    given = quoted.answer(cell, prompts)
+    given = quoted.answer(run, prompts)
     return {row.row_id: each.answers for row, each in zip(asking, given, strict=True)}
 
 
-def _text(rule: str, row: Row, answers: Sequence[side_by_side.Answer]) -> Section:
+def _text(
+    rule: str, row: Row, answers: Sequence[side_by_side.Answer], context_seen: bool
+) -> Section:
     said = [Column(turn.role, turn.content) for turn in row.turns]
-    context = [Column("context", row.context)] if row.context else []
+    # Only what the model saw.
+    context = [Column("context", row.context)] if row.context and context_seen else []
+    unseen = "Its context was no part of the text." if row.context and not context_seen else ""
     given = [Column(f"answer of {answer.variant}", answer.greedy) for answer in answers]
     title = f"{rule[0].upper()}{rule[1:]}: {row.row_id[:12]}"
-    return Section(title, "", columns=(*context, *said, *given), level=3)
+    return Section(title, unseen, columns=(*context, *said, *given), level=3)
 
 
 def _chosen(best: Contrast) -> list[tuple[str, RowScore, float, float]]:

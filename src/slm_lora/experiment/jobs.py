@@ -18,6 +18,7 @@ from slm_lora.model.source import ModelSource, hash_config, resolve
 from slm_lora.model.targets import resolve_targets
 from slm_lora.recipe.cells import Cell
 from slm_lora.recipe.schema import LATER_KEYS, DataSection, ModelSection, TrainingSection
+from slm_lora.records import PIECE
 from slm_lora.runs import RUN_FORMAT, content_hash
 from slm_lora.training.loop import tokens_at_once, training_tokens, usable_examples
 
@@ -302,9 +303,19 @@ def _check_same_test_rows(jobs: Sequence[Job]) -> None:
         if not rows or (job.source == first.source and not tokens):
             raise UsageError(
                 f"grid: cells {first.cell.name} and {job.cell.name} would be scored on different "
-                f"test {'tokens' if rows else 'rows'}, so they could not be compared; run them as "
-                "two experiments"
+                f"test {'tokens' if rows else 'rows'}, so they could not be compared"
+                f"{_pieces_differ(first, job)}; run them as two experiments"
             )
+
+
+def _pieces_differ(first: Job, other: Job) -> str:
+    rows = [
+        {example.row_id.partition(PIECE)[0] for example in job.prepared.test}
+        for job in (first, other)
+    ]
+    if rows[0] == rows[1] and "split" in {j.cell.recipe.data.on_long_row for j in (first, other)}:
+        return " (data.on_long_row = split cuts the same rows into other pieces)"
+    return ""
 
 
 def data_record(job: Job) -> dict[str, Any]:

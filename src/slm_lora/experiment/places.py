@@ -2,11 +2,13 @@
 
 from __future__ import annotations
 
+import os
 from collections.abc import Iterator, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass
 from pathlib import Path
 
+from slm_lora.errors import IntegrityError
 from slm_lora.experiment.jobs import Job
 from slm_lora.experiment.unfinished import check_unfinished
 from slm_lora.lock import after_other_processes, only_process
@@ -39,9 +41,46 @@ class Places:
     checkpoint_seconds: float = 60.0
     report_to: tuple[TrackerName, ...] = ()
 
-    def adapter(self, cell: str) -> Path:
-        """Folder of one cell's adapter."""
-        return self.adapters / f"{self.experiment}-{cell}"
+    def adapter(self, cell: str, identity: str) -> Path:
+        """Folder that the adapter of a run is written to: ``<experiment>-<cell>``, or
+        ``<experiment>-<cell>-<hash8>`` where another run's adapter, or anything else, has that.
+
+        Raises:
+            IntegrityError: both are taken.
+        """
+        if not self.keep_adapters:
+            # Never among those that are kept: it goes once it is scored.
+            return self.checkpoint(cell, identity) / "adapter"
+        plain, own = self.adapter_names(cell, identity)
+        if adapter_folder.run_of(own) == identity:
+            return own
+        for folder in (plain, own):
+            if _is_free(folder) or adapter_folder.run_of(folder) == identity:
+                return folder
+        raise IntegrityError(
+            f"{plain} and {own} hold something else than this run's adapter, and nothing finished "
+            "is replaced: move one of them away, or choose another folder (--adapters)"
+        )
+
+    def adapter_of(self, run: Run) -> Path | None:
+        """Folder with the very adapter of a finished run, if it is here.
+
+        Results are shared without adapters, and a folder may have been changed since.
+        """
+        for folder in self.adapter_names(run.cell, run.record["hash"]):
+            weights = adapter_folder.weights_file(folder)
+            if weights is not None and sha256_file(weights) == run.record["adapter"]["sha256"]:
+                return folder
+        return None
+
+    def adapter_name(self, cell: str) -> str:
+        """Name of the folder that the first adapter of a cell gets."""
+        return f"{self.experiment}-{cell}"
+
+    def adapter_names(self, cell: str, identity: str) -> tuple[Path, Path]:
+        """The two folders that the adapter of a run may lie in, the usual one first."""
+        plain = self.adapters / self.adapter_name(cell)
+        return plain, plain.with_name(f"{plain.name}-{identity[:8]}")
 
     @property
     def checkpoints(self) -> Path:
@@ -51,6 +90,13 @@ class Places:
     def checkpoint(self, cell: str, identity: str) -> Path:
         """Folder of one unfinished cell's checkpoints."""
         return self.checkpoints / f"{cell}-{identity[:8]}"
+
+
+def _is_free(folder: Path) -> bool:
+    """Whether nothing lies there: not even a link that leads nowhere."""
+    if folder.is_dir() and not folder.is_symlink():
+        return not any(folder.iterdir())
+    return not os.path.lexists(folder)
 
 
 BASE = "base"
@@ -87,26 +133,17 @@ def cell_at_work(cell: str, identity: str, places: Places, reporter: Reporter) -
     waiting = f"  {cell}  another process is at work on it; waiting for that one"
     with after_other_processes(lock, lambda: reporter.say(waiting)):
         recover(run_folder(places.results, cell, identity))
-        recover(places.adapter(cell))
+        for folder in places.adapter_names(cell, identity):
+            recover(folder)
         yield
 
 
 def finished(job: Job, places: Places) -> Run | None:
     """The run of a cell that need not be trained."""
     run = find_run(places.results, job.cell.name, job.identity)
-    if run is None or (places.keep_adapters and not _has_adapter(run, places)):
+    if run is None or (places.keep_adapters and places.adapter_of(run) is None):
         return None
     return run
-
-
-def _has_adapter(run: Run, places: Places) -> bool:
-    """Whether the adapter of a finished cell is here, and is that very one.
-
-    Results are shared without adapters, and another recipe's cell of the same name replaces
-    the adapter; in both cases the cell is trained again.
-    """
-    weights = adapter_folder.weights_file(places.adapter(run.cell))
-    return weights is not None and sha256_file(weights) == run.record["adapter"]["sha256"]
 
 
 def require_room(job: Job, places: Places, parameters: int) -> None:
@@ -123,7 +160,8 @@ def require_room(job: Job, places: Places, parameters: int) -> None:
     held = places.checkpoint(job.cell.name, job.identity)
     there = sum(path.stat().st_size for path in held.rglob("*") if path.is_file())
     scores = 500 * len(job.prepared.test) + 400 * steps
-    require_space(places.adapters, saved, "the adapter")
+    if places.keep_adapters:
+        require_space(places.adapters, saved, "the adapter")
     require_space(
         places.results, max(0, points - there) + saved + scores, "checkpoints, adapter and scores"
     )

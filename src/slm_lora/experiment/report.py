@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import Any, Literal
 
@@ -32,7 +32,7 @@ from slm_lora.experiment.table import (
     read_lines,
 )
 from slm_lora.records import LossOn
-from slm_lora.runs import METRICS_FILE, Run, to_json
+from slm_lora.runs import METRICS_FILE, Run, named, run_folders, to_json
 from slm_lora.storage import atomic_write_text
 
 TABLE_FILE, REPORT_FILE, PAGE_FILE = "experiment_table.md", "report.md", "report.html"
@@ -65,7 +65,9 @@ def write_report(
     curves = _curves(lines)
     title = lines[0].run.record["experiment"]
     # Numbers first, words and pictures after them.
-    atomic_write_text(results / TABLE_FILE, f"# {title}\n\n{_table(lines)}\n")
+    others = not_shown(runs, results)
+    table = _table(lines) + (f"\n\n{plain(others)}" if others else "")
+    atomic_write_text(results / TABLE_FILE, f"# {title}\n\n{table}\n")
     atomic_write_text(results / METRICS_FILE, to_json(_metrics(lines, found, curves)))
     sections = _sections(lines, found, curves, results)
     atomic_write_text(results / REPORT_FILE, as_markdown(title, sections))
@@ -74,6 +76,19 @@ def write_report(
         sections = _sections(lines, found, curves, results, quoted)
         atomic_write_text(results / WITH_ROWS_FILE, as_html(title, sections))
     return lines
+
+
+def not_shown(runs: Sequence[Run], results: Path) -> str:
+    """One line on finished runs that lie in an experiment's folder besides these; else empty."""
+    shown = {run.folder.name for run in runs}
+    others = [path.name for path in run_folders(results / "runs") if path.name not in shown]
+    if not others:
+        return ""
+    return (
+        f"{len(others)} other finished run{'s' * (len(others) > 1)} in {results.name}/runs, not "
+        f"in this table: {named(others)}. The recipe that made them makes their table again, "
+        "without training; slm-lora compare compares any two."
+    )
 
 
 def terminal_table(lines: Sequence[Line]) -> Table:
@@ -214,10 +229,8 @@ def _setup(lines: Sequence[Line], results: Path) -> str:
         + f"; SHA-256 of its weights {model['sha256'][:16]}…; computed in {model['precision']}.",
         f"Data: {plain(data['origin'])}, format {data['format']}, template "
         f"{data['template']['kind']}; "
-        f"{data['rows_available']} rows in {data['groups']} groups of related rows (same "
-        "instruction, context or named group"
-        + (", or nearly the same prompt" if data["split_version"] > 1 else "")
-        + f"; split version {data['split_version']}).",
+        f"{data['rows_available']} rows in {data['groups']} groups of related rows "
+        f"({_relations(record)}; split version {data['split_version']}).",
         f"Left out: {data['duplicates_dropped']} exact duplicates, {data['bad_rows_skipped']} "
         "malformed rows.",
         f"Sets: {first['test']['rows']} test rows ({first['test']['tokens']} tokens), "
@@ -234,7 +247,25 @@ def _setup(lines: Sequence[Line], results: Path) -> str:
         "same hashes, which end the names of the run folders. This file is made from them by:"
     )
     command = f"slm-lora report results/{results.name}"
+    if others := not_shown([line.run for line in lines], results):
+        facts.append(plain(others))
     return "\n".join(f"- {each}" for each in facts) + f"\n\n{again}\n\n```\n{command}\n```"
+
+
+def _relations(record: Mapping[str, Any]) -> str:
+    """What tied the rows: the recipe's relations, or what there was before a recipe named them."""
+    named = {
+        "group": "same named group",
+        "prompt": "same prompt",
+        "instruction": "same instruction",
+        "context": "same context",
+        "near": "nearly the same prompt",
+    }
+    chosen = record["recipe"]["data"].get("group_by")
+    if chosen is not None:
+        return ", ".join(named[each] for each in chosen) or "none: every row by itself"
+    near = ", or nearly the same prompt" if record["data"]["split_version"] > 1 else ""
+    return f"same instruction, context or named group{near}"
 
 
 def _cut_rows(lines: Sequence[Line]) -> list[str]:
@@ -243,6 +274,11 @@ def _cut_rows(lines: Sequence[Line]) -> list[str]:
     if not test["rows"]:
         return []
     limit = lines[0].setting("data.max_length")
+    if test["policy"] == "split":
+        return [
+            f"{test['rows']} {which} were longer than {limit} tokens, and were split into pieces, "
+            f"which count as rows here (the longest row had {test['longest']} tokens)."
+        ]
     return [
         f"{test['rows']} {which} were longer than {limit} tokens ({test['policy']}; "
         f"{test['tokens_cut']} tokens cut, the longest row had {test['longest']})."

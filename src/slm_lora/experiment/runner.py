@@ -34,11 +34,12 @@ from slm_lora.experiment.run_record import (
 )
 from slm_lora.experiment.trackers import Tracked, Trackers, tracking
 from slm_lora.experiment.train_and_score import evaluate, train_cell
-from slm_lora.experiment.unfinished import made_of, setting
+from slm_lora.experiment.unfinished import differences, made_of, setting
 from slm_lora.model import adapter, adapter_folder
 from slm_lora.model.base import Base
 from slm_lora.progress import Reporter
 from slm_lora.runs import SCORES_FILE, STEPS_FILE, Run, find_run, new_run, write_lines
+from slm_lora.seals import read_sealed
 from slm_lora.storage import sha256_file
 from slm_lora.training.checkpoint import Checkpointer
 
@@ -248,7 +249,7 @@ def _run_base(job: Job, base: Base, places: Places, reporter: Reporter) -> None:
 
 
 def _run_cell(job: Job, loaded: LoadedBase, places: Places, reporter: Reporter) -> None:
-    name, section, folder = job.cell.name, job.cell.recipe.adapter, places.adapter(job.cell.name)
+    name, section = job.cell.name, job.cell.recipe.adapter
     base = loaded.for_job(job)
     machine.reset_peak_memory(job.device.type)
     adapted = adapter.attach(base, section, job.cell.recipe.seed)
@@ -267,9 +268,12 @@ def _run_cell(job: Job, loaded: LoadedBase, places: Places, reporter: Reporter) 
         )
         if processes.is_first():
             require_room(job, places, adapter.count_parameters(adapted).trainable)
+            _say_if_taken(job, places, reporter)
         trackers = stack.enter_context(_tracking(job, places, reporter))
         result = train_cell(job, base, adapted, checkpointer, reporter, trackers)
         parameters = adapter.count_parameters(adapted)
+        # Only now: another experiment may have put its own there meanwhile.
+        folder = Path(processes.from_first(lambda: str(places.adapter(name, job.identity))))
         if processes.is_first():
             adapter_folder.save(
                 base, adapted, folder, about_adapter(job, places), job.prepared.chat_template
@@ -295,7 +299,7 @@ def _run_cell(job: Job, loaded: LoadedBase, places: Places, reporter: Reporter) 
             **common_record(job, base, places),
             "settings": {key: setting_of(job.recipe, key) for key in job.cell.settings},
             "adapter": {
-                "folder": folder.name,
+                "folder": folder.name if places.keep_adapters else places.adapter_name(name),
                 "sha256": sha256_file(weights),
                 "bytes": weights.stat().st_size,
                 "trainable_parameters": parameters.trainable,
@@ -310,8 +314,23 @@ def _run_cell(job: Job, loaded: LoadedBase, places: Places, reporter: Reporter) 
             write_lines(run / STEPS_FILE, [asdict(step) for step in result.history])
         checkpointer.remove()
     processes.wait()
-    if not places.keep_adapters and processes.is_first():
-        shutil.rmtree(folder)
+
+
+def _say_if_taken(job: Job, places: Places, reporter: Reporter) -> None:
+    """That the adapter goes to another folder than users expect, and what lies in that one."""
+    usual = places.adapters / places.adapter_name(job.cell.name)
+    folder = places.adapter(job.cell.name, job.identity)
+    if not places.keep_adapters or folder == usual:
+        return
+    try:
+        about = read_sealed(usual / adapter_folder.ABOUT)
+        changed = differences({"recipe": about["recipe"]}, {"recipe": job.recipe})
+    except (FileNotFoundError, IntegrityError, KeyError, TypeError, AttributeError):
+        what = "something else"
+    else:
+        named = f" ({'; '.join(changed[:3])}{'; …' * (len(changed) > 3)})" * bool(changed)
+        what = f"the adapter of another run{named}"
+    reporter.say(f"  note: {usual} holds {what} and stays; this one goes to {folder}")
 
 
 def _tracking(job: Job, places: Places, reporter: Reporter) -> AbstractContextManager[Trackers]:

@@ -113,7 +113,7 @@ def check_installed(names: Sequence[TrackerName]) -> None:
     if missing := [name for name in names if importlib.util.find_spec(name) is None]:
         raise UsageError(
             f"report_to: {', '.join(missing)} is not installed; "
-            "pip install 'slm-lora[trackers]', or leave it out"
+            "pip install '.[trackers]' in a checkout, or leave it out"
         )
 
 

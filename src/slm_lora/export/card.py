@@ -13,7 +13,7 @@ import yaml
 
 from slm_lora.errors import IntegrityError
 from slm_lora.export.folder import Trained
-from slm_lora.runs import METRICS_FILE
+from slm_lora.runs import METRICS_FILE, read_run, run_folders
 
 
 @dataclass(frozen=True, slots=True)
@@ -178,7 +178,8 @@ def _cell(value: Any) -> str:
 
 
 def _losses(trained: Trained, results: Path) -> list[str]:
-    """Held-out losses of this run and of its base, from the last table of the experiment."""
+    """Held-out losses of this run and of its base, from the last table of the experiment; from
+    the runs, without intervals, where that is of others."""
     experiment = str(trained.about.get("experiment", ""))
     path = results / experiment / METRICS_FILE
     if not experiment or not path.is_file():
@@ -186,6 +187,10 @@ def _losses(trained: Trained, results: Path) -> list[str]:
     try:
         runs = json.loads(path.read_text(encoding="utf-8"))["runs"]
         mine = [run for run in runs if run["hash"] == trained.about.get("run")]
+        if not mine:
+            # The last table may be of other runs that lie there: what is known without it.
+            runs = [dict(read_run(each).record) for each in run_folders(path.parent / "runs")]
+            mine = [run for run in runs if run["hash"] == trained.about.get("run")]
         if not mine:
             return []
         headline = mine[0]["evaluation"]["headline"]
@@ -221,6 +226,9 @@ def _losses(trained: Trained, results: Path) -> list[str]:
 
 
 def _loss_row(label: str, run: Mapping[str, Any], headline: str) -> str:
+    if "intervals" not in run:
+        found = run["evaluation"][headline]
+        return f"| {label} | {found['loss']:.4f} | – | {found['perplexity']:.3f} |"
     found = run["intervals"][headline]
     return (
         f"| {label} | {found['value']:.4f} | {found['low']:.4f} – {found['high']:.4f} "

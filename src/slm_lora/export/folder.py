@@ -132,4 +132,4 @@ def refuse_existing(target: Path) -> None:
         UsageError: there is something.
     """
     if target.exists() and not (target.is_dir() and not any(target.iterdir())):
-        raise UsageError(f"{target}: exists; remove it, or choose another name")
+        raise UsageError(f"{target}: exists, and nothing is replaced; choose another name")

@@ -11,7 +11,7 @@ from torch import nn
 
 from slm_lora.errors import UsageError
 from slm_lora.model.adapter_check import check_forward, reached_modules
-from slm_lora.model.base import Base
+from slm_lora.model.base import Base, text_decoder
 from slm_lora.model.dropout import replace_dropout
 from slm_lora.model.four_bits import import_bitsandbytes
 from slm_lora.model.linear import use_tiles
@@ -80,8 +80,7 @@ def _train_all(base: Base) -> nn.Module:
     """All weights of the text model in fp32 and trainable; those of a vision tower, say, stay."""
     causal = base.causal
     head = causal.get_output_embeddings()  # type: ignore[no-untyped-call]
-    decoder = causal.get_decoder()  # type: ignore[no-untyped-call]
-    of_text = {id(p) for module in (decoder, head) for p in module.parameters()}
+    of_text = {id(p) for module in (text_decoder(causal), head) for p in module.parameters()}
     frozen = 0
     for parameter in causal.parameters():
         parameter.data = parameter.data.float()

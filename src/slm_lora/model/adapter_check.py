@@ -68,12 +68,18 @@ def reached_modules(base: Base, adapted: PeftModel) -> tuple[list[str], list[str
     """
     documents = [_sample(base, length) for length in _LENGTHS]
     with _disturbed(adapted) as parameters:
-        with _explained(base, "adapter"), torch.enable_grad():
-            logits = document_logits(base, documents)
+        # (Some models run other code while they train. What is dropped out does not matter.)
+        adapted.train()
+        with (
+            _explained(base, "adapter"),
+            torch.enable_grad(),
+            torch.random.fork_rng(devices=[]),
+        ):
             gradients = torch.autograd.grad(
-                logits.float().square().sum(), list(parameters.values()), allow_unused=True
+                document_logits(base, documents).float().square().sum(),
+                list(parameters.values()),
+                allow_unused=True,
             )
-            _compute_as_in_training(base, adapted, documents)
         reached = {
             _module(parameter)
             for parameter, gradient in zip(parameters, gradients, strict=True)
@@ -94,13 +100,6 @@ def _explained(base: Base, what: str) -> Iterator[None]:
             f"{what}: {base.source.name} does not compute with it ({reason}); choose other "
             "adapter.target_modules"
         ) from error
-
-
-def _compute_as_in_training(base: Base, adapted: PeftModel, documents: list[Tensor]) -> None:
-    """Some models run other code then. (What is dropped out is not compared.)"""
-    adapted.train()
-    with torch.random.fork_rng(devices=[]):
-        document_logits(base, documents)
 
 
 def _module(parameter: str) -> str:

@@ -123,6 +123,14 @@ def weights_file(folder: Path) -> Path | None:
     return next((file for file in files if file.is_file()), None)
 
 
+def run_of(folder: Path) -> str | None:
+    """Identity of the run that a folder says to be of; None for what is not ours, or broken."""
+    try:
+        return str(json.loads((folder / ABOUT).read_text(encoding="utf-8"))["run"])
+    except (OSError, ValueError, KeyError, TypeError, RecursionError):
+        return None
+
+
 def load(base: Base, folder: Path, compare: bool = True) -> PeftModel:
     """Put a saved adapter on the base; see `load_several`."""
     return load_several(base, {"default": folder}, compare)

@@ -34,6 +34,13 @@ def trunk(causal: PreTrainedModel) -> torch.nn.Module:
     return inner if inner is not causal else causal.get_submodule("model")
 
 
+def text_decoder(causal: PreTrainedModel) -> torch.nn.Module:
+    """The part of the trunk that text goes through: not a vision tower, say."""
+    whole, decoder = trunk(causal), causal.get_decoder()  # type: ignore[no-untyped-call]
+    # (Some call their output layer a decoder.)
+    return decoder if any(module is decoder for module in whole.modules()) else whole
+
+
 @dataclass(frozen=True, slots=True)
 class HeadForm:
     """What a model's output layer does to the products with its output embedding, see

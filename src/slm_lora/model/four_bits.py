@@ -49,7 +49,7 @@ def four_bits(precision: PrecisionName, device: torch.device) -> dict[str, Any]:
     if not import_bitsandbytes():
         raise UsageError(
             "model.quantization = nf4: bitsandbytes is not installed; "
-            "pip install 'slm-lora[nf4]', or leave it out"
+            "pip install '.[nf4]' in a checkout, or leave it out"
         )
     from transformers import BitsAndBytesConfig
 

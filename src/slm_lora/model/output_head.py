@@ -122,6 +122,8 @@ def measure_head(causal: PreTrainedModel, name: str) -> HeadForm:
         return _own_logits(causal, head, products * size, name)[0]
 
     scale = float((logits(1e-6) / (products * 1e-6)).median())
+    if abs(scale - 1) < 1e-6:  # rounded, where the model leaves fp64
+        scale = 1.0
     largest = float(logits(1e9).abs().max())
     form = HeadForm(scale, largest if largest < 1e6 * abs(scale) else None)
     for size in (1e-3, 1.0, 40.0 / max(abs(scale), 1e-6)):
@@ -170,7 +172,7 @@ def check_head(causal: PreTrainedModel, form: HeadForm, ids: Tensor, name: str) 
         found = output_head(causal, form).logits(hidden)
         wanted = causal(input_ids=ids, use_cache=False).logits[0]
     # In half precision each of product, bias, scale and cap may round in an order of its own.
-    bound = 1e-5 if wanted.dtype == torch.float32 else 3e-2
+    bound = 1e-5 if hidden.dtype == torch.float32 else 3e-2
     if found.shape != wanted.shape or not _close(found, wanted, bound):
         raise _unknown(name, causal, "its logits are another function of its last hidden states")
 

@@ -18,6 +18,7 @@ import torch
 from torch import nn
 
 from slm_lora.errors import UsageError
+from slm_lora.model.base import text_decoder
 from slm_lora.model.four_bits import import_bitsandbytes
 from slm_lora.model.methods import peft_config
 from slm_lora.model.source import ModelSource
@@ -130,19 +131,18 @@ def skeleton(source: ModelSource) -> PreTrainedModel | None:
 
 
 def _is_linear(module: nn.Module) -> bool:
-    """A linear layer whose output is the product; some routers are subclasses and return more."""
+    """A linear layer. (Some routers are subclasses by another name, and return more than it.)"""
     from transformers.pytorch_utils import Conv1D
 
-    plain = isinstance(module, nn.Linear) and type(module).forward is nn.Linear.forward
-    return plain or isinstance(module, Conv1D)
+    named = isinstance(module, nn.Linear) and type(module).__name__.endswith("Linear")
+    return named or isinstance(module, Conv1D)
 
 
 def _linear_modules(causal: PreTrainedModel) -> tuple[list[str], list[str]]:
     """Names of the linear layers that text goes through, and of all others. The output layer is
     among neither: the loss multiplies with its matrix itself."""
     head = causal.get_output_embeddings()  # type: ignore[no-untyped-call]
-    decoder = causal.get_decoder()  # type: ignore[no-untyped-call]
-    inside = {id(module) for module in decoder.modules()}
+    inside = {id(module) for module in text_decoder(causal).modules()}
     linear: list[str] = []
     others: list[str] = []
     for name, module in causal.named_modules():

@@ -13,6 +13,7 @@ from typing import Any, TypeVar
 from pydantic import BaseModel, ValidationError
 from pydantic.fields import FieldInfo
 
+from slm_lora.recipe.aliases import NO_KEY, elsewhere_called
 from slm_lora.recipe.schema import Recipe
 
 Settings = dict[str, Any]
@@ -84,11 +85,22 @@ def why_not_settable(key: str, model: type[BaseModel]) -> str:
 
 def did_you_mean(key: str, keys: list[str]) -> str:
     """The end of a message on an unknown key: a known one that is like it, if there is one."""
-    close = difflib.get_close_matches(key, keys, n=1, cutoff=0.6)
-    if not close:
-        # The right name in the wrong section.
-        last = key.rsplit(".", 1)[-1]
-        close = [known for known in keys if known.rsplit(".", 1)[-1] == last][:1]
+    # As on other command lines: --per-device-train-batch-size.
+    plain = key.strip().lstrip("-").replace("-", "_").lower()
+    last = plain.rsplit(".", 1)[-1]
+    by_last = {known.rsplit(".", 1)[-1]: known for known in reversed(keys)}
+    # The right name in no section or the wrong one, then other tools' names, then slips.
+    if last in by_last:
+        return f"; did you mean '{by_last[last]}'?"
+    if (meant := elsewhere_called(last)) and meant.split(" ", 1)[0].split("=", 1)[0] in keys:
+        known, _, remark = meant.partition(" ")
+        return f"; did you mean '{known}'?" + (f" {remark}" if remark else "")
+    if last in NO_KEY:
+        return f"; there is none: {NO_KEY[last]}"
+    close = difflib.get_close_matches(plain, keys, n=1, cutoff=0.6)
+    close = close or [
+        by_last[name] for name in difflib.get_close_matches(last, by_last, n=1, cutoff=0.75)
+    ]
     return f"; did you mean '{close[0]}'?" if close else ""
 
 
@@ -170,6 +182,9 @@ def _explained(error: dict[str, Any], key: str, sources: Sources, place: str) ->
     message = str(error["msg"]).removeprefix("Value error, ")
     message = _SAID.get(error["type"], message.replace("Input should be", "must be"))
     value = error["input"]
+    sectionless = error["type"] in ("model_type", "model_attributes_type")
+    if sectionless and isinstance(value, str) and f"{key}.name" in known_keys():
+        message += f" (did you mean '{key}: {{name: {shown(value)}}}'?)"
     if not key or isinstance(value, BaseModel | dict):
         return f"{source}: {f'{shown(key)}: ' if key else ''}{message}{line}"
     hint = ""

@@ -9,7 +9,7 @@ from __future__ import annotations
 import itertools
 import math
 import re
-from typing import Annotated, Any, Literal
+from typing import Annotated, Any, Literal, get_args
 
 from pydantic import (
     AfterValidator,
@@ -45,6 +45,9 @@ TrackerName = Literal["tensorboard", "wandb", "trackio"]
 Precision = Literal["auto", "fp32", "bf16", "fp16"]
 
 Format = Literal["auto", "dolly", "alpaca", "prompt_completion", "chat", "text"]
+Relation = Literal["group", "prompt", "instruction", "context", "near"]
+RELATED_BY: tuple[Relation, ...] = ("group", "prompt", "context", "near")
+"""What ties rows unless a recipe says otherwise."""
 
 
 class Section(BaseModel):
@@ -118,13 +121,48 @@ class DataSection(Section):
     validation_rows: Int | None = Field(
         None, ge=1, description="Validation rows. Unset: a twentieth, at most 300."
     )
+    group_by: tuple[Relation, ...] = Field(
+        RELATED_BY,
+        description="What makes rows related, so that no split parts them. `group`: their own "
+        "column (rows that name a group are tied by that alone). `prompt`: the same instruction, "
+        "with its context where that is part of the prompt; conversations that begin as more than "
+        "a tenth of all do are told apart by system text and later questions. `instruction`: the "
+        "same one, whatever the context. `context`: the same one, of five words or more. `near`: "
+        "prompts that share most of their words (without those of a template that more than a "
+        "tenth of the rows have). `[]`: every row by itself.",
+    )
+    near_duplicate_threshold: Float = Field(
+        0.8,
+        gt=0,
+        le=1,
+        description="Share of all words of two prompts, from which `near` ties them.",
+    )
     max_length: Int = Field(512, ge=2, description="Longest sequence, in tokens.")
-    on_long_row: Literal["truncate", "drop", "refuse"] = Field(
-        "truncate", description="What happens to rows longer than max_length; always counted."
+    on_long_row: Literal["truncate", "drop", "refuse", "split"] = Field(
+        "truncate",
+        description="What happens to rows longer than max_length; always counted. `split`: plain "
+        "text is cut into pieces, of which no token is lost; each piece is an example of its own, "
+        "and the pieces of a row stay on one side of the split.",
+    )
+    special_tokens_in_responses: Literal["text", "special"] = Field(
+        "text",
+        description="Special tokens of the tokenizer that responses spell: ordinary text (no row "
+        "can forge them), or the tokens themselves, for a model that is to write them.",
     )
     split_seed: Int = Field(
         0, ge=0, description="Draws test and validation set; the same for all cells."
     )
+
+    @field_validator("group_by", mode="before")
+    @classmethod
+    def _one_relation_is_a_list_of_one(cls, value: object) -> object:
+        return (value,) if isinstance(value, str) else value
+
+    @field_validator("group_by")
+    @classmethod
+    def _each_relation_once(cls, value: tuple[Relation, ...]) -> tuple[Relation, ...]:
+        # One order, as the same relations are the same setting.
+        return tuple(each for each in get_args(Relation) if each in value)
 
 
 class AdapterSection(Section):
@@ -321,7 +359,12 @@ class CellRecipe(Section):
 
 LATER_KEYS: dict[str, dict[str, object]] = {
     "model": {"quantization": None},
-    "data": {"text_rows": "auto"},
+    "data": {
+        "text_rows": "auto",
+        "group_by": list(RELATED_BY),
+        "near_duplicate_threshold": 0.8,
+        "special_tokens_in_responses": "text",
+    },
     "training": {"activation_checkpointing": False, "fsdp": False},
 }
 """Keys that came after runs were recorded, with what those runs had: at that value a key is no part

@@ -1,0 +1,48 @@
+"""What docs/start.md prints runs as it is printed."""
+
+from __future__ import annotations
+
+import json
+import re
+from pathlib import Path
+
+import pytest
+
+from slm_lora.recipe.reading import load_recipe
+
+from .test_experiment import command
+
+PAGE = Path(__file__).parents[2] / "docs" / "start.md"
+
+
+def printed(kind: str) -> str:
+    found = re.search(rf"```{kind}\n(.*?)```", PAGE.read_text(encoding="utf-8"), re.DOTALL)
+    assert found is not None
+    return found[1]
+
+
+def test_the_recipe_for_own_data_runs_on_rows_like_those_shown(
+    tmp_path: Path,
+    tiny_folder: Path,
+    monkeypatch: pytest.MonkeyPatch,
+    capsys: pytest.CaptureFixture[str],
+) -> None:
+    monkeypatch.chdir(tmp_path)
+    recipe = Path("mine.yaml")
+    recipe.write_text(printed("yaml"), encoding="utf-8")
+    shown = [json.loads(line) for line in printed("json").splitlines()]
+    rows = [
+        {key: f"{text} ({number} and {number * 7} are others.)" for key, text in row.items()}
+        for number in range(40)
+        for row in shown
+    ]
+    Path("rows.jsonl").write_text("".join(json.dumps(row) + "\n" for row in rows))
+    read, cells = load_recipe(recipe)
+    assert read.name == "mine" and len(cells) == 9
+    # As printed it takes the embedded model: a tiny one stands in for it.
+    model = f"model.name={tiny_folder}"
+    assert command("data", "check", "mine.yaml", model) == 0
+    assert command("data", "show", "mine.yaml", model) == 0
+    short = ("seeds=[0]", "training.max_steps=1", "grid.axes=[{adapter.r: [4, 8]}]")
+    assert command("experiment", "mine.yaml", model, *short) == 0
+    assert "report    results/mine/report.html" in capsys.readouterr().out

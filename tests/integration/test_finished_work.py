@@ -1,0 +1,278 @@
+"""What is finished stays: adapters, whole models, runs and what others put beside them."""
+
+from __future__ import annotations
+
+import json
+from pathlib import Path
+
+import pytest
+
+from slm_lora.model import adapter_folder
+from slm_lora.storage import sha256_file
+
+from ..conftest import make_rows, write_jsonl
+from .test_experiment import Lab, command
+
+ONE = "grid.cells=[{data.size: 40, adapter.r: 2}]"
+
+
+@pytest.fixture
+def lab(tmp_path: Path, tiny_folder: Path) -> Lab:
+    return Lab(tmp_path / "lab", tiny_folder)
+
+
+def contents(folder: Path) -> dict[str, str]:
+    """SHA-256 of every file in a folder."""
+    return {
+        path.relative_to(folder).as_posix(): sha256_file(path)
+        for path in sorted(folder.rglob("*"))
+        if path.is_file()
+    }
+
+
+def told(capsys: pytest.CaptureFixture[str]) -> tuple[str, str]:
+    said = capsys.readouterr()
+    return said.out, said.err
+
+
+def test_another_grid_of_the_same_name_replaces_nothing(
+    lab: Lab, capsys: pytest.CaptureFixture[str]
+) -> None:
+    assert lab.run() == 0
+    first, runs = contents(lab.adapters), contents(lab.results / "runs")
+    table = (lab.results / "experiment_table.md").read_text()
+    assert "other finished run" not in table
+    capsys.readouterr()
+
+    assert lab.run(ONE, "training.learning_rate=5e-3") == 0
+    out, err = told(capsys)
+    names = {folder.name for folder in lab.adapters.iterdir()}
+    (new,) = names - {"tiny-r2-40", "tiny-r4-40", "tiny-r4-80"}
+    about = json.loads((lab.adapters / new / adapter_folder.ABOUT).read_text())
+    assert new == f"tiny-r2-40-{about['run'][:8]}"
+    assert about["recipe"]["training"]["learning_rate"] == 5e-3
+    after = contents(lab.adapters)
+    assert {name: after[name] for name in first} == first
+    assert f"{lab.adapters / 'tiny-r2-40'} holds the adapter of another run" in err
+    assert "(training.learning_rate: 0.01 → 0.005) and stays" in err
+    assert f"adapter   {lab.adapters / new}" in out
+
+    # The report covers what was asked for, and says what else lies there.
+    there = contents(lab.results / "runs")
+    assert {name: there[name] for name in runs} == runs
+    others = sorted(path.name for path in (lab.results / "runs").glob("r*"))
+    others = [name for name in others if not name.endswith(about["run"][:8])]
+    line = f"3 other finished runs in tiny/runs, not in this table: {', '.join(others)}."
+    for said in (out, (lab.results / "experiment_table.md").read_text(),
+                 (lab.results / "report.md").read_text()):  # fmt: skip
+        assert line in said
+    assert "3 other finished runs" in (lab.results / "report.html").read_text()
+    assert command("report", lab.results) == 0
+    assert line in capsys.readouterr().out
+
+    # The first command makes its report again, and trains nothing.
+    assert lab.run() == 0
+    out, err = told(capsys)
+    assert err.count("finished earlier") == 4 and "trained" not in err
+    assert contents(lab.adapters) == after
+    shown = (lab.results / "experiment_table.md").read_text()
+    assert shown.startswith(table.rstrip()) and "1 other finished run in tiny/runs" in shown
+    # So does the second.
+    assert lab.run(ONE, "training.learning_rate=5e-3") == 0
+    assert "trained" not in told(capsys)[1] and contents(lab.adapters) == after
+
+
+def test_a_whole_model_is_not_replaced_either(lab: Lab) -> None:
+    full = ("adapter.kind=full", "grid.cells=[]", "data.size=40", "training.max_steps=2")
+    assert lab.run(*full) == 0
+    first = contents(lab.adapters)
+    assert any(name.endswith(adapter_folder.MODEL_WEIGHTS) for name in first)
+    # The same name again, as another whole model and as an adapter.
+    for other in (("seed=1",), ("adapter.kind=lora",)):
+        assert lab.run(*full, *other) == 0
+        after = contents(lab.adapters)
+        assert {name: after[name] for name in first} == first
+        assert len(after) > len(first)
+        first = after
+
+
+def test_without_keeping_adapters_kept_ones_stay(lab: Lab) -> None:
+    assert lab.run(ONE) == 0
+    first = contents(lab.adapters)
+    assert lab.run(ONE, "keep_adapters=false", "training.learning_rate=5e-3") == 0
+    assert contents(lab.adapters) == first
+    # Nor that of the very same run, of which another results folder knows nothing.
+    elsewhere = ("--results", lab.folder / "other", "--adapters", lab.adapters)
+    assert command("experiment", lab.recipe, ONE, "keep_adapters=false", *elsewhere) == 0
+    assert contents(lab.adapters) == first
+    assert not list((lab.folder / "other").rglob("*.safetensors"))
+
+
+@pytest.mark.parametrize("kind", ["folder", "file", "link", "foreign"])
+def test_what_others_put_there_stays(
+    lab: Lab, kind: str, capsys: pytest.CaptureFixture[str]
+) -> None:
+    lab.adapters.mkdir()
+    place = lab.adapters / "tiny-r2-40"
+    if kind == "file":
+        place.write_text("mine")
+    elif kind == "link":
+        place.symlink_to(lab.folder / "nowhere")
+    else:
+        place.mkdir()
+        (place / "notes.txt").write_text("mine")
+        if kind == "foreign":
+            (place / "adapter_config.json").write_text("{}")
+            (place / adapter_folder.WEIGHTS).write_bytes(b"theirs")
+    before = contents(lab.adapters)
+    assert lab.run(ONE) == 0
+    assert place.is_symlink() == (kind == "link")
+    after = contents(lab.adapters)
+    assert {name: after[name] for name in before} == before
+    assert f"{place} holds something else and stays" in capsys.readouterr().err
+    (ours,) = lab.adapters.glob("tiny-r2-40-*")
+    # Both names taken: refused, with the way out.
+    weights = ours / adapter_folder.WEIGHTS
+    (ours / adapter_folder.ABOUT).unlink()
+    weights.write_bytes(b"changed")
+    assert lab.run(ONE) == 4
+    assert "move one of them away" in capsys.readouterr().err
+    assert weights.read_bytes() == b"changed"
+
+
+def test_an_empty_folder_is_no_hindrance(lab: Lab) -> None:
+    (lab.adapters / "tiny-r2-40").mkdir(parents=True)
+    assert lab.run(ONE) == 0
+    assert [path.name for path in lab.adapters.iterdir()] == ["tiny-r2-40"]
+
+
+def test_a_folder_of_before_is_finished(lab: Lab, capsys: pytest.CaptureFixture[str]) -> None:
+    assert lab.run(ONE) == 0
+    # A folder that does not say its run is known by its weights.
+    path = lab.adapters / "tiny-r2-40" / adapter_folder.ABOUT
+    about = json.loads(path.read_text())
+    del about["run"], about["files"], about["seal"]
+    path.write_text(json.dumps(about))
+    before = contents(lab.adapters)
+    capsys.readouterr()
+    assert lab.run(ONE) == 0
+    assert "r2-40  finished earlier" in capsys.readouterr().err
+    assert contents(lab.adapters) == before
+
+
+def test_answers_are_of_the_adapter_that_was_scored(
+    lab: Lab, tiny_folder: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    assert lab.run(ONE) == 0
+    assert lab.run(ONE, "training.learning_rate=5e-3") == 0
+    words = ("--with-rows", lab.recipe, ONE, "--answers", "--adapters", lab.adapters)
+    assert command("report", lab.results, *words) == 0
+    (own,) = lab.adapters.glob("tiny-r2-40-*")
+    assert f"answer of {own.name}" in (lab.results / "report-with-rows.html").read_text()
+    (own / adapter_folder.WEIGHTS).unlink()
+    assert command("report", lab.results, *words) == 2
+    assert "--answers: the adapter of r2-40-" in capsys.readouterr().err
+
+
+def test_contexts_that_no_model_saw_are_not_shown(lab: Lab) -> None:
+    rows = [
+        {**row, "context": f"A note on {n}, {n * 7} and {n * 11}."}
+        for n, row in enumerate(make_rows(120))
+    ]
+    write_jsonl(lab.rows, rows)
+    one = (ONE, "data.include_context=false")
+    assert command("experiment", lab.recipe, *one, "--with-rows", "--results",
+                   lab.results.parent, "--adapters", lab.adapters) == 0  # fmt: skip
+    page = (lab.results / "report-with-rows.html").read_text()
+    assert "A note on" not in page and "Its context was no part of the text." in page
+    seen = (ONE, "data.include_context=true")
+    assert command("experiment", lab.recipe, *seen, "--with-rows", "--results",
+                   lab.results.parent, "--adapters", lab.adapters) == 0  # fmt: skip
+    page = (lab.results / "report-with-rows.html").read_text()
+    assert "A note on" in page and "Its context was no part" not in page
+
+
+def test_what_is_no_run_is_told_as_what_it_is(
+    lab: Lab, tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    assert lab.run(ONE) == 0
+    runs = lab.results / "runs"
+    run = next(runs.glob("r2-40-*"))
+    capsys.readouterr()
+    (tmp_path / "empty").mkdir()
+    for given, code, said in (
+        (lab.results, 2, f"{lab.results}: an experiment, not one run; name one in {runs}: base-"),
+        (runs, 2, f"{runs}: all runs of an experiment, not one run; name one in {runs}: base-"),
+        (lab.results.parent, 2, "the experiments tiny, not one run"),
+        (lab.adapters / "tiny-r2-40", 2, "an adapter or a model, not a run"),
+        (run / "run.json", 2, "a file; a run is a folder"),
+        (tmp_path / "gone", 2, "no such folder"),
+        (tmp_path / "empty", 4, "no run in it"),
+    ):
+        assert command("compare", given, run) == code
+        assert said in (error := capsys.readouterr().err)
+        assert "delete" not in error and "remove" not in error
+    assert command("report", run) == 2
+    assert "one run, not an experiment" in capsys.readouterr().err
+    # A run of the last table that is gone is not left out of the next silently.
+    run.rename(tmp_path / "moved")
+    assert command("report", lab.results) == 4
+    assert f"without {run.name}" in capsys.readouterr().err
+
+
+@pytest.mark.parametrize("name", ["run.json", "scores.parquet", "steps.jsonl"])
+def test_a_broken_run_is_told_without_destroying_it(
+    lab: Lab, name: str, capsys: pytest.CaptureFixture[str]
+) -> None:
+    assert lab.run(ONE) == 0
+    path = next((lab.results / "runs").glob("r2-40-*")) / name
+    for text in ("{", None):
+        if text is None:
+            path.unlink()
+        else:
+            path.write_text(text)
+        before = contents(lab.results / "runs")
+        capsys.readouterr()
+        assert lab.run(ONE) == 4
+        error = capsys.readouterr().err
+        assert path.parent.name in error and "delete" not in error
+        assert "Traceback" not in error
+        assert contents(lab.results / "runs") == before
+
+
+def test_the_best_adapter_is_known_by_its_run(lab: Lab, tmp_path: Path) -> None:
+    from slm_lora.cli.serving import _best, _last_experiment
+
+    assert lab.run() == 0
+    assert lab.run(ONE, "training.learning_rate=1e-5") == 0
+    runs = [json.loads(path.read_text()) for path in lab.results.glob("runs/r*/run.json")]
+    best = min(runs, key=lambda run: run["evaluation"]["all"]["loss"])
+    found = _last_experiment(lab.adapters)
+    # In whatever order, and whatever the last table shows.
+    for folders in (found, found[::-1]):
+        assert _best(folders, lab.results.parent) == best["adapter"]["folder"]
+    assert _best(found, tmp_path / "nowhere") is None
+    assert _best([lab.adapters / "gone"], lab.results.parent) is None
+    # Losses of other rows cannot be compared.
+    other = ("--results", lab.results.parent, "--adapters", lab.adapters)
+    assert command("experiment", lab.recipe, "name=other", "data.test_rows=10", ONE, *other) == 0
+    assert _best([*found, lab.adapters / "other-r2-40"], lab.results.parent) is None
+
+
+def test_a_model_card_knows_the_losses_of_runs_that_the_last_table_leaves_out(
+    lab: Lab, tmp_path: Path
+) -> None:
+    assert lab.run() == 0
+    card = ("push", lab.adapters / "tiny-r2-40", "me/x", "--results", lab.results.parent)
+    assert command(*card, "--dry-run", tmp_path / "before") == 0
+    assert lab.run(ONE, "training.learning_rate=5e-3") == 0
+    assert command(*card, "--dry-run", tmp_path / "after") == 0
+    before, after = (
+        [
+            line.split("|")[2]
+            for line in (tmp_path / name / "README.md").read_text().splitlines()
+            if line.startswith(("| base |", "| this |"))
+        ]
+        for name in ("before", "after")
+    )
+    assert len(before) == 2 and before == after

@@ -1,0 +1,112 @@
+"""The command as a process: consoles that lack characters, readers that go, and our own bugs."""
+
+from __future__ import annotations
+
+import json
+import os
+import subprocess
+import sys
+from pathlib import Path
+
+import pytest
+
+from slm_lora import __version__
+
+from ..conftest import make_rows, write_jsonl
+from .test_experiment import Lab
+
+TEXT = "什么→🙂 é ±█ \x1b[31m"
+
+
+@pytest.fixture
+def lab(tmp_path: Path, tiny_folder: Path) -> Lab:
+    made = Lab(tmp_path / "lab", tiny_folder)
+    rows = [{**row, "category": "问答"} for row in make_rows(120)]
+    write_jsonl(made.rows, [{**row, "instruction": f"{TEXT} {row['instruction']}"} for row in rows])
+    return made
+
+
+def run(*words: object, **environment: str) -> subprocess.CompletedProcess[bytes]:
+    return subprocess.run(
+        [sys.executable, "-m", "slm_lora", *map(str, words)],
+        capture_output=True,
+        check=False,
+        stdin=subprocess.DEVNULL,
+        env={**os.environ, "OMP_NUM_THREADS": "1", **environment},
+    )
+
+
+@pytest.mark.parametrize(
+    ("environment", "shown"),
+    [
+        ({"PYTHONIOENCODING": "cp1252"}, "\\u4ec0\\u4e48->\\U0001f642 é ±# \\x1b[31m"),
+        ({"PYTHONIOENCODING": "ascii"}, "\\u4ec0\\u4e48->\\U0001f642 \\xe9 +/-# \\x1b[31m"),
+        ({"PYTHONIOENCODING": "utf-8"}, "什么→🙂 é ±█ \\x1b[31m"),
+        ({"LC_ALL": "C", "PYTHONCOERCECLOCALE": "0", "PYTHONUTF8": "0"}, "\\u4ec0\\u4e48->"),
+    ],
+)
+def test_rows_are_shown_on_any_console(lab: Lab, environment: dict[str, str], shown: str) -> None:
+    encoding = environment.get("PYTHONIOENCODING", "ascii")
+    done = run("data", "show", lab.recipe, **environment)
+    assert done.returncode == 0, done.stderr
+    assert shown in done.stdout.decode(encoding)
+    done = run("data", "check", lab.recipe, **environment)
+    assert done.returncode == 0, done.stderr
+    bar = "█" if encoding == "utf-8" else "#"
+    assert bar * 40 in done.stdout.decode(encoding)
+
+
+def test_answers_are_shown_on_any_console(lab: Lab, tmp_path: Path, tiny_folder: Path) -> None:
+    prompts = tmp_path / "prompts.jsonl"
+    prompts.write_text(json.dumps({"instruction": TEXT}) + "\n")
+    for words in (
+        ("generate", TEXT), ("generate", "--prompts", prompts), ("compare-outputs", prompts),
+    ):  # fmt: skip
+        done = run(*words, "--base", tiny_folder, "--max-new-tokens", 20, PYTHONIOENCODING="cp1252")
+        assert done.returncode == 0, done.stderr
+        assert done.stdout.decode("cp1252")
+        assert b"  loading /" in done.stderr
+
+
+@pytest.mark.skipif(os.name == "nt", reason="pipes of POSIX")
+@pytest.mark.parametrize("lines", [0, 1])
+def test_a_reader_that_goes_is_no_bug(lab: Lab, lines: int) -> None:
+    rows = 100  # more than a pipe holds
+    process = subprocess.Popen(
+        [sys.executable, "-m", "slm_lora", "data", "show", str(lab.recipe), "--rows", str(rows)],
+        stdout=subprocess.PIPE, stderr=subprocess.PIPE, bufsize=0,
+    )  # fmt: skip
+    assert process.stdout and process.stderr
+    if lines:
+        process.stdout.read(10)
+    process.stdout.close()
+    said = process.stderr.read()
+    assert process.wait() == 141
+    assert said == b""
+
+
+def test_a_bug_of_ours_is_one_line_before_its_traceback(tmp_path: Path) -> None:
+    script = (
+        "import sys; from slm_lora import cli\n"
+        "from slm_lora.recipe import reading\n"
+        "def broken(*words): raise KeyError('zebra')\n"
+        "reading.load_recipe = broken\n"
+        "sys.argv = ['slm-lora', 'experiment', 'x.yaml']; cli.main()"
+    )
+    done = subprocess.run([sys.executable, "-c", script], capture_output=True, text=True)
+    assert done.returncode == 1
+    first = done.stderr.splitlines()[0]
+    assert first.startswith("a bug of ours: KeyError: 'zebra'; please report it")
+    assert "Traceback" in done.stderr
+
+
+@pytest.mark.skipif(os.name == "nt" or os.geteuid() == 0, reason="root may read everything")
+def test_what_may_not_be_read_is_one_line(lab: Lab) -> None:
+    lab.rows.chmod(0)
+    done = run("data", "show", lab.recipe)
+    assert done.returncode in (3, 6) and b"Traceback" not in done.stderr
+
+
+def test_the_version() -> None:
+    for word in ("--version", "version"):
+        assert run(word).stdout.decode().strip() == f"slm-lora {__version__}"

@@ -1,0 +1,59 @@
+"""A sample of `make zoo`: small models of families that differ in head, attention or layers give
+the loss of transformers and PEFT alone, or are refused before any work."""
+
+from __future__ import annotations
+
+import importlib.util
+import sys
+from pathlib import Path
+from types import ModuleType
+
+import pytest
+
+ROOT = Path(__file__).parents[2]
+
+
+@pytest.fixture(scope="module")
+def zoo() -> ModuleType:
+    specification = importlib.util.spec_from_file_location("zoo", ROOT / "benchmarks" / "zoo.py")
+    assert specification is not None
+    assert specification.loader is not None
+    module = importlib.util.module_from_spec(specification)
+    sys.modules["zoo"] = module
+    specification.loader.exec_module(module)
+    return module
+
+
+@pytest.mark.parametrize(
+    ("family", "how"),
+    [
+        ("gemma3n_text", "padded"),  # a cap of 30 that hardly bends
+        ("granite", "packed"),  # a scale
+        ("phi", "packed"),  # a bias
+        ("falcon_h1", "padded"),  # a scale, and layers that PEFT refuses
+        ("qwen3_moe", "packed"),  # experts in one parameter
+        ("gptj", "padded"),  # attention that cannot be exchanged
+        ("gemma3", "padded"),  # a vision tower
+        ("gpt2", "packed"),  # Conv1D in place of linear layers
+        ("modernbert-decoder", "refused"),  # layers between hidden states and output embedding
+    ],
+)
+def test_a_family_gives_the_loss_of_transformers_and_peft(
+    zoo: ModuleType, family: str, how: str
+) -> None:
+    outcome = zoo.try_family(family, in_process=True)
+    assert outcome.how == how, outcome
+    assert outcome.right, outcome
+
+
+def test_the_comparison_finds_a_wrong_loss(
+    zoo: ModuleType, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    from slm_lora.model import load
+    from slm_lora.model.base import PLAIN_HEAD
+
+    monkeypatch.setattr(load, "_measured_head", lambda source, causal: PLAIN_HEAD)
+    monkeypatch.setattr("slm_lora.model.adapter.check_forward", lambda base, adapted: None)
+    outcome = zoo.try_family("granite", in_process=True)
+    assert not outcome.right
+    assert outcome.base_difference > 1e-3
