@@ -365,6 +365,97 @@ def test_evaluate_finds_the_tables_loss(lab: Lab, capsys: pytest.CaptureFixture[
     assert f"loss {reported:.5f}" in capsys.readouterr().out
 
 
+def losses_told(text: str) -> list[tuple[float, float, float]]:
+    """Of every kind of loss: the adapter's, the base's and the difference."""
+    found = re.findall(
+        r"(?:whole text|response only) +loss (\S+).*\n  base +loss (\S+).*\n"
+        r"  difference +([+-]\S+) nats per token, 95 % ([+-]\S+) to ([+-]\S+);",
+        text,
+    )
+    for *_, value, low, high in found:
+        assert float(low) < float(value) < float(high)
+    return [(float(a), float(b), float(c)) for a, b, c, _, _ in found]
+
+
+def test_evaluate_shows_the_base_beside_the_adapter(
+    lab: Lab, capsys: pytest.CaptureFixture[str]
+) -> None:
+    base, one = (run["evaluation"] for run in lab.metrics()["runs"][:2])
+    words = ("grid.cells=[{data.size: 40, adapter.r: 2}]", "--adapter", lab.adapters / "tiny-r2-40")
+    capsys.readouterr()
+    assert command("evaluate", lab.recipe, *words) == 0
+    said = capsys.readouterr()
+    wanted = [(one[kind]["loss"], base[kind]["loss"]) for kind in ("all", "response")]
+    assert losses_told(said.out) == [
+        (round(a, 5), round(b, 5), round(a - b, 5)) for a, b in wanted
+    ]  # fmt: skip
+    assert "warning" not in said.out + said.err
+    assert command("evaluate", lab.recipe, *words, "--no-base") == 0
+    out = capsys.readouterr().out
+    assert f"loss {wanted[0][0]:.5f}" in out and "difference" not in out
+    assert command("evaluate", lab.recipe) == 0
+    out = capsys.readouterr().out
+    assert f"loss {wanted[0][1]:.5f}" in out and "difference" not in out
+
+
+@pytest.mark.parametrize(
+    ("override", "told"),
+    [
+        (
+            "data.template=chat",
+            "was trained in template instruction_response, and is scored in template chat: "
+            "data.template=instruction_response scores it as it was",
+        ),
+        (
+            "data.include_context=false",
+            "was trained with contexts, and is scored without them: "
+            "data.include_context=true scores it as it was",
+        ),
+        (
+            "data.special_tokens_in_responses=special",
+            "was trained with data.special_tokens_in_responses=text, and is scored with special",
+        ),
+        ("data.split_seed=5", "was trained with data.split_seed=0, and is scored with 5: rows"),
+        ("data.test_rows=25", "was trained with data.test_rows=20, and is scored with 25: rows"),
+        ("data.test_rows=15", ""),
+    ],
+)
+def test_evaluate_tells_where_the_score_is_of_something_else(
+    lab: Lab, override: str, told: str, capsys: pytest.CaptureFixture[str]
+) -> None:
+    folder = lab.adapters / "tiny-r4-40"
+    capsys.readouterr()
+    assert command("evaluate", lab.recipe, override, "--adapter", folder, "--no-base") == 0
+    said = capsys.readouterr()
+    warnings = [line for line in (said.out + said.err).splitlines() if "warning: " in line]
+    assert len(warnings) == bool(told)
+    assert not told or f"{folder} {told}" in warnings[0]
+
+
+def test_evaluate_knows_a_foreign_adapters_template(
+    lab: Lab, tiny_folder: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    def warnings(*overrides: str) -> str:
+        capsys.readouterr()
+        words = (*overrides, "--adapter", folder, "--no-base")
+        assert command("evaluate", lab.recipe, *words) == 0
+        said = capsys.readouterr()
+        return said.out + said.err
+
+    folder = shutil.copytree(lab.adapters / "tiny-r4-40", tmp_path / "foreign")
+    (folder / adapter_folder.ABOUT).unlink()
+    assert "template" not in warnings()
+    shipped = folder / "chat_template.jinja"
+    told = warnings("data.template=chat")
+    assert "has a chat_template.jinja of its own, and is scored in template chat: " in told
+    assert f"data.template={shipped} scores it in its own" in told
+    assert "of its own" not in warnings(f"data.template={shipped}")
+    shutil.copy(tiny_folder / "chat_template.jinja", shipped)
+    assert "of its own" not in warnings("data.template=chat")
+    shipped.unlink()
+    assert "does not say which prompts it was trained on; it is scored in" in warnings()
+
+
 @pytest.mark.parametrize("budget", [1, 100, 100_000])
 def test_loss_does_not_depend_on_the_evaluation_batch(
     lab: Lab, budget: int, capsys: pytest.CaptureFixture[str]
