@@ -17,6 +17,7 @@ import pyarrow.parquet as pq
 import pytest
 import torch
 from safetensors.torch import load_file, save_file
+from transformers import AutoTokenizer
 
 from slm_lora.cli import _guarded, app
 from slm_lora.model import adapter_folder
@@ -295,6 +296,39 @@ def test_other_methods_are_scored_as_they_were_saved(
     assert f"loss {record['evaluation']['all']['loss']:.5f}" in capsys.readouterr().out
     untrained = next(run for run in lab.metrics()["runs"] if "adapter" not in run)
     assert record["evaluation"]["all"]["loss"] < untrained["evaluation"]["all"]["loss"] - 0.1
+
+
+@pytest.mark.parametrize("kind", ["lora", "full"])
+def test_of_named_templates_that_write_the_date_others_get_what_was_trained(
+    lab: Lab, tiny_folder: Path, tmp_path: Path, kind: str, capsys: pytest.CaptureFixture[str]
+) -> None:
+    base = shutil.copytree(tiny_folder, tmp_path / "base")
+    own = (base / "chat_template.jinja").read_text()
+    (base / "chat_template.jinja").write_text("{{ strftime_now('%d %b %Y') + '\\n' }}" + own)
+    (base / "additional_chat_templates").mkdir()
+    (base / "additional_chat_templates" / "tool_use.jinja").write_text("{{ 'tools' }}")
+    words = (f"adapter.kind={kind}", f"model.name={base}", "data.template=chat")
+    out = ("--results", tmp_path / "results", "--adapters", tmp_path / "adapter")
+    one = ("grid.cells=[{data.size: 40}]", "training.max_steps=2")
+    assert command("train", lab.recipe, *words, *one, *out) == 0
+    said = capsys.readouterr()
+    assert (said.out + said.err).count("26 Jul 2024 stands in its place, in training and in") == 1
+    folder = tmp_path / "adapter" / "tiny-40"
+    tokenizer = AutoTokenizer.from_pretrained(folder if kind == "full" else base)
+    if kind == "lora":
+        assert set(tokenizer.chat_template) == {"default", "tool_use"}
+        tokenizer.chat_template = (folder / "chat_template.jinja").read_text()
+    assert isinstance(tokenizer.chat_template, str)
+    chat = [{"role": "user", "content": "Why?"}]
+    text = tokenizer.apply_chat_template(chat, tokenize=False, add_generation_prompt=True)
+    assert text == "26 Jul 2024\n<|im_start|>user\nWhy?<|im_end|>\n<|im_start|>assistant\n"
+    where = ("--base", folder) if kind == "full" else ("--base", base, "--adapter", folder)
+    assert command("generate", "Why?", "--max-new-tokens", 2, *where) == 0
+    assert command("evaluate", lab.recipe, *words, "--adapter", folder) == 0
+    (scored,) = (each for each in losses_told(capsys.readouterr().out)[:1])
+    record = json.loads(next((tmp_path / "results").rglob("run.json")).read_text())
+    assert scored[0] == round(record["evaluation"]["all"]["loss"], 5)
+    assert scored[2] == pytest.approx(scored[0] - scored[1], abs=2e-5) and scored[2] < 0
 
 
 @pytest.mark.parametrize("kind", ["full", "pissa"])

@@ -329,6 +329,8 @@ def test_an_adapter_whose_template_writes_the_date(tiny_folder: Path, tmp_path: 
     own = (base / "chat_template.jinja").read_text()
     dated = "{{ strftime_now('%d %b %Y') + '\\n' }}" + own
     (base / "chat_template.jinja").write_text(dated)
+    (note,) = open_variants(str(base), [], precision="fp32").notes
+    assert note.startswith("base: its chat template asks for today's date: 26 Jul 2024 stands in")
     adapter = make_adapter(resolve(ModelSection(name=str(base))), tmp_path / "one", template="chat")
     shipped = adapter / "chat_template.jinja"
     holder = AutoTokenizer.from_pretrained(base)

@@ -824,6 +824,16 @@ def test_the_prompt_is_what_stood_before_the_response(tokenizer: Any, kind: Temp
     assert prompted(tokenizer, Template(kind), messages(row)[:1], prompt=True) == before
 
 
+def test_an_answer_in_a_prompt_may_hold_what_a_question_may_not(plain_tokenizer: Any) -> None:
+    """It is the model's own, and a conversation goes on after it."""
+    tokenize = RowTokenizer(plain_tokenizer, Template("chat"))
+    turns = [Turn("user", "Why?"), Turn("assistant", "a\0b\r\nc"), Turn("user", "So?")]
+    assert "assistant\na\0b\nc<|im_end|>" in decoded(plain_tokenizer, tokenize.prompt(turns))
+    for role, text in (("user", "a\0b"), ("assistant", "a\ud800")):
+        with pytest.raises(DataError, match="prompt has a"):
+            tokenize.prompt([Turn("user", "Why?"), Turn(role, text), Turn("user", "So?")])  # type: ignore[arg-type]
+
+
 @pytest.mark.parametrize("kind", NAMED)
 def test_a_conversation_is_pair_after_pair(plain_tokenizer: Any, kind: TemplateKind) -> None:
     two = [*messages(ROWS[0]), *messages(ROWS[3])]

@@ -181,7 +181,7 @@ class RowTokenizer:
             DataError: the text spells what cannot be told from a special token.
         """
         # As rows are read: the same text is the same tokens.
-        turns = [Turn(turn.role, given(turn.content, "prompt")) for turn in turns]
+        turns = [Turn(turn.role, _said(turn)) for turn in turns]
         context = given(context, "context")
         roles = [turn.role for turn in turns]
         if self._render_chat is None and roles != ["user"]:
@@ -384,6 +384,12 @@ class RowTokenizer:
 
     def _bytes(self, text: str) -> int:
         return len(self.specials.strip(text).encode("utf-8"))
+
+
+def _said(turn: Turn) -> str:
+    """A turn's text, checked; an answer is the model's own, which may have written a NUL."""
+    parts = turn.content.split("\0") if turn.role == "assistant" else [turn.content]
+    return "\0".join(given(part, "prompt") for part in parts)
 
 
 def _reason(error: Exception) -> str:

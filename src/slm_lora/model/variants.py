@@ -9,7 +9,7 @@ from dataclasses import dataclass, field
 from pathlib import Path
 from typing import TYPE_CHECKING
 
-from slm_lora.data.chat_templates import TEMPLATE_DATE, clock, default_template
+from slm_lora.data.chat_templates import TEMPLATE_DATE, clock, default_template, is_frozen
 from slm_lora.data.templates import Template, as_chat_template
 from slm_lora.data.tokens import RowTokenizer
 from slm_lora.errors import IntegrityError, UsageError
@@ -99,6 +99,11 @@ def open_variants(
     tokenizer = load_tokenizer(source)
     notes: list[str] = []
     prompters = {BASE: _own_prompter(source.path, tokenizer)}
+    if not adapters and is_frozen(prompters[BASE].chat_template or ""):
+        notes.append(
+            f"{BASE}: its chat template asks for today's date: {TEMPLATE_DATE:%d %b %Y} stands in "
+            "its place, as in training"
+        )
     inner: dict[str, str] = {}
     for folder in adapters:
         name = folder.resolve().name
