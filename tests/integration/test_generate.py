@@ -328,7 +328,11 @@ def test_an_adapter_whose_template_writes_the_date(tiny_folder: Path, tmp_path: 
     base = shutil.copytree(tiny_folder, tmp_path / "dated")
     own = (base / "chat_template.jinja").read_text()
     dated = "{{ strftime_now('%d %b %Y') + '\\n' }}" + own
-    (base / "chat_template.jinja").write_text(dated)
+    config = json.loads((base / "tokenizer_config.json").read_text())
+    config["chat_template"] = dated.replace("{% for", "{#\r\n#}{% for")
+    dated = dated.replace("{% for", "{#\n#}{% for")
+    (base / "tokenizer_config.json").write_text(json.dumps(config))
+    (base / "chat_template.jinja").unlink()
     (note,) = open_variants(str(base), [], precision="fp32").notes
     assert note.startswith("base: its chat template asks for today's date: 26 Jul 2024 stands in")
     adapter = make_adapter(resolve(ModelSection(name=str(base))), tmp_path / "one", template="chat")
@@ -354,6 +358,10 @@ def test_an_adapter_whose_template_writes_the_date(tiny_folder: Path, tmp_path: 
     with pytest.raises(IntegrityError, match="not the template that the adapter was trained"):
         open_variants(str(base), [adapter], precision="fp32")
     (adapter / adapter_folder.ABOUT).unlink()
+    shipped.write_bytes(b"\xff")
+    with pytest.raises(IntegrityError, match=r"chat_template\.jinja: not UTF-8"):
+        open_variants(str(base), [adapter], precision="fp32")
+    shipped.write_text(dated)
     found = open_variants(str(base), [adapter], precision="fp32")
     assert found.notes[0].endswith(", with the date 26 Jul 2024; not trained here")
 

@@ -158,12 +158,9 @@ def evaluate(
     scores: Annotated[
         Path | None, typer.Option("--scores", help="Write per-row scores to this Parquet file.")
     ] = None,
-    with_base: Annotated[
-        bool,
-        typer.Option(
-            "--base/--no-base", help="Score the base beside the adapter, on the same rows."
-        ),
-    ] = True,
+    no_base: Annotated[
+        bool, typer.Option("--no-base", help="Do not score the base beside the adapter.")
+    ] = False,
 ) -> None:
     """Score the base, or an adapter and the base beside it, on a recipe's test rows."""
     from slm_lora.evaluation.perplexity import write_scores
@@ -177,7 +174,7 @@ def evaluate(
     reporter = Reporter()
     job = make_jobs([chosen_cell(cells, cell)])[0]
     _say_data(job, reporter)
-    found = evaluate_adapter(job, adapter, reporter, with_base)
+    found = evaluate_adapter(job, adapter, reporter, with_base=not no_base)
     out = console()
     kinds: list[tuple[LossOn, str]] = [("all", "whole text"), ("response", "response only")]
     for tokens, label in kinds:

@@ -10,9 +10,10 @@ from __future__ import annotations
 import datetime
 import json
 from collections.abc import Callable, Mapping
+from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
-from slm_lora.errors import UsageError
+from slm_lora.errors import IntegrityError, UsageError
 
 if TYPE_CHECKING:
     from jinja2 import nodes
@@ -34,6 +35,18 @@ def default_template(tokenizer: PreTrainedTokenizerBase) -> str | None:
     own: Any = tokenizer.chat_template
     found = own.get("default") if isinstance(own, Mapping) else own
     return str(found) if found else None
+
+
+def read_template(path: Path) -> str | None:
+    """The template in a file beside a model or an adapter; None where there is no file.
+
+    Raises:
+        IntegrityError: it is no text.
+    """
+    try:
+        return path.read_text(encoding="utf-8") if path.is_file() else None
+    except UnicodeDecodeError as error:
+        raise IntegrityError(f"{path}: not UTF-8 ({error})") from error
 
 
 def jinja_renderer(

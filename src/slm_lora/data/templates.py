@@ -8,6 +8,7 @@ spelt in row text are hidden from the template behind others while it renders.
 
 from __future__ import annotations
 
+import re
 from collections.abc import Sequence
 from dataclasses import dataclass
 from pathlib import Path
@@ -248,6 +249,7 @@ def as_chat_template(
         source = own if template.kind == "chat" else template.source
         if source is None:
             return None
+        source = re.sub("\r\n?", "\n", source)  # Jinja does so, and so does reading the file
         date = clock(source) if frozen else ""
         if not bos or "bos_token" in source:
             return date + source

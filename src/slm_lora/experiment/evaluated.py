@@ -8,7 +8,7 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
-from slm_lora.data.chat_templates import default_template, freeze
+from slm_lora.data.chat_templates import default_template, freeze, read_template
 from slm_lora.data.templates import Template
 from slm_lora.errors import IntegrityError
 from slm_lora.experiment.jobs import Job
@@ -87,15 +87,14 @@ def _other_template(trained: Template, job: Job) -> str:
 
 def _foreign_template(shipped: Path, job: Job) -> str:
     kind = job.prepared.template.kind
-    if not shipped.is_file():
+    if (text := read_template(shipped)) is None:
         return f"does not say which prompts it was trained on; it is scored in template {kind}"
-    text = freeze(shipped.read_text(encoding="utf-8"), str(shipped))
     now = {job.prepared.chat_template}
     if kind == "chat" and (own := default_template(load_tokenizer(job.source))):
         now.add(freeze(own))
     if job.prepared.template.source:
         now.add(freeze(job.prepared.template.source))
-    if text in now:
+    if freeze(text, str(shipped)) in now:
         return ""
     return (
         f"has a chat_template.jinja of its own, and is scored in template {kind}: "

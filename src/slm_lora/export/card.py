@@ -11,7 +11,7 @@ from typing import Any
 
 import yaml
 
-from slm_lora.data.chat_templates import TEMPLATE_DATE, is_frozen
+from slm_lora.data.chat_templates import TEMPLATE_DATE, is_frozen, read_template
 from slm_lora.errors import IntegrityError
 from slm_lora.export.folder import CHAT_TEMPLATE, Trained
 from slm_lora.runs import METRICS_FILE, read_run, run_folders
@@ -171,7 +171,7 @@ def _settings(trained: Trained) -> str:
     chat = trained.chat_template
     if chat is None:
         where = "no chat template gives other programs the same tokens."
-    elif is_frozen(chat) and chat != (trained.folder / CHAT_TEMPLATE).read_text(encoding="utf-8"):
+    elif is_frozen(chat) and chat != read_template(trained.folder / CHAT_TEMPLATE):
         # As earlier versions wrote it.
         where = (
             "`chat_template.jinja` holds it, but for the date: it writes today's, training wrote "

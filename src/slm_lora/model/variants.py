@@ -9,7 +9,13 @@ from dataclasses import dataclass, field
 from pathlib import Path
 from typing import TYPE_CHECKING
 
-from slm_lora.data.chat_templates import TEMPLATE_DATE, clock, default_template, is_frozen
+from slm_lora.data.chat_templates import (
+    TEMPLATE_DATE,
+    clock,
+    default_template,
+    is_frozen,
+    read_template,
+)
 from slm_lora.data.templates import Template, as_chat_template
 from slm_lora.data.tokens import RowTokenizer
 from slm_lora.errors import IntegrityError, UsageError
@@ -165,7 +171,7 @@ def _prompter(
     folder: Path, tokenizer: PreTrainedTokenizerBase, own: RowTokenizer, notes: list[str]
 ) -> RowTokenizer:
     shipped = folder / "chat_template.jinja"
-    text = shipped.read_text(encoding="utf-8") if shipped.is_file() else None
+    text = read_template(shipped)
     if template := _trained_template(folder):
         made = RowTokenizer(tokenizer, template)
         if text is None or text == made.chat_template:
