@@ -17,6 +17,7 @@ import pyarrow.parquet as pq
 import pytest
 import torch
 from safetensors.torch import load_file, save_file
+from transformers import AutoTokenizer
 
 from slm_lora.cli import _guarded, app
 from slm_lora.model import adapter_folder
@@ -297,6 +298,39 @@ def test_other_methods_are_scored_as_they_were_saved(
     assert record["evaluation"]["all"]["loss"] < untrained["evaluation"]["all"]["loss"] - 0.1
 
 
+@pytest.mark.parametrize("kind", ["lora", "full"])
+def test_of_named_templates_that_write_the_date_others_get_what_was_trained(
+    lab: Lab, tiny_folder: Path, tmp_path: Path, kind: str, capsys: pytest.CaptureFixture[str]
+) -> None:
+    base = shutil.copytree(tiny_folder, tmp_path / "base")
+    own = (base / "chat_template.jinja").read_text()
+    (base / "chat_template.jinja").write_text("{{ strftime_now('%d %b %Y') + '\\n' }}" + own)
+    (base / "additional_chat_templates").mkdir()
+    (base / "additional_chat_templates" / "tool_use.jinja").write_text("{{ 'tools' }}")
+    words = (f"adapter.kind={kind}", f"model.name={base}", "data.template=chat")
+    out = ("--results", tmp_path / "results", "--adapters", tmp_path / "adapter")
+    one = ("grid.cells=[{data.size: 40}]", "training.max_steps=2")
+    assert command("train", lab.recipe, *words, *one, *out) == 0
+    said = capsys.readouterr()
+    assert (said.out + said.err).count("26 Jul 2024 stands in its place, in training and in") == 1
+    folder = tmp_path / "adapter" / "tiny-40"
+    tokenizer = AutoTokenizer.from_pretrained(folder if kind == "full" else base)
+    if kind == "lora":
+        assert set(tokenizer.chat_template) == {"default", "tool_use"}
+        tokenizer.chat_template = (folder / "chat_template.jinja").read_text()
+    assert isinstance(tokenizer.chat_template, str)
+    chat = [{"role": "user", "content": "Why?"}]
+    text = tokenizer.apply_chat_template(chat, tokenize=False, add_generation_prompt=True)
+    assert text == "26 Jul 2024\n<|im_start|>user\nWhy?<|im_end|>\n<|im_start|>assistant\n"
+    where = ("--base", folder) if kind == "full" else ("--base", base, "--adapter", folder)
+    assert command("generate", "Why?", "--max-new-tokens", 2, *where) == 0
+    assert command("evaluate", lab.recipe, *words, "--adapter", folder) == 0
+    (scored,) = (each for each in losses_told(capsys.readouterr().out)[:1])
+    record = json.loads(next((tmp_path / "results").rglob("run.json")).read_text())
+    assert scored[0] == round(record["evaluation"]["all"]["loss"], 5)
+    assert scored[2] == pytest.approx(scored[0] - scored[1], abs=2e-5) and scored[2] < 0
+
+
 @pytest.mark.parametrize("kind", ["full", "pissa"])
 def test_a_method_that_alters_the_base_leaves_no_trace(lab: Lab, tmp_path: Path, kind: str) -> None:
     out = ("--results", tmp_path / "results", "--adapters", tmp_path / "adapter")
@@ -363,6 +397,97 @@ def test_evaluate_finds_the_tables_loss(lab: Lab, capsys: pytest.CaptureFixture[
     )
     assert command("evaluate", lab.recipe, *chosen) == 0
     assert f"loss {reported:.5f}" in capsys.readouterr().out
+
+
+def losses_told(text: str) -> list[tuple[float, float, float]]:
+    """Of every kind of loss: the adapter's, the base's and the difference."""
+    found = re.findall(
+        r"(?:whole text|response only) +loss (\S+).*\n  base +loss (\S+).*\n"
+        r"  difference +([+-]\S+) nats per token, 95 % ([+-]\S+) to ([+-]\S+);",
+        text,
+    )
+    for *_, value, low, high in found:
+        assert float(low) < float(value) < float(high)
+    return [(float(a), float(b), float(c)) for a, b, c, _, _ in found]
+
+
+def test_evaluate_shows_the_base_beside_the_adapter(
+    lab: Lab, capsys: pytest.CaptureFixture[str]
+) -> None:
+    base, one = (run["evaluation"] for run in lab.metrics()["runs"][:2])
+    words = ("grid.cells=[{data.size: 40, adapter.r: 2}]", "--adapter", lab.adapters / "tiny-r2-40")
+    capsys.readouterr()
+    assert command("evaluate", lab.recipe, *words) == 0
+    said = capsys.readouterr()
+    wanted = [(one[kind]["loss"], base[kind]["loss"]) for kind in ("all", "response")]
+    assert losses_told(said.out) == [
+        (round(a, 5), round(b, 5), round(a - b, 5)) for a, b in wanted
+    ]  # fmt: skip
+    assert "warning" not in said.out + said.err
+    assert command("evaluate", lab.recipe, *words, "--no-base") == 0
+    out = capsys.readouterr().out
+    assert f"loss {wanted[0][0]:.5f}" in out and "difference" not in out
+    assert command("evaluate", lab.recipe) == 0
+    out = capsys.readouterr().out
+    assert f"loss {wanted[0][1]:.5f}" in out and "difference" not in out
+
+
+@pytest.mark.parametrize(
+    ("override", "told"),
+    [
+        (
+            "data.template=chat",
+            "was trained in template instruction_response, and is scored in template chat: "
+            "data.template=instruction_response scores it as it was",
+        ),
+        (
+            "data.include_context=false",
+            "was trained with contexts, and is scored without them: "
+            "data.include_context=true scores it as it was",
+        ),
+        (
+            "data.special_tokens_in_responses=special",
+            "was trained with data.special_tokens_in_responses=text, and is scored with special",
+        ),
+        ("data.split_seed=5", "was trained with data.split_seed=0, and is scored with 5: rows"),
+        ("data.test_rows=25", "was trained with data.test_rows=20, and is scored with 25: rows"),
+        ("data.test_rows=15", ""),
+    ],
+)
+def test_evaluate_tells_where_the_score_is_of_something_else(
+    lab: Lab, override: str, told: str, capsys: pytest.CaptureFixture[str]
+) -> None:
+    folder = lab.adapters / "tiny-r4-40"
+    capsys.readouterr()
+    assert command("evaluate", lab.recipe, override, "--adapter", folder, "--no-base") == 0
+    said = capsys.readouterr()
+    warnings = [line for line in (said.out + said.err).splitlines() if "warning: " in line]
+    assert len(warnings) == bool(told)
+    assert not told or f"{folder} {told}" in warnings[0]
+
+
+def test_evaluate_knows_a_foreign_adapters_template(
+    lab: Lab, tiny_folder: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    def warnings(*overrides: str) -> str:
+        capsys.readouterr()
+        words = (*overrides, "--adapter", folder, "--no-base")
+        assert command("evaluate", lab.recipe, *words) == 0
+        said = capsys.readouterr()
+        return said.out + said.err
+
+    folder = shutil.copytree(lab.adapters / "tiny-r4-40", tmp_path / "foreign")
+    (folder / adapter_folder.ABOUT).unlink()
+    assert "template" not in warnings()
+    shipped = folder / "chat_template.jinja"
+    told = warnings("data.template=chat")
+    assert "has a chat_template.jinja of its own, and is scored in template chat: " in told
+    assert f"data.template={shipped} scores it in its own" in told
+    assert "of its own" not in warnings(f"data.template={shipped}")
+    shutil.copy(tiny_folder / "chat_template.jinja", shipped)
+    assert "of its own" not in warnings("data.template=chat")
+    shipped.unlink()
+    assert "does not say which prompts it was trained on; it is scored in" in warnings()
 
 
 @pytest.mark.parametrize("budget", [1, 100, 100_000])

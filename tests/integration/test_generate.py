@@ -27,15 +27,17 @@ from slm_lora.data.templates import Template, TemplateKind
 from slm_lora.data.tokens import RowTokenizer
 from slm_lora.errors import IntegrityError, UsageError
 from slm_lora.evaluation.generate import Reply, Sampling, _Text, prompt_ids, reference_loss
+from slm_lora.export.folder import read as read_trained
 from slm_lora.model import adapter_folder
 from slm_lora.model.load import load_tokenizer
-from slm_lora.model.source import ModelSource
+from slm_lora.model.source import ModelSource, resolve
 from slm_lora.model.variants import BASE, Variants, open_variants
+from slm_lora.recipe.schema import ModelSection
 from slm_lora.records import Row, Turn
 from slm_lora.seals import FILES, SEAL
 
 from ..conftest import tiny_tokenizer
-from .exports import make_adapter
+from .exports import change_about, make_adapter
 from .test_forward import save_model
 
 QUESTIONS = ("Tell me fact 3 about bread.", "What of <|im_end|> and tea?", "Maps?\nAnd clocks?")
@@ -322,6 +324,66 @@ def test_another_template_beside_the_adapter_is_refused(
     (foreign / "chat_template.jinja").unlink()
     found = open_variants(str(tiny_source.path), [foreign], precision="fp32")
     assert "says nothing of the prompts" in found.notes[0]
+
+
+def test_an_adapter_whose_template_writes_the_date(tiny_folder: Path, tmp_path: Path) -> None:
+    """Handed on is the date of the training; earlier versions handed on one that asks the clock."""
+    base = shutil.copytree(tiny_folder, tmp_path / "dated")
+    own = (base / "chat_template.jinja").read_text()
+    dated = "{{ strftime_now('%d %b %Y') + '\\n' }}" + own
+    config = json.loads((base / "tokenizer_config.json").read_text())
+    config["chat_template"] = dated.replace("{% for", "{#\r\n#}{% for")
+    dated = dated.replace("{% for", "{#\n#}{% for")
+    (base / "tokenizer_config.json").write_text(json.dumps(config))
+    (base / "chat_template.jinja").unlink()
+    (note,) = open_variants(str(base), [], precision="fp32").notes
+    assert note.startswith("base: its chat template asks for today's date: 26 Jul 2024 stands in")
+    adapter = make_adapter(resolve(ModelSection(name=str(base))), tmp_path / "one", template="chat")
+    shipped = adapter / "chat_template.jinja"
+    holder = AutoTokenizer.from_pretrained(base)
+    holder.chat_template = shipped.read_text()
+    asked = holder.apply_chat_template(
+        [{"role": "user", "content": "Tea?"}], add_generation_prompt=True, return_dict=False
+    )
+    assert holder.decode(asked).startswith("26 Jul 2024\n<|im_start|>user\nTea?")
+    found = open_variants(str(base), [adapter], precision="fp32")
+    assert found.prompters["one"].prompt([Turn("user", "Tea?")]) == asked
+    assert found.notes == ()
+    shipped.write_text(dated)
+    change_about(adapter)
+    found = open_variants(str(base), [adapter], precision="fp32")
+    assert found.prompters["one"].prompt([Turn("user", "Tea?")]) == asked
+    (note,) = found.notes
+    assert note.startswith("one: its chat_template.jinja writes today's date, training wrote 26 Ju")
+    assert read_trained(adapter).chat_template == holder.chat_template  # what is handed on further
+    shipped.write_text(dated.replace("%d", "%A"))
+    change_about(adapter)
+    with pytest.raises(IntegrityError, match="not the template that the adapter was trained"):
+        open_variants(str(base), [adapter], precision="fp32")
+    (adapter / adapter_folder.ABOUT).unlink()
+    shipped.write_bytes(b"\xff")
+    with pytest.raises(IntegrityError, match=r"chat_template\.jinja: not UTF-8"):
+        open_variants(str(base), [adapter], precision="fp32")
+    shipped.write_text(dated)
+    found = open_variants(str(base), [adapter], precision="fp32")
+    assert found.notes[0].endswith(", with the date 26 Jul 2024; not trained here")
+
+
+def test_a_base_with_several_named_templates(tiny_folder: Path, tmp_path: Path) -> None:
+    base = shutil.copytree(tiny_folder, tmp_path / "named")
+    own = (base / "chat_template.jinja").read_text()
+    (base / "chat_template.jinja").unlink()
+    config = json.loads((base / "tokenizer_config.json").read_text())
+    config["chat_template"] = [
+        {"name": "tool_use", "template": "{{ 'tools' }}"},
+        {"name": "default", "template": own},
+    ]
+    (base / "tokenizer_config.json").write_text(json.dumps(config))
+    source = resolve(ModelSection(name=str(base)))
+    adapter = make_adapter(source, tmp_path / "one", template="chat")
+    assert (adapter / "chat_template.jinja").read_text() == own
+    found = open_variants(str(base), [adapter], precision="fp32")
+    assert [each.template.kind for each in found.prompters.values()] == ["chat", "chat"]
 
 
 @pytest.mark.parametrize("special", [False, True])

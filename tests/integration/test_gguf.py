@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import json
 import math
+import shutil
 from pathlib import Path
 from typing import Any
 
@@ -375,3 +376,25 @@ def test_llama_cpp_with_the_embedded_model(tmp_path: Path) -> None:
     source = resolve(ModelSection(name=embedded.name))
     adapter = make_adapter(source, tmp_path / "toy", scale=0.03)
     check_by_llama_cpp(source.path, adapter, tmp_path)
+
+
+@pytest.mark.parametrize(
+    ("asked", "said"),
+    [
+        ("strftime_now('%d %b %Y') ~ ', ' ~ strftime_now('%B')", "26 Jul 2024, July"),
+        ("strftime_now('%-d.' ~ '%m.%Y')", "26.07.2024"),
+    ],
+)
+def test_llama_cpp_writes_the_date_of_the_training(
+    asked: str, said: str, tiny_folder: Path, tmp_path: Path
+) -> None:
+    base = shutil.copytree(tiny_folder, tmp_path / "dated")
+    template = base / "chat_template.jinja"
+    template.write_text(f"{{{{ {asked} ~ '\\n' }}}}" + template.read_text())
+    source = resolve(ModelSection(name=str(base)))
+    adapter = make_adapter(source, tmp_path / "toy", template="chat")
+    export(read(adapter), tmp_path / "out", "adapter", "f32", base)
+    client = LlamaCpp(tmp_path / "out" / "dated-f32.gguf")
+    chat = client.post("/apply-template", {"messages": [{"role": "user", "content": "Why?"}]})
+    wanted = f"{said}\n<|im_start|>user\nWhy?<|im_end|>\n<|im_start|>assistant\n"
+    assert chat["prompt"] == wanted

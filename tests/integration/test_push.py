@@ -24,6 +24,7 @@ import yaml
 from huggingface_hub import ModelCard
 
 from slm_lora.cli import _guarded, app
+from slm_lora.data.chat_templates import freeze
 from slm_lora.errors import IntegrityError, StorageError, UsageError
 from slm_lora.export.folder import read
 from slm_lora.export.hub import dry_run, push
@@ -210,6 +211,25 @@ def test_the_card_is_made_from_the_run(adapter: Path, tmp_path: Path) -> None:
     assert "| training.learning_rate | 0.001 |" in readme
     for command in ("PeftModel.from_pretrained", "vllm serve", "llama-server", "ollama create"):
         assert command in readme
+
+
+@pytest.mark.parametrize(
+    ("template", "said"),
+    [
+        ("{{ 1 }}", "`chat_template.jinja` holds it."),
+        (freeze("{{ strftime_now('%Y') }}"), "jinja` holds it, with 26 Jul 2024 as today's date."),
+        ("{{ strftime_now('%Y') }}", "it writes today's, training wrote 26 Jul 2024."),
+        (None, "no chat template gives other programs the same tokens."),
+    ],
+)
+def test_the_card_says_what_holds_the_prompt(
+    template: str | None, said: str, adapter: Path, tmp_path: Path
+) -> None:
+    path = adapter / "chat_template.jinja"
+    path.unlink() if template is None else path.write_text(template)
+    change_about(adapter)
+    dry_run(read(adapter), REPOSITORY, tmp_path, tmp_path / "dry")
+    assert said in (tmp_path / "dry" / "README.md").read_text()
 
 
 @pytest.mark.parametrize(

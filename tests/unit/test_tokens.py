@@ -677,8 +677,8 @@ def test_a_template_sees_what_chat_templates_see(plain_tokenizer: Any, tmp_path:
     ("source", "said"),
     [
         ("{% for m in messages %}\n{{ m['content'] }}", r"line 2: Unexpected end of template"),
-        ("{{ mesages }}", "'mesages' is undefined"),
-        ("{{ messages[0].contents }}", "has no attribute 'contents'"),
+        ("{{ mesages[0].content }}", "'mesages' is undefined"),
+        ("{{ messages[0].contents.strip() }}", "has no attribute 'contents'"),
         ("{{ raise_exception('users only') }}", "users only"),
         ("{{ messages + 1 }}", "can only concatenate list"),
         ("{{ 1 / 0 }}", "division by zero"),
@@ -822,6 +822,16 @@ def test_the_prompt_is_what_stood_before_the_response(tokenizer: Any, kind: Temp
     example = one(tokenizer, kind, row)
     before = example.ids[~example.response].tolist()
     assert prompted(tokenizer, Template(kind), messages(row)[:1], prompt=True) == before
+
+
+def test_an_answer_in_a_prompt_may_hold_what_a_question_may_not(plain_tokenizer: Any) -> None:
+    """It is the model's own, and a conversation goes on after it."""
+    tokenize = RowTokenizer(plain_tokenizer, Template("chat"))
+    turns = [Turn("user", "Why?"), Turn("assistant", "a\0b\r\nc"), Turn("user", "So?")]
+    assert "assistant\na\0b\nc<|im_end|>" in decoded(plain_tokenizer, tokenize.prompt(turns))
+    for role, text in (("user", "a\0b"), ("assistant", "a\ud800")):
+        with pytest.raises(DataError, match="prompt has a"):
+            tokenize.prompt([Turn("user", "Why?"), Turn(role, text), Turn("user", "So?")])  # type: ignore[arg-type]
 
 
 @pytest.mark.parametrize("kind", NAMED)

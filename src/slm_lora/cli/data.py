@@ -263,6 +263,7 @@ def _cut(job: Job) -> list[str]:
 
 
 def _odd_text(job: Job) -> list[str]:
+    from slm_lora.data.chat_templates import default_template
     from slm_lora.data.checks import names_not_set, spelt_specials
     from slm_lora.data.placeholders import find_placeholders
     from slm_lora.data.tokens import RowTokenizer
@@ -297,8 +298,8 @@ def _odd_text(job: Job) -> list[str]:
         lines.append(f"responses of {_named(in_responses)}: {how}")
     if in_prompts:
         lines.append(f"prompts of {_named(in_prompts)}: they are text there, always")
-    source = template.source if template.kind == "jinja" else tokenizer.chat_template
-    if template.kind in ("jinja", "chat") and isinstance(source, str):
+    source = template.source if template.kind == "jinja" else default_template(tokenizer)
+    if template.kind in ("jinja", "chat") and source is not None:
         unset = names_not_set(source, tokenizer.special_tokens_map.keys())
         if unset:
             lines.append(

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import math
 from pathlib import Path
 from typing import Annotated, Any, Literal
 
@@ -29,6 +30,7 @@ from slm_lora.cli.options import (
     quiet_libraries,
 )
 from slm_lora.errors import UsageError
+from slm_lora.records import LossOn
 
 
 def experiment(
@@ -156,8 +158,11 @@ def evaluate(
     scores: Annotated[
         Path | None, typer.Option("--scores", help="Write per-row scores to this Parquet file.")
     ] = None,
+    no_base: Annotated[
+        bool, typer.Option("--no-base", help="Do not score the base beside the adapter.")
+    ] = False,
 ) -> None:
-    """Score the base, or an adapter, on a recipe's test rows."""
+    """Score the base, or an adapter and the base beside it, on a recipe's test rows."""
     from slm_lora.evaluation.perplexity import write_scores
     from slm_lora.experiment.jobs import make_jobs
     from slm_lora.experiment.runner import evaluate_adapter
@@ -169,18 +174,32 @@ def evaluate(
     reporter = Reporter()
     job = make_jobs([chosen_cell(cells, cell)])[0]
     _say_data(job, reporter)
-    found, record = evaluate_adapter(job, adapter, reporter)
+    found = evaluate_adapter(job, adapter, reporter, with_base=not no_base)
     out = console()
-    for tokens, label in (("all", "whole text"), ("response", "response only")):
-        if tokens in record:
-            loss = record[tokens]
+    kinds: list[tuple[LossOn, str]] = [("all", "whole text"), ("response", "response only")]
+    for tokens, label in kinds:
+        if tokens not in found.record:
+            continue
+        _print_loss(out, label, found.record[tokens])
+        if found.base_record is not None:
+            _print_loss(out, "  base", found.base_record[tokens])
+            value, low, high = found.difference(tokens)
+            sure = f", 95 % {low:+.5f} to {high:+.5f}" if math.isfinite(low + high) else ""
             out.print(
-                f"{label:13}  loss {loss['loss']:.5f}  perplexity {loss['perplexity']:.4f}  "
-                f"{loss['tokens']} tokens  {loss['rows']} rows"
+                f"{'  difference':13}  {value:+.5f} nats per token{sure}"
+                "; below zero the adapter is better than the base",
+                soft_wrap=True,
             )
     if scores is not None:
-        write_scores(found, scores)
+        write_scores(found.scores, scores)
         out.print(f"{scores}", soft_wrap=True)
+
+
+def _print_loss(out: Any, label: str, loss: dict[str, Any]) -> None:
+    out.print(
+        f"{label:13}  loss {loss['loss']:.5f}  perplexity {loss['perplexity']:.4f}  "
+        f"{loss['tokens']} tokens  {loss['rows']} rows"
+    )
 
 
 def report(

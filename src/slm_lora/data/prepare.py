@@ -7,6 +7,7 @@ from collections.abc import Sequence
 from dataclasses import dataclass, replace
 from typing import TYPE_CHECKING
 
+from slm_lora.data.handed_on import notes_on_template
 from slm_lora.data.sources import RowSet
 from slm_lora.data.splits import SPLIT_VERSION, Groups, Rule, split_rows
 from slm_lora.data.templates import Template, choose_template
@@ -85,6 +86,7 @@ def prepare(
     if section.on_long_row == "split":
         _check_split(rows, template)
     tokenize = RowTokenizer(tokenizer, template)
+    handed_on = notes_on_template(tokenizer, tokenize, rows.rows)
     usable = rows.rows
     long: dict[str, LongRows] = {}
     if section.on_long_row == "drop":
@@ -133,6 +135,7 @@ def prepare(
         notes=(
             *_context_note(with_context, len(rows.rows), template),
             *_group_notes(split.groups),
+            *handed_on,
         ),
     )
 

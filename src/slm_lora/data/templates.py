@@ -8,23 +8,18 @@ spelt in row text are hidden from the template behind others while it renders.
 
 from __future__ import annotations
 
-import datetime
-import json
-from collections.abc import Callable, Sequence
+import re
+from collections.abc import Sequence
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Any, Literal
+from typing import Literal
 
+from slm_lora.data.chat_templates import ChatRenderer, clock
 from slm_lora.errors import DataError, UsageError
 from slm_lora.records import Row, Turn
 
 TemplateKind = Literal["instruction_response", "chat", "plain", "jinja"]
-TEMPLATE_DATE = datetime.date(2024, 7, 26)
-"""Today, for templates that write the date: the day that those of Llama 3 and its kin write by
-themselves where no clock is given."""
-
 Span = tuple[int, int]
-ChatRenderer = Callable[[list[dict[str, str]], bool], str]
 
 _OWNED, _QUOTED = 0xF0000, 0xF8000
 """First private-use characters for special tokens of the template, and for quoted ones."""
@@ -227,54 +222,12 @@ def choose_template(name: str, row_format: str, include_context: bool) -> Templa
     )
 
 
-def jinja_renderer(source: str, tokens: dict[str, str]) -> ChatRenderer:
-    """A renderer for a user's own chat-style template, in a sandbox without files or imports.
-
-    The template sees what `apply_chat_template` of transformers shows it, so that it renders
-    the same when others prompt with it: ``messages``, ``add_generation_prompt``, the special
-    tokens by name (``eos_token`` and so on), ``raise_exception``. A name that is not defined
-    is an error here, and nothing there.
-
-    Raises:
-        UsageError: the template is not valid Jinja, or fails on a row.
-    """
-    import jinja2
-    from jinja2.sandbox import ImmutableSandboxedEnvironment
-
-    def refuse(message: str) -> None:
-        raise jinja2.TemplateError(message)
-
-    environment = ImmutableSandboxedEnvironment(
-        trim_blocks=True,
-        lstrip_blocks=True,
-        undefined=jinja2.StrictUndefined,
-        extensions=["jinja2.ext.loopcontrols"],
-    )
-    environment.filters["tojson"] = _plain_json  # Jinja's own is for HTML: it escapes < and '
-    environment.globals["raise_exception"] = refuse
-    environment.globals["strftime_now"] = TEMPLATE_DATE.strftime
-    try:
-        template = environment.from_string(source)
-    except jinja2.TemplateSyntaxError as error:
-        raise UsageError(f"data.template: line {error.lineno}: {error.message}") from error
-
-    def render(messages: list[dict[str, str]], add_generation_prompt: bool) -> str:
-        values: dict[str, Any] = {**tokens, "messages": messages, "tools": None, "documents": None}
-        try:
-            return template.render(**values, add_generation_prompt=add_generation_prompt)
-        except Exception as error:  # a program of the user's: it may fail in any way
-            reason = (str(error).splitlines() or [type(error).__name__])[0]
-            raise UsageError(f"data.template: {reason}") from error
-
-    return render
-
-
-def _plain_json(value: Any, indent: int | None = None) -> str:
-    return json.dumps(value, ensure_ascii=False, indent=indent)
-
-
 def as_chat_template(
-    template: Template, adds_bos: bool, own: str | None, space_after_bos: bool = False
+    template: Template,
+    adds_bos: bool,
+    own: str | None,
+    space_after_bos: bool = False,
+    frozen: bool = True,
 ) -> str | None:
     """The template as a tokenizer's chat template, so that others prompt as was trained.
 
@@ -286,19 +239,27 @@ def as_chat_template(
         adds_bos: whether training put BOS first.
         own: the tokenizer's chat template, for the template kind ``chat``.
         space_after_bos: see `RowTokenizer.space_after_bos`.
+        frozen: whether it writes the date that training wrote; earlier versions handed on one
+            that asks the clock.
     """
     bos = ""
     if adds_bos:
         bos = "{{ bos_token + ' ' }}" if space_after_bos else "{{ bos_token }}"
     if template.kind in ("chat", "jinja"):
         source = own if template.kind == "chat" else template.source
-        if source is None or not bos or "bos_token" in source:
-            return source
+        if source is None:
+            return None
+        source = re.sub("\r\n?", "\n", source)  # Jinja does so, and so does reading the file
+        date = clock(source) if frozen else ""
+        if not bos or "bos_token" in source:
+            return date + source
         # It may still spell the token out, which shows when it is rendered. Empty expressions
-        # keep the white space at its ends, which Jinja removes next to statements.
+        # keep the white space at its ends, which Jinja removes next to statements; but before
+        # a statement that begins the template it is removed, behind a line end as there.
         inner = source.removesuffix("\n")
+        begin = "\n" if inner[:1] in (" ", "\t") else "{{ '' }}"
         return (
-            f"{{% set text %}}{{{{ '' }}}}{inner}{{{{ '' }}}}{{% endset %}}"
+            f"{date}{{% set text %}}{begin}{inner}{{{{ '' }}}}{{% endset %}}"
             f"{{% if not text.startswith(bos_token) %}}{bos}{{% endif %}}{{{{ text }}}}"
         )
     before, after = ("Instruction:\\n", "\\nResponse:\\n") if template.kind != "plain" else ("", "")

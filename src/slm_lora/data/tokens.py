@@ -14,15 +14,14 @@ from typing import TYPE_CHECKING, Any
 
 import numpy as np
 
+from slm_lora.data.chat_templates import ChatRenderer, default_template, jinja_renderer
 from slm_lora.data.templates import (
-    ChatRenderer,
     Rendered,
     Specials,
     Template,
     as_chat_template,
     chat_messages,
     check_private_use,
-    jinja_renderer,
     render_chat,
     render_instruction_response,
     render_plain,
@@ -120,38 +119,33 @@ class RowTokenizer:
         # Not EOS alone: the mark that ends a turn is another token in some models.
         self._ends = tuple(map(self.specials.owned, range(len(self.specials.tokens))))
         self._render_chat = self._chat_renderer(tokenizer)
-        own = tokenizer.chat_template
         self.chat_template = as_chat_template(
             template,
             self.bos_id is not None,
-            own if isinstance(own, str) else None,
+            default_template(tokenizer),
             self.space_after_bos,
         )
 
     def _chat_renderer(self, tokenizer: PreTrainedTokenizerBase) -> ChatRenderer | None:
-        named = {k: str(v) for k, v in tokenizer.special_tokens_map.items()}
-        own = tokenizer.chat_template
+        if self.template.kind not in ("chat", "jinja"):
+            return None
+        named = tokenizer.special_tokens_map
         if self.template.kind == "jinja":
             plain = jinja_renderer(self.template.source, named)
-        elif self.template.kind == "chat" and isinstance(own, str) and "strftime_now" in own:
-            # transformers would write today's date, and training text change at midnight.
-            plain = jinja_renderer(own, named)
-        elif self.template.kind == "chat":
-            if not tokenizer.chat_template:
+        else:
+            own = default_template(tokenizer)
+            if own is None:
+                several: Any = tokenizer.chat_template
+                has = (
+                    f"has the chat templates {', '.join(sorted(several))}, and none named default"
+                    if several
+                    else "has no chat template"
+                )
                 raise UsageError(
-                    "data.template = chat: the model's tokenizer has no chat template; "
+                    f"data.template = chat: the model's tokenizer {has}; "
                     "use instruction_response, or a .jinja file"
                 )
-
-            def plain(messages: list[dict[str, str]], add_generation_prompt: bool) -> str:
-                text: Any = tokenizer.apply_chat_template(
-                    messages,
-                    tokenize=False,
-                    add_generation_prompt=add_generation_prompt,
-                )
-                return str(text)
-        else:
-            return None
+            plain = jinja_renderer(own, named, "data.template = chat: the model's chat template")
         return lambda messages, prompt: self.specials.own(plain(messages, prompt))
 
     def render(self, row: Row) -> Rendered:
@@ -187,7 +181,7 @@ class RowTokenizer:
             DataError: the text spells what cannot be told from a special token.
         """
         # As rows are read: the same text is the same tokens.
-        turns = [Turn(turn.role, given(turn.content, "prompt")) for turn in turns]
+        turns = [Turn(turn.role, _said(turn)) for turn in turns]
         context = given(context, "context")
         roles = [turn.role for turn in turns]
         if self._render_chat is None and roles != ["user"]:
@@ -212,15 +206,13 @@ class RowTokenizer:
         return [self.bos_id, *ids] if self.bos_id is not None and ids[:1] != [self.bos_id] else ids
 
     def _chat_prompt(self, turns: Sequence[Turn], context: str) -> str:
-        from jinja2 import TemplateError
-
         assert self._render_chat is not None
         row = Row(tuple(turns), context=context, source="prompt")
         check_private_use(row)
         messages = chat_messages(self._hidden(row), self.template.include_context)
         try:
             return self.specials.show(self._render_chat(messages, True))
-        except TemplateError as error:  # many refuse a system turn, or roles out of turn
+        except Exception as error:  # many refuse a system turn, or roles out of turn
             raise UsageError(f"the chat template refuses these turns ({_reason(error)})") from error
 
     def _hidden(self, row: Row) -> Row:
@@ -244,6 +236,8 @@ class RowTokenizer:
         except SlmLoraError:
             raise
         except Exception as error:  # many refuse a system turn; a program may fail in any way
+            if self.template.kind == "jinja":
+                raise UsageError(f"data.template: {_reason(error)} ({hidden.source})") from error
             raise DataError(
                 f"{hidden.source}: the model's chat template refuses the row ({_reason(error)}); "
                 "mend or remove it, or give a template of your own (data.template=path.jinja)"
@@ -390,6 +384,12 @@ class RowTokenizer:
 
     def _bytes(self, text: str) -> int:
         return len(self.specials.strip(text).encode("utf-8"))
+
+
+def _said(turn: Turn) -> str:
+    """A turn's text, checked; an answer is the model's own, which may have written a NUL."""
+    parts = turn.content.split("\0") if turn.role == "assistant" else [turn.content]
+    return "\0".join(given(part, "prompt") for part in parts)
 
 
 def _reason(error: Exception) -> str:

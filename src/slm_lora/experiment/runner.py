@@ -8,13 +8,13 @@ from collections.abc import Callable, Iterator, Sequence
 from contextlib import AbstractContextManager, ExitStack, contextmanager, nullcontext
 from dataclasses import asdict
 from pathlib import Path
-from typing import Any
 
 import torch
 
 from slm_lora import machine, processes
 from slm_lora.errors import IntegrityError, UsageError
 from slm_lora.evaluation.perplexity import write_scores
+from slm_lora.experiment.evaluated import Evaluated, warnings_on
 from slm_lora.experiment.jobs import Job
 from slm_lora.experiment.loaded import LoadedBase, with_saved
 from slm_lora.experiment.places import (
@@ -38,7 +38,6 @@ from slm_lora.experiment.unfinished import differences, made_of, setting
 from slm_lora.model import adapter, adapter_folder
 from slm_lora.model.base import Base
 from slm_lora.progress import Reporter
-from slm_lora.records import RowScore
 from slm_lora.runs import SCORES_FILE, STEPS_FILE, Run, find_run, new_run, write_lines
 from slm_lora.seals import read_sealed
 from slm_lora.storage import sha256_file
@@ -194,28 +193,49 @@ def _run_cells(
 
 
 def evaluate_adapter(
-    job: Job, folder: Path | None, reporter: Reporter
-) -> tuple[list[RowScore], dict[str, Any]]:
+    job: Job, folder: Path | None, reporter: Reporter, with_base: bool = True
+) -> Evaluated:
     """Score a saved adapter, or fully trained model (None: the base), on the job's test rows.
+
+    Args:
+        job: says base and rows.
+        folder: of the adapter.
+        reporter: told how it goes, and where the score says little of the adapter.
+        with_base: score the base, too.
 
     Raises:
         IntegrityError: the adapter does not belong to this base.
     """
     loaded = LoadedBase(reporter)
-    base = loaded.for_job(job) if folder is None else with_saved(folder, job, loaded)
-    if folder is not None and not adapter_folder.is_sealed(folder):
+    if folder is None:
+        return Evaluated(*evaluate(loaded.for_job(job), job, BASE, reporter))
+    adapted = None
+    if (folder / adapter_folder.MODEL_WEIGHTS).is_file():
+        base = with_saved(folder, job, loaded)
+    else:
+        base = loaded.for_job(job)
+        adapted = adapter_folder.load(base, folder)
+    for told in warnings_on(folder, job):
+        reporter.say(f"  warning: {told}")
+    if not adapter_folder.is_sealed(folder):
         reporter.say(
             f"  warning: {folder} does not say the SHA-256 of its files ({adapter_folder.ABOUT}): "
             "only the shapes of its tensors were checked"
         )
-    elif folder is not None:
+    else:
         trained, now = adapter_folder.quantization(folder), job.cell.recipe.model.quantization
         if trained != now:
             reporter.say(
                 f"  warning: {folder} was trained on a base in {trained or 'full precision'}, and "
                 f"is scored on one in {now or 'full precision'} (model.quantization)"
             )
-    return evaluate(base, job, BASE if folder is None else folder.name, reporter)
+    scores, record = evaluate(base, job, folder.name, reporter)
+    if not with_base:
+        return Evaluated(scores, record)
+    if adapted is not None:
+        adapter.detach(adapted)
+    del base, adapted  # a whole model makes room for the base
+    return Evaluated(scores, record, *evaluate(loaded.for_job(job), job, BASE, reporter))
 
 
 def _run_base(job: Job, base: Base, places: Places, reporter: Reporter) -> None:

@@ -11,8 +11,9 @@ from typing import Any
 
 import yaml
 
+from slm_lora.data.chat_templates import TEMPLATE_DATE, is_frozen, read_template
 from slm_lora.errors import IntegrityError
-from slm_lora.export.folder import Trained
+from slm_lora.export.folder import CHAT_TEMPLATE, Trained
 from slm_lora.runs import METRICS_FILE, read_run, run_folders
 
 
@@ -167,10 +168,20 @@ def _settings(trained: Trained) -> str:
         "jinja": "a template of its own",
     }[template.kind]
     table = "\n".join(["| key | value |", "| :-- | :-- |", *rows])
-    return (
-        f"{table}\n\nPrompted with {prompt}; `chat_template.jinja` holds it. "
-        "`slm_lora.json` holds the whole recipe."
-    )
+    chat = trained.chat_template
+    if chat is None:
+        where = "no chat template gives other programs the same tokens."
+    elif is_frozen(chat) and chat != read_template(trained.folder / CHAT_TEMPLATE):
+        # As earlier versions wrote it.
+        where = (
+            "`chat_template.jinja` holds it, but for the date: it writes today's, training wrote "
+            f"{TEMPLATE_DATE:%d %b %Y}."
+        )
+    elif is_frozen(chat):
+        where = f"`chat_template.jinja` holds it, with {TEMPLATE_DATE:%d %b %Y} as today's date."
+    else:
+        where = "`chat_template.jinja` holds it."
+    return f"{table}\n\nPrompted with {prompt}; {where} `slm_lora.json` holds the whole recipe."
 
 
 def _cell(value: Any) -> str:

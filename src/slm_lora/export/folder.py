@@ -8,6 +8,7 @@ from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any
 
+from slm_lora.data.chat_templates import freeze, read_template
 from slm_lora.data.templates import Template
 from slm_lora.errors import IntegrityError, UsageError
 from slm_lora.model.adapter_folder import ABOUT, MODEL_WEIGHTS, WEIGHTS
@@ -50,9 +51,13 @@ class Trained:
 
     @property
     def chat_template(self) -> str | None:
-        """The training template as a chat template, if it can be one."""
+        """The training template as a chat template, if it can be one.
+
+        Earlier versions wrote one that asks for today's date, which training never did.
+        """
         path = self.folder / CHAT_TEMPLATE
-        return path.read_text(encoding="utf-8") if path.is_file() else None
+        text = read_template(path)
+        return None if text is None else freeze(text, str(path))
 
     def adapter_config(self) -> dict[str, Any]:
         """PEFT's configuration of an adapter."""

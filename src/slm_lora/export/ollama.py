@@ -10,8 +10,8 @@ import json
 from collections.abc import Mapping
 from pathlib import Path
 
-from slm_lora.data.templates import Template, jinja_renderer
-from slm_lora.errors import UsageError
+from slm_lora.data.chat_templates import jinja_renderer
+from slm_lora.data.templates import Template
 
 _PROBES = (
     [{"role": "user", "content": "one"}],
@@ -101,7 +101,7 @@ def _chatml(chat: str, tokens: Mapping[str, str]) -> str | None:
         ]
         if [render(probe, True) for probe in _PROBES] != wanted:
             return None
-    except UsageError:  # it refuses a system turn, or has tags of transformers' own
+    except Exception:  # it refuses a system turn; a program may fail in any way
         return None
     system = ""
     if own:

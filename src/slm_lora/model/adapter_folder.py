@@ -64,7 +64,7 @@ def save(
         if is_adapter(adapted):
             _save_adapter(adapted, temporary)
         else:
-            _save_model(base, temporary)
+            _save_model(base, temporary, chat_template, str(about["template"]["kind"]))
         if chat_template is not None:
             (temporary / "chat_template.jinja").write_text(chat_template, encoding="utf-8")
         (temporary / ABOUT).write_text(
@@ -108,13 +108,17 @@ def _fit_original_base(folder: Path, beginning: Mapping[str, torch.Tensor]) -> N
     config.save_pretrained(str(folder))
 
 
-def _save_model(base: Base, folder: Path) -> None:
+def _save_model(base: Base, folder: Path, chat_template: str | None, kind: str) -> None:
     from slm_lora.model.load import load_tokenizer
 
     for parameter in base.causal.parameters():
         parameter.data = parameter.data.to(base.dtype)
     base.causal.save_pretrained(folder, max_shard_size="1000GB")
-    load_tokenizer(base.source).save_pretrained(folder)
+    tokenizer = load_tokenizer(base.source)
+    # The base's own, of which there may be several, are not what was trained with.
+    if chat_template is not None or kind != "chat":
+        tokenizer.chat_template = chat_template
+    tokenizer.save_pretrained(folder)
 
 
 def weights_file(folder: Path) -> Path | None:

@@ -9,7 +9,14 @@ from dataclasses import dataclass, field
 from pathlib import Path
 from typing import TYPE_CHECKING
 
-from slm_lora.data.templates import Template
+from slm_lora.data.chat_templates import (
+    TEMPLATE_DATE,
+    clock,
+    default_template,
+    is_frozen,
+    read_template,
+)
+from slm_lora.data.templates import Template, as_chat_template
 from slm_lora.data.tokens import RowTokenizer
 from slm_lora.errors import IntegrityError, UsageError
 from slm_lora.model import adapter_folder
@@ -101,6 +108,11 @@ def open_variants(
     tokenizer = load_tokenizer(source)
     notes: list[str] = []
     prompters = {BASE: _own_prompter(source.path, tokenizer)}
+    if not adapters and is_frozen(prompters[BASE].chat_template or ""):
+        notes.append(
+            f"{BASE}: its chat template asks for today's date: {TEMPLATE_DATE:%d %b %Y} stands in "
+            "its place, as in training"
+        )
     inner: dict[str, str] = {}
     for folder in adapters:
         name = folder.resolve().name
@@ -161,7 +173,7 @@ def _own_prompter(folder: Path, tokenizer: PreTrainedTokenizerBase) -> RowTokeni
     if template := _trained_template(folder):
         return RowTokenizer(tokenizer, template)
     return RowTokenizer(
-        tokenizer, Template("chat" if tokenizer.chat_template else "instruction_response")
+        tokenizer, Template("chat" if default_template(tokenizer) else "instruction_response")
     )
 
 
@@ -169,23 +181,37 @@ def _prompter(
     folder: Path, tokenizer: PreTrainedTokenizerBase, own: RowTokenizer, notes: list[str]
 ) -> RowTokenizer:
     shipped = folder / "chat_template.jinja"
-    text = shipped.read_text(encoding="utf-8") if shipped.is_file() else None
+    text = read_template(shipped)
     if template := _trained_template(folder):
         made = RowTokenizer(tokenizer, template)
-        if text is not None and text != made.chat_template:
+        if text is None or text == made.chat_template:
+            return made
+        if text != _of_earlier_versions(tokenizer, made):
             raise IntegrityError(
                 f"{shipped}: not the template that the adapter was trained with "
                 f"({template.kind}); train again, or put the file back as it was"
             )
+        notes.append(
+            f"{folder.name}: its chat_template.jinja writes today's date, training wrote "
+            f"{TEMPLATE_DATE:%d %b %Y}, as is done here; merge and export hand on that date"
+        )
         return made
     if text is not None:
-        notes.append(f"{folder.name}: prompted by its chat_template.jinja; not trained here")
+        date = f", with the date {TEMPLATE_DATE:%d %b %Y}" if clock(text, str(shipped)) else ""
+        notes.append(f"{folder.name}: prompted by its chat_template.jinja{date}; not trained here")
         return RowTokenizer(tokenizer, Template("jinja", source=text))
     notes.append(
         f"{folder.name}: says nothing of the prompts it was trained on; prompted as its base is "
         f"({own.template.kind})"
     )
     return own
+
+
+def _of_earlier_versions(tokenizer: PreTrainedTokenizerBase, made: RowTokenizer) -> str | None:
+    own = default_template(tokenizer)
+    return as_chat_template(
+        made.template, made.bos_id is not None, own, made.space_after_bos, frozen=False
+    )
 
 
 def _trained_template(folder: Path) -> Template | None:
