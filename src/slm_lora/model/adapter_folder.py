@@ -64,7 +64,7 @@ def save(
         if is_adapter(adapted):
             _save_adapter(adapted, temporary)
         else:
-            _save_model(base, temporary, chat_template, str(about["template"]["kind"]))
+            _save_model(base, temporary, chat_template, about.get("template", {}).get("kind"))
         if chat_template is not None:
             (temporary / "chat_template.jinja").write_text(chat_template, encoding="utf-8")
         (temporary / ABOUT).write_text(
@@ -108,7 +108,7 @@ def _fit_original_base(folder: Path, beginning: Mapping[str, torch.Tensor]) -> N
     config.save_pretrained(str(folder))
 
 
-def _save_model(base: Base, folder: Path, chat_template: str | None, kind: str) -> None:
+def _save_model(base: Base, folder: Path, chat_template: str | None, kind: str | None) -> None:
     from slm_lora.model.load import load_tokenizer
 
     for parameter in base.causal.parameters():
@@ -116,7 +116,7 @@ def _save_model(base: Base, folder: Path, chat_template: str | None, kind: str) 
     base.causal.save_pretrained(folder, max_shard_size="1000GB")
     tokenizer = load_tokenizer(base.source)
     # The base's own, of which there may be several, are not what was trained with.
-    if chat_template is not None or kind != "chat":
+    if chat_template is not None or kind not in (None, "chat"):
         tokenizer.chat_template = chat_template
     tokenizer.save_pretrained(folder)
 
