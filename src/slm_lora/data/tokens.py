@@ -15,6 +15,7 @@ from typing import TYPE_CHECKING, Any
 import numpy as np
 
 from slm_lora.data.chat_templates import ChatRenderer, default_template, jinja_renderer
+from slm_lora.data.left_out import LeftOut
 from slm_lora.data.templates import (
     Rendered,
     Specials,
@@ -119,6 +120,7 @@ class RowTokenizer:
         # Not EOS alone: the mark that ends a turn is another token in some models.
         self._ends = tuple(map(self.specials.owned, range(len(self.specials.tokens))))
         self._render_chat = self._chat_renderer(tokenizer)
+        self._left_out = LeftOut(self._render_chat) if self._render_chat else None
         self.chat_template = as_chat_template(
             template,
             self.bos_id is not None,
@@ -211,9 +213,20 @@ class RowTokenizer:
         check_private_use(row)
         messages = chat_messages(self._hidden(row), self.template.include_context)
         try:
-            return self.specials.show(self._render_chat(messages, True))
+            text = self.specials.show(self._render_chat(messages, True))
         except Exception as error:  # many refuse a system turn, or roles out of turn
             raise UsageError(f"the chat template refuses these turns ({_reason(error)})") from error
+        if lost := self._lost(row, True):
+            raise UsageError(f"the chat template writes nothing of {lost}; leave it out")
+        return text
+
+    def _lost(self, row: Row, prompt: bool) -> str:
+        """The turn that the chat template leaves out, if there is one."""
+        assert self._left_out is not None
+        for number in self._left_out.turns([turn.role for turn in row.turns], prompt):
+            if row.turns[number].content.strip():
+                return f"turn {number + 1} of {len(row.turns)} ({row.turns[number].role})"
+        return ""
 
     def _hidden(self, row: Row) -> Row:
         return Row(
@@ -232,7 +245,9 @@ class RowTokenizer:
     def _rendered_chat(self, hidden: Row) -> Rendered:
         assert self._render_chat is not None
         try:
-            return render_chat(hidden, self.template.include_context, self._render_chat, self._ends)
+            rendered = render_chat(
+                hidden, self.template.include_context, self._render_chat, self._ends
+            )
         except SlmLoraError:
             raise
         except Exception as error:  # many refuse a system turn; a program may fail in any way
@@ -242,6 +257,15 @@ class RowTokenizer:
                 f"{hidden.source}: the model's chat template refuses the row ({_reason(error)}); "
                 "mend or remove it, or give a template of your own (data.template=path.jinja)"
             ) from error
+        if lost := self._lost(hidden, False):
+            way = (
+                "mend the template (a misspelt name is empty in Jinja)"
+                if self.template.kind == "jinja"
+                else "leave it out of the rows, or give a template of your own "
+                "(data.template=path.jinja)"
+            )
+            raise DataError(f"{hidden.source}: the chat template writes nothing of {lost}; {way}")
+        return rendered
 
     def encode(
         self,
