@@ -10,13 +10,13 @@ from typing import Any
 
 from slm_lora.data.templates import Template
 from slm_lora.errors import IntegrityError, UsageError
-from slm_lora.model.adapter_folder import ABOUT, MODEL_WEIGHTS, WEIGHTS
+from slm_lora.model.adapter_folder import ABOUT, WEIGHTS
+from slm_lora.model.model_folder import CHAT_TEMPLATE, MODEL_WEIGHTS
 from slm_lora.model.source import ModelSource, resolve
 from slm_lora.recipe.schema import ModelSection
 from slm_lora.seals import check_files, read_sealed
 
 ADAPTER_CONFIG = "adapter_config.json"
-CHAT_TEMPLATE = "chat_template.jinja"
 
 
 @dataclass(frozen=True, slots=True)

@@ -8,18 +8,23 @@ from pathlib import Path
 
 from slm_lora.errors import IntegrityError, StorageError, UsageError
 from slm_lora.export.card import card
-from slm_lora.export.folder import ADAPTER_CONFIG, CHAT_TEMPLATE, Trained, refuse_existing
-from slm_lora.model.adapter_folder import ABOUT, MODEL_WEIGHTS, WEIGHTS
+from slm_lora.export.folder import ADAPTER_CONFIG, Trained, refuse_existing
+from slm_lora.model.adapter_folder import ABOUT, WEIGHTS
+from slm_lora.model.model_folder import (
+    CHAT_TEMPLATE,
+    CONFIG,
+    GENERATION_CONFIG,
+    MODEL_WEIGHTS,
+    TOKENIZER_FILES,
+)
 from slm_lora.storage import atomic_folder
 
 CARD = "README.md"
 _ADAPTER_FILES = (ADAPTER_CONFIG, WEIGHTS, ABOUT, CHAT_TEMPLATE)
 _MODEL_FILES = (
-    "config.json", "generation_config.json", MODEL_WEIGHTS, "tokenizer.json",
-    "tokenizer_config.json", "special_tokens_map.json", "tokenizer.model", ABOUT, CHAT_TEMPLATE,
+    CONFIG, GENERATION_CONFIG, MODEL_WEIGHTS, *TOKENIZER_FILES, ABOUT, CHAT_TEMPLATE,
 )  # fmt: skip
-_WRITTEN_HERE = {ADAPTER_CONFIG, ABOUT, "config.json", "generation_config.json",
-                 "tokenizer_config.json"}  # fmt: skip
+_WRITTEN_HERE = {ADAPTER_CONFIG, ABOUT, CONFIG, GENERATION_CONFIG, "tokenizer_config.json"}
 """Small files that name things; a vocabulary holds every string."""
 _TOKEN = re.compile(r"\bhf_[A-Za-z0-9]{20,}")
 

@@ -17,7 +17,8 @@ from slm_lora.export.proof import Proof, judge, prove
 from slm_lora.model import adapter_folder
 from slm_lora.model.adapter_folder import ABOUT
 from slm_lora.model.base import DTYPES, PrecisionName
-from slm_lora.model.load import load_base, load_tokenizer
+from slm_lora.model.load import load_base
+from slm_lora.model.model_folder import save_model
 from slm_lora.model.source import ModelSource
 from slm_lora.seals import FILES, SEAL, sealed
 from slm_lora.storage import atomic_folder
@@ -30,8 +31,8 @@ if TYPE_CHECKING:
 def merge(trained: Trained, target: Path, dtype: PrecisionName, base: Path | None = None) -> Proof:
     """Merge in fp32, cast, write, and prove it in a fresh process; complete or absent.
 
-    Beside the weights lie tokenizer, generation configuration, the training template as the chat
-    template, and slm_lora.json with what was merged and the proof.
+    Beside the weights lie the base's own tokenizer and configurations (see `model_folder`), the
+    training template as the chat template, and slm_lora.json with what was merged and the proof.
 
     Args:
         trained: an adapter.
@@ -77,11 +78,8 @@ def _write(trained: Trained, source: ModelSource, folder: Path, dtype: torch.dty
         raise NumericError(
             f"{trained.folder}: {len(bad)} merged tensors are not finite in {dtype}, first {bad[0]}"
         )
-    merged.save_pretrained(folder, max_shard_size="1000GB")
-    tokenizer = load_tokenizer(source)
-    # Written by it as chat_template.jinja; the base's own is not what was trained with.
-    tokenizer.chat_template = trained.chat_template
-    tokenizer.save_pretrained(folder)
+    # (The base's own template is not what was trained with.)
+    save_model(merged, source.path, folder, trained.chat_template)
 
 
 def _check_tied(adapted: PeftModel, trained: Trained, source: ModelSource) -> None:

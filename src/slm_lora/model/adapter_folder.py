@@ -19,6 +19,7 @@ from slm_lora.model.adapter_check import check_forward
 from slm_lora.model.base import Base
 from slm_lora.model.four_bits import import_bitsandbytes
 from slm_lora.model.linear import use_tiles
+from slm_lora.model.model_folder import CHAT_TEMPLATE, MODEL_WEIGHTS, save_model
 from slm_lora.model.source import ModelSource
 from slm_lora.seals import SEAL, check_files, inside, read_sealed, sealed
 from slm_lora.storage import atomic_folder
@@ -27,8 +28,6 @@ if TYPE_CHECKING:
     from peft import PeftModel
 
 WEIGHTS = "adapter_model.safetensors"
-MODEL_WEIGHTS = "model.safetensors"
-"""In place of `WEIGHTS` where all weights were trained."""
 ABOUT = "slm_lora.json"
 """Beside PEFT's own files: recipe, base and its hash, prompt template."""
 
@@ -41,7 +40,7 @@ def save(
     chat_template: str | None,
 ) -> None:
     """Write the adapter in PEFT's layout, with what it was trained on beside it; or the model in
-    transformers' layout, in the base's precision, with its tokenizer.
+    transformers' layout, in the base's precision, with its tokenizer (see `model_folder`).
 
     Args:
         base: what it was trained on.
@@ -63,10 +62,10 @@ def save(
     with atomic_folder(folder) as temporary:
         if is_adapter(adapted):
             _save_adapter(adapted, temporary)
+            if chat_template is not None:
+                (temporary / CHAT_TEMPLATE).write_text(chat_template, encoding="utf-8")
         else:
-            _save_model(base, temporary)
-        if chat_template is not None:
-            (temporary / "chat_template.jinja").write_text(chat_template, encoding="utf-8")
+            _save_model(base, temporary, chat_template)
         (temporary / ABOUT).write_text(
             json.dumps(sealed(about, temporary), indent=2, ensure_ascii=False) + "\n",
             encoding="utf-8",
@@ -108,13 +107,10 @@ def _fit_original_base(folder: Path, beginning: Mapping[str, torch.Tensor]) -> N
     config.save_pretrained(str(folder))
 
 
-def _save_model(base: Base, folder: Path) -> None:
-    from slm_lora.model.load import load_tokenizer
-
+def _save_model(base: Base, folder: Path, chat_template: str | None) -> None:
     for parameter in base.causal.parameters():
         parameter.data = parameter.data.to(base.dtype)
-    base.causal.save_pretrained(folder, max_shard_size="1000GB")
-    load_tokenizer(base.source).save_pretrained(folder)
+    save_model(base.causal, base.source.path, folder, chat_template)
 
 
 def weights_file(folder: Path) -> Path | None:

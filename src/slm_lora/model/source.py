@@ -10,6 +10,7 @@ from pathlib import Path
 
 from slm_lora.errors import IntegrityError, StorageError, UsageError
 from slm_lora.model.embedded import EMBEDDED, fetch
+from slm_lora.model.model_folder import older_rope
 from slm_lora.recipe.schema import ModelSection
 
 # Safe formats only: never pickled weights, never code.
@@ -145,9 +146,15 @@ _COSMETIC = {"_name_or_path", "architectures", "dtype", "torch_dtype", "transfor
 
 
 def hash_config(folder: Path) -> str:
-    """SHA-256 of what the configuration says about how the weights are computed with."""
+    """SHA-256 of what the configuration says about how the weights are computed with; what it says
+    a second time, in older words, does not count."""
     config = json.loads((folder / "config.json").read_text(encoding="utf-8"))
-    kept = {key: value for key, value in config.items() if key not in _COSMETIC}
+    again = older_rope(config)
+    kept = {
+        key: value
+        for key, value in config.items()
+        if key not in _COSMETIC and not (key in again and again[key] == value)
+    }
     return hashlib.sha256(json.dumps(kept, sort_keys=True).encode()).hexdigest()
 
 
