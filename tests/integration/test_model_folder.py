@@ -13,6 +13,7 @@ from typing import Any
 
 import pytest
 import torch
+from safetensors.torch import load_file, save_file
 from transformers import AutoConfig, AutoModelForCausalLM, AutoTokenizer
 
 from slm_lora.export.folder import read
@@ -164,6 +165,17 @@ def test_a_template_that_cannot_be_written_leaves_none(older: Path, tmp_path: Pa
     adapter_folder.save(base, trained, tmp_path / "whole", {}, None)
     assert "chat_template" not in written(tmp_path / "whole" / "tokenizer_config.json")
     assert AutoTokenizer.from_pretrained(tmp_path / "whole").chat_template is None
+
+
+def test_two_matrices_though_the_base_says_one(older: Path, tmp_path: Path) -> None:
+    weights = load_file(older / "model.safetensors")
+    weights["lm_head.weight"] = weights["model.embed_tokens.weight"] * 1.01
+    save_file(weights, older / "model.safetensors", {"format": "pt"})
+    folder = trained_whole(older, tmp_path)
+    # transformers 5 sees that they differ; 4 would take the input's for both.
+    assert written(folder / "config.json")["tie_word_embeddings"] is False
+    found = load_file(folder / "model.safetensors")
+    assert not torch.equal(found["lm_head.weight"], found["model.embed_tokens.weight"])
 
 
 LLAMA3 = {

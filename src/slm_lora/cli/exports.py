@@ -32,10 +32,11 @@ def merge(
     """
     from slm_lora.export.folder import read
     from slm_lora.export.merged import merge as merge_adapter
+    from slm_lora.progress import Reporter
 
     quiet_libraries()
     trained = read(folder)
-    proof = merge_adapter(trained, out, dtype, base)
+    proof = merge_adapter(trained, out, dtype, base, Reporter())
     console().print(f"{out}\n{proof.sentence()}", soft_wrap=True)
     if quantization := trained.about["base"].get("quantization"):
         console().print(
@@ -63,9 +64,10 @@ def export_gguf(
     """
     from slm_lora.export.folder import read
     from slm_lora.export.llama_cpp import export
+    from slm_lora.progress import Reporter
 
     quiet_libraries()
-    for path in export(read(folder), out, form, kind, base):
+    for path in export(read(folder), out, form, kind, base, Reporter()):
         console().print(f"{path}", soft_wrap=True)
 
 
@@ -84,11 +86,15 @@ def push(
     """Push an adapter or a merged model to the hub, with a model card made from its run."""
     from slm_lora.export import hub
     from slm_lora.export.folder import read
+    from slm_lora.progress import Reporter
 
     quiet_libraries()
+    reporter = Reporter()
+    reporter.say(f"  reading {folder}, and writing its card from its run")
     trained = read(folder)
     if dry_run is None:
-        console().print(hub.push(trained, repository, results, private=private), soft_wrap=True)
+        url = hub.push(trained, repository, results, private=private, reporter=reporter)
+        console().print(url, soft_wrap=True)
         return
     for path in hub.dry_run(trained, repository, results, dry_run):
         console().print(f"{path}", soft_wrap=True)

@@ -17,6 +17,7 @@ from slm_lora.model.model_folder import (
     MODEL_WEIGHTS,
     TOKENIZER_FILES,
 )
+from slm_lora.progress import Reporter
 from slm_lora.storage import atomic_folder
 
 CARD = "README.md"
@@ -54,6 +55,7 @@ def push(
     *,
     private: bool = False,
     endpoint: str | None = None,
+    reporter: Reporter | None = None,
 ) -> str:
     """Make the repository if it is not there, and send everything as one commit.
 
@@ -63,6 +65,7 @@ def push(
         results: folder of experiments' results, for the card.
         private: whether a new repository is.
         endpoint: another hub than the one that huggingface_hub is set up for.
+        reporter: is told of every stage.
 
     Returns:
         Address of the repository.
@@ -78,7 +81,12 @@ def push(
     if get_token() is None:
         raise UsageError("push: nobody is logged in to the hub; `hf auth login`, or set HF_TOKEN")
     text = card(trained, repository, results)
-    operations = [CommitOperationAdd(file.name, file) for file in _files(trained)]
+    files = _files(trained)
+    size = sum(file.stat().st_size for file in files) / 1e6
+    (reporter or Reporter(quiet=True)).say(
+        f"  sending {len(files) + 1} files, {size:.1f} MB, to {repository}"
+    )
+    operations = [CommitOperationAdd(file.name, file) for file in files]
     operations.append(CommitOperationAdd(CARD, text.encode()))
     api = HfApi(endpoint=endpoint)
     try:
