@@ -24,7 +24,7 @@ from slm_lora.model.model_folder import TOKENIZER_FILES, older_tokenizer, spell_
 from slm_lora.model.source import hash_config, resolve
 from slm_lora.recipe.schema import AdapterSection, ModelSection
 
-from ..conftest import CHAT_TEMPLATE
+from ..conftest import CHAT_TEMPLATE, tiny_tokenizer
 from .exports import make_adapter
 
 SPECIAL = ("<|endoftext|>", "<|im_start|>", "<|im_end|>")
@@ -146,7 +146,7 @@ def test_what_transformers_5_wrote_is_spelt_as_before_besides(
     folder = make(tiny_folder, tmp_path)
     config, before = (written(path / "config.json") for path in (folder, tiny_folder))
     assert "rope_theta" not in before
-    assert config == {**before, "dtype": "bfloat16", "rope_theta": 10000.0}
+    assert config == {**before, "dtype": "bfloat16", "rope_theta": 10000.0, "rope_scaling": None}
     tokenizer = written(folder / "tokenizer_config.json")
     assert tokenizer["tokenizer_class"] == "PreTrainedTokenizerFast"
     assert tokenizer["additional_special_tokens"] == ["<|im_start|>"]
@@ -217,6 +217,13 @@ BY_LAYERS = {
                 "rope_scaling": {"rope_type": "linear", "factor": 8.0},
             },
         ),
+        # Without a word it would be transformers 4's own default, yarn.
+        ("gpt_oss", {"rope_type": "default", "rope_theta": 2e4}, {"rope_theta": 2e4}),
+        (
+            "qwen3_moe",
+            {"rope_type": "default", "rope_theta": 2e4},
+            {"rope_theta": 2e4, "num_experts": 128},
+        ),
         ("gpt2", None, {}),
     ],
 )
@@ -231,10 +238,12 @@ def test_rotary_frequencies_in_older_words(
     after = written(tmp_path / "config.json")
     assert before.items() <= after.items()
     added = {key: value for key, value in after.items() if key not in before}
-    assert added.keys() == wanted.keys()
+    assert added.keys() == wanted.keys() | ({"rope_scaling"} if parameters else set())
     for key, value in wanted.items():
         assert value.items() <= added[key].items() if key == "rope_scaling" else added[key] == value
+    assert (added.get("rope_scaling") is None) == ("rope_scaling" not in wanted)
     found = AutoConfig.from_pretrained(tmp_path).to_dict()
+    assert {**found, **read_before} == found
     assert found.get("rope_parameters") == read_before.get("rope_parameters")
     # It is the same base as before to every run that was made on it.
     assert hash_config(tmp_path) == digest
@@ -260,6 +269,39 @@ def test_the_tokenizers_configuration_in_older_words() -> None:
     }
 
 
+SIZES: dict[str, Any] = {
+    "vocab_size": 400, "hidden_size": 64, "intermediate_size": 96, "num_hidden_layers": 2,
+    "num_attention_heads": 4, "num_key_value_heads": 2, "head_dim": 16, "initializer_range": 0.2,
+    "max_position_embeddings": 512, "pad_token_id": 0, "eos_token_id": 1, "bos_token_id": 2,
+}  # fmt: skip
+LAYERS = {"layer_types": ["sliding_attention", "full_attention"]}
+FAMILIES: dict[str, tuple[str, dict[str, Any], dict[str, Any]]] = {
+    "llama3": ("llama", LLAMA3, {}),
+    "yarn": ("qwen2", {"rope_type": "yarn", "rope_theta": 7e5, "factor": 4.0}, {}),
+    "partial": ("phi", {"rope_theta": 2e4, "partial_rotary_factor": 0.5}, {}),
+    "neox": ("gpt_neox", {"rope_theta": 2e4, "partial_rotary_factor": 0.5}, {}),
+    "layers": ("gemma3_text", BY_LAYERS, LAYERS),
+    "oss": ("gpt_oss", {"rope_theta": 2e4}, {"num_local_experts": 4, "num_experts_per_tok": 2}),
+    "moe": (
+        "qwen3_moe",
+        {"rope_theta": 2e4},
+        {"num_experts": 4, "num_experts_per_tok": 2, "moe_intermediate_size": 32},
+    ),
+}
+
+
+def family(name: str, folder: Path) -> Path:
+    """A small model of a family, as transformers 5 writes it, and then spelt as before."""
+    kind, rope, more = FAMILIES[name]
+    parameters = rope if "full_attention" in rope else {"rope_type": "default", **rope}
+    torch.manual_seed(0)
+    config = AutoConfig.for_model(kind, **SIZES, rope_parameters=parameters, **more)
+    AutoModelForCausalLM.from_config(config, dtype=torch.float32).save_pretrained(folder / name)
+    tiny_tokenizer().save_pretrained(folder / name)
+    spell_as_before(folder / name)
+    return folder / name
+
+
 OLDER_RELEASES = ("transformers==4.57.1", "tokenizers==0.22.1", "huggingface-hub==0.36.0")
 READER = """
 import json, sys, torch, transformers
@@ -269,12 +311,12 @@ found = {}
 for folder in sys.argv[2:]:
     tokenizer = AutoTokenizer.from_pretrained(folder)
     chat = [{"role": "user", "content": "Why 37 bees?"}]
-    ids = [[5, 9, 300, 17, 44, 8, 120, 3, 71, 250]]
+    ids = [[number * 37 % 390 + 5 for number in range(200)]]
     model = AutoModelForCausalLM.from_pretrained(folder, torch_dtype=torch.float32).eval()
     with torch.no_grad():
         logits = model(input_ids=torch.tensor(ids)).logits
     found[folder] = {
-        "rope_theta": AutoConfig.from_pretrained(folder).rope_theta,
+        "rope_theta": getattr(AutoConfig.from_pretrained(folder), "rope_theta", None),
         "ids": tokenizer(sys.argv[1])["input_ids"],
         "special": sorted(tokenizer.all_special_ids),
         "prompt": tokenizer.apply_chat_template(chat, tokenize=False, add_generation_prompt=True),
@@ -301,6 +343,7 @@ def test_transformers_4_computes_the_same(
         for name, base in (("a", older), ("b", tiny_folder))
         for make in (merged, trained_whole)
     ]
+    folders += [family(name, tmp_path) for name in FAMILIES]
     text = "<|im_start|>user\n37 rivers, über  \n<|endoftext|> it's<|im_end|>"
     environment = {**os.environ, "PYTHONPATH": str(site), "HF_HUB_OFFLINE": "1"}
     result = subprocess.run(
@@ -320,10 +363,10 @@ def test_transformers_4_computes_the_same(
             add_generation_prompt=True,
         )
         model = AutoModelForCausalLM.from_pretrained(folder, dtype=torch.float32).eval()
-        assert theirs["rope_theta"] == model.config.rope_parameters["rope_theta"]
         with torch.no_grad():
-            ids = torch.tensor([[5, 9, 300, 17, 44, 8, 120, 3, 71, 250]])
+            ids = torch.tensor([[number * 37 % 390 + 5 for number in range(200)]])
             ours = model(input_ids=ids).logits
         difference = (torch.tensor(theirs["logits"]) - ours).abs().max()
         assert difference <= 1e-5 * ours.abs().max()
-    assert found[str(folders[0])]["rope_theta"] == 500000.0
+    thetas = [found[str(folder)]["rope_theta"] for folder in folders[:4]]
+    assert thetas == [500000.0, 500000.0, 10000.0, 10000.0]

@@ -67,26 +67,44 @@ def spell_as_before(folder: Path) -> None:
     _spell_tokenizer_as_before(folder)
 
 
-def older_rope(config: Mapping[str, Any]) -> dict[str, Any]:
-    """What a configuration says in ``rope_parameters``, in the words of transformers 4."""
+def older_words(config: Mapping[str, Any]) -> dict[str, Any]:
+    """What a configuration by transformers 5 says, in the words of transformers 4 where these are
+    others: keys to be added to it."""
+    kind = str(config.get("model_type", ""))
+    found = _older_rope(config, kind)
+    if kind.startswith("qwen3") and "num_local_experts" in config:
+        found["num_experts"] = config["num_local_experts"]
+    return found
+
+
+_ROPE_WORDS = {
+    "gpt_neox": ("rotary_emb_base", "rotary_pct", ""),
+    "": ("rope_theta", "partial_rotary_factor", "rope_local_base_freq"),
+}
+"""Base of the frequencies, share of a head that is rotated, base where layers see a window only; by
+the beginning of the kind of model."""
+
+
+def _older_rope(config: Mapping[str, Any], kind: str) -> dict[str, Any]:
     parameters = config.get("rope_parameters")
     if not isinstance(parameters, dict):
         return {}
+    theta, share, local_theta = next(w for k, w in _ROPE_WORDS.items() if kind.startswith(k))
     # Where kinds of layers differ, those with all of the text are the ones of the older keys.
     whole = parameters.get("full_attention", parameters)
     local = parameters.get("sliding_attention")
     found: dict[str, Any] = {}
-    if isinstance(whole, dict):
-        theta, share = whole.get("rope_theta"), whole.get("partial_rotary_factor")
-        neox = str(config.get("model_type", "")).startswith("gpt_neox")
-        found["rotary_emb_base" if neox else "rope_theta"] = theta
-        found["rotary_pct" if neox else "partial_rotary_factor"] = share
+    if isinstance(whole, dict) and "rope_theta" in whole:
+        found[theta] = whole["rope_theta"]
+        if "partial_rotary_factor" in whole:
+            found[share] = whole["partial_rotary_factor"]
         rest = {k: v for k, v in whole.items() if k not in ("rope_theta", "partial_rotary_factor")}
-        if rest.get("rope_type", "default") != "default":
-            found["rope_scaling"] = rest
-    if isinstance(local, dict):
-        found["rope_local_base_freq"] = local.get("rope_theta")
-    return {key: value for key, value in found.items() if value is not None}
+        # Said also where there is no scaling: the default of some models is another.
+        scaled = rest.get("rope_type", "default") != "default"
+        found["rope_scaling"] = rest if scaled else None
+    if isinstance(local, dict) and "rope_theta" in local:
+        found[local_theta] = local["rope_theta"]
+    return found
 
 
 def _save_weights(model: PreTrainedModel, folder: Path) -> None:
@@ -156,8 +174,8 @@ def _spell_config_as_before(folder: Path) -> None:
     for part in (config, config.get("text_config")):
         if not isinstance(part, dict):
             continue
-        for key, value in older_rope(part).items():
-            if part.get(key) is not None:
+        for key, value in older_words(part).items():
+            if key in part:
                 continue
             part[key] = value
             _write(path, config)

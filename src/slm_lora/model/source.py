@@ -11,7 +11,7 @@ from typing import Any
 
 from slm_lora.errors import IntegrityError, StorageError, UsageError
 from slm_lora.model.embedded import EMBEDDED, fetch
-from slm_lora.model.model_folder import older_rope
+from slm_lora.model.model_folder import older_words
 from slm_lora.recipe.schema import ModelSection
 
 # Safe formats only: never pickled weights, never code.
@@ -195,7 +195,7 @@ def hash_config(folder: Path) -> str:
     """SHA-256 of what the configuration says about how the weights are computed with; what it says
     a second time, in older words, does not count."""
     config = json.loads((folder / "config.json").read_text(encoding="utf-8"))
-    again = older_rope(config)
+    again = older_words(config)
     kept = {
         key: value
         for key, value in config.items()
