@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import io
 import json
 from collections.abc import Callable
 from dataclasses import replace
@@ -11,17 +12,20 @@ from typing import Any
 import pytest
 import torch
 from peft import LoraConfig, PeftModel, get_peft_model
+from rich.console import Console
 from safetensors.torch import load_file, save_file
 from transformers import AutoModelForCausalLM, AutoTokenizer
 
 from slm_lora.errors import IntegrityError, UsageError
 from slm_lora.export import merged as merging
 from slm_lora.export.folder import read
+from slm_lora.export.llama_cpp import export
 from slm_lora.export.merged import merge
 from slm_lora.export.proof import BOUNDS, PROMPTS, Proof, judge
 from slm_lora.model import adapter, adapter_folder
 from slm_lora.model.base import Base
 from slm_lora.model.source import ModelSource, hash_weights
+from slm_lora.progress import Reporter
 from slm_lora.recipe.schema import AdapterSection
 
 from .exports import change_about, make_adapter
@@ -134,6 +138,18 @@ def test_what_is_there_is_not_replaced(tiny_source: ModelSource, tmp_path: Path)
     with pytest.raises(UsageError, match="exists, and nothing is replaced; choose another name"):
         merge(read(folder), folder, "fp32", tiny_source.path)
     assert sorted(folder.iterdir()) == before
+
+
+def test_every_stage_is_told(tiny_source: ModelSource, tmp_path: Path) -> None:
+    folder = make_adapter(tiny_source, tmp_path / "adapter")
+    told = io.StringIO()
+    reporter = Reporter(Console(file=told, width=200))
+    merge(read(folder), tmp_path / "merged", "fp32", tiny_source.path, reporter)
+    assert [line.split()[0] for line in told.getvalue().splitlines()] == [
+        "looking", "merging", "proving"
+    ]  # fmt: skip
+    export(read(tmp_path / "merged"), tmp_path / "gguf", "merged", "f16", None, reporter)
+    assert told.getvalue().splitlines()[3:] == ["  writing merged-f16.gguf"]
 
 
 def test_a_failing_proof_leaves_nothing(

@@ -36,11 +36,7 @@ def merge(
 
     quiet_libraries()
     trained = read(folder)
-    Reporter().say(
-        f"  loading {trained.base_name}, merging {trained.name}, and comparing logits in a fresh "
-        "process"
-    )
-    proof = merge_adapter(trained, out, dtype, base)
+    proof = merge_adapter(trained, out, dtype, base, Reporter())
     console().print(f"{out}\n{proof.sentence()}", soft_wrap=True)
     if quantization := trained.about["base"].get("quantization"):
         console().print(
@@ -71,9 +67,7 @@ def export_gguf(
     from slm_lora.progress import Reporter
 
     quiet_libraries()
-    trained = read(folder)
-    Reporter().say(f"  writing {trained.name} as GGUF ({form}, {kind})")
-    for path in export(trained, out, form, kind, base):
+    for path in export(read(folder), out, form, kind, base, Reporter()):
         console().print(f"{path}", soft_wrap=True)
 
 
@@ -92,11 +86,15 @@ def push(
     """Push an adapter or a merged model to the hub, with a model card made from its run."""
     from slm_lora.export import hub
     from slm_lora.export.folder import read
+    from slm_lora.progress import Reporter
 
     quiet_libraries()
+    reporter = Reporter()
+    reporter.say(f"  reading {folder}, and writing its card from its run")
     trained = read(folder)
     if dry_run is None:
-        console().print(hub.push(trained, repository, results, private=private), soft_wrap=True)
+        url = hub.push(trained, repository, results, private=private, reporter=reporter)
+        console().print(url, soft_wrap=True)
         return
     for path in hub.dry_run(trained, repository, results, dry_run):
         console().print(f"{path}", soft_wrap=True)

@@ -10,6 +10,7 @@ from slm_lora.experiment.jobs import Job
 from slm_lora.model import adapter_folder
 from slm_lora.model.base import Base
 from slm_lora.model.load import load_base
+from slm_lora.model.model_folder import MODEL_WEIGHTS
 from slm_lora.model.source import resolve
 from slm_lora.progress import Reporter
 from slm_lora.recipe.schema import ModelSection
@@ -62,7 +63,7 @@ def with_saved(folder: Path, job: Job, loaded: LoadedBase) -> Base:
         UsageError: a model that does not say what it was trained from.
         IntegrityError: it does not belong to this base, or was changed.
     """
-    if (folder / adapter_folder.MODEL_WEIGHTS).is_file():
+    if (folder / MODEL_WEIGHTS).is_file():
         if not (folder / adapter_folder.ABOUT).is_file():
             raise UsageError(
                 f"{folder}: a model, but without {adapter_folder.ABOUT}, which says what it was "

@@ -11,13 +11,14 @@ from typing import Any
 from slm_lora.data.chat_templates import freeze, read_template
 from slm_lora.data.templates import Template
 from slm_lora.errors import IntegrityError, UsageError
-from slm_lora.model.adapter_folder import ABOUT, MODEL_WEIGHTS, WEIGHTS
+from slm_lora.model.adapter_folder import ABOUT, WEIGHTS
+from slm_lora.model.model_folder import CHAT_TEMPLATE, MODEL_WEIGHTS
 from slm_lora.model.source import ModelSource, resolve
+from slm_lora.progress import Reporter
 from slm_lora.recipe.schema import ModelSection
 from slm_lora.seals import check_files, read_sealed
 
 ADAPTER_CONFIG = "adapter_config.json"
-CHAT_TEMPLATE = "chat_template.jinja"
 
 
 @dataclass(frozen=True, slots=True)
@@ -100,17 +101,22 @@ def read(folder: Path) -> Trained:
     return trained
 
 
-def find_base(trained: Trained, place: Path | None) -> ModelSource:
+def find_base(
+    trained: Trained, place: Path | None, reporter: Reporter | None = None
+) -> ModelSource:
     """The base that it was trained on; that the weights are the same is checked on loading.
 
     Args:
         trained: an adapter.
         place: folder of the base, where its name does not lead there.
+        reporter: is told that this is looked for.
 
     Raises:
         UsageError: it is not here under the name that it had in training.
         StorageError: the hub, or the package index, does not give it.
     """
+    if reporter is not None:
+        reporter.say_once(f"  looking for {trained.base_name}, and at the SHA-256 of its weights")
     if place is not None:
         # A path as a hub id would be looked up on the hub.
         if not place.is_dir():

@@ -8,18 +8,24 @@ from pathlib import Path
 
 from slm_lora.errors import IntegrityError, StorageError, UsageError
 from slm_lora.export.card import card
-from slm_lora.export.folder import ADAPTER_CONFIG, CHAT_TEMPLATE, Trained, refuse_existing
-from slm_lora.model.adapter_folder import ABOUT, MODEL_WEIGHTS, WEIGHTS
+from slm_lora.export.folder import ADAPTER_CONFIG, Trained, refuse_existing
+from slm_lora.model.adapter_folder import ABOUT, WEIGHTS
+from slm_lora.model.model_folder import (
+    CHAT_TEMPLATE,
+    CONFIG,
+    GENERATION_CONFIG,
+    MODEL_WEIGHTS,
+    TOKENIZER_FILES,
+)
+from slm_lora.progress import Reporter
 from slm_lora.storage import atomic_folder
 
 CARD = "README.md"
 _ADAPTER_FILES = (ADAPTER_CONFIG, WEIGHTS, ABOUT, CHAT_TEMPLATE)
 _MODEL_FILES = (
-    "config.json", "generation_config.json", MODEL_WEIGHTS, "tokenizer.json",
-    "tokenizer_config.json", "special_tokens_map.json", "tokenizer.model", ABOUT, CHAT_TEMPLATE,
+    CONFIG, GENERATION_CONFIG, MODEL_WEIGHTS, *TOKENIZER_FILES, ABOUT, CHAT_TEMPLATE,
 )  # fmt: skip
-_WRITTEN_HERE = {ADAPTER_CONFIG, ABOUT, "config.json", "generation_config.json",
-                 "tokenizer_config.json"}  # fmt: skip
+_WRITTEN_HERE = {ADAPTER_CONFIG, ABOUT, CONFIG, GENERATION_CONFIG, "tokenizer_config.json"}
 """Small files that name things; a vocabulary holds every string."""
 _TOKEN = re.compile(r"\bhf_[A-Za-z0-9]{20,}")
 
@@ -49,6 +55,7 @@ def push(
     *,
     private: bool = False,
     endpoint: str | None = None,
+    reporter: Reporter | None = None,
 ) -> str:
     """Make the repository if it is not there, and send everything as one commit.
 
@@ -58,6 +65,7 @@ def push(
         results: folder of experiments' results, for the card.
         private: whether a new repository is.
         endpoint: another hub than the one that huggingface_hub is set up for.
+        reporter: is told of every stage.
 
     Returns:
         Address of the repository.
@@ -73,7 +81,12 @@ def push(
     if get_token() is None:
         raise UsageError("push: nobody is logged in to the hub; `hf auth login`, or set HF_TOKEN")
     text = card(trained, repository, results)
-    operations = [CommitOperationAdd(file.name, file) for file in _files(trained)]
+    files = _files(trained)
+    size = sum(file.stat().st_size for file in files) / 1e6
+    (reporter or Reporter(quiet=True)).say(
+        f"  sending {len(files) + 1} files, {size:.1f} MB, to {repository}"
+    )
+    operations = [CommitOperationAdd(file.name, file) for file in files]
     operations.append(CommitOperationAdd(CARD, text.encode()))
     api = HfApi(endpoint=endpoint)
     try:

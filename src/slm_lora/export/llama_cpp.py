@@ -20,13 +20,19 @@ from slm_lora.export.ollama import modelfile, write_modelfile
 from slm_lora.model.adapter_folder import check_base
 from slm_lora.model.load import load_tokenizer
 from slm_lora.model.source import ModelSource, hash_weights
+from slm_lora.progress import Reporter
 from slm_lora.storage import atomic_folder
 
 Form = Literal["merged", "adapter"]
 
 
 def export(
-    trained: Trained, target: Path, form: Form, kind: FileType, base: Path | None = None
+    trained: Trained,
+    target: Path,
+    form: Form,
+    kind: FileType,
+    base: Path | None = None,
+    reporter: Reporter | None = None,
 ) -> list[Path]:
     """Write GGUF files and a Modelfile; complete or absent.
 
@@ -37,6 +43,7 @@ def export(
             file of its own, beside one of the base.
         kind: type of the model's weights; an adapter's are F32.
         base: folder of the base, where its name does not lead there.
+        reporter: is told of every stage.
 
     Returns:
         The files.
@@ -48,34 +55,43 @@ def export(
     refuse_existing(target)
     if trained.whole and form == "adapter":
         raise UsageError(f"{trained.folder}: a whole model, not an adapter; use --as merged")
+    reporter = reporter or Reporter(quiet=True)
     with atomic_folder(target) as temporary:
         if trained.whole:
             path = trained.folder
             whole = ModelSource(trained.name, None, path, hash_weights(path))
-            _model(whole, trained, temporary, kind)
+            _model(whole, trained, temporary, kind, reporter)
         elif form == "merged":
-            check_model(find_base(trained, base), trained.template)
+            check_model(find_base(trained, base, reporter), trained.template)
             with TemporaryDirectory(prefix=".merging.", dir=target.parent) as name:
                 merged = Path(name) / "merged"
-                merge(trained, merged, "fp32", base)
+                merge(trained, merged, "fp32", base, reporter)
                 whole = ModelSource(trained.name, None, merged, hash_weights(merged))
-                _model(whole, trained, temporary, kind)
+                _model(whole, trained, temporary, kind, reporter)
         else:
-            _base_and_adapter(trained, find_base(trained, base), temporary, kind)
+            _base_and_adapter(
+                trained, find_base(trained, base, reporter), temporary, kind, reporter
+            )
     return sorted(target.iterdir())
 
 
-def _model(source: ModelSource, trained: Trained, folder: Path, kind: FileType) -> None:
+def _model(
+    source: ModelSource, trained: Trained, folder: Path, kind: FileType, reporter: Reporter
+) -> None:
     file = f"{source.name}-{kind}.gguf"
+    reporter.say(f"  writing {file}")
     write_model(source, folder / file, kind, trained.template, trained.chat_template)
     _modelfile(trained, source, folder, file, None)
 
 
-def _base_and_adapter(trained: Trained, source: ModelSource, folder: Path, kind: FileType) -> None:
+def _base_and_adapter(
+    trained: Trained, source: ModelSource, folder: Path, kind: FileType, reporter: Reporter
+) -> None:
     check_base(source, trained.folder)
     check_adapter(trained.folder, trained.adapter_config())
     name = source.name.rsplit("/", 1)[-1]
     file, adapter = f"{name}-{kind}.gguf", f"{trained.name}-lora.gguf"
+    reporter.say(f"  writing {file} and {adapter}")
     # The base's file carries the training template: an adapter's has no place for one.
     write_model(source, folder / file, kind, trained.template, trained.chat_template)
     write_adapter(trained.folder, trained.adapter_config(), source, folder / adapter)

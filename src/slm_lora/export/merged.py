@@ -13,12 +13,14 @@ import torch
 
 from slm_lora.errors import NumericError, UsageError
 from slm_lora.export.folder import Trained, find_base, refuse_existing
-from slm_lora.export.proof import Proof, judge, prove
+from slm_lora.export.proof import PROMPTS, Proof, judge, prove
 from slm_lora.model import adapter_folder
 from slm_lora.model.adapter_folder import ABOUT
 from slm_lora.model.base import DTYPES, PrecisionName
-from slm_lora.model.load import load_base, load_tokenizer
+from slm_lora.model.load import load_base
+from slm_lora.model.model_folder import save_model
 from slm_lora.model.source import ModelSource
+from slm_lora.progress import Reporter
 from slm_lora.seals import FILES, SEAL, sealed
 from slm_lora.storage import atomic_folder
 
@@ -27,17 +29,24 @@ if TYPE_CHECKING:
     from transformers import PreTrainedModel
 
 
-def merge(trained: Trained, target: Path, dtype: PrecisionName, base: Path | None = None) -> Proof:
+def merge(
+    trained: Trained,
+    target: Path,
+    dtype: PrecisionName,
+    base: Path | None = None,
+    reporter: Reporter | None = None,
+) -> Proof:
     """Merge in fp32, cast, write, and prove it in a fresh process; complete or absent.
 
-    Beside the weights lie tokenizer, generation configuration, the training template as the chat
-    template, and slm_lora.json with what was merged and the proof.
+    Beside the weights lie the base's own tokenizer and configurations (see `model_folder`), the
+    training template as the chat template, and slm_lora.json with what was merged and the proof.
 
     Args:
         trained: an adapter.
         target: folder to write; must not hold anything.
         dtype: of the weights that are written.
         base: folder of the base, where its name does not lead there.
+        reporter: is told of every stage.
 
     Raises:
         UsageError: already a whole model; not LoRA or its kin; or on tied embeddings.
@@ -48,10 +57,15 @@ def merge(trained: Trained, target: Path, dtype: PrecisionName, base: Path | Non
         raise UsageError(f"{trained.folder}: already a whole model; nothing to merge")
     refuse_existing(target)
     _check_kind(trained)
-    source = find_base(trained, base)
+    reporter = reporter or Reporter(quiet=True)
+    source = find_base(trained, base, reporter)
     with atomic_folder(target) as temporary:
+        reporter.say(f"  merging {trained.name} into it in fp32, and writing it in {dtype}")
         _write(trained, source, temporary, DTYPES[dtype])
         gc.collect()  # layers that are `fused` refer to themselves
+        reporter.say(
+            f"  proving it in a fresh process: {len(PROMPTS)} prompts by base+adapter, and by it"
+        )
         proof = prove(temporary, source.path, trained.folder, dtype)
         judge(proof, dtype, str(trained.folder))
         told = {key: value for key, value in trained.about.items() if key not in (FILES, SEAL)}
@@ -77,11 +91,8 @@ def _write(trained: Trained, source: ModelSource, folder: Path, dtype: torch.dty
         raise NumericError(
             f"{trained.folder}: {len(bad)} merged tensors are not finite in {dtype}, first {bad[0]}"
         )
-    merged.save_pretrained(folder, max_shard_size="1000GB")
-    tokenizer = load_tokenizer(source)
-    # Written by it as chat_template.jinja; the base's own is not what was trained with.
-    tokenizer.chat_template = trained.chat_template
-    tokenizer.save_pretrained(folder)
+    # (The base's own template is not what was trained with.)
+    save_model(merged, source.path, folder, trained.chat_template)
 
 
 def _check_tied(adapted: PeftModel, trained: Trained, source: ModelSource) -> None:

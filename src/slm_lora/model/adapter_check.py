@@ -16,6 +16,7 @@ from torch import Tensor
 
 from slm_lora.errors import UsageError
 from slm_lora.model.base import Base
+from slm_lora.model.foreign_adapter import MERGE
 from slm_lora.model.forward import document_logits, mixed_precision
 
 if TYPE_CHECKING:
@@ -30,13 +31,16 @@ _BOUND, _BOUND_HALF = 1e-3, 0.3
 1. In half precision every layer rounds, in two orders of summation."""
 
 
-def check_forward(base: Base, adapted: PeftModel, what: str = "adapter") -> None:
+def check_forward(
+    base: Base, adapted: PeftModel, what: str = "adapter", way_out: str = MERGE
+) -> None:
     """Compare our logits with `PeftModel.forward`'s, for the adapter that is active.
 
     Args:
         base: with its adapter; both are unchanged afterwards.
         adapted: the same, as PEFT has it.
         what: begins the message.
+        way_out: ends it.
 
     Raises:
         UsageError: they differ by more than rounding.
@@ -55,8 +59,7 @@ def check_forward(base: Base, adapted: PeftModel, what: str = "adapter") -> None
         raise UsageError(
             f"{what}: part of it works outside of the layers of {base.source.name} (on its output "
             f"layer or embeddings, say), where training and scoring do not compute: their logits "
-            f"are {distance:.0%} of its effect away from PEFT's; merge it with PEFT "
-            "(merge_and_unload), and name the merged folder in model.name"
+            f"are {distance:.0%} of its effect away from PEFT's; {way_out}"
         )
 
 

@@ -17,8 +17,16 @@ from slm_lora.errors import IntegrityError, NumericError, UsageError
 from slm_lora.model.adapter import BEGINNING, detach, is_adapter
 from slm_lora.model.adapter_check import check_forward
 from slm_lora.model.base import Base
+from slm_lora.model.foreign_adapter import (
+    MERGE,
+    check_biases,
+    check_config,
+    copies_of_base,
+    ends,
+)
 from slm_lora.model.four_bits import import_bitsandbytes
 from slm_lora.model.linear import use_tiles
+from slm_lora.model.model_folder import CHAT_TEMPLATE, MODEL_WEIGHTS, save_model
 from slm_lora.model.source import ModelSource
 from slm_lora.seals import SEAL, check_files, inside, read_sealed, sealed
 from slm_lora.storage import atomic_folder
@@ -27,8 +35,6 @@ if TYPE_CHECKING:
     from peft import PeftModel
 
 WEIGHTS = "adapter_model.safetensors"
-MODEL_WEIGHTS = "model.safetensors"
-"""In place of `WEIGHTS` where all weights were trained."""
 ABOUT = "slm_lora.json"
 """Beside PEFT's own files: recipe, base and its hash, prompt template."""
 
@@ -41,7 +47,7 @@ def save(
     chat_template: str | None,
 ) -> None:
     """Write the adapter in PEFT's layout, with what it was trained on beside it; or the model in
-    transformers' layout, in the base's precision, with its tokenizer.
+    transformers' layout, in the base's precision, with its tokenizer (see `model_folder`).
 
     Args:
         base: what it was trained on.
@@ -63,10 +69,11 @@ def save(
     with atomic_folder(folder) as temporary:
         if is_adapter(adapted):
             _save_adapter(adapted, temporary)
+            if chat_template is not None:
+                (temporary / CHAT_TEMPLATE).write_text(chat_template, encoding="utf-8")
         else:
-            _save_model(base, temporary, chat_template, about.get("template", {}).get("kind"))
-        if chat_template is not None:
-            (temporary / "chat_template.jinja").write_text(chat_template, encoding="utf-8")
+            kind = about.get("template", {}).get("kind")
+            _save_model(base, temporary, chat_template, keeps_own=kind in (None, "chat"))
         (temporary / ABOUT).write_text(
             json.dumps(sealed(about, temporary), indent=2, ensure_ascii=False) + "\n",
             encoding="utf-8",
@@ -108,17 +115,16 @@ def _fit_original_base(folder: Path, beginning: Mapping[str, torch.Tensor]) -> N
     config.save_pretrained(str(folder))
 
 
-def _save_model(base: Base, folder: Path, chat_template: str | None, kind: str | None) -> None:
+def _save_model(base: Base, folder: Path, chat_template: str | None, keeps_own: bool) -> None:
     from slm_lora.model.load import load_tokenizer
 
+    if chat_template is None and keeps_own:
+        own = load_tokenizer(base.source).chat_template
+        # Of several named ones none is what was trained with.
+        chat_template = own if isinstance(own, str) else None
     for parameter in base.causal.parameters():
         parameter.data = parameter.data.to(base.dtype)
-    base.causal.save_pretrained(folder, max_shard_size="1000GB")
-    tokenizer = load_tokenizer(base.source)
-    # The base's own, of which there may be several, are not what was trained with.
-    if chat_template is not None or kind not in (None, "chat"):
-        tokenizer.chat_template = chat_template
-    tokenizer.save_pretrained(folder)
+    save_model(base.causal, base.source.path, folder, chat_template)
 
 
 def weights_file(folder: Path) -> Path | None:
@@ -183,21 +189,42 @@ def load_several(base: Base, folders: Mapping[str, Path], compare: bool = True) 
     if compare and not base.sharded:
         for name, folder in folders.items():
             adapted.set_adapter(name, inference_mode=True)
-            check_forward(base, adapted, os.fspath(folder))
+            check_forward(base, adapted, *_told(base, folder))
     return adapted
 
 
-def _check(base: Base, folder: Path) -> None:
+def _told(base: Base, folder: Path) -> tuple[str, str]:
+    """What the adapter is, where it is on more than the layers, and the way out."""
+    at_ends = ends(_shapes(folder))
+    what = f"{folder}, an adapter on {' and '.join(at_ends)}" if at_ends else os.fspath(folder)
+    if at_ends and base.causal.config.get_text_config().tie_word_embeddings:
+        return what, (
+            f"input and output embedding of {base.source.name} are one matrix, so merging would "
+            "change both: use it with PEFT itself"
+        )
+    return what, MERGE
+
+
+def _shapes(folder: Path) -> dict[str, tuple[int, ...]]:
     from safetensors import safe_open
 
+    with safe_open(folder / WEIGHTS, framework="pt") as file:
+        return {name: tuple(file.get_slice(name).get_shape()) for name in file.keys()}  # noqa: SIM118
+
+
+def _check(base: Base, folder: Path) -> None:
     wrong_base = _other_base(base.source, folder)
-    _checkis_adapter(folder)
+    config = _checkis_adapter(folder)
     try:
-        with safe_open(folder / WEIGHTS, framework="pt") as file:
-            saved = {name: tuple(file.get_slice(name).get_shape()) for name in file.keys()}  # noqa: SIM118
+        saved = _shapes(folder)
+        check_biases(folder, config, saved)
         misfits = _misfits(base, folder, saved)
     except _LOADING_FAILS as error:
         raise _does_not_load(folder, error) from error
+    if misfits and not wrong_base:
+        extra = [name for name in misfits if name in saved]
+        copies = copies_of_base(base, folder / WEIGHTS, folder, extra)
+        misfits = [name for name in misfits if name not in copies]
     if misfits:
         shown = ", ".join(misfits[:MOST_NAMED]) + (", …" if len(misfits) > MOST_NAMED else "")
         fit = f"{len(misfits)} tensors do not fit {base.source.name}: {shown}"
@@ -238,8 +265,9 @@ def _misfits(base: Base, folder: Path, saved: Mapping[str, tuple[int, ...]]) -> 
     return sorted(n for n in wanted.keys() | saved.keys() if wanted.get(n) != saved.get(n))
 
 
-def _checkis_adapter(folder: Path) -> None:
-    """Refuse what is no adapter, or one that would have PEFT read or run something else."""
+def _checkis_adapter(folder: Path) -> dict[str, Any]:
+    """Its configuration; what is no adapter is refused, and one that is not computed with here or
+    would have PEFT read or run something else."""
     if not (folder / "adapter_config.json").is_file() or not (folder / WEIGHTS).is_file():
         pickled = (folder / "adapter_model.bin").exists()
         hint = "; its pickled weights (.bin) are not loaded: save it as safetensors" * pickled
@@ -248,14 +276,13 @@ def _checkis_adapter(folder: Path) -> None:
         inside(folder, name)
     path = folder / "adapter_config.json"
     try:
-        config = json.loads(path.read_text(encoding="utf-8"))
-        kind, imports = config["peft_type"], config.get("megatron_config")
+        config: dict[str, Any] = json.loads(path.read_text(encoding="utf-8"))
+        config["peft_type"], config.get("megatron_config")
     except (OSError, ValueError, KeyError, TypeError, AttributeError, RecursionError) as error:
         raise IntegrityError(f"{path}: broken ({error})") from error
-    if kind != "LORA":
-        raise UsageError(f"{folder}: an adapter of kind {kind!a:.40}; only LoRA's are loaded")
-    if imports is not None:
-        raise UsageError(f"{path}: megatron_config has PEFT import a module; not loaded")
+    import_bitsandbytes()
+    check_config(path, config)
+    return config
 
 
 def is_sealed(folder: Path) -> bool:

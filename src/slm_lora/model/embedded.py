@@ -16,6 +16,7 @@ from dataclasses import dataclass
 from pathlib import Path
 
 from slm_lora.errors import IntegrityError, StorageError
+from slm_lora.model.model_folder import spell_as_before
 from slm_lora.storage import atomic_folder, cache_dir, sha256_file
 
 
@@ -118,3 +119,4 @@ def _dequantise(gguf: Path, target: Path, name: str) -> None:
     with atomic_folder(target) as temporary:
         model.save_pretrained(temporary)
         tokenizer.save_pretrained(temporary)
+        spell_as_before(temporary)

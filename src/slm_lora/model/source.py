@@ -7,9 +7,11 @@ import json
 import mmap
 from dataclasses import dataclass
 from pathlib import Path
+from typing import Any
 
 from slm_lora.errors import IntegrityError, StorageError, UsageError
 from slm_lora.model.embedded import EMBEDDED, fetch
+from slm_lora.model.model_folder import older_words
 from slm_lora.recipe.schema import ModelSection
 
 # Safe formats only: never pickled weights, never code.
@@ -45,6 +47,7 @@ def resolve(section: ModelSection) -> ModelSource:
         return ModelSource(section.name, None, path, hash_weights(path))
     folder = Path(section.name).expanduser()
     if folder.is_dir():
+        _check_is_base(folder, section.name)
         return ModelSource(folder.resolve().name, None, folder, hash_weights(folder))
     if section.name.startswith((".", "/", "~")) or section.name.count("/") != 1:
         known = ", ".join(EMBEDDED)
@@ -53,7 +56,51 @@ def resolve(section: ModelSection) -> ModelSource:
             f"embedded models: {known}"
         )
     path, revision = _download(section)
+    _check_is_base(path, section.name)
     return ModelSource(section.name, revision, path, hash_weights(path))
+
+
+def _check_is_base(folder: Path, name: str) -> None:
+    """Refuse an adapter, whose base transformers would load instead without a word, and weights
+    that are quantised already."""
+    if (folder / "adapter_config.json").is_file():
+        base = _said(folder / "adapter_config.json").get("base_model_name_or_path")
+        there = f"model.name={base}" if base else "model.name = the base"
+        raise UsageError(
+            f"model.name = {name}: an adapter, not a model; name its base there "
+            f"({there:.200}), and the adapter with --adapter; or merge the two"
+        )
+    if kind := _quantisation(folder):
+        raise UsageError(
+            f"model.name = {name}: its weights are quantised ({kind:.60}); name the model with "
+            "unquantised weights that it was made of (model.name, or --base), and let "
+            "model.quantization=nf4 quantise it here where memory is short"
+        )
+
+
+def _quantisation(folder: Path) -> str:
+    """How its weights are quantised, by what lies beside them; empty where they are not."""
+    config = _said(folder / "config.json")
+    parts = [config, *(part for part in config.values() if isinstance(part, dict))]
+    for part in parts:
+        for key in ("quantization_config", "compression_config"):
+            if isinstance(said := part.get(key), dict) and said:
+                four, eight = said.get("load_in_4bit"), said.get("load_in_8bit")
+                bits = 4 if four else 8 if eight else said.get("bits", said.get("w_bit"))
+                method = said.get("quant_method") or said.get("format") or key
+                return f"{method}, {bits} bits" if bits else f"{method}"
+    # Of AutoGPTQ and AutoAWQ before transformers knew them.
+    beside = {"quantize_config.json": "gptq", "quant_config.json": "awq"}
+    return next((kind for file, kind in beside.items() if (folder / file).is_file()), "")
+
+
+def _said(path: Path) -> dict[str, Any]:
+    """A JSON object; empty where the file is none, of which others complain."""
+    try:
+        found = json.loads(path.read_text(encoding="utf-8"))
+    except (OSError, ValueError, RecursionError):
+        return {}
+    return found if isinstance(found, dict) else {}
 
 
 def _download(section: ModelSection) -> tuple[Path, str]:
@@ -145,9 +192,15 @@ _COSMETIC = {"_name_or_path", "architectures", "dtype", "torch_dtype", "transfor
 
 
 def hash_config(folder: Path) -> str:
-    """SHA-256 of what the configuration says about how the weights are computed with."""
+    """SHA-256 of what the configuration says about how the weights are computed with; what it says
+    a second time, in older words, does not count."""
     config = json.loads((folder / "config.json").read_text(encoding="utf-8"))
-    kept = {key: value for key, value in config.items() if key not in _COSMETIC}
+    again = older_words(config)
+    kept = {
+        key: value
+        for key, value in config.items()
+        if key not in _COSMETIC and not (key in again and again[key] == value)
+    }
     return hashlib.sha256(json.dumps(kept, sort_keys=True).encode()).hexdigest()
 
 

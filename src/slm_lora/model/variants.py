@@ -23,6 +23,7 @@ from slm_lora.model import adapter_folder
 from slm_lora.model.base import Base
 from slm_lora.model.cache import cache_is_exact
 from slm_lora.model.load import choose_device, choose_precision, load_base, load_tokenizer
+from slm_lora.model.model_folder import MODEL_WEIGHTS
 from slm_lora.model.source import resolve
 from slm_lora.recipe.schema import ModelSection
 from slm_lora.seals import read_sealed
@@ -147,7 +148,7 @@ def open_variants(
 def _check_is_adapter(folder: Path) -> None:
     if (folder / "adapter_config.json").is_file():
         return
-    if (folder / adapter_folder.MODEL_WEIGHTS).is_file():
+    if (folder / MODEL_WEIGHTS).is_file():
         raise UsageError(f"{folder}: a whole model, no adapter; name it as the base (--base)")
     raise UsageError(f"{folder}: no adapter (adapter_config.json) in it")
 

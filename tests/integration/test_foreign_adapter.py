@@ -1,0 +1,242 @@
+"""Adapters of others: computed as PEFT does, or refused with what they are and the way out."""
+
+from __future__ import annotations
+
+import json
+import shutil
+from collections.abc import Callable
+from pathlib import Path
+from typing import Any
+
+import pytest
+import torch
+from peft import IA3Config, LoraConfig, PeftModel, PromptTuningConfig, get_peft_model
+from safetensors.torch import load_file, save_file
+from transformers import AutoModelForCausalLM
+
+from slm_lora.errors import SlmLoraError, UsageError
+from slm_lora.model import adapter_folder
+from slm_lora.model.base import Base
+from slm_lora.model.forward import document_logits
+from slm_lora.model.load import load_base
+from slm_lora.model.source import resolve
+from slm_lora.recipe.schema import ModelSection
+
+IDS = torch.randint(0, 400, (17,), generator=torch.Generator().manual_seed(5))
+
+
+@pytest.fixture
+def untied(tiny_folder: Path, tmp_path: Path) -> Path:
+    model = AutoModelForCausalLM.from_pretrained(tiny_folder)
+    model.config.tie_word_embeddings = False
+    torch.manual_seed(1)
+    model.lm_head.weight = torch.nn.Parameter(torch.randn_like(model.lm_head.weight) * 0.3)
+    model.save_pretrained(tmp_path / "untied")
+    return tmp_path / "untied"
+
+
+def foreign(
+    base: Path,
+    folder: Path,
+    whole: bool | str = "auto",
+    grow: int = 0,
+    config: Any = None,
+    **settings: Any,
+) -> Path:
+    """An adapter by PEFT alone, none of whose numbers are zero."""
+    model = AutoModelForCausalLM.from_pretrained(base, dtype=torch.float32)
+    if grow:
+        model.resize_token_embeddings(model.config.vocab_size + grow, mean_resizing=False)
+    if config is None:
+        settings = {"target_modules": ["q_proj"], **settings}
+        config = LoraConfig(task_type="CAUSAL_LM", r=4, lora_alpha=8, **settings)
+    adapted = get_peft_model(model, config)
+    torch.manual_seed(3)
+    for parameter in adapted.parameters():
+        if parameter.requires_grad:
+            parameter.data += 0.1 * torch.randn_like(parameter)
+    adapted.save_pretrained(folder, save_embedding_layers=whole)
+    return folder
+
+
+def load(folder: Path) -> Base:
+    source = resolve(ModelSection(name=str(folder)))
+    return load_base(source, device=torch.device("cpu"), precision="fp32")
+
+
+def refusal(base: Path, folder: Path) -> str:
+    with pytest.raises(SlmLoraError) as caught:
+        adapter_folder.load(load(base), folder)
+    said = str(caught.value)
+    assert "\n" not in said
+    return said
+
+
+@pytest.mark.parametrize(
+    "settings",
+    [
+        {"modules_to_save": ["lm_head", "embed_tokens"]},
+        {"target_modules": ["q_proj", "embed_tokens"]},  # with PEFT's copy of the base's
+        {"target_modules": ["q_proj", "embed_tokens"], "whole": False},
+        {"trainable_token_indices": [7, 40, 41, 300]},
+        {"whole": True},  # copies beside an adapter on layers
+        {"init_lora_weights": "gaussian", "rank_pattern": {"q_proj": 2}, "use_rslora": True},
+    ],
+)
+def test_what_is_computed_is_pefts(settings: dict[str, Any], untied: Path, tmp_path: Path) -> None:
+    folder = foreign(untied, tmp_path / "adapter", **settings)
+    base = load(untied)
+    adapter_folder.load(base, folder)
+    with torch.no_grad():
+        ours = document_logits(base, [IDS])
+        model = AutoModelForCausalLM.from_pretrained(untied, dtype=torch.float32)
+        bare = model(IDS.unsqueeze(0)).logits[0]
+        adapted = PeftModel.from_pretrained(model, str(folder)).eval()
+        theirs = adapted(IDS.unsqueeze(0)).logits[0]
+    assert (ours - theirs).abs().max() <= 1e-5 * theirs.abs().max()
+    assert (ours - bare).abs().max() > 1e-2 * theirs.abs().max()
+
+
+MERGE = r"merge it with PEFT \(merge_and_unload\), and name the merged folder in model.name"
+
+
+@pytest.mark.parametrize(
+    ("settings", "said"),
+    [
+        ({"target_modules": ["lm_head"]}, f"an adapter on lm_head: .*{MERGE}"),
+        ({"target_modules": ["lm_head"], "whole": False}, f"an adapter on lm_head: .*{MERGE}"),
+        (
+            {"alora_invocation_tokens": [5, 9]},
+            r"activated LoRA \(alora_invocation_tokens\).* use it with PEFT itself",
+        ),
+        ({"layer_replication": [(0, 2), (0, 2)]}, f"layer_replication: .*{MERGE}"),
+        ({"init_lora_weights": "pissa"}, f"init_lora_weights = pissa: .*{MERGE}"),
+        ({"init_lora_weights": "olora"}, f"init_lora_weights = olora: .*{MERGE}"),
+        (
+            {"grow": 3, "whole": True},
+            r"vocabulary was changed: its lm_head and embed_tokens have 437 rows, untied has 434; "
+            rf"give the base that many \(resize_token_embeddings\), {MERGE}",
+        ),
+        ({"config": IA3Config(task_type="CAUSAL_LM")}, f"of kind 'IA3'; only LoRA's .*{MERGE}"),
+        (
+            {"config": PromptTuningConfig(task_type="CAUSAL_LM", num_virtual_tokens=3)},
+            r"of kind 'PROMPT_TUNING'; only LoRA's .* it cannot be merged",
+        ),
+    ],
+)
+def test_what_is_not_computed_is_named(
+    settings: dict[str, Any], said: str, untied: Path, tmp_path: Path
+) -> None:
+    rows = load(untied).causal.config.vocab_size
+    said = said.replace("437", str(rows + 3)).replace("434", str(rows))
+    folder = foreign(untied, tmp_path / "adapter", **settings)
+    with pytest.raises(SlmLoraError, match=said):
+        adapter_folder.load(load(untied), folder)
+
+
+def test_one_matrix_at_both_ends(tiny_folder: Path, tmp_path: Path) -> None:
+    folder = foreign(tiny_folder, tmp_path / "adapter", target_modules=["lm_head"])
+    said = refusal(tiny_folder, folder)
+    assert "an adapter on lm_head: " in said
+    assert "one matrix, so merging would change both: use it with PEFT itself" in said
+
+
+def test_embeddings_that_are_not_the_bases(untied: Path, tmp_path: Path) -> None:
+    folder = foreign(untied, tmp_path / "adapter", True)
+    tensors = load_file(folder / "adapter_model.safetensors")
+    name = next(name for name in tensors if "embed_tokens" in name)
+    tensors[name] = tensors[name] + 1e-3
+    save_file(tensors, folder / "adapter_model.safetensors", {"format": "pt"})
+    said = refusal(untied, folder)
+    assert "brings embed_tokens of its own, not those of untied" in said
+
+
+def test_trained_biases_are_named(tiny_folder: Path, tmp_path: Path) -> None:
+    from transformers import Qwen2Config, Qwen2ForCausalLM
+
+    torch.manual_seed(0)
+    Qwen2ForCausalLM(
+        Qwen2Config(
+            vocab_size=420, hidden_size=48, intermediate_size=96, num_hidden_layers=1,
+            num_attention_heads=6, num_key_value_heads=2, max_position_embeddings=512,
+        )
+    ).save_pretrained(tmp_path / "biased")  # fmt: skip
+    folder = foreign(tmp_path / "biased", tmp_path / "adapter", bias="all")
+    assert "bias = 'all': 3 biases of the base were trained" in refusal(tmp_path / "biased", folder)
+    # Where the base has none, there is nothing to it.
+    adapter_folder.load(load(tiny_folder), foreign(tiny_folder, tmp_path / "other", bias="all"))
+
+
+@pytest.mark.parametrize(
+    ("change", "refused"),
+    [
+        ({"use_something_new": True}, True),
+        ({"something_new_config": {"a": 1}}, True),
+        ({"use_something_new": False, "something_new_config": None, "new_size": 16}, False),
+    ],
+)
+def test_what_newer_releases_of_peft_know(
+    change: dict[str, Any], refused: bool, tiny_folder: Path, tmp_path: Path
+) -> None:
+    folder = foreign(tiny_folder, tmp_path / "adapter")
+    path = folder / "adapter_config.json"
+    path.write_text(json.dumps(json.loads(path.read_text()) | change))
+    if refused:
+        assert "is nothing that this PEFT knows; pip install -U peft" in refusal(
+            tiny_folder, folder
+        )
+    else:
+        adapter_folder.load(load(tiny_folder), folder)
+
+
+def test_an_adapter_is_no_model(tiny_folder: Path, tmp_path: Path) -> None:
+    folder = foreign(tiny_folder, tmp_path / "adapter")
+    said = rf"an adapter, not a model; .*model.name={tiny_folder}.* --adapter; or merge"
+    with pytest.raises(UsageError, match=said):
+        resolve(ModelSection(name=str(folder)))
+    # transformers would load the adapter's base in the place of what lies beside it.
+    shutil.copytree(tiny_folder, tmp_path / "both")
+    shutil.copy(folder / "adapter_config.json", tmp_path / "both")
+    with pytest.raises(UsageError, match="an adapter, not a model"):
+        resolve(ModelSection(name=str(tmp_path / "both")))
+
+
+Said = dict[str, Any]
+
+
+@pytest.mark.parametrize(
+    ("change", "kind"),
+    [
+        (
+            {"quantization_config": {"quant_method": "bitsandbytes", "load_in_4bit": True}},
+            "bitsandbytes, 4 bits",
+        ),
+        ({"quantization_config": {"quant_method": "gptq", "bits": 8}}, "gptq, 8 bits"),
+        ({"quantization_config": {"quant_method": "awq", "w_bit": 4}}, "awq, 4 bits"),
+        ({"quantization_config": {"quant_method": "fp8"}}, "fp8"),
+        ({"quantization_config": {"quant_method": "mxfp4"}}, "mxfp4"),
+        ({"compression_config": {"format": "pack-quantized"}}, "pack-quantized"),
+        ({"text_config": {"quantization_config": {"quant_method": "hqq"}}}, "hqq"),
+    ],
+)
+def test_quantised_weights_are_named(
+    change: Said, kind: str, tiny_folder: Path, tmp_path: Path
+) -> None:
+    folder = shutil.copytree(tiny_folder, tmp_path / "model")
+    config: Said = json.loads((folder / "config.json").read_text())
+    (folder / "config.json").write_text(json.dumps(config | change))
+    with pytest.raises(UsageError, match=rf"quantised \({kind}\); .*model.quantization=nf4"):
+        resolve(ModelSection(name=str(folder)))
+
+
+@pytest.mark.parametrize("change", [{"quantization_config": None}, {"quantization_config": {}}])
+def test_plain_weights_are_not(
+    change: Said, tiny_folder: Path, tmp_path: Path, load_tiny: Callable[..., Base]
+) -> None:
+    folder = shutil.copytree(tiny_folder, tmp_path / "model")
+    config: Said = json.loads((folder / "config.json").read_text())
+    (folder / "config.json").write_text(json.dumps(config | change))
+    assert resolve(ModelSection(name=str(folder))).sha256 == load_tiny().source.sha256
+    (folder / "quantize_config.json").write_text('{"bits": 4}')
+    with pytest.raises(UsageError, match=r"quantised \(gptq\)"):
+        resolve(ModelSection(name=str(folder)))

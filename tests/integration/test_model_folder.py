@@ -1,0 +1,372 @@
+"""Whole models in folders: the base's own files, and such that transformers 4 reads them right."""
+
+from __future__ import annotations
+
+import json
+import os
+import shutil
+import subprocess
+import sys
+from collections.abc import Callable
+from pathlib import Path
+from typing import Any
+
+import pytest
+import torch
+from safetensors.torch import load_file, save_file
+from transformers import AutoConfig, AutoModelForCausalLM, AutoTokenizer
+
+from slm_lora.export.folder import read
+from slm_lora.export.merged import merge
+from slm_lora.model import adapter, adapter_folder
+from slm_lora.model.load import load_base
+from slm_lora.model.model_folder import TOKENIZER_FILES, older_tokenizer, spell_as_before
+from slm_lora.model.source import hash_config, resolve
+from slm_lora.recipe.schema import AdapterSection, ModelSection
+
+from ..conftest import CHAT_TEMPLATE, tiny_tokenizer
+from .exports import make_adapter
+
+SPECIAL = ("<|endoftext|>", "<|im_start|>", "<|im_end|>")
+OLDER_TOKENIZER: dict[str, Any] = {
+    "add_prefix_space": False,
+    "added_tokens_decoder": {
+        str(number): {
+            "content": token, "lstrip": False, "normalized": False, "rstrip": False,
+            "single_word": False, "special": True,
+        }
+        for number, token in enumerate(SPECIAL)
+    },
+    "additional_special_tokens": ["<|im_start|>", "<|im_end|>"],
+    "bos_token": "<|im_start|>",
+    "chat_template": CHAT_TEMPLATE,
+    "clean_up_tokenization_spaces": False,
+    "eos_token": "<|im_end|>",
+    "model_max_length": 512,
+    "pad_token": "<|im_end|>",
+    "tokenizer_class": "GPT2Tokenizer",
+    "unk_token": "<|endoftext|>",
+}  # fmt: skip
+
+
+def written(path: Path) -> dict[str, Any]:
+    found: dict[str, Any] = json.loads(path.read_text())
+    return found
+
+
+def put(path: Path, **keys: Any) -> None:
+    path.write_text(json.dumps({**written(path), **keys}))
+
+
+@pytest.fixture
+def older(tiny_folder: Path, tmp_path: Path) -> Path:
+    """The tiny model in files as transformers 4 wrote them, and as most on the hub are."""
+    folder = tmp_path / "models" / "older"
+    shutil.copytree(tiny_folder, folder)
+    config = written(folder / "config.json")
+    del config["rope_parameters"], config["dtype"]
+    config |= {"rope_theta": 500000.0, "rope_scaling": None, "torch_dtype": "float32"}
+    config |= {"transformers_version": "4.46.0", "_name_or_path": "/home/somebody/model"}
+    (folder / "config.json").write_text(json.dumps(config, indent=4))
+    (folder / "tokenizer_config.json").write_text(json.dumps(OLDER_TOKENIZER, indent=1))
+    raw = written(folder / "tokenizer.json")["model"]
+    (folder / "vocab.json").write_text(json.dumps(raw["vocab"]))
+    (folder / "merges.txt").write_text("\n".join(" ".join(pair) for pair in raw["merges"]))
+    (folder / "special_tokens_map.json").write_text('{"eos_token": "<|im_end|>"}')
+    # What transformers 5 would not write, as it contradicts itself.
+    (folder / "generation_config.json").write_text(
+        '{"do_sample": false, "temperature": 0.6, "eos_token_id": [2, 0]}'
+    )
+    (folder / "chat_template.jinja").unlink()
+    return folder
+
+
+def merged(base: Path, tmp_path: Path) -> Path:
+    source = resolve(ModelSection(name=str(base)))
+    folder = make_adapter(source, tmp_path / "adapter")
+    merge(read(folder), tmp_path / "merged", "bf16", base)
+    return tmp_path / "merged"
+
+
+def trained_whole(base: Path, tmp_path: Path) -> Path:
+    source = resolve(ModelSection(name=str(base)))
+    loaded = load_base(source, device=torch.device("cpu"), precision="bf16")
+    trained = adapter.attach(loaded, AdapterSection(kind="full"), seed=0)
+    for parameter in trained.parameters():
+        parameter.data *= 1.01
+    about = {
+        "base": {"name": source.name, "revision": None, "sha256": source.sha256},
+        "template": {"kind": "plain"},
+    }
+    adapter_folder.save(loaded, trained, tmp_path / "whole", about, "{{ messages[0].content }}")
+    return tmp_path / "whole"
+
+
+Make = Callable[[Path, Path], Path]
+EVERY_WAY = pytest.mark.parametrize("make", [merged, trained_whole])
+
+
+@EVERY_WAY
+def test_the_bases_own_files_with_what_must_change(older: Path, tmp_path: Path, make: Make) -> None:
+    folder = make(older, tmp_path)
+    template = (folder / "chat_template.jinja").read_text()
+    copied = [path.name for path in older.iterdir() if path.name in TOKENIZER_FILES]
+    assert len(copied) == 5
+    for name in {*copied, "generation_config.json"} - {"tokenizer_config.json"}:
+        assert (folder / name).read_bytes() == (older / name).read_bytes(), name
+    # One template, wherever a program looks for it.
+    assert template != CHAT_TEMPLATE
+    tokenizer = {**OLDER_TOKENIZER, "chat_template": template}
+    assert written(folder / "tokenizer_config.json") == tokenizer
+    config = {**written(older / "config.json"), "torch_dtype": "bfloat16"}
+    del config["_name_or_path"]
+    assert written(folder / "config.json") == config
+    assert AutoConfig.from_pretrained(folder).rope_parameters["rope_theta"] == 500000.0
+
+
+@EVERY_WAY
+def test_named_templates_give_way_to_the_trained_one(
+    older: Path, tmp_path: Path, make: Make
+) -> None:
+    names = [{"name": name, "template": CHAT_TEMPLATE} for name in ("default", "tool_use")]
+    put(older / "tokenizer_config.json", chat_template=names)
+    (older / "additional_chat_templates").mkdir()
+    (older / "additional_chat_templates" / "rag.jinja").write_text(CHAT_TEMPLATE)
+    folder = make(older, tmp_path)
+    template = (folder / "chat_template.jinja").read_text()
+    assert written(folder / "tokenizer_config.json")["chat_template"] == template
+    assert AutoTokenizer.from_pretrained(folder).chat_template == template
+    assert not (folder / "additional_chat_templates").exists()
+
+
+@EVERY_WAY
+def test_what_transformers_5_wrote_is_spelt_as_before_besides(
+    tiny_folder: Path, tmp_path: Path, make: Make
+) -> None:
+    folder = make(tiny_folder, tmp_path)
+    config, before = (written(path / "config.json") for path in (folder, tiny_folder))
+    assert "rope_theta" not in before
+    assert config == {**before, "dtype": "bfloat16", "rope_theta": 10000.0, "rope_scaling": None}
+    tokenizer = written(folder / "tokenizer_config.json")
+    assert tokenizer["tokenizer_class"] == "PreTrainedTokenizerFast"
+    assert tokenizer["additional_special_tokens"] == ["<|im_start|>"]
+    assert "extra_special_tokens" not in tokenizer
+    ours, theirs = map(AutoTokenizer.from_pretrained, (folder, tiny_folder))
+    text = "<|im_start|>user\n37 rivers, über <|endoftext|><|im_end|>"
+    assert ours(text)["input_ids"] == theirs(text)["input_ids"]
+    assert ours.special_tokens_map == theirs.special_tokens_map
+    assert sorted(ours.all_special_ids) == sorted(theirs.all_special_ids)
+
+
+def test_a_template_that_cannot_be_written_leaves_none(older: Path, tmp_path: Path) -> None:
+    source = resolve(ModelSection(name=str(older)))
+    base = load_base(source, device=torch.device("cpu"), precision="fp32")
+    trained = adapter.attach(base, AdapterSection(kind="full"), seed=0)
+    adapter_folder.save(base, trained, tmp_path / "whole", {}, None)
+    assert "chat_template" not in written(tmp_path / "whole" / "tokenizer_config.json")
+    assert AutoTokenizer.from_pretrained(tmp_path / "whole").chat_template is None
+
+
+def test_two_matrices_though_the_base_says_one(older: Path, tmp_path: Path) -> None:
+    weights = load_file(older / "model.safetensors")
+    weights["lm_head.weight"] = weights["model.embed_tokens.weight"] * 1.01
+    save_file(weights, older / "model.safetensors", {"format": "pt"})
+    folder = trained_whole(older, tmp_path)
+    # transformers 5 sees that they differ; 4 would take the input's for both.
+    assert written(folder / "config.json")["tie_word_embeddings"] is False
+    found = load_file(folder / "model.safetensors")
+    assert not torch.equal(found["lm_head.weight"], found["model.embed_tokens.weight"])
+
+
+LLAMA3 = {
+    "rope_type": "llama3", "rope_theta": 500000.0, "factor": 8.0, "low_freq_factor": 1.0,
+    "high_freq_factor": 4.0, "original_max_position_embeddings": 8192,
+}  # fmt: skip
+BY_LAYERS = {
+    "full_attention": {"rope_type": "linear", "factor": 8.0, "rope_theta": 2e6},
+    "sliding_attention": {"rope_type": "default", "rope_theta": 3e4},
+}
+
+
+@pytest.mark.parametrize(
+    ("kind", "parameters", "wanted"),
+    [
+        ("llama", LLAMA3, {"rope_theta": 500000.0, "rope_scaling": {"rope_type": "llama3"}}),
+        ("qwen3", {"rope_type": "default", "rope_theta": 1e6}, {"rope_theta": 1e6}),
+        (
+            "qwen2",
+            {"rope_type": "yarn", "rope_theta": 7e5, "factor": 4.0},
+            {"rope_theta": 7e5, "rope_scaling": {"rope_type": "yarn", "factor": 4.0}},
+        ),
+        (
+            "phi",
+            {"rope_type": "default", "rope_theta": 2e4, "partial_rotary_factor": 0.4},
+            {"rope_theta": 2e4, "partial_rotary_factor": 0.4},
+        ),
+        (
+            "gpt_neox",
+            {"rope_type": "default", "rope_theta": 2e4, "partial_rotary_factor": 0.5},
+            {"rotary_emb_base": 2e4, "rotary_pct": 0.5},
+        ),
+        (
+            "gemma3_text",
+            BY_LAYERS,
+            {
+                "rope_theta": 2e6,
+                "rope_local_base_freq": 3e4,
+                "rope_scaling": {"rope_type": "linear", "factor": 8.0},
+            },
+        ),
+        # Without a word it would be transformers 4's own default, yarn.
+        ("gpt_oss", {"rope_type": "default", "rope_theta": 2e4}, {"rope_theta": 2e4}),
+        (
+            "qwen3_moe",
+            {"rope_type": "default", "rope_theta": 2e4},
+            {"rope_theta": 2e4, "num_experts": 128},
+        ),
+        ("gpt2", None, {}),
+    ],
+)
+def test_rotary_frequencies_in_older_words(
+    kind: str, parameters: dict[str, Any] | None, wanted: dict[str, Any], tmp_path: Path
+) -> None:
+    more = {} if parameters is None else {"rope_parameters": parameters}
+    AutoConfig.for_model(kind, **more).save_pretrained(tmp_path)
+    before, digest = written(tmp_path / "config.json"), hash_config(tmp_path)
+    read_before = AutoConfig.from_pretrained(tmp_path).to_dict()
+    spell_as_before(tmp_path)
+    after = written(tmp_path / "config.json")
+    assert before.items() <= after.items()
+    added = {key: value for key, value in after.items() if key not in before}
+    assert added.keys() == wanted.keys() | ({"rope_scaling"} if parameters else set())
+    for key, value in wanted.items():
+        assert value.items() <= added[key].items() if key == "rope_scaling" else added[key] == value
+    assert (added.get("rope_scaling") is None) == ("rope_scaling" not in wanted)
+    found = AutoConfig.from_pretrained(tmp_path).to_dict()
+    assert {**found, **read_before} == found
+    assert found.get("rope_parameters") == read_before.get("rope_parameters")
+    # It is the same base as before to every run that was made on it.
+    assert hash_config(tmp_path) == digest
+    put(tmp_path / "config.json", rope_theta=11.0)
+    assert hash_config(tmp_path) != digest
+
+
+def test_the_tokenizers_configuration_in_older_words() -> None:
+    assert older_tokenizer(OLDER_TOKENIZER) == OLDER_TOKENIZER
+    named = {"extra_special_tokens": {"image_token": "<image>"}, "tokenizer_class": "Own"}
+    assert older_tokenizer(named) == named
+    assert older_tokenizer(
+        {
+            "tokenizer_class": "TokenizersBackend",
+            "extra_special_tokens": ["<a>", "<b>"],
+            "additional_special_tokens": ["<b>"],
+            "model_specific_special_tokens": {"image_token": "<image>"},
+        }
+    ) == {
+        "tokenizer_class": "PreTrainedTokenizerFast",
+        "additional_special_tokens": ["<b>", "<a>"],
+        "extra_special_tokens": {"image_token": "<image>"},
+    }
+
+
+SIZES: dict[str, Any] = {
+    "vocab_size": 400, "hidden_size": 64, "intermediate_size": 96, "num_hidden_layers": 2,
+    "num_attention_heads": 4, "num_key_value_heads": 2, "head_dim": 16, "initializer_range": 0.2,
+    "max_position_embeddings": 512, "pad_token_id": 0, "eos_token_id": 1, "bos_token_id": 2,
+}  # fmt: skip
+LAYERS = {"layer_types": ["sliding_attention", "full_attention"]}
+FAMILIES: dict[str, tuple[str, dict[str, Any], dict[str, Any]]] = {
+    "llama3": ("llama", LLAMA3, {}),
+    "yarn": ("qwen2", {"rope_type": "yarn", "rope_theta": 7e5, "factor": 4.0}, {}),
+    "partial": ("phi", {"rope_theta": 2e4, "partial_rotary_factor": 0.5}, {}),
+    "neox": ("gpt_neox", {"rope_theta": 2e4, "partial_rotary_factor": 0.5}, {}),
+    "layers": ("gemma3_text", BY_LAYERS, LAYERS),
+    "oss": ("gpt_oss", {"rope_theta": 2e4}, {"num_local_experts": 4, "num_experts_per_tok": 2}),
+    "moe": (
+        "qwen3_moe",
+        {"rope_theta": 2e4},
+        {"num_experts": 4, "num_experts_per_tok": 2, "moe_intermediate_size": 32},
+    ),
+}
+
+
+def family(name: str, folder: Path) -> Path:
+    """A small model of a family, as transformers 5 writes it, and then spelt as before."""
+    kind, rope, more = FAMILIES[name]
+    parameters = rope if "full_attention" in rope else {"rope_type": "default", **rope}
+    torch.manual_seed(0)
+    config = AutoConfig.for_model(kind, **SIZES, rope_parameters=parameters, **more)
+    AutoModelForCausalLM.from_config(config, dtype=torch.float32).save_pretrained(folder / name)
+    tiny_tokenizer().save_pretrained(folder / name)
+    spell_as_before(folder / name)
+    return folder / name
+
+
+OLDER_RELEASES = ("transformers==4.57.1", "tokenizers==0.22.1", "huggingface-hub==0.36.0")
+READER = """
+import json, sys, torch, transformers
+assert transformers.__version__.startswith("4."), transformers.__version__
+from transformers import AutoConfig, AutoModelForCausalLM, AutoTokenizer
+found = {}
+for folder in sys.argv[2:]:
+    tokenizer = AutoTokenizer.from_pretrained(folder)
+    chat = [{"role": "user", "content": "Why 37 bees?"}]
+    ids = [[number * 37 % 390 + 5 for number in range(200)]]
+    model = AutoModelForCausalLM.from_pretrained(folder, torch_dtype=torch.float32).eval()
+    with torch.no_grad():
+        logits = model(input_ids=torch.tensor(ids)).logits
+    found[folder] = {
+        "rope_theta": getattr(AutoConfig.from_pretrained(folder), "rope_theta", None),
+        "ids": tokenizer(sys.argv[1])["input_ids"],
+        "special": sorted(tokenizer.all_special_ids),
+        "prompt": tokenizer.apply_chat_template(chat, tokenize=False, add_generation_prompt=True),
+        "logits": logits.tolist(),
+    }
+print(json.dumps(found))
+"""
+
+
+@pytest.mark.slow
+def test_transformers_4_computes_the_same(
+    older: Path,
+    tiny_folder: Path,
+    tmp_path: Path,
+    pytestconfig: pytest.Config,
+) -> None:
+    assert pytestconfig.cache is not None
+    site = pytestconfig.cache.mkdir("-".join(OLDER_RELEASES).replace("==", "-"))
+    if not (site / "transformers" / "__init__.py").is_file():
+        command = [sys.executable, "-m", "pip", "install", "--quiet", "--no-deps"]
+        subprocess.run([*command, "--target", str(site), *OLDER_RELEASES], check=True)
+    folders = [
+        make(base, tmp_path / name)
+        for name, base in (("a", older), ("b", tiny_folder))
+        for make in (merged, trained_whole)
+    ]
+    folders += [family(name, tmp_path) for name in FAMILIES]
+    text = "<|im_start|>user\n37 rivers, über  \n<|endoftext|> it's<|im_end|>"
+    environment = {**os.environ, "PYTHONPATH": str(site), "HF_HUB_OFFLINE": "1"}
+    result = subprocess.run(
+        [sys.executable, "-c", READER, text, *map(str, folders)],
+        env=environment, capture_output=True, text=True, check=False,
+    )  # fmt: skip
+    assert result.returncode == 0, result.stderr[-2000:]
+    found = json.loads(result.stdout.splitlines()[-1])
+    for folder in folders:
+        theirs = found[str(folder)]
+        tokenizer = AutoTokenizer.from_pretrained(folder)
+        assert theirs["ids"] == tokenizer(text)["input_ids"]
+        assert theirs["special"] == sorted(tokenizer.all_special_ids)
+        assert theirs["prompt"] == tokenizer.apply_chat_template(
+            [{"role": "user", "content": "Why 37 bees?"}],
+            tokenize=False,
+            add_generation_prompt=True,
+        )
+        model = AutoModelForCausalLM.from_pretrained(folder, dtype=torch.float32).eval()
+        with torch.no_grad():
+            ids = torch.tensor([[number * 37 % 390 + 5 for number in range(200)]])
+            ours = model(input_ids=ids).logits
+        difference = (torch.tensor(theirs["logits"]) - ours).abs().max()
+        assert difference <= 1e-5 * ours.abs().max()
+    thetas = [found[str(folder)]["rope_theta"] for folder in folders[:4]]
+    assert thetas == [500000.0, 500000.0, 10000.0, 10000.0]
