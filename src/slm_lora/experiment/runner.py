@@ -37,6 +37,7 @@ from slm_lora.experiment.train_and_score import evaluate, train_cell
 from slm_lora.experiment.unfinished import differences, made_of, setting
 from slm_lora.model import adapter, adapter_folder
 from slm_lora.model.base import Base
+from slm_lora.model.model_folder import MODEL_WEIGHTS
 from slm_lora.progress import Reporter
 from slm_lora.runs import SCORES_FILE, STEPS_FILE, Run, find_run, new_run, write_lines
 from slm_lora.seals import read_sealed
@@ -210,7 +211,7 @@ def evaluate_adapter(
     if folder is None:
         return Evaluated(*evaluate(loaded.for_job(job), job, BASE, reporter))
     adapted = None
-    if (folder / adapter_folder.MODEL_WEIGHTS).is_file():
+    if (folder / MODEL_WEIGHTS).is_file():
         base = with_saved(folder, job, loaded)
     else:
         base = loaded.for_job(job)

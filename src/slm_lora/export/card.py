@@ -13,7 +13,8 @@ import yaml
 
 from slm_lora.data.chat_templates import TEMPLATE_DATE, is_frozen, read_template
 from slm_lora.errors import IntegrityError
-from slm_lora.export.folder import CHAT_TEMPLATE, Trained
+from slm_lora.export.folder import Trained
+from slm_lora.model.model_folder import CHAT_TEMPLATE
 from slm_lora.runs import METRICS_FILE, read_run, run_folders
 
 
