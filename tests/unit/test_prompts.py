@@ -45,8 +45,8 @@ def asked(prompts: list[Prompt]) -> list[str]:
         ("p.csv", "question\nOne?\nTwo?\n"),
         ("p.csv", "question;answer\nOne?;a\nTwo?;b\n"),
         ("p.txt", "One?\nTwo?\n".encode("utf-16")),
-        ("p.jsonl.gz", gzip.compress(b'{"prompt": "One?"}\n{"prompt": "Two?"}')),
-        ("p.txt.gz", gzip.compress(b"One?\nTwo?\n")),
+        ("p.jsonl.gz", gzip.compress(b'{"prompt": "One?"}\n{"prompt": "Two?"}', mtime=0)),
+        ("p.txt.gz", gzip.compress(b"One?\nTwo?\n", mtime=0)),
     ],
 )
 def test_kinds_of_files(tmp_path: Path, name: str, content: str | bytes) -> None:
