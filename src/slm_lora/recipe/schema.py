@@ -61,7 +61,8 @@ class ModelSection(Section):
 
     name: str = Field(
         "smollm2-135m-instruct-q4_1",
-        description="Hub id, local folder, or the embedded model `smollm2-135m-instruct-q4_1`.",
+        description="Hub id, local folder, or the embedded model `smollm2-135m-instruct-q4_1`. "
+        "Refused: weights that are quantised already (bitsandbytes, GPTQ, AWQ, fp8), and adapters.",
     )
     revision: str | None = Field(
         None, description="Hub revision (branch, tag or commit); hub ids only."
