@@ -15,7 +15,7 @@ from safetensors.torch import load_file, save_file
 from transformers import AutoModelForCausalLM
 
 from slm_lora.errors import SlmLoraError, UsageError
-from slm_lora.model import adapter_folder
+from slm_lora.model import adapter, adapter_folder
 from slm_lora.model.base import Base
 from slm_lora.model.forward import document_logits
 from slm_lora.model.load import load_base
@@ -95,6 +95,45 @@ def test_what_is_computed_is_pefts(settings: dict[str, Any], untied: Path, tmp_p
         theirs = adapted(IDS.unsqueeze(0)).logits[0]
     assert (ours - theirs).abs().max() <= 1e-5 * theirs.abs().max()
     assert (ours - bare).abs().max() > 1e-2 * theirs.abs().max()
+
+
+@pytest.mark.parametrize("ties", [False, True])
+def test_without_an_adapter_the_base_is_as_it_was(
+    ties: bool, untied: Path, tiny_folder: Path, tmp_path: Path
+) -> None:
+    """`evaluate` scores the base beside an adapter, which may hold whole modules in its place."""
+    path = tiny_folder if ties else untied
+    whole = {"modules_to_save": ["embed_tokens"], "ensure_weight_tying": True}
+    both = {"modules_to_save": ["lm_head", "embed_tokens"]}
+    folder = foreign(path, tmp_path / "adapter", **(whole if ties else both))
+    base = load(path)
+
+    def named() -> list[tuple[str, int, bool]]:
+        every = base.causal.named_parameters(remove_duplicate=False)
+        return [(name, each.data_ptr(), each.requires_grad) for name, each in every]
+
+    with torch.no_grad():
+        before, parameters = document_logits(base, [IDS]), named()
+        adapted = adapter_folder.load(base, folder)
+        assert not torch.equal(document_logits(base, [IDS]), before)
+        adapter.detach(adapted)
+        assert torch.equal(document_logits(base, [IDS]), before)
+    assert named() == parameters
+
+
+def test_adapters_that_do_not_go_together_are_named(untied: Path, tmp_path: Path) -> None:
+    names = {
+        "one": foreign(untied, tmp_path / "one", modules_to_save=["embed_tokens"]),
+        "two": foreign(untied, tmp_path / "two", target_modules=["q_proj", "embed_tokens"]),
+    }
+    base = load(untied)
+    with torch.no_grad():
+        before = document_logits(base, [IDS])
+        with pytest.raises(
+            UsageError, match=r"two: PEFT does not load it beside .*one .*at a time"
+        ):
+            adapter_folder.load_several(base, names)
+        assert torch.equal(document_logits(base, [IDS]), before)
 
 
 MERGE = r"merge it with PEFT \(merge_and_unload\), and name the merged folder in model.name"

@@ -217,6 +217,11 @@ BY_LAYERS = {
                 "rope_scaling": {"rope_type": "linear", "factor": 8.0},
             },
         ),
+        (
+            "modernbert-decoder",
+            {**BY_LAYERS, "full_attention": {"rope_type": "default", "rope_theta": 2e6}},
+            {"global_rope_theta": 2e6, "local_rope_theta": 3e4},
+        ),
         # Without a word it would be transformers 4's own default, yarn.
         ("gpt_oss", {"rope_type": "default", "rope_theta": 2e4}, {"rope_theta": 2e4}),
         (

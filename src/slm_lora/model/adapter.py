@@ -120,8 +120,20 @@ def _put_on(base: Base, section: AdapterSection, seed: int, targets: Targets) ->
 
 def detach(adapted: nn.Module) -> None:
     """Take the adapter off again; the base is as it was, unless `alters_base`."""
-    if is_adapter(adapted):
-        adapted.unload()
+    if not is_adapter(adapted):
+        return
+    from peft.utils import ModulesToSaveWrapper
+
+    # PEFT leaves modules that an adapter holds whole (modules_to_save) in the place of the base's.
+    whole = [
+        (parent, name, child.original_module)
+        for parent in list(adapted.modules())
+        for name, child in parent.named_children()
+        if isinstance(child, ModulesToSaveWrapper)
+    ]
+    adapted.unload()
+    for parent, name, original in whole:
+        setattr(parent, name, original)
 
 
 def is_adapter(adapted: nn.Module) -> TypeGuard[PeftModel]:

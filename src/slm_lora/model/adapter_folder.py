@@ -179,9 +179,15 @@ def load_several(base: Base, folders: Mapping[str, Path], compare: bool = True) 
             else:
                 adapted.load_adapter(os.fspath(folder), adapter_name=name)
         except _LOADING_FAILS as error:
-            if adapted is not None:
-                detach(adapted)
-            raise _does_not_load(folder, error) from error
+            if adapted is None:
+                raise _does_not_load(folder, error) from error
+            detach(adapted)
+            # Each fits the base: PEFT keeps some kinds of them (LoRA on an embedding that another
+            # holds whole, say) not in one model.
+            raise UsageError(
+                f"{folder}: PEFT does not load it beside {next(iter(folders.values()))} "
+                f"({_first_line(error)}); use one at a time"
+            ) from error
     assert adapted is not None
     if not base.sharded:
         use_tiles(adapted, base.device)
@@ -237,8 +243,11 @@ _LOADING_FAILS = (SafetensorError, RuntimeError, ValueError, TypeError, KeyError
 
 
 def _does_not_load(folder: Path, error: Exception) -> IntegrityError:
-    reason = (str(error).splitlines() or [type(error).__name__])[0]
-    return IntegrityError(f"{folder}: the adapter does not load: {reason}")
+    return IntegrityError(f"{folder}: the adapter does not load: {_first_line(error)}")
+
+
+def _first_line(error: Exception) -> str:
+    return (str(error).splitlines() or [type(error).__name__])[0]
 
 
 MOST_NAMED = 32
@@ -261,7 +270,7 @@ def _misfits(base: Base, folder: Path, saved: Mapping[str, tuple[int, ...]]) -> 
         return sorted(saved)
     state = get_peft_model_state_dict(fresh, save_embedding_layers=False)
     wanted = {name: tuple(tensor.shape) for name, tensor in state.items()}
-    fresh.unload()
+    detach(fresh)
     return sorted(n for n in wanted.keys() | saved.keys() if wanted.get(n) != saved.get(n))
 
 

@@ -79,6 +79,7 @@ def older_words(config: Mapping[str, Any]) -> dict[str, Any]:
 
 _ROPE_WORDS = {
     "gpt_neox": ("rotary_emb_base", "rotary_pct", ""),
+    "modernbert": ("global_rope_theta", "partial_rotary_factor", "local_rope_theta"),
     "": ("rope_theta", "partial_rotary_factor", "rope_local_base_freq"),
 }
 """Base of the frequencies, share of a head that is rotated, base where layers see a window only; by
