@@ -73,7 +73,7 @@ def save(
                 (temporary / CHAT_TEMPLATE).write_text(chat_template, encoding="utf-8")
         else:
             kind = about.get("template", {}).get("kind")
-            _save_model(base, temporary, chat_template, keeps_own=kind in (None, "chat"))
+            _save_model(base, temporary, chat_template, keeps_own=kind == "chat")
         (temporary / ABOUT).write_text(
             json.dumps(sealed(about, temporary), indent=2, ensure_ascii=False) + "\n",
             encoding="utf-8",
