@@ -158,13 +158,23 @@ def test_what_transformers_5_wrote_is_spelt_as_before_besides(
     assert sorted(ours.all_special_ids) == sorted(theirs.all_special_ids)
 
 
-def test_a_template_that_cannot_be_written_leaves_none(older: Path, tmp_path: Path) -> None:
+@pytest.mark.parametrize("several", [False, True])
+@pytest.mark.parametrize("kind", ["plain", "chat"])
+def test_a_template_that_cannot_be_written(
+    kind: str, several: bool, older: Path, tmp_path: Path
+) -> None:
+    """It leaves none; but the model's own one is what it was trained with, and is prompted by."""
+    if several:
+        names = {"default": CHAT_TEMPLATE, "tool_use": "{{ 'tools' }}"}
+        listed = [{"name": name, "template": template} for name, template in names.items()]
+        put(older / "tokenizer_config.json", chat_template=listed)
     source = resolve(ModelSection(name=str(older)))
     base = load_base(source, device=torch.device("cpu"), precision="fp32")
     trained = adapter.attach(base, AdapterSection(kind="full"), seed=0)
-    adapter_folder.save(base, trained, tmp_path / "whole", {}, None)
-    assert "chat_template" not in written(tmp_path / "whole" / "tokenizer_config.json")
-    assert AutoTokenizer.from_pretrained(tmp_path / "whole").chat_template is None
+    adapter_folder.save(base, trained, tmp_path / "whole", {"template": {"kind": kind}}, None)
+    own = CHAT_TEMPLATE if kind == "chat" else None
+    assert written(tmp_path / "whole" / "tokenizer_config.json").get("chat_template") == own
+    assert AutoTokenizer.from_pretrained(tmp_path / "whole").chat_template == own
 
 
 def test_two_matrices_though_the_base_says_one(older: Path, tmp_path: Path) -> None:

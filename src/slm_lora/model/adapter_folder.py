@@ -13,6 +13,7 @@ import torch
 from safetensors import SafetensorError
 from torch import nn
 
+from slm_lora.data.chat_templates import default_template
 from slm_lora.errors import IntegrityError, NumericError, UsageError
 from slm_lora.model.adapter import BEGINNING, detach, is_adapter
 from slm_lora.model.adapter_check import check_forward
@@ -119,9 +120,8 @@ def _save_model(base: Base, folder: Path, chat_template: str | None, keeps_own: 
     from slm_lora.model.load import load_tokenizer
 
     if chat_template is None and keeps_own:
-        own = load_tokenizer(base.source).chat_template
-        # Of several named ones none is what was trained with.
-        chat_template = own if isinstance(own, str) else None
+        # Others get other tokens with it, which was told; here it is what it is prompted by.
+        chat_template = default_template(load_tokenizer(base.source))
     for parameter in base.causal.parameters():
         parameter.data = parameter.data.to(base.dtype)
     save_model(base.causal, base.source.path, folder, chat_template)
