@@ -21,12 +21,12 @@ from contender import MAX_LENGTH, PREFIX, R, add_options
 from rich.console import Console
 from rich.table import Table
 
-from slm_lora import machine
+from slm_lora.config.schema import DataSection, ModelSection
 from slm_lora.data.sources import read_rows
 from slm_lora.data.splits import seeded_order
-from slm_lora.model.source import resolve
-from slm_lora.recipe.schema import DataSection, ModelSection
-from slm_lora.storage import atomic_path
+from slm_lora.model.resolve import resolve
+from slm_lora.runtime import hardware
+from slm_lora.runtime.storage import atomic_path
 
 HERE = Path(__file__).parent
 CONTENDERS = (
@@ -227,8 +227,8 @@ def main() -> None:
             "effective_batch_size": given.batch,
             "precision": given.precision,
         },
-        "machine": machine.describe(given.device),
-        "versions": machine.versions() | {"trl": version("trl")},
+        "machine": hardware.describe(given.device),
+        "versions": hardware.versions() | {"trl": version("trl")},
         "rounds": rounds,
     }
     given.out.parent.mkdir(parents=True, exist_ok=True)

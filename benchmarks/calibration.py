@@ -23,13 +23,13 @@ from typing import Any
 import numpy as np
 from rich.progress import track
 
-from slm_lora.experiment import statistics
-from slm_lora.experiment.losses import Floats, Paired, group_sums, loss_of_sums
-from slm_lora.experiment.power import needed_for_difference
-from slm_lora.experiment.statistics import Difference, difference, holm
-from slm_lora.experiment.table import read_lines
-from slm_lora.runs import list_runs
-from slm_lora.storage import atomic_write_text
+from slm_lora.runs.folder import list_runs
+from slm_lora.runs.scored_run import read_scored_runs
+from slm_lora.runtime.storage import atomic_write_text
+from slm_lora.stats import inference
+from slm_lora.stats.estimates import Floats, Paired, group_sums, loss_of_sums
+from slm_lora.stats.inference import Difference, difference, holm
+from slm_lora.stats.power import needed_for_difference
 
 MARGIN, SEEDS = 0.01, 3
 EFFECTS = (0.005, 0.01, 0.02)
@@ -92,7 +92,7 @@ class Plan:
 
 def read_world(results: Path) -> World:
     """From the runs of the calibration recipe."""
-    lines = read_lines(list_runs(results))
+    lines = read_scored_runs(list_runs(results))
     base = [line.scores for line in lines if line.is_base]
     nats, tokens = group_sums([line.scores for line in lines if not line.is_base], "all")
     change = group_sums(base, "all")[0][0] - nats.mean(0)
@@ -148,7 +148,7 @@ def main() -> None:
     arguments.add_argument("--cases", type=int, default=1000)
     arguments.add_argument("--resamples", type=int, default=1999)
     given = arguments.parse_args()
-    statistics.RESAMPLES = given.resamples
+    inference.RESAMPLES = given.resamples
     world, half = read_world(given.results), given.cases // 2
     same = list(judged(world, Plan(0.0), given.cases))
     covered = {0.0: share([within(d.low, d.high, 0.0) for d, _, _ in same])}

@@ -12,8 +12,8 @@ from typing import Any
 import torch
 from peft import LoraConfig
 
-from slm_lora import machine
 from slm_lora.model.base import DTYPES, PrecisionName
+from slm_lora.runtime import hardware
 
 PREFIX = "measured: "
 LEARNING_RATE, R, DROPOUT = 2e-4, 8, 0.05
@@ -77,7 +77,7 @@ def text(row: dict[str, str], eos: str) -> str:
 def tell(device: str, **figures: Any) -> None:
     """Print the figures, and the peak memory of this process or its GPU, for the one who started
     it."""
-    figures["peak_memory_bytes"] = machine.peak_memory_bytes(device)
+    figures["peak_memory_bytes"] = hardware.peak_memory_bytes(device)
     print(PREFIX + json.dumps(figures), flush=True)
 
 

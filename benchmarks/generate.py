@@ -17,21 +17,21 @@ from pathlib import Path
 import torch
 from transformers import TextIteratorStreamer
 
-from slm_lora import machine
+from slm_lora.adapters.multi import AdapterSet, open_variants
 from slm_lora.data.prompts import read_prompts
-from slm_lora.evaluation.generate import Reply, Sampling, prompt_ids
-from slm_lora.model.variants import Variants, open_variants
-from slm_lora.storage import atomic_write_text
+from slm_lora.evaluation.generation import Generation, Sampling, prompt_ids
+from slm_lora.runtime import hardware
+from slm_lora.runtime.storage import atomic_write_text
 
 TOKENS = 64
 Timing = tuple[float, float]
 """Seconds to the first text, and tokens a second over the whole reply."""
 
 
-def ours(variants: Variants, ids: list[int]) -> Timing:
-    """A `Reply`."""
+def ours(variants: AdapterSet, ids: list[int]) -> Timing:
+    """A `Generation`."""
     began = time.perf_counter()
-    reply = Reply(variants, variants.names[-1], ids, Sampling(TOKENS))
+    reply = Generation(variants, variants.names[-1], ids, Sampling(TOKENS))
     pieces = reply.pieces()
     next(pieces)
     first = time.perf_counter() - began
@@ -40,7 +40,7 @@ def ours(variants: Variants, ids: list[int]) -> Timing:
     return first, len(reply.ids) / (time.perf_counter() - began)
 
 
-def theirs(variants: Variants, ids: list[int]) -> Timing:
+def theirs(variants: AdapterSet, ids: list[int]) -> Timing:
     """`generate` with its streamer, which is how servers use it."""
     variants.use(variants.names[-1])
     streamer = TextIteratorStreamer(variants.tokenizer, skip_prompt=True)
@@ -101,8 +101,8 @@ def main() -> None:
         "precision": variants.base.precision,
         "replies": len(pairs),
         "most_tokens": TOKENS,
-        "machine": machine.describe(variants.base.device.type),
-        "versions": machine.versions(),
+        "machine": hardware.describe(variants.base.device.type),
+        "versions": hardware.versions(),
     }
     atomic_write_text(given.out, json.dumps(record, indent=2) + "\n")
     print(json.dumps(record, indent=2))

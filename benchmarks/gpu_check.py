@@ -21,19 +21,19 @@ import torch
 from rich.console import Console
 from transformers import AutoModelForCausalLM, AutoTokenizer, LlamaConfig
 
-from slm_lora import machine
+from slm_lora.adapters import attach
+from slm_lora.config.schema import AdapterSection, DataSection, ModelSection, TrainingSection
 from slm_lora.data.sources import read_rows
 from slm_lora.data.templates import choose_template
-from slm_lora.data.tokens import RowTokenizer
-from slm_lora.evaluation.perplexity import held_out_loss, score
-from slm_lora.model import adapter
+from slm_lora.data.tokenization import RowTokenizer
+from slm_lora.evaluation.scoring import held_out_loss, score
 from slm_lora.model.base import PrecisionName
-from slm_lora.model.load import choose_precision, load_base, load_tokenizer
-from slm_lora.model.source import ModelSource, resolve
-from slm_lora.recipe.schema import AdapterSection, DataSection, ModelSection, TrainingSection
+from slm_lora.model.loading import choose_precision, load_base, load_tokenizer
+from slm_lora.model.resolve import ModelSource, resolve
 from slm_lora.records import Example
-from slm_lora.runs import to_json
-from slm_lora.storage import atomic_write_text
+from slm_lora.runs.folder import to_json
+from slm_lora.runtime import hardware
+from slm_lora.runtime.storage import atomic_write_text
 from slm_lora.training.loop import TrainingResult, train
 
 EMBEDDED = "smollm2-135m-instruct-q4_1"
@@ -82,8 +82,8 @@ class Check:
         base = load_base(
             self.source, device=device, precision=precision, quantization=quantization, plain=plain
         )
-        machine.reset_peak_memory(device.type)
-        adapted = adapter.attach(base, AdapterSection(r=16, lora_dropout=0.05), seed=0)
+        hardware.reset_peak_memory(device.type)
+        adapted = attach.attach(base, AdapterSection(r=16, lora_dropout=0.05), seed=0)
         section = TrainingSection(
             num_train_epochs=1,
             effective_batch_size=16 if self.device.type == "cuda" else 4,
@@ -92,7 +92,7 @@ class Check:
             compile=compiled,
         )
         result = train(base, adapted, self.examples[:many], section, seed=0)
-        peak = machine.peak_memory_bytes(device.type)
+        peak = hardware.peak_memory_bytes(device.type)
         scores = score(base, self.examples[many : many + 16], "test", micro_batch_tokens)
         weights = {n: p.detach().cpu() for n, p in adapted.named_parameters() if p.requires_grad}
         return Trained(result, held_out_loss(scores, "all").loss, weights, peak)
@@ -201,8 +201,8 @@ def main() -> None:
         found: dict[str, Any] = {
             "complete": whole,
             "layers": layers,
-            "machine": machine.describe(name),
-            "versions": machine.versions(),
+            "machine": hardware.describe(name),
+            "versions": hardware.versions(),
         }
         if not whole:
             found["left_out"] = "no GPU: two layers, no fp16, and none of this is about one"

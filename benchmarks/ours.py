@@ -5,28 +5,29 @@ from __future__ import annotations
 
 import sys
 
-from slm_lora import machine
+from slm_lora.runtime import hardware
 
 # As the command does, before anything is imported that takes its time.
-machine.collect_garbage_rarely()
+hardware.collect_garbage_rarely()
 
 import torch
 from contender import DROPOUT, LEARNING_RATE, MAX_LENGTH, Clock, R, Work, work
 
-from slm_lora.data.sources import read_rows
-from slm_lora.data.templates import choose_template
-from slm_lora.data.tokens import RowTokenizer
-from slm_lora.model import adapter, fusion
-from slm_lora.model.base import Base
-from slm_lora.model.load import load_base, load_tokenizer
-from slm_lora.model.source import resolve
-from slm_lora.recipe.schema import (
+from slm_lora.adapters import attach
+from slm_lora.config.schema import (
     AdapterSection,
     DataSection,
     EvaluationSection,
     ModelSection,
     TrainingSection,
 )
+from slm_lora.data.sources import read_rows
+from slm_lora.data.templates import choose_template
+from slm_lora.data.tokenization import RowTokenizer
+from slm_lora.model.base import Base
+from slm_lora.model.loading import load_base, load_tokenizer
+from slm_lora.model.resolve import resolve
+from slm_lora.ops import compilation
 from slm_lora.records import Example
 from slm_lora.training.loop import train
 
@@ -57,7 +58,7 @@ def measure_training(trained: AdapterSection) -> None:
     given = work()
     clock = Clock(given.device)
     base, examples = base_and_examples(given)
-    adapted = adapter.attach(base, trained, seed=0)
+    adapted = attach.attach(base, trained, seed=0)
     section = TrainingSection(
         num_train_epochs=1,
         effective_batch_size=given.batch,
@@ -71,6 +72,6 @@ def measure_training(trained: AdapterSection) -> None:
         base, adapted, examples, section, seed=0, on_step=lambda step: clock.step(wait=False)
     )
     if not base.packed or not result.compiled:
-        sys.exit(f"the fast path did not run: {base.why_plain or fusion.failure()}")
+        sys.exit(f"the fast path did not run: {base.fallback_reason or compilation.failure()}")
     # The first step runs plain, the second compiles.
     clock.tell_training([step.tokens for step in result.history], warm_up=2)

@@ -16,7 +16,7 @@ import tempfile
 from pathlib import Path
 from typing import Any
 
-from slm_lora import machine
+from slm_lora.runtime import hardware
 
 RECIPE = Path(__file__).parent.parent / "recipes" / "quickstart.yaml"
 ALWAYS = (
@@ -69,14 +69,16 @@ FITTED: dict[str, tuple[str, ...]] = {
 
 def planned(overrides: list[str]) -> dict[str, float]:
     """In this process; the cell's figures."""
-    from slm_lora.experiment.jobs import make_jobs
-    from slm_lora.experiment.places import Places
-    from slm_lora.experiment.plan import plan
-    from slm_lora.recipe.reading import load_recipe
+    from slm_lora.config.load import load_recipe
+    from slm_lora.experiment.job import make_jobs
+    from slm_lora.experiment.paths import ExperimentPaths
+    from slm_lora.planning.plan import plan
 
     recipe, cells = load_recipe(RECIPE, overrides)
     nowhere = Path(tempfile.mkdtemp())
-    cell = plan(make_jobs(cells, "nowhere"), Places(recipe.name, nowhere, nowhere)).cells[-1]
+    cell = plan(make_jobs(cells, "nowhere"), ExperimentPaths(recipe.name, nowhere, nowhere)).cells[
+        -1
+    ]
     return {
         "seconds": cell.seconds,
         "training_s": cell.training_seconds,
@@ -108,8 +110,8 @@ def other_architecture(folder: Path) -> Path:
     import torch
     from transformers import AutoTokenizer, Qwen2Config, Qwen2ForCausalLM
 
-    from slm_lora.model.source import resolve
-    from slm_lora.recipe.schema import ModelSection
+    from slm_lora.config.schema import ModelSection
+    from slm_lora.model.resolve import resolve
 
     tokenizer = AutoTokenizer.from_pretrained(resolve(ModelSection()).path)
     config = Qwen2Config(
@@ -160,7 +162,7 @@ def main() -> None:
             }
             print(line(name, found[name]), flush=True)
     args.out.parent.mkdir(parents=True, exist_ok=True)
-    record = {"machine": machine.describe("cpu"), "versions": machine.versions(), "runs": found}
+    record = {"machine": hardware.describe("cpu"), "versions": hardware.versions(), "runs": found}
     args.out.write_text(json.dumps(record, indent=2) + "\n", encoding="utf-8")
 
 

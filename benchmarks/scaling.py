@@ -26,10 +26,10 @@ import numpy as np
 from rich.console import Console
 from rich.table import Table
 
-from slm_lora import machine, processes
-from slm_lora.experiment.jobs import make_jobs
-from slm_lora.recipe.reading import load_recipe
-from slm_lora.storage import atomic_write_text
+from slm_lora.config.load import load_recipe
+from slm_lora.experiment.job import make_jobs
+from slm_lora.runtime import distributed, hardware
+from slm_lora.runtime.storage import atomic_write_text
 from slm_lora.training.loop import _steps
 
 RECIPE = Path("recipes/quickstart.yaml")
@@ -82,7 +82,7 @@ def simulated_steps(
     crowd = max(1.0, ranks / cores)
     seconds = 0.0
     for lengths in steps:
-        most = max(map(sum, processes.shares(lengths, lambda length: length, ranks)))
+        most = max(map(sum, distributed.partition(lengths, lambda length: length, ranks)))
         seconds += constants.step + crowd * constants.token * most + constants.all_reduce(ranks)
     return seconds
 
@@ -151,7 +151,7 @@ def measured_all_reduce(parameters: int, folder: Path) -> tuple[float, float]:
             [sys.executable, "-c", ALL_REDUCE, "1", str(parameters)],
             env={
                 **os.environ, "RANK": f"{rank}", "WORLD_SIZE": "2", "GLOO_SOCKET_IFNAME": "lo",
-                processes.STORE: str(folder / "store"),
+                distributed.STORE: str(folder / "store"),
             },
             stdout=subprocess.PIPE,
             text=True,
@@ -244,8 +244,8 @@ def main() -> None:
         "check": check,
         "one_run": run_table,
         "grid": {"cells": CELLS, "dispatch_seconds": dispatch, "table": grid_table},
-        "machine": machine.describe("cpu"),
-        "versions": machine.versions(),
+        "machine": hardware.describe("cpu"),
+        "versions": hardware.versions(),
     }
     given.out.parent.mkdir(parents=True, exist_ok=True)
     atomic_write_text(given.out, json.dumps(record, indent=2) + "\n")

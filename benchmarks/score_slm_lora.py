@@ -8,9 +8,9 @@ import time
 from contender import tell, work
 from ours import base_and_examples, micro_batch_tokens
 
-from slm_lora.evaluation.perplexity import held_out_loss, score
-from slm_lora.model import fusion
-from slm_lora.recipe.schema import EvaluationSection
+from slm_lora.config.schema import EvaluationSection
+from slm_lora.evaluation.scoring import held_out_loss, score
+from slm_lora.ops import compilation
 
 WARM_UP_ROWS = 40
 
@@ -23,8 +23,8 @@ def main() -> None:
     began = time.time()
     scores = score(base, examples, "test", budget, compiled=True)
     seconds = time.time() - began
-    if not base.packed or fusion.failure():
-        sys.exit(f"the fast path did not run: {base.why_plain or fusion.failure()}")
+    if not base.packed or compilation.failure():
+        sys.exit(f"the fast path did not run: {base.fallback_reason or compilation.failure()}")
     tell(
         given.device,
         tokens=sum(example.length for example in examples),

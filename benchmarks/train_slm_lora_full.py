@@ -4,6 +4,6 @@ from __future__ import annotations
 
 from ours import measure_training
 
-from slm_lora.recipe.schema import AdapterSection
+from slm_lora.config.schema import AdapterSection
 
 measure_training(AdapterSection(kind="full"))

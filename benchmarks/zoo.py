@@ -399,12 +399,12 @@ def same_reply(model: Path, adapter: Path, tokenizer: Any, adapted: Any) -> bool
     """A greedy reply of ours, token by token against PEFT's own logits of the whole text."""
     import torch
 
-    from slm_lora.evaluation.generate import Reply, Sampling
-    from slm_lora.model.variants import open_variants
+    from slm_lora.adapters.multi import open_variants
+    from slm_lora.evaluation.generation import Generation, Sampling
 
     ids = list(tokenizer(texts()[0])["input_ids"])
     variants = open_variants(str(model), [adapter], device="cpu", precision="fp32")
-    reply = Reply(variants, variants.names[-1], ids, Sampling(10))
+    reply = Generation(variants, variants.names[-1], ids, Sampling(10))
     list(reply.pieces())
     for token in reply.ids:
         with torch.no_grad():
@@ -456,9 +456,9 @@ PACKED = "packed"
 
 def page(outcomes: list[Outcome], in_process: bool) -> str:
     """docs/models.md."""
-    from slm_lora import machine
+    from slm_lora.runtime import hardware
 
-    versions = machine.versions()
+    versions = hardware.versions()
     counts = {how: sum(o.how == how for o in outcomes) for how in (PACKED, "padded", "refused")}
     largest = max(
         max(o.base_difference, o.adapter_difference) for o in outcomes if o.how != "refused"
@@ -481,7 +481,7 @@ def page(outcomes: list[Outcome], in_process: bool) -> str:
         f"{counts['refused']} refused. Largest difference {largest:.1e} nats a token (allowed:",
         f"{BOUND:.0e}). Run with torch {versions['torch']},",
         f"transformers {versions['transformers']} and PEFT {versions['peft']} on a CPU",
-        f"({machine.processor()}){', all in one process (`--in-process`)' * in_process}.",
+        f"({hardware.processor()}){', all in one process (`--in-process`)' * in_process}.",
         "",
         "*Packed*: documents are laid end to end without padding, each sees itself only.",
         "*Padded*: the model's own attention on padded batches, because it has a sliding window, a",

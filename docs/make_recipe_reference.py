@@ -10,7 +10,7 @@ from typing import Any, Literal, get_args, get_origin
 from pydantic import BaseModel
 from pydantic_core import PydanticUndefined
 
-from slm_lora.recipe.schema import Recipe
+from slm_lora.config.schema import Recipe
 
 TARGET = Path(__file__).parent / "recipe.md"
 HEAD = """# Recipe reference

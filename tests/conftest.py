@@ -13,10 +13,10 @@ import torch
 from tokenizers import Tokenizer, decoders, models, pre_tokenizers, trainers
 from transformers import PreTrainedTokenizerFast
 
+from slm_lora.config.schema import ModelSection
 from slm_lora.model.base import Base
-from slm_lora.model.load import load_base
-from slm_lora.model.source import ModelSource, resolve
-from slm_lora.recipe.schema import ModelSection
+from slm_lora.model.loading import load_base
+from slm_lora.model.resolve import ModelSource, resolve
 
 CHAT_TEMPLATE = (
     "{% for message in messages %}"

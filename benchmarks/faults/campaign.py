@@ -28,8 +28,8 @@ import rows
 import spoilt_numbers
 from lab import Lab, count_operations, make_lab, outcome, run
 
-from slm_lora import machine
-from slm_lora.storage import atomic_write_text
+from slm_lora.runtime import hardware
+from slm_lora.runtime.storage import atomic_write_text
 
 Verdicts = list[dict[str, Any]]
 _WORKERS = 2
@@ -151,8 +151,8 @@ def main() -> None:
     record = {
         **found,
         "command": "make faults",
-        "machine": machine.describe("cpu"),
-        "versions": machine.versions(),
+        "machine": hardware.describe("cpu"),
+        "versions": hardware.versions(),
     }
     text = json.dumps(record, indent=2) + "\n"
     if given.every:

@@ -15,10 +15,11 @@ from typing import Any
 
 from lab import NAME, Lab, at_call, clean, die, finish, log_of, outcome, run
 
+from slm_lora.adapters import attach
+from slm_lora.adapters import io as adapter_io
 from slm_lora.errors import IntegrityError
-from slm_lora.model import adapter, adapter_folder
-from slm_lora.model.load import load_base
-from slm_lora.training.step import Updater
+from slm_lora.model.loading import load_base
+from slm_lora.training.step import StepRunner
 
 Damage = tuple[str, str, int]
 """File, what is done to it, and how far in: tenths, or the number of the flip."""
@@ -53,7 +54,7 @@ def inflict(folder: Path, damage: Damage) -> None:
 def interrupted(lab: Lab) -> Path:
     """A case that was killed in its fourth step: two checkpoints are there."""
     folder = lab.folder / "interrupted"
-    run(lab, folder, at_call(Updater, "step", 4, die))
+    run(lab, folder, at_call(StepRunner, "step", 4, die))
     return folder
 
 
@@ -105,8 +106,8 @@ def _damaged_adapter(lab: Lab, base: Any, folder: Path, damage: Damage) -> dict[
     inflict(copy, damage)
     detected, how = False, "loaded"
     try:
-        adapter.detach(adapter_folder.load(base, copy))
-        if not adapter_folder.is_sealed(copy):
+        attach.detach(adapter_io.load(base, copy))
+        if not adapter_io.is_sealed(copy):
             detected, how = True, "loaded with a warning: nothing says its hashes"
     except IntegrityError as error:
         detected, how = True, str(error).replace(str(copy), "…")

@@ -18,7 +18,7 @@ from lab import Hook, Lab, at_call, clean, die, log_of, outcome, run
 
 from slm_lora.errors import IntegrityError
 from slm_lora.training.checkpoint import read_manifest
-from slm_lora.training.step import Updater
+from slm_lora.training.step import StepRunner
 
 DISK = 8 * 2**20
 LEVELS_BEFORE, LEVELS_WITHIN = 10, 10
@@ -52,7 +52,7 @@ def verdict(lab: Lab, case: tuple[str, int], wanted: Any, mounting: bool) -> dic
         _mount(folder, "-t", "tmpfs", "-o", f"size={DISK}", "tmpfs")
     try:
         # What a killed sitting left: two checkpoints, of which the newest must stay as it is.
-        run(lab, folder, at_call(Updater, "step", 4, die))
+        run(lab, folder, at_call(StepRunner, "step", 4, die))
         before = [each.name for each in newest(folder)]
         filler = folder / "filler"
         code, steps = _on_a_bad_disk(lab, folder, kind, level, filler, mounting)
@@ -87,14 +87,14 @@ def _on_a_bad_disk(
     steps.write_bytes(b"")
 
     def counted() -> None:
-        function = Updater.step
+        function = StepRunner.step
 
         def step(*arguments: Any) -> Any:
             with steps.open("ab") as file:
                 file.write(b".")
             return function(*arguments)
 
-        Updater.step = step  # type: ignore[method-assign]
+        StepRunner.step = step  # type: ignore[method-assign]
 
     def hooked(*more: Hook) -> int:
         return run(lab, folder, lambda: [each() for each in (counted, *more)] and None)
@@ -109,7 +109,7 @@ def _on_a_bad_disk(
         # Nine pages are enough for all that is left to write; without any, once earlier, once
         # later.
         room, when = 4096 * max(0, level - 1), 2 if level == 0 else 1
-        code = hooked(at_call(Updater, "step", when, lambda: _fill(filler, room, mounting)))
+        code = hooked(at_call(StepRunner, "step", when, lambda: _fill(filler, room, mounting)))
     return code, len(steps.read_bytes())
 
 

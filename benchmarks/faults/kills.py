@@ -29,7 +29,7 @@ from lab import (
 )
 
 from slm_lora.errors import STOPPED_RESUMABLE
-from slm_lora.evaluation import perplexity
+from slm_lora.evaluation import scoring
 from slm_lora.training import step
 
 Case = tuple[str, int]
@@ -81,14 +81,14 @@ def verdict(lab: Lab, case: Case, wanted: Any, operations: int, seconds: float) 
     begun = {
         "random": lambda: _kill_after(lab, folder, draw.uniform(0, seconds)),
         "operation": lambda: run(lab, folder, at_operation(folder, number, die)),
-        "scoring": lambda: run(lab, folder, at_call(perplexity, "score_documents", number, die)),
+        "scoring": lambda: run(lab, folder, at_call(scoring, "score_documents", number, die)),
         "twice": lambda: _kill_twice(lab, folder, draw, operations),
         "command": lambda: _command(lab, folder, number, KILLED),
         "step": lambda: run(
             lab, folder, at_call(step, "batch_nll", 1 + number * 3 // 2, be_asked_to_stop)
         ),
         "validation or scoring": lambda: run(
-            lab, folder, at_call(perplexity, "score_documents", number * 5, be_asked_to_stop)
+            lab, folder, at_call(scoring, "score_documents", number * 5, be_asked_to_stop)
         ),
         "save": lambda: run(
             lab,

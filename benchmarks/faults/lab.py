@@ -28,11 +28,11 @@ from tokenizers import Tokenizer, decoders, models, pre_tokenizers
 from transformers import LlamaConfig, LlamaForCausalLM, PreTrainedTokenizerFast
 
 from slm_lora.cli import _guarded
-from slm_lora.experiment.jobs import Job, make_jobs
-from slm_lora.experiment.places import Places
+from slm_lora.config.load import load_recipe
+from slm_lora.experiment.job import Job, make_jobs
+from slm_lora.experiment.paths import ExperimentPaths
 from slm_lora.experiment.runner import run_jobs
-from slm_lora.progress import Reporter
-from slm_lora.recipe.reading import load_recipe
+from slm_lora.runtime.progress import Reporter
 
 NAME = "faults"
 RECIPE = """
@@ -102,9 +102,11 @@ class Lab:
     folder: Path
     jobs: list[Job]
 
-    def places(self, case: Path) -> Places:
+    def places(self, case: Path) -> ExperimentPaths:
         """Where a case writes."""
-        return Places(NAME, case / "results" / NAME, case / "adapter", checkpoint_seconds=0)
+        return ExperimentPaths(
+            NAME, case / "results" / NAME, case / "adapter", checkpoint_seconds=0
+        )
 
 
 def make_lab(folder: Path) -> Lab:

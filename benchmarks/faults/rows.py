@@ -11,8 +11,8 @@ from typing import Any
 import pyarrow as pa
 import pyarrow.parquet as pq
 
+from slm_lora.config.schema import DataSection
 from slm_lora.data.sources import BadRow, MalformedRowsError, read_rows
-from slm_lora.recipe.schema import DataSection
 
 GOOD = {"instruction": "Count.", "response": "One."}
 

@@ -13,7 +13,7 @@ import torch
 from lab import Hook, Lab, clean, log_of, run
 from safetensors.torch import load_file
 
-from slm_lora.evaluation import perplexity
+from slm_lora.evaluation import scoring
 from slm_lora.training import step
 
 SECOND_STEP = re.compile(r"step 2 of 5: .*; rows [0-9a-f]{8}, ")
@@ -25,10 +25,10 @@ def _spoil_loss(value: float) -> Hook:
 
 
 def _spoil_gradient() -> None:
-    function = step.Updater._backward
+    function = step.StepRunner._backward
     done = 0
 
-    def backward(self: step.Updater, *arguments: Any) -> float:
+    def backward(self: step.StepRunner, *arguments: Any) -> float:
         nonlocal done
         done += 1
         loss = function(self, *arguments)
@@ -38,7 +38,7 @@ def _spoil_gradient() -> None:
             gradient[0, 0] = math.nan
         return loss
 
-    step.Updater._backward = backward  # type: ignore[method-assign]
+    step.StepRunner._backward = backward  # type: ignore[method-assign]
 
 
 def _spoil_weights() -> None:
@@ -62,7 +62,7 @@ def _spoil_scores(call: int) -> Hook:
         found.nll_all[0] = math.nan
         return found
 
-    return lambda: _spoil(perplexity, "score_documents", call, spoiled)
+    return lambda: _spoil(scoring, "score_documents", call, spoiled)
 
 
 def _spoil(module: Any, name: str, call: int, change: Callable[[Any], Any]) -> None:

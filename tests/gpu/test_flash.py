@@ -8,10 +8,11 @@ from collections.abc import Callable
 import pytest
 import torch
 
-from slm_lora.model import adapter, attention, flash, products
+from slm_lora.adapters import attach
+from slm_lora.config.schema import AdapterSection, TrainingSection
 from slm_lora.model.base import Base
-from slm_lora.model.load import load_base
-from slm_lora.recipe.schema import AdapterSection, TrainingSection
+from slm_lora.model.loading import load_base
+from slm_lora.ops import attention, attention_bmm, attention_flash
 from slm_lora.training.loop import train
 
 from ..integration.test_forward import make_examples
@@ -23,9 +24,9 @@ pytestmark = pytest.mark.skipif(not torch.cuda.is_available(), reason="no CUDA G
 @pytest.mark.parametrize("width", [64, 80, 128])
 def test_it_is_proven_for_usual_heads(dtype: torch.dtype, width: int) -> None:
     q = torch.zeros(1, 1, width, dtype=dtype, device="cuda")
-    assert flash.usable(q), flash.failure()
-    assert attention._way(q) is flash
-    assert attention._way(q.float()) is products
+    assert attention_flash.usable(q), attention_flash.failure()
+    assert attention.choose_backend(q) is attention_flash
+    assert attention.choose_backend(q.float()) is attention_bmm
 
 
 def test_losses_are_those_of_the_cpu(load_tiny: Callable[..., Base]) -> None:
@@ -35,7 +36,7 @@ def test_losses_are_those_of_the_cpu(load_tiny: Callable[..., Base]) -> None:
     for device in ("cpu", "cuda"):
         source = load_tiny().source
         base = load_base(source, device=torch.device(device), precision="bf16")
-        adapted = adapter.attach(base, AdapterSection(r=4, lora_dropout=0.0), 3)
+        adapted = attach.attach(base, AdapterSection(r=4, lora_dropout=0.0), 3)
         losses.append([s.loss for s in train(base, adapted, examples, section, 0).history])
     for one, other in zip(*losses, strict=True):
         assert math.isclose(one, other, rel_tol=1e-2)

@@ -10,13 +10,14 @@ from typing import Any
 
 import torch
 
+from slm_lora.adapters import attach
+from slm_lora.adapters import io as adapter_io
+from slm_lora.config.schema import AdapterSection
 from slm_lora.data.templates import Template
-from slm_lora.data.tokens import RowTokenizer
-from slm_lora.model import adapter, adapter_folder
-from slm_lora.model.load import load_base, load_tokenizer
-from slm_lora.model.source import ModelSource
-from slm_lora.recipe.schema import AdapterSection
-from slm_lora.seals import FILES, SEAL, sealed
+from slm_lora.data.tokenization import RowTokenizer
+from slm_lora.model.loading import load_base, load_tokenizer
+from slm_lora.model.resolve import ModelSource
+from slm_lora.runtime.checksums import FILES, SEAL, sealed
 
 TARGETS = ("q_proj", "k_proj", "v_proj", "o_proj", "gate_proj", "down_proj")
 
@@ -34,7 +35,7 @@ def make_adapter(
     """An adapter as training saves it, its B drawn at random instead of trained."""
     base = load_base(source, device=torch.device("cpu"), precision="fp32", plain=True)
     section = AdapterSection(kind=kind, r=r, target_modules=TARGETS)  # type: ignore[arg-type]
-    adapted = adapter.attach(base, section, seed=1)
+    adapted = attach.attach(base, section, seed=1)
     generator = torch.Generator().manual_seed(seed)
     for name, parameter in adapted.named_parameters():
         if "lora_B" in name:
@@ -57,7 +58,7 @@ def make_adapter(
         "versions": {},
     }
     chat_template = RowTokenizer(load_tokenizer(source), chosen).chat_template
-    adapter_folder.save(base, adapted, folder, about, chat_template)
+    adapter_io.save(base, adapted, folder, about, chat_template)
     return folder
 
 
@@ -65,7 +66,7 @@ def change_about(
     folder: Path, change: Callable[[dict[str, Any]], None] = lambda about: None
 ) -> None:
     """Change what a folder says of itself, sealed as if it had been written that way."""
-    path = folder / adapter_folder.ABOUT
+    path = folder / adapter_io.ABOUT
     about = json.loads(path.read_text())
     for key in (FILES, SEAL):
         del about[key]

@@ -11,13 +11,13 @@ from pathlib import Path
 import torch
 from safetensors.torch import save_file
 
-from slm_lora import processes
-from slm_lora.evaluation.perplexity import score
-from slm_lora.model import adapter
-from slm_lora.model.load import load_base
-from slm_lora.model.source import resolve
-from slm_lora.recipe.schema import AdapterSection, ModelSection
-from slm_lora.training.step import Updater
+from slm_lora.adapters import attach
+from slm_lora.config.schema import AdapterSection, ModelSection
+from slm_lora.evaluation.scoring import score
+from slm_lora.model.loading import load_base
+from slm_lora.model.resolve import resolve
+from slm_lora.runtime import distributed
+from slm_lora.training.step import StepRunner
 
 from .test_forward import make_examples
 
@@ -28,16 +28,18 @@ LENGTHS = [90, 7, 33, 52, 18, 64, 5, 41, 77, 12, 29]
 def main() -> None:
     folder, precision, out = sys.argv[1:]
     torch.set_num_threads(1)
-    with processes.joined():
+    with distributed.process_group():
         source = resolve(ModelSection(name=folder))
-        sharded = precision == "sharded" and not processes.alone()
+        sharded = precision == "sharded" and not distributed.is_single()
         base = load_base(source, device=torch.device("cpu"), precision="fp32", sharded=sharded)
         if sharded:
             layer = base.causal.base_model.layers[0]
             local = layer.self_attn.q_proj.weight.to_local()
-            assert local.numel() == layer.self_attn.q_proj.weight.numel() // processes.size()
+            assert (
+                local.numel() == layer.self_attn.q_proj.weight.numel() // distributed.world_size()
+            )
         scores = score(base, make_examples(LENGTHS), "test", 100)
-        adapted = adapter.attach(base, AdapterSection(r=4, lora_dropout=0.1), 3)
+        adapted = attach.attach(base, AdapterSection(r=4, lora_dropout=0.1), 3)
         adapted.train()
         generator = torch.Generator().manual_seed(1)
         for name, parameter in adapted.named_parameters():
@@ -47,7 +49,9 @@ def main() -> None:
             adapted.double()
         parameters = [p for p in adapted.parameters() if p.requires_grad]
         scaler = torch.amp.GradScaler("cpu", enabled=False)
-        updater = Updater(base, parameters, torch.optim.SGD(parameters, lr=0.0), scaler, "all", 1e9)
+        updater = StepRunner(
+            base, parameters, torch.optim.SGD(parameters, lr=0.0), scaler, "all", 1e9
+        )
         few = make_examples(LENGTHS)
         found = {}
         for rows in (11, 1):  # with one row, some processes have none
@@ -58,9 +62,9 @@ def main() -> None:
             found[f"gradient-{rows}"] = torch.cat(gradients)
         # All have the same bits.
         digest = float(found["gradient-11"].abs().sum())
-        assert len(set(processes.gather(digest))) == 1
+        assert len(set(distributed.all_gather(digest))) == 1
         found["nll"] = torch.tensor([each.nll_all for each in scores], dtype=torch.float64)
-        if processes.is_first():
+        if distributed.is_main():
             save_file(found, Path(out))
 
 

@@ -14,13 +14,14 @@ import pytest
 import torch
 from transformers import LlamaConfig, LlamaForCausalLM
 
+from slm_lora.adapters import attach
+from slm_lora.adapters import io as adapter_io
+from slm_lora.config.schema import AdapterSection, ModelSection
 from slm_lora.errors import IntegrityError, NumericError, SlmLoraError, UsageError
-from slm_lora.model import adapter, adapter_folder
 from slm_lora.model.base import Base
-from slm_lora.model.load import load_base, load_tokenizer
-from slm_lora.model.source import resolve
-from slm_lora.recipe.schema import AdapterSection, ModelSection
-from slm_lora.seals import FILES, SEAL
+from slm_lora.model.loading import load_base, load_tokenizer
+from slm_lora.model.resolve import resolve
+from slm_lora.runtime.checksums import FILES, SEAL
 
 from ..conftest import tiny_tokenizer
 
@@ -29,20 +30,20 @@ LoadTiny = Callable[..., Base]
 
 def saved(base: Base, folder: Path, section: AdapterSection | None = None) -> Path:
     """An adapter of the base, with a B that is not zero."""
-    adapted = adapter.attach(base, section or AdapterSection(r=2), 0)
+    adapted = attach.attach(base, section or AdapterSection(r=2), 0)
     torch.manual_seed(3)
     for name, parameter in adapted.named_parameters():
         if "lora_B" in name:
             parameter.data.normal_()
     about = {"base": {"name": base.source.name, "sha256": base.source.sha256}}
-    adapter_folder.save(base, adapted, folder, about, "{{ messages }}")
-    adapter.detach(adapted)
+    adapter_io.save(base, adapted, folder, about, "{{ messages }}")
+    attach.detach(adapted)
     return folder
 
 
 def refusal(base: Base, folder: Path) -> str:
     with pytest.raises(IntegrityError) as caught:
-        adapter_folder.load(base, folder)
+        adapter_io.load(base, folder)
     assert "\n" not in str(caught.value)
     return str(caught.value)
 
@@ -50,15 +51,15 @@ def refusal(base: Base, folder: Path) -> str:
 def test_every_file_is_sealed(load_tiny: LoadTiny, tmp_path: Path) -> None:
     base = load_tiny()
     folder = saved(base, tmp_path / "a")
-    about = json.loads((folder / adapter_folder.ABOUT).read_text())
-    assert set(about[FILES]) == {p.name for p in folder.iterdir()} - {adapter_folder.ABOUT}
-    assert adapter_folder.is_sealed(folder)
-    adapter.detach(adapter_folder.load(base, folder))
+    about = json.loads((folder / adapter_io.ABOUT).read_text())
+    assert set(about[FILES]) == {p.name for p in folder.iterdir()} - {adapter_io.ABOUT}
+    assert adapter_io.is_sealed(folder)
+    attach.detach(adapter_io.load(base, folder))
 
 
 @pytest.mark.parametrize(
     "name",
-    [adapter_folder.WEIGHTS, "adapter_config.json", "chat_template.jinja", adapter_folder.ABOUT],
+    [adapter_io.WEIGHTS, "adapter_config.json", "chat_template.jinja", adapter_io.ABOUT],
 )
 def test_a_file_that_is_cut_flipped_or_gone(load_tiny: LoadTiny, tmp_path: Path, name: str) -> None:
     base = load_tiny()
@@ -74,12 +75,12 @@ def test_a_file_that_is_cut_flipped_or_gone(load_tiny: LoadTiny, tmp_path: Path,
         path.write_bytes(flipped)
         refusal(base, folder)
     path.unlink()
-    if name == adapter_folder.ABOUT:  # as others' adapters: the command warns
-        assert not adapter_folder.is_sealed(folder)
+    if name == adapter_io.ABOUT:  # as others' adapters: the command warns
+        assert not adapter_io.is_sealed(folder)
     else:
         assert "missing" in refusal(base, folder)
     path.write_bytes(whole)
-    adapter.detach(adapter_folder.load(base, folder))
+    attach.detach(adapter_io.load(base, folder))
 
 
 def other_base(folder: Path, seed: int = 7, **shape: int) -> Base:
@@ -110,12 +111,12 @@ def test_another_base(
 ) -> None:
     folder = saved(load_tiny(), tmp_path / "a")
     if not ours:
-        (folder / adapter_folder.ABOUT).unlink()
+        (folder / adapter_io.ABOUT).unlink()
     base = other_base(tmp_path / "other", **shape)
     before = [name for name, _ in base.causal.named_parameters()]
     if not ours and not misfits:
         # Nothing tells the weights apart: the command warns that they were not compared.
-        adapter.detach(adapter_folder.load(base, folder))
+        attach.detach(adapter_io.load(base, folder))
         return
     said = refusal(base, folder)
     assert ("was trained on tiny-llama with weights" in said) == ours
@@ -132,11 +133,11 @@ def test_another_base(
 
 def test_weights_that_are_not_finite_are_not_saved(load_tiny: LoadTiny, tmp_path: Path) -> None:
     base = load_tiny()
-    adapted = adapter.attach(base, AdapterSection(r=2), 0)
-    list(adapter.trainable_state(adapted))
+    adapted = attach.attach(base, AdapterSection(r=2), 0)
+    list(attach.trainable_state(adapted))
     next(p for n, p in adapted.named_parameters() if "lora_B" in n).data[0, 0] = float("inf")
     with pytest.raises(NumericError, match=r"lora_B.* is not finite, so nothing was saved"):
-        adapter_folder.save(base, adapted, tmp_path / "a", {}, None)
+        adapter_io.save(base, adapted, tmp_path / "a", {}, None)
     assert not list(tmp_path.iterdir())
 
 
@@ -161,13 +162,13 @@ def canary(tmp_path: Path) -> Path:
 def test_pickled_adapters_are_not_opened(load_tiny: LoadTiny, tmp_path: Path, canary: Path) -> None:
     base = load_tiny()
     folder = saved(base, tmp_path / "a")
-    (folder / adapter_folder.ABOUT).unlink()
+    (folder / adapter_io.ABOUT).unlink()
     (folder / "adapter_model.bin").write_bytes(pickle.dumps(Canary(canary)))
-    adapter.detach(adapter_folder.load(base, folder))
-    (folder / adapter_folder.WEIGHTS).unlink()
+    attach.detach(adapter_io.load(base, folder))
+    (folder / adapter_io.WEIGHTS).unlink()
     with pytest.raises(UsageError, match=r"pickled weights .* are not loaded"):
-        adapter_folder.load(base, folder)
-    shutil.copy(folder / "adapter_model.bin", folder / adapter_folder.WEIGHTS)
+        adapter_io.load(base, folder)
+    shutil.copy(folder / "adapter_model.bin", folder / adapter_io.WEIGHTS)
     refusal(base, folder)
     assert not canary.exists()
 
@@ -221,12 +222,12 @@ def test_shards_outside_of_the_model_are_refused(
 
 
 def reseal(folder: Path, files: dict[str, str]) -> None:
-    from slm_lora.runs import content_hash
+    from slm_lora.runtime.checksums import content_hash
 
-    about = json.loads((folder / adapter_folder.ABOUT).read_text())
+    about = json.loads((folder / adapter_io.ABOUT).read_text())
     about[FILES] = files
     del about[SEAL]
-    (folder / adapter_folder.ABOUT).write_text(json.dumps({**about, SEAL: content_hash(about)}))
+    (folder / adapter_io.ABOUT).write_text(json.dumps({**about, SEAL: content_hash(about)}))
 
 
 @pytest.mark.parametrize("name", ["../secret", "/etc/hostname", "a/../../secret", "C:\\x", ""])
@@ -243,10 +244,10 @@ def test_names_that_lead_elsewhere_are_refused(
 def test_links_out_of_the_folder_are_refused(load_tiny: LoadTiny, tmp_path: Path) -> None:
     base = load_tiny()
     folder = saved(base, tmp_path / "a")
-    (folder / adapter_folder.WEIGHTS).rename(tmp_path / "elsewhere")
-    (folder / adapter_folder.WEIGHTS).symlink_to(tmp_path / "elsewhere")
+    (folder / adapter_io.WEIGHTS).rename(tmp_path / "elsewhere")
+    (folder / adapter_io.WEIGHTS).symlink_to(tmp_path / "elsewhere")
     assert "a link out of its folder" in refusal(base, folder)
-    (folder / adapter_folder.ABOUT).unlink()
+    (folder / adapter_io.ABOUT).unlink()
     assert "a link out of its folder" in refusal(base, folder)
 
 
@@ -258,7 +259,7 @@ def test_the_hubs_cache_keeps_files_behind_links(load_tiny: LoadTiny, tmp_path: 
     for path in list(folder.iterdir()):
         path.rename(blobs / path.name)
         path.symlink_to(Path("../../blobs") / path.name)
-    adapter.detach(adapter_folder.load(base, folder))
+    attach.detach(adapter_io.load(base, folder))
 
 
 @pytest.mark.parametrize(
@@ -277,11 +278,11 @@ def test_configurations_that_ask_for_something_else(
 ) -> None:  # fmt: skip
     base = load_tiny()
     folder = saved(base, tmp_path / "a")
-    (folder / adapter_folder.ABOUT).unlink()
+    (folder / adapter_io.ABOUT).unlink()
     (tmp_path / "evil.py").write_text(f"import os; os.mkdir({str(canary)!r})\n")
     monkeypatch.syspath_prepend(str(tmp_path))
     config = json.loads((folder / "adapter_config.json").read_text())
     (folder / "adapter_config.json").write_text(json.dumps(config | change))
     with pytest.raises(error):
-        adapter_folder.load(base, folder)
+        adapter_io.load(base, folder)
     assert not canary.exists()

@@ -13,14 +13,14 @@ from typing import Any
 import pytest
 import torch
 
-from slm_lora import machine
+from slm_lora.adapters import attach
+from slm_lora.adapters.attach import trainable_state
+from slm_lora.config.schema import AdapterSection, TrainingSection
 from slm_lora.errors import IntegrityError, NumericError, StorageError
-from slm_lora.model import adapter
-from slm_lora.model.adapter import trainable_state
 from slm_lora.model.base import Base
-from slm_lora.recipe.schema import AdapterSection, TrainingSection
 from slm_lora.records import Step
-from slm_lora.stopping import Stop, StopRequested
+from slm_lora.runtime import hardware
+from slm_lora.runtime.signals import Stop, StopRequested
 from slm_lora.training import checkpoint
 from slm_lora.training.checkpoint import Checkpointer, generations, read_manifest
 from slm_lora.training.loop import TrainingResult, train
@@ -34,7 +34,7 @@ SECTION = TrainingSection(num_train_epochs=4, learning_rate=1e-2, eval_steps=2, 
 def sitting(
     base: Base, checkpointer: Checkpointer | None, stop_after: int | None = None
 ) -> tuple[TrainingResult | None, dict[str, torch.Tensor]]:
-    adapted = adapter.attach(base, AdapterSection(r=4, lora_dropout=0.1), 3)
+    adapted = attach.attach(base, AdapterSection(r=4, lora_dropout=0.1), 3)
     losses = {2: 2.0, 4: 1.0, 6: 1.5, 8: 1.2}
     steps: list[int] = []
 
@@ -56,7 +56,7 @@ def sitting(
             validate=validate, on_step=on_step, checkpointer=checkpointer,
         )  # fmt: skip
     state = trainable_state(adapted)
-    adapter.detach(adapted)
+    attach.detach(adapted)
     return result, state
 
 
@@ -78,15 +78,15 @@ def test_resumed_equals_straight(
 @pytest.mark.skipif(sys.platform != "linux", reason="the mark can only be reset on Linux")
 def test_the_peak_is_that_of_every_sitting(load_tiny: Callable[..., Base], tmp_path: Path) -> None:
     checkpointer = Checkpointer(tmp_path / "point", "abc", every_seconds=0)
-    machine.reset_peak_memory("cpu")
-    before = machine.resident_bytes()
+    hardware.reset_peak_memory("cpu")
+    before = hardware.resident_bytes()
     large = torch.ones(100_000_000)  # 400 MB that only the first sitting holds
     assert sitting(load_tiny(), checkpointer, 3)[0] is None
     del large
-    machine.reset_peak_memory("cpu")
+    hardware.reset_peak_memory("cpu")
     resumed, _ = sitting(load_tiny(), checkpointer)
     assert resumed is not None
-    assert machine.peak_memory_bytes("cpu") < before + 300_000_000
+    assert hardware.peak_memory_bytes("cpu") < before + 300_000_000
     assert resumed.peak_memory_bytes > before + 350_000_000
     peaks = [step.peak_memory_bytes for step in resumed.history]
     assert peaks == sorted(peaks)
@@ -100,7 +100,7 @@ def test_steps_ahead_change_nothing(
 
     def run(ahead: int, folder: Path, stops: bool = False) -> tuple[Any, ...]:
         base, stop = load_tiny(), Stop()
-        adapted = adapter.attach(base, AdapterSection(r=4, lora_dropout=0.1), 3)
+        adapted = attach.attach(base, AdapterSection(r=4, lora_dropout=0.1), 3)
 
         def on_step(step: Step) -> None:
             stop.requested |= stops and step.step == stop_at
@@ -183,7 +183,7 @@ def test_a_broken_checkpoint_is_passed_over_by_name(
     said.clear()
     losses = iter([2.0, 1.0, 1.5, 1.2] if both else [1.0, 1.5, 1.2])
     base = load_tiny()
-    adapted = adapter.attach(base, AdapterSection(r=4, lora_dropout=0.1), 3)
+    adapted = attach.attach(base, AdapterSection(r=4, lora_dropout=0.1), 3)
     train(
         base, adapted, make_examples(LENGTHS), SECTION, 3,
         validate=lambda: next(losses), checkpointer=checkpointer,
@@ -261,7 +261,7 @@ def test_a_stop_in_validation_keeps_the_step(
 
     def once(asked: int | None) -> tuple[TrainingResult | None, dict[str, torch.Tensor]]:
         base = load_tiny()
-        adapted = adapter.attach(base, AdapterSection(r=4, lora_dropout=0.1), 3)
+        adapted = attach.attach(base, AdapterSection(r=4, lora_dropout=0.1), 3)
         stop, steps = Stop(), list(counted)
 
         def validate() -> float:

@@ -8,7 +8,7 @@ from pathlib import Path
 
 import pytest
 
-from slm_lora.recipe.reading import load_recipe
+from slm_lora.config.load import load_recipe
 
 from .test_experiment import command
 

@@ -19,8 +19,8 @@ import torch
 from safetensors.torch import load_file, save_file
 from transformers import AutoTokenizer
 
+from slm_lora.adapters import io as adapter_io
 from slm_lora.cli import _guarded, app
-from slm_lora.model import adapter_folder
 from slm_lora.model.base import Base
 from slm_lora.records import Row, Turn
 
@@ -136,7 +136,7 @@ def test_a_finished_experiment_is_not_run_again(lab: Lab) -> None:
 def test_an_interrupted_experiment_goes_on(lab: Lab, tmp_path: Path, tiny_folder: Path) -> None:
     other = Lab(tmp_path, tiny_folder)
     script = (
-        "import sys, slm_lora.experiment.train_and_score as r\n"
+        "import sys, slm_lora.experiment.cell as r\n"
         "old = r.train\n"
         "seen = []\n"
         "def train(*a, **k):\n"
@@ -165,7 +165,7 @@ def test_an_interrupted_experiment_goes_on(lab: Lab, tmp_path: Path, tiny_folder
 
 
 def test_a_cell_whose_adapter_is_gone_is_trained_again(lab: Lab) -> None:
-    weights = lab.adapters / "tiny-r2-40" / adapter_folder.WEIGHTS
+    weights = lab.adapters / "tiny-r2-40" / adapter_io.WEIGHTS
     before = weights.read_bytes()
     run = next((lab.results / "runs").glob("r2-40-*"))
     weights.unlink()
@@ -337,7 +337,7 @@ def test_a_method_that_alters_the_base_leaves_no_trace(lab: Lab, tmp_path: Path,
     cells = f"[{{adapter.kind: {kind}, data.size: 40}}, {{data.size: 40, adapter.r: 2}}]"
     assert command("experiment", lab.recipe, f"grid.cells={cells}", *out) == 0
     after, alone = (
-        (folder / "tiny-r2-40" / adapter_folder.WEIGHTS).read_bytes()
+        (folder / "tiny-r2-40" / adapter_io.WEIGHTS).read_bytes()
         for folder in (tmp_path / "adapter", lab.adapters)
     )
     assert after == alone
@@ -477,7 +477,7 @@ def test_evaluate_knows_a_foreign_adapters_template(
         return said.out + said.err
 
     folder = shutil.copytree(lab.adapters / "tiny-r4-40", tmp_path / "foreign")
-    (folder / adapter_folder.ABOUT).unlink()
+    (folder / adapter_io.ABOUT).unlink()
     assert "template" not in warnings()
     shipped = folder / "chat_template.jinja"
     told = warnings("data.template=chat")
@@ -523,9 +523,9 @@ def test_transformers_and_peft_alone_find_the_same_loss(
     broken.mkdir()
     for path in good.iterdir():
         (broken / path.name).write_bytes(path.read_bytes())
-    tensors = load_file(good / adapter_folder.WEIGHTS)
+    tensors = load_file(good / adapter_io.WEIGHTS)
     name = next(name for name in sorted(tensors) if "lora_B" in name)
-    save_file({**tensors, name: torch.zeros_like(tensors[name])}, broken / adapter_folder.WEIGHTS)
+    save_file({**tensors, name: torch.zeros_like(tensors[name])}, broken / adapter_io.WEIGHTS)
     assert abs(outside(lab, tiny_folder, broken)) > 1e-4
 
 
@@ -537,25 +537,25 @@ def test_an_adapter_goes_back_on_its_base_only(
     for path in (lab.adapters / "tiny-r4-80").iterdir():
         (folder / path.name).write_bytes(path.read_bytes())
     assert command("evaluate", lab.recipe, "--adapter", folder) == 0
-    tensors = load_file(folder / adapter_folder.WEIGHTS)
+    tensors = load_file(folder / adapter_io.WEIGHTS)
     gone = sorted(tensors)[0]
-    save_file({k: v for k, v in tensors.items() if k != gone}, folder / adapter_folder.WEIGHTS)
+    save_file({k: v for k, v in tensors.items() if k != gone}, folder / adapter_io.WEIGHTS)
     assert command("evaluate", lab.recipe, "--adapter", folder) == 4
     assert "SHA-256 differs" in capsys.readouterr().err
-    about = json.loads((folder / adapter_folder.ABOUT).read_text())
-    (folder / adapter_folder.ABOUT).unlink()
+    about = json.loads((folder / adapter_io.ABOUT).read_text())
+    (folder / adapter_io.ABOUT).unlink()
     assert command("evaluate", lab.recipe, "--adapter", folder) == 4
     assert gone in capsys.readouterr().err
-    (folder / adapter_folder.WEIGHTS).write_bytes(
-        (lab.adapters / "tiny-r4-80" / adapter_folder.WEIGHTS).read_bytes()[:-9]
+    (folder / adapter_io.WEIGHTS).write_bytes(
+        (lab.adapters / "tiny-r4-80" / adapter_io.WEIGHTS).read_bytes()[:-9]
     )
     assert command("evaluate", lab.recipe, "--adapter", folder) == 4
     for key in ("files", "seal"):
         del about[key]
     about["base"]["sha256"] = "0" * 64
-    (folder / adapter_folder.ABOUT).write_text(json.dumps(about))
-    (folder / adapter_folder.WEIGHTS).write_bytes(
-        (lab.adapters / "tiny-r4-80" / adapter_folder.WEIGHTS).read_bytes()
+    (folder / adapter_io.ABOUT).write_text(json.dumps(about))
+    (folder / adapter_io.WEIGHTS).write_bytes(
+        (lab.adapters / "tiny-r4-80" / adapter_io.WEIGHTS).read_bytes()
     )
     capsys.readouterr()
     assert command("evaluate", lab.recipe, "--adapter", folder) == 4

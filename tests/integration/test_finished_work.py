@@ -7,8 +7,8 @@ from pathlib import Path
 
 import pytest
 
-from slm_lora.model import adapter_folder
-from slm_lora.storage import sha256_file
+from slm_lora.adapters import io as adapter_io
+from slm_lora.runtime.checksums import sha256_file
 
 from ..conftest import make_rows, write_jsonl
 from .test_experiment import Lab, command
@@ -48,7 +48,7 @@ def test_another_grid_of_the_same_name_replaces_nothing(
     out, err = told(capsys)
     names = {folder.name for folder in lab.adapters.iterdir()}
     (new,) = names - {"tiny-r2-40", "tiny-r4-40", "tiny-r4-80"}
-    about = json.loads((lab.adapters / new / adapter_folder.ABOUT).read_text())
+    about = json.loads((lab.adapters / new / adapter_io.ABOUT).read_text())
     assert new == f"tiny-r2-40-{about['run'][:8]}"
     assert about["recipe"]["training"]["learning_rate"] == 5e-3
     after = contents(lab.adapters)
@@ -86,7 +86,7 @@ def test_a_whole_model_is_not_replaced_either(lab: Lab) -> None:
     full = ("adapter.kind=full", "grid.cells=[]", "data.size=40", "training.max_steps=2")
     assert lab.run(*full) == 0
     first = contents(lab.adapters)
-    assert any(name.endswith(adapter_folder.MODEL_WEIGHTS) for name in first)
+    assert any(name.endswith(adapter_io.MODEL_WEIGHTS) for name in first)
     # The same name again, as another whole model and as an adapter.
     for other in (("seed=1",), ("adapter.kind=lora",)):
         assert lab.run(*full, *other) == 0
@@ -123,7 +123,7 @@ def test_what_others_put_there_stays(
         (place / "notes.txt").write_text("mine")
         if kind == "foreign":
             (place / "adapter_config.json").write_text("{}")
-            (place / adapter_folder.WEIGHTS).write_bytes(b"theirs")
+            (place / adapter_io.WEIGHTS).write_bytes(b"theirs")
     before = contents(lab.adapters)
     assert lab.run(ONE) == 0
     assert place.is_symlink() == (kind == "link")
@@ -132,8 +132,8 @@ def test_what_others_put_there_stays(
     assert f"{place} holds something else and stays" in capsys.readouterr().err
     (ours,) = lab.adapters.glob("tiny-r2-40-*")
     # Both names taken: refused, with the way out.
-    weights = ours / adapter_folder.WEIGHTS
-    (ours / adapter_folder.ABOUT).unlink()
+    weights = ours / adapter_io.WEIGHTS
+    (ours / adapter_io.ABOUT).unlink()
     weights.write_bytes(b"changed")
     assert lab.run(ONE) == 4
     assert "move one of them away" in capsys.readouterr().err
@@ -149,7 +149,7 @@ def test_an_empty_folder_is_no_hindrance(lab: Lab) -> None:
 def test_a_folder_of_before_is_finished(lab: Lab, capsys: pytest.CaptureFixture[str]) -> None:
     assert lab.run(ONE) == 0
     # A folder that does not say its run is known by its weights.
-    path = lab.adapters / "tiny-r2-40" / adapter_folder.ABOUT
+    path = lab.adapters / "tiny-r2-40" / adapter_io.ABOUT
     about = json.loads(path.read_text())
     del about["run"], about["files"], about["seal"]
     path.write_text(json.dumps(about))
@@ -169,7 +169,7 @@ def test_answers_are_of_the_adapter_that_was_scored(
     assert command("report", lab.results, *words) == 0
     (own,) = lab.adapters.glob("tiny-r2-40-*")
     assert f"answer of {own.name}" in (lab.results / "report-with-rows.html").read_text()
-    (own / adapter_folder.WEIGHTS).unlink()
+    (own / adapter_io.WEIGHTS).unlink()
     assert command("report", lab.results, *words) == 2
     assert "--answers: the adapter of r2-40-" in capsys.readouterr().err
 

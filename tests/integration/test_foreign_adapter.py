@@ -14,13 +14,14 @@ from peft import IA3Config, LoraConfig, PeftModel, PromptTuningConfig, get_peft_
 from safetensors.torch import load_file, save_file
 from transformers import AutoModelForCausalLM
 
+from slm_lora.adapters import attach
+from slm_lora.adapters import io as adapter_io
+from slm_lora.config.schema import ModelSection
 from slm_lora.errors import SlmLoraError, UsageError
-from slm_lora.model import adapter, adapter_folder
 from slm_lora.model.base import Base
 from slm_lora.model.forward import document_logits
-from slm_lora.model.load import load_base
-from slm_lora.model.source import resolve
-from slm_lora.recipe.schema import ModelSection
+from slm_lora.model.loading import load_base
+from slm_lora.model.resolve import resolve
 
 IDS = torch.randint(0, 400, (17,), generator=torch.Generator().manual_seed(5))
 
@@ -66,7 +67,7 @@ def load(folder: Path) -> Base:
 
 def refusal(base: Path, folder: Path) -> str:
     with pytest.raises(SlmLoraError) as caught:
-        adapter_folder.load(load(base), folder)
+        adapter_io.load(load(base), folder)
     said = str(caught.value)
     assert "\n" not in said
     return said
@@ -86,7 +87,7 @@ def refusal(base: Path, folder: Path) -> str:
 def test_what_is_computed_is_pefts(settings: dict[str, Any], untied: Path, tmp_path: Path) -> None:
     folder = foreign(untied, tmp_path / "adapter", **settings)
     base = load(untied)
-    adapter_folder.load(base, folder)
+    adapter_io.load(base, folder)
     with torch.no_grad():
         ours = document_logits(base, [IDS])
         model = AutoModelForCausalLM.from_pretrained(untied, dtype=torch.float32)
@@ -114,9 +115,9 @@ def test_without_an_adapter_the_base_is_as_it_was(
 
     with torch.no_grad():
         before, parameters = document_logits(base, [IDS]), named()
-        adapted = adapter_folder.load(base, folder)
+        adapted = adapter_io.load(base, folder)
         assert not torch.equal(document_logits(base, [IDS]), before)
-        adapter.detach(adapted)
+        attach.detach(adapted)
         assert torch.equal(document_logits(base, [IDS]), before)
     assert named() == parameters
 
@@ -132,7 +133,7 @@ def test_adapters_that_do_not_go_together_are_named(untied: Path, tmp_path: Path
         with pytest.raises(
             UsageError, match=r"two: PEFT does not load it beside .*one .*at a time"
         ):
-            adapter_folder.load_several(base, names)
+            adapter_io.load_several(base, names)
         assert torch.equal(document_logits(base, [IDS]), before)
 
 
@@ -170,7 +171,7 @@ def test_what_is_not_computed_is_named(
     said = said.replace("437", str(rows + 3)).replace("434", str(rows))
     folder = foreign(untied, tmp_path / "adapter", **settings)
     with pytest.raises(SlmLoraError, match=said):
-        adapter_folder.load(load(untied), folder)
+        adapter_io.load(load(untied), folder)
 
 
 def test_one_matrix_at_both_ends(tiny_folder: Path, tmp_path: Path) -> None:
@@ -203,7 +204,7 @@ def test_trained_biases_are_named(tiny_folder: Path, tmp_path: Path) -> None:
     folder = foreign(tmp_path / "biased", tmp_path / "adapter", bias="all")
     assert "bias = 'all': 3 biases of the base were trained" in refusal(tmp_path / "biased", folder)
     # Where the base has none, there is nothing to it.
-    adapter_folder.load(load(tiny_folder), foreign(tiny_folder, tmp_path / "other", bias="all"))
+    adapter_io.load(load(tiny_folder), foreign(tiny_folder, tmp_path / "other", bias="all"))
 
 
 @pytest.mark.parametrize(
@@ -225,7 +226,7 @@ def test_what_newer_releases_of_peft_know(
             tiny_folder, folder
         )
     else:
-        adapter_folder.load(load(tiny_folder), folder)
+        adapter_io.load(load(tiny_folder), folder)
 
 
 def test_an_adapter_is_no_model(tiny_folder: Path, tmp_path: Path) -> None:

@@ -13,16 +13,17 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 from torch import Tensor
 
-from slm_lora.data.batches import pack
+from slm_lora.adapters import attach
+from slm_lora.config.schema import AdapterSection, ModelSection
+from slm_lora.data.collate import collate
 from slm_lora.errors import UsageError
-from slm_lora.model import adapter, attention, flash, native, products
-from slm_lora.model.base import DTYPES, Base, HeadForm, PrecisionName
+from slm_lora.model.base import DTYPES, Base, PrecisionName
 from slm_lora.model.forward import batch_nll, score_documents
-from slm_lora.model.load import load_base
-from slm_lora.model.loss import CHUNK, summed_nll, token_nll
-from slm_lora.model.output_head import OutputHead
-from slm_lora.model.source import resolve
-from slm_lora.recipe.schema import AdapterSection, ModelSection
+from slm_lora.model.loading import load_base
+from slm_lora.model.resolve import resolve
+from slm_lora.ops import attention, attention_bmm, attention_cpu, attention_flash
+from slm_lora.ops.cross_entropy import CHUNK, summed_nll, token_nll
+from slm_lora.ops.output_head import HeadForm, OutputHead
 from slm_lora.records import Example
 
 from ..conftest import tiny_tokenizer
@@ -50,7 +51,7 @@ def gradients(
     base: Base, examples: list[Example], double: bool = False, dropout: float = 0.0
 ) -> torch.Tensor:
     """Adapter gradients of the summed NLL, with a B that is not zero."""
-    adapted = adapter.attach(base, AdapterSection(r=4, lora_dropout=dropout), seed=3)
+    adapted = attach.attach(base, AdapterSection(r=4, lora_dropout=dropout), seed=3)
     adapted.train()
     generator = torch.Generator().manual_seed(1)
     for name, parameter in adapted.named_parameters():
@@ -58,9 +59,9 @@ def gradients(
             parameter.data.copy_(torch.randn(parameter.shape, generator=generator) * 0.1)
     if double:
         adapted.double()
-    batch_nll(base, pack(examples, "all")).backward()
+    batch_nll(base, collate(examples, "all")).backward()
     found = [p.grad.double().flatten() for p in adapted.parameters() if p.requires_grad]
-    adapter.detach(adapted)
+    attach.detach(adapted)
     return torch.cat(found)
 
 
@@ -78,9 +79,9 @@ def test_the_packed_way_is_taken(load_tiny: LoadTiny) -> None:
 def test_packed_scores_equal_each_document_alone(load_tiny: LoadTiny) -> None:
     packed, plain = load_tiny(), load_tiny(plain=True)
     examples = make_examples(LENGTHS)
-    together = score_documents(packed, pack(examples, "all"))
+    together = score_documents(packed, collate(examples, "all"))
     for index, example in enumerate(examples):
-        alone = score_documents(plain, pack([example], "all"))
+        alone = score_documents(plain, collate([example], "all"))
         assert together.nll_all[index] == pytest.approx(alone.nll_all[0], rel=1e-5)
         assert together.nll_response[index] == pytest.approx(alone.nll_response[0], rel=1e-5)
         assert together.tokens_all[index] == example.length - 1
@@ -90,9 +91,9 @@ def test_a_document_does_not_see_its_neighbours(load_tiny: LoadTiny) -> None:
     base = load_tiny()
     first, *rest = make_examples(LENGTHS)
     others = make_examples(LENGTHS, seed=9)[1:]
-    one = score_documents(base, pack([first, *rest], "all")).nll_all[0]
-    other = score_documents(base, pack([first, *others], "all")).nll_all[0]
-    moved = score_documents(base, pack([*others, first], "all")).nll_all[-1]
+    one = score_documents(base, collate([first, *rest], "all")).nll_all[0]
+    other = score_documents(base, collate([first, *others], "all")).nll_all[0]
+    moved = score_documents(base, collate([*others, first], "all")).nll_all[-1]
     assert one == pytest.approx(other, rel=1e-6)
     assert one == pytest.approx(moved, rel=1e-6)
 
@@ -200,8 +201,8 @@ def test_special_heads_give_the_loss_of_transformers(kind: str, std: float, tmp_
     base = load(tmp_path)
     plain = transformers.AutoModelForCausalLM.from_pretrained(tmp_path, dtype=torch.float32)
     examples = make_examples([30, 12, 5])
-    found = score_documents(base, pack(examples, "all")).nll_all
-    batch = pack(examples, "all")
+    found = score_documents(base, collate(examples, "all")).nll_all
+    batch = collate(examples, "all")
     total = sum(
         plain(input_ids=ids, labels=ids, use_cache=False).loss * (ids.shape[1] - 1)
         for example in examples
@@ -218,7 +219,7 @@ def test_special_heads_give_the_gradient_of_transformers(kind: str, tmp_path: Pa
     plain = transformers.AutoModelForCausalLM.from_pretrained(tmp_path, dtype=torch.float32)
     base.causal.requires_grad_(True)
     (example,) = make_examples([40])
-    batch_nll(base, pack([example], "all")).backward()
+    batch_nll(base, collate([example], "all")).backward()
     ids = torch.from_numpy(example.ids).long().unsqueeze(0)
     (plain(input_ids=ids, labels=ids, use_cache=False).loss * (example.length - 1)).backward()
     ours = dict(base.causal.named_parameters())
@@ -255,25 +256,25 @@ def load(folder: Path) -> Base:
 def test_documents_that_see_each_other_are_found_out(
     load_tiny: LoadTiny, monkeypatch: pytest.MonkeyPatch, precision: PrecisionName
 ) -> None:
-    right = products.forward
+    right = attention_bmm.forward
 
     def wrong(q: Tensor, k: Tensor, v: Tensor, lengths: Tensor, scale: float) -> tuple[Tensor, ...]:
         return right(q, k, v, lengths.sum().view(1), scale)
 
-    for way in (products, native):
+    for way in (attention_bmm, attention_cpu):
         monkeypatch.setattr(way, "forward", wrong)
     base = load_tiny(precision)
     assert not base.packed
-    assert "logits differ by" in base.why_plain
+    assert "logits differ by" in base.fallback_reason
 
 
 def test_flash_attention_that_does_not_run_is_named_and_not_used(
     monkeypatch: pytest.MonkeyPatch,
 ) -> None:
     # A CPU has none, so the trial itself is what fails.
-    monkeypatch.setattr(flash, "_failure", "")
-    assert not flash._proven.__wrapped__(torch.device("cpu"), torch.bfloat16, 64)
-    assert "_flash_attention_forward" in flash.failure()
+    monkeypatch.setattr(attention_flash, "_failure", "")
+    assert not attention_flash._proven.__wrapped__(torch.device("cpu"), torch.bfloat16, 64)
+    assert "_flash_attention_forward" in attention_flash.failure()
 
 
 @pytest.mark.parametrize("kind", ["MistralConfig", "Qwen2Config", "Qwen3Config"])
@@ -286,9 +287,9 @@ def test_other_models_score_as_transformers_does(kind: str, tmp_path: Path) -> N
     save_model(config, tmp_path)
     base = load(tmp_path)
     # Only Mistral uses its window by default; packed attention knows none.
-    assert base.packed == (kind != "MistralConfig"), base.why_plain
+    assert base.packed == (kind != "MistralConfig"), base.fallback_reason
     examples = make_examples([30, 12, 5])
-    found = score_documents(base, pack(examples, "all")).nll_all
+    found = score_documents(base, collate(examples, "all")).nll_all
     for index, example in enumerate(examples):
         ids = torch.from_numpy(example.ids).long().unsqueeze(0)
         plain = transformers.AutoModelForCausalLM.from_pretrained(tmp_path)

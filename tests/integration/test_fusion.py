@@ -9,15 +9,16 @@ import pytest
 import torch
 from torch._dynamo.utils import counters
 
-from slm_lora.data.batches import pack
+from slm_lora.adapters import attach
+from slm_lora.config.schema import AdapterSection, TrainingSection
+from slm_lora.data.collate import collate
 from slm_lora.errors import DataError
-from slm_lora.model import adapter, fusion
 from slm_lora.model.base import DTYPES, Base
-from slm_lora.model.dropout import TokenDropout
 from slm_lora.model.forward import batch_nll, score_documents
-from slm_lora.model.kernels import library
-from slm_lora.model.loss import BLOCK, _nll, _nll_and_gradient
-from slm_lora.recipe.schema import AdapterSection, TrainingSection
+from slm_lora.ops import compilation
+from slm_lora.ops.cross_entropy import BLOCK, _nll, _nll_and_gradient
+from slm_lora.ops.dropout import TokenDropout
+from slm_lora.ops.kernels import build
 from slm_lora.training.loop import train
 
 from .test_forward import LENGTHS, gradients, make_examples
@@ -25,13 +26,14 @@ from .test_forward import LENGTHS, gradients, make_examples
 LoadTiny = Callable[..., Base]
 
 pytestmark = pytest.mark.skipif(
-    not fusion.wanted("auto", 10**9, torch.device("cpu"), half=False), reason="no C++ compiler here"
+    not compilation.wanted("auto", 10**9, torch.device("cpu"), half=False),
+    reason="no C++ compiler here",
 )
 
 
 @pytest.fixture(autouse=True)
 def nothing_failed_before(monkeypatch: pytest.MonkeyPatch) -> Iterator[None]:
-    monkeypatch.setattr(fusion, "_failure", "")
+    monkeypatch.setattr(compilation, "_failure", "")
     counters.clear()
     yield
     assert not counters["graph_break"]
@@ -46,7 +48,7 @@ def test_compiled_gradients_are_those_of_fp64(
     reference = gradients(load_tiny("fp64", plain=True), examples, double=True, dropout=dropout)
 
     def error(precision: str, plain: bool, on: bool) -> float:
-        with fusion.fusion(on):
+        with compilation.fusion(on):
             found = gradients(load_tiny(precision, plain=plain), examples, dropout=dropout)
         return ((found - reference).norm() / reference.norm()).item()
 
@@ -55,10 +57,10 @@ def test_compiled_gradients_are_those_of_fp64(
 
 
 def test_compiled_scores_equal_plain_ones(load_tiny: LoadTiny) -> None:
-    base, batch = load_tiny(), pack(make_examples(LENGTHS), "all")
+    base, batch = load_tiny(), collate(make_examples(LENGTHS), "all")
     plain = score_documents(base, batch).nll_all
     torch._dynamo.reset()
-    with fusion.fusion(True):
+    with compilation.fusion(True):
         compiled = score_documents(base, batch).nll_all
     assert counters["stats"]["unique_graphs"] > 0
     assert compiled == pytest.approx(plain, rel=1e-6)
@@ -75,7 +77,7 @@ def test_loss_and_gradient_are_those_of_the_logits(
     exact = logits.double().requires_grad_()
     wanted = torch.nn.functional.cross_entropy(exact, labels, reduction="none")
     gradient = torch.autograd.grad(wanted.sum(), exact)[0]
-    with fusion.fusion(on):
+    with compilation.fusion(on):
         scored = _nll(logits.clone(), labels)
         nll, found = _nll_and_gradient(logits.clone(), labels)
     assert found.dtype == dtype and nll.dtype == torch.float32
@@ -108,36 +110,36 @@ def test_compiled_dropout_has_the_same_mask(p: float) -> None:
 @pytest.mark.parametrize(("precision", "seed"), [("fp32", 0), ("fp32", 1), ("bf16", 2)])
 def test_new_shapes_compile_nothing_new(load_tiny: LoadTiny, precision: str, seed: int) -> None:
     base = load_tiny(precision)
-    adapted = adapter.attach(base, AdapterSection(r=4, lora_dropout=0.1), seed=0)
+    adapted = attach.attach(base, AdapterSection(r=4, lora_dropout=0.1), seed=0)
     adapted.train()
     generator = torch.Generator().manual_seed(seed)
 
     def step(number: int) -> None:
         many = int(torch.randint(1, 12, (1,), generator=generator))
         lengths = torch.randint(2, 400, (many,), generator=generator).tolist()
-        batch_nll(base, pack(make_examples(lengths, seed=number), "all")).backward()
+        batch_nll(base, collate(make_examples(lengths, seed=number), "all")).backward()
 
     torch._dynamo.reset()
-    with fusion.fusion(True):
+    with compilation.fusion(True):
         for number in range(20):
             step(number)
     # A layer, the two softmaxes of attention by products (heads of 8 values never are computed in
     # C++), and the loss, unless a kernel computes it: all layers share them, and all shapes.
-    in_cpp = precision == "bf16" and library.available()
+    in_cpp = precision == "bf16" and build.available()
     assert counters["stats"]["unique_graphs"] == (3 if in_cpp else 4)
 
 
 def test_every_rank_of_a_grid_is_compiled(load_tiny: LoadTiny) -> None:
-    base, batch = load_tiny(), pack(make_examples(LENGTHS), "all")
+    base, batch = load_tiny(), collate(make_examples(LENGTHS), "all")
     torch._dynamo.reset()
     compiled = 0
     for r in (1, 2, 3, 4, 5):
-        adapted = adapter.attach(base, AdapterSection(r=r), seed=0)
-        with fusion.fusion(True):
+        adapted = attach.attach(base, AdapterSection(r=r), seed=0)
+        with compilation.fusion(True):
             batch_nll(base, batch).backward()
             adapted.eval()
             score_documents(base, batch)
-        adapter.detach(adapted)
+        attach.detach(adapted)
         assert counters["stats"]["unique_graphs"] >= compiled + 2
         compiled = counters["stats"]["unique_graphs"]
 
@@ -147,7 +149,7 @@ def test_a_long_training_compiles_from_its_second_step(load_tiny: LoadTiny) -> N
 
     def losses(setting: bool, recompute: bool = False) -> list[float]:
         base = load_tiny()
-        adapted = adapter.attach(base, AdapterSection(r=4, lora_dropout=0.1), seed=0)
+        adapted = attach.attach(base, AdapterSection(r=4, lora_dropout=0.1), seed=0)
         section = TrainingSection(
             num_train_epochs=2, effective_batch_size=4, compile=setting, learning_rate=1e-3,
             activation_checkpointing=recompute,
@@ -170,31 +172,33 @@ def test_where_compiling_fails_it_is_done_without() -> None:
     tried = []
 
     def work() -> str:
-        tried.append(fusion._on)
-        if fusion._on:
+        tried.append(compilation._on)
+        if compilation._on:
             raise RuntimeError("no such instruction\nand much more")
         return "done"
 
-    assert fusion.attempt(True, work) == "done"
-    assert fusion.failure() == "no such instruction"
+    assert compilation.run_with_compile_fallback(True, work) == "done"
+    assert compilation.failure() == "no such instruction"
     # From then on nothing tries again.
-    assert fusion.attempt(True, work) == "done"
+    assert compilation.run_with_compile_fallback(True, work) == "done"
     assert tried == [True, False, False]
 
 
 def test_too_many_variants_are_told() -> None:
-    @fusion.fused
+    @compilation.fused
     def doubled(x: torch.Tensor) -> torch.Tensor:
         return x * 2
 
     def work(dtype: torch.dtype) -> torch.Tensor:
-        return fusion.attempt(True, lambda: doubled(torch.ones(3, dtype=dtype)))
+        return compilation.run_with_compile_fallback(
+            True, lambda: doubled(torch.ones(3, dtype=dtype))
+        )
 
     work(torch.float16)  # sets the compiler up
     with torch._dynamo.config.patch(recompile_limit=2):
         for dtype in (torch.float32, torch.float64, torch.bfloat16):
             assert work(dtype).tolist() == [2, 2, 2]
-    assert "recompile_limit" in fusion.failure()
+    assert "recompile_limit" in compilation.failure()
 
 
 @pytest.mark.parametrize(
@@ -205,17 +209,17 @@ def test_what_is_not_the_compilers_fault_is_not_blamed_on_it(error: Exception) -
         raise error
 
     with pytest.raises(type(error)):
-        fusion.attempt(True, work)
-    assert not fusion.failure()
+        compilation.run_with_compile_fallback(True, work)
+    assert not compilation.failure()
 
 
 def test_short_runs_do_not_compile(monkeypatch: pytest.MonkeyPatch) -> None:
     cpu = torch.device("cpu")
-    for half, least in zip((True, False), fusion.PAYS_FROM["cpu"], strict=True):
-        assert not fusion.wanted("auto", least - 1, cpu, half)
-        assert fusion.wanted("auto", least, cpu, half)
-    assert fusion.wanted(True, 1, cpu, half=True)
-    assert not fusion.wanted(False, 10**9, cpu, half=True)
+    for half, least in zip((True, False), compilation.PAYS_FROM["cpu"], strict=True):
+        assert not compilation.wanted("auto", least - 1, cpu, half)
+        assert compilation.wanted("auto", least, cpu, half)
+    assert compilation.wanted(True, 1, cpu, half=True)
+    assert not compilation.wanted(False, 10**9, cpu, half=True)
     monkeypatch.delenv("CXX", raising=False)
     monkeypatch.setattr(shutil, "which", lambda name: None)
-    assert not fusion.wanted("auto", 10**9, cpu, half=True)
+    assert not compilation.wanted("auto", 10**9, cpu, half=True)

@@ -21,20 +21,20 @@ from hypothesis import strategies as st
 from peft import PeftModel
 from transformers import AutoModelForCausalLM, AutoTokenizer
 
+from slm_lora.adapters import io as adapter_io
+from slm_lora.adapters.multi import BASE, AdapterSet, open_variants
 from slm_lora.cli import _guarded, app
+from slm_lora.config.schema import ModelSection
 from slm_lora.data.prompts import Prompt
 from slm_lora.data.templates import Template, TemplateKind
-from slm_lora.data.tokens import RowTokenizer
+from slm_lora.data.tokenization import RowTokenizer
 from slm_lora.errors import IntegrityError, UsageError
-from slm_lora.evaluation.generate import Reply, Sampling, _Text, prompt_ids, reference_loss
-from slm_lora.export.folder import read as read_trained
-from slm_lora.model import adapter_folder
-from slm_lora.model.load import load_tokenizer
-from slm_lora.model.source import ModelSource, resolve
-from slm_lora.model.variants import BASE, Variants, open_variants
-from slm_lora.recipe.schema import ModelSection
+from slm_lora.evaluation.generation import Generation, Sampling, _Text, prompt_ids, reference_loss
+from slm_lora.export.trained import read as read_trained
+from slm_lora.model.loading import load_tokenizer
+from slm_lora.model.resolve import ModelSource, resolve
 from slm_lora.records import Row, Turn
-from slm_lora.seals import FILES, SEAL
+from slm_lora.runtime.checksums import FILES, SEAL
 
 from ..conftest import tiny_tokenizer
 from .exports import change_about, make_adapter
@@ -57,18 +57,20 @@ def folders(tiny_source: ModelSource, tmp_path_factory: pytest.TempPathFactory) 
 
 
 @pytest.fixture(scope="module")
-def variants(tiny_source: ModelSource, folders: tuple[Path, ...]) -> Variants:
+def variants(tiny_source: ModelSource, folders: tuple[Path, ...]) -> AdapterSet:
     return open_variants(str(tiny_source.path), folders, precision="fp32")
 
 
-def said(variants: Variants, name: str, question: str, sampling: Sampling) -> tuple[str, list[int]]:
-    reply = Reply(variants, name, prompt_ids(variants, name, asked(question)), sampling)
+def said(
+    variants: AdapterSet, name: str, question: str, sampling: Sampling
+) -> tuple[str, list[int]]:
+    reply = Generation(variants, name, prompt_ids(variants, name, asked(question)), sampling)
     return "".join(reply.pieces()), reply.ids
 
 
 @pytest.mark.parametrize("question", QUESTIONS)
 def test_greedy_replies_are_those_of_transformers_and_peft(
-    variants: Variants, tiny_source: ModelSource, folders: tuple[Path, ...], question: str
+    variants: AdapterSet, tiny_source: ModelSource, folders: tuple[Path, ...], question: str
 ) -> None:
     texts = set()
     for name, folder in zip(variants.names, (None, *folders), strict=True):
@@ -93,12 +95,12 @@ def test_greedy_replies_are_those_of_transformers_and_peft(
     assert len(texts) == 3, "base and adapters say different things"
 
 
-def test_replies_in_turn_are_those_one_after_the_other(variants: Variants) -> None:
+def test_replies_in_turn_are_those_one_after_the_other(variants: AdapterSet) -> None:
     wanted = {
         name: said(variants, name, QUESTIONS[0], Sampling(20, 0.9)) for name in variants.names
     }
     replies = {
-        name: Reply(
+        name: Generation(
             variants, name, prompt_ids(variants, name, asked(QUESTIONS[0])), Sampling(20, 0.9)
         )
         for name in variants.names
@@ -111,7 +113,7 @@ def test_replies_in_turn_are_those_one_after_the_other(variants: Variants) -> No
     assert {name: (texts[name], reply.ids) for name, reply in replies.items()} == wanted
 
 
-def test_sampling_follows_its_seed_and_its_limits(variants: Variants) -> None:
+def test_sampling_follows_its_seed_and_its_limits(variants: AdapterSet) -> None:
     first = said(variants, BASE, QUESTIONS[0], Sampling(20, 1.0, seed=1))
     assert first == said(variants, BASE, QUESTIONS[0], Sampling(20, 1.0, seed=1))
     assert first != said(variants, BASE, QUESTIONS[0], Sampling(20, 1.0, seed=2))
@@ -120,9 +122,11 @@ def test_sampling_follows_its_seed_and_its_limits(variants: Variants) -> None:
         assert said(variants, BASE, QUESTIONS[0], narrow) == greedy
 
 
-def chosen(variants: Variants, many: int, how: Sampling, logits_of: list[list[float]]) -> list[int]:
+def chosen(
+    variants: AdapterSet, many: int, how: Sampling, logits_of: list[list[float]]
+) -> list[int]:
     """Tokens of a reply whose logits are given, step by step."""
-    reply = Reply(variants, BASE, [5, 6], how)
+    reply = Generation(variants, BASE, [5, 6], how)
     for step in range(many):
         reply.ids.append(reply._choose(torch.tensor([logits_of[step]])))
     return reply.ids
@@ -161,7 +165,7 @@ def by_formula(
 
 @settings(max_examples=60, deadline=None, suppress_health_check=[HealthCheck.filter_too_much])
 @given(data=st.data())
-def test_sampling_is_as_the_formulas_say(variants: Variants, data: st.DataObject) -> None:
+def test_sampling_is_as_the_formulas_say(variants: AdapterSet, data: st.DataObject) -> None:
     number = st.floats(-2, 2)
     how = Sampling(
         temperature=data.draw(st.floats(0.2, 3)),
@@ -177,7 +181,7 @@ def test_sampling_is_as_the_formulas_say(variants: Variants, data: st.DataObject
     ids = data.draw(st.lists(st.integers(0, 11), max_size=9))
     wanted = by_formula([5, 6], ids, logits, how)
     seen: list[torch.Tensor] = []
-    reply = Reply(variants, BASE, [5, 6], how)
+    reply = Generation(variants, BASE, [5, 6], how)
     reply.ids = list(ids)
     with pytest.MonkeyPatch.context() as patch:
         patch.setattr(torch, "multinomial", lambda chances, *_, **__: seen.append(chances) or 0)  # type: ignore[func-returns-value]
@@ -185,7 +189,7 @@ def test_sampling_is_as_the_formulas_say(variants: Variants, data: st.DataObject
     assert seen[0].tolist() == pytest.approx(wanted, abs=2e-5)
 
 
-def test_greedy_replies_are_penalised(variants: Variants) -> None:
+def test_greedy_replies_are_penalised(variants: AdapterSet) -> None:
     # Token 3 leads by half a nat.
     logits = [[0.0] * 3 + [2.0, 1.5] + [0.0] * 7] * 6
     assert chosen(variants, 6, Sampling(), logits) == [3] * 6
@@ -197,7 +201,7 @@ def test_greedy_replies_are_penalised(variants: Variants) -> None:
     assert chosen(variants, 1, Sampling(temperature=1e-30), prompted) == [5]
 
 
-def test_ends_that_are_barred_ignored_or_added(variants: Variants) -> None:
+def test_ends_that_are_barred_ignored_or_added(variants: AdapterSet) -> None:
     text, ids = said(variants, BASE, QUESTIONS[0], Sampling(40, 1.0, seed=3))
     stop_at = ids[4]
     first = ids.index(stop_at)
@@ -215,13 +219,13 @@ def test_ends_that_are_barred_ignored_or_added(variants: Variants) -> None:
     (own,) = variants.ends
     biased = [0.0] * len(variants.tokenizer)
     biased[own] = 9.0
-    reply = Reply(variants, BASE, [5], Sampling(4, ignore_eos=True))
+    reply = Generation(variants, BASE, [5], Sampling(4, ignore_eos=True))
     reply._next_logits = lambda: torch.tensor([biased])  # type: ignore[method-assign]
     list(reply.pieces())
     assert reply.ids == [own] * 4 and reply.finished == "length"
 
 
-def test_stop_texts_wait_for_the_least_tokens(variants: Variants) -> None:
+def test_stop_texts_wait_for_the_least_tokens(variants: AdapterSet) -> None:
     text, _ = said(variants, BASE, QUESTIONS[0], Sampling(30))
     stop = text[3:5]
     early = said(variants, BASE, QUESTIONS[0], Sampling(30, stop=(stop,)))[0]
@@ -273,7 +277,7 @@ def test_a_conversation_goes_through_a_chat_template_only(tiny_source: ModelSour
 
 
 def test_the_loss_of_a_reference_is_that_of_plain_transformers(
-    variants: Variants, tiny_source: ModelSource, folders: tuple[Path, ...]
+    variants: AdapterSet, tiny_source: ModelSource, folders: tuple[Path, ...]
 ) -> None:
     prompt = Prompt((Turn("user", "Tea?"),), reference="Tea is made of leaves.")
     model = PeftModel.from_pretrained(
@@ -292,10 +296,10 @@ def test_the_loss_of_a_reference_is_that_of_plain_transformers(
     assert reference_loss(variants, BASE, "one", asked("Tea?")) is None
 
 
-def test_a_prompt_that_leaves_no_room_is_refused(variants: Variants) -> None:
+def test_a_prompt_that_leaves_no_room_is_refused(variants: AdapterSet) -> None:
     with pytest.raises(UsageError, match="shorten"):
-        Reply(variants, BASE, [5] * 512, Sampling())
-    reply = Reply(variants, BASE, [5] * 509, Sampling(100))
+        Generation(variants, BASE, [5] * 512, Sampling())
+    reply = Generation(variants, BASE, [5] * 509, Sampling(100))
     list(reply.pieces())
     assert len(reply.ids) <= 3
 
@@ -308,13 +312,13 @@ def test_another_template_beside_the_adapter_is_refused(
     with pytest.raises(IntegrityError, match="not as it was written"):
         open_variants(str(tiny_source.path), [changed], precision="fp32")
     # Adapters of before there were seals do not say the SHA-256 of their files.
-    about = json.loads((changed / adapter_folder.ABOUT).read_text())
+    about = json.loads((changed / adapter_io.ABOUT).read_text())
     unsealed = {key: value for key, value in about.items() if key not in (FILES, SEAL)}
-    (changed / adapter_folder.ABOUT).write_text(json.dumps(unsealed))
+    (changed / adapter_io.ABOUT).write_text(json.dumps(unsealed))
     with pytest.raises(IntegrityError, match="not the template that the adapter was trained"):
         open_variants(str(tiny_source.path), [changed], precision="fp32")
     foreign = shutil.copytree(folders[0], tmp_path / "foreign")
-    (foreign / adapter_folder.ABOUT).unlink()
+    (foreign / adapter_io.ABOUT).unlink()
     found = open_variants(str(tiny_source.path), [foreign], precision="fp32")
     assert "not trained here" in found.notes[0]
     assert (
@@ -360,7 +364,7 @@ def test_an_adapter_whose_template_writes_the_date(tiny_folder: Path, tmp_path: 
     change_about(adapter)
     with pytest.raises(IntegrityError, match="not the template that the adapter was trained"):
         open_variants(str(base), [adapter], precision="fp32")
-    (adapter / adapter_folder.ABOUT).unlink()
+    (adapter / adapter_io.ABOUT).unlink()
     shipped.write_bytes(b"\xff")
     with pytest.raises(IntegrityError, match=r"chat_template\.jinja: not UTF-8"):
         open_variants(str(base), [adapter], precision="fp32")
@@ -434,7 +438,7 @@ def run(*words: object) -> int:
 
 
 def test_generate_writes_a_line_a_prompt(
-    tiny_source: ModelSource, folders: tuple[Path, ...], tmp_path: Path, variants: Variants
+    tiny_source: ModelSource, folders: tuple[Path, ...], tmp_path: Path, variants: AdapterSet
 ) -> None:
     prompts = tmp_path / "prompts.jsonl"
     prompts.write_text(
@@ -574,7 +578,7 @@ def test_replies_of_models_with_a_state_of_their_own_are_transformers_own(
     assert opened.cached == cached
     assert any("no key-value cache" in note for note in opened.notes) == (not cached)
     prompt = [5, 70, 300, 12, 9]
-    reply = Reply(opened, "base", prompt, Sampling(12))
+    reply = Generation(opened, "base", prompt, Sampling(12))
     list(reply.pieces())
     plain = transformers.AutoModelForCausalLM.from_pretrained(tmp_path, dtype=torch.float32).eval()
     ids = list(prompt)

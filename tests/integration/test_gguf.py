@@ -19,15 +19,15 @@ from tokenizers import Regex, pre_tokenizers
 from transformers import AutoModelForCausalLM, AutoTokenizer, LlamaConfig, LlamaForCausalLM
 
 from slm_lora.cli import _guarded, app
+from slm_lora.config.schema import ModelSection
 from slm_lora.errors import UsageError
-from slm_lora.export.folder import read
 from slm_lora.export.gguf import check_adapter
+from slm_lora.export.gguf_tokenizer import _LLAMA3, vocabulary
 from slm_lora.export.llama_cpp import export
-from slm_lora.export.merged import merge
-from slm_lora.export.vocabulary import _LLAMA3, vocabulary
-from slm_lora.model.embedded import EMBEDDED, is_fetched
-from slm_lora.model.source import ModelSource, resolve
-from slm_lora.recipe.schema import ModelSection
+from slm_lora.export.merge import merge
+from slm_lora.export.trained import read
+from slm_lora.model.bundled import EMBEDDED, is_fetched
+from slm_lora.model.resolve import ModelSource, resolve
 
 from ..conftest import tiny_tokenizer
 from .exports import make_adapter

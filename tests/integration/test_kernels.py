@@ -11,13 +11,13 @@ import torch
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
-from slm_lora.model import attention, linear, loss, native
-from slm_lora.model.kernels import library
+from slm_lora.ops import attention, attention_cpu, cross_entropy, linear
+from slm_lora.ops.kernels import build
 
 Tensors = tuple[torch.Tensor, ...]
 
 pytestmark = pytest.mark.skipif(
-    not native.usable(torch.zeros(1, 1, 64, dtype=torch.bfloat16)),
+    not attention_cpu.usable(torch.zeros(1, 1, 64, dtype=torch.bfloat16)),
     reason="no CPU with AVX512-BF16, or no C++ compiler, here",
 )
 
@@ -65,7 +65,7 @@ def test_it_is_no_further_from_fp64_than_the_plain_way(monkeypatch: pytest.Monke
     given_ = tensors(lengths, 9, 3, 64)
     wanted = computed(tuple(x.double() for x in given_), lengths, 0.125)
     ours = distances(computed(given_, lengths, 0.125), wanted)
-    monkeypatch.setattr(native, "usable", lambda q: False)
+    monkeypatch.setattr(attention_cpu, "usable", lambda q: False)
     plain = distances(computed(given_, lengths, 0.125), wanted)
     for one, other in zip(ours, plain, strict=True):
         assert one < 1.1 * other + 1e-6
@@ -92,7 +92,7 @@ def test_extreme_scores_stay_finite() -> None:
     assert distances(found, wanted)[0] < 1e-2
 
 
-tiled = pytest.mark.skipif(not library.has_tiles(), reason="no CPU with AMX here")
+tiled = pytest.mark.skipif(not build.has_tiles(), reason="no CPU with AMX here")
 
 
 def matrix(rows: int, columns: int, seed: int) -> torch.Tensor:
@@ -154,7 +154,7 @@ def test_a_tiled_layer_is_a_linear_one_gradients_included(bias: bool) -> None:
     reference = torch.nn.Linear(96, 64, bias=bias).double()
     reference.load_state_dict(plain.state_dict())
     layer = torch.nn.Sequential(plain)
-    linear.use_tiles(layer, torch.device("cpu"))
+    linear.patch_linears(layer, torch.device("cpu"))
     assert type(layer[0]) is linear.TiledLinear
     x = matrix(100, 96, 3)
     ours, wanted = x.clone().requires_grad_(), x.double().requires_grad_()
@@ -174,7 +174,7 @@ def test_a_tiled_layer_is_a_linear_one_gradients_included(bias: bool) -> None:
 def test_a_frozen_layer_keeps_nothing_of_its_input() -> None:
     layer = torch.nn.Sequential(torch.nn.Linear(96, 64, bias=False).to(torch.bfloat16))
     layer.requires_grad_(False)
-    linear.use_tiles(layer, torch.device("cpu"))
+    linear.patch_linears(layer, torch.device("cpu"))
     x = matrix(100, 96, 3).requires_grad_()
     kept: list[torch.Tensor] = []
 
@@ -197,8 +197,8 @@ def test_the_loss_and_its_gradient_equal_fp64(positions: int, vocabulary: int) -
     wanted.sum().backward()
     assert reference.grad is not None
     for_loss, for_gradient = logits.clone(), logits.clone()
-    nll = loss._nll(for_loss, labels)
-    also, gradient = loss._nll_and_gradient(for_gradient, labels)
+    nll = cross_entropy._nll(for_loss, labels)
+    also, gradient = cross_entropy._nll_and_gradient(for_gradient, labels)
     assert torch.equal(for_loss, logits), "a loss alone leaves the logits"
     assert torch.equal(nll, also)
     assert (nll.double() - wanted).abs().max() < 1e-5
@@ -207,7 +207,7 @@ def test_the_loss_and_its_gradient_equal_fp64(positions: int, vocabulary: int) -
 
 def test_logits_far_apart_leave_a_finite_loss() -> None:
     logits = torch.tensor([[300.0, -300.0, 0.0] * 10]).to(torch.bfloat16)
-    nll, gradient = loss._nll_and_gradient(logits.clone(), torch.tensor([1]))
+    nll, gradient = cross_entropy._nll_and_gradient(logits.clone(), torch.tensor([1]))
     assert nll.item() == pytest.approx(600 + math.log(10), abs=1e-3)
     assert torch.isfinite(gradient).all()
 
@@ -216,7 +216,7 @@ def test_logits_far_apart_leave_a_finite_loss() -> None:
 def test_what_is_not_a_number_is_not_lost(at: int) -> None:
     logits = matrix(2, 30, 1)
     logits[1, at] = math.nan
-    nll, gradient = loss._nll_and_gradient(logits, torch.tensor([3, 4]))
+    nll, gradient = cross_entropy._nll_and_gradient(logits, torch.tensor([3, 4]))
     assert torch.isfinite(nll).tolist() == [True, False]
     assert torch.isfinite(gradient[0]).all()
     q, k, v, upstream = tensors([40], 2, 1, 32)
@@ -229,10 +229,10 @@ def test_what_is_not_a_number_is_not_lost(at: int) -> None:
 @pytest.fixture
 def nothing_compiled(monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> Iterator[None]:
     monkeypatch.setenv("SLM_LORA_CACHE", str(tmp_path))
-    monkeypatch.setattr(library, "_failure", "")
-    library._library.cache_clear()
+    monkeypatch.setattr(build, "_failure", "")
+    build._library.cache_clear()
     yield
-    library._library.cache_clear()
+    build._library.cache_clear()
 
 
 @pytest.mark.usefixtures("nothing_compiled")
@@ -244,7 +244,7 @@ def test_a_compiler_that_fails_is_named_and_done_without(
     compiler.chmod(0o755)
     monkeypatch.setenv("CXX", str(compiler))
     given_ = tensors([5], 2, 1, 32)
-    assert not native.usable(given_[0])
+    assert not attention_cpu.usable(given_[0])
     assert torch.isfinite(computed(given_, [5], 1.0)[0]).all()
-    assert library.failure() == f"{compiler}: no such target"
+    assert build.failure() == f"{compiler}: no such target"
     assert not list(tmp_path.rglob("*.so"))

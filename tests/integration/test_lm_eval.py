@@ -15,12 +15,12 @@ import pytest
 from peft import PeftModel
 from transformers import AutoModelForCausalLM, AutoTokenizer
 
-from slm_lora.data.batches import pack
+from slm_lora.adapters.multi import open_variants
+from slm_lora.data.collate import collate
 from slm_lora.data.templates import Template
-from slm_lora.data.tokens import RowTokenizer
+from slm_lora.data.tokenization import RowTokenizer
 from slm_lora.model.forward import score_documents
-from slm_lora.model.source import ModelSource
-from slm_lora.model.variants import open_variants
+from slm_lora.model.resolve import ModelSource
 from slm_lora.records import Row, Turn
 
 from .exports import make_adapter
@@ -50,9 +50,9 @@ def test_rolling_likelihood_is_our_nll(tiny_source: ModelSource, tmp_path: Path)
     assert whole.ids[-1] == tokenizer.eos_token_id
     ids = np.array([harness.prefix_token_id, *whole.ids[:-1]], np.int32)
     same_rules = replace(whole, ids=ids, response=np.ones(len(ids), np.bool_))
-    ours = score_documents(variants.base, pack([same_rules], "all"))
+    ours = score_documents(variants.base, collate([same_rules], "all"))
     assert ours.tokens_all[0] == len(tokenizer(text)["input_ids"])
     assert float(ours.nll_all[0]) == pytest.approx(theirs, rel=1e-5)
     variants.use("base")
-    without = score_documents(variants.base, pack([same_rules], "all"))
+    without = score_documents(variants.base, collate([same_rules], "all"))
     assert abs(float(without.nll_all[0]) - theirs) > 1, "the adapter is what was scored"

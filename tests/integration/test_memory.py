@@ -18,8 +18,8 @@ class Heap(ctypes.Structure):
 
 library = ctypes.CDLL(None)
 library.mallinfo2.restype = Heap
-machine.keep_freed_memory()
-machine.forget_rare_products()
+machine.disable_trim()
+machine.cap_onednn_cache()
 weight = torch.ones(576, 576, dtype=torch.bfloat16)
 for rows in range(100, 700):
     torch.nn.functional.linear(torch.ones(rows, 576, dtype=torch.bfloat16), weight)

@@ -16,17 +16,18 @@ from rich.console import Console
 from safetensors.torch import load_file, save_file
 from transformers import AutoModelForCausalLM, AutoTokenizer
 
+from slm_lora.adapters import attach
+from slm_lora.adapters import io as adapter_io
+from slm_lora.config.schema import AdapterSection
 from slm_lora.errors import IntegrityError, UsageError
-from slm_lora.export import merged as merging
-from slm_lora.export.folder import read
+from slm_lora.export import merge as merging
 from slm_lora.export.llama_cpp import export
-from slm_lora.export.merged import merge
-from slm_lora.export.proof import BOUNDS, PROMPTS, Proof, judge
-from slm_lora.model import adapter, adapter_folder
+from slm_lora.export.merge import merge
+from slm_lora.export.trained import read
+from slm_lora.export.verify import BOUNDS, PROMPTS, Proof, judge
 from slm_lora.model.base import Base
-from slm_lora.model.source import ModelSource, hash_weights
-from slm_lora.progress import Reporter
-from slm_lora.recipe.schema import AdapterSection
+from slm_lora.model.resolve import ModelSource, hash_weights
+from slm_lora.runtime.progress import Reporter
 
 from .exports import change_about, make_adapter
 
@@ -110,12 +111,12 @@ def test_another_base_is_refused(tiny_source: ModelSource, tmp_path: Path) -> No
 
 def test_a_whole_model_is_refused(load_tiny: LoadTiny, tmp_path: Path) -> None:
     base = load_tiny("fp32")
-    trained = adapter.attach(base, AdapterSection(kind="full"), seed=0)
+    trained = attach.attach(base, AdapterSection(kind="full"), seed=0)
     about = {
         "base": {"name": "tiny-llama", "revision": None, "sha256": base.source.sha256},
         "template": {"kind": "plain"},
     }
-    adapter_folder.save(base, trained, tmp_path / "model", about, None)
+    adapter_io.save(base, trained, tmp_path / "model", about, None)
     with pytest.raises(UsageError, match="already a whole model; nothing to merge"):
         merge(read(tmp_path / "model"), tmp_path / "merged", "fp32")
 

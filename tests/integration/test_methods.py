@@ -12,15 +12,16 @@ import transformers
 from peft import LoraConfig, PeftModel, get_peft_model
 from transformers import AutoModelForCausalLM, Trainer
 
-from slm_lora.data.batches import pack
+from slm_lora.adapters import attach
+from slm_lora.adapters import io as adapter_io
+from slm_lora.adapters.check import check_forward, reached_modules
+from slm_lora.adapters.targets import resolve_targets
+from slm_lora.config.schema import AdapterSection, ModelSection, TrainingSection
+from slm_lora.data.collate import collate
 from slm_lora.errors import UsageError
-from slm_lora.model import adapter, adapter_folder
-from slm_lora.model.adapter_check import check_forward, reached_modules
 from slm_lora.model.base import DTYPES, Base
 from slm_lora.model.forward import batch_nll
-from slm_lora.model.source import resolve
-from slm_lora.model.targets import resolve_targets
-from slm_lora.recipe.schema import AdapterSection, ModelSection, TrainingSection
+from slm_lora.model.resolve import resolve
 from slm_lora.training.loop import train
 from slm_lora.training.optimizer import adamw
 
@@ -32,11 +33,11 @@ FULL = AdapterSection(kind="full")
 
 def full_gradients(base: Base, seed: int, double: bool = False) -> torch.Tensor:
     """Gradients of all weights of the summed NLL."""
-    trained = adapter.attach(base, FULL, seed=0)
+    trained = attach.attach(base, FULL, seed=0)
     trained.train()
     if double:
         trained.double()
-    batch_nll(base, pack(make_examples(LENGTHS, seed), "all")).backward()
+    batch_nll(base, collate(make_examples(LENGTHS, seed), "all")).backward()
     return torch.cat([p.grad.double().flatten() for p in trained.parameters()])
 
 
@@ -60,14 +61,14 @@ def test_full_gradients_are_those_of_fp64(
 def test_full_training_is_saved_as_a_model_of_its_own(load_tiny: LoadTiny, tmp_path: Path) -> None:
     base = load_tiny("bf16")
     before = {name: p.detach().clone() for name, p in base.causal.named_parameters()}
-    trained = adapter.attach(base, FULL, seed=0)
-    counted = adapter.count_parameters(trained)
+    trained = attach.attach(base, FULL, seed=0)
+    counted = attach.count_parameters(trained)
     assert counted.trainable == counted.total == sum(p.numel() for p in before.values())
     section = TrainingSection(max_steps=3, effective_batch_size=2, learning_rate=1e-3)
     result = train(base, trained, make_examples(LENGTHS), section, seed=0)
     assert all(p.dtype == torch.float32 for p in trained.parameters())
     assert result.history[-1].loss < result.history[0].loss
-    adapter_folder.save(base, trained, tmp_path / "model", {"base": {}}, None)
+    adapter_io.save(base, trained, tmp_path / "model", {"base": {}}, None)
     again = AutoModelForCausalLM.from_pretrained(tmp_path / "model")
     assert again.dtype == torch.bfloat16
     for name, parameter in again.named_parameters():
@@ -77,8 +78,8 @@ def test_full_training_is_saved_as_a_model_of_its_own(load_tiny: LoadTiny, tmp_p
 
 def test_pissa_is_saved_as_what_fits_the_original_base(load_tiny: LoadTiny, tmp_path: Path) -> None:
     base = load_tiny("fp32")
-    adapted = adapter.attach(base, AdapterSection(kind="pissa", r=4, lora_dropout=0), seed=0)
-    batch = pack(make_examples(LENGTHS), "all")
+    adapted = attach.attach(base, AdapterSection(kind="pissa", r=4, lora_dropout=0), seed=0)
+    batch = collate(make_examples(LENGTHS), "all")
     untouched = batch_nll(load_tiny("fp32"), batch).item()
     # It begins where the base is, though the base's own weights are others.
     assert batch_nll(base, batch).item() == pytest.approx(untouched, rel=1e-5)
@@ -86,7 +87,7 @@ def test_pissa_is_saved_as_what_fits_the_original_base(load_tiny: LoadTiny, tmp_
     train(base, adapted, make_examples(LENGTHS), section, seed=0)
     trained = batch_nll(base, batch).item()
     assert abs(trained - untouched) > 0.01 * untouched
-    adapter_folder.save(base, adapted, tmp_path / "adapter", {"base": {}}, None)
+    adapter_io.save(base, adapted, tmp_path / "adapter", {"base": {}}, None)
 
     fresh = load_tiny("fp32")
     loaded = PeftModel.from_pretrained(fresh.causal, tmp_path / "adapter")
@@ -99,11 +100,11 @@ def test_loraplus_moves_b_so_many_times_faster(load_tiny: LoadTiny) -> None:
     def moved(ratio: float | None) -> float:
         """Largest change of a B in AdamW's first step, which is its learning rate."""
         base = load_tiny("fp32")
-        adapted = adapter.attach(base, AdapterSection(r=4, lora_dropout=0), seed=0)
+        adapted = attach.attach(base, AdapterSection(r=4, lora_dropout=0), seed=0)
         section = TrainingSection(max_steps=1, learning_rate=1e-4, loraplus_lr_ratio=ratio)
         train(base, adapted, make_examples(LENGTHS), section, seed=0)
         found = max(p.abs().max().item() for n, p in adapted.named_parameters() if "lora_B" in n)
-        adapter.detach(adapted)
+        attach.detach(adapted)
         return found
 
     assert moved(None) == pytest.approx(1e-4, rel=1e-3)
@@ -112,7 +113,7 @@ def test_loraplus_moves_b_so_many_times_faster(load_tiny: LoadTiny) -> None:
 
 @pytest.mark.parametrize("kind", ["full", "dora"])
 def test_norms_and_biases_do_not_decay(load_tiny: LoadTiny, kind: str) -> None:
-    trained = adapter.attach(load_tiny("fp32"), AdapterSection(kind=kind, lora_dropout=0), seed=0)
+    trained = attach.attach(load_tiny("fp32"), AdapterSection(kind=kind, lora_dropout=0), seed=0)
     named = {name: p for name, p in trained.named_parameters() if p.requires_grad}
     optimizer = adamw(named, TrainingSection(weight_decay=0.1), trained)
     name_of = {id(parameter): name for name, parameter in named.items()}
@@ -152,24 +153,24 @@ def save_gemma_with_eyes(folder: Path) -> Path:
 def test_no_adapter_lies_on_a_vision_tower(tmp_path: Path, targets: Any) -> None:
     base = load(save_gemma_with_eyes(tmp_path))
     section = AdapterSection(r=4, target_modules=targets)
-    adapted = adapter.attach(base, section, seed=0)
+    adapted = attach.attach(base, section, seed=0)
     names = [name for name, p in adapted.named_parameters() if p.requires_grad]
     assert names
     assert all(".language_model." in name for name in names)
     adapted.train()
-    batch_nll(base, pack(make_examples([20, 9]), "all"), "seed").backward()
+    batch_nll(base, collate(make_examples([20, 9]), "all"), "seed").backward()
     assert all(p.grad is not None for n, p in adapted.named_parameters() if p.requires_grad)
     if targets == "all-linear":
-        assert "without adapters stay" in adapter.left_out(adapted)
+        assert "without adapters stay" in attach.left_out(adapted)
 
 
 def test_all_weights_are_those_of_the_text_model(tmp_path: Path) -> None:
     base = load(save_gemma_with_eyes(tmp_path))
-    trained = adapter.attach(base, FULL, seed=0)
+    trained = attach.attach(base, FULL, seed=0)
     still = [name for name, p in trained.named_parameters() if not p.requires_grad]
     assert still
     assert all("vision_tower" in name or "projector" in name for name in still)
-    assert "stay as they are" in adapter.left_out(trained)
+    assert "stay as they are" in attach.left_out(trained)
 
 
 def test_all_linear_leaves_out_what_peft_refuses(tmp_path: Path) -> None:
@@ -180,12 +181,12 @@ def test_all_linear_leaves_out_what_peft_refuses(tmp_path: Path) -> None:
     torch.manual_seed(0)
     save_model(config, tmp_path, 0.2)
     base = load(tmp_path)
-    adapted = adapter.attach(base, AdapterSection(target_modules="all-linear"), seed=0)
+    adapted = attach.attach(base, AdapterSection(target_modules="all-linear"), seed=0)
     names = {name.split(".lora_")[0].rsplit(".", 1)[-1] for name, _ in adapted.named_parameters()}
     assert "in_proj" in names
-    assert "out_proj (2)" in adapter.left_out(adapted)
+    assert "out_proj (2)" in attach.left_out(adapted)
     with pytest.raises(UsageError, match=r"PEFT refuses them on .*out_proj"):
-        adapter.attach(load(tmp_path), AdapterSection(target_modules=("out_proj",)), seed=0)
+        attach.attach(load(tmp_path), AdapterSection(target_modules=("out_proj",)), seed=0)
 
 
 def save_mixture(folder: Path) -> Path:
@@ -201,14 +202,14 @@ def save_mixture(folder: Path) -> Path:
 
 def test_all_linear_takes_experts_where_peft_can(tmp_path: Path) -> None:
     folder = save_mixture(tmp_path)
-    adapted = adapter.attach(load(folder), AdapterSection(target_modules="all-linear"), seed=0)
-    assert "the experts" in adapter.left_out(adapted)
+    adapted = attach.attach(load(folder), AdapterSection(target_modules="all-linear"), seed=0)
+    assert "the experts" in attach.left_out(adapted)
     without = AdapterSection(target_modules="all-linear", lora_dropout=0)
-    adapted = adapter.attach(load(folder), without, seed=0)
+    adapted = attach.attach(load(folder), without, seed=0)
     assert any(".experts." in n for n, p in adapted.named_parameters() if p.requires_grad)
     experts = AdapterSection(target_modules=("gate_proj", "up_proj", "down_proj"))
     with pytest.raises(UsageError, match="dropout"):
-        adapter.attach(load(folder), experts, seed=0)
+        attach.attach(load(folder), experts, seed=0)
 
 
 def test_an_unknown_target_is_named_before_anything_is_loaded(tmp_path: Path) -> None:
@@ -247,15 +248,15 @@ def test_what_only_peft_s_forward_knows_is_found_out(load_tiny: LoadTiny) -> Non
 
 def test_the_check_of_an_adapter_leaves_no_trace(load_tiny: LoadTiny) -> None:
     base = load_tiny("fp32")
-    adapted = adapter.attach(base, AdapterSection(r=4), seed=5)
-    before = adapter.trainable_state(adapted)
+    adapted = attach.attach(base, AdapterSection(r=4), seed=5)
+    before = attach.trainable_state(adapted)
     torch.manual_seed(3)
     drawn = torch.rand(1)
     torch.manual_seed(3)
     check_forward(base, adapted)
     reached, unreached = reached_modules(base, adapted)
     assert torch.equal(torch.rand(1), drawn)
-    after = adapter.trainable_state(adapted)
+    after = attach.trainable_state(adapted)
     assert all(torch.equal(before[name], after[name]) for name in before)
     assert all(p.grad is None for p in adapted.parameters())
     assert len(reached) == 4

@@ -16,13 +16,14 @@ import torch
 from safetensors.torch import load_file, save_file
 from transformers import AutoConfig, AutoModelForCausalLM, AutoTokenizer
 
-from slm_lora.export.folder import read
-from slm_lora.export.merged import merge
-from slm_lora.model import adapter, adapter_folder
-from slm_lora.model.load import load_base
+from slm_lora.adapters import attach
+from slm_lora.adapters import io as adapter_io
+from slm_lora.config.schema import AdapterSection, ModelSection
+from slm_lora.export.merge import merge
+from slm_lora.export.trained import read
+from slm_lora.model.loading import load_base
 from slm_lora.model.model_folder import TOKENIZER_FILES, older_tokenizer, spell_as_before
-from slm_lora.model.source import hash_config, resolve
-from slm_lora.recipe.schema import AdapterSection, ModelSection
+from slm_lora.model.resolve import hash_config, resolve
 
 from ..conftest import CHAT_TEMPLATE, tiny_tokenizer
 from .exports import make_adapter
@@ -91,14 +92,14 @@ def merged(base: Path, tmp_path: Path) -> Path:
 def trained_whole(base: Path, tmp_path: Path) -> Path:
     source = resolve(ModelSection(name=str(base)))
     loaded = load_base(source, device=torch.device("cpu"), precision="bf16")
-    trained = adapter.attach(loaded, AdapterSection(kind="full"), seed=0)
+    trained = attach.attach(loaded, AdapterSection(kind="full"), seed=0)
     for parameter in trained.parameters():
         parameter.data *= 1.01
     about = {
         "base": {"name": source.name, "revision": None, "sha256": source.sha256},
         "template": {"kind": "plain"},
     }
-    adapter_folder.save(loaded, trained, tmp_path / "whole", about, "{{ messages[0].content }}")
+    adapter_io.save(loaded, trained, tmp_path / "whole", about, "{{ messages[0].content }}")
     return tmp_path / "whole"
 
 
@@ -170,8 +171,8 @@ def test_a_template_that_cannot_be_written(
         put(older / "tokenizer_config.json", chat_template=listed)
     source = resolve(ModelSection(name=str(older)))
     base = load_base(source, device=torch.device("cpu"), precision="fp32")
-    trained = adapter.attach(base, AdapterSection(kind="full"), seed=0)
-    adapter_folder.save(base, trained, tmp_path / "whole", {"template": {"kind": kind}}, None)
+    trained = attach.attach(base, AdapterSection(kind="full"), seed=0)
+    adapter_io.save(base, trained, tmp_path / "whole", {"template": {"kind": kind}}, None)
     own = CHAT_TEMPLATE if kind == "chat" else None
     assert written(tmp_path / "whole" / "tokenizer_config.json").get("chat_template") == own
     assert AutoTokenizer.from_pretrained(tmp_path / "whole").chat_template == own

@@ -9,17 +9,17 @@ from typing import Any
 import pytest
 import torch
 
-from slm_lora.data.batches import pack
+from slm_lora.adapters import attach
+from slm_lora.config.schema import AdapterSection, TrainingSection
+from slm_lora.data.collate import collate
 from slm_lora.errors import NumericError
-from slm_lora.evaluation.perplexity import held_out_loss, score
-from slm_lora.model import adapter
+from slm_lora.evaluation.scoring import held_out_loss, score
 from slm_lora.model.base import Base
 from slm_lora.model.forward import batch_nll
-from slm_lora.recipe.schema import AdapterSection, TrainingSection
 from slm_lora.records import Step
 from slm_lora.training import step
 from slm_lora.training.loop import train
-from slm_lora.training.step import MOST_SKIPPED, Updater
+from slm_lora.training.step import MOST_SKIPPED, StepRunner
 
 from .test_forward import make_examples
 from .test_training import LENGTHS
@@ -45,14 +45,14 @@ def spoil(
 def sitting(
     base: Base, on_step: Callable[[Step], None], epochs: int = 3, ahead: int = 0
 ) -> tuple[Step, ...]:
-    adapted = adapter.attach(base, AdapterSection(r=2, lora_dropout=0.0), 0)
+    adapted = attach.attach(base, AdapterSection(r=2, lora_dropout=0.0), 0)
     section = TrainingSection(num_train_epochs=epochs, learning_rate=1e-2)
     try:
         return train(
             base, adapted, make_examples(LENGTHS), section, 0, on_step=on_step, steps_ahead=ahead
         ).history
     finally:
-        adapter.detach(adapted)
+        attach.detach(adapted)
 
 
 class Overflow(torch.autograd.Function):
@@ -113,7 +113,7 @@ def test_a_weight(load_tiny: LoadTiny, monkeypatch: pytest.MonkeyPatch, value: f
 
 def test_a_validation_names_its_step(load_tiny: LoadTiny) -> None:
     base = load_tiny()
-    adapted = adapter.attach(base, AdapterSection(r=2), 0)
+    adapted = attach.attach(base, AdapterSection(r=2), 0)
 
     def validate() -> float:
         raise NumericError("row 0001: loss nan")
@@ -139,7 +139,7 @@ def test_an_overflow_of_fp16_skips_the_step_and_is_counted(
     seen: list[Step] = []
 
     def on_step(done: Step) -> None:
-        weights = adapter.trainable_state(base.causal)
+        weights = attach.trainable_state(base.causal)
         if done.skipped:
             assert all(torch.equal(weights[name], before[name]) for name in weights)
         before.update(weights)
@@ -165,7 +165,7 @@ def test_fp16_does_not_skip_for_ever(load_tiny: LoadTiny, monkeypatch: pytest.Mo
 
 def gradient(base: Base, batches: list[int], double: bool) -> torch.Tensor:
     """Gradient of a step of 16 rows, divided into micro-batches of so many rows."""
-    adapted = adapter.attach(base, AdapterSection(r=4, lora_dropout=0.0), 3)
+    adapted = attach.attach(base, AdapterSection(r=4, lora_dropout=0.0), 3)
     adapted.train()
     generator = torch.Generator().manual_seed(1)
     for name, parameter in adapted.named_parameters():
@@ -176,10 +176,10 @@ def gradient(base: Base, batches: list[int], double: bool) -> torch.Tensor:
     examples = sorted(make_examples(LENGTHS[:16]), key=lambda example: -example.length)
     labels = sum(example.length - 1 for example in examples)
     for many in batches:
-        torch.autograd.backward(batch_nll(base, pack(examples[:many], "all")) / labels)
+        torch.autograd.backward(batch_nll(base, collate(examples[:many], "all")) / labels)
         examples = examples[many:]
     found = [p.grad.double().flatten() for p in adapted.parameters() if p.grad is not None]
-    adapter.detach(adapted)
+    attach.detach(adapted)
     return torch.cat(found)
 
 
@@ -198,14 +198,14 @@ def test_the_loop_divides_as_exactly(load_tiny: LoadTiny) -> None:
     norms = []
     for budget in (10_000, 200, 60, 1):
         base = load_tiny()
-        adapted = adapter.attach(base, AdapterSection(r=4, lora_dropout=0.0), 3)
+        adapted = attach.attach(base, AdapterSection(r=4, lora_dropout=0.0), 3)
         parameters = [p for p in adapted.parameters() if p.requires_grad]
         optimizer = torch.optim.SGD(parameters, lr=0.0)
         scaler = torch.amp.GradScaler("cpu", enabled=False)
-        updater = Updater(base, parameters, optimizer, scaler, "all", 1e9)
+        updater = StepRunner(base, parameters, optimizer, scaler, "all", 1e9)
         examples = make_examples(LENGTHS[:16])
         norms.append(updater.step(examples, budget, "", False, 0, "step").result())
-        adapter.detach(adapted)
+        attach.detach(adapted)
     for loss, norm in norms[1:]:
         assert loss == pytest.approx(norms[0][0], rel=1e-5)
         assert norm == pytest.approx(norms[0][1], rel=1e-5)

@@ -8,14 +8,14 @@ from pathlib import Path
 import pytest
 import torch
 
-from slm_lora import machine
-from slm_lora.experiment.jobs import Job, make_jobs
-from slm_lora.experiment.places import Places
-from slm_lora.experiment.plan import PlannedCell, plan
-from slm_lora.experiment.slice import measure
-from slm_lora.model import adapter
-from slm_lora.model.load import load_base
-from slm_lora.recipe.reading import load_recipe
+from slm_lora.adapters import attach
+from slm_lora.config.load import load_recipe
+from slm_lora.experiment.job import Job, make_jobs
+from slm_lora.experiment.paths import ExperimentPaths
+from slm_lora.model.loading import load_base
+from slm_lora.planning.plan import PlannedCell, plan
+from slm_lora.planning.probe import measure
+from slm_lora.runtime import hardware
 
 from .test_experiment import Lab, command
 
@@ -32,14 +32,14 @@ def job_of(lab: Lab, *overrides: str) -> Job:
 
 def planned(lab: Lab, *overrides: str) -> PlannedCell:
     nowhere = lab.folder / "nowhere"
-    return plan([job_of(lab, *overrides)], Places("tiny", nowhere, nowhere)).cells[-1]
+    return plan([job_of(lab, *overrides)], ExperimentPaths("tiny", nowhere, nowhere)).cells[-1]
 
 
 @pytest.mark.parametrize("targets", ["[q_proj,v_proj]", "all-linear"])
 def test_the_slice_tells_the_adapter_of_the_whole(lab: Lab, targets: str) -> None:
     job = job_of(lab, f"adapter.target_modules={targets}")
     base = load_base(job.source, device=job.device, precision=job.precision)
-    whole = adapter.count_parameters(adapter.attach(base, job.cell.recipe.adapter, 0)).trainable
+    whole = attach.count_parameters(attach.attach(base, job.cell.recipe.adapter, 0)).trainable
     found = measure(job, compiled=False)
     assert found.adapter == whole
     assert found.training > 0 and found.scoring > 0
@@ -65,7 +65,7 @@ def test_memory_goes_with_what_is_computed_at_once(lab: Lab) -> None:
 
 def test_a_finished_base_and_unfinished_cells(lab: Lab) -> None:
     jobs = [job_of(lab, f"adapter.r={r}") for r in (2, 4)]
-    found = plan(jobs, Places("tiny", lab.folder / "none", lab.folder / "none"))
+    found = plan(jobs, ExperimentPaths("tiny", lab.folder / "none", lab.folder / "none"))
     assert [cell.name for cell in found.cells] == ["base", "r2", "r4"]
     base, first, second = found.cells
     assert base.training_seconds == 0 and base.scoring_seconds == first.scoring_seconds
@@ -81,7 +81,7 @@ def test_a_finished_base_and_unfinished_cells(lab: Lab) -> None:
 def test_too_large_is_said_before_the_run(
     lab: Lab, capsys: pytest.CaptureFixture[str], monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    monkeypatch.setattr(machine, "free_bytes", lambda device: 5_000_000)
+    monkeypatch.setattr(hardware, "free_bytes", lambda device: 5_000_000)
     assert command("experiment", lab.recipe, "--plan", "--results", lab.folder / "r") == 0
     shown = " ".join(capsys.readouterr().out.split())
     assert "warning: base, r2-40, r4-40, r4-80 will not fit: " in shown
@@ -92,7 +92,7 @@ def test_too_large_is_said_before_the_run(
 
 
 def test_what_the_machine_has() -> None:
-    assert 10**7 < machine.resident_bytes() < machine.free_bytes("cpu")
+    assert 10**7 < hardware.resident_bytes() < hardware.free_bytes("cpu")
 
 
 @pytest.mark.skipif(torch.cuda.is_available(), reason="there is a GPU")

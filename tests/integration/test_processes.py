@@ -18,7 +18,7 @@ from hypothesis import given
 from hypothesis import strategies as st
 from safetensors.torch import load_file
 
-from slm_lora import processes
+from slm_lora.runtime import distributed
 from slm_lora.training.checkpoint import generations
 
 from .test_experiment import Lab
@@ -40,7 +40,7 @@ def together(many: int, words: list[object], folder: Path) -> list[int]:
         subprocess.Popen(
             list(map(str, words)),
             cwd=REPOSITORY,
-            env=environment(RANK=f"{n}", WORLD_SIZE=f"{many}", **{processes.STORE: f"{store}"}),
+            env=environment(RANK=f"{n}", WORLD_SIZE=f"{many}", **{distributed.STORE: f"{store}"}),
         )
         for n in range(many)
     ]
@@ -53,7 +53,7 @@ def together(many: int, words: list[object], folder: Path) -> list[int]:
 @given(costs=st.lists(st.integers(1, 500), max_size=40), many=st.integers(1, 6))
 def test_every_item_is_somebodys_and_loads_are_even(costs: list[int], many: int) -> None:
     items = list(enumerate(costs))
-    shares = processes.shares(items, lambda item: item[1], many)
+    shares = distributed.partition(items, lambda item: item[1], many)
     assert len(shares) == many
     assert sorted(item for share in shares for item in share) == items
     loads = [sum(cost for _, cost in share) for share in shares]
@@ -322,7 +322,7 @@ def test_unequal_recipes(tmp_path: Path, tiny_folder: Path) -> None:
     started = [
         subprocess.Popen(
             train(lab, f"training.learning_rate=1e-{2 + n}"),
-            env=environment(RANK=f"{n}", WORLD_SIZE="2", **{processes.STORE: f"{store}"}),
+            env=environment(RANK=f"{n}", WORLD_SIZE="2", **{distributed.STORE: f"{store}"}),
             stderr=subprocess.PIPE,
             text=True,
         )

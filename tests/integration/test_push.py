@@ -26,10 +26,10 @@ from huggingface_hub import ModelCard
 from slm_lora.cli import _guarded, app
 from slm_lora.data.chat_templates import freeze
 from slm_lora.errors import IntegrityError, StorageError, UsageError
-from slm_lora.export.folder import read
 from slm_lora.export.hub import dry_run, push
-from slm_lora.export.merged import merge
-from slm_lora.model.source import ModelSource
+from slm_lora.export.merge import merge
+from slm_lora.export.trained import read
+from slm_lora.model.resolve import ModelSource
 
 from .exports import change_about, make_adapter
 

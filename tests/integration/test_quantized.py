@@ -13,11 +13,11 @@ from typing import Any
 import pytest
 import torch
 
-from slm_lora.evaluation.perplexity import score
-from slm_lora.model import four_bits
-from slm_lora.model.load import load_base
-from slm_lora.model.source import resolve
-from slm_lora.recipe.schema import ModelSection
+from slm_lora.config.schema import ModelSection
+from slm_lora.evaluation.scoring import score
+from slm_lora.model import quantization
+from slm_lora.model.loading import load_base
+from slm_lora.model.resolve import resolve
 
 from .test_experiment import Lab, command
 from .test_forward import make_examples
@@ -50,16 +50,14 @@ def test_weights_are_in_four_bits_and_packed_scores_are_right(tiny_folder: Path)
     source = resolve(ModelSection(name=str(tiny_folder)))
     cpu, examples = torch.device("cpu"), make_examples([30, 12, 5])
     found = {}
-    for quantization in ("nf4", None):
+    for kind in ("nf4", None):
         for plain in (False, True):
-            base = load_base(
-                source, device=cpu, precision="fp32", plain=plain, quantization=quantization
-            )
-            assert base.packed != plain, base.why_plain
+            base = load_base(source, device=cpu, precision="fp32", plain=plain, quantization=kind)
+            assert base.packed != plain, base.fallback_reason
             scores = score(base, examples, "test", 100)
-            found[quantization, plain] = [each.nll_all for each in scores]
+            found[kind, plain] = [each.nll_all for each in scores]
         kinds = {type(m).__name__ for m in base.causal.modules()}
-        assert ("Linear4bit" in kinds) == (quantization == "nf4")
+        assert ("Linear4bit" in kinds) == (kind == "nf4")
     assert found["nf4", False] == pytest.approx(found["nf4", True], rel=1e-4)
     assert found["nf4", False] != pytest.approx(found[None, False], rel=1e-3)
 
@@ -133,7 +131,7 @@ def test_what_changes_the_base_is_refused(
 def test_a_missing_extra_is_named(
     lab: Lab, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
 ) -> None:
-    monkeypatch.setattr(four_bits.importlib.util, "find_spec", lambda name: None)
+    monkeypatch.setattr(quantization.importlib.util, "find_spec", lambda name: None)
     elsewhere = ("--results", tmp_path, "--adapters", tmp_path, "--cell", "r2-40")
     assert command("train", lab.recipe, "model.quantization=nf4", *elsewhere) == 2
     assert "pip install '.[nf4]'" in capsys.readouterr().err
@@ -142,9 +140,9 @@ def test_a_missing_extra_is_named(
 IMPORT_AND_ATTACH = """
 import sys, torch
 from slm_lora.model import adapter
-from slm_lora.model.load import load_base
-from slm_lora.model.source import resolve
-from slm_lora.recipe.schema import AdapterSection, ModelSection
+from slm_lora.model.loading import load_base
+from slm_lora.model.resolve import resolve
+from slm_lora.config.schema import AdapterSection, ModelSection
 source, cpu = resolve(ModelSection(name=sys.argv[1])), torch.device("cpu")
 base = load_base(source, device=cpu, precision="fp32")
 adapter.attach(base, AdapterSection(), seed=0)

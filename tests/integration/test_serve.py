@@ -15,11 +15,11 @@ from typing import Any
 
 import pytest
 
+from slm_lora.adapters.multi import BASE, AdapterSet, open_variants
 from slm_lora.data.prompts import Prompt
 from slm_lora.errors import UsageError
-from slm_lora.evaluation.generate import Reply, Sampling, prompt_ids
-from slm_lora.model.source import ModelSource
-from slm_lora.model.variants import BASE, Variants, open_variants
+from slm_lora.evaluation.generation import Generation, Sampling, prompt_ids
+from slm_lora.model.resolve import ModelSource
 from slm_lora.records import Turn
 
 from .exports import make_adapter
@@ -37,7 +37,7 @@ MOST_BYTES, PATIENCE, MOST_TOKENS = 100_000, 1.5, 200
 
 
 @pytest.fixture(scope="module")
-def variants(tiny_source: ModelSource, tmp_path_factory: pytest.TempPathFactory) -> Variants:
+def variants(tiny_source: ModelSource, tmp_path_factory: pytest.TempPathFactory) -> AdapterSet:
     where = tmp_path_factory.mktemp("adapters")
     folders = [
         make_adapter(tiny_source, where / "single", scale=0.5, seed=1),
@@ -51,7 +51,7 @@ class Served:
 
     def __init__(
         self,
-        variants: Variants,
+        variants: AdapterSet,
         token: str | None = None,
         page: bool = False,
         examples: Sequence[Prompt] = (Prompt((Turn("user", "Tea?"),), reference="Of leaves."),),
@@ -82,9 +82,9 @@ class Served:
 
 
 @pytest.fixture(scope="module")
-def served(variants: Variants) -> Iterator[Served]:
+def served(variants: AdapterSet) -> Iterator[Served]:
     with pytest.MonkeyPatch.context() as patch:
-        patch.setattr(serving, "PATIENCE", PATIENCE)
+        patch.setattr(serving, "REQUEST_HEAD_TIMEOUT_S", PATIENCE)
         made = Served(variants)
         yield made
         made.engine.close()
@@ -93,13 +93,15 @@ def served(variants: Variants) -> Iterator[Served]:
 QUESTION = [{"role": "user", "content": "Tell me fact 3 about bread."}]
 
 
-def wanted(variants: Variants, name: str, question: str, sampling: Sampling) -> tuple[str, Reply]:
+def wanted(
+    variants: AdapterSet, name: str, question: str, sampling: Sampling
+) -> tuple[str, Generation]:
     prompt = Prompt((Turn("user", question),))
-    reply = Reply(variants, name, prompt_ids(variants, name, prompt), sampling)
+    reply = Generation(variants, name, prompt_ids(variants, name, prompt), sampling)
     return "".join(reply.pieces()), reply
 
 
-def test_the_openai_client_gets_what_the_model_says(served: Served, variants: Variants) -> None:
+def test_the_openai_client_gets_what_the_model_says(served: Served, variants: AdapterSet) -> None:
     client = served.client()
     assert [model.id for model in client.models.list()] == ["base", "single", "talker"]
     assert client.models.retrieve("single").id == "single"
@@ -123,7 +125,7 @@ def test_the_openai_client_gets_what_the_model_says(served: Served, variants: Va
     assert len(texts) == 3
 
 
-def test_completions_take_text_as_it_is(served: Served, variants: Variants) -> None:
+def test_completions_take_text_as_it_is(served: Served, variants: AdapterSet) -> None:
     client = served.client()
     raw = "Instruction:\nTea?\nResponse:\n"
     found = client.completions.create(model="single", prompt=raw, max_tokens=12, temperature=0)
@@ -135,7 +137,7 @@ def test_completions_take_text_as_it_is(served: Served, variants: Variants) -> N
     assert "".join(piece.choices[0].text for piece in pieces) == text
 
 
-def test_seed_stop_and_conversations(served: Served, variants: Variants) -> None:
+def test_seed_stop_and_conversations(served: Served, variants: AdapterSet) -> None:
     client = served.client()
 
     def said(**more: Any) -> str:
@@ -325,7 +327,7 @@ def test_a_body_that_is_no_request_is_400(served: Served, path: str) -> None:
     assert status == 400
 
 
-def test_sampling_fields_reach_the_sampler(served: Served, variants: Variants) -> None:
+def test_sampling_fields_reach_the_sampler(served: Served, variants: AdapterSet) -> None:
     given: dict[str, Any] = {
         "temperature": 0.4, "top_p": 0.9, "top_k": 40, "min_p": 0.02, "repetition_penalty": 1.1,
         "frequency_penalty": -0.4, "presence_penalty": -0.3, "seed": 5, "min_tokens": 12,
@@ -346,7 +348,7 @@ def test_max_tokens_is_clamped(served: Served) -> None:
 
 
 def test_sixty_four_at_once_get_what_each_would_get_alone(
-    served: Served, variants: Variants
+    served: Served, variants: AdapterSet
 ) -> None:
     asked = [
         (variants.names[i % 3], f"Tell me fact {i} about tea.", Sampling(12, float(i % 2), seed=i))
@@ -370,7 +372,7 @@ def test_sixty_four_at_once_get_what_each_would_get_alone(
     assert asyncio.run(all_at_once()) == alone
 
 
-def test_a_full_queue_says_so_and_recovers(variants: Variants) -> None:
+def test_a_full_queue_says_so_and_recovers(variants: AdapterSet) -> None:
     engine = Engine(variants, at_once=1, most_waiting=2)
 
     async def crowd() -> tuple[int, int]:
@@ -393,7 +395,7 @@ def test_a_full_queue_says_so_and_recovers(variants: Variants) -> None:
     engine.close()
 
 
-def test_who_goes_away_is_not_computed_for(served: Served, variants: Variants) -> None:
+def test_who_goes_away_is_not_computed_for(served: Served, variants: AdapterSet) -> None:
     body = (
         b'{"model": "base", "max_tokens": 200, "temperature": 1, "seed": 3, "stream": %s, '
         b'"messages": [{"role": "user", "content": "Tea?"}]}'
@@ -444,7 +446,7 @@ def test_other_origins_may_not_read(served: Served) -> None:
     assert connection.getresponse().getheader("access-control-allow-origin") is None
 
 
-def test_a_token_is_asked_for_where_there_is_one(variants: Variants) -> None:
+def test_a_token_is_asked_for_where_there_is_one(variants: AdapterSet) -> None:
     made = Served(variants, token="a-secret", page=True)
     assert made.ask()[0] == 401 and made.ask("/")[0] == 401
     assert made.ask(Authorization="Bearer a-secret")[0] == 200
@@ -499,7 +501,7 @@ def test_two_hundred_slow_clients_are_closed_and_others_served(served: Served) -
     assert served.ask()[0] == 200
 
 
-def test_a_template_in_a_request_is_text(served: Served, variants: Variants) -> None:
+def test_a_template_in_a_request_is_text(served: Served, variants: AdapterSet) -> None:
     attack = "{{ 7 * 7 }}{% for x in ().__class__.__base__.__subclasses__() %}{% endfor %}"
     for name in variants.names:
         found = served.client().chat.completions.create(
@@ -547,7 +549,7 @@ def until(page: Any, holds: Callable[[], bool]) -> None:
         page.wait_for_timeout(50)
 
 
-def test_the_page_helps_with_any_adapter(variants: Variants, tmp_path: Path) -> None:
+def test_the_page_helps_with_any_adapter(variants: AdapterSet, tmp_path: Path) -> None:
     made = Served(variants, page=True, examples=(), chosen="single")
     with browsed(made.url) as page:
         question, base = page.get_by_label("Question"), page.locator("#base textarea")
@@ -601,13 +603,14 @@ def test_the_page_helps_with_any_adapter(variants: Variants, tmp_path: Path) -> 
     made.engine.close()
 
 
-def test_the_page_shows_base_and_adapter_side_by_side(variants: Variants, tmp_path: Path) -> None:
+def test_the_page_shows_base_and_adapter_side_by_side(variants: AdapterSet, tmp_path: Path) -> None:
     pytest.importorskip("playwright.sync_api", reason="needs playwright")
     # All are asked as the first chosen adapter was trained to be. (Computed before the server
     # is, as both use the same model.)
     ids = prompt_ids(variants, "talker", Prompt((Turn("user", "Tea?"),)))
     texts = {
-        name: "".join(Reply(variants, name, ids, Sampling(160)).pieces()) for name in variants.names
+        name: "".join(Generation(variants, name, ids, Sampling(160)).pieces())
+        for name in variants.names
     }
     made = Served(variants, page=True)
     outside: list[str] = []

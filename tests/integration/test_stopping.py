@@ -16,12 +16,12 @@ from pathlib import Path
 import pytest
 from safetensors import SafetensorError
 
-from slm_lora import lock, storage
 from slm_lora.errors import IntegrityError, StorageError
-from slm_lora.evaluation import perplexity
-from slm_lora.experiment import runner, train_and_score
-from slm_lora.lock import only_process
-from slm_lora.stopping import StopRequested, gentle_stop
+from slm_lora.evaluation import scoring
+from slm_lora.experiment import cell, runner
+from slm_lora.runtime import lock, storage
+from slm_lora.runtime.lock import only_process
+from slm_lora.runtime.signals import StopRequested, gentle_stop
 from slm_lora.training import step
 from slm_lora.training.checkpoint import generations
 
@@ -90,7 +90,7 @@ def test_off_the_main_thread_nothing_breaks() -> None:
 HOLD = (
     "import sys, time\n"
     "from pathlib import Path\n"
-    "from slm_lora.lock import only_process\n"
+    "from slm_lora.runtime.lock import only_process\n"
     "with only_process(Path(sys.argv[1])):\n"
     "    print('held', flush=True)\n"
     "    time.sleep(60)\n"
@@ -177,7 +177,7 @@ def test_too_little_space_is_found_before_training(
 ) -> None:  # fmt: skip
     usage = shutil.disk_usage(tmp_path)
     monkeypatch.setattr(storage.shutil, "disk_usage", lambda _: usage._replace(free=1000))
-    monkeypatch.setattr(train_and_score, "train", None)
+    monkeypatch.setattr(cell, "train", None)
     assert Lab(tmp_path, tiny_folder).run("grid.cells=[{data.size: 40}]") == 6
     assert "are free; make room" in capsys.readouterr().err
 
@@ -237,9 +237,7 @@ def test_a_stopped_experiment_ends_with_the_same_bits(
         return call
 
     monkeypatch.setattr(step, "batch_nll", counted("in a step", step.batch_nll))
-    monkeypatch.setattr(
-        perplexity, "score_documents", counted("in scoring", perplexity.score_documents)
-    )
+    monkeypatch.setattr(scoring, "score_documents", counted("in scoring", scoring.score_documents))
     before = signal.signal(signal.SIGTERM, signal.default_int_handler)
     assert made.run(*small) == 75
     signal.signal(signal.SIGTERM, before)
@@ -282,7 +280,7 @@ def test_a_changed_recipe_is_refused_beside_an_unfinished_training(
     said = capsys.readouterr().err
     assert "data.name: rows.jsonl → rows2.jsonl; " in said
     assert "training rows: " in said and "learning_rate" not in said
-    monkeypatch.setattr(train_and_score, "train", None)  # what is trained is not trained again
+    monkeypatch.setattr(cell, "train", None)  # what is trained is not trained again
     with pytest.raises(TypeError):
         made.run(ONE, "training.learning_rate=2e-2", "--discard-checkpoints")
     assert not (made.results / "checkpoints").exists() or not list(

@@ -13,15 +13,16 @@ from pathlib import Path
 import pytest
 import torch
 
-from slm_lora.data.prepare import prepare
+from slm_lora.adapters import attach
+from slm_lora.adapters import io as adapter_io
+from slm_lora.adapters.attach import trainable_state
+from slm_lora.config.load import load_recipe
+from slm_lora.config.schema import AdapterSection, ModelSection
+from slm_lora.data.dataset import prepare
 from slm_lora.data.sources import read_rows
-from slm_lora.experiment.jobs import make_jobs
-from slm_lora.model import adapter, adapter_folder
-from slm_lora.model.adapter import trainable_state
-from slm_lora.model.load import choose_precision, load_base
-from slm_lora.model.source import resolve
-from slm_lora.recipe.reading import load_recipe
-from slm_lora.recipe.schema import AdapterSection, ModelSection
+from slm_lora.experiment.job import make_jobs
+from slm_lora.model.loading import choose_precision, load_base
+from slm_lora.model.resolve import resolve
 from slm_lora.training.loop import train
 
 from ..conftest import make_rows, write_jsonl
@@ -74,26 +75,26 @@ def test_two_steps_saved_and_loaded_again(folder: Path, tmp_path: Path) -> None:
     job = make_jobs(cells)[0]
     torch.set_num_threads(2)
     base = load_base(job.source, device=torch.device("cpu"), precision=precision)
-    assert base.packed, base.why_plain
+    assert base.packed, base.fallback_reason
     first = job.prepared.train[0]
     assert first.ids[0] == 1, "BOS first"
     assert first.ids[-1] == 2 and first.response[-1], "EOS last, and a label"
 
-    wide = adapter.attach(base, AdapterSection(r=16), 0)
-    assert adapter.count_parameters(wide).trainable == 2_252_800
-    adapter.detach(wide)
-    adapted = adapter.attach(base, job.cell.recipe.adapter, 0)
-    counted = adapter.count_parameters(adapted)
+    wide = attach.attach(base, AdapterSection(r=16), 0)
+    assert attach.count_parameters(wide).trainable == 2_252_800
+    attach.detach(wide)
+    adapted = attach.attach(base, job.cell.recipe.adapter, 0)
+    counted = attach.count_parameters(adapted)
     assert counted.trainable == 1_126_400
     assert 0.10 < counted.percent < 0.11
     result = train(base, adapted, job.prepared.train, job.cell.recipe.training, 0)
     assert len(result.history) == 2
     trained = trainable_state(adapted)
     assert any(value.abs().max() > 0 for name, value in trained.items() if "lora_B" in name)
-    adapter_folder.save(base, adapted, tmp_path / "adapter", {"base": {
+    adapter_io.save(base, adapted, tmp_path / "adapter", {"base": {
         "name": job.source.name, "sha256": job.source.sha256}}, None)  # fmt: skip
-    adapter.detach(adapted)
-    again = dict(adapter_folder.load(base, tmp_path / "adapter").named_parameters())
+    attach.detach(adapted)
+    again = dict(adapter_io.load(base, tmp_path / "adapter").named_parameters())
     assert all(torch.equal(again[name].cpu(), value) for name, value in trained.items())
     torch.set_num_threads(1)
 

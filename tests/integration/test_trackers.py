@@ -9,8 +9,8 @@ from pathlib import Path
 
 import pytest
 
-from slm_lora.experiment import trackers
-from slm_lora.experiment.trackers import Tracked, tracking
+from slm_lora.experiment import tracking
+from slm_lora.experiment.tracking import Tracked, open_trackers
 from slm_lora.records import Step
 
 from .test_experiment import Lab, command
@@ -87,7 +87,7 @@ def test_trackio(lab: Lab, tmp_path: Path) -> None:
 def test_one_that_is_not_installed_is_named_before_any_work(
     lab: Lab, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
 ) -> None:
-    monkeypatch.setattr(trackers.importlib.util, "find_spec", lambda name: None)
+    monkeypatch.setattr(tracking.importlib.util, "find_spec", lambda name: None)
     assert train(lab, "wandb") == 2
     said = capsys.readouterr().err
     assert "report_to: wandb is not installed; pip install '.[trackers]' in a checkout" in said
@@ -110,7 +110,7 @@ def test_one_that_fails_is_said_once_and_the_others_go_on(
         def __init__(self, run: Tracked) -> None:
             told.append("begin")
 
-        def log(self, numbers: trackers.Numbers, step: int) -> None:
+        def log(self, numbers: tracking.Numbers, step: int) -> None:
             told.append("log")
 
         def finish(self) -> None:
@@ -124,16 +124,16 @@ def test_one_that_fails_is_said_once_and_the_others_go_on(
             if now == where:
                 raise OSError("the server\nis gone")
 
-        def log(self, numbers: trackers.Numbers, step: int) -> None:
+        def log(self, numbers: tracking.Numbers, step: int) -> None:
             self.fail("log")
 
         def finish(self) -> None:
             self.fail("finish")
 
-    monkeypatch.setattr(trackers, "_KINDS", {"wandb": Bad, "trackio": Good})
+    monkeypatch.setattr(tracking, "_KINDS", {"wandb": Bad, "trackio": Good})
     said: list[str] = []
     run = Tracked("tiny", "r2", {}, tmp_path)
-    with tracking(("wandb", "trackio"), run, said.append) as some:
+    with open_trackers(("wandb", "trackio"), run, said.append) as some:
         some.step(STEP)
         some.step(STEP)
         some.scored(2.0, 7.4, 2)

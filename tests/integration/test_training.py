@@ -10,12 +10,12 @@ import pytest
 import torch
 from transformers import get_scheduler
 
+from slm_lora.adapters import attach
+from slm_lora.adapters.attach import trainable_state
+from slm_lora.config.schema import AdapterSection, TrainingSection
 from slm_lora.errors import DataError, NumericError
-from slm_lora.evaluation.perplexity import held_out_loss, score
-from slm_lora.model import adapter
-from slm_lora.model.adapter import trainable_state
+from slm_lora.evaluation.scoring import held_out_loss, score
 from slm_lora.model.base import Base
-from slm_lora.recipe.schema import AdapterSection, TrainingSection
 from slm_lora.records import Example
 from slm_lora.training import step
 from slm_lora.training.loop import TrainingResult, total_steps, train
@@ -35,10 +35,10 @@ def run(
     **settings: object,
 ) -> tuple[TrainingResult, dict[str, torch.Tensor]]:
     section = TrainingSection.model_validate({"learning_rate": 1e-2, **settings})
-    adapted = adapter.attach(base, AdapterSection(r=4, lora_dropout=dropout), seed)
+    adapted = attach.attach(base, AdapterSection(r=4, lora_dropout=dropout), seed)
     result = train(base, adapted, examples, section, seed)
     state = trainable_state(adapted)
-    adapter.detach(adapted)
+    attach.detach(adapted)
     return result, state
 
 
@@ -51,19 +51,19 @@ def test_recomputed_layers_give_the_same_bits(
     def kept_bytes(base: Base, on: bool) -> tuple[TrainingResult, dict[str, torch.Tensor], int]:
         kept = 0
 
-        def pack(tensor: torch.Tensor) -> torch.Tensor:
+        def collate(tensor: torch.Tensor) -> torch.Tensor:
             nonlocal kept
             kept += tensor.nbytes
             return tensor
 
         def watched(*arguments: Any) -> torch.Tensor:
-            with torch.autograd.graph.saved_tensors_hooks(pack, lambda tensor: tensor):
+            with torch.autograd.graph.saved_tensors_hooks(collate, lambda tensor: tensor):
                 return forward(*arguments)
 
         monkeypatch.setattr(step, "batch_nll", watched)
         section = TrainingSection(activation_checkpointing=on, learning_rate=1e-3)
         section_adapter = AdapterSection(kind=kind, lora_dropout=0.2)
-        adapted = adapter.attach(base, section_adapter, 0)
+        adapted = attach.attach(base, section_adapter, 0)
         result = train(base, adapted, make_examples(LENGTHS), section, 0)
         return result, trainable_state(adapted), kept
 
@@ -176,7 +176,7 @@ def test_keep_best_and_early_stopping(load_tiny: LoadTiny) -> None:
     section = TrainingSection(
         num_train_epochs=10, eval_steps=1, keep_best=True, early_stopping_patience=2
     )
-    adapted = adapter.attach(base, AdapterSection(r=4, lora_dropout=0.0), 0)
+    adapted = attach.attach(base, AdapterSection(r=4, lora_dropout=0.0), 0)
     states, losses = [], iter([3.0, 2.0, 2.5, 2.4, 1.0])
 
     def validate() -> float:

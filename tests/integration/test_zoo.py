@@ -49,12 +49,12 @@ def test_a_family_gives_the_loss_of_transformers_and_peft(
 def test_the_comparison_finds_a_wrong_loss(
     zoo: ModuleType, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    from slm_lora.model import load
-    from slm_lora.model.base import PLAIN_HEAD
+    from slm_lora.model import loading
+    from slm_lora.ops.output_head import PLAIN_HEAD
 
-    monkeypatch.setattr(load, "_measured_head", lambda source, causal: PLAIN_HEAD)
-    for module in ("adapter", "adapter_folder"):
-        monkeypatch.setattr(f"slm_lora.model.{module}.check_forward", lambda *_: None)
+    monkeypatch.setattr(loading, "_measured_head", lambda source, causal: PLAIN_HEAD)
+    for module in ("attach", "io"):
+        monkeypatch.setattr(f"slm_lora.adapters.{module}.check_forward", lambda *_: None)
     outcome = zoo.try_family("granite", in_process=True)
     assert not outcome.right
     assert outcome.base_difference > 1e-3

@@ -9,12 +9,12 @@ import pytest
 from hypothesis import given
 from hypothesis import strategies as st
 
-from slm_lora.data.batches import (
+from slm_lora.data.collate import (
     IGNORED,
     by_token_budget,
+    collate,
     epoch_order,
     label_count,
-    pack,
     steps_per_epoch,
 )
 from slm_lora.records import Example, LossOn
@@ -44,7 +44,7 @@ ALONE = example("alone", [9], [1])
 
 
 def test_documents_lie_end_to_end_and_each_counts_from_zero() -> None:
-    batch = pack([SHORT, ALONE, LONG], "all")
+    batch = collate([SHORT, ALONE, LONG], "all")
     assert batch.ids.tolist() == [5, 6, 7, 9, 11, 12, 13, 14, 15]
     assert batch.positions.tolist() == [0, 1, 2, 0, 0, 1, 2, 3, 4]
     assert batch.document.tolist() == [0, 0, 0, 1, 2, 2, 2, 2, 2]
@@ -54,17 +54,17 @@ def test_documents_lie_end_to_end_and_each_counts_from_zero() -> None:
 
 
 def test_a_label_is_the_next_token_of_the_same_document() -> None:
-    batch = pack([SHORT, ALONE, LONG], "all")
+    batch = collate([SHORT, ALONE, LONG], "all")
     none = IGNORED
     assert batch.labels.tolist() == [6, 7, none, none, 12, 13, 14, 15, none]
     assert batch.response.tolist() == [False, True, False, False, True, True, False, True, False]
 
 
 def test_response_labels_leave_out_the_prompt() -> None:
-    batch = pack([SHORT, ALONE, LONG], "response")
+    batch = collate([SHORT, ALONE, LONG], "response")
     none = IGNORED
     assert batch.labels.tolist() == [none, 7, none, none, 12, 13, none, 15, none]
-    whole = pack([SHORT, ALONE, LONG], "all")
+    whole = collate([SHORT, ALONE, LONG], "all")
     assert batch.ids.tolist() == whole.ids.tolist()
     assert batch.response.tolist() == whole.response.tolist()
 
@@ -72,7 +72,7 @@ def test_response_labels_leave_out_the_prompt() -> None:
 @pytest.mark.parametrize("loss_on", ["all", "response"])
 @pytest.mark.parametrize("packed", [[SHORT], [ALONE], [LONG, SHORT], [ALONE, LONG, SHORT, LONG]])
 def test_labels_are_counted_before_packing_as_after(packed: list[Example], loss_on: LossOn) -> None:
-    labels = pack(packed, loss_on).labels
+    labels = collate(packed, loss_on).labels
     assert sum(label_count(each, loss_on) for each in packed) == np.count_nonzero(labels != IGNORED)
 
 

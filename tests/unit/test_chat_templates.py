@@ -14,7 +14,8 @@ from tokenizers import processors
 from transformers import PreTrainedTokenizerFast
 from transformers.utils import chat_template_utils
 
-from slm_lora.data import handed_on
+from slm_lora.config.schema import DataSection
+from slm_lora.data import template_check
 from slm_lora.data.chat_templates import (
     TEMPLATE_DATE,
     clock,
@@ -23,13 +24,12 @@ from slm_lora.data.chat_templates import (
     is_frozen,
     jinja_renderer,
 )
-from slm_lora.data.handed_on import difference, notes_on_template
-from slm_lora.data.prepare import prepare
+from slm_lora.data.dataset import prepare
 from slm_lora.data.sources import read_rows
+from slm_lora.data.template_check import difference, notes_on_template
 from slm_lora.data.templates import Template
-from slm_lora.data.tokens import RowTokenizer
+from slm_lora.data.tokenization import RowTokenizer
 from slm_lora.errors import UsageError
-from slm_lora.recipe.schema import DataSection
 from slm_lora.records import Row, Turn
 
 from ..conftest import CHAT_TEMPLATE, tiny_tokenizer
@@ -225,7 +225,7 @@ def test_others_get_the_tokens_of_the_training(source: str, kind: Any, bos: bool
     tokenize = RowTokenizer(tokenizer, template)
     holder = bos_tokenizer() if bos else tiny_tokenizer()
     holder.chat_template = tokenize.chat_template
-    for turns in handed_on._SAMPLES:
+    for turns in template_check._SAMPLES:
         messages = [{"role": turn.role, "content": turn.content} for turn in turns]
         (example,), _ = tokenize.encode([Row(turns)], {Row(turns).row_id: ""})
         found: Any = holder.apply_chat_template(messages, return_dict=False)

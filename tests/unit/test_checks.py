@@ -7,17 +7,11 @@ import random
 import numpy as np
 import pytest
 
-from slm_lora.data.checks import (
-    facts,
-    few_test_rows,
-    names_not_set,
-    plain_marks,
-    spelt_specials,
-)
+from slm_lora.data.checks import facts, few_test_rows, names_not_set, plain_marks, spelt_specials
 from slm_lora.data.placeholders import find_placeholders, placeholders_in
 from slm_lora.data.splits import Rule, group_rows
 from slm_lora.data.templates import Template, TemplateKind
-from slm_lora.data.tokens import RowTokenizer
+from slm_lora.data.tokenization import RowTokenizer
 from slm_lora.records import Example, Row, Turn
 
 from ..conftest import CHAT_TEMPLATE, tiny_tokenizer

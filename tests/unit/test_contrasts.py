@@ -9,16 +9,16 @@ from typing import Any
 
 import pytest
 
-from slm_lora.experiment import analysis
-from slm_lora.experiment.contrasts import Arm, all_contrasts, arms, by_category, varied
-from slm_lora.experiment.table import Line
-from slm_lora.recipe.cells import set_key
-from slm_lora.recipe.schema import CellRecipe
+from slm_lora.config.grid import set_key
+from slm_lora.config.schema import CellRecipe
 from slm_lora.records import RowScore
-from slm_lora.runs import Run
+from slm_lora.report import analysis
+from slm_lora.runs.folder import Run
+from slm_lora.runs.scored_run import ScoredRun
+from slm_lora.stats.comparisons import Setting, all_comparisons, arms, by_category, varied
 
 
-def line(name: str, loss: float, **settings: Any) -> Line:
+def line(name: str, loss: float, **settings: Any) -> ScoredRun:
     """A run with settings (``adapter__r`` for adapter.r) on 40 rows whose mean loss is given."""
     own: dict[str, Any] = {}
     for key, value in settings.items():
@@ -43,7 +43,7 @@ def line(name: str, loss: float, **settings: Any) -> Line:
     }
     if name != "base":
         record["adapter"] = {"trainable_parameters": recipe["adapter"]["r"]}
-    return Line(Run(Path(name), record), scores)
+    return ScoredRun(Run(Path(name), record), scores)
 
 
 def test_runs_of_before_a_key_are_those_of_its_default() -> None:
@@ -58,8 +58,8 @@ def test_runs_of_before_a_key_are_those_of_its_default() -> None:
     assert [len(arm.lines) for arm in arms(other)] == [3, 1]
 
 
-def compared(lines: list[Line]) -> list[tuple[str, str, str]]:
-    return [(each.key, each.first.name, each.second.name) for each in all_contrasts(lines)]
+def compared(lines: list[ScoredRun]) -> list[tuple[str, str, str]]:
+    return [(each.key, each.first.name, each.second.name) for each in all_comparisons(lines)]
 
 
 def test_neighbours_along_each_key_and_every_arm_with_the_base() -> None:
@@ -80,7 +80,7 @@ def test_keys_that_move_together_are_one_difference() -> None:
         line("lora", 2.0, adapter__kind="lora", training__learning_rate=1e-3),
         line("full", 1.9, adapter__kind="full", training__learning_rate=1e-4),
     ]
-    (found,) = all_contrasts(lines)
+    (found,) = all_comparisons(lines)
     assert (found.key, found.tied) == ("adapter.kind", ("training.learning_rate",))
     asked = analysis.question(lines, arms(lines), [found])
     assert "the method with its learning rate (lora, full)" in asked
@@ -127,7 +127,7 @@ def test_seeds_are_one_arm() -> None:
         for seed in (0, 1, 2)
         for r in (4, 8)
     ]
-    (found,) = all_contrasts(lines)
+    (found,) = all_comparisons(lines)
     assert (found.first.name, found.second.name, len(found.pairs)) == ("r4", "r8", 3)
     assert found.difference.covers == "rows and seeds"
     assert found.second.loss().value == pytest.approx(1.92)
@@ -135,18 +135,18 @@ def test_seeds_are_one_arm() -> None:
 
 def test_categories_are_compared_apart() -> None:
     lines = [line("base", 3.0), line("r8", 2.0)]
-    (found,) = all_contrasts(lines)
+    (found,) = all_comparisons(lines)
     parts = by_category(found)
     assert [(name, rows) for name, rows, _ in parts] == [("even", 20), ("odd", 20)]
     assert all(d.value == pytest.approx(-1) for _, _, d in parts)
-    table = analysis.category_table([Arm((lines[1],))], lines[0])
+    table = analysis.category_table([Setting((lines[1],))], lines[0])
     assert "| even | 20 | 3.000 (2." in table
 
 
 def test_a_category_of_few_groups_has_no_interval() -> None:
     one = line("r8", 2.0)
     few = tuple(replace(s, category="few" if s.row_id < "05" else s.category) for s in one.scores)
-    table = analysis.category_table([Arm((replace(one, scores=few),))], None)
+    table = analysis.category_table([Setting((replace(one, scores=few),))], None)
     assert re.search(r"\| few \| 5 \| \d\.\d+ \|", table)
     assert re.search(r"\| odd \| 18 \| 2\.\d+ \(1\.\d+ to 2\.\d+\) \|", table)
 
@@ -155,7 +155,7 @@ def test_arms_of_unequal_seeds_are_compared_on_those_of_both() -> None:
     lines = [line("base", 3.0)]
     lines += [line(f"r4-seed{n}", 2.0 + n / 100, adapter__r=4, seed=n) for n in (0, 1)]
     lines += [line("r8-seed0", 1.9, adapter__r=8, seed=0)]
-    found = all_contrasts(lines)
+    found = all_comparisons(lines)
     assert [(c.second.name, c.first.name) for c in found] == [
         ("r4", "base"), ("r8-seed0", "base"), ("r8-seed0", "r4-seed0"),
     ]  # fmt: skip
@@ -173,16 +173,16 @@ def test_the_answer_begins_with_how_many_said_what() -> None:
         for n in (0, 1, 2)
         for r, loss in ((4, 2.0), (8, 2.0), (16, 2.5 + n / 10))
     ]
-    said = analysis.answer(all_contrasts(lines)).split("\n", 1)[0]
+    said = analysis.answer(all_comparisons(lines)).split("\n", 1)[0]
     assert said.startswith("Lowest perplexity: 7.389, of r")
     assert "3 comparisons with the base: 3 different." in said
     assert "2 comparisons between trainings: 1 different, 1 equivalent." in said
     assert "one seed" not in said
     assert "Learning rates were not tuned per setting (0.0002 for all)" in said
-    alone = analysis.answer(all_contrasts(lines[:3])).split("\n", 1)[0]
+    alone = analysis.answer(all_comparisons(lines[:3])).split("\n", 1)[0]
     assert "A verdict from one seed is on these runs, not on their settings." in alone
     rates = [
         line("r4-a", 2.0, adapter__r=4, training__learning_rate=1e-3),
         line("r4-b", 2.1, adapter__r=4, training__learning_rate=2e-3),
     ]
-    assert "not tuned" not in analysis.answer(all_contrasts([lines[0], *rates]))
+    assert "not tuned" not in analysis.answer(all_comparisons([lines[0], *rates]))

@@ -8,9 +8,9 @@ from dataclasses import replace
 import numpy as np
 import pytest
 
-from slm_lora.experiment import analysis
-from slm_lora.experiment.curve import LearningCurve, _resampled, fit
 from slm_lora.records import RowScore
+from slm_lora.report import analysis
+from slm_lora.stats.learning_curve import LearningCurve, _resampled, fit
 
 Arms = list[tuple[int, list[list[RowScore]]]]
 

@@ -10,8 +10,8 @@ import torch
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
-from slm_lora.data.batches import pack
-from slm_lora.model.dropout import TokenDropout, token_keys
+from slm_lora.data.collate import collate
+from slm_lora.ops.dropout import TokenDropout, token_keys
 from slm_lora.records import Example
 
 
@@ -30,7 +30,7 @@ def mask(p: float, name: str, keys: torch.Tensor, width: int) -> torch.Tensor:
 
 
 def keys(seed: str = "s", tokens: int = 2000) -> torch.Tensor:
-    return token_keys(pack(examples([tokens // 2, tokens // 2]), "all"), seed)
+    return token_keys(collate(examples([tokens // 2, tokens // 2]), "all"), seed)
 
 
 def assert_share(kept: torch.Tensor, share: float) -> None:
@@ -69,8 +69,8 @@ def test_masks_are_independent(one: torch.Tensor, other: torch.Tensor) -> None:
 @given(lengths=st.lists(st.integers(1, 40), min_size=1, max_size=6), seed=st.text(max_size=5))
 def test_keys_do_not_depend_on_the_neighbours(lengths: list[int], seed: str) -> None:
     rows = examples(lengths)
-    alone = [token_keys(pack([row], "all"), seed) for row in rows]
-    assert torch.equal(token_keys(pack(rows, "all"), seed), torch.cat(alone))
+    alone = [token_keys(collate([row], "all"), seed) for row in rows]
+    assert torch.equal(token_keys(collate(rows, "all"), seed), torch.cat(alone))
 
 
 def test_kept_values_are_scaled_and_the_gradient_has_the_same_mask() -> None:

@@ -6,10 +6,10 @@ from typing import Any
 
 import pytest
 
+from slm_lora.config.schema import DataSection
 from slm_lora.data.formats import left_out, recognise, to_row, wanted
 from slm_lora.data.text import RowError
 from slm_lora.errors import DataError, UsageError
-from slm_lora.recipe.schema import DataSection
 from slm_lora.records import Turn
 
 AUTO = DataSection()

@@ -8,9 +8,9 @@ import pytest
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
-from slm_lora.data.left_out import LeftOut
+from slm_lora.data.dropped_turns import LeftOut
 from slm_lora.data.templates import Template
-from slm_lora.data.tokens import RowTokenizer
+from slm_lora.data.tokenization import RowTokenizer
 from slm_lora.errors import DataError, UsageError
 from slm_lora.records import Role, Row, Turn
 

@@ -13,27 +13,27 @@ from pathlib import Path
 
 import pytest
 
-from slm_lora.data import ml_qa
-from slm_lora.data.ml_qa import Manifest, write_jsonl
-from slm_lora.data.ml_qa.blocks import split_blocks
-from slm_lora.data.ml_qa.cleaning import (
+from slm_lora import ml_qa
+from slm_lora.ml_qa import Manifest, write_jsonl
+from slm_lora.ml_qa.blocks import split_blocks
+from slm_lora.ml_qa.cleaning import (
     MAX_SENTENCES,
     clean_inline,
     is_clean,
     split_sentences,
     usable_sentences,
 )
-from slm_lora.data.ml_qa.drafts import listed
-from slm_lora.data.ml_qa.duplicates import repeated_facts, united
-from slm_lora.data.ml_qa.english import (
+from slm_lora.ml_qa.drafts import listed
+from slm_lora.ml_qa.duplicates import repeated_facts, united
+from slm_lora.ml_qa.english import (
     has_main_verb,
     lower_first,
     noun_phrase,
     third_person,
     with_indefinite,
 )
-from slm_lora.data.ml_qa.questions import MAX_CHARACTERS, MIN_CHARACTERS
-from slm_lora.data.ml_qa.sentences import (
+from slm_lora.ml_qa.questions import MAX_CHARACTERS, MIN_CHARACTERS
+from slm_lora.ml_qa.sentences import (
     continue_sentences,
     describe_action,
     describe_result,
@@ -63,7 +63,7 @@ def _build_in_fresh_process(path: Path, hash_seed: str, before: str) -> tuple[Ma
     script = (
         f"{before}\n"
         "import dataclasses, json, sys, pathlib\n"
-        "from slm_lora.data.ml_qa import write_jsonl\n"
+        "from slm_lora.ml_qa import write_jsonl\n"
         "manifest = write_jsonl(pathlib.Path(sys.argv[1]))\n"
         "print(json.dumps(dataclasses.asdict(manifest)))\n"
     )
@@ -87,7 +87,7 @@ def _normalised(text: str) -> str:
 
 def test_importing_loads_none_of_the_libraries() -> None:
     script = (
-        "import sys, slm_lora.data.ml_qa; "
+        "import sys, slm_lora.ml_qa; "
         "sys.exit(any(name in sys.modules for name in ('sklearn', 'scipy', 'numpydoc', 'numpy')))"
     )
     assert subprocess.run([sys.executable, "-c", script], check=False).returncode == 0

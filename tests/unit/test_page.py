@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import pytest
 
-from slm_lora.experiment.page import Section, as_html, as_markdown, plain
+from slm_lora.report.html import Section, as_html, as_markdown, plain
 
 
 @pytest.mark.parametrize(

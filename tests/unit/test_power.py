@@ -8,8 +8,8 @@ import numpy as np
 import pytest
 from scipy import stats
 
-from slm_lora.experiment.losses import Paired
-from slm_lora.experiment.power import needed_for_difference, needed_for_equivalence
+from slm_lora.stats.estimates import Paired
+from slm_lora.stats.power import needed_for_difference, needed_for_equivalence
 
 from .test_statistics import sample
 

@@ -7,9 +7,9 @@ from typing import Any
 
 import pytest
 
-from slm_lora.data.prepare import Prepared, prepare
+from slm_lora.config.schema import DataSection
+from slm_lora.data.dataset import Prepared, prepare
 from slm_lora.data.sources import read_rows
-from slm_lora.recipe.schema import DataSection
 
 from ..conftest import make_rows, tiny_tokenizer, write_jsonl
 

@@ -6,7 +6,7 @@ import pytest
 from rich.console import Console
 from rich.text import Text
 
-from slm_lora import progress
+from slm_lora.runtime import progress
 
 
 def test_time_left_rests_on_this_sitting_alone(monkeypatch: pytest.MonkeyPatch) -> None:

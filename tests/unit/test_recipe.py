@@ -13,13 +13,13 @@ import yaml
 from hypothesis import example, given, settings
 from hypothesis import strategies as st
 
+from slm_lora.config.aliases import MEANT, NO_KEY
+from slm_lora.config.grid import MOST_CELLS, Cell
+from slm_lora.config.load import load_recipe, parse_recipe
+from slm_lora.config.schema import LATER_KEYS, CellRecipe, DataSection, Recipe
+from slm_lora.config.validation import known_keys
 from slm_lora.errors import UsageError
-from slm_lora.experiment.unfinished import differences
-from slm_lora.recipe.aliases import MEANT, NO_KEY
-from slm_lora.recipe.cells import MOST_CELLS, Cell
-from slm_lora.recipe.mistakes import known_keys
-from slm_lora.recipe.reading import load_recipe, parse_recipe
-from slm_lora.recipe.schema import LATER_KEYS, CellRecipe, DataSection, Recipe
+from slm_lora.experiment.resume import differences
 
 FILE = "my.yaml"
 

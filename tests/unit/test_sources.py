@@ -26,11 +26,11 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 
 import slm_lora.data
-from slm_lora import storage
+from slm_lora.config.schema import DataSection
 from slm_lora.data import hub, sources, table
 from slm_lora.data.sources import BadRow, MalformedRowsError, RowSet, ensure_ml_qa, read_rows
 from slm_lora.errors import DataError, SlmLoraError, StorageError, UsageError
-from slm_lora.recipe.schema import DataSection
+from slm_lora.runtime import checksums
 
 SECRET = "xyzzy"
 """Stands in the text of malformed rows; no message may show it."""
@@ -449,7 +449,7 @@ def test_prompt_and_completion_as_messages_are_a_chat(tmp_path: Path, suffix: st
 @pytest.mark.parametrize("suffix", WRITERS)
 def test_rows_with_their_rendered_text_beside_them(tmp_path: Path, suffix: str) -> None:
     """Alpaca is published with a fourth column, the other three put into a prompt."""
-    row = {"instruction": "Q", "input": "C", "output": "A", "text": "Below is: Q, C. Reply: A"}
+    row = {"instruction": "Q", "input": "C", "output": "A", "text": "Below is: Q, C. Generation: A"}
     path = tmp_path / f"rows{suffix}"
     WRITERS[suffix](path, [row])
     found = read(path)
@@ -1016,7 +1016,7 @@ def test_a_file_that_cannot_be_read_is_a_storage_error(
     def denied(*_: object) -> str:
         raise PermissionError(13, "Permission denied")
 
-    monkeypatch.setattr(storage, "sha256_file", denied)
+    monkeypatch.setattr(checksums, "sha256_file", denied)
     with pytest.raises(StorageError, match=r"cannot read .*: Permission denied"):
         read(path)
 
@@ -1175,10 +1175,10 @@ def builder(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> list[Path]:
         written.append(path)
         write_jsonl(path, [good(n) | {"category": "what", "group": f"g{n}"} for n in range(3)])
 
-    module = ModuleType("slm_lora.data.ml_qa")
+    module = ModuleType("slm_lora.ml_qa")
     module.write_jsonl = write_jsonl_file  # type: ignore[attr-defined]
-    monkeypatch.setitem(sys.modules, "slm_lora.data.ml_qa", module)
-    monkeypatch.setattr(slm_lora.data, "ml_qa", module, raising=False)
+    monkeypatch.setitem(sys.modules, "slm_lora.ml_qa", module)
+    monkeypatch.setattr(slm_lora, "ml_qa", module, raising=False)
     monkeypatch.setenv("SLM_LORA_CACHE", str(tmp_path / "cache"))
     return written
 

@@ -10,7 +10,7 @@ import pytest
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
-from slm_lora.data.near_duplicates import similar_groups, similar_pairs
+from slm_lora.data.dedup import similar_groups, similar_pairs
 from slm_lora.data.splits import (
     Rule,
     Split,

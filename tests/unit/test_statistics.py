@@ -12,9 +12,9 @@ from hypothesis import strategies as st
 from scipy import stats
 
 from slm_lora.errors import IntegrityError
-from slm_lora.experiment.losses import Paired, loss_estimate, mean_over_rows, paired
-from slm_lora.experiment.statistics import LEAST_GROUPS, difference, holm, interval, p_value
 from slm_lora.records import RowScore
+from slm_lora.stats.estimates import Paired, loss_estimate, mean_over_rows, paired
+from slm_lora.stats.inference import LEAST_GROUPS, difference, holm, interval, p_value
 
 
 def score(row: str, group: str, nll: float, tokens: int) -> RowScore:

@@ -15,10 +15,10 @@ from hypothesis import strategies as st
 from tokenizers import Tokenizer, models, pre_tokenizers, processors
 from transformers import AutoTokenizer, PreTrainedTokenizerFast
 
-from slm_lora.data.batches import pack
 from slm_lora.data.checks import plain_marks
+from slm_lora.data.collate import collate
 from slm_lora.data.templates import Template, TemplateKind, as_chat_template, choose_template
-from slm_lora.data.tokens import LongRows, RowTokenizer
+from slm_lora.data.tokenization import LongRows, RowTokenizer
 from slm_lora.errors import DataError, UsageError
 from slm_lora.records import Example, Role, Row, Turn
 
@@ -175,7 +175,7 @@ def test_eos_is_a_label_although_it_also_pads(tokenizer: Any, kind: TemplateKind
     assert tokenizer.pad_token_id == tokenizer.eos_token_id == example.ids[-1]
     assert example.response[-1]
     for loss_on in ("all", "response"):
-        labels = pack([example], loss_on).labels
+        labels = collate([example], loss_on).labels
         assert labels[-2] == tokenizer.eos_token_id
 
 
@@ -187,7 +187,7 @@ def test_bos_is_first_once_unscored_and_without_bytes(
     assert example.ids[0] == bos_tokenizer.bos_token_id
     assert example.ids.tolist().count(bos_tokenizer.bos_token_id) == 1
     assert not example.response[0]
-    assert bos_tokenizer.bos_token_id not in pack([example], "all").labels
+    assert bos_tokenizer.bos_token_id not in collate([example], "all").labels
     text = decoded(bos_tokenizer, example.ids)
     for token in SPECIALS:
         text = text.replace(token, "")
@@ -439,9 +439,9 @@ def test_every_token_of_a_long_text_is_a_label_once(tokenizer: Any, limit: int) 
     assert list(of_row) == [row.row_id for row in TEXTS], "their order is kept"
     for before, parts in zip(whole, of_row.values(), strict=True):
         wanted = [*ids(tokenizer, TEXTS_OF[before.row_id]), tokenizer.eos_token_id]
-        labels = [label for part in parts for label in pack([part], "all").labels[:-1].tolist()]
+        labels = [label for part in parts for label in collate([part], "all").labels[:-1].tolist()]
         assert labels == wanted[1:] == before.ids[1:].tolist()
-        answered = [n for part in parts for n in pack([part], "response").labels[:-1].tolist()]
+        answered = [n for part in parts for n in collate([part], "response").labels[:-1].tolist()]
         assert answered == labels, "plain text is all response"
         for part, after in itertools.pairwise(parts):
             context = bos if bos is not None else part.ids[-1]
@@ -872,7 +872,7 @@ def tinyllama() -> Any:
 @pytest.mark.parametrize("limit", [2, 5, 16])
 def test_tinyllama_learns_every_token_of_a_long_text_once(tinyllama: Any, limit: int) -> None:
     pieces, _ = encode(tinyllama, Template("plain"), TEXTS, limit, "split")
-    labels = [label for each in pieces for label in pack([each], "all").labels[:-1].tolist()]
+    labels = [label for each in pieces for label in collate([each], "all").labels[:-1].tolist()]
     assert labels == [
         id_ for row in TEXTS for id_ in [*ids(tinyllama, TEXTS_OF[row.row_id]), 2][1:]
     ]
@@ -885,7 +885,7 @@ def test_tinyllama_puts_bos_first_and_eos_last(tinyllama: Any) -> None:
     golden = [1, 2799, 4080, 29901, 13, 29903, 388, 13, 5103, 29901, 13, 8241, 2]
     assert example.ids.tolist() == golden
     assert example.response.tolist() == [False] * 11 + [True, True]
-    assert pack([example], "response").labels.tolist() == [-100] * 10 + [8241, 2, -100]
+    assert collate([example], "response").labels.tolist() == [-100] * 10 + [8241, 2, -100]
     assert (example.bytes_all, example.bytes_response) == (
         size("Instruction:\nSay\nResponse:\nYes"),
         3,

@@ -12,9 +12,11 @@ from typing import Annotated
 
 import typer
 
-from slm_lora import __version__, machine, terminal
-from slm_lora.cli import data, experiments, exports, models, outputs, serving, workers
+from slm_lora import __version__
+from slm_lora.cli import data, experiments, exports, models, outputs, serving
 from slm_lora.errors import STOPPED_RESUMABLE, SlmLoraError, StorageError
+from slm_lora.launch import local
+from slm_lora.runtime import hardware, terminal
 
 app = typer.Typer(
     no_args_is_help=True,
@@ -82,8 +84,8 @@ def main() -> None:
     terminal.make_safe()
     # A scheduler's request to stop is Ctrl-C by another name.
     signal.signal(signal.SIGTERM, signal.default_int_handler)
-    workers.watch_starter()
-    machine.collect_garbage_rarely()
+    local.watch_starter()
+    hardware.collect_garbage_rarely()
     try:
         code = _guarded(lambda: app(standalone_mode=False))
     except Exception as error:

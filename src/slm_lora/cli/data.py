@@ -16,14 +16,14 @@ from slm_lora.cli.options import (
     console,
     quiet_libraries,
 )
-from slm_lora.terminal import printable
+from slm_lora.runtime.terminal import printable
 
 if TYPE_CHECKING:
     from collections.abc import Sequence
 
     from slm_lora.data.checks import SpeltSpecials
     from slm_lora.data.sources import BadRow
-    from slm_lora.experiment.jobs import Job
+    from slm_lora.experiment.job import Job
 
 Rows = Annotated[int, typer.Option("--rows", min=1, help="How many rows to show.")]
 
@@ -42,8 +42,8 @@ def show(
     recipe: RecipeFile, overrides: Overrides = None, cell: CellName = "", rows: Rows = 2
 ) -> None:
     """Show training rows as the model sees them: loss is taken on what is marked."""
-    from slm_lora.experiment.jobs import make_jobs
-    from slm_lora.recipe.reading import load_recipe
+    from slm_lora.config.load import load_recipe
+    from slm_lora.experiment.job import make_jobs
 
     _, cells = load_recipe(recipe, overrides or [])
     quiet_libraries()
@@ -56,7 +56,7 @@ def show(
 def _show_rows(job: Job, rows: int) -> None:
     from rich.text import Text
 
-    from slm_lora.model.load import load_tokenizer
+    from slm_lora.model.loading import load_tokenizer
 
     tokenizer = load_tokenizer(job.source)
     on_response = job.cell.recipe.training.loss_on == "response"
@@ -89,9 +89,9 @@ def check(recipe: RecipeFile, overrides: Overrides = None, rows: Rows = 2) -> No
     conflicting answers, categories, lengths and what a limit on them costs; warns of too few test
     rows, rows without labels, text that is cut, placeholders, special tokens; shows a few rows.
     """
+    from slm_lora.config.load import load_recipe
     from slm_lora.data.sources import MalformedRowsError
-    from slm_lora.experiment.jobs import data_record, make_jobs
-    from slm_lora.recipe.reading import load_recipe
+    from slm_lora.experiment.job import data_record, make_jobs
 
     _, cells = load_recipe(recipe, overrides or [])
     quiet_libraries()
@@ -160,10 +160,10 @@ _RELATIONS = {
 
 
 def _say_facts(job: Job) -> None:
-    from slm_lora.data.batches import label_count
     from slm_lora.data.checks import facts, plain_marks
-    from slm_lora.data.tokens import RowTokenizer
-    from slm_lora.model.load import load_tokenizer
+    from slm_lora.data.collate import label_count
+    from slm_lora.data.tokenization import RowTokenizer
+    from slm_lora.model.loading import load_tokenizer
 
     rows = job.rows.rows
     tokenize = RowTokenizer(load_tokenizer(job.source), job.prepared.template)
@@ -229,7 +229,7 @@ def _say_warnings(jobs: Sequence[Job]) -> None:
 
 
 def _without_labels(jobs: Sequence[Job]) -> list[str]:
-    from slm_lora.data.batches import label_count
+    from slm_lora.data.collate import label_count
 
     lines = []
     for job in jobs:
@@ -266,8 +266,8 @@ def _odd_text(job: Job) -> list[str]:
     from slm_lora.data.chat_templates import default_template
     from slm_lora.data.checks import names_not_set, spelt_specials
     from slm_lora.data.placeholders import find_placeholders
-    from slm_lora.data.tokens import RowTokenizer
-    from slm_lora.model.load import load_tokenizer
+    from slm_lora.data.tokenization import RowTokenizer
+    from slm_lora.model.loading import load_tokenizer
 
     rows, template = job.rows.rows, job.prepared.template
     tokenizer = load_tokenizer(job.source)

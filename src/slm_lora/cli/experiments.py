@@ -8,8 +8,7 @@ from typing import Annotated, Any, Literal
 
 import typer
 
-from slm_lora import processes
-from slm_lora.cli.executors import (
+from slm_lora.cli.launchers import (
     Address,
     Executor,
     ExecutorName,
@@ -31,6 +30,7 @@ from slm_lora.cli.options import (
 )
 from slm_lora.errors import UsageError
 from slm_lora.records import LossOn
+from slm_lora.runtime import distributed
 
 
 def experiment(
@@ -58,28 +58,28 @@ def experiment(
 
     Finished cells are kept: the same command continues after an interruption.
     """
-    from slm_lora.experiment.elsewhere import CommandLine, run_elsewhere
-    from slm_lora.experiment.examples import Quoted
-    from slm_lora.experiment.jobs import ComputedName, make_jobs
-    from slm_lora.experiment.report import not_shown, terminal_table, write_report
+    from slm_lora.config.load import load_recipe
+    from slm_lora.experiment.job import ComputedName, make_jobs
+    from slm_lora.experiment.remote import CommandLine, run_elsewhere
     from slm_lora.experiment.runner import run_jobs
-    from slm_lora.progress import Reporter
-    from slm_lora.recipe.reading import load_recipe
+    from slm_lora.report.examples import Quoted
+    from slm_lora.report.write import not_shown, terminal_table, write_report
+    from slm_lora.runtime.progress import Reporter
 
     check_executor(executor, address, executor_option or [])
     read, cells = load_recipe(recipe, overrides or [])
     places = _places(read, results, adapters)
     quiet_libraries()
-    with processes.joined():
-        reporter = Reporter(quiet=not processes.is_first())
-        reporter.say(f"{read.name}: {read.description or recipe.name}")
-        reporter.say("  reading rows and model; a first time fetches or builds what is not there")
+    with distributed.process_group():
+        reporter = Reporter(quiet=not distributed.is_main())
+        reporter.info(f"{read.name}: {read.description or recipe.name}")
+        reporter.info("  reading rows and model; a first time fetches or builds what is not there")
         here = executor is Executor.local
         computed: ComputedName = "nowhere" if plan else "here" if here else "elsewhere"
-        jobs = processes.first_then_all(lambda: make_jobs(cells, computed))
+        jobs = distributed.first_then_all(lambda: make_jobs(cells, computed))
         _say_data(jobs[0], reporter)
         if plan:
-            if processes.is_first():
+            if distributed.is_main():
                 _print_plan(jobs, places, reporter)
             return
         if here:
@@ -90,7 +90,7 @@ def experiment(
             gpus = int(jobs[0].device.type == "cuda")
             with engine(executor, address, executor_option or [], places, gpus) as chosen:
                 runs = run_elsewhere(jobs, places, reporter, chosen, line, discard)
-        if not processes.is_first():
+        if not distributed.is_main():
             return
     headline = jobs[0].cell.recipe.evaluation.headline
     quoted = Quoted({row.row_id: row for row in jobs[0].rows.rows}) if with_rows else None
@@ -117,11 +117,11 @@ def train(
 
     Several may be at work on the cells of one experiment, on machines that see the same folders.
     """
-    from slm_lora.experiment.jobs import make_jobs
-    from slm_lora.experiment.places import BASE
+    from slm_lora.config.load import load_recipe
+    from slm_lora.experiment.job import make_jobs
+    from slm_lora.experiment.paths import BASE
     from slm_lora.experiment.runner import run_bases, run_cells
-    from slm_lora.progress import Reporter
-    from slm_lora.recipe.reading import load_recipe
+    from slm_lora.runtime.progress import Reporter
 
     read, cells = load_recipe(recipe, overrides or [])
     chosen = cells if cell == BASE else [chosen_cell(cells, cell)]
@@ -129,16 +129,16 @@ def train(
         raise UsageError(f"the recipe has {len(cells)} cells; choose one: --cell {cells[0].name} …")
     quiet_libraries()
     places = _places(read, results, adapters)
-    with processes.joined():
-        reporter = Reporter(quiet=not processes.is_first())
-        jobs = processes.first_then_all(lambda: make_jobs(chosen))
+    with distributed.process_group():
+        reporter = Reporter(quiet=not distributed.is_main())
+        jobs = distributed.first_then_all(lambda: make_jobs(chosen))
         _say_data(jobs[0], reporter)
         _warn_if_too_large(jobs, places, reporter)
         if cell == BASE:
             runs = run_bases(jobs, places, reporter)
         else:
             runs = run_cells(jobs, places, reporter, discard)
-        if not processes.is_first():
+        if not distributed.is_main():
             return
     out = console()
     out.print()
@@ -163,11 +163,11 @@ def evaluate(
     ] = False,
 ) -> None:
     """Score the base, or an adapter and the base beside it, on a recipe's test rows."""
-    from slm_lora.evaluation.perplexity import write_scores
-    from slm_lora.experiment.jobs import make_jobs
+    from slm_lora.config.load import load_recipe
+    from slm_lora.experiment.job import make_jobs
     from slm_lora.experiment.runner import evaluate_adapter
-    from slm_lora.progress import Reporter
-    from slm_lora.recipe.reading import load_recipe
+    from slm_lora.runs.scores import write_scores
+    from slm_lora.runtime.progress import Reporter
 
     _, cells = load_recipe(recipe, overrides or [])
     quiet_libraries()
@@ -231,18 +231,19 @@ def report(
     adapters: AdaptersDir = Path("adapter"),
 ) -> None:
     """Make table, metrics and report again from the run folders of an experiment."""
-    from slm_lora.data.sources import read_rows
-    from slm_lora.experiment.examples import Quoted
-    from slm_lora.experiment.places import Places
-    from slm_lora.experiment.report import not_shown, terminal_table, write_report
-    from slm_lora.recipe.reading import load_recipe
-    from slm_lora.runs import list_runs
+    from slm_lora.report.examples import Quoted
+    from slm_lora.report.write import not_shown, terminal_table, write_report
+    from slm_lora.runs.folder import list_runs
 
     quoted = None
     if with_rows is not None:
+        from slm_lora.config.load import load_recipe
+        from slm_lora.data.sources import read_rows
+        from slm_lora.experiment.paths import ExperimentPaths
+
         read, cells = load_recipe(with_rows, overrides or [])
         rows = read_rows(cells[0].recipe.data).rows
-        places = Places(read.name, experiment_folder, adapters)
+        places = ExperimentPaths(read.name, experiment_folder, adapters)
         answer = _answering(cells[0].recipe, places) if answers else None
         quoted = Quoted({row.row_id: row for row in rows}, answer)
     elif overrides or answers:
@@ -267,9 +268,9 @@ def _adapters(runs: Any, places: Any) -> list[Path]:
 def _answering(recipe: Any, places: Any) -> Any:
     """Lets the base of a run and its adapter answer prompts."""
     from slm_lora.cli.outputs import opened
-    from slm_lora.evaluation.generate import Sampling
-    from slm_lora.experiment.side_by_side import compare_outputs
-    from slm_lora.progress import Reporter
+    from slm_lora.evaluation.compare_outputs import compare_outputs
+    from slm_lora.evaluation.generation import Sampling
+    from slm_lora.runtime.progress import Reporter
 
     def answer(run: Any, prompts: Any) -> Any:
         folder = places.adapter_of(run)
@@ -300,28 +301,29 @@ def compare(
 
     Runs that were scored on different rows are refused.
     """
-    from slm_lora.experiment import contrasts
-    from slm_lora.experiment.analysis import sentence
-    from slm_lora.runs import read_run, to_json
+    from slm_lora.report.analysis import sentence
+    from slm_lora.runs.folder import read_run, to_json
+    from slm_lora.stats import comparisons
+    from slm_lora.stats.estimates import loss_estimate
 
-    found = contrasts.compare(read_run(first), read_run(second))
+    found = comparisons.compare(read_run(first), read_run(second))
     out = console()
     if as_json:
         print(to_json(found.record()), end="")
         return
     for arm in (found.first, found.second):
-        loss = arm.line.loss()
+        loss = loss_estimate([arm.line.scores], arm.line.headline)
         out.print(f"{arm.name}  loss {loss.value:.4f} ({loss.low:.4f} to {loss.high:.4f})")
     out.print(sentence(found))
     out.print("Below zero the second has the lower loss; the intervals cover the test rows.")
 
 
 def _places(recipe: Any, results: Path, adapters: Path) -> Any:
-    from slm_lora.experiment.places import Places
-    from slm_lora.experiment.trackers import check_installed
+    from slm_lora.experiment.paths import ExperimentPaths
+    from slm_lora.experiment.tracking import check_installed
 
     check_installed(recipe.report_to)
-    return Places(
+    return ExperimentPaths(
         recipe.name,
         results / recipe.name,
         adapters,
@@ -333,32 +335,32 @@ def _places(recipe: Any, results: Path, adapters: Path) -> Any:
 
 def _say_data(job: Any, reporter: Any) -> None:
     sets = job.prepared
-    reporter.say(
+    reporter.info(
         f"{job.source.name} · {job.rows.origin.split(' ')[0]} · {sets.rows_available} rows in "
         f"{sets.groups} groups: {len(sets.test)} test, "
         f"{len(sets.validation)} validation"
     )
     for note in (*job.rows.notes, *sets.notes):
-        reporter.say(f"  note: {note}")
+        reporter.info(f"  note: {note}")
 
 
 def _warn_if_too_large(jobs: Any, places: Any, reporter: Any) -> None:
-    from slm_lora.experiment.plan import will_not_fit
+    from slm_lora.planning.plan import will_not_fit
 
     if line := will_not_fit(jobs, places):
-        reporter.say(f"  warning: {line}")
+        reporter.info(f"  warning: {line}")
 
 
 def _print_plan(jobs: Any, places: Any, reporter: Any) -> None:
     from rich.table import Table
 
-    from slm_lora.experiment.plan import plan
-    from slm_lora.progress import clock
+    from slm_lora.planning.plan import plan
+    from slm_lora.runtime.progress import clock
 
     elsewhere = _not_here(jobs)
     if elsewhere:
-        reporter.say(f"  warning: {elsewhere}")
-    reporter.say("  timing slices of the model")
+        reporter.info(f"  warning: {elsewhere}")
+    reporter.info("  timing slices of the model")
     found = plan(jobs, places)
     table = Table(box=None, pad_edge=False, header_style="bold")
     titles = ("Cell", "Rows", "Steps", "Training tokens", "Test tokens", "Time", "Memory")
@@ -410,8 +412,8 @@ def _not_here(jobs: Any) -> str:
 
 
 def _print_where(results: Path, adapters: list[Path], with_rows: bool) -> None:
-    from slm_lora.experiment.report import PAGE_FILE, TABLE_FILE, WITH_ROWS_FILE
-    from slm_lora.runs import METRICS_FILE
+    from slm_lora.report.write import PAGE_FILE, TABLE_FILE, WITH_ROWS_FILE
+    from slm_lora.runs.folder import METRICS_FILE
 
     out = console()
     for label, path in (

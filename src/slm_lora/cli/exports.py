@@ -30,9 +30,9 @@ def merge(
     Merged in fp32 and then cast. A fresh process compares its logits with base+adapter's on 80
     prompts, and with the base's alone; if that fails, nothing is written.
     """
-    from slm_lora.export.folder import read
-    from slm_lora.export.merged import merge as merge_adapter
-    from slm_lora.progress import Reporter
+    from slm_lora.export.merge import merge as merge_adapter
+    from slm_lora.export.trained import read
+    from slm_lora.runtime.progress import Reporter
 
     quiet_libraries()
     trained = read(folder)
@@ -62,9 +62,9 @@ def export_gguf(
 
     The Llama family only; tokenizer, chat template and special tokens are in the model's file.
     """
-    from slm_lora.export.folder import read
     from slm_lora.export.llama_cpp import export
-    from slm_lora.progress import Reporter
+    from slm_lora.export.trained import read
+    from slm_lora.runtime.progress import Reporter
 
     quiet_libraries()
     for path in export(read(folder), out, form, kind, base, Reporter()):
@@ -85,12 +85,12 @@ def push(
 ) -> None:
     """Push an adapter or a merged model to the hub, with a model card made from its run."""
     from slm_lora.export import hub
-    from slm_lora.export.folder import read
-    from slm_lora.progress import Reporter
+    from slm_lora.export.trained import read
+    from slm_lora.runtime.progress import Reporter
 
     quiet_libraries()
     reporter = Reporter()
-    reporter.say(f"  reading {folder}, and writing its card from its run")
+    reporter.info(f"  reading {folder}, and writing its card from its run")
     trained = read(folder)
     if dry_run is None:
         url = hub.push(trained, repository, results, private=private, reporter=reporter)

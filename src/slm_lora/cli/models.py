@@ -12,7 +12,7 @@ from slm_lora.errors import UsageError
 
 def list_models() -> None:
     """The embedded models."""
-    from slm_lora.model.embedded import EMBEDDED, is_fetched
+    from slm_lora.model.bundled import EMBEDDED, is_fetched
 
     for model in EMBEDDED.values():
         state = "fetched" if is_fetched(model) else "not fetched"
@@ -26,7 +26,7 @@ def fetch_model(
     name: Annotated[str, typer.Argument(help="An embedded model.")] = "smollm2-135m-instruct-q4_1",
 ) -> None:
     """Download an embedded model and dequantise it into the cache."""
-    from slm_lora.model.embedded import EMBEDDED, fetch
+    from slm_lora.model.bundled import EMBEDDED, fetch
 
     if name not in EMBEDDED:
         raise UsageError(f"{name}: not an embedded model; there are {', '.join(EMBEDDED)}")

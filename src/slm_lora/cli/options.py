@@ -8,8 +8,8 @@ from typing import Annotated, Any
 
 import typer
 
-from slm_lora import processes
 from slm_lora.errors import UsageError
+from slm_lora.runtime import distributed
 
 RecipeFile = Annotated[Path, typer.Argument(metavar="RECIPE", help="A recipe, as in recipes/.")]
 Overrides = Annotated[
@@ -31,9 +31,9 @@ DiscardCheckpoints = Annotated[
 def _in_processes(many: int) -> int:
     """Run this very command in so many processes instead, and end with its exit code."""
     if many != 1:
-        from slm_lora.cli.workers import launch
+        from slm_lora.launch.local import launch
 
-        if processes.started_by_another():
+        if distributed.is_child():
             raise UsageError(
                 f"--processes {many}: this process is already one of several (WORLD_SIZE is set)"
             )

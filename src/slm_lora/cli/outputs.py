@@ -12,7 +12,7 @@ import typer
 
 from slm_lora.cli.options import console, quiet_libraries
 from slm_lora.errors import DataError, UsageError
-from slm_lora.terminal import printable
+from slm_lora.runtime.terminal import printable
 
 Adapter = Annotated[Path | None, typer.Option("--adapter", help="Adapter folder; else the base.")]
 BaseModel = Annotated[
@@ -59,7 +59,7 @@ def chat(
     """
     from slm_lora.data.text import given
     from slm_lora.errors import SlmLoraError
-    from slm_lora.evaluation.generate import Sampling
+    from slm_lora.evaluation.generation import Sampling
     from slm_lora.records import Turn
 
     system = given(system, "--system")
@@ -121,11 +121,11 @@ def _asked() -> str | None:
 
 def _streamed(variants: Any, name: str, turns: list[Any], sampling: Any) -> str:
     """Print a reply as it comes; what was said until its end or Ctrl-C."""
-    from slm_lora.evaluation.generate import Reply
+    from slm_lora.evaluation.generation import Generation
 
     said = ""
     try:
-        reply = Reply(variants, name, variants.prompters[name].prompt(turns), sampling)
+        reply = Generation(variants, name, variants.prompters[name].prompt(turns), sampling)
         for piece in reply.pieces():
             said += piece
             print(printable(piece), end="", flush=True)
@@ -162,10 +162,10 @@ def generate(
 
     from slm_lora.data.prompts import Prompt, read_prompts
     from slm_lora.data.text import given
-    from slm_lora.evaluation.generate import Reply, Sampling, prompt_ids
-    from slm_lora.progress import Reporter
+    from slm_lora.evaluation.generation import Generation, Sampling, prompt_ids
     from slm_lora.records import Turn
-    from slm_lora.storage import atomic_write_text
+    from slm_lora.runtime.progress import Reporter
+    from slm_lora.runtime.storage import atomic_write_text
 
     if (prompt is None) == (prompts is None):
         raise UsageError("give one prompt, or a file of them with --prompts")
@@ -182,7 +182,7 @@ def generate(
         max_new_tokens, temperature, top_p, top_k, repetition_penalty, seed, tuple(stop or ())
     )
     if prompts is None:
-        reply = Reply(variants, name, prompt_ids(variants, name, asked[0]), sampling)
+        reply = Generation(variants, name, prompt_ids(variants, name, asked[0]), sampling)
         for piece in reply.pieces():
             print(printable(piece), end="", flush=True)
         print()
@@ -190,7 +190,7 @@ def generate(
     lines = []
     with Reporter().task(name, len(asked), "prompts") as task:
         for each in asked:
-            reply = Reply(variants, name, prompt_ids(variants, name, each), sampling)
+            reply = Generation(variants, name, prompt_ids(variants, name, each), sampling)
             text = "".join(reply.pieces())
             lines.append(
                 {
@@ -231,12 +231,13 @@ def compare_outputs(
     """Ask the base and adapters the same prompts: answers side by side, greedy and sampled, with
     the loss of the reference answer where the file has one."""
     from slm_lora.data.prompts import read_prompts
-    from slm_lora.evaluation.generate import Sampling
-    from slm_lora.experiment import side_by_side
-    from slm_lora.experiment.page import as_html, as_markdown
-    from slm_lora.progress import Reporter
-    from slm_lora.runs import to_json
-    from slm_lora.storage import atomic_write_text
+    from slm_lora.evaluation import compare_outputs as comparing
+    from slm_lora.evaluation.generation import Sampling
+    from slm_lora.report import outputs
+    from slm_lora.report.html import as_html, as_markdown
+    from slm_lora.runs.folder import to_json
+    from slm_lora.runtime.progress import Reporter
+    from slm_lora.runtime.storage import atomic_write_text
 
     if wrong := [path for path in out or [] if path.suffix not in (".md", ".html", ".json")]:
         raise UsageError(f"--out {wrong[0]}: ends in none of .md, .html, .json")
@@ -249,11 +250,11 @@ def compare_outputs(
     drawn = Sampling(max_new_tokens, temperature, top_p, seed=seed) if sampled else None
     many = len(asked) * len(variants.names) * (1 + sampled)
     with Reporter().task("answers", many, "answers") as task:
-        found = side_by_side.compare_outputs(
+        found = comparing.compare_outputs(
             variants, asked, greedy, drawn, lambda tokens: task.advance(1, tokens)
         )
         task.close(f"{many} answers")
-    sections = side_by_side.sections(found)
+    sections = outputs.sections(found)
     title = f"{variants.base.source.name}: outputs side by side"
     about = {
         "max_new_tokens": max_new_tokens,
@@ -263,7 +264,7 @@ def compare_outputs(
         written = {
             ".md": lambda: as_markdown(title, sections),
             ".html": lambda: as_html(title, sections),
-            ".json": lambda: to_json(side_by_side.record(found, variants, about)),
+            ".json": lambda: to_json(comparing.record(found, variants, about)),
         }[path.suffix]()
         atomic_write_text(path, written)
     _print_side_by_side(found)
@@ -295,8 +296,8 @@ def _print_side_by_side(found: list[Any]) -> None:
 
 def opened(base: str | None, adapters: list[Path], device: str, precision: str) -> Any:
     """Load, and say what there is to say."""
-    from slm_lora.model.variants import open_variants
-    from slm_lora.progress import Reporter
+    from slm_lora.adapters.multi import open_variants
+    from slm_lora.runtime.progress import Reporter
 
     quiet_libraries()
     _check_choice("--device", device, ("auto", "cpu", "cuda", "mps"))
@@ -304,13 +305,13 @@ def opened(base: str | None, adapters: list[Path], device: str, precision: str) 
     reporter = Reporter()
     # Else nothing would be seen for the better part of a minute.
     named = ", ".join(folder.resolve().name for folder in adapters)
-    reporter.say(
+    reporter.info(
         f"  loading {base or ('the base' if adapters else 'the embedded model')}"
         + (f" and {named}" if named else "")
     )
     found = open_variants(base, adapters, device=device, precision=precision)
     for note in found.notes:
-        reporter.say(f"note: {note}")
+        reporter.info(f"note: {note}")
     return found
 
 
@@ -323,11 +324,11 @@ def _check_stop(stop: list[str] | None) -> None:
 
 def _say_contexts(asked: list[Any], template: Any) -> None:
     """Says that contexts of prompts are left out, where the template has none."""
-    from slm_lora.progress import Reporter
+    from slm_lora.runtime.progress import Reporter
 
     many = sum(bool(each.context.strip()) for each in asked)
     if many and (not template.include_context or template.kind == "plain"):
-        Reporter().say(
+        Reporter().info(
             f"note: {many} of {len(asked)} prompts have a context, which is left out: the template "
             f"({template.kind}) puts none in"
         )

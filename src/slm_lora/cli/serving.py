@@ -142,11 +142,11 @@ def _best(adapters: list[Path], results: Path) -> str | None:
 
 def _dataset_examples(adapters: list[Path]) -> list[Prompt]:
     """A few rows of what the first adapter was trained on, where it is on this machine."""
+    from slm_lora.adapters.io import ABOUT
+    from slm_lora.config.schema import DataSection
     from slm_lora.data.prompts import from_rows
     from slm_lora.data.sources import read_rows
     from slm_lora.errors import SlmLoraError
-    from slm_lora.model.adapter_folder import ABOUT
-    from slm_lora.recipe.schema import DataSection
 
     try:
         about = json.loads((adapters[0] / ABOUT).read_text(encoding="utf-8"))

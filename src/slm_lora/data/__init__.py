@@ -1,1 +1,1 @@
-"""From rows on a disk or a hub to token ids with a label mask."""
+"""From rows on disk or on the hub to token ids with a response mask."""

@@ -6,11 +6,11 @@ import itertools
 from collections.abc import Iterable
 from typing import Any, BinaryIO
 
-from slm_lora.data import formats, shapes
+from slm_lora.config.schema import DataSection
+from slm_lora.data import column_kinds, formats
 from slm_lora.data.table import InvalidUtf8Error, Place, Record, Table
 from slm_lora.data.text import RowError
 from slm_lora.errors import DataError
-from slm_lora.recipe.schema import DataSection
 
 
 def read_parquet(handle: BinaryIO, label: str, section: DataSection, strings: bool) -> Table:
@@ -63,7 +63,7 @@ def _light(batch: Any) -> Any:
     columns = []
     for field, column in zip(batch.schema, batch.columns, strict=True):
         text = pyarrow.types.is_string(field.type) or pyarrow.types.is_large_string(field.type)
-        if shapes.heavy(field.name) and not text:
+        if column_kinds.heavy(field.name) and not text:
             there = column.is_valid()
             if pyarrow.types.is_list(field.type) or pyarrow.types.is_large_list(field.type):
                 filled = compute.greater(compute.list_value_length(column), 0)

@@ -9,11 +9,11 @@ from collections.abc import Iterator
 from contextlib import contextmanager
 from typing import BinaryIO
 
+from slm_lora.config.schema import DataSection
 from slm_lora.data.formats import FIELDS
 from slm_lora.data.table import InvalidUtf8Error, Numbered, Place, Record, Table
 from slm_lora.data.text import RowError
 from slm_lora.errors import DataError
-from slm_lora.recipe.schema import DataSection
 
 _SEPARATORS = (",", ";", "\t", "|")
 

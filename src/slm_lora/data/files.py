@@ -16,14 +16,14 @@ from io import BytesIO
 from pathlib import Path
 from typing import BinaryIO, Literal, cast
 
-from slm_lora import storage
+from slm_lora.config.schema import DataSection
 from slm_lora.data.arrow import read_parquet
 from slm_lora.data.csv_files import read_csv
 from slm_lora.data.json_files import read_json, read_json_lines
 from slm_lora.data.table import InvalidUtf8Error, Table
 from slm_lora.data.text_files import has_paragraphs, read_text
 from slm_lora.errors import DataError, StorageError
-from slm_lora.recipe.schema import DataSection
+from slm_lora.runtime import checksums
 
 READERS: dict[str, Callable[[BinaryIO, str, DataSection, bool], Table]] = {
     ".jsonl": read_json_lines,
@@ -115,7 +115,7 @@ def read_file(
                 table.records, table.columns, table.lists, table.notes,
                 encoding="" if suffix == ".parquet" else _looks_like(path, label, suffix),
             )  # fmt: skip
-        return table, f"sha256:{storage.sha256_file(path)}"
+        return table, f"sha256:{checksums.sha256_file(path)}"
     except (gzip.BadGzipFile, zlib.error, EOFError) as error:
         raise DataError(f"{label}: no gzip file, or a broken one; write it again") from error
     except OSError as error:

@@ -10,11 +10,11 @@ import json
 from collections.abc import Callable, Collection, Iterator, Mapping, Set
 from dataclasses import dataclass
 
-from slm_lora.data import shapes
+from slm_lora.config.schema import DataSection
+from slm_lora.data import column_kinds
 from slm_lora.data.messages import check_order, turns_of, unread_keys
 from slm_lora.data.text import RowError, checked, empty
 from slm_lora.errors import DataError, UsageError
-from slm_lora.recipe.schema import DataSection
 from slm_lora.records import Row, Turn
 
 Fields = Mapping[str, object]
@@ -97,13 +97,13 @@ def recognise(columns: Set[str], section: DataSection, lists: Set[str] = frozens
             f"{where}: the columns fit several formats, {' and '.join(fitting)}; {seen}. "
             "Name one with data.format."
         )
-    if not fitting and (other := shapes.explain(columns, lists)):
+    if not fitting and (other := column_kinds.explain(columns, lists)):
         raise DataError(f"{where}: {other}; {seen}.")
     if not fitting:
         known = "; ".join(f"{name} ({_needs(entry)})" for name, entry in FORMATS.items())
         raise DataError(
             f"{where}: no format fits; {seen}. The formats: {known}. "
-            f"Name other columns in data.columns{shapes.mapping(columns, lists)}."
+            f"Name other columns in data.columns{column_kinds.mapping(columns, lists)}."
         )
     return _checked(fitting[0], section)
 
@@ -114,7 +114,9 @@ def wanted(columns: Collection[str], section: DataSection) -> list[str]:
     They are those that some format reads, and those whose content must not be lost in silence.
     """
     names = _canonical(columns, section.columns)
-    read = {column for field, column in names.items() if field in FIELDS or shapes.watched(field)}
+    read = {
+        column for field, column in names.items() if field in FIELDS or column_kinds.watched(field)
+    }
     return [column for column in columns if column in read]
 
 
@@ -135,7 +137,7 @@ def to_row(
     if format_name != "text":
         _check_not_rejected(record, names, section)
     for field in names:
-        if field not in fields and shapes.refused(field) and not empty(record[names[field]]):
+        if field not in fields and column_kinds.refused(field) and not empty(record[names[field]]):
             raise RowError(
                 f"column {shown(field)} has content, which the text would be without; "
                 f"data.columns={{{shown(field)}: null}} takes the row without it"
@@ -169,7 +171,7 @@ def left_out(
     """
     read = read_columns(record, format_name, section)
     for column, value in record.items():
-        known = column in shapes.PROMPT_COLUMNS and column not in read
+        known = column in column_kinds.PROMPT_COLUMNS and column not in read
         if known and column not in dropped(section) and not empty(value):
             yield "column", column
     if format_name == "chat":
@@ -205,7 +207,7 @@ def read_columns(columns: Collection[str], format_name: str, section: DataSectio
 def _check_not_rejected(
     record: Mapping[str, object], names: Mapping[str, str], section: DataSection
 ) -> None:
-    for field in shapes.MARKS:
+    for field in column_kinds.MARKS:
         # Under another name it is read, and means what the recipe says.
         if field in names and field not in section.columns.values():
             value = record[names[field]]

@@ -5,11 +5,11 @@ from __future__ import annotations
 import re
 from pathlib import Path
 
+from slm_lora.config.schema import DataSection
 from slm_lora.data import formats
 from slm_lora.data.arrow import arrow_table
 from slm_lora.data.table import Table
 from slm_lora.errors import DataError, SlmLoraError, StorageError
-from slm_lora.recipe.schema import DataSection
 
 HUB_TIMEOUT = 5.0
 """Seconds to wait for the hub's first answer."""

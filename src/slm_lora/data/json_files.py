@@ -12,12 +12,12 @@ from collections.abc import Iterable
 from io import BytesIO
 from typing import Any, BinaryIO
 
+from slm_lora.config.schema import DataSection
 from slm_lora.data import table
 from slm_lora.data.formats import FIELDS
 from slm_lora.data.table import InvalidUtf8Error, Numbered, Place, Record, Table
 from slm_lora.data.text import RowError
 from slm_lora.errors import DataError
-from slm_lora.recipe.schema import DataSection
 
 _SPACE = re.compile(r"[ \t\r\n]*")
 

@@ -6,15 +6,15 @@ from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 
+from slm_lora.config.schema import DataSection
+from slm_lora.data.column_kinds import PROMPT_COLUMNS, refused
 from slm_lora.data.files import is_known, is_read, read_file, suffix_of
 from slm_lora.data.formats import SYSTEM
 from slm_lora.data.messages import turns_of
-from slm_lora.data.shapes import PROMPT_COLUMNS, refused
 from slm_lora.data.splits import seeded_order
 from slm_lora.data.table import Record, check_size
 from slm_lora.data.text import RowError, checked, empty
 from slm_lora.errors import DataError, StorageError, UsageError
-from slm_lora.recipe.schema import DataSection
 from slm_lora.records import Row, Turn
 
 _MESSAGES = ("messages", "conversations", "prompt")

@@ -14,16 +14,16 @@ from dataclasses import dataclass
 from pathlib import Path
 
 import slm_lora
-from slm_lora import storage
-from slm_lora.data import formats, shapes
+from slm_lora.config.schema import DataSection
+from slm_lora.data import column_kinds, formats
 from slm_lora.data.files import is_known, read_file, read_folder, suffix_of
 from slm_lora.data.formats import RejectedRowError
 from slm_lora.data.hub import read_hub
 from slm_lora.data.table import InvalidUtf8Error, Place, Record, Table, check_size
 from slm_lora.data.text import RowError
 from slm_lora.errors import DataError, UsageError
-from slm_lora.recipe.schema import DataSection
 from slm_lora.records import Row
+from slm_lora.runtime import storage
 
 SKIPPED_SHARE = 0.1
 """Share of bad rows above which even ``on_bad_row=skip`` gives up: the set is another one."""
@@ -115,7 +115,7 @@ def ensure_ml_qa() -> Path:
     target = storage.cache_dir() / "data" / f"ml-qa-{'-'.join(_ml_qa_versions())}.jsonl"
     if not target.exists():
         # Imported here: it loads the libraries that the set is built from.
-        from slm_lora.data import ml_qa
+        from slm_lora import ml_qa
 
         with storage.atomic_path(target) as temporary:
             ml_qa.write_jsonl(temporary)
@@ -214,7 +214,7 @@ def _unread(
         if what == "column":
             told.add(name)
             context = formats.context_of(format_name, columns, section)
-            fits = context and name in shapes.CONTEXTS
+            fits = context and name in column_kinds.CONTEXTS
             read_by = f" (data.columns={{{context}: {name}}} reads it)" if fits else ""
             notes.append(
                 f"column {shown} has content in {many} of {rows} rows, and is not read{read_by}"
@@ -226,7 +226,7 @@ def _unread(
         notes.append(f"keys of messages that are not read: {', '.join(keys[:10])}{more}")
     read = formats.read_columns(columns, format_name, section)
     # What would be told or refused if it had content has none.
-    empty = {c for c in columns if c in shapes.PROMPT_COLUMNS or shapes.refused(c)}
+    empty = {c for c in columns if c in column_kinds.PROMPT_COLUMNS or column_kinds.refused(c)}
     rest = columns - read - told - empty - formats.dropped(section)
     if rest:
         notes.append(f"columns that are not read: {formats.listed(rest, most=10)}")

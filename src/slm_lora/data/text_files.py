@@ -5,10 +5,10 @@ from __future__ import annotations
 from collections.abc import Iterator
 from typing import BinaryIO
 
+from slm_lora.config.schema import DataSection
 from slm_lora.data import table
 from slm_lora.data.table import Numbered, Place, Table
 from slm_lora.data.text import RowError
-from slm_lora.recipe.schema import DataSection
 
 
 def read_text(handle: BinaryIO, label: str, section: DataSection, strings: bool) -> Table:

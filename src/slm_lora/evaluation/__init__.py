@@ -1,1 +1,1 @@
-"""Held-out loss and perplexity, row by row."""
+"""Scores of held-out rows, and generated replies."""

@@ -1,1 +1,1 @@
-"""A grid of runs, and what is said of them."""
+"""Running an experiment: jobs, cells, resuming, tracking."""

@@ -11,42 +11,37 @@ from pathlib import Path
 
 import torch
 
-from slm_lora import machine, processes
+from slm_lora.adapters import attach
+from slm_lora.adapters import io as adapter_io
 from slm_lora.errors import IntegrityError, UsageError
-from slm_lora.evaluation.perplexity import write_scores
-from slm_lora.experiment.evaluated import Evaluated, warnings_on
-from slm_lora.experiment.jobs import Job
-from slm_lora.experiment.loaded import LoadedBase, with_saved
-from slm_lora.experiment.places import (
+from slm_lora.experiment.base_cache import LoadedBase, with_saved
+from slm_lora.experiment.cell import evaluate, train_cell
+from slm_lora.experiment.job import Job
+from slm_lora.experiment.paths import (
     BASE,
-    Places,
+    ExperimentPaths,
     at_work,
     cell_at_work,
     check_none_in_the_way,
     finished,
     require_room,
 )
-from slm_lora.experiment.run_record import (
-    about_adapter,
-    common_record,
-    setting_of,
-    training_record,
-)
-from slm_lora.experiment.trackers import Tracked, Trackers, tracking
-from slm_lora.experiment.train_and_score import evaluate, train_cell
-from slm_lora.experiment.unfinished import differences, made_of, setting
-from slm_lora.model import adapter, adapter_folder
+from slm_lora.experiment.provenance import about_adapter, common_record, setting_of, training_record
+from slm_lora.experiment.resume import differences, made_of, setting
+from slm_lora.experiment.saved_adapter import Evaluated, warnings_on
+from slm_lora.experiment.tracking import Tracked, Trackers, open_trackers
 from slm_lora.model.base import Base
 from slm_lora.model.model_folder import MODEL_WEIGHTS
-from slm_lora.progress import Reporter
-from slm_lora.runs import SCORES_FILE, STEPS_FILE, Run, find_run, new_run, write_lines
-from slm_lora.seals import read_sealed
-from slm_lora.storage import sha256_file
+from slm_lora.runs.folder import SCORES_FILE, STEPS_FILE, Run, find_run, new_run, write_lines
+from slm_lora.runs.scores import write_scores
+from slm_lora.runtime import distributed, hardware
+from slm_lora.runtime.checksums import read_sealed, sha256_file
+from slm_lora.runtime.progress import Reporter
 from slm_lora.training.checkpoint import Checkpointer
 
 
 def run_jobs(
-    jobs: Sequence[Job], places: Places, reporter: Reporter, discard: bool = False
+    jobs: Sequence[Job], places: ExperimentPaths, reporter: Reporter, discard: bool = False
 ) -> list[Run]:
     """Run what is not finished; return all runs, the base first (in the first process).
 
@@ -75,18 +70,18 @@ def run_jobs(
         ]
 
 
-def run_bases(jobs: Sequence[Job], places: Places, reporter: Reporter) -> list[Run]:
+def run_bases(jobs: Sequence[Job], places: ExperimentPaths, reporter: Reporter) -> list[Run]:
     """As `run_jobs`, but the bases of these cells alone, while others may run cells."""
     with _together(jobs):
         return _run_bases(jobs, places, reporter, LoadedBase(reporter))
 
 
 def run_cells(
-    jobs: Sequence[Job], places: Places, reporter: Reporter, discard: bool = False
+    jobs: Sequence[Job], places: ExperimentPaths, reporter: Reporter, discard: bool = False
 ) -> list[Run]:
     """As `run_jobs`, but these cells alone, while others may run others."""
     with _together(jobs):
-        if processes.is_first():
+        if distributed.is_main():
             check_none_in_the_way(jobs, places, discard)
         loaded = LoadedBase(reporter)
         _try_adapters(jobs, places, reporter, loaded)
@@ -96,7 +91,7 @@ def run_cells(
 @contextmanager
 def _together(jobs: Sequence[Job]) -> Iterator[None]:
     """Several processes, that all do the same."""
-    several = processes.size()
+    several = distributed.world_size()
     for job in jobs:
         batch = job.cell.recipe.training.effective_batch_size
         if several > batch:
@@ -104,12 +99,12 @@ def _together(jobs: Sequence[Job]) -> Iterator[None]:
                 f"{several} processes, but a step of {job.cell.name} has {batch} examples "
                 "(training.effective_batch_size): start at most so many"
             )
-        if job.device.type == "cuda" and processes.local() >= torch.cuda.device_count():
+        if job.device.type == "cuda" and distributed.local_rank() >= torch.cuda.device_count():
             raise UsageError(
-                f"process {processes.local() + 1} of this machine has no GPU of its own; it has "
-                f"{torch.cuda.device_count()}: start at most so many, or training.device=cpu"
+                f"process {distributed.local_rank() + 1} of this machine has no GPU of its own; "
+                f"it has {torch.cuda.device_count()}: start at most so many, or training.device=cpu"
             )
-    told = processes.gather([job.identity for job in jobs])
+    told = distributed.all_gather([job.identity for job in jobs])
     if any(each != told[0] for each in told):
         raise IntegrityError(
             "the processes were given different recipes, rows or bases: start all with the same"
@@ -120,13 +115,13 @@ def _together(jobs: Sequence[Job]) -> Iterator[None]:
 @contextmanager
 def _first_only(to_ourselves: Callable[[], AbstractContextManager[None]]) -> Iterator[None]:
     """Within what only the first of several processes holds, for all of them."""
-    with to_ourselves() if processes.is_first() else nullcontext():
-        processes.wait()
+    with to_ourselves() if distributed.is_main() else nullcontext():
+        distributed.wait()
         yield
 
 
 def _try_adapters(
-    jobs: Sequence[Job], places: Places, reporter: Reporter, loaded: LoadedBase
+    jobs: Sequence[Job], places: ExperimentPaths, reporter: Reporter, loaded: LoadedBase
 ) -> None:
     """Put every kind of adapter on its base and take it off again, before any work is done.
 
@@ -144,20 +139,20 @@ def _try_adapters(
         if (job.source, job.precision, job.device, trial) in tried:
             continue
         tried.add((job.source, job.precision, job.device, trial))
-        adapted = adapter.attach(loaded.for_job(job), trial, 0)
-        if told := adapter.left_out(adapted):
-            reporter.say_once(f"  note: {told}")
-        adapter.detach(adapted)
+        adapted = attach.attach(loaded.for_job(job), trial, 0)
+        if told := attach.left_out(adapted):
+            reporter.info_once(f"  note: {told}")
+        attach.detach(adapted)
 
 
 def _to_do(done: Callable[[], Run | None]) -> bool:
     """Whether a run is still to be done, as the first of several processes finds: another may see
     the folder late."""
-    return bool(processes.from_first(lambda: done() is None))
+    return bool(distributed.from_first(lambda: done() is None))
 
 
 def _run_bases(
-    jobs: Sequence[Job], places: Places, reporter: Reporter, loaded: LoadedBase
+    jobs: Sequence[Job], places: ExperimentPaths, reporter: Reporter, loaded: LoadedBase
 ) -> list[Run]:
     runs: dict[str, Run | None] = {}
     for job in jobs:
@@ -169,13 +164,13 @@ def _run_bases(
             if _to_do(done):
                 _run_base(job, loaded.for_job(job), places, reporter)
             else:
-                reporter.say(f"  {BASE}  finished earlier")
+                reporter.info(f"  {BASE}  finished earlier")
         runs[job.base_identity] = done()
     return [run for run in runs.values() if run is not None]
 
 
 def _run_cells(
-    jobs: Sequence[Job], places: Places, reporter: Reporter, loaded: LoadedBase
+    jobs: Sequence[Job], places: ExperimentPaths, reporter: Reporter, loaded: LoadedBase
 ) -> list[Run]:
     runs = []
     for job in jobs:
@@ -184,11 +179,11 @@ def _run_cells(
         with _first_only(functools.partial(cell_at_work, name, job.identity, places, reporter)):
             if _to_do(done):
                 _run_cell(job, loaded, places, reporter)
-            elif processes.is_first():
+            elif distributed.is_main():
                 # A process may have died between recording the run and this.
                 shutil.rmtree(places.checkpoint(name, job.identity), ignore_errors=True)
-                reporter.say(f"  {name}  finished earlier")
-        if processes.is_first():
+                reporter.info(f"  {name}  finished earlier")
+        if distributed.is_main():
             runs.append(_found(places, name, job.identity))
     return runs
 
@@ -215,18 +210,18 @@ def evaluate_adapter(
         base = with_saved(folder, job, loaded)
     else:
         base = loaded.for_job(job)
-        adapted = adapter_folder.load(base, folder)
+        adapted = adapter_io.load(base, folder)
     for told in warnings_on(folder, job):
-        reporter.say(f"  warning: {told}")
-    if not adapter_folder.is_sealed(folder):
-        reporter.say(
-            f"  warning: {folder} does not say the SHA-256 of its files ({adapter_folder.ABOUT}): "
+        reporter.info(f"  warning: {told}")
+    if not adapter_io.is_sealed(folder):
+        reporter.info(
+            f"  warning: {folder} does not say the SHA-256 of its files ({adapter_io.ABOUT}): "
             "only the shapes of its tensors were checked"
         )
     else:
-        trained, now = adapter_folder.quantization(folder), job.cell.recipe.model.quantization
+        trained, now = adapter_io.quantization(folder), job.cell.recipe.model.quantization
         if trained != now:
-            reporter.say(
+            reporter.info(
                 f"  warning: {folder} was trained on a base in {trained or 'full precision'}, and "
                 f"is scored on one in {now or 'full precision'} (model.quantization)"
             )
@@ -234,28 +229,28 @@ def evaluate_adapter(
     if not with_base:
         return Evaluated(scores, record)
     if adapted is not None:
-        adapter.detach(adapted)
+        attach.detach(adapted)
     del base, adapted  # a whole model makes room for the base
     return Evaluated(scores, record, *evaluate(loaded.for_job(job), job, BASE, reporter))
 
 
-def _run_base(job: Job, base: Base, places: Places, reporter: Reporter) -> None:
-    machine.reset_peak_memory(job.device.type)
+def _run_base(job: Job, base: Base, places: ExperimentPaths, reporter: Reporter) -> None:
+    hardware.reset_peak_memory(job.device.type)
     scores, evaluation = evaluate(base, job, BASE, reporter)
     record = {**common_record(job, base, places), "settings": {}, "evaluation": evaluation}
-    if processes.is_first():
+    if distributed.is_main():
         with new_run(places.results, BASE, job.base_identity, record) as folder:
             write_scores(scores, folder / SCORES_FILE)
-    processes.wait()
+    distributed.wait()
 
 
-def _run_cell(job: Job, loaded: LoadedBase, places: Places, reporter: Reporter) -> None:
+def _run_cell(job: Job, loaded: LoadedBase, places: ExperimentPaths, reporter: Reporter) -> None:
     name, section = job.cell.name, job.cell.recipe.adapter
     base = loaded.for_job(job)
-    machine.reset_peak_memory(job.device.type)
-    adapted = adapter.attach(base, section, job.cell.recipe.seed)
-    if told := adapter.left_out(adapted):
-        reporter.say_once(f"  note: {told}")
+    hardware.reset_peak_memory(job.device.type)
+    adapted = attach.attach(base, section, job.cell.recipe.seed)
+    if told := attach.left_out(adapted):
+        reporter.info_once(f"  note: {told}")
     stack = ExitStack()
     try:
         checkpointer = Checkpointer(
@@ -264,23 +259,23 @@ def _run_cell(job: Job, loaded: LoadedBase, places: Places, reporter: Reporter) 
             places.checkpoint_seconds,
             made_of(job),
             setting(job),
-            reporter.say,
-            writes=processes.is_first(),
+            reporter.info,
+            writes=distributed.is_main(),
         )
-        if processes.is_first():
-            require_room(job, places, adapter.count_parameters(adapted).trainable)
+        if distributed.is_main():
+            require_room(job, places, attach.count_parameters(adapted).trainable)
             _say_if_taken(job, places, reporter)
         trackers = stack.enter_context(_tracking(job, places, reporter))
         result = train_cell(job, base, adapted, checkpointer, reporter, trackers)
-        parameters = adapter.count_parameters(adapted)
+        parameters = attach.count_parameters(adapted)
         # Only now: another experiment may have put its own there meanwhile.
-        folder = Path(processes.from_first(lambda: str(places.adapter(name, job.identity))))
-        if processes.is_first():
-            adapter_folder.save(
+        folder = Path(distributed.from_first(lambda: str(places.adapter(name, job.identity))))
+        if distributed.is_main():
+            adapter_io.save(
                 base, adapted, folder, about_adapter(job, places), job.prepared.chat_template
             )
-        processes.wait()
-        if adapter.alters_base(section):
+        distributed.wait()
+        if attach.alters_base(section):
             # What is scored is what was saved, on the base as it was.
             loaded.drop()
             base = with_saved(folder, job, loaded)
@@ -289,12 +284,12 @@ def _run_cell(job: Job, loaded: LoadedBase, places: Places, reporter: Reporter) 
         trackers.scored(headline["loss"], headline["perplexity"], len(result.history))
     finally:
         stack.close()
-        if adapter.alters_base(section):
+        if attach.alters_base(section):
             loaded.drop()
         else:
-            adapter.detach(adapted)
-    if processes.is_first():
-        weights = adapter_folder.weights_file(folder)
+            attach.detach(adapted)
+    if distributed.is_main():
+        weights = adapter_io.weights_file(folder)
         assert weights is not None
         record = {
             **common_record(job, base, places),
@@ -314,36 +309,38 @@ def _run_cell(job: Job, loaded: LoadedBase, places: Places, reporter: Reporter) 
             write_scores(scores, run / SCORES_FILE)
             write_lines(run / STEPS_FILE, [asdict(step) for step in result.history])
         checkpointer.remove()
-    processes.wait()
+    distributed.wait()
 
 
-def _say_if_taken(job: Job, places: Places, reporter: Reporter) -> None:
+def _say_if_taken(job: Job, places: ExperimentPaths, reporter: Reporter) -> None:
     """That the adapter goes to another folder than users expect, and what lies in that one."""
     usual = places.adapters / places.adapter_name(job.cell.name)
     folder = places.adapter(job.cell.name, job.identity)
     if not places.keep_adapters or folder == usual:
         return
     try:
-        about = read_sealed(usual / adapter_folder.ABOUT)
+        about = read_sealed(usual / adapter_io.ABOUT)
         changed = differences({"recipe": about["recipe"]}, {"recipe": job.recipe})
     except (FileNotFoundError, IntegrityError, KeyError, TypeError, AttributeError):
         what = "something else"
     else:
         named = f" ({'; '.join(changed[:3])}{'; …' * (len(changed) > 3)})" * bool(changed)
         what = f"the adapter of another run{named}"
-    reporter.say(f"  note: {usual} holds {what} and stays; this one goes to {folder}")
+    reporter.info(f"  note: {usual} holds {what} and stays; this one goes to {folder}")
 
 
-def _tracking(job: Job, places: Places, reporter: Reporter) -> AbstractContextManager[Trackers]:
+def _tracking(
+    job: Job, places: ExperimentPaths, reporter: Reporter
+) -> AbstractContextManager[Trackers]:
     """The recipe's trackers of one training; only the first of several processes has any."""
-    names = places.report_to if processes.is_first() else ()
+    names = places.report_to if distributed.is_main() else ()
     run = Tracked(
         places.experiment, f"{job.cell.name}-{job.identity[:8]}", job.recipe, places.results
     )
-    return tracking(names, run, reporter.say)
+    return open_trackers(names, run, reporter.info)
 
 
-def _found(places: Places, cell: str, identity: str) -> Run:
+def _found(places: ExperimentPaths, cell: str, identity: str) -> Run:
     run = find_run(places.results, cell, identity)
     assert run is not None
     return run

@@ -1,1 +1,1 @@
-"""Hands what was trained to other programs: merged models, GGUF, the hub."""
+"""Trained models for other programs: merged folders, GGUF, Ollama, the hub."""

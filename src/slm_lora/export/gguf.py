@@ -23,11 +23,11 @@ from gguf import GGUFWriter
 from safetensors import safe_open
 
 from slm_lora.data.templates import Template
-from slm_lora.data.tokens import RowTokenizer
+from slm_lora.data.tokenization import RowTokenizer
 from slm_lora.errors import NumericError, UsageError
-from slm_lora.export.vocabulary import WAY_OUT, Vocabulary, vocabulary
-from slm_lora.model.load import load_tokenizer
-from slm_lora.model.source import ModelSource, weight_files
+from slm_lora.export.gguf_tokenizer import WAY_OUT, Vocabulary, vocabulary
+from slm_lora.model.loading import load_tokenizer
+from slm_lora.model.resolve import ModelSource, weight_files
 
 if TYPE_CHECKING:
     from transformers import PretrainedConfig, PreTrainedTokenizerBase

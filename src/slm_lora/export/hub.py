@@ -6,10 +6,10 @@ import re
 import shutil
 from pathlib import Path
 
+from slm_lora.adapters.io import ABOUT, WEIGHTS
 from slm_lora.errors import IntegrityError, StorageError, UsageError
-from slm_lora.export.card import card
-from slm_lora.export.folder import ADAPTER_CONFIG, Trained, refuse_existing
-from slm_lora.model.adapter_folder import ABOUT, WEIGHTS
+from slm_lora.export.model_card import card
+from slm_lora.export.trained import ADAPTER_CONFIG, Trained, refuse_existing
 from slm_lora.model.model_folder import (
     CHAT_TEMPLATE,
     CONFIG,
@@ -17,8 +17,8 @@ from slm_lora.model.model_folder import (
     MODEL_WEIGHTS,
     TOKENIZER_FILES,
 )
-from slm_lora.progress import Reporter
-from slm_lora.storage import atomic_folder
+from slm_lora.runtime.progress import Reporter
+from slm_lora.runtime.storage import atomic_folder
 
 CARD = "README.md"
 _ADAPTER_FILES = (ADAPTER_CONFIG, WEIGHTS, ABOUT, CHAT_TEMPLATE)
@@ -83,7 +83,7 @@ def push(
     text = card(trained, repository, results)
     files = _files(trained)
     size = sum(file.stat().st_size for file in files) / 1e6
-    (reporter or Reporter(quiet=True)).say(
+    (reporter or Reporter(quiet=True)).info(
         f"  sending {len(files) + 1} files, {size:.1f} MB, to {repository}"
     )
     operations = [CommitOperationAdd(file.name, file) for file in files]

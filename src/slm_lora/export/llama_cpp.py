@@ -6,22 +6,16 @@ from pathlib import Path
 from tempfile import TemporaryDirectory
 from typing import Literal
 
+from slm_lora.adapters.io import check_base
 from slm_lora.errors import UsageError
-from slm_lora.export.folder import Trained, find_base, refuse_existing
-from slm_lora.export.gguf import (
-    FileType,
-    check_adapter,
-    check_model,
-    write_adapter,
-    write_model,
-)
-from slm_lora.export.merged import merge
+from slm_lora.export.gguf import FileType, check_adapter, check_model, write_adapter, write_model
+from slm_lora.export.merge import merge
 from slm_lora.export.ollama import modelfile, write_modelfile
-from slm_lora.model.adapter_folder import check_base
-from slm_lora.model.load import load_tokenizer
-from slm_lora.model.source import ModelSource, hash_weights
-from slm_lora.progress import Reporter
-from slm_lora.storage import atomic_folder
+from slm_lora.export.trained import Trained, find_base, refuse_existing
+from slm_lora.model.loading import load_tokenizer
+from slm_lora.model.resolve import ModelSource, hash_weights
+from slm_lora.runtime.progress import Reporter
+from slm_lora.runtime.storage import atomic_folder
 
 Form = Literal["merged", "adapter"]
 
@@ -79,7 +73,7 @@ def _model(
     source: ModelSource, trained: Trained, folder: Path, kind: FileType, reporter: Reporter
 ) -> None:
     file = f"{source.name}-{kind}.gguf"
-    reporter.say(f"  writing {file}")
+    reporter.info(f"  writing {file}")
     write_model(source, folder / file, kind, trained.template, trained.chat_template)
     _modelfile(trained, source, folder, file, None)
 
@@ -91,7 +85,7 @@ def _base_and_adapter(
     check_adapter(trained.folder, trained.adapter_config())
     name = source.name.rsplit("/", 1)[-1]
     file, adapter = f"{name}-{kind}.gguf", f"{trained.name}-lora.gguf"
-    reporter.say(f"  writing {file} and {adapter}")
+    reporter.info(f"  writing {file} and {adapter}")
     # The base's file carries the training template: an adapter's has no place for one.
     write_model(source, folder / file, kind, trained.template, trained.chat_template)
     write_adapter(trained.folder, trained.adapter_config(), source, folder / adapter)

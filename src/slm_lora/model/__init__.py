@@ -1,1 +1,1 @@
-"""From a model name to a frozen base with an adapter on it."""
+"""Base models: resolution, loading, the forward pass, the output head."""

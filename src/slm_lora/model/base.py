@@ -7,7 +7,8 @@ from typing import TYPE_CHECKING, Literal
 
 import torch
 
-from slm_lora.model.source import ModelSource
+from slm_lora.model.resolve import ModelSource
+from slm_lora.ops.output_head import PLAIN_HEAD, HeadForm
 
 if TYPE_CHECKING:
     from transformers import PreTrainedModel
@@ -41,24 +42,6 @@ def text_decoder(causal: PreTrainedModel) -> torch.nn.Module:
     return decoder if any(module is decoder for module in whole.modules()) else whole
 
 
-@dataclass(frozen=True, slots=True)
-class HeadForm:
-    """What a model's output layer does to the products with its output embedding, see
-    `model.output_head`.
-
-    Attributes:
-        scale: factor of product and bias.
-        cap: largest magnitude of a logit, or None.
-    """
-
-    scale: float = 1.0
-    cap: float | None = None
-
-
-PLAIN_HEAD = HeadForm()
-"""Of models whose logits are the products."""
-
-
 @dataclass(frozen=True)
 class Base:
     """A causal language model, ready to compute; frozen, unless all of it is trained.
@@ -69,7 +52,7 @@ class Base:
         device: where it computes.
         precision: of its weights, or of its products where all of it is trained.
         packed: whether documents are packed (else: padded batches, the plain way).
-        why_plain: one line for the user where ``packed`` is False.
+        fallback_reason: one line for the user where ``packed`` is False.
         quantization: ``nf4`` where its matrices are held in 4 bits.
         head: what its output layer does beside multiplying with the output embedding.
         sharded: whether its layers are shared out over the processes, which then must compute
@@ -81,7 +64,7 @@ class Base:
     device: torch.device
     precision: PrecisionName
     packed: bool
-    why_plain: str = ""
+    fallback_reason: str = ""
     quantization: str | None = None
     sharded: bool = False
     head: HeadForm = PLAIN_HEAD

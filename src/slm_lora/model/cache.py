@@ -14,7 +14,7 @@ from torch import Tensor
 
 from slm_lora.model.base import Base, trunk
 from slm_lora.model.forward import mixed_precision
-from slm_lora.model.output_head import output_head
+from slm_lora.model.head_form import output_head
 
 if TYPE_CHECKING:
     from transformers import DynamicCache

@@ -10,16 +10,18 @@ import numpy.typing as npt
 import torch
 from torch import Tensor
 
-from slm_lora.data.batches import IGNORED, MicroBatch
+from slm_lora.data.collate import IGNORED, MicroBatch
 from slm_lora.model.base import trunk
-from slm_lora.model.dropout import set_keys, token_keys
-from slm_lora.model.loss import summed_nll, token_nll
-from slm_lora.model.output_head import OutputHead, output_head
+from slm_lora.model.head_form import output_head
+from slm_lora.ops.cross_entropy import summed_nll, token_nll
+from slm_lora.ops.dropout import set_keys, token_keys
+from slm_lora.ops.output_head import OutputHead
 
 if TYPE_CHECKING:
     from transformers import PreTrainedModel
 
-    from slm_lora.model.base import Base, HeadForm
+    from slm_lora.model.base import Base
+    from slm_lora.ops.output_head import HeadForm
 
 
 def batch_nll(base: Base, batch: MicroBatch, dropout_seed: str = "") -> Tensor:

@@ -23,9 +23,9 @@ from starlette.exceptions import HTTPException
 
 from slm_lora.data.templates import Template
 from slm_lora.data.text import RowError, checked
-from slm_lora.data.tokens import RowTokenizer
+from slm_lora.data.tokenization import RowTokenizer
 from slm_lora.errors import SlmLoraError
-from slm_lora.evaluation.generate import Sampling
+from slm_lora.evaluation.generation import Sampling
 from slm_lora.records import Role, Turn
 from slm_lora.serve.engine import BusyError, Engine, Ticket
 from slm_lora.serve.fields import unsupported, unsupported_in_message

@@ -12,10 +12,10 @@ from collections import deque
 from collections.abc import AsyncIterator, Callable, Sequence
 from dataclasses import dataclass, field
 
+from slm_lora.adapters.multi import AdapterSet
 from slm_lora.data.prompts import Prompt
 from slm_lora.errors import SlmLoraError
-from slm_lora.evaluation.generate import Reply, Sampling, reference_loss
-from slm_lora.model.variants import Variants
+from slm_lora.evaluation.generation import Generation, Sampling, reference_loss
 
 
 class BusyError(SlmLoraError):
@@ -69,7 +69,7 @@ class Engine:
 
     def __init__(
         self,
-        variants: Variants,
+        variants: AdapterSet,
         *,
         most_tokens: int = 1024,
         at_once: int = 8,
@@ -103,7 +103,7 @@ class Engine:
             if ticket._cancelled:
                 return None
             try:
-                return _Work(Reply(self.variants, variant, prompt, sampling), ticket)
+                return _Work(Generation(self.variants, variant, prompt, sampling), ticket)
             except Exception as error:
                 ticket._tell(error)
                 return None
@@ -173,7 +173,7 @@ class Engine:
 class _Work:
     """A reply on its way to its ticket."""
 
-    reply: Reply
+    reply: Generation
     ticket: Ticket
 
     def advance(self) -> bool:

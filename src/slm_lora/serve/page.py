@@ -12,11 +12,11 @@ from typing import Any
 
 from fastapi import FastAPI
 
+from slm_lora.adapters.multi import BASE
 from slm_lora.data.prompts import Prompt
 from slm_lora.data.text import given
 from slm_lora.errors import SlmLoraError
-from slm_lora.evaluation.generate import Sampling, prompt_ids
-from slm_lora.model.variants import BASE
+from slm_lora.evaluation.generation import Sampling, prompt_ids
 from slm_lora.records import Turn
 from slm_lora.serve.engine import Engine, Ticket
 

@@ -12,7 +12,7 @@ from uvicorn.protocols.http.h11_impl import H11Protocol
 
 from slm_lora.errors import UsageError
 
-PATIENCE = 15.0
+REQUEST_HEAD_TIMEOUT_S = 15.0
 """Seconds that a client may take to send the head of a request."""
 
 
@@ -29,7 +29,7 @@ class _ImpatientProtocol(H11Protocol):
             self._arm()
 
     def _arm(self) -> None:
-        self.loop.call_later(PATIENCE, self._close_if_nothing_came, self.cycle)
+        self.loop.call_later(REQUEST_HEAD_TIMEOUT_S, self._close_if_nothing_came, self.cycle)
 
     def _close_if_nothing_came(self, before: Any) -> None:
         if self.cycle is before and not self.transport.is_closing():

@@ -1,1 +1,1 @@
-"""The training loop and what it needs: loss, attention, optimizer."""
+"""The training loop: steps, optimizer, schedule, checkpoints."""

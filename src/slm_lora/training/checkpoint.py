@@ -20,14 +20,14 @@ import torch
 from safetensors import SafetensorError, safe_open
 from safetensors.torch import save_file
 
-from slm_lora import processes
 from slm_lora.errors import IntegrityError, NumericError, StorageError
 from slm_lora.records import Step
-from slm_lora.seals import FILES, SEAL, check_files, read_sealed, sealed
-from slm_lora.storage import atomic_folder, recover_all
+from slm_lora.runtime import distributed
+from slm_lora.runtime.checksums import FILES, SEAL, check_files, read_sealed, sealed
+from slm_lora.runtime.storage import atomic_folder, recover_all
 
 CHECKPOINT_FORMAT = 1
-KEPT = 2
+KEEP_LAST = 2
 """Checkpoints that stay: the newest, and the one before, should the newest be broken."""
 
 _TENSORS, _TRAINING, _MANIFEST = "state.safetensors", "state.json", "manifest.json"
@@ -133,7 +133,7 @@ class Checkpointer:
         except IntegrityError as error:
             raise StorageError(f"the disk does not keep what is written: {error}") from error
         before = [each for each in generations(self.folder) if each < target]
-        keep = {target, *before[-(KEPT - 1) :]}
+        keep = {target, *before[-(KEEP_LAST - 1) :]}
         for each in generations(self.folder):
             if each not in keep:
                 shutil.rmtree(each, ignore_errors=True)
@@ -147,7 +147,7 @@ class Checkpointer:
         """
         if self.writes:
             recover_all(self.folder)
-        processes.wait()
+        distributed.wait()
         found = generations(self.folder)
         for generation in reversed(found):
             try:
@@ -254,4 +254,4 @@ def space_needed(parameters: int, validates: bool, steps: int) -> int:
         validates: whether the best weights are kept beside the last.
         steps: of the whole training; each leaves some 400 bytes of history.
     """
-    return (KEPT + 1) * (4 * parameters * (4 if validates else 3) + 400 * steps + 100_000)
+    return (KEEP_LAST + 1) * (4 * parameters * (4 if validates else 3) + 400 * steps + 100_000)

@@ -16,18 +16,18 @@ from dataclasses import dataclass, replace
 
 import torch
 
-from slm_lora import machine, processes
-from slm_lora.data.batches import epoch_order, label_count, steps_per_epoch
+from slm_lora.config.schema import TrainingSection
+from slm_lora.data.collate import epoch_order, label_count, steps_per_epoch
 from slm_lora.errors import DataError
-from slm_lora.model import fusion
 from slm_lora.model.base import Base
-from slm_lora.recipe.schema import TrainingSection
+from slm_lora.ops import compilation
 from slm_lora.records import Example, Step
-from slm_lora.stopping import Stop, StopRequested
+from slm_lora.runtime import distributed, hardware
+from slm_lora.runtime.signals import Stop, StopRequested
 from slm_lora.training.checkpoint import Checkpointer
-from slm_lora.training.journal import Journal
 from slm_lora.training.optimizer import adamw, learning_rate
-from slm_lora.training.step import Launched, Updater
+from slm_lora.training.state import Journal
+from slm_lora.training.step import PendingStep, StepRunner
 
 
 @dataclass(frozen=True, slots=True)
@@ -106,7 +106,7 @@ def _steps(
             done += 1
 
 
-PLAIN_TOKENS = 512
+EAGER_CPU_TOKENS = 512
 """Tokens at once where a CPU computes plain code: that is a tenth faster than 2,048, and half the
 memory (of 5.1 GB then, no more than 2.3 were in use: the heap was in pieces)."""
 
@@ -132,7 +132,7 @@ def tokens_at_once(
     """
     most = section.micro_batch_tokens
     few_on_cpu = frozen and device == "cpu"
-    plain = min(most, PLAIN_TOKENS) if compiled or few_on_cpu else most
+    plain = min(most, EAGER_CPU_TOKENS) if compiled or few_on_cpu else most
     return plain, min(most, FP32_TOKENS) if few_on_cpu and not half else most
 
 
@@ -141,7 +141,9 @@ TRIM_EVERY = 8
 plain, and the second, which compiles."""
 
 
-def _taken(under_way: deque[tuple[Step, Launched]], leave: int) -> Iterator[tuple[Step, Launched]]:
+def _taken(
+    under_way: deque[tuple[Step, PendingStep]], leave: int
+) -> Iterator[tuple[Step, PendingStep]]:
     """Take out the oldest steps until ``leave`` are left."""
     while len(under_way) > leave:
         yield under_way.popleft()
@@ -189,13 +191,13 @@ def train(
             f"train on (training.loss_on = {section.loss_on}); raise data.max_length, or check "
             "the template"
         )
-    compiled = fusion.wanted(
+    compiled = compilation.wanted(
         section.compile, training_tokens(usable, section), base.device, base.half, base.sharded
     )
     named = {name: p for name, p in adapted.named_parameters() if p.requires_grad}
     optimizer = adamw(named, section, adapted)
     scaler = torch.amp.GradScaler(base.device.type, enabled=base.precision == "fp16")
-    updater = Updater(
+    updater = StepRunner(
         base,
         list(named.values()),
         optimizer,
@@ -205,7 +207,7 @@ def train(
         section.activation_checkpointing,
         list(named),
     )
-    several = not processes.alone()
+    several = not distributed.is_single()
     if steps_ahead is None:
         # An fp16 scaler waits for the GPU anyway, and so do several processes that agree.
         waits = scaler.is_enabled() or several
@@ -224,8 +226,8 @@ def train(
     frozen = any(not parameter.requires_grad for parameter in adapted.parameters())
     at_once = tokens_at_once(section, compiled, frozen, base.device.type, base.half)
     adapted.train()
-    with machine.returning_large_blocks(compiled and frozen and base.device.type == "cpu"):
-        journal.take_up()
+    with hardware.returning_large_blocks(compiled and frozen and base.device.type == "cpu"):
+        journal.resume()
         _take_steps(updater, journal, usable, section, seed, compiled, at_once, steps_ahead)
     adapted.eval()
     journal.save_the_end()
@@ -236,12 +238,12 @@ def train(
         journal.enough,
         kept,
         len(examples) - len(usable),
-        compiled and not fusion.failure(),
+        compiled and not compilation.failure(),
     )
 
 
 def _take_steps(
-    updater: Updater,
+    updater: StepRunner,
     journal: Journal,
     examples: Sequence[Example],
     section: TrainingSection,
@@ -254,7 +256,7 @@ def _take_steps(
     from `tokens_at_once`."""
     total = total_steps(len(examples), section)
     an_epoch = steps_per_epoch(len(examples), section.effective_batch_size)
-    under_way: deque[tuple[Step, Launched]] = deque()
+    under_way: deque[tuple[Step, PendingStep]] = deque()
     seconds, first = journal.seconds, True
     steps = enumerate(_steps(examples, section.effective_batch_size, seed, total))
     for number, step_examples in itertools.islice(steps, len(journal.history), None):
@@ -269,7 +271,7 @@ def _take_steps(
         dropout_seed = f"dropout:{seed}:{number}"
         torch.manual_seed(int.from_bytes(hashlib.sha256(dropout_seed.encode()).digest()[:7], "big"))
         # The first step shows at once that the run works; compiling begins with the second.
-        fused = compiled and number > 0 and not fusion.failure()
+        fused = compiled and number > 0 and not compilation.failure()
         launched = updater.step(
             step_examples,
             at_once[fused],
@@ -283,7 +285,7 @@ def _take_steps(
             updater.check_gradients()
             first = False
         if number < 2 or number % TRIM_EVERY == 0:
-            machine.release_freed_memory()
+            hardware.release_freed_memory()
         step = Step(
             step=number + 1,
             total_steps=total,
@@ -299,7 +301,7 @@ def _take_steps(
         )
         under_way.append((step, launched))
         # What several processes agreed on before the update; alone, what is wished by now.
-        alone = processes.alone()
+        alone = distributed.is_single()
         stopping, saving = journal.wishes() if alone else launched.wishes
         # Nothing is validated, saved or ended before every number was looked at.
         settled = stopping or saving or journal.due(step) or step.step == total

@@ -8,7 +8,7 @@ from typing import Any
 
 import torch
 
-from slm_lora.recipe.schema import TrainingSection
+from slm_lora.config.schema import TrainingSection
 
 
 def adamw(

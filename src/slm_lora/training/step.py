@@ -11,22 +11,22 @@ from dataclasses import dataclass
 import torch
 from torch import Tensor
 
-from slm_lora import processes
-from slm_lora.data.batches import by_token_budget, label_count, pack
+from slm_lora.data.collate import by_token_budget, collate, label_count
 from slm_lora.errors import NumericError
+from slm_lora.model.activation_checkpointing import recomputed_layers
 from slm_lora.model.base import Base
 from slm_lora.model.forward import batch_nll
-from slm_lora.model.fusion import attempt
-from slm_lora.model.loss import total_dtype
-from slm_lora.model.recompute import recomputed_layers
+from slm_lora.ops.compilation import run_with_compile_fallback
+from slm_lora.ops.cross_entropy import total_dtype
 from slm_lora.records import Example, LossOn
+from slm_lora.runtime import distributed
 
 MOST_SKIPPED = 25
 """Steps in a row that fp16 may skip: a scale of 65,536 halved so often is far below 1."""
 
 
 @dataclass(frozen=True)
-class Updater:
+class StepRunner:
     """What stays the same from step to step.
 
     Attributes:
@@ -58,7 +58,7 @@ class Updater:
         skipped_before: int,
         where: str,
         wishes: tuple[bool, bool] = (False, False),
-    ) -> Launched:
+    ) -> PendingStep:
         """Do one step, or, on a GPU, hand it all the work of one.
 
         Where several processes work on a run, this one does its share of the examples, and all
@@ -68,19 +68,19 @@ class Updater:
             examples: of this step; the same in every process.
             budget: tokens computed at once.
             dropout_seed: decides the masks.
-            compiled: whether to compile (see `model.fusion`).
+            compiled: whether to compile (see `ops.compilation`).
             skipped_before: steps skipped in a row just before this one.
             where: names the step in messages.
-            wishes: of this process: to stop, and to save; see `Launched`.
+            wishes: of this process: to stop, and to save; see `PendingStep`.
 
         Raises:
             NumericError: fp16 overflowed too often.
             PeerLostError: another process is gone.
         """
         work = functools.partial(self._backward, examples, budget, dropout_seed)
-        with processes.peers() if self.base.sharded else nullcontext():
-            loss = attempt(compiled, work)
-        if not processes.alone():
+        with distributed.peer_errors() if self.base.sharded else nullcontext():
+            loss = run_with_compile_fallback(compiled, work)
+        if not distributed.is_single():
             loss, wishes = self._sum_up(loss, wishes)
         self.scaler.unscale_(self.optimizer)
         norm = torch.nn.utils.clip_grad_norm_(self.parameters, self.max_grad_norm)
@@ -94,7 +94,7 @@ class Updater:
         self.scaler.update()
         with torch.no_grad():
             largest = _largest(self.parameters)
-        return Launched((loss, norm, largest), skipped, examples, where, wishes)
+        return PendingStep((loss, norm, largest), skipped, examples, where, wishes)
 
     def check_gradients(self) -> None:
         """After a step: every parameter that trains has a gradient.
@@ -118,7 +118,7 @@ class Updater:
         shares = [torch.zeros((), dtype=total_dtype(self.base.device), device=self.base.device)]
         with recomputed_layers(self.base.causal, self.recompute):
             for micro, weight in _micro_batches(examples, budget, self.base.sharded):
-                nll = batch_nll(self.base, pack(micro, self.loss_on), dropout_seed)
+                nll = batch_nll(self.base, collate(micro, self.loss_on), dropout_seed)
                 share = nll * (weight / labels)
                 torch.autograd.backward(self.scaler.scale(share))
                 shares.append(share.detach())
@@ -131,7 +131,7 @@ class Updater:
         beside = torch.stack([narrow, *map(narrow.new_tensor, wishes)])
         gradients = [torch.zeros_like(p) if p.grad is None else p.grad for p in self.parameters]
         every = torch.cat([*(gradient.flatten() for gradient in gradients), beside])
-        processes.sum_up(every)
+        distributed.all_reduce_sum(every)
         sizes = [gradient.numel() for gradient in gradients]
         for parameter, summed in zip(self.parameters, torch.split(every[:-3], sizes), strict=True):
             parameter.grad = summed.view_as(parameter)
@@ -155,15 +155,15 @@ def _micro_batches(
     because another process has more."""
     divided = [
         by_token_budget(share, budget)
-        for share in processes.shares(examples, lambda e: e.length, processes.size())
+        for share in distributed.partition(examples, lambda e: e.length, distributed.world_size())
     ]
-    own = [(micro, 1.0) for micro in divided[processes.rank()]]
+    own = [(micro, 1.0) for micro in divided[distributed.rank()]]
     most = max(map(len, divided)) if equally_many else 0
     shortest = min(examples, key=lambda example: example.length)
     return own + [([shortest], 0.0)] * (most - len(own))
 
 
-class Launched:
+class PendingStep:
     """A step whose numbers may still be on their way from the GPU, so that it need not be
     waited for before the next step is handed over.
 

@@ -1,0 +1,1 @@
+"""Adapters by PEFT: methods, targets, attaching, saving, loading, several at once."""

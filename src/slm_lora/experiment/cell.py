@@ -1,0 +1,156 @@
+"""Train one cell and score its test rows, with what a user sees meanwhile and how it stops."""
+
+from __future__ import annotations
+
+import time
+from collections.abc import Sequence
+from dataclasses import asdict
+from typing import Any
+
+from torch import nn
+
+from slm_lora.evaluation.scoring import held_out_loss, score
+from slm_lora.experiment.job import Job, capped
+from slm_lora.experiment.tracking import Trackers
+from slm_lora.model.base import Base
+from slm_lora.ops import attention_flash, compilation
+from slm_lora.ops.kernels import build
+from slm_lora.records import Example, LossOn, RowScore, Step
+from slm_lora.runtime import distributed
+from slm_lora.runtime.progress import Reporter
+from slm_lora.runtime.signals import gentle_stop
+from slm_lora.training.checkpoint import Checkpointer
+from slm_lora.training.loop import TrainingResult, total_steps, train
+
+
+def train_cell(
+    job: Job,
+    base: Base,
+    adapted: nn.Module,
+    checkpointer: Checkpointer,
+    reporter: Reporter,
+    trackers: Trackers,
+) -> TrainingResult:
+    """Train an adapter that was attached, from where its checkpoints end.
+
+    Raises:
+        StopRequested: a signal asked for it; what is done is saved.
+    """
+    section = job.cell.recipe.training
+    compile_validation = scoring_compiles(job, job.prepared.validation)
+
+    def validate() -> float:
+        scores = score(
+            base,
+            job.prepared.validation,
+            "validation",
+            job.cell.recipe.evaluation.micro_batch_tokens,
+            compile_validation,
+            on_tokens=lambda done: stop.check(),
+        )
+        return held_out_loss(scores, section.loss_on).loss
+
+    total = total_steps(len(job.prepared.train), section)
+    shown = 0
+    if told := capped(job):
+        reporter.info_once(f"  note: {told}")
+    with gentle_stop() as stop, reporter.task(job.cell.name, total, "steps") as task:
+
+        def on_step(step: Step) -> None:
+            nonlocal shown
+            note = f"loss {step.loss:.3f}"
+            if step.validation_loss is not None:
+                note += f"  validation {step.validation_loss:.3f}"
+            # The first step of a later sitting brings those of the earlier ones along.
+            task.advance(1, step.tokens, note, earlier=step.step - shown - 1)
+            shown = step.step
+            trackers.step(step)
+
+        result = train(
+            base,
+            adapted,
+            job.prepared.train,
+            section,
+            job.cell.recipe.seed,
+            validate=validate,
+            on_step=on_step,
+            checkpointer=checkpointer,
+            stop=stop,
+        )
+        task.close(
+            f"trained {len(result.history)} steps  loss {result.history[-1].loss:.3f}  "
+            f"{result.tokens_per_s:.0f} tok/s"
+        )
+    _say_fallbacks(reporter)
+    if skipped := sum(step.skipped for step in result.history):
+        reporter.info(f"  note: {skipped} steps were skipped, as their fp16 gradient overflowed")
+    if result.rows_without_labels:
+        reporter.info(f"  note: {result.rows_without_labels} training rows had no label token")
+    return result
+
+
+def evaluate(
+    base: Base, job: Job, label: str, reporter: Reporter
+) -> tuple[list[RowScore], dict[str, Any]]:
+    """Score the test rows; the scores, and what a run says of them.
+
+    Raises:
+        StopRequested: a signal asked for it.
+    """
+    nn.Module.eval(base.causal)
+    examples = job.prepared.test
+    tokens = sum(example.length for example in examples)
+    compiled = scoring_compiles(job, examples)
+    began = time.perf_counter()
+
+    def on_tokens(done: int) -> None:
+        # Longest rows come first, so tokens, not rows, tell how far it is.
+        # The others are about as far.
+        task.advance(done * distributed.world_size(), done * distributed.world_size())
+        stop.check()
+
+    with gentle_stop() as stop, reporter.task(label, tokens, "test tokens") as task:
+        scores = score(
+            base,
+            examples,
+            "test",
+            job.cell.recipe.evaluation.micro_batch_tokens,
+            compiled,
+            on_tokens=on_tokens,
+        )
+        seconds = time.perf_counter() - began
+        losses = {kind: held_out_loss(scores, kind) for kind in _kinds(scores)}
+        shown = losses[job.cell.recipe.evaluation.headline]
+        task.close(
+            f"scored {len(examples)} test rows  loss {shown.loss:.4f}  "
+            f"perplexity {shown.perplexity:.3f}  {tokens / seconds:.0f} tok/s"
+        )
+    _say_fallbacks(reporter)
+    record: dict[str, Any] = {kind: asdict(loss) for kind, loss in losses.items()}
+    return scores, record | {
+        "headline": job.cell.recipe.evaluation.headline,
+        "seconds": seconds,
+        "tokens_per_s": tokens / seconds,
+        "compiled": compiled and not compilation.failure(),
+    }
+
+
+def scoring_compiles(job: Job, examples: Sequence[Example]) -> bool:
+    """Whether scoring these examples compiles."""
+    tokens = sum(example.length for example in examples)
+    setting = job.cell.recipe.training.compile
+    return compilation.wanted(setting, tokens, job.device, job.half, job.sharded)
+
+
+def _say_fallbacks(reporter: Reporter) -> None:
+    if compilation.failure():
+        reporter.info_once(f"  note: computed without compiling ({compilation.failure()})")
+    if failure := build.failure():
+        reporter.info_once(f"  note: computed without C++ kernels ({failure})")
+    if failure := attention_flash.failure():
+        reporter.info_once(f"  note: attention by matrix products ({failure})")
+
+
+def _kinds(scores: Sequence[RowScore]) -> tuple[LossOn, ...]:
+    # Truncation may leave a set without any response token; the whole text is always there.
+    return ("all", "response") if any(s.tokens_response for s in scores) else ("all",)

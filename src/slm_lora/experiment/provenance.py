@@ -1,0 +1,79 @@
+"""What a run and an adapter say of how they were made, as JSON."""
+
+from __future__ import annotations
+
+from dataclasses import asdict
+from typing import Any
+
+from slm_lora.experiment.job import Job, data_record
+from slm_lora.experiment.paths import ExperimentPaths
+from slm_lora.model.base import Base
+from slm_lora.runtime import distributed, hardware
+from slm_lora.training.loop import TrainingResult
+
+
+def common_record(job: Job, base: Base, places: ExperimentPaths) -> dict[str, Any]:
+    """What every run says: recipe, model, rows, machine and versions."""
+    return {
+        "experiment": places.experiment,
+        "recipe": job.recipe,
+        "model": {
+            "name": job.source.name,
+            "revision": job.source.revision,
+            "sha256": job.source.sha256,
+            "precision": base.precision,
+            "packed": base.packed,
+            **({"quantization": base.quantization} if base.quantization else {}),
+        },
+        "data": data_record(job),
+        "machine": hardware.describe(job.device.type) | {"processes": distributed.world_size()},
+        "versions": hardware.versions(),
+    }
+
+
+def training_record(result: TrainingResult) -> dict[str, Any]:
+    """Of a finished training."""
+    last = result.history[-1]
+    return {
+        "steps": len(result.history),
+        "epochs": last.epoch,
+        "tokens": result.tokens,
+        "label_tokens": sum(step.label_tokens for step in result.history),
+        "seconds": result.seconds,
+        "first_step_seconds": result.first_step_seconds,
+        "tokens_per_s": result.tokens_per_s,
+        "peak_memory_bytes": result.peak_memory_bytes,
+        "compiled": result.compiled,
+        "last_step_loss": last.loss,
+        "rows_without_labels": result.rows_without_labels,
+        "kept_step": result.kept_step,
+        "stopped_early": result.stopped_early,
+        "skipped_steps": sum(step.skipped for step in result.history),
+    }
+
+
+def about_adapter(job: Job, places: ExperimentPaths) -> dict[str, Any]:
+    """What an adapter's folder says of its making."""
+    quantization = job.cell.recipe.model.quantization
+    return {
+        "experiment": places.experiment,
+        "cell": job.cell.name,
+        "base": {
+            "name": job.source.name,
+            "revision": job.source.revision,
+            "sha256": job.source.sha256,
+            **({"quantization": quantization} if quantization else {}),
+        },
+        "template": asdict(job.prepared.template),
+        "recipe": job.recipe,
+        "run": job.identity,
+        "versions": hardware.versions(),
+    }
+
+
+def setting_of(recipe: dict[str, Any], key: str) -> Any:
+    """A dotted key of the resolved recipe, where local paths are file names."""
+    value: Any = recipe
+    for part in key.split("."):
+        value = value[part]
+    return value

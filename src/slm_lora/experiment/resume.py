@@ -1,0 +1,109 @@
+"""Unfinished trainings that lie in an experiment's folder, and whether they are of these cells."""
+
+from __future__ import annotations
+
+import re
+import shutil
+from collections.abc import Mapping, Sequence
+from pathlib import Path
+from typing import Any
+
+from slm_lora.config.schema import LATER_KEYS
+from slm_lora.errors import IntegrityError
+from slm_lora.experiment.job import Job
+from slm_lora.model.resolve import hash_config
+from slm_lora.runs.folder import run_folder
+from slm_lora.runtime import distributed, hardware
+from slm_lora.training.checkpoint import generations, read_manifest
+
+
+def made_of(job: Job) -> dict[str, Any]:
+    """What a training is made of: kept with its checkpoints, to say what changed."""
+    return {
+        "recipe": job.recipe,
+        "training rows": job.prepared.train_hash,
+        "test or validation rows": job.prepared.held_out_hash,
+        "weights of the base": job.source.sha256,
+        "configuration of the base": hash_config(job.source.path),
+    }
+
+
+def setting(job: Job) -> dict[str, str]:
+    """What the bits of a result depend on beside its identity: see docs/reliability.md."""
+    facts = hardware.describe(job.device.type)
+    kept = {
+        key: str(facts[key]) for key in ("processor", "threads", "system", "gpu") if key in facts
+    }
+    return kept | {"processes": str(distributed.world_size())} | hardware.versions()
+
+
+def check_unfinished(jobs: Sequence[Job], checkpoints: Path, discard: bool) -> None:
+    """Refuse to train a cell anew beside an unfinished training of the same name.
+
+    Args:
+        jobs: the cells that would be trained.
+        checkpoints: folder of the experiment's checkpoints.
+        discard: remove them instead.
+
+    Raises:
+        IntegrityError: there is one, of another recipe, other rows or another base; says which.
+    """
+    refused = []
+    for job in jobs:
+        for folder, about in _others(job, checkpoints):
+            if discard:
+                shutil.rmtree(folder)
+                continue
+            changed = differences(about["made_of"], made_of(job))
+            refused.append(
+                f"{folder}: an unfinished training of this cell (step {about['step']}), but "
+                f"{'; '.join(changed) or 'of another version of slm-lora'}: go back to that to "
+                "continue it, or begin anew with --discard-checkpoints"
+            )
+    if refused:
+        raise IntegrityError("\n".join(refused))
+
+
+def _others(job: Job, checkpoints: Path) -> list[tuple[Path, dict[str, Any]]]:
+    name = re.compile(rf"{re.escape(job.cell.name)}-(?P<hash>[0-9a-f]{{8}})")
+    found = []
+    for folder in sorted(checkpoints.iterdir()) if checkpoints.is_dir() else []:
+        match = name.fullmatch(folder.name)
+        if match is None or match["hash"] == job.identity[:8]:
+            continue
+        for generation in reversed(generations(folder)):
+            try:
+                about = read_manifest(generation)
+            except IntegrityError:
+                continue
+            # A process may have died between recording a run and removing its checkpoints.
+            if not run_folder(checkpoints.parent, job.cell.name, about["identity"]).exists():
+                found.append((folder, about))
+            break
+    return found
+
+
+def differences(then: Mapping[str, Any], now: Mapping[str, Any]) -> list[str]:
+    """What changed, one phrase each: keys of the recipe with both values, rows, base."""
+    before = _flat(LATER_KEYS) | _flat(then.get("recipe", {}))
+    after = _flat(now["recipe"])
+    changed = [
+        f"{key}: {before.get(key, 'unset')} → {after.get(key, 'unset')}"
+        for key in sorted(before.keys() | after.keys())
+        if before.get(key) != after.get(key)
+    ]
+    for what, value in now.items():
+        if what != "recipe" and then.get(what) != value:
+            changed.append(f"{what}: {str(then.get(what))[:8]}… → {value[:8]}…")
+    return changed
+
+
+def _flat(tree: Mapping[str, Any], prefix: str = "") -> dict[str, Any]:
+    flat: dict[str, Any] = {}
+    for key, value in tree.items():
+        if isinstance(value, dict):
+            flat |= _flat(value, f"{prefix}{key}.")
+        else:
+            # As JSON has it: a tuple is a list there.
+            flat[prefix + key] = list(value) if isinstance(value, tuple) else value
+    return flat

@@ -1,0 +1,1 @@
+"""Start commands of this program: on this machine, under Ray, or under Slurm."""

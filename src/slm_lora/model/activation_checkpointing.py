@@ -1,0 +1,40 @@
+"""Activation checkpointing: a layer keeps its input only, and is computed again in the backward
+pass (Chen et al. 2016, arXiv 1604.06174)."""
+
+from __future__ import annotations
+
+from collections.abc import Iterator
+from contextlib import contextmanager
+from typing import TYPE_CHECKING
+
+from slm_lora.errors import UsageError
+
+if TYPE_CHECKING:
+    from transformers import PreTrainedModel
+
+
+@contextmanager
+def recomputed_layers(causal: PreTrainedModel, on: bool) -> Iterator[None]:
+    """Within, decoder layers keep their inputs only while they train, if ``on``.
+
+    Dropout is a function of the row (`ops.dropout`), so that the second time is the same.
+
+    Raises:
+        UsageError: the model's layers cannot.
+    """
+    if not on:
+        yield
+        return
+    # (transformers renamed them in 5.23.)
+    names = ("activation_checkpointing", "gradient_checkpointing")
+    name = next(name for name in names if hasattr(causal, f"{name}_enable"))
+    try:
+        getattr(causal, f"{name}_enable")({"use_reentrant": False})
+    except ValueError as error:
+        raise UsageError(f"training.activation_checkpointing: {error}") from error
+    # (Only reentrant checkpoints need inputs with gradients, which here nobody wants.)
+    causal.disable_input_require_grads()  # type: ignore[no-untyped-call]
+    try:
+        yield
+    finally:
+        getattr(causal, f"{name}_disable")()

@@ -1,0 +1,1 @@
+"""Operators of the training step: attention, cross-entropy, linear layers, dropout, kernels."""

@@ -1,0 +1,1 @@
+"""Cost of an experiment before it runs: time, memory, steps."""

@@ -1,0 +1,1 @@
+"""Reports of finished runs as Markdown, HTML and SVG. No torch."""

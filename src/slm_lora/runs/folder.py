@@ -1,0 +1,186 @@
+"""Run folders: one finished cell each, complete or absent, known by a hash of its inputs."""
+
+from __future__ import annotations
+
+import json
+from collections.abc import Iterator, Mapping, Sequence
+from contextlib import contextmanager
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+from slm_lora.errors import IntegrityError, UsageError
+from slm_lora.runtime.storage import atomic_folder
+
+RUN_FORMAT = 1
+"""Version of run.json; raised when results of the same inputs would no longer compare."""
+
+RUN_FILE, SCORES_FILE, STEPS_FILE = "run.json", "scores.parquet", "steps.jsonl"
+METRICS_FILE = "metrics.json"
+"""Beside the run folders: what the last table was made of."""
+
+
+@dataclass(frozen=True, slots=True)
+class Run:
+    """A finished run as it lies on the disk."""
+
+    folder: Path
+    record: Mapping[str, Any]
+
+    @property
+    def cell(self) -> str:
+        """Name of the cell, ``base`` for the base model."""
+        return str(self.record["cell"])
+
+    def steps(self) -> list[dict[str, Any]]:
+        """The optimizer steps of its training; none for the base.
+
+        Raises:
+            IntegrityError: the file is missing or broken.
+        """
+        path = self.folder / STEPS_FILE
+        if "training" not in self.record:
+            return []
+        try:
+            lines = path.read_text(encoding="utf-8").splitlines()
+            return [json.loads(line) for line in lines]
+        except (OSError, ValueError) as error:
+            raise IntegrityError(f"{path}: broken ({error}); {_AGAIN}") from error
+
+    @property
+    def scores_path(self) -> Path:
+        """Per-row scores on the test set."""
+        return self.folder / SCORES_FILE
+
+
+def run_folder(results: Path, cell: str, identity: str) -> Path:
+    """Where the run of a cell lies: ``<results>/runs/<cell>-<hash8>``."""
+    return results / "runs" / f"{cell}-{identity[:8]}"
+
+
+def find_run(results: Path, cell: str, identity: str) -> Run | None:
+    """The finished run with this identity, if there is one.
+
+    Raises:
+        IntegrityError: a folder is there, but it is another run's, or broken.
+    """
+    folder = run_folder(results, cell, identity)
+    if not folder.exists():
+        return None
+    if not (folder / RUN_FILE).is_file():
+        raise IntegrityError(f"{folder}: should be a run, and has no {RUN_FILE}; {_AGAIN}")
+    run = read_run(folder)
+    if run.record["hash"] != identity:
+        raise IntegrityError(f"{folder}: holds another run; {_AGAIN}")
+    return run
+
+
+_AGAIN = "move the run's folder away, and the same command makes the run again"
+
+
+def read_run(folder: Path) -> Run:
+    """Read a run folder.
+
+    Raises:
+        UsageError: no such folder, or one of another kind; says what it is.
+        IntegrityError: run.json or the scores are missing or broken.
+    """
+    if not (folder / RUN_FILE).is_file():
+        raise _no_run(folder)
+    try:
+        record = json.loads((folder / RUN_FILE).read_text(encoding="utf-8"))
+        complete = record["format"] == RUN_FORMAT and isinstance(record["hash"], str)
+    except (OSError, ValueError, KeyError, TypeError) as error:
+        raise IntegrityError(f"{folder / RUN_FILE}: broken ({error}); {_AGAIN}") from error
+    if not complete:
+        raise IntegrityError(
+            f"{folder}: of another version of slm-lora (format {record['format']!r:.20}, not "
+            f"{RUN_FORMAT}); {_AGAIN}"
+        )
+    if not (folder / SCORES_FILE).is_file():
+        raise IntegrityError(f"{folder}: its {SCORES_FILE} is missing; {_AGAIN}")
+    return Run(folder, record)
+
+
+MOST_NAMED = 12
+"""Runs that a message names one by one."""
+
+
+def named(names: Sequence[str]) -> str:
+    """Names in a line: the first `MOST_NAMED`, and how many more."""
+    more = len(names) - MOST_NAMED
+    return ", ".join(names[:MOST_NAMED]) + (f" and {more} more" if more > 0 else "")
+
+
+def _no_run(folder: Path) -> UsageError | IntegrityError:
+    """Why a folder is no run, with the way to one where it is near."""
+    if not folder.is_dir():
+        what = "a file" if folder.exists() else "no such folder"
+        return UsageError(f"{folder}: {what}; a run is a folder results/<experiment>/runs/…")
+    for kind, runs in (("an experiment", folder / "runs"), ("all runs of an experiment", folder)):
+        if there := [path.name for path in run_folders(runs)]:
+            return UsageError(f"{folder}: {kind}, not one run; name one in {runs}: {named(there)}")
+    if any(folder.glob(f"*/runs/*/{RUN_FILE}")):
+        there = sorted(path.name for path in folder.iterdir() if run_folders(path / "runs"))
+        return UsageError(
+            f"{folder}: the experiments {named(there)}, not one run; a run is a folder "
+            f"{folder / there[0] / 'runs'}/…"
+        )
+    if (folder / "adapter_config.json").is_file() or (folder / "slm_lora.json").is_file():
+        return UsageError(
+            f"{folder}: an adapter or a model, not a run; its run lies in results/<experiment>/runs"
+        )
+    return IntegrityError(f"{folder}: no run in it (no {RUN_FILE}); see what it holds")
+
+
+def run_folders(runs: Path) -> list[Path]:
+    """The folders of finished runs in ``<results>/runs``."""
+    return sorted(path.parent for path in runs.glob(f"*/{RUN_FILE}"))
+
+
+def list_runs(results: Path) -> list[Run]:
+    """The runs of an experiment's last table; all that are there, before there is a table.
+
+    Raises:
+        UsageError: no finished run, or the folder of something else.
+        IntegrityError: a run is broken, or one of the last table is gone.
+    """
+    folders = {folder.name: folder for folder in run_folders(results / "runs")}
+    if not folders:
+        if not results.is_dir():
+            raise UsageError(f"{results}: no such folder; an experiment's is results/<experiment>")
+        if (results / RUN_FILE).is_file():
+            raise UsageError(f"{results}: one run, not an experiment (results/<experiment>)")
+        raise UsageError(f"{results}: no finished run in it")
+    try:
+        metrics = json.loads((results / METRICS_FILE).read_text(encoding="utf-8"))
+        last = [str(run["folder"]) for run in metrics["runs"]]
+    except (OSError, ValueError, KeyError, TypeError):
+        last = list(folders)
+    if gone := [name for name in last if name not in folders]:
+        raise IntegrityError(
+            f"{results / 'runs'}: without {named(gone)}, which the last table ({METRICS_FILE}) is "
+            "made of; put it back, or run the experiment again, or move the table away for one of "
+            "all runs that are there"
+        )
+    return [read_run(folders[name]) for name in sorted(last)]
+
+
+@contextmanager
+def new_run(results: Path, cell: str, identity: str, record: Mapping[str, Any]) -> Iterator[Path]:
+    """A folder to put a run's files in; it appears under its name, with run.json, at the end."""
+    with atomic_folder(run_folder(results, cell, identity)) as folder:
+        yield folder
+        whole = {"format": RUN_FORMAT, "cell": cell, "hash": identity, **record}
+        (folder / RUN_FILE).write_text(to_json(whole), encoding="utf-8")
+
+
+def write_lines(path: Path, records: Sequence[Mapping[str, Any]]) -> None:
+    """One JSON object a line."""
+    lines = (json.dumps(record, separators=(",", ":"), allow_nan=False) for record in records)
+    path.write_text("".join(f"{line}\n" for line in lines), encoding="utf-8")
+
+
+def to_json(value: Any) -> str:
+    """Indented JSON for people and programs; NaN is not JSON and is refused."""
+    return json.dumps(value, indent=2, ensure_ascii=False, allow_nan=False) + "\n"

@@ -1,0 +1,66 @@
+"""A run together with its per-row scores: what statistics and reports work on."""
+
+from __future__ import annotations
+
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass, replace
+from typing import Any
+
+from slm_lora.config.schema import LATER_KEYS
+from slm_lora.records import LossOn, RowScore
+from slm_lora.runs.folder import Run
+from slm_lora.runs.scores import read_scores
+
+
+@dataclass(frozen=True)
+class ScoredRun:
+    """One run with its scores, ready to be shown; ``headline``: the tokens behind the table."""
+
+    run: Run
+    scores: tuple[RowScore, ...]
+    headline: LossOn = "all"
+
+    @property
+    def is_base(self) -> bool:
+        """Whether this is the base model without an adapter."""
+        return "adapter" not in self.run.record
+
+    @property
+    def recipe(self) -> Mapping[str, Any]:
+        """The resolved recipe of the run."""
+        found: Mapping[str, Any] = self.run.record["recipe"]
+        return {**found, **{name: {**keys, **found[name]} for name, keys in LATER_KEYS.items()}}
+
+    def setting(self, key: str) -> Any:
+        """A dotted key of the resolved recipe."""
+        value: Any = self.recipe
+        for part in key.split("."):
+            value = value[part]
+        return value
+
+
+def read_scored_run(run: Run) -> ScoredRun:
+    """A run with its scores.
+
+    Raises:
+        IntegrityError: the scores are broken.
+    """
+    return ScoredRun(run, tuple(read_scores(run.scores_path)), run.record["evaluation"]["headline"])
+
+
+def read_scored_runs(runs: Sequence[Run], headline: LossOn | None = None) -> list[ScoredRun]:
+    """Runs with their scores: base first, then by seed, data size, rank and name.
+
+    All have one headline: the given, or that of the first run.
+    """
+
+    def order(line: ScoredRun) -> tuple[Any, ...]:
+        recipe = line.recipe
+        size = recipe["data"]["size"] or 0
+        return (
+            not line.is_base, recipe["seed"], recipe["data_seed"], size, recipe["adapter"]["r"],
+            line.run.cell,
+        )  # fmt: skip
+
+    lines = sorted(map(read_scored_run, runs), key=order)
+    return [replace(line, headline=headline or lines[0].headline) for line in lines]

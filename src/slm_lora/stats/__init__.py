@@ -1,0 +1,1 @@
+"""Statistics over finished runs: estimates, intervals, comparisons, power. No torch."""
