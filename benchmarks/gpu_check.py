@@ -83,7 +83,7 @@ class Check:
             self.source, device=device, precision=precision, quantization=quantization, plain=plain
         )
         hardware.reset_peak_memory(device.type)
-        adapted = attach.attach(base, AdapterSection(r=16, lora_dropout=0.05), seed=0)
+        peft_model = attach.attach(base, AdapterSection(r=16, lora_dropout=0.05), seed=0)
         section = TrainingSection(
             num_train_epochs=1,
             effective_batch_size=16 if self.device.type == "cuda" else 4,
@@ -91,10 +91,10 @@ class Check:
             micro_batch_tokens=micro_batch_tokens,
             compile=compiled,
         )
-        result = train(base, adapted, self.examples[:many], section, seed=0)
+        result = train(base, peft_model, self.examples[:many], section, seed=0)
         peak = hardware.peak_memory_bytes(device.type)
         scores = score(base, self.examples[many : many + 16], "test", micro_batch_tokens)
-        weights = {n: p.detach().cpu() for n, p in adapted.named_parameters() if p.requires_grad}
+        weights = {n: p.detach().cpu() for n, p in peft_model.named_parameters() if p.requires_grad}
         return Trained(result, held_out_loss(scores, "all").loss, weights, peak)
 
     def precisions(self) -> Iterator[PrecisionName]:

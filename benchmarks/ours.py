@@ -58,7 +58,7 @@ def measure_training(trained: AdapterSection) -> None:
     given = work()
     clock = Clock(given.device)
     base, examples = base_and_examples(given)
-    adapted = attach.attach(base, trained, seed=0)
+    peft_model = attach.attach(base, trained, seed=0)
     section = TrainingSection(
         num_train_epochs=1,
         effective_batch_size=given.batch,
@@ -69,7 +69,7 @@ def measure_training(trained: AdapterSection) -> None:
     clock.begin()
     # The loop has waited for a step before it tells of it, and may have begun the next.
     result = train(
-        base, adapted, examples, section, seed=0, on_step=lambda step: clock.step(wait=False)
+        base, peft_model, examples, section, seed=0, on_step=lambda step: clock.step(wait=False)
     )
     if not base.packed or not result.compiled:
         sys.exit(f"the fast path did not run: {base.fallback_reason or compilation.failure()}")

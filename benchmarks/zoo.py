@@ -364,12 +364,12 @@ def compare(family: str, model: Path, folder: Path, runs: Path, said: str) -> Ou
     tokenizer = AutoTokenizer.from_pretrained(model)
     lengths = {}
     plain = AutoModelForCausalLM.from_pretrained(model, dtype=torch.float32).eval()
-    adapted = None
+    peft_model = None
     differences = {}
     for cell in sorted(records, key=lambda cell: cell != "base"):
         where, record = records[cell]
         if cell != "base":
-            adapted = PeftModel.from_pretrained(plain, str(adapter)).eval()
+            peft_model = PeftModel.from_pretrained(plain, str(adapter)).eval()
         known = {row["row_id"] for row in pq.read_table(where / "scores.parquet").to_pylist()}
         total = tokens = 0.0
         for text in texts():
@@ -377,7 +377,9 @@ def compare(family: str, model: Path, folder: Path, runs: Path, said: str) -> Ou
                 continue
             ids = torch.tensor([[*tokenizer(text)["input_ids"], tokenizer.eos_token_id]])
             with torch.no_grad():
-                logits = (adapted or plain)(input_ids=ids, use_cache=False).logits[0, :-1].double()
+                logits = (
+                    (peft_model or plain)(input_ids=ids, use_cache=False).logits[0, :-1].double()
+                )
             total += float(torch.nn.functional.cross_entropy(logits, ids[0, 1:], reduction="sum"))
             tokens += ids.shape[1] - 1
             lengths[text] = ids.shape[1]
@@ -390,12 +392,12 @@ def compare(family: str, model: Path, folder: Path, runs: Path, said: str) -> Ou
     notes = [line.strip() for line in said.splitlines() if "note:" in line]
     return Outcome(
         family, "packed" if packed else "padded", base, tuned,
-        same_reply(model, adapter, tokenizer, adapted),
+        same_reply(model, adapter, tokenizer, peft_model),
         "; ".join(re.sub(r"^note: ", "", note) for note in notes),
     )  # fmt: skip
 
 
-def same_reply(model: Path, adapter: Path, tokenizer: Any, adapted: Any) -> bool:
+def same_reply(model: Path, adapter: Path, tokenizer: Any, peft_model: Any) -> bool:
     """A greedy reply of ours, token by token against PEFT's own logits of the whole text."""
     import torch
 
@@ -408,7 +410,7 @@ def same_reply(model: Path, adapter: Path, tokenizer: Any, adapted: Any) -> bool
     list(reply.pieces())
     for token in reply.ids:
         with torch.no_grad():
-            logits = adapted(input_ids=torch.tensor([ids]), use_cache=False).logits[0, -1]
+            logits = peft_model(input_ids=torch.tensor([ids]), use_cache=False).logits[0, -1]
         # (Of two that are equally likely to rounding either may come.)
         if float(logits.max() - logits[token]) > 1e-4 * float(logits.abs().max()):
             return False

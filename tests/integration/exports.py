@@ -35,9 +35,9 @@ def make_adapter(
     """An adapter as training saves it, its B drawn at random instead of trained."""
     base = load_base(source, device=torch.device("cpu"), precision="fp32", plain=True)
     section = AdapterSection(kind=kind, r=r, target_modules=TARGETS)  # type: ignore[arg-type]
-    adapted = attach.attach(base, section, seed=1)
+    peft_model = attach.attach(base, section, seed=1)
     generator = torch.Generator().manual_seed(seed)
-    for name, parameter in adapted.named_parameters():
+    for name, parameter in peft_model.named_parameters():
         if "lora_B" in name:
             parameter.data += scale * torch.randn(parameter.shape, generator=generator)
         elif "magnitude" in name:
@@ -58,7 +58,7 @@ def make_adapter(
         "versions": {},
     }
     chat_template = RowTokenizer(load_tokenizer(source), chosen).chat_template
-    adapter_io.save(base, adapted, folder, about, chat_template)
+    adapter_io.save(base, peft_model, folder, about, chat_template)
     return folder
 
 

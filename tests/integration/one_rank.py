@@ -33,21 +33,21 @@ def main() -> None:
         sharded = precision == "sharded" and not distributed.is_single()
         base = load_base(source, device=torch.device("cpu"), precision="fp32", sharded=sharded)
         if sharded:
-            layer = base.causal.base_model.layers[0]
+            layer = base.model.base_model.layers[0]
             local = layer.self_attn.q_proj.weight.to_local()
             assert (
                 local.numel() == layer.self_attn.q_proj.weight.numel() // distributed.world_size()
             )
         scores = score(base, make_examples(LENGTHS), "test", 100)
-        adapted = attach.attach(base, AdapterSection(r=4, lora_dropout=0.1), 3)
-        adapted.train()
+        peft_model = attach.attach(base, AdapterSection(r=4, lora_dropout=0.1), 3)
+        peft_model.train()
         generator = torch.Generator().manual_seed(1)
-        for name, parameter in adapted.named_parameters():
+        for name, parameter in peft_model.named_parameters():
             if "lora_B" in name:
                 parameter.data.copy_(torch.randn(parameter.shape, generator=generator) * 0.1)
         if precision == "double":
-            adapted.double()
-        parameters = [p for p in adapted.parameters() if p.requires_grad]
+            peft_model.double()
+        parameters = [p for p in peft_model.parameters() if p.requires_grad]
         scaler = torch.amp.GradScaler("cpu", enabled=False)
         updater = StepRunner(
             base, parameters, torch.optim.SGD(parameters, lr=0.0), scaler, "all", 1e9

@@ -30,14 +30,14 @@ LoadTiny = Callable[..., Base]
 
 def saved(base: Base, folder: Path, section: AdapterSection | None = None) -> Path:
     """An adapter of the base, with a B that is not zero."""
-    adapted = attach.attach(base, section or AdapterSection(r=2), 0)
+    peft_model = attach.attach(base, section or AdapterSection(r=2), 0)
     torch.manual_seed(3)
-    for name, parameter in adapted.named_parameters():
+    for name, parameter in peft_model.named_parameters():
         if "lora_B" in name:
             parameter.data.normal_()
     about = {"base": {"name": base.source.name, "sha256": base.source.sha256}}
-    adapter_io.save(base, adapted, folder, about, "{{ messages }}")
-    attach.detach(adapted)
+    adapter_io.save(base, peft_model, folder, about, "{{ messages }}")
+    attach.detach(peft_model)
     return folder
 
 
@@ -113,7 +113,7 @@ def test_another_base(
     if not ours:
         (folder / adapter_io.ABOUT).unlink()
     base = other_base(tmp_path / "other", **shape)
-    before = [name for name, _ in base.causal.named_parameters()]
+    before = [name for name, _ in base.model.named_parameters()]
     if not ours and not misfits:
         # Nothing tells the weights apart: the command warns that they were not compared.
         attach.detach(adapter_io.load(base, folder))
@@ -128,16 +128,16 @@ def test_another_base(
     ]
     named = [name for name in tensors if name in said]
     assert len(named) == misfits
-    assert [name for name, _ in base.causal.named_parameters()] == before
+    assert [name for name, _ in base.model.named_parameters()] == before
 
 
 def test_weights_that_are_not_finite_are_not_saved(load_tiny: LoadTiny, tmp_path: Path) -> None:
     base = load_tiny()
-    adapted = attach.attach(base, AdapterSection(r=2), 0)
-    list(attach.trainable_state(adapted))
-    next(p for n, p in adapted.named_parameters() if "lora_B" in n).data[0, 0] = float("inf")
+    peft_model = attach.attach(base, AdapterSection(r=2), 0)
+    list(attach.trainable_state(peft_model))
+    next(p for n, p in peft_model.named_parameters() if "lora_B" in n).data[0, 0] = float("inf")
     with pytest.raises(NumericError, match=r"lora_B.* is not finite, so nothing was saved"):
-        adapter_io.save(base, adapted, tmp_path / "a", {}, None)
+        adapter_io.save(base, peft_model, tmp_path / "a", {}, None)
     assert not list(tmp_path.iterdir())
 
 

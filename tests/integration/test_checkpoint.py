@@ -34,7 +34,7 @@ SECTION = TrainingSection(num_train_epochs=4, learning_rate=1e-2, eval_steps=2, 
 def sitting(
     base: Base, checkpointer: Checkpointer | None, stop_after: int | None = None
 ) -> tuple[TrainingResult | None, dict[str, torch.Tensor]]:
-    adapted = attach.attach(base, AdapterSection(r=4, lora_dropout=0.1), 3)
+    peft_model = attach.attach(base, AdapterSection(r=4, lora_dropout=0.1), 3)
     losses = {2: 2.0, 4: 1.0, 6: 1.5, 8: 1.2}
     steps: list[int] = []
 
@@ -52,11 +52,11 @@ def sitting(
     result = None
     with contextlib.suppress(KeyboardInterrupt):
         result = train(
-            base, adapted, make_examples(LENGTHS), SECTION, 3,
+            base, peft_model, make_examples(LENGTHS), SECTION, 3,
             validate=validate, on_step=on_step, checkpointer=checkpointer,
         )  # fmt: skip
-    state = trainable_state(adapted)
-    attach.detach(adapted)
+    state = trainable_state(peft_model)
+    attach.detach(peft_model)
     return result, state
 
 
@@ -100,18 +100,18 @@ def test_steps_ahead_change_nothing(
 
     def run(ahead: int, folder: Path, stops: bool = False) -> tuple[Any, ...]:
         base, stop = load_tiny(), Stop()
-        adapted = attach.attach(base, AdapterSection(r=4, lora_dropout=0.1), 3)
+        peft_model = attach.attach(base, AdapterSection(r=4, lora_dropout=0.1), 3)
 
         def on_step(step: Step) -> None:
             stop.requested |= stops and step.step == stop_at
 
         result = train(
-            base, adapted, make_examples(LENGTHS), SECTION, 3,
+            base, peft_model, make_examples(LENGTHS), SECTION, 3,
             validate=lambda: 1.0, on_step=on_step, checkpointer=Checkpointer(folder, "abc"),
             stop=stop, steps_ahead=ahead,
         )  # fmt: skip
         history = [replace(step, seconds=0, peak_memory_bytes=0) for step in result.history]
-        return history, trainable_state(adapted)
+        return history, trainable_state(peft_model)
 
     wanted, weights = run(0, tmp_path / "straight")
     with pytest.raises(StopRequested):
@@ -183,12 +183,12 @@ def test_a_broken_checkpoint_is_passed_over_by_name(
     said.clear()
     losses = iter([2.0, 1.0, 1.5, 1.2] if both else [1.0, 1.5, 1.2])
     base = load_tiny()
-    adapted = attach.attach(base, AdapterSection(r=4, lora_dropout=0.1), 3)
+    peft_model = attach.attach(base, AdapterSection(r=4, lora_dropout=0.1), 3)
     train(
-        base, adapted, make_examples(LENGTHS), SECTION, 3,
+        base, peft_model, make_examples(LENGTHS), SECTION, 3,
         validate=lambda: next(losses), checkpointer=checkpointer,
     )  # fmt: skip
-    found = trainable_state(adapted)
+    found = trainable_state(peft_model)
     assert all(torch.equal(wanted[name], found[name]) for name in wanted)
     assert newer.name in said[0] and "passed over" in said[0]
     assert ("from the beginning" in said[-1]) == both
@@ -261,7 +261,7 @@ def test_a_stop_in_validation_keeps_the_step(
 
     def once(asked: int | None) -> tuple[TrainingResult | None, dict[str, torch.Tensor]]:
         base = load_tiny()
-        adapted = attach.attach(base, AdapterSection(r=4, lora_dropout=0.1), 3)
+        peft_model = attach.attach(base, AdapterSection(r=4, lora_dropout=0.1), 3)
         stop, steps = Stop(), list(counted)
 
         def validate() -> float:
@@ -272,11 +272,11 @@ def test_a_stop_in_validation_keeps_the_step(
         result = None
         with contextlib.suppress(StopRequested):
             result = train(
-                base, adapted, make_examples(LENGTHS), SECTION, 3, validate=validate, stop=stop,
+                base, peft_model, make_examples(LENGTHS), SECTION, 3, validate=validate, stop=stop,
                 on_step=lambda step: steps.append(step.step), checkpointer=checkpointer,
             )  # fmt: skip
         counted[:] = steps
-        return result, trainable_state(adapted)
+        return result, trainable_state(peft_model)
 
     checkpointer = Checkpointer(tmp_path / "straight", "abc")
     straight, wanted = once(None)

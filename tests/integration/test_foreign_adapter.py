@@ -51,12 +51,12 @@ def foreign(
     if config is None:
         settings = {"target_modules": ["q_proj"], **settings}
         config = LoraConfig(task_type="CAUSAL_LM", r=4, lora_alpha=8, **settings)
-    adapted = get_peft_model(model, config)
+    peft_model = get_peft_model(model, config)
     torch.manual_seed(3)
-    for parameter in adapted.parameters():
+    for parameter in peft_model.parameters():
         if parameter.requires_grad:
             parameter.data += 0.1 * torch.randn_like(parameter)
-    adapted.save_pretrained(folder, save_embedding_layers=whole)
+    peft_model.save_pretrained(folder, save_embedding_layers=whole)
     return folder
 
 
@@ -92,8 +92,8 @@ def test_what_is_computed_is_pefts(settings: dict[str, Any], untied: Path, tmp_p
         ours = document_logits(base, [IDS])
         model = AutoModelForCausalLM.from_pretrained(untied, dtype=torch.float32)
         bare = model(IDS.unsqueeze(0)).logits[0]
-        adapted = PeftModel.from_pretrained(model, str(folder)).eval()
-        theirs = adapted(IDS.unsqueeze(0)).logits[0]
+        peft_model = PeftModel.from_pretrained(model, str(folder)).eval()
+        theirs = peft_model(IDS.unsqueeze(0)).logits[0]
     assert (ours - theirs).abs().max() <= 1e-5 * theirs.abs().max()
     assert (ours - bare).abs().max() > 1e-2 * theirs.abs().max()
 
@@ -110,14 +110,14 @@ def test_without_an_adapter_the_base_is_as_it_was(
     base = load(path)
 
     def named() -> list[tuple[str, int, bool]]:
-        every = base.causal.named_parameters(remove_duplicate=False)
+        every = base.model.named_parameters(remove_duplicate=False)
         return [(name, each.data_ptr(), each.requires_grad) for name, each in every]
 
     with torch.no_grad():
         before, parameters = document_logits(base, [IDS]), named()
-        adapted = adapter_io.load(base, folder)
+        peft_model = adapter_io.load(base, folder)
         assert not torch.equal(document_logits(base, [IDS]), before)
-        attach.detach(adapted)
+        attach.detach(peft_model)
         assert torch.equal(document_logits(base, [IDS]), before)
     assert named() == parameters
 
@@ -167,7 +167,7 @@ MERGE = r"merge it with PEFT \(merge_and_unload\), and name the merged folder in
 def test_what_is_not_computed_is_named(
     settings: dict[str, Any], said: str, untied: Path, tmp_path: Path
 ) -> None:
-    rows = load(untied).causal.config.vocab_size
+    rows = load(untied).model.config.vocab_size
     said = said.replace("437", str(rows + 3)).replace("434", str(rows))
     folder = foreign(untied, tmp_path / "adapter", **settings)
     with pytest.raises(SlmLoraError, match=said):

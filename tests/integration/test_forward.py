@@ -51,17 +51,17 @@ def gradients(
     base: Base, examples: list[Example], double: bool = False, dropout: float = 0.0
 ) -> torch.Tensor:
     """Adapter gradients of the summed NLL, with a B that is not zero."""
-    adapted = attach.attach(base, AdapterSection(r=4, lora_dropout=dropout), seed=3)
-    adapted.train()
+    peft_model = attach.attach(base, AdapterSection(r=4, lora_dropout=dropout), seed=3)
+    peft_model.train()
     generator = torch.Generator().manual_seed(1)
-    for name, parameter in adapted.named_parameters():
+    for name, parameter in peft_model.named_parameters():
         if "lora_B" in name:
             parameter.data.copy_(torch.randn(parameter.shape, generator=generator) * 0.1)
     if double:
-        adapted.double()
+        peft_model.double()
     batch_nll(base, collate(examples, "all")).backward()
-    found = [p.grad.double().flatten() for p in adapted.parameters() if p.requires_grad]
-    attach.detach(adapted)
+    found = [p.grad.double().flatten() for p in peft_model.parameters() if p.requires_grad]
+    attach.detach(peft_model)
     return torch.cat(found)
 
 
@@ -72,7 +72,7 @@ def test_the_packed_way_is_taken(load_tiny: LoadTiny) -> None:
     for precision in ("fp32", "bf16"):
         base = load_tiny(precision)
         assert base.packed
-        assert base.causal.config._attn_implementation == attention.PACKED
+        assert base.model.config._attn_implementation == attention.PACKED
     assert not load_tiny(plain=True).packed
 
 
@@ -217,12 +217,12 @@ def test_special_heads_give_the_gradient_of_transformers(kind: str, tmp_path: Pa
     save_headed(kind, tmp_path, 0.7)
     base = load(tmp_path)
     plain = transformers.AutoModelForCausalLM.from_pretrained(tmp_path, dtype=torch.float32)
-    base.causal.requires_grad_(True)
+    base.model.requires_grad_(True)
     (example,) = make_examples([40])
     batch_nll(base, collate([example], "all")).backward()
     ids = torch.from_numpy(example.ids).long().unsqueeze(0)
     (plain(input_ids=ids, labels=ids, use_cache=False).loss * (example.length - 1)).backward()
-    ours = dict(base.causal.named_parameters())
+    ours = dict(base.model.named_parameters())
     for name, parameter in plain.named_parameters():
         torch.testing.assert_close(ours[name].grad, parameter.grad, rtol=1e-3, atol=1e-4)
 

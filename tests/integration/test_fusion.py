@@ -26,7 +26,7 @@ from .test_forward import LENGTHS, gradients, make_examples
 LoadTiny = Callable[..., Base]
 
 pytestmark = pytest.mark.skipif(
-    not compilation.wanted("auto", 10**9, torch.device("cpu"), half=False),
+    not compilation.wanted("auto", 10**9, torch.device("cpu"), low_precision=False),
     reason="no C++ compiler here",
 )
 
@@ -110,8 +110,8 @@ def test_compiled_dropout_has_the_same_mask(p: float) -> None:
 @pytest.mark.parametrize(("precision", "seed"), [("fp32", 0), ("fp32", 1), ("bf16", 2)])
 def test_new_shapes_compile_nothing_new(load_tiny: LoadTiny, precision: str, seed: int) -> None:
     base = load_tiny(precision)
-    adapted = attach.attach(base, AdapterSection(r=4, lora_dropout=0.1), seed=0)
-    adapted.train()
+    peft_model = attach.attach(base, AdapterSection(r=4, lora_dropout=0.1), seed=0)
+    peft_model.train()
     generator = torch.Generator().manual_seed(seed)
 
     def step(number: int) -> None:
@@ -134,12 +134,12 @@ def test_every_rank_of_a_grid_is_compiled(load_tiny: LoadTiny) -> None:
     torch._dynamo.reset()
     compiled = 0
     for r in (1, 2, 3, 4, 5):
-        adapted = attach.attach(base, AdapterSection(r=r), seed=0)
+        peft_model = attach.attach(base, AdapterSection(r=r), seed=0)
         with compilation.fusion(True):
             batch_nll(base, batch).backward()
-            adapted.eval()
+            peft_model.eval()
             score_documents(base, batch)
-        attach.detach(adapted)
+        attach.detach(peft_model)
         assert counters["stats"]["unique_graphs"] >= compiled + 2
         compiled = counters["stats"]["unique_graphs"]
 
@@ -149,12 +149,12 @@ def test_a_long_training_compiles_from_its_second_step(load_tiny: LoadTiny) -> N
 
     def losses(setting: bool, recompute: bool = False) -> list[float]:
         base = load_tiny()
-        adapted = attach.attach(base, AdapterSection(r=4, lora_dropout=0.1), seed=0)
+        peft_model = attach.attach(base, AdapterSection(r=4, lora_dropout=0.1), seed=0)
         section = TrainingSection(
             num_train_epochs=2, effective_batch_size=4, compile=setting, learning_rate=1e-3,
             activation_checkpointing=recompute,
         )  # fmt: skip
-        result = train(base, adapted, examples, section, 0)
+        result = train(base, peft_model, examples, section, 0)
         assert result.compiled == setting
         return [step.loss for step in result.history]
 
@@ -215,11 +215,11 @@ def test_what_is_not_the_compilers_fault_is_not_blamed_on_it(error: Exception) -
 
 def test_short_runs_do_not_compile(monkeypatch: pytest.MonkeyPatch) -> None:
     cpu = torch.device("cpu")
-    for half, least in zip((True, False), compilation.PAYS_FROM["cpu"], strict=True):
-        assert not compilation.wanted("auto", least - 1, cpu, half)
-        assert compilation.wanted("auto", least, cpu, half)
-    assert compilation.wanted(True, 1, cpu, half=True)
-    assert not compilation.wanted(False, 10**9, cpu, half=True)
+    for low_precision, least in zip((True, False), compilation.PAYS_FROM["cpu"], strict=True):
+        assert not compilation.wanted("auto", least - 1, cpu, low_precision)
+        assert compilation.wanted("auto", least, cpu, low_precision)
+    assert compilation.wanted(True, 1, cpu, low_precision=True)
+    assert not compilation.wanted(False, 10**9, cpu, low_precision=True)
     monkeypatch.delenv("CXX", raising=False)
     monkeypatch.setattr(shutil, "which", lambda name: None)
-    assert not compilation.wanted("auto", 10**9, cpu, half=True)
+    assert not compilation.wanted("auto", 10**9, cpu, low_precision=True)

@@ -295,8 +295,8 @@ def check_by_llama_cpp(base: Path, adapter: Path, folder: Path) -> None:
     tokenizer = AutoTokenizer.from_pretrained(base)
     plain = AutoModelForCausalLM.from_pretrained(base, dtype=torch.float32).eval()
     alone = [greedy(plain, tokenizer, prompt) for prompt in PROMPTS]
-    adapted = PeftModel.from_pretrained(plain, adapter)
-    wanted = [greedy(adapted, tokenizer, prompt) for prompt in PROMPTS]
+    peft_model = PeftModel.from_pretrained(plain, adapter)
+    wanted = [greedy(peft_model, tokenizer, prompt) for prompt in PROMPTS]
     # The negative control: an adapter that llama.cpp ignores would be seen.
     differ = sum(one != other for one, other in zip(alone, wanted, strict=True))
     assert differ >= len(PROMPTS) / 2

@@ -50,9 +50,9 @@ def test_merged_is_base_with_adapter(kind: str, tiny_source: ModelSource, tmp_pa
 
     base = AutoModelForCausalLM.from_pretrained(tiny_source.path, dtype=torch.float32)
     alone = logits(base)
-    adapted = logits(PeftModel.from_pretrained(base, folder))
+    peft_model = logits(PeftModel.from_pretrained(base, folder))
     found = logits(AutoModelForCausalLM.from_pretrained(tmp_path / "merged"))
-    assert (found - adapted).abs().max() <= 1e-5 * adapted.abs().max()
+    assert (found - peft_model).abs().max() <= 1e-5 * peft_model.abs().max()
     # The negative control: what is compared could have told a difference.
     assert (found - alone).abs().max() > 0.05 * alone.abs().max()
 

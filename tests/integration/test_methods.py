@@ -60,7 +60,7 @@ def test_full_gradients_are_those_of_fp64(
 
 def test_full_training_is_saved_as_a_model_of_its_own(load_tiny: LoadTiny, tmp_path: Path) -> None:
     base = load_tiny("bf16")
-    before = {name: p.detach().clone() for name, p in base.causal.named_parameters()}
+    before = {name: p.detach().clone() for name, p in base.model.named_parameters()}
     trained = attach.attach(base, FULL, seed=0)
     counted = attach.count_parameters(trained)
     assert counted.trainable == counted.total == sum(p.numel() for p in before.values())
@@ -78,19 +78,19 @@ def test_full_training_is_saved_as_a_model_of_its_own(load_tiny: LoadTiny, tmp_p
 
 def test_pissa_is_saved_as_what_fits_the_original_base(load_tiny: LoadTiny, tmp_path: Path) -> None:
     base = load_tiny("fp32")
-    adapted = attach.attach(base, AdapterSection(kind="pissa", r=4, lora_dropout=0), seed=0)
+    peft_model = attach.attach(base, AdapterSection(kind="pissa", r=4, lora_dropout=0), seed=0)
     batch = collate(make_examples(LENGTHS), "all")
     untouched = batch_nll(load_tiny("fp32"), batch).item()
     # It begins where the base is, though the base's own weights are others.
     assert batch_nll(base, batch).item() == pytest.approx(untouched, rel=1e-5)
     section = TrainingSection(max_steps=4, effective_batch_size=2, learning_rate=1e-2)
-    train(base, adapted, make_examples(LENGTHS), section, seed=0)
+    train(base, peft_model, make_examples(LENGTHS), section, seed=0)
     trained = batch_nll(base, batch).item()
     assert abs(trained - untouched) > 0.01 * untouched
-    adapter_io.save(base, adapted, tmp_path / "adapter", {"base": {}}, None)
+    adapter_io.save(base, peft_model, tmp_path / "adapter", {"base": {}}, None)
 
     fresh = load_tiny("fp32")
-    loaded = PeftModel.from_pretrained(fresh.causal, tmp_path / "adapter")
+    loaded = PeftModel.from_pretrained(fresh.model, tmp_path / "adapter")
     config = loaded.peft_config["default"]
     assert (config.r, config.lora_alpha, config.init_lora_weights) == (8, 16, True)
     assert batch_nll(fresh, batch).item() == pytest.approx(trained, rel=1e-5)
@@ -100,11 +100,11 @@ def test_loraplus_moves_b_so_many_times_faster(load_tiny: LoadTiny) -> None:
     def moved(ratio: float | None) -> float:
         """Largest change of a B in AdamW's first step, which is its learning rate."""
         base = load_tiny("fp32")
-        adapted = attach.attach(base, AdapterSection(r=4, lora_dropout=0), seed=0)
+        peft_model = attach.attach(base, AdapterSection(r=4, lora_dropout=0), seed=0)
         section = TrainingSection(max_steps=1, learning_rate=1e-4, loraplus_lr_ratio=ratio)
-        train(base, adapted, make_examples(LENGTHS), section, seed=0)
-        found = max(p.abs().max().item() for n, p in adapted.named_parameters() if "lora_B" in n)
-        attach.detach(adapted)
+        train(base, peft_model, make_examples(LENGTHS), section, seed=0)
+        found = max(p.abs().max().item() for n, p in peft_model.named_parameters() if "lora_B" in n)
+        attach.detach(peft_model)
         return found
 
     assert moved(None) == pytest.approx(1e-4, rel=1e-3)
@@ -153,15 +153,15 @@ def save_gemma_with_eyes(folder: Path) -> Path:
 def test_no_adapter_lies_on_a_vision_tower(tmp_path: Path, targets: Any) -> None:
     base = load(save_gemma_with_eyes(tmp_path))
     section = AdapterSection(r=4, target_modules=targets)
-    adapted = attach.attach(base, section, seed=0)
-    names = [name for name, p in adapted.named_parameters() if p.requires_grad]
+    peft_model = attach.attach(base, section, seed=0)
+    names = [name for name, p in peft_model.named_parameters() if p.requires_grad]
     assert names
     assert all(".language_model." in name for name in names)
-    adapted.train()
+    peft_model.train()
     batch_nll(base, collate(make_examples([20, 9]), "all"), "seed").backward()
-    assert all(p.grad is not None for n, p in adapted.named_parameters() if p.requires_grad)
+    assert all(p.grad is not None for n, p in peft_model.named_parameters() if p.requires_grad)
     if targets == "all-linear":
-        assert "without adapters stay" in attach.left_out(adapted)
+        assert "without adapters stay" in attach.left_out(peft_model)
 
 
 def test_all_weights_are_those_of_the_text_model(tmp_path: Path) -> None:
@@ -181,10 +181,12 @@ def test_all_linear_leaves_out_what_peft_refuses(tmp_path: Path) -> None:
     torch.manual_seed(0)
     save_model(config, tmp_path, 0.2)
     base = load(tmp_path)
-    adapted = attach.attach(base, AdapterSection(target_modules="all-linear"), seed=0)
-    names = {name.split(".lora_")[0].rsplit(".", 1)[-1] for name, _ in adapted.named_parameters()}
+    peft_model = attach.attach(base, AdapterSection(target_modules="all-linear"), seed=0)
+    names = {
+        name.split(".lora_")[0].rsplit(".", 1)[-1] for name, _ in peft_model.named_parameters()
+    }
     assert "in_proj" in names
-    assert "out_proj (2)" in attach.left_out(adapted)
+    assert "out_proj (2)" in attach.left_out(peft_model)
     with pytest.raises(UsageError, match=r"PEFT refuses them on .*out_proj"):
         attach.attach(load(tmp_path), AdapterSection(target_modules=("out_proj",)), seed=0)
 
@@ -202,11 +204,11 @@ def save_mixture(folder: Path) -> Path:
 
 def test_all_linear_takes_experts_where_peft_can(tmp_path: Path) -> None:
     folder = save_mixture(tmp_path)
-    adapted = attach.attach(load(folder), AdapterSection(target_modules="all-linear"), seed=0)
-    assert "the experts" in attach.left_out(adapted)
+    peft_model = attach.attach(load(folder), AdapterSection(target_modules="all-linear"), seed=0)
+    assert "the experts" in attach.left_out(peft_model)
     without = AdapterSection(target_modules="all-linear", lora_dropout=0)
-    adapted = attach.attach(load(folder), without, seed=0)
-    assert any(".experts." in n for n, p in adapted.named_parameters() if p.requires_grad)
+    peft_model = attach.attach(load(folder), without, seed=0)
+    assert any(".experts." in n for n, p in peft_model.named_parameters() if p.requires_grad)
     experts = AdapterSection(target_modules=("gate_proj", "up_proj", "down_proj"))
     with pytest.raises(UsageError, match="dropout"):
         attach.attach(load(folder), experts, seed=0)
@@ -231,7 +233,7 @@ def test_an_adapter_outside_of_the_layers_is_not_scored_as_if_it_were_not_there(
     torch.manual_seed(0)
     save_model(config, tmp_path / "base", 0.2)
     base = load(tmp_path / "base")
-    foreign = get_peft_model(base.causal, LoraConfig(r=4, task_type="CAUSAL_LM", **settings))
+    foreign = get_peft_model(base.model, LoraConfig(r=4, task_type="CAUSAL_LM", **settings))
     with pytest.raises(UsageError, match="works outside of the layers"):
         check_forward(base, foreign)
 
@@ -241,23 +243,23 @@ def test_what_only_peft_s_forward_knows_is_found_out(load_tiny: LoadTiny) -> Non
     activated = LoraConfig(
         r=4, task_type="CAUSAL_LM", target_modules=["q_proj"], alora_invocation_tokens=[3, 4]
     )
-    foreign = get_peft_model(base.causal, activated)
+    foreign = get_peft_model(base.model, activated)
     with pytest.raises(UsageError, match="away from PEFT's"):
         check_forward(base, foreign)
 
 
 def test_the_check_of_an_adapter_leaves_no_trace(load_tiny: LoadTiny) -> None:
     base = load_tiny("fp32")
-    adapted = attach.attach(base, AdapterSection(r=4), seed=5)
-    before = attach.trainable_state(adapted)
+    peft_model = attach.attach(base, AdapterSection(r=4), seed=5)
+    before = attach.trainable_state(peft_model)
     torch.manual_seed(3)
     drawn = torch.rand(1)
     torch.manual_seed(3)
-    check_forward(base, adapted)
-    reached, unreached = reached_modules(base, adapted)
+    check_forward(base, peft_model)
+    reached, unreached = reached_modules(base, peft_model)
     assert torch.equal(torch.rand(1), drawn)
-    after = attach.trainable_state(adapted)
+    after = attach.trainable_state(peft_model)
     assert all(torch.equal(before[name], after[name]) for name in before)
-    assert all(p.grad is None for p in adapted.parameters())
+    assert all(p.grad is None for p in peft_model.parameters())
     assert len(reached) == 4
     assert not unreached

@@ -45,14 +45,14 @@ def spoil(
 def sitting(
     base: Base, on_step: Callable[[Step], None], epochs: int = 3, ahead: int = 0
 ) -> tuple[Step, ...]:
-    adapted = attach.attach(base, AdapterSection(r=2, lora_dropout=0.0), 0)
+    peft_model = attach.attach(base, AdapterSection(r=2, lora_dropout=0.0), 0)
     section = TrainingSection(num_train_epochs=epochs, learning_rate=1e-2)
     try:
         return train(
-            base, adapted, make_examples(LENGTHS), section, 0, on_step=on_step, steps_ahead=ahead
+            base, peft_model, make_examples(LENGTHS), section, 0, on_step=on_step, steps_ahead=ahead
         ).history
     finally:
-        attach.detach(adapted)
+        attach.detach(peft_model)
 
 
 class Overflow(torch.autograd.Function):
@@ -113,20 +113,20 @@ def test_a_weight(load_tiny: LoadTiny, monkeypatch: pytest.MonkeyPatch, value: f
 
 def test_a_validation_names_its_step(load_tiny: LoadTiny) -> None:
     base = load_tiny()
-    adapted = attach.attach(base, AdapterSection(r=2), 0)
+    peft_model = attach.attach(base, AdapterSection(r=2), 0)
 
     def validate() -> float:
         raise NumericError("row 0001: loss nan")
 
     section = TrainingSection(num_train_epochs=1, eval_steps=2)
     with pytest.raises(NumericError, match="validation after step 2: row 0001"):
-        train(base, adapted, make_examples(LENGTHS), section, 0, validate=validate)
+        train(base, peft_model, make_examples(LENGTHS), section, 0, validate=validate)
 
 
 def test_scores_name_their_row(load_tiny: LoadTiny) -> None:
     base = load_tiny()
     with torch.no_grad():
-        base.causal.get_output_embeddings().weight[5] = math.nan
+        base.model.get_output_embeddings().weight[5] = math.nan
     with pytest.raises(NumericError, match=r"row 00\d\d: loss nan under tiny-llama"):
         score(base, make_examples(LENGTHS), "test", 64)
 
@@ -139,7 +139,7 @@ def test_an_overflow_of_fp16_skips_the_step_and_is_counted(
     seen: list[Step] = []
 
     def on_step(done: Step) -> None:
-        weights = attach.trainable_state(base.causal)
+        weights = attach.trainable_state(base.model)
         if done.skipped:
             assert all(torch.equal(weights[name], before[name]) for name in weights)
         before.update(weights)
@@ -165,21 +165,21 @@ def test_fp16_does_not_skip_for_ever(load_tiny: LoadTiny, monkeypatch: pytest.Mo
 
 def gradient(base: Base, batches: list[int], double: bool) -> torch.Tensor:
     """Gradient of a step of 16 rows, divided into micro-batches of so many rows."""
-    adapted = attach.attach(base, AdapterSection(r=4, lora_dropout=0.0), 3)
-    adapted.train()
+    peft_model = attach.attach(base, AdapterSection(r=4, lora_dropout=0.0), 3)
+    peft_model.train()
     generator = torch.Generator().manual_seed(1)
-    for name, parameter in adapted.named_parameters():
+    for name, parameter in peft_model.named_parameters():
         if "lora_B" in name:
             parameter.data.copy_(torch.randn(parameter.shape, generator=generator) * 0.1)
     if double:
-        adapted.double()
+        peft_model.double()
     examples = sorted(make_examples(LENGTHS[:16]), key=lambda example: -example.length)
     labels = sum(example.length - 1 for example in examples)
     for many in batches:
         torch.autograd.backward(batch_nll(base, collate(examples[:many], "all")) / labels)
         examples = examples[many:]
-    found = [p.grad.double().flatten() for p in adapted.parameters() if p.grad is not None]
-    attach.detach(adapted)
+    found = [p.grad.double().flatten() for p in peft_model.parameters() if p.grad is not None]
+    attach.detach(peft_model)
     return torch.cat(found)
 
 
@@ -198,14 +198,14 @@ def test_the_loop_divides_as_exactly(load_tiny: LoadTiny) -> None:
     norms = []
     for budget in (10_000, 200, 60, 1):
         base = load_tiny()
-        adapted = attach.attach(base, AdapterSection(r=4, lora_dropout=0.0), 3)
-        parameters = [p for p in adapted.parameters() if p.requires_grad]
+        peft_model = attach.attach(base, AdapterSection(r=4, lora_dropout=0.0), 3)
+        parameters = [p for p in peft_model.parameters() if p.requires_grad]
         optimizer = torch.optim.SGD(parameters, lr=0.0)
         scaler = torch.amp.GradScaler("cpu", enabled=False)
         updater = StepRunner(base, parameters, optimizer, scaler, "all", 1e9)
         examples = make_examples(LENGTHS[:16])
         norms.append(updater.step(examples, budget, "", False, 0, "step").result())
-        attach.detach(adapted)
+        attach.detach(peft_model)
     for loss, norm in norms[1:]:
         assert loss == pytest.approx(norms[0][0], rel=1e-5)
         assert norm == pytest.approx(norms[0][1], rel=1e-5)

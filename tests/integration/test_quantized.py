@@ -56,7 +56,7 @@ def test_weights_are_in_four_bits_and_packed_scores_are_right(tiny_folder: Path)
             assert base.packed != plain, base.fallback_reason
             scores = score(base, examples, "test", 100)
             found[kind, plain] = [each.nll_all for each in scores]
-        kinds = {type(m).__name__ for m in base.causal.modules()}
+        kinds = {type(m).__name__ for m in base.model.modules()}
         assert ("Linear4bit" in kinds) == (kind == "nf4")
     assert found["nf4", False] == pytest.approx(found["nf4", True], rel=1e-4)
     assert found["nf4", False] != pytest.approx(found[None, False], rel=1e-3)

@@ -83,17 +83,17 @@ def test_two_steps_saved_and_loaded_again(folder: Path, tmp_path: Path) -> None:
     wide = attach.attach(base, AdapterSection(r=16), 0)
     assert attach.count_parameters(wide).trainable == 2_252_800
     attach.detach(wide)
-    adapted = attach.attach(base, job.cell.recipe.adapter, 0)
-    counted = attach.count_parameters(adapted)
+    peft_model = attach.attach(base, job.cell.recipe.adapter, 0)
+    counted = attach.count_parameters(peft_model)
     assert counted.trainable == 1_126_400
     assert 0.10 < counted.percent < 0.11
-    result = train(base, adapted, job.prepared.train, job.cell.recipe.training, 0)
+    result = train(base, peft_model, job.prepared.train, job.cell.recipe.training, 0)
     assert len(result.history) == 2
-    trained = trainable_state(adapted)
+    trained = trainable_state(peft_model)
     assert any(value.abs().max() > 0 for name, value in trained.items() if "lora_B" in name)
-    adapter_io.save(base, adapted, tmp_path / "adapter", {"base": {
+    adapter_io.save(base, peft_model, tmp_path / "adapter", {"base": {
         "name": job.source.name, "sha256": job.source.sha256}}, None)  # fmt: skip
-    attach.detach(adapted)
+    attach.detach(peft_model)
     again = dict(adapter_io.load(base, tmp_path / "adapter").named_parameters())
     assert all(torch.equal(again[name].cpu(), value) for name, value in trained.items())
     torch.set_num_threads(1)

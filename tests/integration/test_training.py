@@ -35,10 +35,10 @@ def run(
     **settings: object,
 ) -> tuple[TrainingResult, dict[str, torch.Tensor]]:
     section = TrainingSection.model_validate({"learning_rate": 1e-2, **settings})
-    adapted = attach.attach(base, AdapterSection(r=4, lora_dropout=dropout), seed)
-    result = train(base, adapted, examples, section, seed)
-    state = trainable_state(adapted)
-    attach.detach(adapted)
+    peft_model = attach.attach(base, AdapterSection(r=4, lora_dropout=dropout), seed)
+    result = train(base, peft_model, examples, section, seed)
+    state = trainable_state(peft_model)
+    attach.detach(peft_model)
     return result, state
 
 
@@ -63,9 +63,9 @@ def test_recomputed_layers_give_the_same_bits(
         monkeypatch.setattr(step, "batch_nll", watched)
         section = TrainingSection(activation_checkpointing=on, learning_rate=1e-3)
         section_adapter = AdapterSection(kind=kind, lora_dropout=0.2)
-        adapted = attach.attach(base, section_adapter, 0)
-        result = train(base, adapted, make_examples(LENGTHS), section, 0)
-        return result, trainable_state(adapted), kept
+        peft_model = attach.attach(base, section_adapter, 0)
+        result = train(base, peft_model, make_examples(LENGTHS), section, 0)
+        return result, trainable_state(peft_model), kept
 
     plain, weights, all_bytes = kept_bytes(load_tiny(), False)
     recomputed, same_weights, few_bytes = kept_bytes(load_tiny(), True)
@@ -122,12 +122,12 @@ def test_the_last_partial_step_is_kept(load_tiny: LoadTiny) -> None:
 
 def test_training_learns_and_leaves_the_base_alone(load_tiny: LoadTiny) -> None:
     base, examples = load_tiny(), make_examples(LENGTHS)
-    before = {name: p.clone() for name, p in base.causal.named_parameters()}
+    before = {name: p.clone() for name, p in base.model.named_parameters()}
     result, _ = run(base, examples, num_train_epochs=15, learning_rate=5e-2)
     # The same four rows are not in every second step: whole epochs are compared.
     epochs = [sum(s.loss * s.label_tokens for s in result.history[i : i + 2]) for i in (0, 28)]
     assert epochs[1] < 0.97 * epochs[0]
-    after = dict(base.causal.named_parameters())
+    after = dict(base.model.named_parameters())
     assert before.keys() == after.keys()
     assert all(torch.equal(before[name], after[name]) for name in before)
 
@@ -166,7 +166,7 @@ def test_rows_without_labels_are_left_out_and_counted(load_tiny: LoadTiny) -> No
 def test_a_non_finite_loss_stops_and_names_step_and_rows(load_tiny: LoadTiny) -> None:
     base = load_tiny()
     with torch.no_grad():
-        base.causal.get_output_embeddings().weight[5] = float("nan")
+        base.model.get_output_embeddings().weight[5] = float("nan")
     with pytest.raises(NumericError, match=r"step 1 of 2: loss nan.*rows 00"):
         run(base, make_examples(LENGTHS[:16]), num_train_epochs=2)
 
@@ -176,18 +176,18 @@ def test_keep_best_and_early_stopping(load_tiny: LoadTiny) -> None:
     section = TrainingSection(
         num_train_epochs=10, eval_steps=1, keep_best=True, early_stopping_patience=2
     )
-    adapted = attach.attach(base, AdapterSection(r=4, lora_dropout=0.0), 0)
+    peft_model = attach.attach(base, AdapterSection(r=4, lora_dropout=0.0), 0)
     states, losses = [], iter([3.0, 2.0, 2.5, 2.4, 1.0])
 
     def validate() -> float:
-        states.append(trainable_state(adapted))
+        states.append(trainable_state(peft_model))
         return next(losses)
 
-    result = train(base, adapted, examples, section, 0, validate=validate)
+    result = train(base, peft_model, examples, section, 0, validate=validate)
     assert result.stopped_early
     assert len(result.history) == 4
     assert result.kept_step == 2
-    assert distance(trainable_state(adapted), states[1]) == 0
+    assert distance(trainable_state(peft_model), states[1]) == 0
     assert distance(states[3], states[1]) > 0
 
 

@@ -52,7 +52,7 @@ def test_the_comparison_finds_a_wrong_loss(
     from slm_lora.model import loading
     from slm_lora.ops.output_head import PLAIN_HEAD
 
-    monkeypatch.setattr(loading, "_measured_head", lambda source, causal: PLAIN_HEAD)
+    monkeypatch.setattr(loading, "_measured_head", lambda source, model: PLAIN_HEAD)
     for module in ("attach", "io"):
         monkeypatch.setattr(f"slm_lora.adapters.{module}.check_forward", lambda *_: None)
     outcome = zoo.try_family("granite", in_process=True)

@@ -61,39 +61,39 @@ def attach(base: Base, section: AdapterSection, seed: int) -> nn.Module:
     if not base.sharded:
         # PiSSA changes the base: what an adapter on these modules does is asked of plain LoRA.
         trial = section.model_copy(update={"kind": "lora"} if section.kind == "pissa" else {})
-        adapted = _put_on(base, trial, seed, targets)
-        check_forward(base, adapted)
-        reached, unreached = reached_modules(base, adapted)
+        peft_model = _put_on(base, trial, seed, targets)
+        check_forward(base, peft_model)
+        reached, unreached = reached_modules(base, peft_model)
         if unreached or trial != section:
-            adapted.unload()
+            peft_model.unload()
             targets = without(targets, reached, unreached, section, base.source.name)
-            adapted = _put_on(base, section, seed, targets)
+            peft_model = _put_on(base, section, seed, targets)
     else:
-        adapted = _put_on(base, section, seed, targets)
-    setattr(adapted, LEFT_OUT, targets.left_out)
+        peft_model = _put_on(base, section, seed, targets)
+    setattr(peft_model, LEFT_OUT, targets.left_out)
     if section.kind == "pissa":
-        setattr(adapted, BEGINNING, {n: t.clone() for n, t in _state(adapted).items()})
-    return adapted
+        setattr(peft_model, BEGINNING, {n: t.clone() for n, t in _state(peft_model).items()})
+    return peft_model
 
 
 def _train_all(base: Base) -> nn.Module:
     """All weights of the text model in fp32 and trainable; those of a vision tower, say, stay."""
-    causal = base.causal
-    head = causal.get_output_embeddings()  # type: ignore[no-untyped-call]
-    of_text = {id(p) for module in (text_decoder(causal), head) for p in module.parameters()}
+    model = base.model
+    head = model.get_output_embeddings()  # type: ignore[no-untyped-call]
+    of_text = {id(p) for module in (text_decoder(model), head) for p in module.parameters()}
     frozen = 0
-    for parameter in causal.parameters():
+    for parameter in model.parameters():
         parameter.data = parameter.data.float()
         parameter.requires_grad_(id(parameter) in of_text)
         frozen += parameter.numel() * (id(parameter) not in of_text)
     told = f"{frozen} weights of {base.source.name} are not its text model's, and stay as they are"
-    setattr(causal, LEFT_OUT, told if frozen else "")
-    return causal
+    setattr(model, LEFT_OUT, told if frozen else "")
+    return model
 
 
-def left_out(adapted: nn.Module) -> str:
+def left_out(peft_model: nn.Module) -> str:
     """One line on modules that were meant and have no adapter; empty where all have."""
-    return str(getattr(adapted, LEFT_OUT, ""))
+    return str(getattr(peft_model, LEFT_OUT, ""))
 
 
 def _put_on(base: Base, section: AdapterSection, seed: int, targets: Targets) -> PeftModel:
@@ -103,8 +103,8 @@ def _put_on(base: Base, section: AdapterSection, seed: int, targets: Targets) ->
     with torch.random.fork_rng(devices=[]):
         torch.manual_seed(seed)
         try:
-            adapted = get_peft_model(
-                base.causal,
+            peft_model = get_peft_model(
+                base.model,
                 peft_config(section, base.source, targets),
                 autocast_adapter_dtype=True,
             )
@@ -112,67 +112,69 @@ def _put_on(base: Base, section: AdapterSection, seed: int, targets: Targets) ->
             raise UsageError(
                 f"adapter: PEFT refuses it on {base.source.name}: {one_sentence(error)}"
             ) from error
-    replace_dropout(adapted)
+    replace_dropout(peft_model)
     if not base.sharded:
-        patch_linears(adapted, base.device)
-    return adapted
+        patch_linears(peft_model, base.device)
+    return peft_model
 
 
-def detach(adapted: nn.Module) -> None:
+def detach(peft_model: nn.Module) -> None:
     """Take the adapter off again; the base is as it was, unless `alters_base`."""
-    if not is_adapter(adapted):
+    if not is_adapter(peft_model):
         return
     from peft.utils import ModulesToSaveWrapper
 
     # PEFT leaves modules that an adapter holds whole (modules_to_save) in the place of the base's.
     whole = [
         (parent, name, child.original_module)
-        for parent in list(adapted.modules())
+        for parent in list(peft_model.modules())
         for name, child in parent.named_children()
         if isinstance(child, ModulesToSaveWrapper)
     ]
-    adapted.unload()
+    peft_model.unload()
     for parent, name, original in whole:
         setattr(parent, name, original)
 
 
-def is_adapter(adapted: nn.Module) -> TypeGuard[PeftModel]:
+def is_adapter(peft_model: nn.Module) -> TypeGuard[PeftModel]:
     """Whether it has an adapter; else all its weights were trained."""
     from peft import PeftModel
 
-    return isinstance(adapted, PeftModel)
+    return isinstance(peft_model, PeftModel)
 
 
-def count_parameters(adapted: nn.Module) -> ParameterCount:
+def count_parameters(peft_model: nn.Module) -> ParameterCount:
     """Trainable and all parameters, as `PeftModel.print_trainable_parameters` counts them."""
-    if is_adapter(adapted):  # which knows of weights that lie two in a byte
-        return ParameterCount(*adapted.get_nb_trainable_parameters())
-    parameters = list(adapted.parameters())
+    if is_adapter(peft_model):  # which knows of weights that lie two in a byte
+        return ParameterCount(*peft_model.get_nb_trainable_parameters())
+    parameters = list(peft_model.parameters())
     trainable = sum(each.numel() for each in parameters if each.requires_grad)
     return ParameterCount(trainable, sum(each.numel() for each in parameters))
 
 
-def trainable_state(adapted: nn.Module) -> dict[str, torch.Tensor]:
+def trainable_state(peft_model: nn.Module) -> dict[str, torch.Tensor]:
     """A copy of the weights that train, by name, on the CPU."""
     return {
         name: parameter.detach().to("cpu", copy=True)
-        for name, parameter in adapted.named_parameters()
+        for name, parameter in peft_model.named_parameters()
         if parameter.requires_grad
     }
 
 
-def restore_state(adapted: nn.Module, state: Mapping[str, torch.Tensor]) -> None:
+def restore_state(peft_model: nn.Module, state: Mapping[str, torch.Tensor]) -> None:
     """Put back what `trainable_state` copied."""
-    parameters = dict(adapted.named_parameters())
+    parameters = dict(peft_model.named_parameters())
     with torch.no_grad():
         for name, value in state.items():
             parameters[name].copy_(value)
 
 
-def _state(adapted: PeftModel) -> dict[str, torch.Tensor]:
+def _state(peft_model: PeftModel) -> dict[str, torch.Tensor]:
     """The adapter's weights under the names that PEFT saves them by."""
     from peft import get_peft_model_state_dict
 
     # (Else PEFT asks the hub whether the base has other embeddings.)
-    state: dict[str, torch.Tensor] = get_peft_model_state_dict(adapted, save_embedding_layers=False)
+    state: dict[str, torch.Tensor] = get_peft_model_state_dict(
+        peft_model, save_embedding_layers=False
+    )
     return {name: tensor.detach().cpu().contiguous() for name, tensor in state.items()}

@@ -32,13 +32,13 @@ _BOUND, _BOUND_HALF = 1e-3, 0.3
 
 
 def check_forward(
-    base: Base, adapted: PeftModel, what: str = "adapter", way_out: str = MERGE
+    base: Base, peft_model: PeftModel, what: str = "adapter", way_out: str = MERGE
 ) -> None:
     """Compare our logits with `PeftModel.forward`'s, for the adapter that is active.
 
     Args:
         base: with its adapter; both are unchanged afterwards.
-        adapted: the same, as PEFT has it.
+        peft_model: the same, as PEFT has it.
         what: begins the message.
         way_out: ends it.
 
@@ -46,16 +46,16 @@ def check_forward(
         UsageError: they differ by more than rounding.
     """
     documents = [_sample(base, length) for length in _LENGTHS]
-    with _disturbed(adapted), _explained(base, what), torch.no_grad():
+    with _disturbed(peft_model), _explained(base, what), torch.no_grad():
         ours = document_logits(base, documents)
-        theirs = _peft_logits(base, adapted, documents)
-        with adapted.disable_adapter():
-            without = _peft_logits(base, adapted, documents)
+        theirs = _peft_logits(base, peft_model, documents)
+        with peft_model.disable_adapter():
+            without = _peft_logits(base, peft_model, documents)
     if not bool(torch.isfinite(theirs).all()):  # the first loss says so, and names its rows
         return
     changed = (theirs - without).float().norm()
     distance = float((ours - theirs).float().norm() / changed)
-    if not distance <= (_BOUND_HALF if base.half else _BOUND):
+    if not distance <= (_BOUND_HALF if base.low_precision else _BOUND):
         raise UsageError(
             f"{what}: part of it works outside of the layers of {base.source.name} (on its output "
             f"layer or embeddings, say), where training and scoring do not compute: their logits "
@@ -63,16 +63,16 @@ def check_forward(
         )
 
 
-def reached_modules(base: Base, adapted: PeftModel) -> tuple[list[str], list[str]]:
+def reached_modules(base: Base, peft_model: PeftModel) -> tuple[list[str], list[str]]:
     """Names of modules, within the base, whose adapter a gradient reaches, and of others.
 
     Raises:
         UsageError: the model does not compute with its adapter while it trains.
     """
     documents = [_sample(base, length) for length in _LENGTHS]
-    with _disturbed(adapted) as parameters:
+    with _disturbed(peft_model) as parameters:
         # (Some models run other code while they train. What is dropped out does not matter.)
-        adapted.train()
+        peft_model.train()
         with (
             _explained(base, "adapter"),
             torch.enable_grad(),
@@ -111,12 +111,12 @@ def _module(parameter: str) -> str:
 
 
 def _sample(base: Base, length: int) -> Tensor:
-    words = int(base.causal.config.get_text_config().vocab_size)
+    words = int(base.model.config.get_text_config().vocab_size)
     generator = torch.Generator().manual_seed(length)
     return torch.randint(0, words, (length,), generator=generator)
 
 
-def _peft_logits(base: Base, adapted: Any, documents: list[Tensor]) -> Tensor:
+def _peft_logits(base: Base, peft_model: Any, documents: list[Tensor]) -> Tensor:
     """Logits [T, vocabulary] of documents, one after the other, by PEFT's own forward."""
     found = []
     for document in documents:
@@ -125,21 +125,21 @@ def _peft_logits(base: Base, adapted: Any, documents: list[Tensor]) -> Tensor:
         if base.packed:
             more["document_lengths"] = torch.tensor([len(document), 0])
         with mixed_precision(base):
-            found.append(adapted(input_ids=ids, use_cache=False, **more).logits[0])
+            found.append(peft_model(input_ids=ids, use_cache=False, **more).logits[0])
     return torch.cat(found)
 
 
 @contextmanager
-def _disturbed(adapted: PeftModel) -> Iterator[dict[str, torch.nn.Parameter]]:
+def _disturbed(peft_model: PeftModel) -> Iterator[dict[str, torch.nn.Parameter]]:
     """Parameters of the active adapter, with noise on them; as they were, afterwards."""
-    active = set(adapted.active_adapters)
+    active = set(peft_model.active_adapters)
     parameters = {
         name: parameter
-        for name, parameter in adapted.named_parameters()
+        for name, parameter in peft_model.named_parameters()
         if "lora_" in name and active & set(name.split("."))
     }
-    was_training = adapted.training
-    adapted.eval()
+    was_training = peft_model.training
+    peft_model.eval()
     kept = {name: parameter.detach().clone() for name, parameter in parameters.items()}
     wanted = {name: parameter.requires_grad for name, parameter in parameters.items()}
     generator = torch.Generator().manual_seed(0)
@@ -155,4 +155,4 @@ def _disturbed(adapted: PeftModel) -> Iterator[dict[str, torch.nn.Parameter]]:
             for name, parameter in parameters.items():
                 parameter.copy_(kept[name])
                 parameter.requires_grad_(wanted[name])
-        adapted.train(was_training)
+        peft_model.train(was_training)

@@ -121,7 +121,7 @@ def copies_of_base(base: Base, weights: Path, folder: Path, extra: Collection[st
     Raises:
         IntegrityError: one is the base's in another shape, or with other numbers.
     """
-    own = base.causal.state_dict()
+    own = base.model.state_dict()
     found: set[str] = set()
     larger: dict[str, int] = {}
     other: list[str] = []

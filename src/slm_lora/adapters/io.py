@@ -36,7 +36,7 @@ ABOUT = "slm_lora.json"
 
 def save(
     base: Base,
-    adapted: nn.Module,
+    peft_model: nn.Module,
     folder: Path,
     about: Mapping[str, Any],
     chat_template: str | None,
@@ -46,7 +46,7 @@ def save(
 
     Args:
         base: what it was trained on.
-        adapted: from `attach`; altered, where it `alters_base`.
+        peft_model: from `attach`; altered, where it `alters_base`.
         folder: replaced if it exists; complete or absent.
         about: recipe, base, template; written as JSON, with the SHA-256 of every file.
         chat_template: the training template in the form of a tokenizer's chat template.
@@ -55,15 +55,15 @@ def save(
         NumericError: a weight is not finite; nothing is written.
         StorageError: no space, or no right to write.
     """
-    for name, parameter in adapted.named_parameters():
+    for name, parameter in peft_model.named_parameters():
         if parameter.requires_grad and not bool(torch.isfinite(parameter).all()):
             raise NumericError(
                 f"{folder.name}: {name} is not finite, so nothing was saved; "
                 "lower training.learning_rate"
             )
     with atomic_folder(folder) as temporary:
-        if is_adapter(adapted):
-            _save_adapter(adapted, temporary)
+        if is_adapter(peft_model):
+            _save_adapter(peft_model, temporary)
             if chat_template is not None:
                 (temporary / CHAT_TEMPLATE).write_text(chat_template, encoding="utf-8")
         else:
@@ -75,11 +75,11 @@ def save(
         )
 
 
-def _save_adapter(adapted: PeftModel, folder: Path) -> None:
-    adapted.save_pretrained(str(folder), save_embedding_layers=False)
+def _save_adapter(peft_model: PeftModel, folder: Path) -> None:
+    peft_model.save_pretrained(str(folder), save_embedding_layers=False)
     # PEFT's model card names the base by its path on this machine.
     (folder / "README.md").unlink(missing_ok=True)
-    if beginning := getattr(adapted, BEGINNING, None):
+    if beginning := getattr(peft_model, BEGINNING, None):
         _fit_original_base(folder, beginning)
     _order_targets(folder / "adapter_config.json")
 
@@ -116,9 +116,9 @@ def _save_model(base: Base, folder: Path, chat_template: str | None, keeps_own: 
     if chat_template is None and keeps_own:
         # Others get other tokens with it, which was told; here it is what it is prompted by.
         chat_template = default_template(load_tokenizer(base.source))
-    for parameter in base.causal.parameters():
+    for parameter in base.model.parameters():
         parameter.data = parameter.data.to(base.dtype)
-    save_model(base.causal, base.source.path, folder, chat_template)
+    save_model(base.model, base.source.path, folder, chat_template)
 
 
 def weights_file(folder: Path) -> Path | None:
@@ -163,41 +163,41 @@ def load_several(base: Base, folders: Mapping[str, Path], compare: bool = True) 
     # All before any: the check wants the base bare.
     for folder in folders.values():
         _check(base, folder)
-    adapted: PeftModel | None = None
+    peft_model: PeftModel | None = None
     for name, folder in folders.items():
         try:
-            if adapted is None:
-                adapted = PeftModel.from_pretrained(
-                    base.causal, os.fspath(folder), adapter_name=name
+            if peft_model is None:
+                peft_model = PeftModel.from_pretrained(
+                    base.model, os.fspath(folder), adapter_name=name
                 )
             else:
-                adapted.load_adapter(os.fspath(folder), adapter_name=name)
+                peft_model.load_adapter(os.fspath(folder), adapter_name=name)
         except _LOADING_FAILS as error:
-            if adapted is None:
+            if peft_model is None:
                 raise _does_not_load(folder, error) from error
-            detach(adapted)
+            detach(peft_model)
             # Each fits the base: PEFT keeps some kinds of them (LoRA on an embedding that another
             # holds whole, say) not in one model.
             raise UsageError(
                 f"{folder}: PEFT does not load it beside {next(iter(folders.values()))} "
                 f"({_first_line(error)}); use one at a time"
             ) from error
-    assert adapted is not None
+    assert peft_model is not None
     if not base.sharded:
-        patch_linears(adapted, base.device)
-    adapted.eval()
+        patch_linears(peft_model, base.device)
+    peft_model.eval()
     if compare and not base.sharded:
         for name, folder in folders.items():
-            adapted.set_adapter(name, inference_mode=True)
-            check_forward(base, adapted, *_told(base, folder))
-    return adapted
+            peft_model.set_adapter(name, inference_mode=True)
+            check_forward(base, peft_model, *_told(base, folder))
+    return peft_model
 
 
 def _told(base: Base, folder: Path) -> tuple[str, str]:
     """What the adapter is, where it is on more than the layers, and the way out."""
     at_ends = ends(_shapes(folder))
     what = f"{folder}, an adapter on {' and '.join(at_ends)}" if at_ends else os.fspath(folder)
-    if at_ends and base.causal.config.get_text_config().tie_word_embeddings:
+    if at_ends and base.model.config.get_text_config().tie_word_embeddings:
         return what, (
             f"input and output embedding of {base.source.name} are one matrix, so merging would "
             "change both: use it with PEFT itself"
@@ -259,7 +259,7 @@ def _misfits(base: Base, folder: Path, saved: Mapping[str, tuple[int, ...]]) -> 
     config.init_lora_weights = True  # of its numbers none is looked at
     config.base_model_name_or_path = base.source.name
     try:
-        fresh = get_peft_model(base.causal, config, low_cpu_mem_usage=True)
+        fresh = get_peft_model(base.model, config, low_cpu_mem_usage=True)
     except ValueError:  # none of the modules is there
         return sorted(saved)
     state = get_peft_model_state_dict(fresh, save_embedding_layers=False)

@@ -121,13 +121,13 @@ def open_variants(
             raise UsageError(f"{folder}: a second variant called {name}; rename its folder")
         inner[name] = f"variant{len(inner)}"
     by_name = dict(zip(inner.values(), adapters, strict=True))
-    adapted = adapter_io.load_several(loaded, by_name) if adapters else None
+    peft_model = adapter_io.load_several(loaded, by_name) if adapters else None
     for name, folder in zip(inner, adapters, strict=True):
         prompters[name] = _prompter(folder, tokenizer, prompters[BASE], notes)
     cached = cache_is_exact(loaded)
     if not cached:
         notes.append(
-            f"{source.name} ({loaded.causal.config.model_type}) has no key-value cache that gives "
+            f"{source.name} ({loaded.model.config.model_type}) has no key-value cache that gives "
             "its own logits: replies compute the whole text for every token, slowly"
         )
     found = AdapterSet(
@@ -138,7 +138,7 @@ def open_variants(
         longest=_longest(loaded),
         notes=tuple(notes),
         cached=cached,
-        _adapted=adapted,
+        _adapted=peft_model,
         _inner=inner,
     )
     found.use(found.names[-1])
@@ -226,11 +226,11 @@ def _trained_template(folder: Path) -> Template | None:
 
 def _ends(base: Base, tokenizer: PreTrainedTokenizerBase) -> frozenset[int]:
     """EOS of the tokenizer, and what the model itself ends a turn with."""
-    configured = getattr(base.causal.generation_config, "eos_token_id", None)
+    configured = getattr(base.model.generation_config, "eos_token_id", None)
     found = {configured} if isinstance(configured, int) else set(configured or ())
     return frozenset(found | {tokenizer.eos_token_id} - {None})
 
 
 def _longest(base: Base) -> int:
-    config = base.causal.config.get_text_config()
+    config = base.model.config.get_text_config()
     return int(getattr(config, "max_position_embeddings", None) or 1_000_000_000)

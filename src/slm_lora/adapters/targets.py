@@ -62,13 +62,13 @@ def resolve_targets(source: ModelSource, section: AdapterSection) -> Targets:
 
 @functools.lru_cache(maxsize=256)
 def _resolved(source: ModelSource, section: AdapterSection) -> Targets:
-    causal = skeleton(source)
-    if causal is None:  # PEFT judges when the model is loaded
+    model = skeleton(source)
+    if model is None:  # PEFT judges when the model is loaded
         return Targets(section.target_modules)
-    linear, others = _linear_modules(causal)
+    linear, others = _linear_modules(model)
     if section.target_modules == ALL_LINEAR:
-        return _all_linear(source, section, linear, others, _fused_experts(causal))
-    return _named(source, section, linear, others, _fused_experts(causal))
+        return _all_linear(source, section, linear, others, _fused_experts(model))
+    return _named(source, section, linear, others, _fused_experts(model))
 
 
 def without(
@@ -122,12 +122,12 @@ def skeleton(source: ModelSource) -> PreTrainedModel | None:
         )
         config._name_or_path = source.name
         with torch.device("meta"):
-            causal: PreTrainedModel = made.from_config(config)
+            model: PreTrainedModel = made.from_config(config)
     except Exception:  # the model's code; loading it says what is wrong
         return None
     finally:
         logging.set_verbosity(before)
-    return causal
+    return model
 
 
 def _is_linear(module: nn.Module) -> bool:
@@ -138,25 +138,25 @@ def _is_linear(module: nn.Module) -> bool:
     return named or isinstance(module, Conv1D)
 
 
-def _linear_modules(causal: PreTrainedModel) -> tuple[list[str], list[str]]:
+def _linear_modules(model: PreTrainedModel) -> tuple[list[str], list[str]]:
     """Names of the linear layers that text goes through, and of all others. The output layer is
     among neither: the loss multiplies with its matrix itself."""
-    head = causal.get_output_embeddings()  # type: ignore[no-untyped-call]
-    inside = {id(module) for module in text_decoder(causal).modules()}
+    head = model.get_output_embeddings()  # type: ignore[no-untyped-call]
+    inside = {id(module) for module in text_decoder(model).modules()}
     linear: list[str] = []
     others: list[str] = []
-    for name, module in causal.named_modules():
+    for name, module in model.named_modules():
         if module is head or not (_is_linear(module) or isinstance(module, nn.Linear)):
             continue
         (linear if id(module) in inside and _is_linear(module) else others).append(name)
     return linear, others
 
 
-def _fused_experts(causal: PreTrainedModel) -> list[str]:
+def _fused_experts(model: PreTrainedModel) -> list[str]:
     """Names of parameters that hold the matrices of all experts of a layer."""
     return [
         name
-        for name, parameter in causal.named_parameters()
+        for name, parameter in model.named_parameters()
         if parameter.ndim == 3 and "conv" not in name
     ]
 
@@ -266,18 +266,18 @@ def _try(
     from peft import get_peft_model
     from peft.tuners.tuners_utils import BaseTunerLayer
 
-    causal = skeleton(source)
-    assert causal is not None
+    model = skeleton(source)
+    assert model is not None
     try:
-        adapted = get_peft_model(
-            causal, peft_config(section, source, Targets(modules, exclude)), low_cpu_mem_usage=True
+        peft_model = get_peft_model(
+            model, peft_config(section, source, Targets(modules, exclude)), low_cpu_mem_usage=True
         )
     except Exception as error:  # PEFT raises all kinds
         return [], one_sentence(error)
     prefix = "base_model.model."
     return [
         name.removeprefix(prefix)
-        for name, module in adapted.named_modules()
+        for name, module in peft_model.named_modules()
         if isinstance(module, BaseTunerLayer)
     ], ""
 

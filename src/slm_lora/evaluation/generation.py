@@ -95,7 +95,7 @@ class Generation:
                 f"prompt: {len(prompt)} tokens, and {variants.base.source.name} takes "
                 f"{variants.longest} with the reply; shorten it"
             )
-        embedding: Any = variants.base.causal.get_input_embeddings()
+        embedding: Any = variants.base.model.get_input_embeddings()
         rows = len(embedding.weight)
         if max(prompt, default=0) >= rows:
             raise UsageError(

@@ -26,7 +26,7 @@ from slm_lora.training.loop import TrainingResult, total_steps, train
 def train_cell(
     job: Job,
     base: Base,
-    adapted: nn.Module,
+    peft_model: nn.Module,
     checkpointer: Checkpointer,
     reporter: Reporter,
     trackers: Trackers,
@@ -68,7 +68,7 @@ def train_cell(
 
         result = train(
             base,
-            adapted,
+            peft_model,
             job.prepared.train,
             section,
             job.cell.recipe.seed,
@@ -97,7 +97,7 @@ def evaluate(
     Raises:
         StopRequested: a signal asked for it.
     """
-    nn.Module.eval(base.causal)
+    nn.Module.eval(base.model)
     examples = job.prepared.test
     tokens = sum(example.length for example in examples)
     compiled = scoring_compiles(job, examples)
@@ -139,7 +139,7 @@ def scoring_compiles(job: Job, examples: Sequence[Example]) -> bool:
     """Whether scoring these examples compiles."""
     tokens = sum(example.length for example in examples)
     setting = job.cell.recipe.training.compile
-    return compilation.wanted(setting, tokens, job.device, job.half, job.sharded)
+    return compilation.wanted(setting, tokens, job.device, job.low_precision, job.sharded)
 
 
 def _say_fallbacks(reporter: Reporter) -> None:

@@ -51,7 +51,7 @@ class Job:
     recipe: dict[str, Any]
 
     @property
-    def half(self) -> bool:
+    def low_precision(self) -> bool:
         """Whether it computes in half precision."""
         return self.precision != "fp32"
 
@@ -224,12 +224,12 @@ def _at_once(
 ) -> tuple[int, ...]:
     """Most tokens of a micro-batch, of every kind of code that this training runs."""
     section = cell.recipe.training.model_copy(update={"micro_batch_tokens": budget})
-    usable, half = usable_examples(prepared.train, section), precision != "fp32"
+    usable, low_precision = usable_examples(prepared.train, section), precision != "fp32"
     tokens = training_tokens(usable, section) if usable else 0
     # (A compiler that is missing here does not make another run of it.)
-    compiled = compilation.pays(section.compile, tokens, device, half, sharded=False)
+    compiled = compilation.pays(section.compile, tokens, device, low_precision, sharded=False)
     frozen = cell.recipe.adapter.kind != "full"
-    plain, fused = tokens_at_once(section, compiled, frozen, device.type, half)
+    plain, fused = tokens_at_once(section, compiled, frozen, device.type, low_precision)
     return (plain, fused) if compiled else (plain,)
 
 

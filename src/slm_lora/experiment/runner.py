@@ -139,10 +139,10 @@ def _try_adapters(
         if (job.source, job.precision, job.device, trial) in tried:
             continue
         tried.add((job.source, job.precision, job.device, trial))
-        adapted = attach.attach(loaded.for_job(job), trial, 0)
-        if told := attach.left_out(adapted):
+        peft_model = attach.attach(loaded.for_job(job), trial, 0)
+        if told := attach.left_out(peft_model):
             reporter.info_once(f"  note: {told}")
-        attach.detach(adapted)
+        attach.detach(peft_model)
 
 
 def _to_do(done: Callable[[], Run | None]) -> bool:
@@ -205,12 +205,12 @@ def evaluate_adapter(
     loaded = LoadedBase(reporter)
     if folder is None:
         return Evaluated(*evaluate(loaded.for_job(job), job, BASE, reporter))
-    adapted = None
+    peft_model = None
     if (folder / MODEL_WEIGHTS).is_file():
         base = with_saved(folder, job, loaded)
     else:
         base = loaded.for_job(job)
-        adapted = adapter_io.load(base, folder)
+        peft_model = adapter_io.load(base, folder)
     for told in warnings_on(folder, job):
         reporter.info(f"  warning: {told}")
     if not adapter_io.is_sealed(folder):
@@ -228,9 +228,9 @@ def evaluate_adapter(
     scores, record = evaluate(base, job, folder.name, reporter)
     if not with_base:
         return Evaluated(scores, record)
-    if adapted is not None:
-        attach.detach(adapted)
-    del base, adapted  # a whole model makes room for the base
+    if peft_model is not None:
+        attach.detach(peft_model)
+    del base, peft_model  # a whole model makes room for the base
     return Evaluated(scores, record, *evaluate(loaded.for_job(job), job, BASE, reporter))
 
 
@@ -248,8 +248,8 @@ def _run_cell(job: Job, loaded: LoadedBase, places: ExperimentPaths, reporter: R
     name, section = job.cell.name, job.cell.recipe.adapter
     base = loaded.for_job(job)
     hardware.reset_peak_memory(job.device.type)
-    adapted = attach.attach(base, section, job.cell.recipe.seed)
-    if told := attach.left_out(adapted):
+    peft_model = attach.attach(base, section, job.cell.recipe.seed)
+    if told := attach.left_out(peft_model):
         reporter.info_once(f"  note: {told}")
     stack = ExitStack()
     try:
@@ -263,16 +263,16 @@ def _run_cell(job: Job, loaded: LoadedBase, places: ExperimentPaths, reporter: R
             writes=distributed.is_main(),
         )
         if distributed.is_main():
-            require_room(job, places, attach.count_parameters(adapted).trainable)
+            require_room(job, places, attach.count_parameters(peft_model).trainable)
             _say_if_taken(job, places, reporter)
         trackers = stack.enter_context(_tracking(job, places, reporter))
-        result = train_cell(job, base, adapted, checkpointer, reporter, trackers)
-        parameters = attach.count_parameters(adapted)
+        result = train_cell(job, base, peft_model, checkpointer, reporter, trackers)
+        parameters = attach.count_parameters(peft_model)
         # Only now: another experiment may have put its own there meanwhile.
         folder = Path(distributed.from_first(lambda: str(places.adapter(name, job.identity))))
         if distributed.is_main():
             adapter_io.save(
-                base, adapted, folder, about_adapter(job, places), job.prepared.chat_template
+                base, peft_model, folder, about_adapter(job, places), job.prepared.chat_template
             )
         distributed.wait()
         if attach.alters_base(section):
@@ -287,7 +287,7 @@ def _run_cell(job: Job, loaded: LoadedBase, places: ExperimentPaths, reporter: R
         if attach.alters_base(section):
             loaded.drop()
         else:
-            attach.detach(adapted)
+            attach.detach(peft_model)
     if distributed.is_main():
         weights = adapter_io.weights_file(folder)
         assert weights is not None

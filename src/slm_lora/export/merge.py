@@ -83,9 +83,9 @@ def _check_kind(trained: Trained) -> None:
 
 def _write(trained: Trained, source: ModelSource, folder: Path, dtype: torch.dtype) -> None:
     base = load_base(source, device=torch.device("cpu"), precision="fp32", plain=True)
-    adapted = adapter_io.load(base, trained.folder, compare=False)
-    _check_tied(adapted, trained, source)
-    merged: PreTrainedModel = adapted.merge_and_unload()
+    peft_model = adapter_io.load(base, trained.folder, compare=False)
+    _check_tied(peft_model, trained, source)
+    merged: PreTrainedModel = peft_model.merge_and_unload()
     torch.nn.Module.to(merged, dtype)
     if bad := [n for n, p in merged.named_parameters() if not bool(p.isfinite().all())]:
         raise NumericError(
@@ -95,15 +95,15 @@ def _write(trained: Trained, source: ModelSource, folder: Path, dtype: torch.dty
     save_model(merged, source.path, folder, trained.chat_template)
 
 
-def _check_tied(adapted: PeftModel, trained: Trained, source: ModelSource) -> None:
+def _check_tied(peft_model: PeftModel, trained: Trained, source: ModelSource) -> None:
     """Refuse what cannot be merged right: one matrix that is input and output embedding, with an
     adapter on one side of it (peft#2502, peft#2777)."""
-    causal: Any = adapted.get_base_model()
-    if not causal.config.get_text_config().tie_word_embeddings:
+    model: Any = peft_model.get_base_model()
+    if not model.config.get_text_config().tie_word_embeddings:
         return
     ends: Mapping[str, Any] = {
-        "input embedding": causal.get_input_embeddings(),
-        "output embedding": causal.get_output_embeddings(),
+        "input embedding": model.get_input_embeddings(),
+        "output embedding": model.get_output_embeddings(),
     }
     touched = [name for name, end in ends.items() if type(end).__module__.startswith("peft.")]
     if touched:

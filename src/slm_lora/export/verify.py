@@ -178,11 +178,11 @@ def _compare(merged: Path, base: Path, adapter: Path, dtype: str) -> Proof:
     tokenizer = AutoTokenizer.from_pretrained(merged, local_files_only=True)
     prompts = [tokenizer(text, return_tensors="pt")["input_ids"] for text in PROMPTS]
     # One model in memory at a time: each may be all that fits.
-    adapted = PeftModel.from_pretrained(load(base), str(adapter)).eval()
-    wanted = logits(adapted, prompts)
-    with adapted.disable_adapter():
-        untouched = logits(adapted, prompts)
-    del adapted
+    peft_model = PeftModel.from_pretrained(load(base), str(adapter)).eval()
+    wanted = logits(peft_model, prompts)
+    with peft_model.disable_adapter():
+        untouched = logits(peft_model, prompts)
+    del peft_model
     found = logits(load(merged), prompts)
 
     differences, largest = apart(found, wanted), max(float(each.abs().max()) for each in wanted)

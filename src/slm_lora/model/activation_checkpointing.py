@@ -14,7 +14,7 @@ if TYPE_CHECKING:
 
 
 @contextmanager
-def recomputed_layers(causal: PreTrainedModel, on: bool) -> Iterator[None]:
+def recomputed_layers(model: PreTrainedModel, on: bool) -> Iterator[None]:
     """Within, decoder layers keep their inputs only while they train, if ``on``.
 
     Dropout is a function of the row (`ops.dropout`), so that the second time is the same.
@@ -27,14 +27,14 @@ def recomputed_layers(causal: PreTrainedModel, on: bool) -> Iterator[None]:
         return
     # (transformers renamed them in 5.23.)
     names = ("activation_checkpointing", "gradient_checkpointing")
-    name = next(name for name in names if hasattr(causal, f"{name}_enable"))
+    name = next(name for name in names if hasattr(model, f"{name}_enable"))
     try:
-        getattr(causal, f"{name}_enable")({"use_reentrant": False})
+        getattr(model, f"{name}_enable")({"use_reentrant": False})
     except ValueError as error:
         raise UsageError(f"training.activation_checkpointing: {error}") from error
     # (Only reentrant checkpoints need inputs with gradients, which here nobody wants.)
-    causal.disable_input_require_grads()  # type: ignore[no-untyped-call]
+    model.disable_input_require_grads()  # type: ignore[no-untyped-call]
     try:
         yield
     finally:
-        getattr(causal, f"{name}_disable")()
+        getattr(model, f"{name}_disable")()

@@ -22,22 +22,22 @@ DTYPES: dict[str, torch.dtype] = {
 }
 
 
-def decoder_layers(causal: PreTrainedModel) -> list[torch.nn.Module]:
+def decoder_layers(model: PreTrainedModel) -> list[torch.nn.Module]:
     """The layers that every token goes through, as transformers knows them."""
-    kinds = set(causal._no_split_modules or ())
-    return [module for module in causal.modules() if type(module).__name__ in kinds]
+    kinds = set(model._no_split_modules or ())
+    return [module for module in model.modules() if type(module).__name__ in kinds]
 
 
-def trunk(causal: PreTrainedModel) -> torch.nn.Module:
+def trunk(model: PreTrainedModel) -> torch.nn.Module:
     """The model without its output layer: from token ids to last hidden states."""
     # (Some name as their base model what they do not have, and are then their own.)
-    inner: torch.nn.Module = causal.base_model
-    return inner if inner is not causal else causal.get_submodule("model")
+    inner: torch.nn.Module = model.base_model
+    return inner if inner is not model else model.get_submodule("model")
 
 
-def text_decoder(causal: PreTrainedModel) -> torch.nn.Module:
+def text_decoder(model: PreTrainedModel) -> torch.nn.Module:
     """The part of the trunk that text goes through: not a vision tower, say."""
-    whole, decoder = trunk(causal), causal.get_decoder()  # type: ignore[no-untyped-call]
+    whole, decoder = trunk(model), model.get_decoder()  # type: ignore[no-untyped-call]
     # (Some call their output layer a decoder.)
     return decoder if any(module is decoder for module in whole.modules()) else whole
 
@@ -48,7 +48,7 @@ class Base:
 
     Attributes:
         source: where it came from.
-        causal: the transformers model; an adapter's layers are put into it in place.
+        model: the transformers model; an adapter's layers are put into it in place.
         device: where it computes.
         precision: of its weights, or of its products where all of it is trained.
         packed: whether documents are packed (else: padded batches, the plain way).
@@ -60,7 +60,7 @@ class Base:
     """
 
     source: ModelSource
-    causal: PreTrainedModel
+    model: PreTrainedModel
     device: torch.device
     precision: PrecisionName
     packed: bool
@@ -75,6 +75,6 @@ class Base:
         return DTYPES[self.precision]
 
     @property
-    def half(self) -> bool:
+    def low_precision(self) -> bool:
         """Whether it computes in half precision."""
         return self.precision in ("bf16", "fp16")

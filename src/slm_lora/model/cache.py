@@ -27,7 +27,7 @@ def new_cache(base: Base) -> DynamicCache:
     """An empty cache of keys and values."""
     from transformers import DynamicCache
 
-    return DynamicCache(config=base.causal.config)
+    return DynamicCache(config=base.model.config)
 
 
 def next_logits(base: Base, ids: Sequence[int], cache: DynamicCache | None, known: int) -> Tensor:
@@ -44,14 +44,14 @@ def next_logits(base: Base, ids: Sequence[int], cache: DynamicCache | None, know
     if cache is not None:
         more = {"use_cache": True, "past_key_values": cache}
     with mixed_precision(base):
-        hidden = trunk(base.causal)(input_ids=given, **more).last_hidden_state[:, -1]
-        return output_head(base.causal, base.head).logits(hidden)
+        hidden = trunk(base.model)(input_ids=given, **more).last_hidden_state[:, -1]
+        return output_head(base.model, base.head).logits(hidden)
 
 
 def cache_is_exact(base: Base) -> bool:
     """Whether token by token with a cache gives the logits of the whole text, to rounding."""
     generator = torch.Generator().manual_seed(2)
-    words = int(base.causal.config.get_text_config().vocab_size)
+    words = int(base.model.config.get_text_config().vocab_size)
     ids = torch.randint(0, words, (_PROMPT + _STEPS,), generator=generator).tolist()
     try:
         with torch.no_grad():
@@ -66,4 +66,4 @@ def cache_is_exact(base: Base) -> bool:
     spread = (reference - reference.mean(1, keepdim=True)).norm(dim=1)
     error = (ours - reference).norm(dim=1) / spread
     # (Written so that a NaN fails.)
-    return bool((error <= (0.2 if base.half else 3e-5)).all())
+    return bool((error <= (0.2 if base.low_precision else 3e-5)).all())

@@ -69,17 +69,17 @@ def score_documents(base: Base, batch: MicroBatch) -> DocumentScores:
     )
 
 
-def packed_logits(causal: PreTrainedModel, form: HeadForm, documents: list[Tensor]) -> Tensor:
+def packed_logits(model: PreTrainedModel, form: HeadForm, documents: list[Tensor]) -> Tensor:
     """Logits [T, vocabulary] of documents laid end to end, through packed attention and the
     output head, as `batch_nll` computes them."""
     lengths = torch.tensor([len(document) for document in documents])
     hidden = _packed_hidden(
-        causal,
-        torch.cat(documents).to(causal.device),
-        torch.cat([torch.arange(int(n)) for n in lengths]).to(causal.device),
+        model,
+        torch.cat(documents).to(model.device),
+        torch.cat([torch.arange(int(n)) for n in lengths]).to(model.device),
         lengths,
     )
-    return output_head(causal, form).logits(hidden)
+    return output_head(model, form).logits(hidden)
 
 
 def document_logits(base: Base, documents: list[Tensor]) -> Tensor:
@@ -93,9 +93,9 @@ def document_logits(base: Base, documents: list[Tensor]) -> Tensor:
     with mixed_precision(base):
         if base.packed:
             positions = torch.cat([torch.arange(n) for n in lengths]).to(base.device)
-            hidden = _packed_hidden(base.causal, ids, positions, torch.tensor(lengths))
+            hidden = _packed_hidden(base.model, ids, positions, torch.tensor(lengths))
         else:
-            hidden = _padded_hidden(base.causal, ids, lengths)
+            hidden = _padded_hidden(base.model, ids, lengths)
     return _head(base).logits(hidden)
 
 
@@ -110,7 +110,7 @@ def _labels(base: Base, batch: MicroBatch, scored: Tensor) -> Tensor:
 
 def _head(base: Base) -> OutputHead:
     """The output head in the precision of the products."""
-    return output_head(base.causal, base.head).to(base.dtype)
+    return output_head(base.model, base.head).to(base.dtype)
 
 
 def _hidden(base: Base, batch: MicroBatch, dropout_keys: Tensor | None = None) -> Tensor:
@@ -120,29 +120,31 @@ def _hidden(base: Base, batch: MicroBatch, dropout_keys: Tensor | None = None) -
         _hand_keys(base, dropout_keys, batch.lengths)
     with mixed_precision(base):
         if not base.packed:
-            return _padded_hidden(base.causal, ids, batch.lengths)
+            return _padded_hidden(base.model, ids, batch.lengths)
         positions = torch.from_numpy(batch.positions).to(base.device)
-        return _packed_hidden(base.causal, ids, positions, torch.tensor(batch.lengths))
+        return _packed_hidden(base.model, ids, positions, torch.tensor(batch.lengths))
 
 
 def _hand_keys(base: Base, keys: Tensor, lengths: tuple[int, ...]) -> None:
     """Hand the keys of tokens, [T], to all dropouts, in the shape of the batch."""
-    set_keys(base.causal, keys.unsqueeze(0) if base.packed else _padded(keys, lengths))
+    set_keys(base.model, keys.unsqueeze(0) if base.packed else _padded(keys, lengths))
 
 
 def mixed_precision(base: Base) -> torch.autocast:
     """What trains is fp32 and multiplies in the base's bf16 or fp16, as everywhere (`bf16=True`
     of transformers' Trainer does the same); its gradients are summed in fp32."""
-    return torch.autocast(base.device.type, base.dtype if base.half else None, enabled=base.half)
+    return torch.autocast(
+        base.device.type, base.dtype if base.low_precision else None, enabled=base.low_precision
+    )
 
 
 def _packed_hidden(
-    causal: PreTrainedModel, ids: Tensor, positions: Tensor, lengths: Tensor
+    model: PreTrainedModel, ids: Tensor, positions: Tensor, lengths: Tensor
 ) -> Tensor:
     if len(lengths) == 1:
         # One without tokens beside it: a compiler makes code of its own for sizes of one.
         lengths = torch.nn.functional.pad(lengths, (0, 1))
-    output = trunk(causal)(
+    output = trunk(model)(
         input_ids=ids.unsqueeze(0),
         position_ids=positions.unsqueeze(0),
         use_cache=False,
@@ -152,9 +154,9 @@ def _packed_hidden(
     return hidden
 
 
-def _padded_hidden(causal: PreTrainedModel, ids: Tensor, lengths: tuple[int, ...]) -> Tensor:
+def _padded_hidden(model: PreTrainedModel, ids: Tensor, lengths: tuple[int, ...]) -> Tensor:
     mask = _padded(torch.ones_like(ids), lengths)
-    output = trunk(causal)(input_ids=_padded(ids, lengths), attention_mask=mask, use_cache=False)
+    output = trunk(model)(input_ids=_padded(ids, lengths), attention_mask=mask, use_cache=False)
     hidden: Tensor = output.last_hidden_state[mask.bool()]
     return hidden
 

@@ -18,18 +18,18 @@ if TYPE_CHECKING:
     from transformers import PreTrainedModel
 
 
-def shard_layers(causal: PreTrainedModel, device: torch.device) -> None:
+def shard_layers(model: PreTrainedModel, device: torch.device) -> None:
     """Shard a frozen model in place; a layer goes to ``device`` as it is sharded, so that the whole
     never has to be there."""
     from torch.distributed.device_mesh import init_device_mesh
     from torch.distributed.fsdp import fully_shard
 
     mesh = init_device_mesh(device.type, (distributed.world_size(),))
-    for layer in decoder_layers(causal):
+    for layer in decoder_layers(model):
         fully_shard(layer, mesh=mesh)
     whole = {
         parameter
-        for ends in (causal.get_input_embeddings(), causal.get_output_embeddings())  # type: ignore[no-untyped-call]
+        for ends in (model.get_input_embeddings(), model.get_output_embeddings())  # type: ignore[no-untyped-call]
         for parameter in ends.parameters()
     }
-    fully_shard(trunk(causal), mesh=mesh, ignored_params=whole)
+    fully_shard(trunk(model), mesh=mesh, ignored_params=whole)

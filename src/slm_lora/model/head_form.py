@@ -25,13 +25,13 @@ if TYPE_CHECKING:
     from transformers import PreTrainedModel
 
 
-def output_head(causal: PreTrainedModel, form: HeadForm) -> OutputHead:
+def output_head(model: PreTrainedModel, form: HeadForm) -> OutputHead:
     """The model's output layer as it is now."""
-    module: Any = causal.get_output_embeddings()  # type: ignore[no-untyped-call]
+    module: Any = model.get_output_embeddings()  # type: ignore[no-untyped-call]
     return OutputHead(module.weight, getattr(module, "bias", None), form)
 
 
-def measure_head(causal: PreTrainedModel, name: str) -> HeadForm:
+def measure_head(model: PreTrainedModel, name: str) -> HeadForm:
     """Scale and cap of a model's output layer, proved to be all there is.
 
     Another layer takes the place of the output embedding meanwhile. What it is given must be the
@@ -39,21 +39,21 @@ def measure_head(causal: PreTrainedModel, name: str) -> HeadForm:
     too small to bend to ones far beyond any cap, in fp64.
 
     Args:
-        causal: the model; unchanged afterwards.
+        model: the model; unchanged afterwards.
         name: of the model, for messages.
 
     Raises:
         UsageError: its logits are no such function of its last hidden states.
     """
-    head: Any = causal.get_output_embeddings()  # type: ignore[no-untyped-call]
+    head: Any = model.get_output_embeddings()  # type: ignore[no-untyped-call]
     weight = getattr(head, "weight", None)
     if weight is None or weight.ndim != 2:
-        raise _unknown(name, causal, "it has no matrix of output embeddings")
+        raise _unknown(name, model, "it has no matrix of output embeddings")
     generator = torch.Generator().manual_seed(0)
     products = torch.randn(_POSITIONS, 64, generator=generator, dtype=torch.float64)
 
     def logits(size: float) -> Tensor:
-        return _own_logits(causal, head, products * size, name)[0]
+        return _own_logits(model, head, products * size, name)[0]
 
     scale = float((logits(1e-6) / (products * 1e-6)).median())
     if abs(scale - 1) < 1e-6:  # rounded, where the model leaves fp64
@@ -64,51 +64,51 @@ def measure_head(causal: PreTrainedModel, name: str) -> HeadForm:
         found = transformed(products * size, None, form)[0]
         # (Should the model leave fp64: rounding in fp32 is 6e-8.)
         if not _close(found, logits(size), 1e-6):
-            raise _unknown(name, causal, "its logits are another function of the products")
-    before = _scale_before(causal, head, products, name)
+            raise _unknown(name, model, "its logits are another function of the products")
+    before = _scale_before(model, head, products, name)
     if before != 1 and getattr(head, "bias", None) is not None:
-        raise _unknown(name, causal, "it scales its hidden states, and has a bias")
+        raise _unknown(name, model, "it scales its hidden states, and has a bias")
     return HeadForm(scale * before, form.cap)
 
 
 _POSITIONS = 6
 
 
-def _scale_before(causal: PreTrainedModel, head: Any, products: Tensor, name: str) -> float:
+def _scale_before(model: PreTrainedModel, head: Any, products: Tensor, name: str) -> float:
     """What the last hidden states are multiplied by before they come to the output layer."""
     width = int(head.weight.shape[1])
     generator = torch.Generator().manual_seed(1)
     chosen = torch.randn(_POSITIONS, width, generator=generator, dtype=torch.float64)
     try:
-        _, given, hidden, replaced = _own_logits(causal, head, products, name, chosen)
+        _, given, hidden, replaced = _own_logits(model, head, products, name, chosen)
     except RuntimeError:  # layers in between take no fp64
-        _, given, hidden, replaced = _own_logits(causal, head, products, name)
+        _, given, hidden, replaced = _own_logits(model, head, products, name)
     found, wanted = given.double(), (chosen if replaced else hidden.double()).to(given.device)
     if found.shape != wanted.shape:
-        raise _unknown(name, causal, "its output layer sees more than its last hidden states")
+        raise _unknown(name, model, "its output layer sees more than its last hidden states")
     scale = float((found * wanted).sum() / (wanted * wanted).sum())
     if abs(scale - 1) < 1e-6:
         scale = 1.0
     # Where hidden states are not replaced, a scale would be known to rounding only.
     if not _close(found, scale * wanted, 1e-6) or (scale != 1 and not replaced):
-        raise _unknown(name, causal, "its output layer sees more than its last hidden states")
+        raise _unknown(name, model, "its output layer sees more than its last hidden states")
     return scale
 
 
-def check_head(causal: PreTrainedModel, form: HeadForm, ids: Tensor, name: str) -> None:
+def check_head(model: PreTrainedModel, form: HeadForm, ids: Tensor, name: str) -> None:
     """Compare the model's own logits of some tokens, [1, T], with those of its `OutputHead`.
 
     Raises:
         UsageError: they differ by more than rounding.
     """
     with torch.no_grad():
-        hidden = trunk(causal)(input_ids=ids, use_cache=False).last_hidden_state[0]
-        found = output_head(causal, form).logits(hidden)
-        wanted = causal(input_ids=ids, use_cache=False).logits[0]
+        hidden = trunk(model)(input_ids=ids, use_cache=False).last_hidden_state[0]
+        found = output_head(model, form).logits(hidden)
+        wanted = model(input_ids=ids, use_cache=False).logits[0]
     # In half precision each of product, bias, scale and cap may round in an order of its own.
     bound = 1e-5 if hidden.dtype == torch.float32 else 3e-2
     if found.shape != wanted.shape or not _close(found, wanted, bound):
-        raise _unknown(name, causal, "its logits are another function of its last hidden states")
+        raise _unknown(name, model, "its logits are another function of its last hidden states")
 
 
 def _close(found: Tensor, wanted: Tensor, bound: float) -> bool:
@@ -132,7 +132,7 @@ class _StandIn(nn.Module):
 
 
 def _own_logits(
-    causal: PreTrainedModel,
+    model: PreTrainedModel,
     head: nn.Module,
     products: Tensor,
     name: str,
@@ -141,7 +141,7 @@ def _own_logits(
     """What the model's own code makes of products [positions, n] with its output embedding.
 
     Args:
-        causal: the model.
+        model: the model.
         head: its output layer.
         products: in place of those.
         name: for messages.
@@ -151,8 +151,8 @@ def _own_logits(
         Its logits, what the output layer was given, the last hidden states, and whether they were
         replaced.
     """
-    if products.device.type != "mps" and causal.device.type != "mps":
-        products = products.to(causal.device)
+    if products.device.type != "mps" and model.device.type != "mps":
+        products = products.to(model.device)
     stand_in = _StandIn(head, products)
     seen: list[Tensor] = []
     replaced = False
@@ -165,34 +165,34 @@ def _own_logits(
             replaced = True
         return output
 
-    swap = _swapper(causal, head)
-    hook = trunk(causal).register_forward_hook(note)
+    swap = _swapper(model, head)
+    hook = trunk(model).register_forward_hook(note)
     swap(stand_in)
-    ids = torch.arange(1, _POSITIONS + 1, device=causal.device).unsqueeze(0)
+    ids = torch.arange(1, _POSITIONS + 1, device=model.device).unsqueeze(0)
     try:
         with torch.no_grad():
-            logits: Tensor = causal(input_ids=ids, use_cache=False).logits[0]
+            logits: Tensor = model(input_ids=ids, use_cache=False).logits[0]
     finally:
         swap(head)
         hook.remove()
     if stand_in.given is None or logits.shape != products.shape:
-        raise _unknown(name, causal, "they do not come from its output layer alone")
+        raise _unknown(name, model, "they do not come from its output layer alone")
     if not seen:  # some call what is inside of it
         with torch.no_grad():
-            seen = [trunk(causal)(input_ids=ids, use_cache=False).last_hidden_state[0]]
+            seen = [trunk(model)(input_ids=ids, use_cache=False).last_hidden_state[0]]
     return logits, stand_in.given[0], seen[0], replaced
 
 
-def _swapper(causal: nn.Module, head: nn.Module) -> Callable[[nn.Module], None]:
+def _swapper(model: nn.Module, head: nn.Module) -> Callable[[nn.Module], None]:
     """Puts another module in the place of ``head``."""
-    path = next(name for name, module in causal.named_modules() if module is head)
+    path = next(name for name, module in model.named_modules() if module is head)
     parent, _, attribute = path.rpartition(".")
-    owner = causal.get_submodule(parent)
+    owner = model.get_submodule(parent)
     return lambda module: setattr(owner, attribute, module)
 
 
-def _unknown(name: str, causal: PreTrainedModel, why: str) -> UsageError:
+def _unknown(name: str, model: PreTrainedModel, why: str) -> UsageError:
     return UsageError(
         f"model {name}: the loss cannot be computed from its hidden states and its output "
-        f"embedding: {why} ({causal.config.model_type}); such models are not supported"
+        f"embedding: {why} ({model.config.model_type}); such models are not supported"
     )

@@ -116,18 +116,18 @@ def load_base(
     if device.type == "cpu":
         hardware.disable_trim()
         hardware.cap_onednn_cache()
-    causal = _read(source, precision, device, quantization)
-    causal.requires_grad_(False)
+    model = _read(source, precision, device, quantization)
+    model.requires_grad_(False)
     if sharded:
-        shard_layers(causal, device)
-    torch.nn.Module.to(causal, device)
-    torch.nn.Module.eval(causal)
-    head = _measured_head(source, causal)
+        shard_layers(model, device)
+    torch.nn.Module.to(model, device)
+    torch.nn.Module.eval(model)
+    head = _measured_head(source, model)
     if not sharded:
-        patch_linears(causal, device)
-        fuse_layers(decoder_layers(causal))
-    packed, why = (False, "asked for") if plain else _try_packed(causal, head)
-    return Base(source, causal, device, precision, packed, why, quantization, sharded, head)
+        patch_linears(model, device)
+        fuse_layers(decoder_layers(model))
+    packed, why = (False, "asked for") if plain else _try_packed(model, head)
+    return Base(source, model, device, precision, packed, why, quantization, sharded, head)
 
 
 def _read(
@@ -170,43 +170,43 @@ def _first_line(error: Exception) -> str:
     return (str(error).splitlines() or [type(error).__name__])[0]
 
 
-def _sample(causal: PreTrainedModel, length: int, seed: int) -> torch.Tensor:
-    vocabulary = int(causal.config.get_text_config().vocab_size)
+def _sample(model: PreTrainedModel, length: int, seed: int) -> torch.Tensor:
+    vocabulary = int(model.config.get_text_config().vocab_size)
     generator = torch.Generator().manual_seed(seed)
     return torch.randint(0, vocabulary, (length,), generator=generator)
 
 
-def _measured_head(source: ModelSource, causal: PreTrainedModel) -> HeadForm:
+def _measured_head(source: ModelSource, model: PreTrainedModel) -> HeadForm:
     """Its output layer; the first thing that the model computes here."""
     try:
-        head = measure_head(causal, source.name)
-        ids = _sample(causal, 7, seed=1).unsqueeze(0).to(causal.device)
-        check_head(causal, head, ids, source.name)
+        head = measure_head(model, source.name)
+        ids = _sample(model, 7, seed=1).unsqueeze(0).to(model.device)
+        check_head(model, head, ids, source.name)
     except (SlmLoraError, MemoryError, torch.OutOfMemoryError):
         raise
     except Exception as error:  # the model's code, which may fail in any way
         raise UsageError(
             f"model {source.name}: transformers does not compute it here "
-            f"({causal.config.model_type}: {type(error).__name__}: {_first_line(error)})"
+            f"({model.config.model_type}: {type(error).__name__}: {_first_line(error)})"
         ) from error
     return head
 
 
-def _try_packed(causal: PreTrainedModel, head: HeadForm) -> tuple[bool, str]:
+def _try_packed(model: PreTrainedModel, head: HeadForm) -> tuple[bool, str]:
     """Turn packed attention on if the model gives the same logits with it, to rounding.
 
     The test is the proof: two short documents, packed, against each alone in transformers'
     own way. It catches models whose attention, head or positions the packed way does not know.
     """
-    before: Any = causal.config._attn_implementation
-    documents = [_sample(causal, length, seed=length) for length in (13, 7)]
+    before: Any = model.config._attn_implementation
+    documents = [_sample(model, length, seed=length) for length in (13, 7)]
     try:
         with torch.no_grad():
-            alone = [causal(d.unsqueeze(0).to(causal.device)).logits[0] for d in documents]
+            alone = [model(d.unsqueeze(0).to(model.device)).logits[0] for d in documents]
             attention.register()
-            causal.set_attn_implementation(attention.PACKED)
+            model.set_attn_implementation(attention.PACKED)
             calls = attention.calls()
-            packed = packed_logits(causal, head, documents)
+            packed = packed_logits(model, head, documents)
         # transformers returns without a word where a model's code has attention of its own; with
         # a mask over the whole batch its logits are right, and its cost is not.
         if attention.calls() == calls:
@@ -217,10 +217,10 @@ def _try_packed(causal: PreTrainedModel, head: HeadForm) -> tuple[bool, str]:
         error = ((packed.float() - reference).norm() / spread).item()
         # Rounding of two orders of summation, through all layers: transformers' own ways differ
         # by up to 0.08 in bf16 without instructions for it; documents that see each other, 0.6.
-        bound = 1e-4 if causal.dtype == torch.float32 else 0.2
+        bound = 1e-4 if model.dtype == torch.float32 else 0.2
         if not error <= bound:
             raise ValueError(f"logits differ by {error:.1e} of their spread")
     except Exception as error:
-        causal.set_attn_implementation(before)
-        return False, f"{causal.config.model_type} computes padded batches: {_first_line(error)}"
+        model.set_attn_implementation(before)
+        return False, f"{model.config.model_type} computes padded batches: {_first_line(error)}"
     return True, ""

@@ -38,7 +38,11 @@ _failure = ""
 
 
 def wanted(
-    setting: bool | str, tokens: int, device: torch.device, half: bool, sharded: bool = False
+    setting: bool | str,
+    tokens: int,
+    device: torch.device,
+    low_precision: bool,
+    sharded: bool = False,
 ) -> bool:
     """Whether a run over ``tokens`` compiles; ``auto``: if it pays and a compiler is there.
 
@@ -46,22 +50,24 @@ def wanted(
         setting: of the recipe.
         tokens: of the whole run.
         device: where it computes.
-        half: whether in half precision.
+        low_precision: whether in half precision.
         sharded: whether the base's layers are shared out, which are never compiled.
     """
-    return pays(setting, tokens, device, half, sharded) and (
+    return pays(setting, tokens, device, low_precision, sharded) and (
         setting != "auto" or _has_compiler(device)
     )
 
 
-def pays(setting: bool | str, tokens: int, device: torch.device, half: bool, sharded: bool) -> bool:
+def pays(
+    setting: bool | str, tokens: int, device: torch.device, low_precision: bool, sharded: bool
+) -> bool:
     """As `wanted`, on a machine that has a compiler."""
     if sharded:
         return False
     if setting != "auto":
         return bool(setting)
     in_half, in_fp32 = PAYS_FROM.get(device.type, (tokens + 1, tokens + 1))
-    return tokens >= (in_half if half else in_fp32)
+    return tokens >= (in_half if low_precision else in_fp32)
 
 
 def _has_compiler(device: torch.device) -> bool:

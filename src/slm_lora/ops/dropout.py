@@ -103,9 +103,9 @@ class TokenDropout(nn.Module):
         return torch.where(h >= self.least, x * self.scale, 0)
 
 
-def replace_dropout(adapted: nn.Module) -> None:
+def replace_dropout(peft_model: nn.Module) -> None:
     """Put `TokenDropout` where PEFT has its dropout before an adapter's first matrix."""
-    for name, module in adapted.named_modules():
+    for name, module in peft_model.named_modules():
         dropouts = getattr(module, "lora_dropout", None)
         if not isinstance(dropouts, nn.ModuleDict):
             continue

@@ -108,16 +108,16 @@ class TiledLinear(nn.Linear):
         return y if self.bias is None else y + self.bias.to(dtype)
 
 
-def patch_linears(causal: nn.Module, device: torch.device) -> None:
+def patch_linears(model: nn.Module, device: torch.device) -> None:
     """Make `TiledLinear` of the linear layers, in place, where that is possible.
 
     Args:
-        causal: a model, or one with an adapter.
+        model: a model, or one with an adapter.
         device: where it computes.
     """
     if not usable(torch.bfloat16, device):
         return
-    for module in causal.modules():
+    for module in model.modules():
         # (Of no other class: weights in 4 bits have one of their own.)
         if type(module) is nn.Linear:
             module.__class__ = TiledLinear

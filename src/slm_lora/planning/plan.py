@@ -153,9 +153,11 @@ def _count(job: Job) -> _Counted:
     section, batch = recipe.training, recipe.training.effective_batch_size
     rows = usable_examples(rows, section) or list(rows)
     steps, tokens = total_steps(len(rows), section), training_tokens(rows, section)
-    compiled = compilation.wanted(section.compile, tokens, job.device, job.half, job.sharded)
+    compiled = compilation.wanted(
+        section.compile, tokens, job.device, job.low_precision, job.sharded
+    )
     frozen = recipe.adapter.kind != "full"
-    plain, fused = tokens_at_once(section, compiled, frozen, job.device.type, job.half)
+    plain, fused = tokens_at_once(section, compiled, frozen, job.device.type, job.low_precision)
     order = epoch_order(rows, recipe.seed, 0)
     drawn = [order[start : start + batch] for start in range(0, len(order), batch)]
     largest_plain = _largest(drawn, plain)

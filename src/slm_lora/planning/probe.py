@@ -103,11 +103,11 @@ def measure(job: Job, compiled: bool) -> Measured:
             quantization=recipe.model.quantization,
         )
         scoring = _scoring(base, job, compiled)
-        adapted = attach.attach(base, recipe.adapter, recipe.seed)
-    trainable = 0 if full else attach.count_parameters(adapted).trainable
-    kept, beside = _line(*(_kept(base, adapted, job, tokens) for tokens in KEPT_TOKENS))
-    training = _training(base, adapted, job, compiled)
-    del base, adapted
+        peft_model = attach.attach(base, recipe.adapter, recipe.seed)
+    trainable = 0 if full else attach.count_parameters(peft_model).trainable
+    kept, beside = _line(*(_kept(base, peft_model, job, tokens) for tokens in KEPT_TOKENS))
+    training = _training(base, peft_model, job, compiled)
+    del base, peft_model
     gc.collect()  # layers that are `fused` refer to themselves
     # (Scaled, for exp is slow where it underflows.)
     head = torch.nn.Parameter(
@@ -160,7 +160,7 @@ def _in_few_words(examples: Sequence[Example], tokens: int) -> list[Example]:
     return chosen
 
 
-def _training(base: Base, adapted: torch.nn.Module, job: Job, compiled: bool) -> float:
+def _training(base: Base, peft_model: torch.nn.Module, job: Job, compiled: bool) -> float:
     """Seconds a token; the first two steps, which warm up and compile, left out."""
     section, rows = job.cell.recipe.training, job.prepared.train
     mean = sum(row.length for row in rows) / len(rows)
@@ -177,7 +177,7 @@ def _training(base: Base, adapted: torch.nn.Module, job: Job, compiled: bool) ->
         }
     )
     chosen = _in_few_words(rows, 4 * STEP_TOKENS)
-    return 1 / train(base, adapted, chosen, few, job.cell.recipe.seed).tokens_per_s
+    return 1 / train(base, peft_model, chosen, few, job.cell.recipe.seed).tokens_per_s
 
 
 def _scoring(base: Base, job: Job, compiled: bool) -> float:
@@ -188,11 +188,13 @@ def _scoring(base: Base, job: Job, compiled: bool) -> float:
     return _seconds(work) / sum(example.length for example in examples)
 
 
-def _kept(base: Base, adapted: torch.nn.Module, job: Job, about: int) -> tuple[int, int]:
+def _kept(base: Base, peft_model: torch.nn.Module, job: Job, about: int) -> tuple[int, int]:
     """How many tokens of about so many, and the bytes that the layers then keep for the backward
     pass: each storage once, what is there anyway left out."""
     examples = _in_few_words(job.prepared.train, about)
-    there = {t.untyped_storage().data_ptr() for t in (*adapted.parameters(), *adapted.buffers())}
+    there = {
+        t.untyped_storage().data_ptr() for t in (*peft_model.parameters(), *peft_model.buffers())
+    }
     found: dict[int, int] = {}
 
     def noted(tensor: torch.Tensor) -> torch.Tensor:
@@ -204,10 +206,10 @@ def _kept(base: Base, adapted: torch.nn.Module, job: Job, about: int) -> tuple[i
 
     section = job.cell.recipe.training
     batch = collate(by_token_budget(examples, 10**9)[0], section.loss_on)
-    adapted.train()
+    peft_model.train()
     with (
         torch.autograd.graph.saved_tensors_hooks(noted, lambda tensor: tensor),
-        recomputed_layers(base.causal, section.activation_checkpointing),
+        recomputed_layers(base.model, section.activation_checkpointing),
     ):
         batch_nll(base, batch, "kept")
     return len(batch.ids), sum(found.values())

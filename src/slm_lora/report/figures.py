@@ -229,9 +229,9 @@ def cost(arms: Sequence[Setting]) -> Picture | None:
         seconds = sum(line.run.record["training"]["seconds"] for line in arm.lines)
         loss = arm.loss()
         at = seconds / len(arm.lines) / 60
-        half = loss.high - loss.value if loss.groups > 1 else 0.0
+        half_width = loss.high - loss.value if loss.groups > 1 else 0.0
         axes.errorbar(
-            [at], [loss.value], yerr=[half], marker=_MARKERS[index % len(_MARKERS)], ms=7,
+            [at], [loss.value], yerr=[half_width], marker=_MARKERS[index % len(_MARKERS)], ms=7,
             color=INK, mfc="white", ecolor=SHADE, elinewidth=0.8,
         )  # fmt: skip
         points.append((at, loss.value))

@@ -116,7 +116,7 @@ in bf16: no slower than 2,048, and 2.1 instead of 2.7 GB."""
 
 
 def tokens_at_once(
-    section: TrainingSection, compiled: bool, frozen: bool, device: str, half: bool
+    section: TrainingSection, compiled: bool, frozen: bool, device: str, low_precision: bool
 ) -> tuple[int, int]:
     """Most tokens of a micro-batch (a longer document is one of its own): of plain code, and of
     compiled.
@@ -128,12 +128,12 @@ def tokens_at_once(
         frozen: whether there are weights that do not train. Where all do, every micro-batch sums
             up gradients of all: few, large ones then.
         device: where it computes.
-        half: whether in half precision.
+        low_precision: whether in half precision.
     """
     most = section.micro_batch_tokens
     few_on_cpu = frozen and device == "cpu"
     plain = min(most, EAGER_CPU_TOKENS) if compiled or few_on_cpu else most
-    return plain, min(most, FP32_TOKENS) if few_on_cpu and not half else most
+    return plain, min(most, FP32_TOKENS) if few_on_cpu and not low_precision else most
 
 
 TRIM_EVERY = 8
@@ -151,7 +151,7 @@ def _taken(
 
 def train(
     base: Base,
-    adapted: torch.nn.Module,
+    peft_model: torch.nn.Module,
     examples: Sequence[Example],
     section: TrainingSection,
     seed: int,
@@ -166,7 +166,7 @@ def train(
 
     Args:
         base: the base, that carries the adapter.
-        adapted: the base with its adapter, from `adapter.attach`.
+        peft_model: the base with its adapter, from `adapter.attach`.
         examples: training rows.
         section: how to train.
         seed: order and dropout.
@@ -192,10 +192,14 @@ def train(
             "the template"
         )
     compiled = compilation.wanted(
-        section.compile, training_tokens(usable, section), base.device, base.half, base.sharded
+        section.compile,
+        training_tokens(usable, section),
+        base.device,
+        base.low_precision,
+        base.sharded,
     )
-    named = {name: p for name, p in adapted.named_parameters() if p.requires_grad}
-    optimizer = adamw(named, section, adapted)
+    named = {name: p for name, p in peft_model.named_parameters() if p.requires_grad}
+    optimizer = adamw(named, section, peft_model)
     scaler = torch.amp.GradScaler(base.device.type, enabled=base.precision == "fp16")
     updater = StepRunner(
         base,
@@ -213,7 +217,7 @@ def train(
         waits = scaler.is_enabled() or several
         steps_ahead = int(base.device.type == "cuda" and not waits)
     journal = Journal(
-        adapted,
+        peft_model,
         named,
         optimizer,
         scaler,
@@ -223,13 +227,13 @@ def train(
         checkpointer=checkpointer,
         stop=stop or Stop(),
     )
-    frozen = any(not parameter.requires_grad for parameter in adapted.parameters())
-    at_once = tokens_at_once(section, compiled, frozen, base.device.type, base.half)
-    adapted.train()
+    frozen = any(not parameter.requires_grad for parameter in peft_model.parameters())
+    at_once = tokens_at_once(section, compiled, frozen, base.device.type, base.low_precision)
+    peft_model.train()
     with hardware.returning_large_blocks(compiled and frozen and base.device.type == "cpu"):
         journal.resume()
         _take_steps(updater, journal, usable, section, seed, compiled, at_once, steps_ahead)
-    adapted.eval()
+    peft_model.eval()
     journal.save_the_end()
     kept = journal.keep_best()
     optimizer.zero_grad(set_to_none=True)

@@ -30,7 +30,7 @@ class Journal:
 
     def __init__(
         self,
-        adapted: torch.nn.Module,
+        peft_model: torch.nn.Module,
         named: Mapping[str, torch.nn.Parameter],
         optimizer: torch.optim.Optimizer,
         scaler: torch.amp.GradScaler,
@@ -43,7 +43,7 @@ class Journal:
     ) -> None:
         """
         Args:
-            adapted: the base with its adapter.
+            peft_model: the base with its adapter.
             named: its parameters that train.
             optimizer: of these.
             scaler: of their gradients.
@@ -56,7 +56,7 @@ class Journal:
         Raises:
             IntegrityError: several processes do not begin at the same step.
         """
-        self._adapted, self._named = adapted, named
+        self._adapted, self._named = peft_model, named
         self._optimizer, self._scaler = optimizer, scaler
         self._section, self._validate, self._on_step = section, validate, on_step
         self._checkpointer, self.stop = checkpointer, stop

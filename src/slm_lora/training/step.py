@@ -116,7 +116,7 @@ class StepRunner:
         labels = sum(label_count(example, self.loss_on) for example in examples)
         # (A process without any example of a small step has a loss and a gradient of zero.)
         shares = [torch.zeros((), dtype=total_dtype(self.base.device), device=self.base.device)]
-        with recomputed_layers(self.base.causal, self.recompute):
+        with recomputed_layers(self.base.model, self.recompute):
             for micro, weight in _micro_batches(examples, budget, self.base.sharded):
                 nll = batch_nll(self.base, collate(micro, self.loss_on), dropout_seed)
                 share = nll * (weight / labels)
