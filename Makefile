@@ -4,7 +4,7 @@ PYTHON ?= python3
 BIN := .venv/bin
 # A file's tests share what it made, so they stay in one process.
 PARALLEL := --numprocesses auto --dist loadfile
-LOWEST := tests/unit $(addprefix tests/integration/test_,adapter_folder.py checkpoint.py \
+LOWEST := tests/unit $(addprefix tests/integration/test_,adapter_io.py checkpoint.py \
 	experiment.py forward.py generate.py merge.py methods.py plan.py training.py)
 
 .PHONY: help experiment plan demo test test-all test-lowest zoo bench bench-generate calibration scaling gpu-check plan-check faults check format clean
