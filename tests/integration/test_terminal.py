@@ -88,9 +88,9 @@ def test_a_reader_that_goes_is_no_bug(lab: Lab, lines: int) -> None:
 def test_a_bug_of_ours_is_one_line_before_its_traceback(tmp_path: Path) -> None:
     script = (
         "import sys; from slm_lora import cli\n"
-        "from slm_lora.recipe import reading\n"
+        "from slm_lora.config import load\n"
         "def broken(*words): raise KeyError('zebra')\n"
-        "reading.load_recipe = broken\n"
+        "load.load_recipe = broken\n"
         "sys.argv = ['slm-lora', 'experiment', 'x.yaml']; cli.main()"
     )
     done = subprocess.run([sys.executable, "-c", script], capture_output=True, text=True)
