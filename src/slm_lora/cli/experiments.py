@@ -28,6 +28,7 @@ from slm_lora.cli.options import (
     console,
     quiet_libraries,
 )
+from slm_lora.cli.result import print_result
 from slm_lora.errors import UsageError
 from slm_lora.records import LossOn
 from slm_lora.runtime import distributed
@@ -63,7 +64,7 @@ def experiment(
     from slm_lora.experiment.remote import CommandLine, run_elsewhere
     from slm_lora.experiment.runner import run_jobs
     from slm_lora.report.examples import Quoted
-    from slm_lora.report.write import not_shown, terminal_table, write_report
+    from slm_lora.report.write import write_report
     from slm_lora.runtime.progress import Reporter
 
     check_executor(executor, address, executor_option or [])
@@ -94,14 +95,8 @@ def experiment(
             return
     headline = jobs[0].cell.recipe.evaluation.headline
     quoted = Quoted({row.row_id: row for row in jobs[0].rows.rows}) if with_rows else None
-    lines = write_report(runs, places.results, headline, quoted)
-    out = console()
-    out.print()
-    out.print(terminal_table(lines))
-    out.print()
-    if others := not_shown(runs, places.results):
-        out.print(f"{others}\n", soft_wrap=True)
-    _print_where(places.results, _adapters(runs, places), with_rows)
+    analysis = write_report(runs, places.results, headline, quoted)
+    print_result(analysis, places.results, _adapters(runs, places), with_rows)
 
 
 def train(
@@ -232,7 +227,7 @@ def report(
 ) -> None:
     """Make table, metrics and report again from the run folders of an experiment."""
     from slm_lora.report.examples import Quoted
-    from slm_lora.report.write import not_shown, terminal_table, write_report
+    from slm_lora.report.write import write_report
     from slm_lora.runs.folder import list_runs
 
     quoted = None
@@ -249,14 +244,9 @@ def report(
     elif overrides or answers:
         given = overrides[0] if overrides else "--answers"
         raise UsageError(f"{given}: needs --with-rows RECIPE")
-    out = console()
     runs = list_runs(experiment_folder)
-    lines = write_report(runs, experiment_folder, quoted=quoted)
-    out.print(terminal_table(lines))
-    out.print()
-    if others := not_shown(runs, experiment_folder):
-        out.print(f"{others}\n", soft_wrap=True)
-    _print_where(experiment_folder, [], quoted is not None)
+    analysis = write_report(runs, experiment_folder, quoted=quoted)
+    print_result(analysis, experiment_folder, with_rows=quoted is not None)
 
 
 def _adapters(runs: Any, places: Any) -> list[Path]:
@@ -301,7 +291,7 @@ def compare(
 
     Runs that were scored on different rows are refused.
     """
-    from slm_lora.report.analysis import sentence
+    from slm_lora.report.sentences import sentence
     from slm_lora.runs.folder import read_run, to_json
     from slm_lora.stats import comparisons
     from slm_lora.stats.estimates import loss_estimate
@@ -409,20 +399,3 @@ def _not_here(jobs: Any) -> str:
         f"and memory are those of its {jobs[0].device.type} in {jobs[0].precision}, and runs "
         "finished elsewhere are not told as finished; plan where it will run"
     )
-
-
-def _print_where(results: Path, adapters: list[Path], with_rows: bool) -> None:
-    from slm_lora.report.write import PAGE_FILE, TABLE_FILE, WITH_ROWS_FILE
-    from slm_lora.runs.folder import METRICS_FILE
-
-    out = console()
-    for label, path in (
-        ("table", results / TABLE_FILE),
-        ("report", results / PAGE_FILE),
-        *([("with rows", results / WITH_ROWS_FILE)] if with_rows else []),
-        ("metrics", results / METRICS_FILE),
-        ("scores", results / "runs"),
-    ):
-        out.print(f"{label:9} {path}", soft_wrap=True)
-    for path in adapters:
-        out.print(f"{'adapter':9} {path}", soft_wrap=True)

@@ -234,7 +234,8 @@ def compare_outputs(
     from slm_lora.evaluation import compare_outputs as comparing
     from slm_lora.evaluation.generation import Sampling
     from slm_lora.report import outputs
-    from slm_lora.report.html import as_html, as_markdown
+    from slm_lora.report.html import as_html
+    from slm_lora.report.markdown import as_markdown
     from slm_lora.runs.folder import to_json
     from slm_lora.runtime.progress import Reporter
     from slm_lora.runtime.storage import atomic_write_text
@@ -262,8 +263,8 @@ def compare_outputs(
     }
     for path in out or []:
         written = {
-            ".md": lambda: as_markdown(title, sections),
-            ".html": lambda: as_html(title, sections),
+            ".md": lambda: as_markdown(title, "", None, None, sections),
+            ".html": lambda: as_html(title, "", None, None, sections),
             ".json": lambda: to_json(comparing.record(found, variants, about)),
         }[path.suffix]()
         atomic_write_text(path, written)

@@ -12,7 +12,8 @@ from slm_lora.data.prompts import Prompt
 from slm_lora.data.splits import seeded_order
 from slm_lora.errors import IntegrityError, UsageError
 from slm_lora.records import PIECE, LossOn, Row, RowScore
-from slm_lora.report.html import Column, Section, plain
+from slm_lora.report.blocks import Column, Section, markdown_table, plain
+from slm_lora.report.names import SettingNames
 from slm_lora.report.outputs import sections
 from slm_lora.runs import outputs
 from slm_lora.runs.folder import Run
@@ -39,7 +40,15 @@ def replies(results: Path) -> list[Section]:
         raise IntegrityError(
             f"{path}: broken ({error}); move it away, or make it again: slm-lora compare-outputs"
         ) from error
-    return [Section("Outputs side by side", how), *sections(compared, level=3)]
+    return [
+        Section(
+            "Replies side by side",
+            how,
+            anchor="replies",
+            folded=True,
+            children=tuple(sections(compared, level=3)),
+        )
+    ]
 
 
 def _how(found: dict[str, Any]) -> str:
@@ -72,49 +81,54 @@ class Quoted:
     answer: Callable[[Run, Sequence[Prompt]], Sequence[outputs.Compared]] | None = None
 
 
-def rows(found: Sequence[Comparison], quoted: Quoted | None = None) -> list[Section]:
+def rows(
+    comparisons: Sequence[Comparison], quoted: Quoted | None, names: SettingNames
+) -> list[Section]:
     """Rows of the test set by how the largest fall in loss treats them.
 
     Args:
-        found: the contrasts of the report.
-        quoted: shows them with their text; None: they are named only.
+        comparisons: of the report.
+        quoted: shows the rows with their text; None: by their ids only.
+        names: of the settings.
 
     Raises:
         UsageError: a chosen row is not among them.
     """
-    to_base = [each for each in found if each.key == "base"]
+    to_base = [pair for pair in comparisons if pair.key == "base"]
     if not to_base:
         return []
-    best = min(to_base, key=lambda each: each.difference.value)
+    best = min(to_base, key=lambda pair: pair.difference.value)
     chosen = _chosen(best)
-    lines = [
-        "| Chosen as | Row | Category | Tokens | "
-        f"{best.first.name} | {best.second.name} | Difference |",
-        "| :-- | :-- | :-- | --: | --: | --: | --: |",
-    ]
-    for rule, score, before, after in chosen:
-        lines.append(
-            f"| {rule} | `{score.row_id[:12]}` | {plain(score.category) or '–'} | "
-            f"{_tokens(score, best.first.line.headline)} | {before:.4f} | {after:.4f} | "
-            f"{after - before:+.4f} |"
-        )
-    named = "named by the beginning of their id" + ("." if quoted else ", not by their text.")
+    first, second = names.of(best.first), names.of(best.second)
+    table = markdown_table(
+        ["Chosen as", "Row", "Category", "Tokens", first, second, "Difference"],
+        [
+            [
+                rule, f"`{score.row_id[:12]}`", plain(score.category) or "–",
+                f"{_tokens(score, best.first.line.headline)}", f"{before:.4f}", f"{after:.4f}",
+                f"{after - before:+.4f}",
+            ]
+            for rule, score, before, after in chosen
+        ],
+        left=(0, 1, 2),
+    )  # fmt: skip
+    shown_as = "each with its text below" if quoted else "shown by the start of their id"
     text = (
-        f"Test rows under {best.first.name} and {best.second.name}, nats a token: chosen by rule, "
-        f"{named}\n\n" + "\n".join(lines)
+        f"Loss of single test rows under {first} and {second}, nats per token; chosen by rule, "
+        f"{shown_as}.\n\n{table}"
     )
     if quoted is None:
-        return [Section("Rows", text)]
+        return [Section("Rows", text, anchor="rows", folded=True)]
     shown = [_row(score, quoted.rows) for _, score, *_ in chosen]
     run = best.second.line.run
     answers = _answers(run, shown, quoted)
     if answers:
-        text += "\n\nThe answers are greedy, by the base and by the first seed's adapter."
+        text += "\n\nReplies are greedy, by the base and by the first seed's adapter."
     texts = [
         _text(rule, row, answers.get(row.row_id, ()), _context_seen(run))
         for (rule, *_), row in zip(chosen, shown, strict=True)
     ]
-    return [Section("Rows", text), *texts]
+    return [Section("Rows", text, anchor="rows", folded=True, children=tuple(texts))]
 
 
 def _row(score: RowScore, rows: Mapping[str, Row]) -> Row:
@@ -154,7 +168,7 @@ def _text(rule: str, row: Row, answers: Sequence[outputs.Answer], context_seen: 
     unseen = "Its context was no part of the text." if row.context and not context_seen else ""
     given = [Column(f"answer of {answer.variant}", answer.greedy) for answer in answers]
     title = f"{rule[0].upper()}{rule[1:]}: {row.row_id[:12]}"
-    return Section(title, unseen, columns=(*context, *said, *given), level=3)
+    return Section(title, unseen, columns=(*context, *said, *given), level=3, folded=True)
 
 
 def _chosen(best: Comparison) -> list[tuple[str, RowScore, float, float]]:

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Sequence
 
-from slm_lora.report.html import Column, Section, plain
+from slm_lora.report.blocks import Column, Section, plain
 from slm_lora.runs.outputs import Answer, Compared
 
 
@@ -24,6 +24,7 @@ def sections(compared: Sequence[Compared], level: int = 2) -> list[Section]:
             ),
             across=len(each.answers),
             level=level,
+            folded=level > 2,
         )
         for number, each in enumerate(compared, 1)
     ]

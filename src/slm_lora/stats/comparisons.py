@@ -179,7 +179,7 @@ def all_comparisons(lines: Sequence[ScoredRun]) -> list[Comparison]:
         for _, _, first, _, pairs in found
     ]
     differences = [
-        difference(sample, _margin(first.line))
+        difference(sample, equivalence_margin(first.line))
         for (_, _, first, *_), sample in zip(found, samples, strict=True)
     ]
     corrected = holm([each.p for each in differences])
@@ -197,7 +197,7 @@ def compare(first: Run, second: Run) -> Comparison:
     """
     one, other = read_scored_run(first), read_scored_run(second)
     sample = paired([(one.scores, other.scores)], one.headline)
-    found = difference(sample, _margin(one))
+    found = difference(sample, equivalence_margin(one))
     return Comparison(
         "compare", (), Setting((one,)), Setting((other,)), ((one, other),), sample, found, found.p
     )
@@ -231,7 +231,8 @@ def series_along(key: str, tuned: Sequence[Setting]) -> list[list[Setting]]:
     ]
 
 
-def _margin(line: ScoredRun) -> float:
+def equivalence_margin(line: ScoredRun) -> float:
+    """Margin of equivalence of a run's recipe, nats per token."""
     # Runs of before there was the key have the default.
     default = EvaluationSection().equivalence_margin
     return float(line.recipe["evaluation"].get("equivalence_margin", default))

@@ -1,0 +1,70 @@
+"""What the commands `experiment` and `report` print at their end."""
+
+from __future__ import annotations
+
+import shlex
+from collections.abc import Sequence
+from pathlib import Path
+from typing import TYPE_CHECKING
+
+from slm_lora.cli.options import console
+
+if TYPE_CHECKING:
+    from slm_lora.report.contents import Analysis
+    from slm_lora.runs.folder import Run
+
+
+def print_result(
+    analysis: Analysis, results: Path, adapters: Sequence[Path] = (), with_rows: bool = False
+) -> None:
+    """The card, the table of settings, the files, and what to do next.
+
+    Args:
+        analysis: from `write_report`.
+        results: folder of the experiment.
+        adapters: of its runs, where they are kept.
+        with_rows: whether the page with rows was written.
+    """
+    from slm_lora.report.setup import not_shown
+    from slm_lora.report.terminal import card_table, settings_table
+    from slm_lora.report.write import PAGE_FILE, TABLE_FILE, WITH_ROWS_FILE
+
+    out = console()
+    out.print()
+    if analysis.card.facts:
+        out.print(card_table(analysis))
+        out.print()
+    out.print(settings_table(analysis, out.width))
+    out.print()
+    if others := not_shown([run.run for run in analysis.runs], results):
+        out.print(f"{others}\n", soft_wrap=True)
+    pages = [PAGE_FILE, *([WITH_ROWS_FILE] if with_rows else [])]
+    for label, path in (
+        *(("report", results / page) for page in pages),
+        ("every run", results / TABLE_FILE),
+    ):
+        out.print(f"{label:10} {path}", soft_wrap=True)
+    for label, command in _next_commands(analysis, adapters):
+        out.print(f"{label:10} {command}", soft_wrap=True)
+
+
+def _next_commands(analysis: Analysis, adapters: Sequence[Path]) -> list[tuple[str, str]]:
+    """Commands for the recommended setting's first adapter; none where it is not kept."""
+    recommended = analysis.card.recommended
+    if recommended is None:
+        return []
+    folder = _adapter_of(recommended.line.run, adapters)
+    if folder is None:
+        return []
+    path = shlex.quote(str(folder))
+    whole = recommended.is_full
+    return [
+        ("try it", f"slm-lora chat --adapter {path}"),
+        ("serve it", f"slm-lora serve --adapter {path}"),
+        *([] if whole else [("merge it", f"slm-lora merge {path} merged/{folder.name}")]),
+    ]
+
+
+def _adapter_of(run: Run, adapters: Sequence[Path]) -> Path | None:
+    ends = (f"-{run.cell}", f"-{run.cell}-{str(run.record['hash'])[:8]}")
+    return next((folder for folder in adapters if folder.name.endswith(ends)), None)

@@ -1,0 +1,340 @@
+"""The result in a few lines: which setting to use, what it gains, and what is not known."""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Sequence
+from dataclasses import dataclass
+from typing import Any
+
+from slm_lora.report.names import SettingNames, key_name, rate_name
+from slm_lora.stats.comparisons import Comparison, Setting, amount, varied
+from slm_lora.stats.estimates import paired, perplexity
+from slm_lora.stats.inference import LEAST_GROUPS, interval
+
+FEW_STEPS = 100
+"""Fewer optimizer steps are pointed out."""
+STILL_FALLING = 0.02
+"""Relative fall of the training loss from the fourth to the last fifth of the steps that is
+pointed out."""
+
+RATE = "training.learning_rate"
+
+
+@dataclass(frozen=True)
+class Gap:
+    """Loss of a setting minus that of the recommended one, on the same rows and seeds.
+
+    Attributes:
+        setting: the other setting.
+        value: mean over seeds, nats per token; above zero the recommended one is better.
+        low, high: 95 % interval, paired; not corrected for the number of settings.
+        seeds: seeds that both have.
+        equivalent: whether the 90 % interval lies within the margin.
+    """
+
+    setting: Setting
+    value: float
+    low: float
+    high: float
+    seeds: int
+    equivalent: bool
+
+    @property
+    def excludes_zero(self) -> bool:
+        """Whether the interval lies on one side of zero."""
+        return self.low > 0 or self.high < 0
+
+    def text(self) -> str:
+        """``+0.0235 nats (+0.0211 to +0.0259)``."""
+        return interval_text(self.value, self.low, self.high)
+
+
+@dataclass(frozen=True)
+class Fact:
+    """One line of the card.
+
+    Attributes:
+        label: what it is about.
+        text: literal text.
+        anchor: of the section that holds the evidence.
+    """
+
+    label: str
+    text: str
+    anchor: str
+
+
+@dataclass(frozen=True)
+class Card:
+    """The result of an experiment with one base model.
+
+    Attributes:
+        recommended: the setting to use; None where no adapter was trained.
+        lowest: the setting of the lowest loss.
+        gaps: every other trained setting against the recommended one, cheapest first.
+        base: the base against the recommended one; None without its scores.
+        margin: of equivalence, nats per token.
+        facts: the lines, in their order.
+    """
+
+    recommended: Setting | None
+    lowest: Setting | None
+    gaps: tuple[Gap, ...]
+    base: Gap | None
+    margin: float
+    facts: tuple[Fact, ...]
+
+    def record(self, names: SettingNames) -> dict[str, Any] | None:
+        """For metrics.json."""
+        if self.recommended is None or self.lowest is None:
+            return None
+        return {
+            "recommended": names.of(self.recommended),
+            "cells": [run.run.cell for run in self.recommended.lines],
+            "lowest": names.of(self.lowest),
+            "margin": self.margin,
+            "facts": {fact.label: fact.text for fact in self.facts},
+        }
+
+
+def cost(setting: Setting) -> tuple[float, float]:
+    """Order of settings by cost: tokens computed in training, then weights trained.
+
+    Seconds are measured, and depend on what else the machine did.
+    """
+    records = [run.run.record for run in setting.lines]
+    tokens = sum(record["training"]["tokens"] for record in records) / len(records)
+    return tokens, records[0]["adapter"]["trainable_parameters"]
+
+
+def gap(reference: Setting, other: Setting, margin: float) -> Gap | None:
+    """``other`` against ``reference``, over the seeds that both have; None without any."""
+    seeds = {_seeds(run): run for run in other.lines}
+    if other.line.is_base:
+        pairs = [(run.scores, other.line.scores) for run in reference.lines]
+    else:
+        pairs = [
+            (run.scores, seeds[_seeds(run)].scores)
+            for run in reference.lines
+            if _seeds(run) in seeds
+        ]
+    if not pairs:
+        return None
+    sample = paired(pairs, reference.line.headline)
+    low, high = interval(sample, 0.95)
+    inner = interval(sample, 0.90)
+    equivalent = sample.groups >= LEAST_GROUPS and -margin < inner[0] and inner[1] < margin
+    return Gap(other, sample.value, low, high, sample.seeds, equivalent)
+
+
+def make_card(
+    settings: Sequence[Setting],
+    base: Setting | None,
+    comparisons: Sequence[Comparison],
+    margin: float,
+    names: SettingNames,
+) -> Card:
+    """The recommended setting: the cheapest one that is equivalent to the one of the lowest loss.
+
+    Args:
+        settings: trained on one base.
+        base: that base.
+        comparisons: of the experiment.
+        margin: of equivalence, nats per token.
+        names: of the settings.
+    """
+    if not settings:
+        return Card(None, None, (), None, margin, ())
+    by_cost = sorted(settings, key=cost)
+    lowest = min(by_cost, key=lambda setting: setting.loss().value)
+    recommended, given_up = lowest, None
+    for setting in by_cost:
+        if setting is lowest:
+            break
+        found = gap(lowest, setting, margin)
+        if found is not None and found.equivalent and found.seeds == len(lowest.lines):
+            recommended, given_up = setting, found
+            break
+    gaps = [gap(recommended, setting, margin) for setting in by_cost if setting is not recommended]
+    to_base = gap(recommended, base, margin) if base else None
+    facts = [
+        Fact("Recommended", _why(recommended, lowest, given_up, settings, names), "settings"),
+        *([_gain(recommended, to_base, comparisons)] if to_base else []),
+        *_unknown(recommended, settings, names),
+    ]
+    return Card(
+        recommended,
+        lowest,
+        tuple(each for each in gaps if each is not None),
+        to_base,
+        margin,
+        tuple(facts),
+    )
+
+
+def interval_text(value: float, low: float, high: float) -> str:
+    """``+0.0235 nats (+0.0211 to +0.0259)``."""
+    if not math.isfinite(low):
+        return f"{value:+.4f} nats (no interval from one group)"
+    return f"{value:+.4f} nats ({low:+.4f} to {high:+.4f})"
+
+
+def _seeds(run: Any) -> tuple[int, int]:
+    return run.recipe["seed"], run.recipe["data_seed"]
+
+
+def _why(
+    recommended: Setting,
+    lowest: Setting,
+    given_up: Gap | None,
+    settings: Sequence[Setting],
+    names: SettingNames,
+) -> str:
+    loss = recommended.loss().value
+    numbers = f"loss {loss:.4f}, perplexity {perplexity(loss):.2f}"
+    name = names.of(recommended)
+    if len(settings) == 1:
+        return f"{name} ({numbers}): the only setting trained."
+    if given_up is None:
+        return f"{name} ({numbers}): the lowest loss of {len(settings)} settings."
+    return (
+        f"{name} ({numbers}): the cheapest of {len(settings)} settings whose loss is equivalent to "
+        f"the lowest, that of {names.of(lowest)} (difference {given_up.text()})."
+    )
+
+
+def _gain(recommended: Setting, to_base: Gap, comparisons: Sequence[Comparison]) -> Fact:
+    before, after = recommended.loss().value + to_base.value, recommended.loss().value
+    change = 100 * (perplexity(after - before) - 1)
+    ends = sorted(100 * (perplexity(-end) - 1) for end in (to_base.low, to_base.high))
+    span = f" ({ends[0]:+.1f} to {ends[1]:+.1f} %)" if math.isfinite(to_base.low) else ""
+    text = (
+        f"perplexity {perplexity(before):.2f} → {perplexity(after):.2f}, {change:+.1f} %{span}"
+        f"{_verdict_on_base(recommended, comparisons)}."
+    )
+    return Fact("Against the base", text, "comparisons")
+
+
+def _verdict_on_base(recommended: Setting, comparisons: Sequence[Comparison]) -> str:
+    for comparison in comparisons:
+        if comparison.key == "base" and comparison.second.line is recommended.line:
+            seeds = comparison.difference.seeds
+            if comparison.verdict != "different":
+                return f"; {comparison.verdict} (corrected p = {comparison.p_corrected:.3f})"
+            direction = "lower" if comparison.difference.value < 0 else "HIGHER"
+            return (
+                f"; significantly {direction} across test rows and {seeds} seeds"
+                if seeds > 1
+                else f"; significantly {direction} across test rows, for this one training"
+            )
+    return ""
+
+
+def _unknown(recommended: Setting, settings: Sequence[Setting], names: SettingNames) -> list[Fact]:
+    facts = [_seed_fact(settings), _rate_fact(recommended, settings)]
+    facts += _edge_fact(recommended, settings)
+    facts += _training_fact(settings, names)
+    facts.append(_test_set_fact(recommended))
+    return facts
+
+
+def _seed_fact(settings: Sequence[Setting]) -> Fact:
+    counts = sorted({len(setting.lines) for setting in settings})
+    if counts[-1] == 1:
+        text = (
+            "one: differences are between these trainings; whether other seeds repeat them is not "
+            "known (seeds: [0, 1, 2] in the recipe)."
+        )
+    else:
+        number = str(counts[0]) if len(counts) == 1 else f"{counts[0]} to {counts[-1]}"
+        text = f"{number}; intervals cover the choice of test rows and of the seed."
+    return Fact("Seeds", text, "method")
+
+
+def _rate_fact(recommended: Setting, settings: Sequence[Setting]) -> Fact:
+    rates = sorted({float(setting.setting(RATE)) for setting in settings})
+    if len(rates) == 1:
+        text = (
+            f"{rate_name(rates[0])} for all settings, not tuned: the order of the settings may "
+            "change at other rates."
+            if len(settings) > 1
+            else f"{rate_name(rates[0])}, not tuned."
+        )
+    else:
+        text = (
+            f"{rate_name(float(recommended.setting(RATE)))}, of "
+            f"{', '.join(map(rate_name, rates))} tried; chosen on the test rows, so its loss is "
+            "slightly optimistic."
+        )
+    return Fact("Learning rate", text, "method")
+
+
+def _edge_fact(recommended: Setting, settings: Sequence[Setting]) -> list[Fact]:
+    """Numbers of the recommended setting that are the largest or smallest tried."""
+    adapters = [setting for setting in settings if not setting.is_full]
+    if recommended.is_full or len(adapters) < 2:
+        return []
+    edges = []
+    for key in varied(adapters):
+        amounts = [amount(setting, key) for setting in adapters]
+        own = amount(recommended, key)
+        if own is None or None in amounts or key == "adapter.target_modules":
+            continue
+        for extreme, word in ((max, "largest"), (min, "smallest")):
+            if own == extreme(number for number in amounts if number is not None):
+                value = rate_name(own) if key == RATE else f"{own:g}"
+                shown = f"{recommended.setting(key) or 'all'} rows" if key == "data.size" else value
+                edges.append(f"{shown} is the {word} {key_name(key)} tried")
+    if not edges:
+        return []
+    return [
+        Fact("Edge of the grid", f"{'; '.join(edges)}: a better one may lie beyond.", "settings")
+    ]
+
+
+def _training_fact(settings: Sequence[Setting], names: SettingNames) -> list[Fact]:
+    steps = {
+        names.of(setting): int(setting.line.run.record["training"]["steps"]) for setting in settings
+    }
+    few = [name for name, count in steps.items() if count < FEW_STEPS]
+    falling = [names.of(setting) for setting in settings if _still_falling(setting)]
+    parts = []
+    if few:
+        counts = sorted({steps[name] for name in few})
+        span = f"{counts[0]}" if len(counts) == 1 else f"{counts[0]} to {counts[-1]}"
+        parts.append(f"{span} optimizer steps in {_listed(few, len(settings))}")
+    if falling:
+        parts.append(f"training loss still falling at the end in {_listed(falling, len(settings))}")
+    if not parts:
+        return []
+    return [Fact("Training length", f"{'; '.join(parts)}: longer training may help.", "training")]
+
+
+def _listed(names: Sequence[str], total: int) -> str:
+    if len(names) == total:
+        return "all settings" if total > 1 else "this setting"
+    if len(names) > 2:
+        return f"{len(names)} of {total} settings"
+    return " and ".join(f"({name})" for name in names)
+
+
+def _still_falling(setting: Setting) -> bool:
+    losses = [step["loss"] for step in setting.line.run.steps()]
+    fifth = len(losses) // 5
+    if fifth < 4:
+        return False
+    before, last = losses[-2 * fifth : -fifth], losses[-fifth:]
+    return bool(sum(last) < (1 - STILL_FALLING) * sum(before))
+
+
+def _test_set_fact(recommended: Setting) -> Fact:
+    run = recommended.line
+    groups = recommended.loss().groups
+    few = "; fewer than 300: small differences stay open" if len(run.scores) < 300 else ""
+    return Fact("Test set", f"{len(run.scores)} rows in {groups} groups{few}.", "setup")
+
+
+def terminal_card(card: Card) -> list[tuple[str, str]]:
+    """Label and text of every line, for a terminal."""
+    return [(fact.label, fact.text) for fact in card.facts]

@@ -1,0 +1,244 @@
+"""The sections of a report, in their order: the answer first, its evidence folded below."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from dataclasses import dataclass
+from pathlib import Path
+
+from slm_lora.report import examples, figures, sentences
+from slm_lora.report.blocks import Picture, Section, plain
+from slm_lora.report.card import Card, make_card
+from slm_lora.report.names import SettingNames, key_name
+from slm_lora.report.setup import not_shown, setup
+from slm_lora.report.summary import (
+    category_table,
+    comparisons_table,
+    settings_table,
+)
+from slm_lora.report.tables import described_table, losses_table
+from slm_lora.runs.scored_run import ScoredRun
+from slm_lora.stats import learning_curve
+from slm_lora.stats.comparisons import (
+    Comparison,
+    Setting,
+    all_comparisons,
+    arms,
+    by_category,
+    equivalence_margin,
+    series_along,
+)
+from slm_lora.stats.inference import LEAST_GROUPS
+
+
+@dataclass(frozen=True)
+class Analysis:
+    """Statistics of an experiment, computed once for all of its files.
+
+    Attributes:
+        runs: all of them, with their scores.
+        settings: trained ones, over their seeds.
+        base: the base model; None where it was not scored.
+        comparisons: of the experiment, corrected together.
+        curves: loss against data size.
+        names: of the settings.
+        card: the result in a few lines.
+    """
+
+    runs: tuple[ScoredRun, ...]
+    settings: tuple[Setting, ...]
+    base: Setting | None
+    comparisons: tuple[Comparison, ...]
+    curves: tuple[learning_curve.LearningCurve, ...]
+    names: SettingNames
+    card: Card
+
+
+def analyse(runs: Sequence[ScoredRun]) -> Analysis:
+    """Statistics of runs on the same test rows.
+
+    Raises:
+        IntegrityError: they were scored on different rows.
+    """
+    comparisons = all_comparisons(runs)
+    settings = arms(runs)
+    base = next((Setting((run,)) for run in runs if run.is_base), None)
+    names = SettingNames(settings)
+    curves = []
+    for series in series_along("data.size", settings):
+        sized = [(point.training_rows, [run.scores for run in point.lines]) for point in series]
+        name = names.series("data.size", series[0])
+        if curve := learning_curve.fit(name, sized, series[0].line.headline):
+            curves.append(curve)
+    # Losses of models with other tokenizers do not compare: the card is on the first base's.
+    comparable = [
+        setting for setting in settings if base is None or _same_tokens(setting.line, base.line)
+    ]
+    card = make_card(comparable, base, comparisons, equivalence_margin(runs[0]), names)
+    return Analysis(
+        tuple(runs), tuple(settings), base, tuple(comparisons), tuple(curves), names, card
+    )
+
+
+def _same_tokens(first: ScoredRun, second: ScoredRun) -> bool:
+    return all(
+        run.run.record["data"]["held_out_sha256"] == first.run.record["data"]["held_out_sha256"]
+        for run in (first, second)
+    )
+
+
+def sections(
+    analysis: Analysis, results: Path, quoted: examples.Quoted | None = None
+) -> list[Section]:
+    """Everything below the card."""
+    names, settings, comparisons = analysis.names, analysis.settings, analysis.comparisons
+    between = [pair for pair in comparisons if pair.key != "base"]
+    note = sentences.untuned(comparisons)
+    forests = [
+        figures.forest(
+            "against-base",
+            [pair for pair in comparisons if pair.key == "base"],
+            "Against the base",
+            names,
+        ),
+        figures.forest("between-settings", between, "Between settings", names),
+    ]
+    effects = [
+        *map(figures.learning_curve, analysis.curves),
+        figures.time_and_loss(settings, names),
+        *(
+            figures.perplexity_along(key, key_name(key), series_along(key, settings), names)
+            for key in ("adapter.r", "data.size")
+        ),
+    ]
+    return [
+        Section(
+            "Settings",
+            settings_table(analysis.card, settings, analysis.base, names)
+            + "\nMeans over seeds; loss in nats per token, lower is better. Time per training, "
+            "largest peak memory.",
+            anchor="settings",
+        ),
+        Section(
+            "All comparisons",
+            "\n\n".join(filter(None, [note, comparisons_table(comparisons, names)])),
+            _present(forests),
+            anchor="comparisons",
+            folded=True,
+        ),
+        Section(
+            "Effect of doubling rank or data",
+            sentences.scaling(comparisons, analysis.curves, names),
+            _present(effects),
+            anchor="scaling",
+            folded=True,
+        ),
+        Section("Every run", runs_text(analysis.runs), anchor="runs", folded=True),
+        *_categories(analysis),
+        *examples.rows(comparisons, quoted, names),
+        Section(
+            "Training",
+            _training(settings, names),
+            _present([figures.training_curves(settings, names)]),
+            anchor="training",
+            folded=True,
+        ),
+        Section(
+            "Method",
+            "\n\n".join(
+                [sentences.method(analysis.runs, comparisons), sentences.confounds(comparisons)]
+            ),
+            anchor="method",
+            folded=True,
+        ),
+        Section("Setup", setup(analysis.runs, results), anchor="setup", folded=True),
+        *examples.replies(results),
+    ]
+
+
+def question(analysis: Analysis) -> str:
+    """The question of the experiment."""
+    return sentences.question(analysis.runs, analysis.settings, analysis.comparisons)
+
+
+def answer_picture(analysis: Analysis) -> Picture | None:
+    """The one figure that carries the answer."""
+    return figures.gaps(analysis.card, analysis.names)
+
+
+def _present(pictures: Sequence[Picture | None]) -> tuple[Picture, ...]:
+    return tuple(picture for picture in pictures if picture is not None)
+
+
+def _training(settings: Sequence[Setting], names: SettingNames) -> str:
+    items = []
+    for setting in settings:
+        record = setting.line.run.record["training"]
+        seeds = f", first of {len(setting.lines)} seeds" if len(setting.lines) > 1 else ""
+        items.append(
+            f"- {names.of(setting)}: {record['steps']} steps, {record['tokens']:,} tokens, last "
+            f"training loss {record['last_step_loss']:.3f}{seeds}"
+        )
+    return "\n".join(items) or "Nothing was trained."
+
+
+def _categories(analysis: Analysis) -> list[Section]:
+    table = category_table(analysis.settings, analysis.base, analysis.names)
+    if not table:
+        return []
+    pictures = []
+    to_base = [
+        pair
+        for pair in analysis.comparisons
+        if pair.key == "base"
+        and analysis.card.recommended is not None
+        and pair.second.line is analysis.card.recommended.line
+    ]
+    for pair in to_base[:1]:
+        second, first = analysis.names.of(pair.second), analysis.names.of(pair.first)
+        pictures.append(figures.categories(by_category(pair), second, first))
+    text = (
+        "Held-out loss, nats per token, with unpaired 95 % intervals over the choice of test rows "
+        f"where a category has {LEAST_GROUPS} groups or more."
+    )
+    return [
+        Section(
+            "By category",
+            f"{text}\n\n{table}",
+            _present(pictures),
+            anchor="categories",
+            folded=True,
+        )
+    ]
+
+
+def table_text(analysis: Analysis, results: Path) -> str:
+    """The table of all runs with its notes, for a file of its own."""
+    others = not_shown([run.run for run in analysis.runs], results)
+    return runs_text(analysis.runs) + (f"\n\n{plain(others)}" if others else "")
+
+
+def runs_text(runs: Sequence[ScoredRun]) -> str:
+    """Every run in the described columns, losses with their intervals, and what they are."""
+    record = runs[0].run.record
+    data, machine = record["data"], record["machine"]
+    tokens = "the whole text" if runs[0].headline == "all" else "the response"
+    seeds = ", ".join(map(str, sorted({run.recipe["seed"] for run in runs})))
+    gpu = f", {machine['gpu']}" if "gpu" in machine else ""
+    notes = [
+        f"Eval Loss: total negative log-likelihood over the tokens of {tokens} (end-of-sequence "
+        f"token included), in nats per token, on the same {data['sets']['test']['rows']} test rows "
+        "for every run; Perplexity is its exponential.",
+        f"Base: {record['model']['name']}, {record['model']['precision']}; data: {data['origin']}; "
+        f"template: {data['template']['kind']}; seed(s): {seeds}.",
+        f"Run on {machine['processor']}, {machine['cores']} cores, {machine['memory_gb']} GB{gpu}. "
+        "Tokens/s counts real tokens of training, without the first two steps.",
+    ]
+    return (
+        f"{described_table(runs)}\n"
+        + "\n".join(f"- {note}" for note in notes)
+        + f"\n\n### Whole text, with 95 % intervals\n\n{losses_table(runs, 'all')}"
+        + f"\n### Response only, with 95 % intervals\n\n{losses_table(runs, 'response')}\n"
+        "Intervals cover the choice of test rows, not the training seed. Mean over rows: mean of "
+        "each row's own loss per token, so short rows count as much as long ones."
+    )

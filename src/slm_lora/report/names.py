@@ -1,0 +1,101 @@
+"""Names of settings and of recipe keys, as people write them."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+
+from slm_lora.report.tables import KINDS
+from slm_lora.stats.comparisons import Setting, varied
+
+_KEYS = {
+    "adapter.r": "rank",
+    "data.size": "dataset size",
+    "adapter.target_modules": "target modules",
+    "adapter.kind": "method",
+    "adapter.lora_alpha": "alpha/r",
+}
+
+
+def key_name(key: str, tied: Sequence[str] = ()) -> str:
+    """A recipe key in words, with the keys that vary along with it."""
+    name = _KEYS.get(key, key.rsplit(".", 1)[-1].replace("_", " "))
+    return f"{name} with its {' and '.join(map(key_name, tied))}" if tied else name
+
+
+def value_name(value: object) -> str:
+    """The value of a recipe key."""
+    if value is None:
+        return "all"
+    return "+".join(map(str, value)) if isinstance(value, list | tuple) else str(value)
+
+
+def rate_name(rate: float) -> str:
+    """A learning rate: ``2e-4``."""
+    mantissa, _, exponent = f"{rate:.6e}".partition("e")
+    return f"{float(mantissa):g}e{int(exponent)}"
+
+
+class SettingNames:
+    """Names of the settings of one experiment, from the keys that they differ in.
+
+    Args:
+        settings: all trained settings of the experiment.
+    """
+
+    def __init__(self, settings: Sequence[Setting]) -> None:
+        adapters = [setting for setting in settings if not setting.is_full]
+        self._keys = list(varied(adapters)) if adapters else []
+        kinds = {setting.setting("adapter.kind") for setting in settings}
+        if len(kinds) > 1 and "adapter.kind" not in self._keys:
+            self._keys.insert(0, "adapter.kind")
+        self._sizes = len({setting.setting("data.size") for setting in settings}) > 1
+        self._models = len({setting.line.run.record["model"]["name"] for setting in settings}) > 1
+
+    def of(self, setting: Setting) -> str:
+        """``r=16, 1500 rows``; for the base model ``base``."""
+        if setting.line.is_base:
+            model = setting.line.run.record["model"]["name"]
+            return f"base {model}" if self._models else "base"
+        parts = [setting.line.run.record["model"]["name"]] if self._models else []
+        full = setting.is_full
+        if full:
+            parts.append(KINDS["full"])
+        for key in self._keys:
+            # All weights train: keys of an adapter have no effect.
+            if full and key.startswith("adapter."):
+                continue
+            parts.append(self._part(key, setting))
+        if full and self._sizes and "data.size" not in self._keys:
+            parts.append(self._part("data.size", setting))
+        if not parts:
+            parts = [f"{KINDS[setting.setting('adapter.kind')]} r={setting.setting('adapter.r')}"]
+        return ", ".join(parts)
+
+    def series(self, key: str, setting: Setting) -> str:
+        """The name without ``key``, for a series along it."""
+        others = [self._part(other, setting) for other in self._keys if other != key]
+        return ", ".join(others) or "all settings"
+
+    @staticmethod
+    def _part(key: str, setting: Setting) -> str:
+        value = setting.setting(key)
+        if key == "adapter.kind":
+            return KINDS[value]
+        if key == "adapter.r":
+            return f"r={value}"
+        if key == "data.size":
+            return "all rows" if value is None else f"{value} rows"
+        if key == "adapter.target_modules":
+            return _modules(value)
+        if key == "training.learning_rate":
+            return f"lr {rate_name(float(value))}"
+        if key == "adapter.lora_alpha":
+            return f"alpha={value:g}"
+        return f"{key.rsplit('.', 1)[-1]}={value_name(value)}"
+
+
+def _modules(value: object) -> str:
+    if not isinstance(value, list | tuple):
+        return str(value)
+    names = [str(name).removesuffix("_proj") for name in value]
+    return "+".join(names) if len(names) < 5 else f"{len(names)} modules"

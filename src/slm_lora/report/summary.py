@@ -1,0 +1,144 @@
+"""Tables over seeds: settings, comparisons, categories."""
+
+from __future__ import annotations
+
+import math
+from collections import Counter
+from collections.abc import Sequence
+
+from slm_lora.report.blocks import markdown_table, plain
+from slm_lora.report.card import Card, Gap
+from slm_lora.report.names import SettingNames, key_name
+from slm_lora.report.sentences import p_text, verdict_text
+from slm_lora.report.tables import loss_shown
+from slm_lora.runtime.progress import clock
+from slm_lora.stats.comparisons import Comparison, Setting
+from slm_lora.stats.estimates import perplexity
+
+SETTING_COLUMNS = (
+    "Setting", "Seeds", "Loss", "Perplexity", "Against the recommended, 95 %", "Trainable", "Time",
+    "Memory",
+)  # fmt: skip
+
+
+def setting_rows(
+    card: Card, settings: Sequence[Setting], base: Setting | None, names: SettingNames
+) -> list[list[str]]:
+    """Literal cells under `SETTING_COLUMNS`: the base, then every setting as in ``settings``."""
+    gaps = {id(gap.setting): gap for gap in (*card.gaps, *([card.base] if card.base else []))}
+    rows = [_setting_row(base, gaps.get(id(base)), names, "")] if base else []
+    for setting in settings:
+        marks = [
+            word
+            for word, marked in (("recommended", card.recommended), ("lowest", card.lowest))
+            if setting is marked
+        ]
+        mark = f" ({', '.join(marks)})" if marks and len(settings) > 1 else ""
+        rows.append(_setting_row(setting, gaps.get(id(setting)), names, mark))
+    return rows
+
+
+def _setting_row(setting: Setting, gap: Gap | None, names: SettingNames, mark: str) -> list[str]:
+    loss = setting.loss().value
+    start = [names.of(setting) + mark, f"{len(setting.lines)}"]
+    numbers = [f"{loss:.4f}", f"{perplexity(loss):.2f}", _gap_cell(gap)]
+    if setting.line.is_base:
+        return [start[0], "–", *numbers, "–", "–", "–"]
+    records = [run.run.record for run in setting.lines]
+    seconds = sum(record["training"]["seconds"] for record in records) / len(records)
+    peak = max(record["training"]["peak_memory_bytes"] for record in records)
+    trainable = records[0]["adapter"]["trainable_parameters"]
+    return [*start, *numbers, count_text(trainable), clock(seconds), f"{peak / 1e9:.1f} GB"]
+
+
+def _gap_cell(gap: Gap | None) -> str:
+    if gap is None:
+        return "–"
+    if not math.isfinite(gap.low):
+        return f"{gap.value:+.4f}"
+    return f"{gap.value:+.4f} ({gap.low:+.4f}, {gap.high:+.4f})"
+
+
+def count_text(count: int) -> str:
+    """``921,600`` as ``0.92 M``."""
+    if count >= 1e9:
+        return f"{count / 1e9:.2f} B"
+    return f"{count / 1e6:.2f} M" if count >= 1e4 else f"{count}"
+
+
+def settings_table(
+    card: Card, settings: Sequence[Setting], base: Setting | None, names: SettingNames
+) -> str:
+    """One row per setting, over its seeds, as Markdown; the recommended one in bold."""
+    rows = []
+    for row in setting_rows(card, settings, base, names):
+        cells = [plain(row[0]), *row[1:]]
+        recommended = card.recommended is not None and row[0].startswith(
+            names.of(card.recommended) + " ("
+        )
+        rows.append([f"**{cell}**" if recommended else cell for cell in cells])
+    return markdown_table(SETTING_COLUMNS, rows)
+
+
+def comparisons_table(comparisons: Sequence[Comparison], names: SettingNames) -> str:
+    """One row per comparison, as Markdown; a table for the base and for each key."""
+    parts = []
+    for key in dict.fromkeys(pair.key for pair in comparisons):
+        pairs = [pair for pair in comparisons if pair.key == key]
+        heading = (
+            "Against the base" if key == "base" else f"Effect of {key_name(key, pairs[0].tied)}"
+        )
+        rows = [
+            [
+                plain(f"{names.of(pair.second)} vs {names.of(pair.first)}"),
+                _gap_text(pair),
+                *([_perplexity_change(pair)] if key == "base" else []),
+                p_text(pair).removeprefix("p = ").removeprefix("p "),
+                f"{pair.difference.seeds}",
+                verdict_text(pair),
+            ]
+            for pair in pairs
+        ]
+        header = [
+            "Comparison", "Loss difference, nats (95 %)",
+            *(["Perplexity"] if key == "base" else []), "p, corrected", "Seeds", "Verdict",
+        ]  # fmt: skip
+        table = markdown_table(header, rows, left=(0, len(header) - 1))
+        parts.append(f"### {heading}\n\n{table}")
+    return "\n".join(parts) or "No comparisons: one setting, and no base."
+
+
+def _gap_text(pair: Comparison) -> str:
+    difference = pair.difference
+    if not math.isfinite(difference.low):
+        return f"{difference.value:+.4f}"
+    return f"{difference.value:+.4f} ({difference.low:+.4f}, {difference.high:+.4f})"
+
+
+def _perplexity_change(pair: Comparison) -> str:
+    # exp of a difference of losses is the ratio of perplexities.
+    before, after = (perplexity(setting.loss().value) for setting in (pair.first, pair.second))
+    change = 100 * (perplexity(pair.difference.value) - 1)
+    return f"{before:.2f} → {after:.2f} ({change:+.1f} %)"
+
+
+def category_table(settings: Sequence[Setting], base: Setting | None, names: SettingNames) -> str:
+    """Losses by category of rows, as Markdown; empty where rows have no categories."""
+    columns = [*([base] if base else []), *settings]
+    categories = category_names(columns[0])
+    if not categories:
+        return ""
+    scores = columns[0].line.scores
+    rows = []
+    for category in categories:
+        count = sum(score.category == category for score in scores)
+        losses = [loss_shown(setting.within(category), 3) for setting in columns]
+        rows.append([plain(category), f"{count}", *losses])
+    return markdown_table(["Category", "Rows", *map(names.of, columns)], rows)
+
+
+def category_names(setting: Setting) -> list[str]:
+    """The thirty largest categories of the scored rows by name; none if there is but one."""
+    counts = Counter(score.category for score in setting.line.scores if score.tokens_response)
+    del counts[""]
+    return sorted(name for name, _ in counts.most_common(30)) if len(counts) > 1 else []
