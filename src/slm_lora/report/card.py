@@ -8,7 +8,7 @@ from dataclasses import dataclass
 from typing import Any
 
 from slm_lora.report.names import SettingNames, key_name, rate_name
-from slm_lora.stats.comparisons import Comparison, Setting, amount, varied
+from slm_lora.stats.comparisons import Comparison, Setting, amount, series_along, varied
 from slm_lora.stats.estimates import paired, perplexity
 from slm_lora.stats.inference import LEAST_GROUPS, interval
 
@@ -254,18 +254,20 @@ def _seed_fact(settings: Sequence[Setting]) -> Fact:
 
 def _rate_fact(recommended: Setting, settings: Sequence[Setting]) -> Fact:
     rates = sorted({float(setting.setting(RATE)) for setting in settings})
-    if len(rates) == 1:
+    tried = ", ".join(map(rate_name, rates))
+    if len(settings) == 1:
+        text = f"{tried}, not tuned."
+    elif len(rates) == 1:
         text = (
-            f"{rate_name(rates[0])} for all settings, not tuned: the order of the settings may "
-            "change at other rates."
-            if len(settings) > 1
-            else f"{rate_name(rates[0])}, not tuned."
+            f"{tried} for all settings, not tuned: the order of the settings may change at other "
+            "rates."
         )
+    elif not series_along(RATE, settings):
+        text = f"one per setting ({tried}), not tuned: the order may change at other rates."
     else:
         text = (
-            f"{rate_name(float(recommended.setting(RATE)))}, of "
-            f"{', '.join(map(rate_name, rates))} tried; chosen on the test rows, so its loss is "
-            "slightly optimistic."
+            f"{rate_name(float(recommended.setting(RATE)))}, of {tried} tried; chosen on the test "
+            "rows, so its loss is slightly optimistic."
         )
     return Fact("Learning rate", text, "method")
 

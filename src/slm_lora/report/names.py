@@ -74,7 +74,9 @@ class SettingNames:
     def series(self, key: str, setting: Setting) -> str:
         """The name without ``key``, for a series along it."""
         others = [self._part(other, setting) for other in self._keys if other != key]
-        return ", ".join(others) or "all settings"
+        return ", ".join(others) or (
+            "all settings" if key == "adapter.r" else f"r={setting.setting('adapter.r')}"
+        )
 
     @staticmethod
     def _part(key: str, setting: Setting) -> str:

@@ -7,7 +7,7 @@ from collections import Counter
 from collections.abc import Sequence
 
 from slm_lora.report.blocks import markdown_table, plain
-from slm_lora.report.card import Card, Gap
+from slm_lora.report.card import Card, Gap, cost
 from slm_lora.report.names import SettingNames, key_name
 from slm_lora.report.sentences import p_text, verdict_text
 from slm_lora.report.tables import loss_shown
@@ -24,10 +24,10 @@ SETTING_COLUMNS = (
 def setting_rows(
     card: Card, settings: Sequence[Setting], base: Setting | None, names: SettingNames
 ) -> list[list[str]]:
-    """Literal cells under `SETTING_COLUMNS`: the base, then every setting as in ``settings``."""
+    """Literal cells under `SETTING_COLUMNS`: the base, then the settings, cheapest first."""
     gaps = {id(gap.setting): gap for gap in (*card.gaps, *([card.base] if card.base else []))}
     rows = [_setting_row(base, gaps.get(id(base)), names, "")] if base else []
-    for setting in settings:
+    for setting in sorted(settings, key=cost):
         marks = [
             word
             for word, marked in (("recommended", card.recommended), ("lowest", card.lowest))
