@@ -6,6 +6,7 @@ sampling units throughout.
 
 from __future__ import annotations
 
+import functools
 import math
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass
@@ -137,8 +138,10 @@ def mean_over_rows(runs: Sequence[Sequence[RowScore]], tokens: LossOn) -> Estima
         nll, count = _nll(row, tokens)
         return (nll / count, 1) if count else (0.0, 0)
 
-    sums, rows = _by_group(runs, tokens, own)
-    return loss_of_sums(sums.mean(0), rows)
+    for other in runs[1:]:
+        _check_same_rows(runs[0], other, tokens)
+    sums = [_sums(scores, own) for scores in runs]
+    return loss_of_sums(np.stack([values for values, _ in sums]).mean(0), sums[0][1])
 
 
 def group_sums(runs: Sequence[Sequence[RowScore]], tokens: LossOn) -> tuple[Floats, Floats]:
@@ -147,16 +150,28 @@ def group_sums(runs: Sequence[Sequence[RowScore]], tokens: LossOn) -> tuple[Floa
     Raises:
         IntegrityError: they were not scored on the same tokens of the same rows.
     """
-    return _by_group(runs, tokens, lambda row: _nll(row, tokens))
-
-
-def _by_group(
-    runs: Sequence[Sequence[RowScore]], tokens: LossOn, parts: Parts
-) -> tuple[Floats, Floats]:
     for other in runs[1:]:
         _check_same_rows(runs[0], other, tokens)
-    sums = [_sums(scores, parts) for scores in runs]
+    sums = [_nll_sums(_ById(scores), tokens) for scores in runs]
     return np.stack([values for values, _ in sums]), sums[0][1]
+
+
+@dataclass(frozen=True, eq=False)
+class _ById:
+    """Scores as a cache key: the same object, not equal content."""
+
+    scores: Sequence[RowScore]
+
+    def __hash__(self) -> int:
+        return id(self.scores)
+
+    def __eq__(self, other: object) -> bool:
+        return isinstance(other, _ById) and self.scores is other.scores
+
+
+@functools.lru_cache(maxsize=256)
+def _nll_sums(key: _ById, tokens: LossOn) -> tuple[Floats, Floats]:
+    return _sums(key.scores, lambda row: _nll(row, tokens))
 
 
 def paired(arms: Sequence[tuple[Sequence[RowScore], Sequence[RowScore]]], tokens: LossOn) -> Paired:
@@ -170,20 +185,28 @@ def paired(arms: Sequence[tuple[Sequence[RowScore], Sequence[RowScore]]], tokens
 
 
 def _check_same_rows(first: Sequence[RowScore], second: Sequence[RowScore], tokens: LossOn) -> None:
-    by_id = {s.row_id: s for s in first}
-    if by_id.keys() != {s.row_id for s in second}:
+    expected, actual = (_scored_on(_ById(scores), tokens) for scores in (first, second))
+    if expected == actual:
+        return
+    if expected.keys() != actual.keys():
         raise IntegrityError("the two runs were scored on different rows; they do not compare")
-    for each in second:
-        count, other = _nll(each, tokens)[1], _nll(by_id[each.row_id], tokens)[1]
+    for row_id, (count, group) in actual.items():
+        other, other_group = expected[row_id]
         if count != other:
             raise IntegrityError(
-                f"row {each.row_id[:8]} was scored on {other} and on {count} tokens; "
+                f"row {row_id[:8]} was scored on {other} and on {count} tokens; "
                 "the two runs do not compare"
             )
-        if each.group_id != by_id[each.row_id].group_id:
+        if group != other_group:
             raise IntegrityError(
-                f"row {each.row_id[:8]} is in different groups; the two runs do not compare"
+                f"row {row_id[:8]} is in different groups; the two runs do not compare"
             )
+
+
+@functools.lru_cache(maxsize=256)
+def _scored_on(key: _ById, tokens: LossOn) -> dict[str, tuple[int, str]]:
+    """Tokens and group of every row, by its id."""
+    return {score.row_id: (_nll(score, tokens)[1], score.group_id) for score in key.scores}
 
 
 def _nll(score: RowScore, tokens: LossOn) -> tuple[float, int]:
