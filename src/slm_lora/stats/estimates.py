@@ -133,14 +133,9 @@ def perplexity(loss: float) -> float:
 
 def mean_over_rows(runs: Sequence[Sequence[RowScore]], tokens: LossOn) -> Estimate:
     """Mean of the rows' own losses, where a long row counts as much as a short one."""
-
-    def own(row: RowScore) -> tuple[float, int]:
-        nll, count = _nll(row, tokens)
-        return (nll / count, 1) if count else (0.0, 0)
-
     for other in runs[1:]:
         _check_same_rows(runs[0], other, tokens)
-    sums = [_sums(scores, own) for scores in runs]
+    sums = [_row_loss_sums(_ById(scores), tokens) for scores in runs]
     return loss_of_sums(np.stack([values for values, _ in sums]).mean(0), sums[0][1])
 
 
@@ -167,6 +162,15 @@ class _ById:
 
     def __eq__(self, other: object) -> bool:
         return isinstance(other, _ById) and self.scores is other.scores
+
+
+@functools.lru_cache(maxsize=256)
+def _row_loss_sums(key: _ById, tokens: LossOn) -> tuple[Floats, Floats]:
+    def own(row: RowScore) -> tuple[float, int]:
+        nll, count = _nll(row, tokens)
+        return (nll / count, 1) if count else (0.0, 0)
+
+    return _sums(key.scores, own)
 
 
 @functools.lru_cache(maxsize=256)
@@ -216,10 +220,16 @@ def _nll(score: RowScore, tokens: LossOn) -> tuple[float, int]:
 
 
 def _sums(scores: Sequence[RowScore], parts: Parts) -> tuple[Floats, Floats]:
-    """Numerators and denominators, a group each. Exact sums: row order does not matter."""
-    groups: dict[str, list[tuple[float, int]]] = {}
+    """Numerators and denominators by group, in the order of group ids. Exact sums, so the order of
+    rows does not matter. Groups without a denominator are left out."""
+    values: dict[str, list[float]] = {}
+    counts: dict[str, int] = {}
     for score in scores:
-        groups.setdefault(score.group_id, []).append(parts(score))
-    kept = [each for _, each in sorted(groups.items()) if any(count for _, count in each)]
-    values = np.array([math.fsum(value for value, _ in each) for each in kept])
-    return values, np.array([float(sum(count for _, count in each)) for each in kept])
+        value, count = parts(score)
+        values.setdefault(score.group_id, []).append(value)
+        counts[score.group_id] = counts.get(score.group_id, 0) + count
+    groups = sorted(group for group, count in counts.items() if count)
+    return (
+        np.array([math.fsum(values[group]) for group in groups]),
+        np.array([float(counts[group]) for group in groups]),
+    )
