@@ -45,4 +45,4 @@ def test_the_recipe_for_own_data_runs_on_rows_like_those_shown(
     assert command("data", "show", "mine.yaml", model) == 0
     short = ("seeds=[0]", "training.max_steps=1", "grid.axes=[{adapter.r: [4, 8]}]")
     assert command("experiment", "mine.yaml", model, *short) == 0
-    assert "report    results/mine/report.html" in capsys.readouterr().out
+    assert "report     results/mine/report.html" in capsys.readouterr().out

@@ -83,9 +83,13 @@ def test_everything_is_there(lab: Lab) -> None:
         [" 40 ", " 2 "], [" 40 ", " 4 "], [" 80 ", " 4 "],
     ]  # fmt: skip
     report = (lab.results / "report.md").read_text()
-    for title in ("Perplexity reduction", "Effect of the rank", "dataset size", "Diminishing"):
+    for title in ("**[Recommended](#settings):**", "Effect of rank", "Effect of dataset size"):
         assert title in report
-    assert "do to the held-out loss of tiny-llama on rows.jsonl?" in report
+    assert "change the held-out loss of tiny-llama on rows.jsonl?" in report
+    for figure in re.findall(r"\]\((figures/[^)]+)\)", report):
+        drawing = (lab.results / figure).read_text()
+        assert drawing.startswith("<?xml") and drawing.rstrip().endswith("</svg>")
+    assert "](figures/settings.svg)" in report
     assert {p.name for p in lab.adapters.iterdir()} == {
         "tiny-r2-40", "tiny-r4-40", "tiny-r4-80",
     }  # fmt: skip
@@ -220,9 +224,9 @@ def test_a_report_names_rows_by_rule_and_shows_outputs(
     assert command("compare-outputs", prompts, *adapters, *out) == 0
     assert command("report", results) == 0
     report, page = ((results / f"report.{end}").read_text() for end in ("md", "html"))
-    assert "## Outputs side by side" in report and "### 1. Why \\<tea\\>?" in report
+    assert "<b>Replies side by side</b>" in report and "<b>1. Why &lt;tea&gt;?</b>" in report
     assert "<h3>1. Why &lt;tea&gt;?</h3>" in page and "tiny-r2-40, sampled" in page
-    table = report[report.index("## Rows") :].split("\n## ")[0]
+    table = report[report.index("<b>Rows</b>") :].split("</details>")[0]
     picked = [line.split("|") for line in table.splitlines() if "`" in line]
     changes = [float(cells[7]) for cells in picked]
     best = min(
@@ -375,7 +379,7 @@ def test_compare_finds_what_the_experiment_found(
         assert compared[key] == found[key]
     assert command("compare", *(runs / name for name in names)) == 0
     said = " ".join(capsys.readouterr().out.split())
-    assert f"r4-40 against r2-40: {found['value']:+.4f} nats" in said
+    assert f"r4-40 vs r2-40: {found['value']:+.4f} nats" in said
 
 
 def test_compare_refuses_other_rows(

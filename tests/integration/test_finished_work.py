@@ -55,7 +55,7 @@ def test_another_grid_of_the_same_name_replaces_nothing(
     assert {name: after[name] for name in first} == first
     assert f"{lab.adapters / 'tiny-r2-40'} holds the adapter of another run" in err
     assert "(training.learning_rate: 0.01 → 0.005) and stays" in err
-    assert f"adapter   {lab.adapters / new}" in out
+    assert f"adapter    {lab.adapters / new}" in out
 
     # The report covers what was asked for, and says what else lies there.
     there = contents(lab.results / "runs")

@@ -12,7 +12,9 @@ import pytest
 from slm_lora.config.grid import set_key
 from slm_lora.config.schema import CellRecipe
 from slm_lora.records import RowScore
-from slm_lora.report import analysis
+from slm_lora.report import sentences
+from slm_lora.report.names import SettingNames
+from slm_lora.report.summary import category_table, comparisons_table
 from slm_lora.runs.folder import Run
 from slm_lora.runs.scored_run import ScoredRun
 from slm_lora.stats.comparisons import Setting, all_comparisons, arms, by_category, varied
@@ -82,9 +84,9 @@ def test_keys_that_move_together_are_one_difference() -> None:
     ]
     (found,) = all_comparisons(lines)
     assert (found.key, found.tied) == ("adapter.kind", ("training.learning_rate",))
-    asked = analysis.question(lines, arms(lines), [found])
-    assert "the method with its learning rate (lora, full)" in asked
-    assert "also have another learning rate" in analysis.confounds([found])
+    asked = sentences.question(lines, arms(lines), [found])
+    assert "method with its learning rate (lora, full)" in asked
+    assert "also have another learning rate" in sentences.confounds([found])
     # Once the rates cross, they are two differences again.
     lines.append(line("slow", 2.1, adapter__kind="lora", training__learning_rate=1e-4))
     assert compared(lines) == [
@@ -139,14 +141,16 @@ def test_categories_are_compared_apart() -> None:
     parts = by_category(found)
     assert [(name, rows) for name, rows, _ in parts] == [("even", 20), ("odd", 20)]
     assert all(d.value == pytest.approx(-1) for _, _, d in parts)
-    table = analysis.category_table([Setting((lines[1],))], lines[0])
+    settings = [Setting((lines[1],))]
+    table = category_table(settings, Setting((lines[0],)), SettingNames(settings))
     assert "| even | 20 | 3.000 (2." in table
 
 
 def test_a_category_of_few_groups_has_no_interval() -> None:
     one = line("r8", 2.0)
     few = tuple(replace(s, category="few" if s.row_id < "05" else s.category) for s in one.scores)
-    table = analysis.category_table([Setting((replace(one, scores=few),))], None)
+    settings = [Setting((replace(one, scores=few),))]
+    table = category_table(settings, None, SettingNames(settings))
     assert re.search(r"\| few \| 5 \| \d\.\d+ \|", table)
     assert re.search(r"\| odd \| 18 \| 2\.\d+ \(1\.\d+ to 2\.\d+\) \|", table)
 
@@ -159,30 +163,42 @@ def test_arms_of_unequal_seeds_are_compared_on_those_of_both() -> None:
     assert [(c.second.name, c.first.name) for c in found] == [
         ("r4", "base"), ("r8-seed0", "base"), ("r8-seed0", "r4-seed0"),
     ]  # fmt: skip
-    said = analysis.basis([*lines], found)
-    assert "with one seed, what another seed would give is not covered" in said
-    assert "Comparisons of several seeds (2) cover the seed as well" in said
-    answer = analysis.answer(found)
-    assert "The loss of this training is lower beyond the choice of test rows" in answer
+    method = sentences.method([*lines], found)
+    assert "the variation between seeds is unknown with one seed" in method
+    assert "Comparisons over several seeds (2) cover the seed as well" in method
+    table = comparisons_table(found, SettingNames(arms(lines)))
+    assert "Significantly lower across test rows for this training; other seeds are" in table
 
 
-def test_the_answer_begins_with_how_many_said_what() -> None:
+def test_verdicts_name_their_reason() -> None:
     lines = [line("base", 3.0)]
     lines += [
         line(f"r{r}-seed{n}", loss, adapter__r=r, seed=n)
         for n in (0, 1, 2)
         for r, loss in ((4, 2.0), (8, 2.0), (16, 2.5 + n / 10))
     ]
-    said = analysis.answer(all_comparisons(lines)).split("\n", 1)[0]
-    assert said.startswith("Lowest perplexity: 7.389, of r")
-    assert "3 comparisons with the base: 3 different." in said
-    assert "2 comparisons between trainings: 1 different, 1 equivalent." in said
-    assert "one seed" not in said
-    assert "Learning rates were not tuned per setting (0.0002 for all)" in said
-    alone = analysis.answer(all_comparisons(lines[:3])).split("\n", 1)[0]
-    assert "A verdict from one seed is on these runs, not on their settings." in alone
+    verdicts = [sentences.verdict_text(pair) for pair in all_comparisons(lines)]
+    assert verdicts[:3] == ["Significantly lower across test rows and 3 seeds."] * 3
+    assert verdicts[3] == "Equivalent within ±0.01 nats."
+    assert verdicts[4] == "Significantly higher across test rows and 3 seeds."
+    note = sentences.untuned(all_comparisons(lines))
+    assert "Learning rates were not tuned per setting (2e-4 for all)" in note
     rates = [
         line("r4-a", 2.0, adapter__r=4, training__learning_rate=1e-3),
         line("r4-b", 2.1, adapter__r=4, training__learning_rate=2e-3),
     ]
-    assert "not tuned" not in analysis.answer(all_comparisons([lines[0], *rates]))
+    assert not sentences.untuned(all_comparisons([lines[0], *rates]))
+
+
+def test_inconclusive_names_the_corrected_p() -> None:
+    """Two seeds far apart: the interval over rows excludes zero, the corrected p is large."""
+    lines = [
+        line(f"r{r}-seed{n}", loss, adapter__r=r, seed=n)
+        for n, r, loss in ((0, 4, 2.0), (1, 4, 2.0), (0, 8, 1.9), (1, 8, 1.2))
+    ]
+    (pair,) = all_comparisons(lines)
+    assert pair.verdict == "inconclusive"
+    assert sentences.verdict_text(pair).startswith("Inconclusive: the interval includes zero")
+    far = replace(pair, difference=replace(pair.difference, low=-0.9, high=-0.1), p_corrected=0.08)
+    reason = sentences.verdict_text(replace(far, family=12))
+    assert reason.startswith("Inconclusive: p = 0.08 after correction for 12 comparisons")

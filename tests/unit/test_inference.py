@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import math
 from collections.abc import Sequence
+from typing import Any
 
 import numpy as np
 import pytest
@@ -176,7 +177,40 @@ def test_no_p_is_below_what_the_sign_flips_can_show() -> None:
 
 def test_holm_by_hand() -> None:
     assert holm([0.01, 0.04, 0.03]) == pytest.approx([0.03, 0.06, 0.06])
+    # The documentation of R's p.adjust defines it: max over j ≤ i of min(1, (n - j + 1) p_(j)).
+    assert holm([0.5, 0.6]) == [1.0, 1.0]
     assert holm([]) == []
+
+
+@given(st.lists(st.floats(0, 1), min_size=1, max_size=12))
+def test_holm_rejects_what_the_step_down_procedure_rejects(p_values: list[float]) -> None:
+    """Holm 1979: from the smallest p on, reject while p ≤ alpha / (hypotheses left)."""
+    rejected: set[int] = set()
+    for rank, index in enumerate(sorted(range(len(p_values)), key=lambda i: p_values[i])):
+        if (len(p_values) - rank) * p_values[index] > 0.05:
+            break
+        rejected.add(index)
+    assert {index for index, p in enumerate(holm(p_values)) if p <= 0.05} == rejected
+
+
+def test_signs_are_those_of_scipy() -> None:
+    """The permutation test gives scipy's p on the same random signs."""
+    nats = np.random.default_rng(5).normal(0.3, 1.0, 40)
+    paired = Paired(nats[None, :], np.ones(40))
+
+    def size(one: Any, other: Any, axis: int = -1) -> Any:
+        return np.abs((one - other).sum(axis))
+
+    expected = stats.permutation_test(
+        (nats, np.zeros_like(nats)), size, permutation_type="samples", alternative="greater",
+        vectorized=True, n_resamples=9_999, batch=500, rng=np.random.default_rng(0),
+    ).pvalue  # fmt: skip
+    assert p_value(paired) == expected
+    few = stats.permutation_test(
+        (nats[:8], np.zeros(8)), size, permutation_type="samples", alternative="greater",
+        vectorized=True, n_resamples=9_999,
+    ).pvalue  # fmt: skip
+    assert p_value(Paired(nats[None, :8], np.ones(8))) == few
 
 
 def test_reports_are_repeatable() -> None:

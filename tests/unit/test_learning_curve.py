@@ -9,7 +9,7 @@ import numpy as np
 import pytest
 
 from slm_lora.records import RowScore
-from slm_lora.report import analysis
+from slm_lora.report import sentences
 from slm_lora.stats.learning_curve import LearningCurve, _resampled, fit
 
 Arms = list[tuple[int, list[list[RowScore]]]]
@@ -84,8 +84,8 @@ def test_losses_that_fall_ever_faster_are_no_such_curve() -> None:
     found = fitted(bent)
     assert not found.fits
     assert abs(sum(found.residuals)) < 0.01, "least squares with E leaves no mean"
-    assert "does not describe" in analysis._curve(found)
-    assert "E =" not in analysis._curve(found)
+    assert "The fit is rejected, so nothing is extrapolated." in sentences.curve_text(found)
+    assert "E =" not in sentences.curve_text(found)
 
 
 def test_seeds_that_are_few_make_wide_intervals() -> None:

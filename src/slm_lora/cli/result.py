@@ -49,7 +49,7 @@ def print_result(
 
 
 def _next_commands(analysis: Analysis, adapters: Sequence[Path]) -> list[tuple[str, str]]:
-    """Commands for the recommended setting's first adapter; none where it is not kept."""
+    """The recommended setting's first adapter, and commands for it; none where it is not kept."""
     recommended = analysis.card.recommended
     if recommended is None:
         return []
@@ -59,6 +59,7 @@ def _next_commands(analysis: Analysis, adapters: Sequence[Path]) -> list[tuple[s
     path = shlex.quote(str(folder))
     whole = recommended.is_full
     return [
+        ("adapter", path),
         ("try it", f"slm-lora chat --adapter {path}"),
         ("serve it", f"slm-lora serve --adapter {path}"),
         *([] if whole else [("merge it", f"slm-lora merge {path} merged/{folder.name}")]),

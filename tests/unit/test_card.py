@@ -1,0 +1,151 @@
+"""The card of a report: which setting is recommended, and what is pointed out as unknown."""
+
+from __future__ import annotations
+
+import json
+from dataclasses import replace
+from pathlib import Path
+from typing import Any
+
+import pytest
+
+from slm_lora.report.card import Card, make_card, terminal_card
+from slm_lora.report.names import SettingNames, rate_name
+from slm_lora.runs.scored_run import ScoredRun
+from slm_lora.stats.comparisons import Setting, all_comparisons, arms
+
+from .test_comparisons import line
+
+
+def run(
+    folder: Path, name: str, loss: float, steps: int = 200, falling: bool = False, **keys: Any
+) -> ScoredRun:
+    """A run of `line` with its training: ``steps`` losses, at the end falling or level."""
+    scored = line(name, loss, **keys)
+    record = dict(scored.run.record)
+    path = folder / name
+    path.mkdir()
+    if name != "base":
+        rank = record["adapter"]["trainable_parameters"]
+        record["training"] = {
+            "steps": steps, "tokens": 1000 * steps, "seconds": 60.0 * rank,
+            "peak_memory_bytes": 10**9,
+        }  # fmt: skip
+        losses = [3.0 - 0.01 * step if falling else 2.0 for step in range(steps)]
+        text = "".join(f"{json.dumps({'step': i, 'loss': x})}\n" for i, x in enumerate(losses))
+        (path / "steps.jsonl").write_text(text)
+    return replace(scored, run=replace(scored.run, folder=path, record=record))
+
+
+def card_of(runs: list[ScoredRun], margin: float = 0.02) -> Card:
+    settings = arms(runs)
+    base = next((Setting((one,)) for one in runs if one.is_base), None)
+    return make_card(settings, base, all_comparisons(runs), margin, SettingNames(settings))
+
+
+def facts(card: Card) -> dict[str, str]:
+    return dict(terminal_card(card))
+
+
+def test_lowest_loss_is_recommended_when_no_cheaper_setting_is_equivalent(tmp_path: Path) -> None:
+    runs = [run(tmp_path, "base", 3.0)]
+    runs += [run(tmp_path, f"r{r}", loss, adapter__r=r) for r, loss in ((4, 2.2), (8, 2.0))]
+    card = card_of(runs)
+    assert card.recommended is not None and card.recommended.name == "r8"
+    assert "lowest loss of 2 settings" in facts(card)["Recommended"]
+    assert [gap.setting.name for gap in card.gaps] == ["r4"]
+    assert card.gaps[0].value == pytest.approx(0.2)
+    assert card.base is not None and card.base.value == pytest.approx(1.0)
+
+
+def test_cheapest_equivalent_setting_is_recommended(tmp_path: Path) -> None:
+    losses = ((4, 2.2), (8, 2.005), (16, 2.0))
+    runs = [run(tmp_path, f"r{r}", loss, adapter__r=r) for r, loss in losses]
+    card = card_of(runs)
+    assert card.recommended is not None and card.recommended.name == "r8"
+    assert card.lowest is not None and card.lowest.name == "r16"
+    why = facts(card)["Recommended"]
+    assert "cheapest of 3 settings" in why and "that of r=16 (difference +0.0050" in why
+    # With a margin below the difference the lowest loss is taken.
+    card = card_of(runs, margin=0.004)
+    assert card.recommended is not None and card.recommended.name == "r16"
+
+
+def test_gain_is_the_ratio_of_perplexities_with_the_corrected_verdict(tmp_path: Path) -> None:
+    runs = [run(tmp_path, "base", 3.0), run(tmp_path, "r8", 2.0)]
+    gain = facts(card_of(runs))["Against the base"]
+    assert gain.startswith("perplexity 20.09 → 7.39, -63.2 %")  # exp 3, exp 2, 1 - 1/e
+    assert "significantly lower across test rows, for this one training" in gain
+
+
+def test_a_worse_adapter_is_called_higher(tmp_path: Path) -> None:
+    runs = [run(tmp_path, "base", 2.0), run(tmp_path, "r8", 3.0)]
+    assert "significantly HIGHER" in facts(card_of(runs))["Against the base"]
+
+
+def test_one_seed_and_untuned_rate_are_pointed_out(tmp_path: Path) -> None:
+    runs = [run(tmp_path, f"r{r}", 2.0 - r / 50, adapter__r=r) for r in (4, 8)]
+    shown = facts(card_of(runs))
+    assert shown["Seeds"].startswith("one:")
+    assert "2e-4 for all settings, not tuned" in shown["Learning rate"]
+    assert shown["Edge of the grid"].startswith("8 is the largest rank tried")
+
+
+def test_tried_rates_are_chosen_on_the_test_rows(tmp_path: Path) -> None:
+    runs = [
+        run(tmp_path, f"lr{rate}", 2.0 + rate, training__learning_rate=rate)
+        for rate in (1e-3, 2e-3)
+    ]
+    shown = facts(card_of(runs, margin=1e-6))
+    assert "1e-3, of 1e-3, 2e-3 tried; chosen on the test rows" in shown["Learning rate"]
+    tied = [
+        run(tmp_path, "lora", 2.0, adapter__kind="lora", training__learning_rate=1e-3),
+        run(tmp_path, "full", 1.9, adapter__kind="full", training__learning_rate=1e-4),
+    ]
+    assert "one per setting" in facts(card_of(tied))["Learning rate"]
+
+
+def test_an_edge_in_the_middle_of_the_grid_is_none(tmp_path: Path) -> None:
+    losses = ((4, 2.2), (8, 2.0), (16, 2.3))
+    runs = [run(tmp_path, f"r{r}", loss, adapter__r=r) for r, loss in losses]
+    assert "Edge of the grid" not in facts(card_of(runs))
+
+
+@pytest.mark.parametrize(
+    ("steps", "falling", "expected"),
+    [(50, False, "50 optimizer steps"), (200, True, "still falling"), (200, False, None)],
+)
+def test_short_trainings_are_pointed_out(
+    tmp_path: Path, steps: int, falling: bool, expected: str | None
+) -> None:
+    shown = facts(card_of([run(tmp_path, "r8", 2.0, steps, falling)]))
+    if expected is None:
+        assert "Training length" not in shown
+    else:
+        assert expected in shown["Training length"]
+
+
+def test_several_seeds_are_one_setting_with_its_verdict(tmp_path: Path) -> None:
+    runs = [run(tmp_path, "base", 3.0)]
+    runs += [
+        run(tmp_path, f"r{r}-seed{n}", 2.0 - r / 50 + n / 100, adapter__r=r, seed=n)
+        for r in (4, 8)
+        for n in (0, 1, 2)
+    ]
+    card = card_of(runs)
+    shown = facts(card)
+    assert shown["Seeds"].startswith("3;")
+    assert "across test rows and 3 seeds" in shown["Against the base"]
+    assert card.gaps[0].seeds == 3
+
+
+def test_without_a_trained_setting_there_is_no_card(tmp_path: Path) -> None:
+    card = card_of([run(tmp_path, "base", 3.0)])
+    assert card.recommended is None and not card.facts
+
+
+@pytest.mark.parametrize(
+    ("rate", "name"), [(2e-4, "2e-4"), (1e-3, "1e-3"), (2.5e-5, "2.5e-5"), (0.1, "1e-1")]
+)
+def test_rates_are_written_as_people_write_them(rate: float, name: str) -> None:
+    assert rate_name(rate) == name
