@@ -10,7 +10,7 @@ import torch
 from torch import nn
 
 from slm_lora.adapters.check import check_forward, reached_modules
-from slm_lora.adapters.methods import peft_config
+from slm_lora.adapters.methods import method_of, peft_config, trial_section
 from slm_lora.adapters.targets import Targets, one_sentence, resolve_targets, without
 from slm_lora.config.schema import AdapterSection
 from slm_lora.errors import UsageError
@@ -41,26 +41,22 @@ class ParameterCount:
         return 100 * self.trainable / self.total
 
 
-def alters_base(section: AdapterSection) -> bool:
-    """Whether the base is another one afterwards, and has to be loaded again."""
-    return section.kind in ("full", "pissa")
-
-
 def attach(base: Base, section: AdapterSection, seed: int) -> nn.Module:
     """Put a fresh adapter on the base, in fp32, initialised from ``seed``; or make all weights
     of the base fp32 and trainable.
 
-    The base's modules are wrapped in place; `detach` undoes that, unless `alters_base`.
+    The base's modules are wrapped in place; `detach` undoes that, unless the method modifies it.
 
     Raises:
         UsageError: a target module that the base does not have.
     """
-    if section.kind == "full":
+    method = method_of(section)
+    if method.config is None:
         return _train_all(base)
     targets = resolve_targets(base.source, section)
     if not base.sharded:
-        # PiSSA changes the base: what an adapter on these modules does is asked of plain LoRA.
-        trial = section.model_copy(update={"kind": "lora"} if section.kind == "pissa" else {})
+        # Where the method modifies the base, its trial method shows what an adapter there does.
+        trial = trial_section(section) if method.modifies_base else section
         peft_model = _put_on(base, trial, seed, targets)
         check_forward(base, peft_model)
         reached, unreached = reached_modules(base, peft_model)
@@ -71,7 +67,7 @@ def attach(base: Base, section: AdapterSection, seed: int) -> nn.Module:
     else:
         peft_model = _put_on(base, section, seed, targets)
     setattr(peft_model, LEFT_OUT, targets.left_out)
-    if section.kind == "pissa":
+    if method.modifies_base:
         setattr(peft_model, BEGINNING, {n: t.clone() for n, t in _state(peft_model).items()})
     return peft_model
 
@@ -119,7 +115,7 @@ def _put_on(base: Base, section: AdapterSection, seed: int, targets: Targets) ->
 
 
 def detach(peft_model: nn.Module) -> None:
-    """Take the adapter off again; the base is as it was, unless `alters_base`."""
+    """Take the adapter off again; the base is as it was, unless the method modifies it."""
     if not is_adapter(peft_model):
         return
     from peft.utils import ModulesToSaveWrapper

@@ -70,6 +70,7 @@ def reached_modules(base: Base, peft_model: PeftModel) -> tuple[list[str], list[
         UsageError: the model does not compute with its adapter while it trains.
     """
     documents = [_sample(base, length) for length in _LENGTHS]
+    prefix = _prefix(peft_model)
     with _disturbed(peft_model) as parameters:
         # (Some models run other code while they train. What is dropped out does not matter.)
         peft_model.train()
@@ -84,11 +85,11 @@ def reached_modules(base: Base, peft_model: PeftModel) -> tuple[list[str], list[
                 allow_unused=True,
             )
         reached = {
-            _module(parameter)
+            _module(parameter, prefix)
             for parameter, gradient in zip(parameters, gradients, strict=True)
             if gradient is not None and bool(gradient.any())
         }
-        modules = set(map(_module, parameters))
+        modules = {_module(parameter, prefix) for parameter in parameters}
     # (Of many experts some see none of so few tokens.)
     return sorted(reached), sorted(m for m in modules - reached if ".experts" not in m)
 
@@ -105,9 +106,14 @@ def _explained(base: Base, what: str) -> Iterator[None]:
         ) from error
 
 
-def _module(parameter: str) -> str:
-    """Name of the module, within the base, that a parameter of PEFT's belongs to."""
-    return parameter.removeprefix("base_model.model.").split(".lora_", 1)[0]
+def _module(parameter: str, prefix: str) -> str:
+    """Name of the module, within the base, that a parameter of PEFT's belongs to; ``prefix`` as
+    that of PEFT's tuner (``lora_``)."""
+    return parameter.removeprefix("base_model.model.").split(f".{prefix}", 1)[0]
+
+
+def _prefix(peft_model: Any) -> str:
+    return str(peft_model.base_model.prefix)
 
 
 def _sample(base: Base, length: int) -> Tensor:
@@ -132,11 +138,11 @@ def _peft_logits(base: Base, peft_model: Any, documents: list[Tensor]) -> Tensor
 @contextmanager
 def _disturbed(peft_model: PeftModel) -> Iterator[dict[str, torch.nn.Parameter]]:
     """Parameters of the active adapter, with noise on them; as they were, afterwards."""
-    active = set(peft_model.active_adapters)
+    active, prefix = set(peft_model.active_adapters), _prefix(peft_model)
     parameters = {
         name: parameter
         for name, parameter in peft_model.named_parameters()
-        if "lora_" in name and active & set(name.split("."))
+        if prefix in name and active & set(name.split("."))
     }
     was_training = peft_model.training
     peft_model.eval()

@@ -11,6 +11,7 @@ from typing import Any
 import torch
 from safetensors import safe_open
 
+from slm_lora.adapters.methods import PEFT_TYPES
 from slm_lora.errors import IntegrityError, UsageError
 from slm_lora.model.base import Base
 
@@ -35,7 +36,7 @@ def check_config(path: Path, config: Mapping[str, Any]) -> None:
         UsageError: it does.
     """
     kind = config["peft_type"]
-    if kind != "LORA":
+    if kind not in PEFT_TYPES:
         way_out = _ONLY_PEFT if kind in _PROMPTS else MERGE
         raise UsageError(
             f"{path.parent}: an adapter of kind {kind!a:.40}; only LoRA's are loaded; {way_out}"

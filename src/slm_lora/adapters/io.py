@@ -46,7 +46,7 @@ def save(
 
     Args:
         base: what it was trained on.
-        peft_model: from `attach`; altered, where it `alters_base`.
+        peft_model: from `attach`; altered, where its method modifies the base.
         folder: replaced if it exists; complete or absent.
         about: recipe, base, template; written as JSON, with the SHA-256 of every file.
         chat_template: the training template in the form of a tokenizer's chat template.
@@ -214,7 +214,7 @@ def _shapes(folder: Path) -> dict[str, tuple[int, ...]]:
 
 def _check(base: Base, folder: Path) -> None:
     wrong_base = _other_base(base.source, folder)
-    config = _checkis_adapter(folder)
+    config = _check_is_adapter(folder)
     try:
         saved = _shapes(folder)
         check_biases(folder, config, saved)
@@ -253,10 +253,11 @@ def _misfits(base: Base, folder: Path, saved: Mapping[str, tuple[int, ...]]) -> 
 
     A fresh adapter of the same configuration says which there should be.
     """
-    from peft import LoraConfig, get_peft_model, get_peft_model_state_dict
+    from peft import PeftConfig, get_peft_model, get_peft_model_state_dict
 
-    config = LoraConfig.from_pretrained(str(folder))
-    config.init_lora_weights = True  # of its numbers none is looked at
+    config = PeftConfig.from_pretrained(str(folder))
+    if hasattr(config, "init_lora_weights"):
+        config.init_lora_weights = True  # its numbers are not looked at
     config.base_model_name_or_path = base.source.name
     try:
         fresh = get_peft_model(base.model, config, low_cpu_mem_usage=True)
@@ -268,7 +269,7 @@ def _misfits(base: Base, folder: Path, saved: Mapping[str, tuple[int, ...]]) -> 
     return sorted(n for n in wanted.keys() | saved.keys() if wanted.get(n) != saved.get(n))
 
 
-def _checkis_adapter(folder: Path) -> dict[str, Any]:
+def _check_is_adapter(folder: Path) -> dict[str, Any]:
     """Its configuration; what is no adapter is refused, and one that is not computed with here or
     would have PEFT read or run something else."""
     if not (folder / "adapter_config.json").is_file() or not (folder / WEIGHTS).is_file():

@@ -1,42 +1,131 @@
-"""From the recipe's adapter section to PEFT's configuration. A new method is added here."""
+"""The methods of training: what each one means for PEFT, for the base, and for other programs.
+
+A method is added by its name and label in `config.schema` and one entry of `METHODS`.
+"""
 
 from __future__ import annotations
 
-from typing import TYPE_CHECKING
+from collections.abc import Callable
+from dataclasses import dataclass
+from functools import partial
+from typing import TYPE_CHECKING, Any
 
-from slm_lora.config.schema import AdapterSection
+from slm_lora.config.schema import AdapterSection, MethodName
 from slm_lora.model.resolve import ModelSource
 
 if TYPE_CHECKING:
-    from peft import LoraConfig
+    from peft import PeftConfig
 
     from slm_lora.adapters.targets import Targets
 
+ConfigFactory = Callable[[AdapterSection, ModelSource, "Targets"], "PeftConfig"]
 
-def peft_config(section: AdapterSection, source: ModelSource, targets: Targets) -> LoraConfig:
-    """The `peft.LoraConfig` of a recipe's adapter on the modules that it means here.
 
-    LoRA: Hu et al. 2021 (arXiv 2106.09685), scaling alpha/r. rsLoRA: Kalajdzievski 2023
-    (arXiv 2312.03732), alpha/√r. DoRA: Liu et al. 2024 (arXiv 2402.09353). PiSSA: Meng et al.
-    2024 (arXiv 2404.02948), initialised from the largest singular values, which the base loses.
+@dataclass(frozen=True, slots=True)
+class Method:
+    """A method of training.
+
+    Attributes:
+        config: its PEFT configuration; None: every weight trains, there is no adapter.
+        peft_type: name of that configuration's `PeftType`.
+        trial: method with the same modules and the same computation, used to try an adapter on a
+            base before any work; itself if None.
+        modifies_base: the base's weights are others afterwards, so it is loaded again, and cannot
+            be quantised or sharded.
+        saved_rank: rank of the saved adapter, as a multiple of the trained one.
+        unmergeable: why it cannot be merged into its base; empty if it can.
+        loads_as_lora: vLLM and llama.cpp take it as a LoRA adapter; else it is merged for them.
     """
+
+    config: ConfigFactory | None
+    peft_type: str = "LORA"
+    trial: MethodName | None = None
+    modifies_base: bool = False
+    saved_rank: int = 1
+    unmergeable: str = ""
+    loads_as_lora: bool = True
+
+
+def _lora(
+    section: AdapterSection, source: ModelSource, targets: Targets, **more: Any
+) -> PeftConfig:
     from peft import LoraConfig
 
-    modules, exclude = targets.modules, targets.exclude
     alpha = section.alpha
     return LoraConfig(
-        task_type="CAUSAL_LM",
         r=section.r,
         # PEFT types it as an integer, and others parse it so; a fraction is kept as it is.
         lora_alpha=int(alpha) if alpha.is_integer() else alpha,  # type: ignore[arg-type]
         lora_dropout=section.lora_dropout,
         bias=section.bias,
-        target_modules=modules if isinstance(modules, str) else list(modules),
-        exclude_modules=list(exclude) or None,
-        use_rslora=section.kind == "rslora",
-        use_dora=section.kind == "dora",
-        init_lora_weights="pissa" if section.kind == "pissa" else True,
-        # Never a path of this machine: what people put on the adapter must exist for them.
-        base_model_name_or_path=source.name,
-        revision=source.revision,
+        **_common(source, targets),
+        **more,
     )
+
+
+def _common(source: ModelSource, targets: Targets) -> dict[str, Any]:
+    """Arguments of every PEFT configuration."""
+    modules = targets.modules
+    return {
+        "task_type": "CAUSAL_LM",
+        "target_modules": modules if isinstance(modules, str) else list(modules),
+        "exclude_modules": list(targets.exclude) or None,
+        # Never a path of this machine: the base must exist for those who load the adapter.
+        "base_model_name_or_path": source.name,
+        "revision": source.revision,
+    }
+
+
+METHODS: dict[MethodName, Method] = {
+    # Hu et al. 2021 (arXiv 2106.09685): scaling alpha/r.
+    "lora": Method(_lora),
+    # Kalajdzievski 2023 (arXiv 2312.03732): scaling alpha/√r.
+    "rslora": Method(partial(_lora, use_rslora=True), trial="lora"),
+    # Liu et al. 2024 (arXiv 2402.09353).
+    "dora": Method(partial(_lora, use_dora=True), loads_as_lora=False),
+    # Meng et al. 2024 (arXiv 2404.02948): starts from the largest singular values, which the base
+    # loses; saved as the LoRA adapter of rank 2r that does the same to the base as it was.
+    "pissa": Method(
+        partial(_lora, init_lora_weights="pissa"), trial="lora", modifies_base=True, saved_rank=2
+    ),
+    "full": Method(None, peft_type="", modifies_base=True),
+}
+PEFT_TYPES = frozenset(method.peft_type for method in METHODS.values() if method.config)
+"""Kinds of adapters that are made here, and so are loaded."""
+
+
+def method_of(section: AdapterSection) -> Method:
+    """The method of an adapter section."""
+    return METHODS[section.kind]
+
+
+def trains_all(section: AdapterSection) -> bool:
+    """Whether every weight trains, without an adapter."""
+    return method_of(section).config is None
+
+
+def trial_section(section: AdapterSection, rank: int | None = None) -> AdapterSection:
+    """The section with its trial method, and another rank where one is given: to find out what can
+    be computed, for which numbers and scalings do not matter."""
+    changes: dict[str, Any] = {"kind": method_of(section).trial or section.kind}
+    return section.model_copy(update=changes | ({} if rank is None else {"r": rank}))
+
+
+def peft_config(section: AdapterSection, source: ModelSource, targets: Targets) -> PeftConfig:
+    """The PEFT configuration of a section on the modules that it means in this model.
+
+    Raises:
+        ValueError: the method has no adapter.
+    """
+    factory = method_of(section).config
+    if factory is None:
+        raise ValueError(f"adapter.kind = {section.kind} has no adapter")
+    return factory(section, source, targets)
+
+
+def unmergeable_reason(peft_type: str) -> str:
+    """Why adapters of a `PeftType` cannot be merged; empty if they can."""
+    known = [method for method in METHODS.values() if method.peft_type == peft_type]
+    if not known:
+        return f"peft_type {peft_type} is none of {', '.join(sorted(PEFT_TYPES))}"
+    return next((method.unmergeable for method in known if method.unmergeable), "")

@@ -17,7 +17,7 @@ from typing import TYPE_CHECKING, Any
 import torch
 from torch import nn
 
-from slm_lora.adapters.methods import peft_config
+from slm_lora.adapters.methods import peft_config, trains_all, trial_section
 from slm_lora.config.schema import AdapterSection
 from slm_lora.errors import UsageError
 from slm_lora.model.base import text_decoder
@@ -51,13 +51,9 @@ def resolve_targets(source: ModelSource, section: AdapterSection) -> Targets:
     Raises:
         UsageError: the model has none of a name, or PEFT refuses the adapter.
     """
-    if section.kind == "full":
+    if trains_all(section):
         return Targets(())
-    # Neither the numbers of an initialisation nor a rank matter for what PEFT can take.
-    trial = section.model_copy(
-        update={"kind": "dora" if section.kind == "dora" else "lora", "r": 2}
-    )
-    return _resolved(source, trial)
+    return _resolved(source, trial_section(section, rank=2))
 
 
 @functools.lru_cache(maxsize=256)

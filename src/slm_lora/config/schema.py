@@ -166,10 +166,21 @@ class DataSection(Section):
         return tuple(each for each in get_args(Relation) if each in value)
 
 
+MethodName = Literal["lora", "rslora", "dora", "pissa", "full"]
+METHOD_LABELS: dict[MethodName, str] = {
+    "lora": "LoRA",
+    "rslora": "rsLoRA",
+    "dora": "DoRA",
+    "pissa": "PiSSA",
+    "full": "Full fine-tuning",
+}
+"""Methods as reports name them; what they are: `adapters.methods`."""
+
+
 class AdapterSection(Section):
     """What is trained; names as in `peft.LoraConfig`."""
 
-    kind: Literal["lora", "rslora", "dora", "pissa", "full"] = Field(
+    kind: MethodName = Field(
         "lora",
         description="PEFT method, or `full`: every weight of the model, and the keys below have "
         "no effect. An adapter of `pissa` is saved as one of rank 2r that fits the original base.",

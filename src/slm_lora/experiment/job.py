@@ -8,6 +8,7 @@ from dataclasses import asdict, dataclass
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, Literal
 
+from slm_lora.adapters.methods import METHODS, method_of, trains_all
 from slm_lora.adapters.targets import resolve_targets
 from slm_lora.config.grid import Cell
 from slm_lora.config.schema import LATER_KEYS, DataSection, ModelSection, TrainingSection
@@ -154,12 +155,14 @@ def _check_headline(cell: Cell, prepared: Prepared) -> None:
 
 def _check_frozen(cell: Cell) -> None:
     kind, quantization = cell.recipe.adapter.kind, cell.recipe.model.quantization
-    if quantization and kind in ("full", "pissa"):
+    modifies = method_of(cell.recipe.adapter).modifies_base
+    if quantization and modifies:
         raise UsageError(
             f"adapter.kind = {kind}: changes weights of the base, which {quantization} "
-            "(model.quantization) holds in 4 bits; use lora, rslora or dora"
+            "(model.quantization) holds in 4 bits; use "
+            f"{', '.join(name for name, method in METHODS.items() if not method.modifies_base)}"
         )
-    if cell.recipe.training.fsdp and (quantization or kind in ("full", "pissa")):
+    if cell.recipe.training.fsdp and (quantization or modifies):
         other = f"model.quantization = {quantization}" if quantization else f"adapter.kind = {kind}"
         raise UsageError(
             f"training.fsdp: shares out a frozen, unquantised base; leave it out with {other}"
@@ -228,7 +231,7 @@ def _at_once(
     tokens = training_tokens(usable, section) if usable else 0
     # (A compiler that is missing here does not make another run of it.)
     compiled = compilation.pays(section.compile, tokens, device, low_precision, sharded=False)
-    frozen = cell.recipe.adapter.kind != "full"
+    frozen = not trains_all(cell.recipe.adapter)
     plain, fused = tokens_at_once(section, compiled, frozen, device.type, low_precision)
     return (plain, fused) if compiled else (plain,)
 

@@ -9,6 +9,7 @@ from dataclasses import dataclass
 from pathlib import Path
 
 from slm_lora.adapters import io as adapter_io
+from slm_lora.adapters.methods import method_of
 from slm_lora.config.schema import TrackerName
 from slm_lora.errors import IntegrityError
 from slm_lora.experiment.job import Job
@@ -156,8 +157,7 @@ def require_room(job: Job, places: ExperimentPaths, parameters: int) -> None:
         StorageError: there is none, or the folders cannot be written.
     """
     cell = job.cell.recipe
-    # (PiSSA's adapter is saved at twice its rank.)
-    saved = 4 * parameters * (2 if cell.adapter.kind == "pissa" else 1) + 1_000_000
+    saved = 4 * parameters * method_of(cell.adapter).saved_rank + 1_000_000
     steps = total_steps(len(job.prepared.train), cell.training)
     points = space_needed(parameters, cell.training.eval_steps is not None, steps)
     held = places.checkpoint(job.cell.name, job.identity)

@@ -13,6 +13,7 @@ import torch
 
 from slm_lora.adapters import attach
 from slm_lora.adapters import io as adapter_io
+from slm_lora.adapters.methods import method_of, trains_all, trial_section
 from slm_lora.errors import IntegrityError, UsageError
 from slm_lora.experiment.base_cache import LoadedBase, with_saved
 from slm_lora.experiment.cell import evaluate, train_cell
@@ -131,11 +132,9 @@ def _try_adapters(
     tried = set()
     for job in jobs:
         section = job.cell.recipe.adapter
-        if section.kind == "full" or not _to_do(functools.partial(finished, job, places)):
+        if trains_all(section) or not _to_do(functools.partial(finished, job, places)):
             continue
-        # Their numbers do not matter for what can be computed, and PiSSA's would change the base.
-        kind = "dora" if section.kind == "dora" else "lora"
-        trial = section.model_copy(update={"kind": kind, "r": min(section.r, 4)})
+        trial = trial_section(section, rank=min(section.r, 4))
         if (job.source, job.precision, job.device, trial) in tried:
             continue
         tried.add((job.source, job.precision, job.device, trial))
@@ -275,7 +274,7 @@ def _run_cell(job: Job, loaded: LoadedBase, places: ExperimentPaths, reporter: R
                 base, peft_model, folder, about_adapter(job, places), job.prepared.chat_template
             )
         distributed.wait()
-        if attach.alters_base(section):
+        if method_of(section).modifies_base:
             # What is scored is what was saved, on the base as it was.
             loaded.drop()
             base = with_saved(folder, job, loaded)
@@ -284,7 +283,7 @@ def _run_cell(job: Job, loaded: LoadedBase, places: ExperimentPaths, reporter: R
         trackers.scored(headline["loss"], headline["perplexity"], len(result.history))
     finally:
         stack.close()
-        if attach.alters_base(section):
+        if method_of(section).modifies_base:
             loaded.drop()
         else:
             attach.detach(peft_model)

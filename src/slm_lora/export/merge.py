@@ -13,6 +13,7 @@ import torch
 
 from slm_lora.adapters import io as adapter_io
 from slm_lora.adapters.io import ABOUT
+from slm_lora.adapters.methods import unmergeable_reason
 from slm_lora.errors import NumericError, UsageError
 from slm_lora.export.trained import Trained, find_base, refuse_existing
 from slm_lora.export.verify import PROMPTS, Proof, judge, prove
@@ -76,9 +77,8 @@ def merge(
 
 
 def _check_kind(trained: Trained) -> None:
-    kind = trained.adapter_config().get("peft_type")
-    if kind != "LORA":
-        raise UsageError(f"{trained.folder}: peft_type {kind} is not merged here; LORA is")
+    if reason := unmergeable_reason(str(trained.adapter_config().get("peft_type"))):
+        raise UsageError(f"{trained.folder}: cannot be merged: {reason}")
 
 
 def _write(trained: Trained, source: ModelSource, folder: Path, dtype: torch.dtype) -> None:

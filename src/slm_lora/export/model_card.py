@@ -11,6 +11,8 @@ from typing import Any
 
 import yaml
 
+from slm_lora.adapters.methods import METHODS
+from slm_lora.config.schema import METHOD_LABELS, MethodName
 from slm_lora.data.chat_templates import TEMPLATE_DATE, is_frozen, read_template
 from slm_lora.errors import IntegrityError
 from slm_lora.export.trained import Trained
@@ -115,19 +117,17 @@ def _front(trained: Trained, base: _Known, data: _Known) -> dict[str, Any]:
     front["license"] = (alike or [base.licence])[0] if known else "other"
     if _is_hub_id(_data_name(trained)):
         front["datasets"] = [_data_name(trained)]
-    front["tags"] = ["slm-lora", *([] if _kind(trained) == "full" else ["lora"])]
+    front["tags"] = ["slm-lora", *(["lora"] if METHODS[_kind(trained)].config else [])]
     return front
 
 
-def _kind(trained: Trained) -> str:
-    return str(trained.about.get("recipe", {}).get("adapter", {}).get("kind", "lora"))
-
-
-_METHODS = {"lora": "LoRA", "rslora": "rsLoRA", "dora": "DoRA", "pissa": "PiSSA"}
+def _kind(trained: Trained) -> MethodName:
+    kind = trained.about.get("recipe", {}).get("adapter", {}).get("kind", "lora")
+    return kind if kind in METHODS else "lora"
 
 
 def _what(trained: Trained) -> str:
-    method = _METHODS.get(_kind(trained), "all weights")
+    method = METHOD_LABELS[_kind(trained)]
     if merged := trained.about.get("merged"):
         proof = merged["proof"]
         share = proof["max_difference"] / proof["max_logit"]
@@ -158,7 +158,7 @@ def _settings(trained: Trained) -> str:
         for section, keys in _SHOWN.items()
         for key in keys
         if recipe.get(section, {}).get(key) is not None
-        and (section != "adapter" or key == "kind" or _kind(trained) != "full")
+        and (section != "adapter" or key == "kind" or METHODS[_kind(trained)].config)
     ]
     rows += [f"| seed | {recipe['seed']} |"] if "seed" in recipe else []
     template = trained.template
@@ -259,7 +259,7 @@ def _use(trained: Trained, repository: str) -> str:
     if not trained.whole:
         fetch += f"\nexport BASE={base}"
     export = f"slm-lora export gguf {name} {name}-gguf"
-    separate = not trained.whole and _kind(trained) != "dora"
+    separate = not trained.whole and METHODS[_kind(trained)].loads_as_lora
     place = ' --base "$BASE"' if local and not trained.whole else ""
     export += f"{' --as adapter' if separate else ''}{place}"
     base_file = trained.base_name.rsplit("/", 1)[-1]
@@ -320,7 +320,7 @@ def _vllm(trained: Trained, name: str, place: str) -> str:
     )
     if trained.whole:
         return f"vllm serve {name}{template}"
-    if _kind(trained) == "dora":
+    if not METHODS[_kind(trained)].loads_as_lora:
         return f"slm-lora merge {name} {name}-merged{place}\nvllm serve {name}-merged{template}"
     rank = max(8, 2 ** math.ceil(math.log2(int(trained.adapter_config()["r"]))))
     return (

@@ -9,6 +9,7 @@ and inside a compiled layer it costs next to nothing.
 from __future__ import annotations
 
 import hashlib
+from typing import Any
 
 import numpy as np
 import numpy.typing as npt
@@ -104,17 +105,17 @@ class TokenDropout(nn.Module):
 
 
 def replace_dropout(peft_model: nn.Module) -> None:
-    """Put `TokenDropout` where PEFT has its dropout before an adapter's first matrix."""
+    """Put `TokenDropout` in place of the dropout that PEFT's tuners have before an adapter's first
+    matrix (``lora_dropout`` and the like)."""
     for name, module in peft_model.named_modules():
-        dropouts = getattr(module, "lora_dropout", None)
-        if not isinstance(dropouts, nn.ModuleDict):
-            continue
-        for key, dropout in dropouts.items():
-            if isinstance(dropout, nn.Dropout):
-                width = module.lora_A[key].in_features
-                dropouts[key] = TokenDropout(dropout.p, name, width).to(
-                    module.lora_A[key].weight.device
-                )
+        base_layer: Any = getattr(module, "base_layer", None)
+        for child, dropouts in module.named_children():
+            if not child.endswith("_dropout") or not isinstance(dropouts, nn.ModuleDict):
+                continue
+            for key, dropout in dropouts.items():
+                if isinstance(dropout, nn.Dropout):
+                    device = next(base_layer.parameters()).device
+                    dropouts[key] = TokenDropout(dropout.p, name, module.in_features).to(device)
 
 
 def set_keys(model: nn.Module, keys: Tensor) -> None:

@@ -13,6 +13,7 @@ from pathlib import Path
 
 import torch
 
+from slm_lora.adapters.methods import trains_all
 from slm_lora.experiment.job import Job
 from slm_lora.model.base import DTYPES
 from slm_lora.model.resolve import tensor_shapes
@@ -51,7 +52,7 @@ class Sizes:
 
 def training_bytes(job: Job, sizes: Sizes, measured: Measured) -> int:
     """Peak of a training, without libraries and rows."""
-    full, on_cpu = job.cell.recipe.adapter.kind == "full", job.device.type == "cpu"
+    full, on_cpu = trains_all(job.cell.recipe.adapter), job.device.type == "cpu"
     # The slice's rank may have been another one of its kind.
     adapter = measured.adapter * job.cell.recipe.adapter.r / measured.r
     held = held_bytes(job, round(adapter))
@@ -90,7 +91,7 @@ def held_bytes(job: Job, adapter_weights: int, trained: bool = True) -> int:
     """Bytes of weights, and of the optimizer where there is one."""
     size = torch.finfo(DTYPES[job.precision]).bits // 8
     many, recipe = _weights(job), job.cell.recipe
-    if recipe.adapter.kind == "full" and trained:
+    if trains_all(recipe.adapter) and trained:
         # In fp32, with two moments; in half precision a copy for the products.
         return many * (12 + size % 4)
     held = many * size

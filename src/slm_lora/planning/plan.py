@@ -10,6 +10,7 @@ from collections.abc import Sequence
 from dataclasses import dataclass
 from typing import Any
 
+from slm_lora.adapters.methods import trains_all
 from slm_lora.data.collate import by_token_budget, epoch_order
 from slm_lora.experiment.cell import scoring_compiles
 from slm_lora.experiment.job import Job
@@ -156,7 +157,7 @@ def _count(job: Job) -> _Counted:
     compiled = compilation.wanted(
         section.compile, tokens, job.device, job.low_precision, job.sharded
     )
-    frozen = recipe.adapter.kind != "full"
+    frozen = not trains_all(recipe.adapter)
     plain, fused = tokens_at_once(section, compiled, frozen, job.device.type, job.low_precision)
     order = epoch_order(rows, recipe.seed, 0)
     drawn = [order[start : start + batch] for start in range(0, len(order), batch)]

@@ -18,6 +18,7 @@ from typing import Any
 import torch
 
 from slm_lora.adapters import attach
+from slm_lora.adapters.methods import trains_all
 from slm_lora.data.collate import by_token_budget, collate
 from slm_lora.errors import UsageError
 from slm_lora.evaluation.scoring import score
@@ -94,7 +95,7 @@ def measure(job: Job, compiled: bool) -> Measured:
         int(config.num_hidden_layers), int(config.hidden_size), int(config.vocab_size)
     )  # fmt: skip
     few = min(LAYERS, layers)
-    full = recipe.adapter.kind == "full"
+    full = trains_all(recipe.adapter)
     with tempfile.TemporaryDirectory() as folder:
         base = load_base(
             _sliced(job.source, config, few, Path(folder)),

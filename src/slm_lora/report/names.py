@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Sequence
 
-from slm_lora.report.tables import KINDS
+from slm_lora.config.schema import METHOD_LABELS
 from slm_lora.stats.comparisons import Setting, varied
 
 _KEYS = {
@@ -59,7 +59,7 @@ class SettingNames:
         parts = [setting.line.run.record["model"]["name"]] if self._models else []
         full = setting.is_full
         if full:
-            parts.append(KINDS["full"])
+            parts.append(METHOD_LABELS["full"])
         for key in self._keys:
             # All weights train: keys of an adapter have no effect.
             if full and key.startswith("adapter."):
@@ -68,7 +68,9 @@ class SettingNames:
         if full and self._sizes and "data.size" not in self._keys:
             parts.append(self._part("data.size", setting))
         if not parts:
-            parts = [f"{KINDS[setting.setting('adapter.kind')]} r={setting.setting('adapter.r')}"]
+            parts = [
+                f"{METHOD_LABELS[setting.setting('adapter.kind')]} r={setting.setting('adapter.r')}"
+            ]
         return ", ".join(parts)
 
     def series(self, key: str, setting: Setting) -> str:
@@ -82,7 +84,7 @@ class SettingNames:
     def _part(key: str, setting: Setting) -> str:
         value = setting.setting(key)
         if key == "adapter.kind":
-            return KINDS[value]
+            return METHOD_LABELS[value]
         if key == "adapter.r":
             return f"r={value}"
         if key == "data.size":

@@ -9,10 +9,10 @@ from __future__ import annotations
 import math
 from collections.abc import Sequence
 
+from slm_lora.config.schema import METHOD_LABELS
 from slm_lora.report.blocks import plain
 from slm_lora.report.card import RATE, interval_text
 from slm_lora.report.names import SettingNames, key_name, rate_name, value_name
-from slm_lora.report.tables import KINDS
 from slm_lora.runs.scored_run import ScoredRun
 from slm_lora.stats.comparisons import Comparison, Setting, amount
 from slm_lora.stats.estimates import loss_estimate
@@ -48,7 +48,7 @@ def question(
 
 def _methods(settings: Sequence[Setting]) -> str:
     return " or ".join(
-        dict.fromkeys(KINDS[setting.setting("adapter.kind")] for setting in settings)
+        dict.fromkeys(METHOD_LABELS[setting.setting("adapter.kind")] for setting in settings)
     )
 
 

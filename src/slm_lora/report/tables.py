@@ -5,6 +5,7 @@ from __future__ import annotations
 from collections.abc import Sequence
 from typing import Any
 
+from slm_lora.config.schema import METHOD_LABELS
 from slm_lora.records import LossOn
 from slm_lora.report.blocks import markdown_table
 from slm_lora.runs.scored_run import ScoredRun
@@ -12,13 +13,6 @@ from slm_lora.runtime.progress import clock
 from slm_lora.stats.estimates import Estimate, loss_estimate, mean_over_rows, perplexity
 from slm_lora.stats.inference import LEAST_GROUPS
 
-KINDS = {
-    "lora": "LoRA",
-    "rslora": "rsLoRA",
-    "dora": "DoRA",
-    "pissa": "PiSSA",
-    "full": "Full fine-tuning",
-}
 DESCRIBED = ("Model", "Dataset Size", "r", "Epochs", "Eval Loss", "Perplexity")
 MEASURED = (
     "Training Rows", "Trainable Parameters", "Trainable %", "Tokens/s", "Time", "Peak Memory",
@@ -58,7 +52,7 @@ def cells(run: ScoredRun, runs: Sequence[ScoredRun]) -> list[str]:
     full = run.setting("adapter.kind") == "full"
     size = run.setting("data.size")
     return [
-        KINDS[run.setting("adapter.kind")],
+        METHOD_LABELS[run.setting("adapter.kind")],
         "all" if size is None else f"{size}",
         "–" if full else f"{run.setting('adapter.r')}",
         f"{training['epochs']:g}" if training["epochs"] == int(training["epochs"])

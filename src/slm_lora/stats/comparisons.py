@@ -14,7 +14,7 @@ from collections.abc import Sequence
 from dataclasses import dataclass
 from typing import Any, Literal
 
-from slm_lora.config.schema import EvaluationSection
+from slm_lora.config.schema import METHOD_LABELS, EvaluationSection
 from slm_lora.runs.folder import Run
 from slm_lora.runs.scored_run import ScoredRun, read_scored_run
 from slm_lora.stats.estimates import Estimate, Paired, loss_estimate, paired
@@ -341,10 +341,8 @@ def _neighbours(alike: Sequence[Setting], key: str) -> list[tuple[Setting, Setti
 
 def _usual(value: Any) -> tuple[int, str]:
     """Order of what has no size: LoRA comes before its variations."""
-    return (_KINDS.index(value) if value in _KINDS else len(_KINDS)), str(value)
-
-
-_KINDS = ("lora", "rslora", "dora", "pissa")
+    order = list(METHOD_LABELS)
+    return (order.index(value) if value in order else len(order)), str(value)
 
 
 def amount(arm: Setting, key: str) -> float | None:
