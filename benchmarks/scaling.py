@@ -128,18 +128,18 @@ def run(ranks: int, folder: Path) -> dict[str, Any]:
 
 ALL_REDUCE = """
 import sys, time, torch
-from slm_lora import processes
+from slm_lora.runtime import distributed
 torch.set_num_threads(1)
-with processes.joined():
+with distributed.process_group():
     for size in map(int, sys.argv[1:]):
         tensor = torch.zeros(size)
         times = []
         for _ in range(30):
-            processes.wait()
+            distributed.wait()
             began = time.perf_counter()
-            processes.sum_up(tensor)
+            distributed.all_reduce_sum(tensor)
             times.append(time.perf_counter() - began)
-        if processes.is_first():
+        if distributed.is_main():
             print(size, sorted(times)[15])
 """
 

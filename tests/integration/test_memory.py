@@ -11,15 +11,15 @@ import pytest
 PRODUCTS = """
 import ctypes, sys
 import torch
-from slm_lora import machine
+from slm_lora.runtime import hardware
 
 class Heap(ctypes.Structure):
     _fields_ = [(str(n), ctypes.c_size_t) for n in range(10)]
 
 library = ctypes.CDLL(None)
 library.mallinfo2.restype = Heap
-machine.disable_trim()
-machine.cap_onednn_cache()
+hardware.disable_trim()
+hardware.cap_onednn_cache()
 weight = torch.ones(576, 576, dtype=torch.bfloat16)
 for rows in range(100, 700):
     torch.nn.functional.linear(torch.ones(rows, 576, dtype=torch.bfloat16), weight)

@@ -139,13 +139,13 @@ def test_a_missing_extra_is_named(
 
 IMPORT_AND_ATTACH = """
 import sys, torch
-from slm_lora.model import adapter
+from slm_lora.adapters import attach
 from slm_lora.model.loading import load_base
 from slm_lora.model.resolve import resolve
 from slm_lora.config.schema import AdapterSection, ModelSection
 source, cpu = resolve(ModelSection(name=sys.argv[1])), torch.device("cpu")
 base = load_base(source, device=cpu, precision="fp32")
-adapter.attach(base, AdapterSection(), seed=0)
+attach.attach(base, AdapterSection(), seed=0)
 assert "bitsandbytes" in sys.modules
 import kernels
 assert kernels.fetched == [], kernels.fetched

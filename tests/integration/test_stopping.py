@@ -122,7 +122,7 @@ def write(target: Path, text: str) -> None:
 DIE = (
     "import os, signal, sys\n"
     "from pathlib import Path\n"
-    "from slm_lora import storage\n"
+    "from slm_lora.runtime import storage\n"
     "target, renames = Path(sys.argv[1]), int(sys.argv[2])\n"
     "replace, done = Path.replace, []\n"
     "def rename(path, to):\n"

@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import importlib
+import importlib.util
 import re
 import tomllib
 from pathlib import Path
@@ -57,3 +59,31 @@ def test_the_lowest_versions_that_are_allowed_are_those_that_are_tested() -> Non
         name for name, floor in floors.items() if padded(pinned[name])[:2] != padded(floor)[:2]
     ]
     assert not wrong
+
+
+def test_imports_inside_strings_and_docs_resolve() -> None:
+    """Scripts that tests and benchmarks run as text, and snippets of the docs, import what is
+    there."""
+    files = [
+        *(ROOT / "tests").rglob("*.py"),
+        *(ROOT / "benchmarks").rglob("*.py"),
+        *(ROOT / "docs").rglob("*.md"),
+        ROOT / "README.md",
+    ]
+    imports = {
+        (module, name.strip().split(" as ")[0])
+        for path in files
+        for module, names in re.findall(
+            r"from (slm_lora[\w.]*) import ([\w, ]+)", path.read_text(encoding="utf-8")
+        )
+        for name in names.split(",")
+        if name.strip()
+    }
+    assert len(imports) > 100
+    missing = [
+        f"from {module} import {name}"
+        for module, name in sorted(imports)
+        if not hasattr(importlib.import_module(module), name)
+        and importlib.util.find_spec(f"{module}.{name}") is None
+    ]
+    assert not missing

@@ -66,10 +66,12 @@ def _lora(
 def _common(source: ModelSource, targets: Targets) -> dict[str, Any]:
     """Arguments of every PEFT configuration."""
     modules = targets.modules
+    # (Not every method knows how to exclude modules; PEFT's refusal is shown then.)
+    excluded = {"exclude_modules": list(targets.exclude)} if targets.exclude else {}
     return {
+        **excluded,
         "task_type": "CAUSAL_LM",
         "target_modules": modules if isinstance(modules, str) else list(modules),
-        "exclude_modules": list(targets.exclude) or None,
         # Never a path of this machine: the base must exist for those who load the adapter.
         "base_model_name_or_path": source.name,
         "revision": source.revision,

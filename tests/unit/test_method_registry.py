@@ -1,0 +1,57 @@
+"""The registry of methods agrees with the schema and with PEFT."""
+
+from __future__ import annotations
+
+from pathlib import Path
+from typing import get_args
+
+import pytest
+
+from slm_lora.adapters.methods import (
+    METHODS,
+    PEFT_TYPES,
+    method_of,
+    peft_config,
+    trains_all,
+    trial_section,
+    unmergeable_reason,
+)
+from slm_lora.adapters.targets import Targets
+from slm_lora.config.schema import METHOD_LABELS, AdapterSection, MethodName
+from slm_lora.model.resolve import ModelSource
+
+SOURCE = ModelSource("org/base", "abc", Path("nowhere"), "0")
+ADAPTERS = [name for name, method in METHODS.items() if method.config]
+
+
+def test_every_method_of_the_schema_has_a_label_and_an_entry() -> None:
+    assert set(get_args(MethodName)) == set(METHOD_LABELS) == set(METHODS)
+
+
+@pytest.mark.parametrize("name", ADAPTERS)
+def test_configuration_is_of_the_registered_peft_type(name: MethodName) -> None:
+    section = AdapterSection(kind=name, r=4)
+    config = peft_config(section, SOURCE, Targets(("q_proj",), ("lm_head",)))
+    assert config.peft_type is not None
+    assert config.peft_type.value == method_of(section).peft_type
+    assert (config.base_model_name_or_path, config.revision) == ("org/base", "abc")
+
+
+@pytest.mark.parametrize("name", ADAPTERS)
+def test_trial_method_leaves_the_base_as_it_is(name: MethodName) -> None:
+    trial = trial_section(AdapterSection(kind=name, r=64), rank=2)
+    assert trial.r == 2
+    assert not method_of(trial).modifies_base
+
+
+def test_full_fine_tuning_has_no_adapter() -> None:
+    section = AdapterSection(kind="full")
+    assert trains_all(section) and method_of(section).modifies_base
+    with pytest.raises(ValueError, match="full has no adapter"):
+        peft_config(section, SOURCE, Targets(()))
+
+
+def test_merging_is_refused_by_reason() -> None:
+    assert {"LORA"} == PEFT_TYPES
+    assert unmergeable_reason("LORA") == ""
+    assert unmergeable_reason("IA3") == "peft_type IA3 is none of LORA"
