@@ -258,10 +258,10 @@ SPOILT = """
 import os
 if os.environ.get("RANK", "") in os.environ["SPOILT"]:
     from slm_lora.errors import DataError
-    from slm_lora.experiment import train_and_score
+    from slm_lora.experiment import cell
     def fail(*_, **__):
         raise DataError("rows.jsonl:7: response is empty")
-    train_and_score.train = fail
+    cell.train = fail
 """
 
 
