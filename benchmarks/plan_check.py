@@ -70,8 +70,8 @@ FITTED: dict[str, tuple[str, ...]] = {
 def planned(overrides: list[str]) -> dict[str, float]:
     """In this process; the cell's figures."""
     from slm_lora.config.load import load_recipe
-    from slm_lora.experiment.job import make_jobs
     from slm_lora.experiment.paths import ExperimentPaths
+    from slm_lora.experiment.resolve_jobs import make_jobs
     from slm_lora.planning.plan import plan
 
     recipe, cells = load_recipe(RECIPE, overrides)

@@ -27,7 +27,7 @@ from rich.console import Console
 from rich.table import Table
 
 from slm_lora.config.load import load_recipe
-from slm_lora.experiment.job import make_jobs
+from slm_lora.experiment.resolve_jobs import make_jobs
 from slm_lora.runtime import distributed, hardware
 from slm_lora.runtime.storage import atomic_write_text
 from slm_lora.training.loop import _steps
@@ -192,9 +192,9 @@ def lengths_of_steps() -> list[list[int]]:
     """Lengths of the examples of every step of the measured work."""
     _, cells = load_recipe(RECIPE, list(WORK))
     job = make_jobs(cells)[0]
-    section = job.cell.recipe.training
-    total = -(-len(job.prepared.train) // section.effective_batch_size)
-    steps = _steps(job.prepared.train, section.effective_batch_size, job.cell.recipe.seed, total)
+    section = job.config.training
+    total = -(-len(job.data.train) // section.effective_batch_size)
+    steps = _steps(job.data.train, section.effective_batch_size, job.config.seed, total)
     return [[example.length for example in step] for step in steps]
 
 

@@ -29,8 +29,9 @@ from transformers import LlamaConfig, LlamaForCausalLM, PreTrainedTokenizerFast
 
 from slm_lora.cli import _guarded
 from slm_lora.config.load import load_recipe
-from slm_lora.experiment.job import Job, make_jobs
+from slm_lora.experiment.job import Job
 from slm_lora.experiment.paths import ExperimentPaths
+from slm_lora.experiment.resolve_jobs import make_jobs
 from slm_lora.experiment.runner import run_jobs
 from slm_lora.runtime.progress import Reporter
 

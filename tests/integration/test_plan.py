@@ -10,8 +10,9 @@ import torch
 
 from slm_lora.adapters import attach
 from slm_lora.config.load import load_recipe
-from slm_lora.experiment.job import Job, make_jobs
+from slm_lora.experiment.job import Job
 from slm_lora.experiment.paths import ExperimentPaths
+from slm_lora.experiment.resolve_jobs import make_jobs
 from slm_lora.model.loading import load_base
 from slm_lora.planning.plan import PlannedCell, plan
 from slm_lora.planning.probe import measure
@@ -39,7 +40,7 @@ def planned(lab: Lab, *overrides: str) -> PlannedCell:
 def test_the_slice_tells_the_adapter_of_the_whole(lab: Lab, targets: str) -> None:
     job = job_of(lab, f"adapter.target_modules={targets}")
     base = load_base(job.source, device=job.device, precision=job.precision)
-    whole = attach.count_parameters(attach.attach(base, job.cell.recipe.adapter, 0)).trainable
+    whole = attach.count_parameters(attach.attach(base, job.config.adapter, 0)).trainable
     found = measure(job, compiled=False)
     assert found.adapter == whole
     assert found.training > 0 and found.scoring > 0

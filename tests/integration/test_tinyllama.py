@@ -20,7 +20,7 @@ from slm_lora.config.load import load_recipe
 from slm_lora.config.schema import AdapterSection, ModelSection
 from slm_lora.data.dataset import prepare
 from slm_lora.data.sources import read_rows
-from slm_lora.experiment.job import make_jobs
+from slm_lora.experiment.resolve_jobs import make_jobs
 from slm_lora.model.loading import choose_precision, load_base
 from slm_lora.model.resolve import resolve
 from slm_lora.training.loop import train
@@ -44,7 +44,7 @@ def test_the_described_recipe_says_what_was_described() -> None:
         (1500, 8, 16), (1500, 16, 32), (3000, 16, 32),
     ]  # fmt: skip
     for cell in cells:
-        made, training = cell.recipe.adapter, cell.recipe.training
+        made, training = cell.config.adapter, cell.config.training
         assert made.target_modules == ("q_proj", "v_proj")
         assert (made.lora_dropout, made.bias) == (0.05, "none")
         assert (training.num_train_epochs, training.learning_rate) == (3, 2e-4)
@@ -76,18 +76,18 @@ def test_two_steps_saved_and_loaded_again(folder: Path, tmp_path: Path) -> None:
     torch.set_num_threads(2)
     base = load_base(job.source, device=torch.device("cpu"), precision=precision)
     assert base.packed, base.fallback_reason
-    first = job.prepared.train[0]
+    first = job.data.train[0]
     assert first.ids[0] == 1, "BOS first"
     assert first.ids[-1] == 2 and first.response[-1], "EOS last, and a label"
 
     wide = attach.attach(base, AdapterSection(r=16), 0)
     assert attach.count_parameters(wide).trainable == 2_252_800
     attach.detach(wide)
-    peft_model = attach.attach(base, job.cell.recipe.adapter, 0)
+    peft_model = attach.attach(base, job.config.adapter, 0)
     counted = attach.count_parameters(peft_model)
     assert counted.trainable == 1_126_400
     assert 0.10 < counted.percent < 0.11
-    result = train(base, peft_model, job.prepared.train, job.cell.recipe.training, 0)
+    result = train(base, peft_model, job.data.train, job.config.training, 0)
     assert len(result.history) == 2
     trained = trainable_state(peft_model)
     assert any(value.abs().max() > 0 for name, value in trained.items() if "lora_B" in name)
@@ -106,10 +106,10 @@ def test_dolly_has_the_described_sizes() -> None:
     from transformers import AutoTokenizer
 
     _, cells = load_recipe(RECIPE, [f"data.name={dolly}"])
-    rows = read_rows(cells[0].recipe.data)
+    rows = read_rows(cells[0].config.data)
     tokenizer = AutoTokenizer.from_pretrained(SHARED)
-    small = prepare(rows, cells[0].recipe.data, 0, tokenizer)
-    large = prepare(rows, cells[2].recipe.data, 0, tokenizer)
+    small = prepare(rows, cells[0].config.data, 0, tokenizer)
+    large = prepare(rows, cells[2].config.data, 0, tokenizer)
     assert (len(small.train), len(large.train)) == (1350, 2700)
     assert (len(small.test), len(small.validation)) == (1000, 300)
     assert [e.row_id for e in small.test] == [e.row_id for e in large.test]

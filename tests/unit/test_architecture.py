@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import ast
 import importlib
 import importlib.util
 import re
@@ -87,3 +88,44 @@ def test_imports_inside_strings_and_docs_resolve() -> None:
         and importlib.util.find_spec(f"{module}.{name}") is None
     ]
     assert not missing
+
+
+def test_imports_have_no_cycles() -> None:
+    """Modules form a graph without cycles; imports for type checkers alone are left out."""
+    names = {
+        ".".join(path.relative_to(PACKAGE.parent).with_suffix("").parts).removesuffix(".__init__")
+        for path in PACKAGE.rglob("*.py")
+    }
+    imports = {name: imported(name, names) for name in names}
+    done: set[str] = set()
+
+    def visit(name: str, above: tuple[str, ...]) -> None:
+        assert name not in above, f"cycle: {' → '.join([*above[above.index(name) :], name])}"
+        if name in done:
+            return
+        for other in sorted(imports[name]):
+            visit(other, (*above, name))
+        done.add(name)
+
+    for name in sorted(names):
+        visit(name, ())
+
+
+def imported(name: str, names: set[str]) -> set[str]:
+    """Modules of the package that a module imports, also inside functions."""
+    path = PACKAGE.parent.joinpath(*name.split("."))
+    path = path / "__init__.py" if path.is_dir() else path.with_suffix(".py")
+    tree = ast.parse(path.read_text(encoding="utf-8"))
+    for_types = {
+        id(inner)
+        for node in ast.walk(tree)
+        if isinstance(node, ast.If) and "TYPE_CHECKING" in ast.dump(node.test)
+        for inner in ast.walk(node)
+    }
+    found = set()
+    for node in ast.walk(tree):
+        if id(node) not in for_types and isinstance(node, ast.ImportFrom) and node.module:
+            for alias in node.names:
+                full = f"{node.module}.{alias.name}"
+                found.add(full if full in names else node.module)
+    return (found & names) - {name}

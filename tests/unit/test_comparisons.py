@@ -10,7 +10,7 @@ from typing import Any
 import pytest
 
 from slm_lora.config.grid import set_key
-from slm_lora.config.schema import CellRecipe
+from slm_lora.config.schema import CellConfig
 from slm_lora.records import RowScore
 from slm_lora.report import sentences
 from slm_lora.report.names import SettingNames
@@ -25,7 +25,7 @@ def line(name: str, loss: float, **settings: Any) -> ScoredRun:
     own: dict[str, Any] = {}
     for key, value in settings.items():
         set_key(own, key.replace("__", "."), value)
-    recipe = CellRecipe.model_validate(own).model_dump(mode="json")
+    recipe = CellConfig.model_validate(own).model_dump(mode="json")
     recipe["adapter"]["lora_alpha"] = 2.0 * recipe["adapter"]["r"]
     scores = tuple(
         RowScore(

@@ -16,7 +16,7 @@ from hypothesis import strategies as st
 from slm_lora.config.aliases import MEANT, NO_KEY
 from slm_lora.config.grid import MOST_CELLS, Cell
 from slm_lora.config.load import load_recipe, parse_recipe
-from slm_lora.config.schema import LATER_KEYS, CellRecipe, DataSection, Recipe
+from slm_lora.config.schema import LATER_KEYS, CellConfig, DataSection, Recipe
 from slm_lora.config.validation import known_keys
 from slm_lora.errors import UsageError
 from slm_lora.experiment.resume import differences
@@ -274,9 +274,9 @@ def test_what_an_override_does_not_cause_is_the_files() -> None:
 def test_an_override_that_the_grid_would_undo_is_refused() -> None:
     grid = "grid: {cells: [{adapter.r: 8, data.size: 20}, {adapter.r: 16}]}"
     assert "adapter.r has no effect: 'grid' sets it" in mistake(grid, "adapter.r=4")
-    assert [cell.recipe.data.size for cell in cells(grid, "data.size=30")] == [20, 30]
+    assert [cell.config.data.size for cell in cells(grid, "data.size=30")] == [20, 30]
     assert "seed has no effect: 'seeds' sets it" in mistake("seeds: [1, 2]", "seed=4")
-    assert [cell.recipe.seed for cell in cells("", "seed=4")] == [4]
+    assert [cell.config.seed for cell in cells("", "seed=4")] == [4]
 
 
 # --- values ------------------------------------------------------------------------------------
@@ -367,7 +367,7 @@ def test_the_hash_is_of_the_settings_not_of_their_spelling() -> None:
 def test_without_a_grid_there_is_one_cell() -> None:
     (cell,) = cells("adapter: {r: 4}\nseed: 3")
     assert (cell.name, cell.settings) == ("r4", {})
-    assert cell.recipe == CellRecipe.model_validate({"adapter": {"r": 4}, "seed": 3})
+    assert cell.config == CellConfig.model_validate({"adapter": {"r": 4}, "seed": 3})
 
 
 def test_cells_are_as_listed_and_share_the_rest() -> None:
@@ -376,9 +376,9 @@ def test_cells_are_as_listed_and_share_the_rest() -> None:
         "grid: {cells: [{data.size: 1500, adapter.r: 8}, {adapter.r: 16}, {}]}"
     )
     assert [cell.name for cell in found] == ["r8-1500", "r16", "r2"]
-    assert [cell.recipe.adapter.r for cell in found] == [8, 16, 2]
-    assert [cell.recipe.data.size for cell in found] == [1500, None, None]
-    assert {cell.recipe.adapter.lora_dropout for cell in found} == {0.2}
+    assert [cell.config.adapter.r for cell in found] == [8, 16, 2]
+    assert [cell.config.data.size for cell in found] == [1500, None, None]
+    assert {cell.config.adapter.lora_dropout for cell in found} == {0.2}
     assert found[0].settings == {"data.size": 1500, "adapter.r": 8}
 
 
@@ -397,13 +397,13 @@ def test_axes_multiply_and_tied_keys_move_together() -> None:
 def test_seeds_go_over_the_whole_grid_one_after_the_other() -> None:
     text = "seeds: [3, 1]\ngrid: {axes: [{adapter.r: [8, 16]}]}"
     assert names(text) == ["r8-seed3", "r16-seed3", "r8-seed1", "r16-seed1"]
-    assert [cell.recipe.seed for cell in cells(text)] == [3, 3, 1, 1]
+    assert [cell.config.seed for cell in cells(text)] == [3, 3, 1, 1]
     assert names("seeds: [0, 1]") == ["seed0", "seed1"]
 
 
 def test_where_sizes_vary_each_seed_draws_rows_of_its_own() -> None:
     def drawn(text: str) -> list[int]:
-        return [cell.recipe.data_seed for cell in cells(text)]
+        return [cell.config.data_seed for cell in cells(text)]
 
     sizes = "grid: {axes: [{data.size: [100, 200]}]}"
     assert drawn(f"seeds: [3, 1]\n{sizes}") == [3, 3, 1, 1]
@@ -561,7 +561,7 @@ def loads_or_explains(text: str, overrides: list[str]) -> None:
             assert len(line) < 500
     else:
         assert found
-        for each in (recipe, *(cell.recipe for cell in found)):
+        for each in (recipe, *(cell.config for cell in found)):
             each.model_dump_json().encode()
 
 

@@ -43,12 +43,12 @@ def show(
 ) -> None:
     """Show training rows as the model sees them: loss is taken on what is marked."""
     from slm_lora.config.load import load_recipe
-    from slm_lora.experiment.job import make_jobs
+    from slm_lora.experiment.resolve_jobs import make_jobs
 
     _, cells = load_recipe(recipe, overrides or [])
     quiet_libraries()
     job = make_jobs([chosen_cell(cells, cell)], computed="nowhere")[0]
-    for note in (*job.rows.notes, *job.prepared.notes):
+    for note in (*job.rows.notes, *job.data.notes):
         console().print(f"note: {note}", soft_wrap=True)
     _show_rows(job, rows)
 
@@ -59,9 +59,9 @@ def _show_rows(job: Job, rows: int) -> None:
     from slm_lora.model.loading import load_tokenizer
 
     tokenizer = load_tokenizer(job.source)
-    on_response = job.cell.recipe.training.loss_on == "response"
+    on_response = job.config.training.loss_on == "response"
     out = console()
-    for example in job.prepared.train[:rows]:
+    for example in job.data.train[:rows]:
         out.print(
             f"row {example.row_id[:8]}  {printable(example.category)}  {example.length} tokens, "
             f"{int(example.response.sum())} of the response"
@@ -91,7 +91,8 @@ def check(recipe: RecipeFile, overrides: Overrides = None, rows: Rows = 2) -> No
     """
     from slm_lora.config.load import load_recipe
     from slm_lora.data.sources import MalformedRowsError
-    from slm_lora.experiment.job import data_record, make_jobs
+    from slm_lora.experiment.provenance import data_record
+    from slm_lora.experiment.resolve_jobs import make_jobs
 
     _, cells = load_recipe(recipe, overrides or [])
     quiet_libraries()
@@ -105,11 +106,11 @@ def check(recipe: RecipeFile, overrides: Overrides = None, rows: Rows = 2) -> No
             _print_bad_rows(error.bad_rows, "")
         raise
     _print_bad_rows(jobs[0].rows.bad_rows, "skipped ")
-    for note in (*jobs[0].rows.notes, *jobs[0].prepared.notes):
+    for note in (*jobs[0].rows.notes, *jobs[0].data.notes):
         out.print(f"note: {note}", soft_wrap=True)
     for job in jobs:
         record = data_record(job)
-        out.print(f"{job.cell.name}: {record['origin']}", soft_wrap=True)
+        out.print(f"{job.name}: {record['origin']}", soft_wrap=True)
         out.print(
             f"  format {record['format']}, template {record['template']['kind']}; "
             f"{record['rows_available']} rows in {record['groups']} groups, "
@@ -118,12 +119,12 @@ def check(recipe: RecipeFile, overrides: Overrides = None, rows: Rows = 2) -> No
             soft_wrap=True,
         )
         # Once some rows are pieces, it is pieces that are counted.
-        unit = "pieces" if job.cell.recipe.data.on_long_row == "split" else "rows"
+        unit = "pieces" if job.config.data.on_long_row == "split" else "rows"
         for name, found in record["sets"].items():
             long = record["long_rows"].get(name, record["long_rows"].get("all"))
             out.print(
                 f"  {name:10} {found['rows']:6} {unit} {found['tokens']:9} tokens; "
-                f"{long['rows']} rows over {job.cell.recipe.data.max_length} tokens "
+                f"{long['rows']} rows over {job.config.data.max_length} tokens "
                 f"({long['policy']})",
                 soft_wrap=True,
             )
@@ -166,9 +167,9 @@ def _say_facts(job: Job) -> None:
     from slm_lora.model.loading import load_tokenizer
 
     rows = job.rows.rows
-    tokenize = RowTokenizer(load_tokenizer(job.source), job.prepared.template)
+    tokenize = RowTokenizer(load_tokenizer(job.source), job.data.template)
     whole, _ = tokenize.encode(rows, {row.row_id: row.row_id for row in rows})
-    found = facts(rows, [example.length for example in whole], job.prepared.rule)
+    found = facts(rows, [example.length for example in whole], job.data.rule)
     out = console()
 
     def say(line: str) -> None:
@@ -191,13 +192,13 @@ def _say_facts(job: Job) -> None:
         )
         say(f"role mark {mark.text!r} is plain text to the tokenizer: {spelt}")
     if found.categories:
-        held = Counter(example.category for example in job.prepared.test)
+        held = Counter(example.category for example in job.data.test)
         say("\ncategory: rows, test rows")
         for name, many in found.categories:
             say(f"  {printable(name):30} {many:6} {held[name]:6}")
-    labels = sorted(label_count(e, job.cell.recipe.training.loss_on) for e in job.prepared.train)
+    labels = sorted(label_count(e, job.config.training.loss_on) for e in job.data.train)
     say(
-        f"\nlabels a training row ({job.cell.recipe.training.loss_on}): "
+        f"\nlabels a training row ({job.config.training.loss_on}): "
         f"{labels[0]} to {labels[-1]}, median {labels[len(labels) // 2]}"
     )
     say("\nlength in tokens, uncut: rows")
@@ -217,7 +218,7 @@ def _say_warnings(jobs: Sequence[Job]) -> None:
 
     job = jobs[0]
     lines = [
-        few_test_rows(job.prepared.test),
+        few_test_rows(job.data.test),
         *_without_labels(jobs),
         *_cut(job),
         *_odd_text(job),
@@ -233,7 +234,7 @@ def _without_labels(jobs: Sequence[Job]) -> list[str]:
 
     lines = []
     for job in jobs:
-        recipe, prepared = job.cell.recipe, job.prepared
+        recipe, prepared = job.config, job.data
         for name, examples, loss_on, then in (
             ("training", prepared.train, recipe.training.loss_on, "they are not trained on"),
             ("test", prepared.test, recipe.evaluation.headline, "they are not scored"),
@@ -248,7 +249,7 @@ def _without_labels(jobs: Sequence[Job]) -> list[str]:
 
 
 def _cut(job: Job) -> list[str]:
-    data, long = job.cell.recipe.data, job.prepared.long
+    data, long = job.config.data, job.data.long
     rows = sum(each.rows for each in long.values())
     if not rows or data.on_long_row not in ("truncate", "drop"):
         return []
@@ -257,7 +258,7 @@ def _cut(job: Job) -> list[str]:
     line = f"{rows} rows are longer than data.max_length = {data.max_length} and {done}"
     if data.on_long_row == "truncate":
         line += f" ({tokens} tokens)"
-    if job.prepared.template.kind == "plain" and job.rows.format == "text":
+    if job.data.template.kind == "plain" and job.rows.format == "text":
         return [f"{line}; data.on_long_row=split trains on and scores all of it, in pieces"]
     return [f"{line}; raise data.max_length to keep them whole"]
 
@@ -269,7 +270,7 @@ def _odd_text(job: Job) -> list[str]:
     from slm_lora.data.tokenization import RowTokenizer
     from slm_lora.model.loading import load_tokenizer
 
-    rows, template = job.rows.rows, job.prepared.template
+    rows, template = job.rows.rows, job.data.template
     tokenizer = load_tokenizer(job.source)
     tokenize = RowTokenizer(tokenizer, template)
     lines = []

@@ -60,8 +60,9 @@ def experiment(
     Finished cells are kept: the same command continues after an interruption.
     """
     from slm_lora.config.load import load_recipe
-    from slm_lora.experiment.job import ComputedName, make_jobs
+    from slm_lora.experiment.job import ComputedName
     from slm_lora.experiment.remote import CommandLine, run_elsewhere
+    from slm_lora.experiment.resolve_jobs import make_jobs
     from slm_lora.experiment.runner import run_jobs
     from slm_lora.report.examples import Quoted
     from slm_lora.report.write import write_report
@@ -93,7 +94,7 @@ def experiment(
                 runs = run_elsewhere(jobs, places, reporter, chosen, line, discard)
         if not distributed.is_main():
             return
-    headline = jobs[0].cell.recipe.evaluation.headline
+    headline = jobs[0].config.evaluation.headline
     quoted = Quoted({row.row_id: row for row in jobs[0].rows.rows}) if with_rows else None
     analysis = write_report(runs, places.results, headline, quoted)
     print_result(analysis, places.results, _adapters(runs, places), with_rows)
@@ -113,8 +114,8 @@ def train(
     Several may be at work on the cells of one experiment, on machines that see the same folders.
     """
     from slm_lora.config.load import load_recipe
-    from slm_lora.experiment.job import make_jobs
     from slm_lora.experiment.paths import BASE
+    from slm_lora.experiment.resolve_jobs import make_jobs
     from slm_lora.experiment.runner import run_bases, run_cells
     from slm_lora.runtime.progress import Reporter
 
@@ -159,7 +160,7 @@ def evaluate(
 ) -> None:
     """Score the base, or an adapter and the base beside it, on a recipe's test rows."""
     from slm_lora.config.load import load_recipe
-    from slm_lora.experiment.job import make_jobs
+    from slm_lora.experiment.resolve_jobs import make_jobs
     from slm_lora.experiment.runner import evaluate_adapter
     from slm_lora.runs.scores import write_scores
     from slm_lora.runtime.progress import Reporter
@@ -237,9 +238,9 @@ def report(
         from slm_lora.experiment.paths import ExperimentPaths
 
         read, cells = load_recipe(with_rows, overrides or [])
-        rows = read_rows(cells[0].recipe.data).rows
+        rows = read_rows(cells[0].config.data).rows
         places = ExperimentPaths(read.name, experiment_folder, adapters)
-        answer = _answering(cells[0].recipe, places) if answers else None
+        answer = _answering(cells[0].config, places) if answers else None
         quoted = Quoted({row.row_id: row for row in rows}, answer)
     elif overrides or answers:
         given = overrides[0] if overrides else "--answers"
@@ -324,7 +325,7 @@ def _places(recipe: Any, results: Path, adapters: Path) -> Any:
 
 
 def _say_data(job: Any, reporter: Any) -> None:
-    sets = job.prepared
+    sets = job.data
     reporter.info(
         f"{job.source.name} · {job.rows.origin.split(' ')[0]} · {sets.rows_available} rows in "
         f"{sets.groups} groups: {len(sets.test)} test, "
@@ -385,7 +386,7 @@ def _not_here(jobs: Any) -> str:
     """One line where a plan is not for the device or the precision that the recipe names."""
     wanted: dict[str, None] = {}
     for job in jobs:
-        training = job.cell.recipe.training
+        training = job.config.training
         for key, asked, has in (
             ("device", training.device, job.device.type),
             ("precision", training.precision, job.precision),

@@ -8,7 +8,7 @@ from collections.abc import Mapping
 from dataclasses import dataclass
 from typing import Any
 
-from slm_lora.config.schema import CellRecipe, Recipe
+from slm_lora.config.schema import CellConfig, Recipe
 from slm_lora.config.validation import Settings, Sources, validated, why_not_settable
 
 MOST_CELLS = 10_000
@@ -20,11 +20,11 @@ _LONGEST_NAME = 120
 
 @dataclass(frozen=True, slots=True)
 class Cell:
-    """One point of the grid: its name, what sets it apart, and its complete recipe."""
+    """One point of the grid: name, the keys that set it apart, complete configuration."""
 
     name: str
     settings: Mapping[str, Any]
-    recipe: CellRecipe
+    config: CellConfig
 
 
 def set_key(settings: Settings, key: str, value: Any) -> None:
@@ -50,7 +50,7 @@ _SHORT = {
     "training.learning_rate": "lr",
     "training.num_train_epochs": "epochs",
 }
-_NOT_IN_CELLS = Recipe.model_fields.keys() - CellRecipe.model_fields.keys()
+_NOT_IN_CELLS = Recipe.model_fields.keys() - CellConfig.model_fields.keys()
 
 
 def unfold(recipe: Recipe, settings: Settings, sources: Sources, mistakes: list[str]) -> list[Cell]:
@@ -64,7 +64,7 @@ def unfold(recipe: Recipe, settings: Settings, sources: Sources, mistakes: list[
     before = len(mistakes)
     for index, varied in enumerate(grid, start=1):
         for key in varied:
-            if why := why_not_settable(key, CellRecipe):
+            if why := why_not_settable(key, CellConfig):
                 mistakes.append(f"{source}: grid cell {index}: {why}")
     if recipe.seeds and any("seed" in varied for varied in grid):
         mistakes.append(f"{source}: the grid sets 'seed', and so do 'seeds'; leave one out")
@@ -87,7 +87,7 @@ def unfold(recipe: Recipe, settings: Settings, sources: Sources, mistakes: list[
                 set_key(own, key, value)
             if draws_rows and seed is not None:
                 own.setdefault("data_seed", seed)
-            cell = validated(CellRecipe, own, sources, mistakes, f"{source}: grid cell {index}")
+            cell = validated(CellConfig, own, sources, mistakes, f"{source}: grid cell {index}")
             if cell is not None:
                 # As validated: `2e-4` is text in YAML, and a number here.
                 values = {key: _value_at(cell, key) for key in chosen}
@@ -100,14 +100,14 @@ def unfold(recipe: Recipe, settings: Settings, sources: Sources, mistakes: list[
     return cells
 
 
-def _value_at(cell: CellRecipe, key: str) -> Any:
+def _value_at(cell: CellConfig, key: str) -> Any:
     value: Any = cell
     for part in key.split("."):
         value = value[part] if isinstance(value, dict) else getattr(value, part)
     return value
 
 
-def _cell_name(cell: CellRecipe, chosen: Mapping[str, Any]) -> str:
+def _cell_name(cell: CellConfig, chosen: Mapping[str, Any]) -> str:
     """A short name of what sets the cell apart: `r16-1500-seed1`; `r8` where nothing does."""
     parts = []
     order = ["adapter.kind", "adapter.r", "data.size"]

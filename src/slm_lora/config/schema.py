@@ -352,7 +352,7 @@ class GridSection(Section):
         ]
 
 
-class CellRecipe(Section):
+class CellConfig(Section):
     """One cell: everything that one run needs to know."""
 
     model: ModelSection = Field(default_factory=lambda: ModelSection())
@@ -383,7 +383,7 @@ LATER_KEYS: dict[str, dict[str, object]] = {
 of a run's identity, and a record without it is read as if it had it."""
 
 
-class Recipe(CellRecipe):
+class Recipe(CellConfig):
     """An experiment: a cell's settings, varied by a grid and by seeds."""
 
     name: str = Field(

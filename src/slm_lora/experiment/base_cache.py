@@ -29,7 +29,7 @@ class LoadedBase:
 
     def for_job(self, job: Job) -> Base:
         """The base that a job wants, without an adapter; loaded only if it is another one."""
-        quantization = job.cell.recipe.model.quantization
+        quantization = job.config.model.quantization
         wanted = (job.source, job.precision, job.device, quantization, job.sharded)
         base = self._base
         if base is None or _as_loaded(base) != wanted:

@@ -36,25 +36,25 @@ def train_cell(
     Raises:
         StopRequested: a signal asked for it; what is done is saved.
     """
-    section = job.cell.recipe.training
-    compile_validation = scoring_compiles(job, job.prepared.validation)
+    section = job.config.training
+    compile_validation = scoring_compiles(job, job.data.validation)
 
     def validate() -> float:
         scores = score(
             base,
-            job.prepared.validation,
+            job.data.validation,
             "validation",
-            job.cell.recipe.evaluation.micro_batch_tokens,
+            job.config.evaluation.micro_batch_tokens,
             compile_validation,
             on_tokens=lambda done: stop.check(),
         )
         return held_out_loss(scores, section.loss_on).loss
 
-    total = total_steps(len(job.prepared.train), section)
+    total = total_steps(len(job.data.train), section)
     shown = 0
     if told := capped(job):
         reporter.info_once(f"  note: {told}")
-    with gentle_stop() as stop, reporter.task(job.cell.name, total, "steps") as task:
+    with gentle_stop() as stop, reporter.task(job.name, total, "steps") as task:
 
         def on_step(step: Step) -> None:
             nonlocal shown
@@ -69,9 +69,9 @@ def train_cell(
         result = train(
             base,
             peft_model,
-            job.prepared.train,
+            job.data.train,
             section,
-            job.cell.recipe.seed,
+            job.config.seed,
             validate=validate,
             on_step=on_step,
             checkpointer=checkpointer,
@@ -98,7 +98,7 @@ def evaluate(
         StopRequested: a signal asked for it.
     """
     nn.Module.eval(base.model)
-    examples = job.prepared.test
+    examples = job.data.test
     tokens = sum(example.length for example in examples)
     compiled = scoring_compiles(job, examples)
     began = time.perf_counter()
@@ -114,13 +114,13 @@ def evaluate(
             base,
             examples,
             "test",
-            job.cell.recipe.evaluation.micro_batch_tokens,
+            job.config.evaluation.micro_batch_tokens,
             compiled,
             on_tokens=on_tokens,
         )
         seconds = time.perf_counter() - began
         losses = {kind: held_out_loss(scores, kind) for kind in _kinds(scores)}
-        shown = losses[job.cell.recipe.evaluation.headline]
+        shown = losses[job.config.evaluation.headline]
         task.close(
             f"scored {len(examples)} test rows  loss {shown.loss:.4f}  "
             f"perplexity {shown.perplexity:.3f}  {tokens / seconds:.0f} tok/s"
@@ -128,7 +128,7 @@ def evaluate(
     _say_fallbacks(reporter)
     record: dict[str, Any] = {kind: asdict(loss) for kind, loss in losses.items()}
     return scores, record | {
-        "headline": job.cell.recipe.evaluation.headline,
+        "headline": job.config.evaluation.headline,
         "seconds": seconds,
         "tokens_per_s": tokens / seconds,
         "compiled": compiled and not compilation.failure(),
@@ -138,7 +138,7 @@ def evaluate(
 def scoring_compiles(job: Job, examples: Sequence[Example]) -> bool:
     """Whether scoring these examples compiles."""
     tokens = sum(example.length for example in examples)
-    setting = job.cell.recipe.training.compile
+    setting = job.config.training.compile
     return compilation.wanted(setting, tokens, job.device, job.low_precision, job.sharded)
 
 

@@ -5,7 +5,8 @@ from __future__ import annotations
 from dataclasses import asdict
 from typing import Any
 
-from slm_lora.experiment.job import Job, data_record
+from slm_lora.data.splits import SPLIT_VERSION
+from slm_lora.experiment.job import Job
 from slm_lora.experiment.paths import ExperimentPaths
 from slm_lora.model.base import Base
 from slm_lora.runtime import distributed, hardware
@@ -16,7 +17,7 @@ def common_record(job: Job, base: Base, places: ExperimentPaths) -> dict[str, An
     """What every run says: recipe, model, rows, machine and versions."""
     return {
         "experiment": places.experiment,
-        "recipe": job.recipe,
+        "recipe": job.resolved,
         "model": {
             "name": job.source.name,
             "revision": job.source.revision,
@@ -54,18 +55,18 @@ def training_record(result: TrainingResult) -> dict[str, Any]:
 
 def about_adapter(job: Job, places: ExperimentPaths) -> dict[str, Any]:
     """What an adapter's folder says of its making."""
-    quantization = job.cell.recipe.model.quantization
+    quantization = job.config.model.quantization
     return {
         "experiment": places.experiment,
-        "cell": job.cell.name,
+        "cell": job.name,
         "base": {
             "name": job.source.name,
             "revision": job.source.revision,
             "sha256": job.source.sha256,
             **({"quantization": quantization} if quantization else {}),
         },
-        "template": asdict(job.prepared.template),
-        "recipe": job.recipe,
+        "template": asdict(job.data.template),
+        "recipe": job.resolved,
         "run": job.identity,
         "versions": hardware.versions(),
     }
@@ -77,3 +78,32 @@ def setting_of(recipe: dict[str, Any], key: str) -> Any:
     for part in key.split("."):
         value = value[part]
     return value
+
+
+def data_record(job: Job) -> dict[str, Any]:
+    """What a run says of its rows."""
+    prepared = job.data
+    return {
+        "origin": job.rows.origin,
+        "format": job.rows.format,
+        "template": asdict(prepared.template),
+        "rows_available": prepared.rows_available,
+        "groups": prepared.groups,
+        "duplicates_dropped": prepared.duplicates,
+        "bad_rows_skipped": prepared.bad_rows,
+        "split_version": SPLIT_VERSION,
+        "held_out_sha256": prepared.held_out_hash,
+        "train_sha256": prepared.train_hash,
+        "sets": {
+            name: {"rows": len(examples), "tokens": sum(e.length for e in examples)}
+            for name, examples in (
+                ("test", prepared.test),
+                ("validation", prepared.validation),
+                ("train", prepared.train),
+            )
+        },
+        "long_rows": {
+            name: {"policy": job.config.data.on_long_row, **asdict(counted)}
+            for name, counted in prepared.long.items()
+        },
+    }

@@ -17,7 +17,8 @@ from pathlib import Path
 
 from slm_lora.errors import STOPPED_RESUMABLE, IntegrityError, SlmLoraError, StorageError
 from slm_lora.experiment.job import Job
-from slm_lora.experiment.paths import BASE, ExperimentPaths, at_work, finished
+from slm_lora.experiment.paths import BASE, ExperimentPaths
+from slm_lora.experiment.resume import at_work, finished
 from slm_lora.launch.command import LOST, SAVING, Command, Ended, Engine
 from slm_lora.runs.folder import Run, find_run
 from slm_lora.runtime.progress import Reporter, Task
@@ -48,7 +49,7 @@ class CommandLine:
     def for_cell(self, cell: str, job: Job) -> tuple[str, ...]:
         """Words that run a cell as ``job`` has it: what this machine chose, a worker does not
         choose again."""
-        training = job.cell.recipe.training
+        training = job.config.training
         chosen = [
             f"training.{key}={value}"
             for key, wanted, value in (
@@ -98,9 +99,7 @@ def run_elsewhere(
         places.checkpoints.mkdir(parents=True, exist_ok=True)
         bases = {job.base_identity: job for job in jobs}
         commands = [
-            _command(job.cell.name, job, places, line)
-            for job in jobs
-            if finished(job, places) is None
+            _command(job.name, job, places, line) for job in jobs if finished(job, places) is None
         ]
         missing = [i for i in bases if find_run(places.results, BASE, i) is None]
         if missing:
@@ -120,7 +119,7 @@ def run_elsewhere(
                 "their workers ended well: all machines must see the same folder"
             )
         # A driver that was killed may have left those of runs that were finished by then.
-        for name in (BASE, *(job.cell.name for job in jobs)):
+        for name in (BASE, *(job.name for job in jobs)):
             _log(name, places).unlink(missing_ok=True)
         return there
 

@@ -1,28 +1,33 @@
-"""Unfinished trainings that lie in an experiment's folder, and whether they are of these cells."""
+"""What is finished, what is unfinished, and the locks of an experiment and of its cells."""
 
 from __future__ import annotations
 
 import re
 import shutil
-from collections.abc import Mapping, Sequence
+from collections.abc import Iterator, Mapping, Sequence
+from contextlib import contextmanager
 from pathlib import Path
 from typing import Any
 
 from slm_lora.config.schema import LATER_KEYS
 from slm_lora.errors import IntegrityError
 from slm_lora.experiment.job import Job
+from slm_lora.experiment.paths import ExperimentPaths
 from slm_lora.model.resolve import hash_config
-from slm_lora.runs.folder import run_folder
+from slm_lora.runs.folder import Run, find_run, run_folder
 from slm_lora.runtime import distributed, hardware
+from slm_lora.runtime.lock import after_other_processes, only_process
+from slm_lora.runtime.progress import Reporter
+from slm_lora.runtime.storage import recover, recover_all
 from slm_lora.training.checkpoint import generations, read_manifest
 
 
 def made_of(job: Job) -> dict[str, Any]:
     """What a training is made of: kept with its checkpoints, to say what changed."""
     return {
-        "recipe": job.recipe,
-        "training rows": job.prepared.train_hash,
-        "test or validation rows": job.prepared.held_out_hash,
+        "recipe": job.resolved,
+        "training rows": job.data.train_hash,
+        "test or validation rows": job.data.held_out_hash,
         "weights of the base": job.source.sha256,
         "configuration of the base": hash_config(job.source.path),
     }
@@ -65,7 +70,7 @@ def check_unfinished(jobs: Sequence[Job], checkpoints: Path, discard: bool) -> N
 
 
 def _others(job: Job, checkpoints: Path) -> list[tuple[Path, dict[str, Any]]]:
-    name = re.compile(rf"{re.escape(job.cell.name)}-(?P<hash>[0-9a-f]{{8}})")
+    name = re.compile(rf"{re.escape(job.name)}-(?P<hash>[0-9a-f]{{8}})")
     found = []
     for folder in sorted(checkpoints.iterdir()) if checkpoints.is_dir() else []:
         match = name.fullmatch(folder.name)
@@ -77,7 +82,7 @@ def _others(job: Job, checkpoints: Path) -> list[tuple[Path, dict[str, Any]]]:
             except IntegrityError:
                 continue
             # A process may have died between recording a run and removing its checkpoints.
-            if not run_folder(checkpoints.parent, job.cell.name, about["identity"]).exists():
+            if not run_folder(checkpoints.parent, job.name, about["identity"]).exists():
                 found.append((folder, about))
             break
     return found
@@ -107,3 +112,48 @@ def _flat(tree: Mapping[str, Any], prefix: str = "") -> dict[str, Any]:
             # As JSON has it: a tuple is a list there.
             flat[prefix + key] = list(value) if isinstance(value, tuple) else value
     return flat
+
+
+@contextmanager
+def at_work(jobs: Sequence[Job], places: ExperimentPaths, discard: bool) -> Iterator[None]:
+    """The experiment to ourselves: its tables, and which cells are run when.
+
+    Raises:
+        IntegrityError: another process is at work on it, or an unfinished training of a cell
+            was made of something else, and ``discard`` does not remove it.
+    """
+    with only_process(places.results):
+        recover_all(places.results)
+        check_none_in_the_way(jobs, places, discard)
+        yield
+
+
+def check_none_in_the_way(jobs: Sequence[Job], places: ExperimentPaths, discard: bool) -> None:
+    """No unfinished training of these cells was made of something else, see `check_unfinished`."""
+    unfinished = [job for job in jobs if finished(job, places) is None]
+    check_unfinished(unfinished, places.checkpoints, discard)
+
+
+@contextmanager
+def cell_at_work(
+    cell: str, identity: str, places: ExperimentPaths, reporter: Reporter
+) -> Iterator[None]:
+    """A cell to ourselves, rid of what killed processes left; waits for another that has it.
+
+    Cells have a lock of their own, as an experiment's may be run by processes of many machines.
+    """
+    lock = places.checkpoints / f".{cell}.lock"
+    waiting = f"  {cell}  another process is at work on it; waiting for that one"
+    with after_other_processes(lock, lambda: reporter.info(waiting)):
+        recover(run_folder(places.results, cell, identity))
+        for folder in places.adapter_names(cell, identity):
+            recover(folder)
+        yield
+
+
+def finished(job: Job, places: ExperimentPaths) -> Run | None:
+    """The run of a cell that need not be trained."""
+    run = find_run(places.results, job.name, job.identity)
+    if run is None or (places.keep_adapters and places.adapter_of(run) is None):
+        return None
+    return run

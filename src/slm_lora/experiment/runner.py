@@ -18,17 +18,18 @@ from slm_lora.errors import IntegrityError, UsageError
 from slm_lora.experiment.base_cache import LoadedBase, with_saved
 from slm_lora.experiment.cell import evaluate, train_cell
 from slm_lora.experiment.job import Job
-from slm_lora.experiment.paths import (
-    BASE,
-    ExperimentPaths,
+from slm_lora.experiment.paths import BASE, ExperimentPaths
+from slm_lora.experiment.preflight import require_room
+from slm_lora.experiment.provenance import about_adapter, common_record, setting_of, training_record
+from slm_lora.experiment.resume import (
     at_work,
     cell_at_work,
     check_none_in_the_way,
+    differences,
     finished,
-    require_room,
+    made_of,
+    setting,
 )
-from slm_lora.experiment.provenance import about_adapter, common_record, setting_of, training_record
-from slm_lora.experiment.resume import differences, made_of, setting
 from slm_lora.experiment.saved_adapter import Evaluated, warnings_on
 from slm_lora.experiment.tracking import Tracked, Trackers, open_trackers
 from slm_lora.model.base import Base
@@ -94,10 +95,10 @@ def _together(jobs: Sequence[Job]) -> Iterator[None]:
     """Several processes, that all do the same."""
     several = distributed.world_size()
     for job in jobs:
-        batch = job.cell.recipe.training.effective_batch_size
+        batch = job.config.training.effective_batch_size
         if several > batch:
             raise UsageError(
-                f"{several} processes, but a step of {job.cell.name} has {batch} examples "
+                f"{several} processes, but a step of {job.name} has {batch} examples "
                 "(training.effective_batch_size): start at most so many"
             )
         if job.device.type == "cuda" and distributed.local_rank() >= torch.cuda.device_count():
@@ -131,7 +132,7 @@ def _try_adapters(
     """
     tried = set()
     for job in jobs:
-        section = job.cell.recipe.adapter
+        section = job.config.adapter
         if trains_all(section) or not _to_do(functools.partial(finished, job, places)):
             continue
         trial = trial_section(section, rank=min(section.r, 4))
@@ -173,7 +174,7 @@ def _run_cells(
 ) -> list[Run]:
     runs = []
     for job in jobs:
-        name = job.cell.name
+        name = job.name
         done = functools.partial(finished, job, places)
         with _first_only(functools.partial(cell_at_work, name, job.identity, places, reporter)):
             if _to_do(done):
@@ -218,7 +219,7 @@ def evaluate_adapter(
             "only the shapes of its tensors were checked"
         )
     else:
-        trained, now = adapter_io.quantization(folder), job.cell.recipe.model.quantization
+        trained, now = adapter_io.quantization(folder), job.config.model.quantization
         if trained != now:
             reporter.info(
                 f"  warning: {folder} was trained on a base in {trained or 'full precision'}, and "
@@ -244,10 +245,10 @@ def _run_base(job: Job, base: Base, places: ExperimentPaths, reporter: Reporter)
 
 
 def _run_cell(job: Job, loaded: LoadedBase, places: ExperimentPaths, reporter: Reporter) -> None:
-    name, section = job.cell.name, job.cell.recipe.adapter
+    name, section = job.name, job.config.adapter
     base = loaded.for_job(job)
     hardware.reset_peak_memory(job.device.type)
-    peft_model = attach.attach(base, section, job.cell.recipe.seed)
+    peft_model = attach.attach(base, section, job.config.seed)
     if told := attach.left_out(peft_model):
         reporter.info_once(f"  note: {told}")
     stack = ExitStack()
@@ -271,7 +272,7 @@ def _run_cell(job: Job, loaded: LoadedBase, places: ExperimentPaths, reporter: R
         folder = Path(distributed.from_first(lambda: str(places.adapter(name, job.identity))))
         if distributed.is_main():
             adapter_io.save(
-                base, peft_model, folder, about_adapter(job, places), job.prepared.chat_template
+                base, peft_model, folder, about_adapter(job, places), job.data.chat_template
             )
         distributed.wait()
         if method_of(section).modifies_base:
@@ -292,7 +293,7 @@ def _run_cell(job: Job, loaded: LoadedBase, places: ExperimentPaths, reporter: R
         assert weights is not None
         record = {
             **common_record(job, base, places),
-            "settings": {key: setting_of(job.recipe, key) for key in job.cell.settings},
+            "settings": {key: setting_of(job.resolved, key) for key in job.settings},
             "adapter": {
                 "folder": folder.name if places.keep_adapters else places.adapter_name(name),
                 "sha256": sha256_file(weights),
@@ -313,13 +314,13 @@ def _run_cell(job: Job, loaded: LoadedBase, places: ExperimentPaths, reporter: R
 
 def _say_if_taken(job: Job, places: ExperimentPaths, reporter: Reporter) -> None:
     """That the adapter goes to another folder than users expect, and what lies in that one."""
-    usual = places.adapters / places.adapter_name(job.cell.name)
-    folder = places.adapter(job.cell.name, job.identity)
+    usual = places.adapters / places.adapter_name(job.name)
+    folder = places.adapter(job.name, job.identity)
     if not places.keep_adapters or folder == usual:
         return
     try:
         about = read_sealed(usual / adapter_io.ABOUT)
-        changed = differences({"recipe": about["recipe"]}, {"recipe": job.recipe})
+        changed = differences({"recipe": about["recipe"]}, {"recipe": job.resolved})
     except (FileNotFoundError, IntegrityError, KeyError, TypeError, AttributeError):
         what = "something else"
     else:
@@ -333,9 +334,7 @@ def _tracking(
 ) -> AbstractContextManager[Trackers]:
     """The recipe's trackers of one training; only the first of several processes has any."""
     names = places.report_to if distributed.is_main() else ()
-    run = Tracked(
-        places.experiment, f"{job.cell.name}-{job.identity[:8]}", job.recipe, places.results
-    )
+    run = Tracked(places.experiment, f"{job.name}-{job.identity[:8]}", job.resolved, places.results)
     return open_trackers(names, run, reporter.info)
 
 

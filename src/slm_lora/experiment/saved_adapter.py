@@ -50,7 +50,7 @@ def warnings_on(folder: Path, job: Job) -> list[str]:
     try:
         about = read_sealed(folder / ABOUT)
         trained, recipe = Template(**about["template"]), about["recipe"]
-        told = [_other_template(trained, job), _other_split(recipe["data"], job.recipe["data"])]
+        told = [_other_template(trained, job), _other_split(recipe["data"], job.resolved["data"])]
     except FileNotFoundError:
         told = [_foreign_template(shipped, job)]
     except (KeyError, TypeError) as error:
@@ -59,7 +59,7 @@ def warnings_on(folder: Path, job: Job) -> list[str]:
 
 
 def _other_template(trained: Template, job: Job) -> str:
-    now = job.prepared.template
+    now = job.data.template
     if trained.kind != now.kind or trained.source != now.source:
         same = "another .jinja file" if trained.kind == now.kind else f"template {now.kind}"
         way = (
@@ -86,14 +86,14 @@ def _other_template(trained: Template, job: Job) -> str:
 
 
 def _foreign_template(shipped: Path, job: Job) -> str:
-    kind = job.prepared.template.kind
+    kind = job.data.template.kind
     if (text := read_template(shipped)) is None:
         return f"does not say which prompts it was trained on; it is scored in template {kind}"
-    now = {job.prepared.chat_template}
+    now = {job.data.chat_template}
     if kind == "chat" and (own := default_template(load_tokenizer(job.source))):
         now.add(freeze(own))
-    if job.prepared.template.source:
-        now.add(freeze(job.prepared.template.source))
+    if job.data.template.source:
+        now.add(freeze(job.data.template.source))
     if freeze(text, str(shipped)) in now:
         return ""
     return (

@@ -52,9 +52,9 @@ class Sizes:
 
 def training_bytes(job: Job, sizes: Sizes, measured: Measured) -> int:
     """Peak of a training, without libraries and rows."""
-    full, on_cpu = trains_all(job.cell.recipe.adapter), job.device.type == "cpu"
+    full, on_cpu = trains_all(job.config.adapter), job.device.type == "cpu"
     # The slice's rank may have been another one of its kind.
-    adapter = measured.adapter * job.cell.recipe.adapter.r / measured.r
+    adapter = measured.adapter * job.config.adapter.r / measured.r
     held = held_bytes(job, round(adapter))
     chunk = min(FULL_CHUNK if full else CHUNK, sizes.largest)
     kept = measured.kept_beside + max(
@@ -75,8 +75,8 @@ def training_bytes(job: Job, sizes: Sizes, measured: Measured) -> int:
 def scoring_bytes(job: Job, measured: Measured) -> int:
     """Peak of scoring the base or an adapter, without libraries and rows."""
     on_cpu = job.device.type == "cpu"
-    test = sum(example.length for example in job.prepared.test)
-    tokens = min(job.cell.recipe.evaluation.micro_batch_tokens, test)
+    test = sum(example.length for example in job.data.test)
+    tokens = min(job.config.evaluation.micro_batch_tokens, test)
     of_layer = (
         measured.kept / measured.layers * tokens * (HEAP_FRAGMENTATION["plain"] if on_cpu else 1)
     )
@@ -90,7 +90,7 @@ def scoring_bytes(job: Job, measured: Measured) -> int:
 def held_bytes(job: Job, adapter_weights: int, trained: bool = True) -> int:
     """Bytes of weights, and of the optimizer where there is one."""
     size = torch.finfo(DTYPES[job.precision]).bits // 8
-    many, recipe = _weights(job), job.cell.recipe
+    many, recipe = _weights(job), job.config
     if trains_all(recipe.adapter) and trained:
         # In fp32, with two moments; in half precision a copy for the products.
         return many * (12 + size % 4)

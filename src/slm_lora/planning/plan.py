@@ -14,7 +14,8 @@ from slm_lora.adapters.methods import trains_all
 from slm_lora.data.collate import by_token_budget, epoch_order
 from slm_lora.experiment.cell import scoring_compiles
 from slm_lora.experiment.job import Job
-from slm_lora.experiment.paths import BASE, ExperimentPaths, finished
+from slm_lora.experiment.paths import BASE, ExperimentPaths
+from slm_lora.experiment.resume import finished
 from slm_lora.ops import compilation
 from slm_lora.planning.memory import Sizes, held_bytes, scoring_bytes, training_bytes
 from slm_lora.planning.probe import Measured, measure
@@ -104,9 +105,9 @@ def will_not_fit(jobs: Sequence[Job], places: ExperimentPaths) -> str:
     more than there is; else empty."""
     free = hardware.free_bytes(jobs[0].device.type)
     runtime = _runtime(jobs)
-    least = {job.cell.name: runtime + held_bytes(job, adapter_weights=0) for job in jobs}
-    large = [job for job in jobs if least[job.cell.name] > free]
-    if not (names := [job.cell.name for job in large if finished(job, places) is None]):
+    least = {job.name: runtime + held_bytes(job, adapter_weights=0) for job in jobs}
+    large = [job for job in jobs if least[job.name] > free]
+    if not (names := [job.name for job in large if finished(job, places) is None]):
         return ""
     most = max(names, key=least.__getitem__)
     return (
@@ -150,7 +151,7 @@ class _Counted:
 
 
 def _count(job: Job) -> _Counted:
-    recipe, rows = job.cell.recipe, list(job.prepared.train)
+    recipe, rows = job.config, list(job.data.train)
     section, batch = recipe.training, recipe.training.effective_batch_size
     rows = usable_examples(rows, section) or list(rows)
     steps, tokens = total_steps(len(rows), section), training_tokens(rows, section)
@@ -218,9 +219,9 @@ def _base(each: _Counted, measured: Measured, runtime: int, places: ExperimentPa
 def _cell(each: _Counted, measured: Measured, runtime: int, places: ExperimentPaths) -> PlannedCell:
     job, test = each.job, _test_tokens(each.job)
     return PlannedCell(
-        name=job.cell.name,
+        name=job.name,
         finished=finished(job, places) is not None,
-        training_rows=len(job.prepared.train),
+        training_rows=len(job.data.train),
         steps=each.steps,
         training_tokens=each.tokens,
         test_tokens=test,
@@ -233,9 +234,9 @@ def _cell(each: _Counted, measured: Measured, runtime: int, places: ExperimentPa
 
 
 def _scoring_seconds(each: _Counted, measured: Measured) -> float:
-    compiled = scoring_compiles(each.job, each.job.prepared.test)
+    compiled = scoring_compiles(each.job, each.job.data.test)
     return _test_tokens(each.job) * measured.scoring + COMPILE_SECONDS["scoring"] * compiled
 
 
 def _test_tokens(job: Job) -> int:
-    return sum(example.length for example in job.prepared.test)
+    return sum(example.length for example in job.data.test)

@@ -87,7 +87,7 @@ def measure(job: Job, compiled: bool) -> Measured:
     """
     from transformers import AutoConfig
 
-    recipe = job.cell.recipe
+    recipe = job.config
     config: Any = AutoConfig.from_pretrained(
         job.source.path, local_files_only=True, trust_remote_code=False
     ).get_text_config()
@@ -163,7 +163,7 @@ def _in_few_words(examples: Sequence[Example], tokens: int) -> list[Example]:
 
 def _training(base: Base, peft_model: torch.nn.Module, job: Job, compiled: bool) -> float:
     """Seconds a token; the first two steps, which warm up and compile, left out."""
-    section, rows = job.cell.recipe.training, job.prepared.train
+    section, rows = job.config.training, job.data.train
     mean = sum(row.length for row in rows) / len(rows)
     batch = min(section.effective_batch_size, max(1, round(STEP_TOKENS / mean)))
     few = section.model_copy(
@@ -178,13 +178,13 @@ def _training(base: Base, peft_model: torch.nn.Module, job: Job, compiled: bool)
         }
     )
     chosen = _in_few_words(rows, 4 * STEP_TOKENS)
-    return 1 / train(base, peft_model, chosen, few, job.cell.recipe.seed).tokens_per_s
+    return 1 / train(base, peft_model, chosen, few, job.config.seed).tokens_per_s
 
 
 def _scoring(base: Base, job: Job, compiled: bool) -> float:
     """Seconds a token."""
-    examples = _in_few_words(job.prepared.test, SCORED_TOKENS)
-    budget = job.cell.recipe.evaluation.micro_batch_tokens
+    examples = _in_few_words(job.data.test, SCORED_TOKENS)
+    budget = job.config.evaluation.micro_batch_tokens
     work = functools.partial(score, base, examples, "test", budget, compiled)
     return _seconds(work) / sum(example.length for example in examples)
 
@@ -192,7 +192,7 @@ def _scoring(base: Base, job: Job, compiled: bool) -> float:
 def _kept(base: Base, peft_model: torch.nn.Module, job: Job, about: int) -> tuple[int, int]:
     """How many tokens of about so many, and the bytes that the layers then keep for the backward
     pass: each storage once, what is there anyway left out."""
-    examples = _in_few_words(job.prepared.train, about)
+    examples = _in_few_words(job.data.train, about)
     there = {
         t.untyped_storage().data_ptr() for t in (*peft_model.parameters(), *peft_model.buffers())
     }
@@ -205,7 +205,7 @@ def _kept(base: Base, peft_model: torch.nn.Module, job: Job, about: int) -> tupl
         # Not the tensor itself: its graph would hold itself for ever.
         return tensor.detach()
 
-    section = job.cell.recipe.training
+    section = job.config.training
     batch = collate(by_token_budget(examples, 10**9)[0], section.loss_on)
     peft_model.train()
     with (
@@ -227,7 +227,7 @@ def _line(first: tuple[int, int], second: tuple[int, int]) -> tuple[float, float
 
 def _head_training(head: torch.nn.Parameter, job: Job, compiled: bool) -> float:
     """Seconds a token of loss and gradient; where the words train, of all that is done to them."""
-    section = job.cell.recipe.training
+    section = job.config.training
     hidden, labels = _step_of_head(head, job)
     optimizer = adamw({"head": head}, section) if head.requires_grad else None
 
@@ -254,7 +254,7 @@ def _head_scoring(head: torch.Tensor, job: Job, compiled: bool) -> float:
 def _step_of_head(head: torch.Tensor, job: Job) -> tuple[torch.Tensor, torch.Tensor]:
     """Final hidden states and labels at random, as many as a step or a micro-batch has."""
     words, width = head.shape
-    section, rows = job.cell.recipe.training, job.prepared.train
+    section, rows = job.config.training, job.data.train
     step = section.effective_batch_size * sum(row.length for row in rows) // len(rows)
     many = min(step, section.micro_batch_tokens)
     hidden = torch.randn(many, width, device=head.device, dtype=head.dtype)

@@ -181,7 +181,7 @@ def interval_text(value: float, low: float, high: float) -> str:
 
 
 def _seeds(run: Any) -> tuple[int, int]:
-    return run.recipe["seed"], run.recipe["data_seed"]
+    return run.resolved["seed"], run.resolved["data_seed"]
 
 
 def _why(

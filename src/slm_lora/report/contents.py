@@ -223,7 +223,7 @@ def runs_text(runs: Sequence[ScoredRun]) -> str:
     record = runs[0].run.record
     data, machine = record["data"], record["machine"]
     tokens = "the whole text" if runs[0].headline == "all" else "the response"
-    seeds = ", ".join(map(str, sorted({run.recipe["seed"] for run in runs})))
+    seeds = ", ".join(map(str, sorted({run.resolved["seed"] for run in runs})))
     gpu = f", {machine['gpu']}" if "gpu" in machine else ""
     notes = [
         f"Eval Loss: total negative log-likelihood over the tokens of {tokens} (end-of-sequence "

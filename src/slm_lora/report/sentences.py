@@ -95,7 +95,7 @@ def method(runs: Sequence[ScoredRun], comparisons: Sequence[Comparison]) -> str:
     if counts[0] < 2 <= counts[-1]:
         several = " or ".join(str(count) for count in counts if count > 1)
         covered += f" Comparisons over several seeds ({several}) cover the seed as well."
-    if len({run.recipe["data_seed"] for run in runs if not run.is_base}) > 1:
+    if len({run.resolved["data_seed"] for run in runs if not run.is_base}) > 1:
         covered += " Each seed also draws its own training rows."
     elif counts[-1] > 1:
         covered += (

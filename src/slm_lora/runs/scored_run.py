@@ -26,14 +26,14 @@ class ScoredRun:
         return "adapter" not in self.run.record
 
     @property
-    def recipe(self) -> Mapping[str, Any]:
+    def resolved(self) -> Mapping[str, Any]:
         """The resolved recipe of the run."""
         found: Mapping[str, Any] = self.run.record["recipe"]
         return {**found, **{name: {**keys, **found[name]} for name, keys in LATER_KEYS.items()}}
 
     def setting(self, key: str) -> Any:
         """A dotted key of the resolved recipe."""
-        value: Any = self.recipe
+        value: Any = self.resolved
         for part in key.split("."):
             value = value[part]
         return value
@@ -55,7 +55,7 @@ def read_scored_runs(runs: Sequence[Run], headline: LossOn | None = None) -> lis
     """
 
     def order(line: ScoredRun) -> tuple[Any, ...]:
-        recipe = line.recipe
+        recipe = line.resolved
         size = recipe["data"]["size"] or 0
         return (
             not line.is_base, recipe["seed"], recipe["data_seed"], size, recipe["adapter"]["r"],

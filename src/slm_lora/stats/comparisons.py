@@ -235,7 +235,7 @@ def equivalence_margin(line: ScoredRun) -> float:
     """Margin of equivalence of a run's recipe, nats per token."""
     # Runs of before there was the key have the default.
     default = EvaluationSection().equivalence_margin
-    return float(line.recipe["evaluation"].get("equivalence_margin", default))
+    return float(line.resolved["evaluation"].get("equivalence_margin", default))
 
 
 def _base_key(line: ScoredRun) -> tuple[object, ...]:
@@ -251,7 +251,7 @@ def _settings(line: ScoredRun, without: Sequence[str] = ()) -> list[tuple[str, s
     """The recipe flat, without seeds, and without some keys (the rank takes alpha/r along)."""
     recipe = {
         section: dict(value) if isinstance(value, dict) else value
-        for section, value in line.recipe.items()
+        for section, value in line.resolved.items()
         if section not in ("seed", "data_seed", "seeds", "grid", "name", "description")
     }
     recipe["adapter"]["lora_alpha"] /= line.setting("adapter.r")
@@ -358,7 +358,7 @@ def amount(arm: Setting, key: str) -> float | None:
 
 def _by_seed(one: Setting, other: Setting) -> tuple[tuple[ScoredRun, ScoredRun], ...]:
     def seeds(line: ScoredRun) -> tuple[int, int]:
-        return line.recipe["seed"], line.recipe["data_seed"]
+        return line.resolved["seed"], line.resolved["data_seed"]
 
     others = {seeds(line): line for line in other.lines}
     return tuple((line, others[seeds(line)]) for line in one.lines if seeds(line) in others)

@@ -1,0 +1,188 @@
+"""From the cells of a recipe to jobs: models found, rows read and tokenised, everything checked."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from pathlib import Path
+from typing import TYPE_CHECKING, Any
+
+from slm_lora.adapters.targets import resolve_targets
+from slm_lora.config.grid import Cell
+from slm_lora.config.schema import (
+    LATER_KEYS,
+    CellConfig,
+    ModelSection,
+    TrainingSection,
+)
+from slm_lora.data.dataset import Prepared, prepare
+from slm_lora.data.sources import RowSet, read_rows
+from slm_lora.data.splits import SPLIT_VERSION
+from slm_lora.errors import UsageError
+from slm_lora.experiment.job import ComputedName, Job, tokens_per_micro_batch
+from slm_lora.experiment.preflight import (
+    check_frozen,
+    check_headline,
+    check_length,
+    check_same_test_rows,
+    check_token_ids,
+)
+from slm_lora.model.resolve import ModelSource, hash_config, resolve
+from slm_lora.runs.folder import RUN_FORMAT
+from slm_lora.runtime.checksums import content_hash
+
+if TYPE_CHECKING:
+    import torch
+    from transformers import PreTrainedTokenizerBase
+
+    from slm_lora.model.base import PrecisionName
+
+
+def make_jobs(cells: Sequence[Cell], computed: ComputedName = "here") -> list[Job]:
+    """Resolve models, read rows and tokenise them for all cells; nothing is loaded yet.
+
+    Args:
+        cells: from `reading.load_recipe`.
+        computed: unless it is here, the device need not be.
+
+    Raises:
+        SlmLoraError: whatever is wrong with models or rows, and cells on different test rows.
+    """
+    sources: dict[ModelSection, ModelSource] = {}
+    tokenizers: dict[ModelSource, PreTrainedTokenizerBase] = {}
+    row_sets: dict[str, RowSet] = {}
+    sets: dict[tuple[ModelSource, str, int], Prepared] = {}
+    jobs = []
+    for cell in cells:
+        section = cell.config.data
+        row_key = content_hash(section.model_dump(mode="json", include=_ROW_FIELDS))
+        # Rows first: they are checked quickly, a model may have to be fetched.
+        if row_key not in row_sets:
+            row_sets[row_key] = read_rows(section)
+        rows = row_sets[row_key]
+        if cell.config.model not in sources:
+            sources[cell.config.model] = resolve(cell.config.model)
+        source = sources[cell.config.model]
+        if source not in tokenizers:
+            from slm_lora.model.loading import load_tokenizer
+
+            tokenizers[source] = load_tokenizer(source)
+        check_length(section, source)
+        set_key = (source, section.model_dump_json(), cell.config.data_seed)
+        if set_key not in sets:
+            sets[set_key] = prepare(rows, section, cell.config.data_seed, tokenizers[source])
+        check_token_ids(sets[set_key], source, tokenizers[source])
+        check_headline(cell.config, sets[set_key])
+        check_frozen(cell.config)
+        if computed != "nowhere":
+            resolve_targets(source, cell.config.adapter)
+        jobs.append(_job(cell, source, sets[set_key], rows, computed))
+    check_same_test_rows(jobs)
+    return jobs
+
+
+_ROW_FIELDS = {"name", "revision", "split", "format", "columns", "text_rows", "on_bad_row"}
+
+
+def _job(
+    cell: Cell, source: ModelSource, prepared: Prepared, rows: RowSet, computed: ComputedName
+) -> Job:
+    device, precision = _device_and_precision(cell.config.training, computed)
+    resolved = _portable(cell, source, precision, device.type)
+    resolved["data"]["include_context"] = prepared.template.include_context
+    scored = {
+        "format": RUN_FORMAT,
+        "split": SPLIT_VERSION,
+        "base": source.sha256,
+        "config": hash_config(source.path),
+        "held_out": prepared.held_out_hash,
+        "precision": precision,
+        "device": device.type,
+        "compile": resolved["training"]["compile"],
+        "micro_batch_tokens": resolved["evaluation"]["micro_batch_tokens"],
+    }
+    if cell.config.model.quantization:
+        scored["quantization"] = cell.config.model.quantization
+    training = {
+        **resolved["training"],
+        "micro_batch_tokens": _budget(cell.config, prepared, device, precision),
+    }
+    trained = {
+        "train": prepared.train_hash,
+        "adapter": resolved["adapter"],
+        "training": _without_later_keys(training),
+        "seed": resolved["seed"],
+    }
+    return Job(
+        name=cell.name,
+        settings=cell.settings,
+        config=cell.config,
+        resolved=resolved,
+        source=source,
+        data=prepared,
+        rows=rows,
+        device=device,
+        precision=precision,
+        identity=content_hash({**scored, **trained}),
+        base_identity=content_hash(scored),
+    )
+
+
+def _budget(
+    config: CellConfig, prepared: Prepared, device: torch.device, precision: PrecisionName
+) -> int:
+    """``training.micro_batch_tokens`` as part of a run's identity: the default, where its limits on
+    this device make it the same."""
+    section = config.training
+    default = TrainingSection.model_fields["micro_batch_tokens"].default
+    same = tokens_per_micro_batch(config, prepared, device, precision, default)
+    if (
+        tokens_per_micro_batch(config, prepared, device, precision, section.micro_batch_tokens)
+        == same
+    ):
+        return int(default)
+    return section.micro_batch_tokens
+
+
+def _device_and_precision(
+    training: TrainingSection, computed: ComputedName
+) -> tuple[torch.device, PrecisionName]:
+    import torch
+
+    from slm_lora.model.loading import choose_device, choose_precision
+
+    try:
+        device = choose_device(training.device)
+    except UsageError:
+        if computed == "here":
+            raise
+        if computed == "elsewhere":
+            if training.precision == "auto":
+                raise UsageError(
+                    f"training.precision = auto: this machine has no {training.device} to choose "
+                    "for; name bf16, fp16 or fp32"
+                ) from None
+            return torch.device(training.device), training.precision
+        device = choose_device("auto")
+    try:
+        return device, choose_precision(training.precision, device)
+    except UsageError:
+        if computed != "nowhere":
+            raise
+        return device, choose_precision("auto", device)
+
+
+def _without_later_keys(training: dict[str, Any]) -> dict[str, Any]:
+    later = LATER_KEYS["training"]
+    return {k: v for k, v in training.items() if k not in later or v != later[k]}
+
+
+def _portable(cell: Cell, source: ModelSource, precision: str, device: str) -> dict[str, Any]:
+    """The recipe with every choice made, and local paths reduced to the file's name."""
+    recipe: dict[str, Any] = cell.config.model_dump(mode="json")
+    recipe["model"] |= {"name": source.name, "revision": source.revision}
+    for key in ("name", "template"):
+        if Path(recipe["data"][key]).exists():
+            recipe["data"][key] = Path(recipe["data"][key]).name
+    recipe["adapter"]["lora_alpha"] = cell.config.adapter.alpha
+    recipe["training"] |= {"precision": precision, "device": device}
+    return recipe
