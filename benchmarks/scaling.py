@@ -30,7 +30,7 @@ from slm_lora.config.load import load_recipe
 from slm_lora.experiment.resolve_jobs import make_jobs
 from slm_lora.runtime import distributed, hardware
 from slm_lora.runtime.storage import atomic_write_text
-from slm_lora.training.loop import _steps
+from slm_lora.training.loop import epoch_steps
 
 RECIPE = Path("recipes/quickstart.yaml")
 WORK = (
@@ -194,7 +194,7 @@ def lengths_of_steps() -> list[list[int]]:
     job = make_jobs(cells)[0]
     section = job.config.training
     total = -(-len(job.data.train) // section.effective_batch_size)
-    steps = _steps(job.data.train, section.effective_batch_size, job.config.seed, total)
+    steps = epoch_steps(job.data.train, section.effective_batch_size, job.config.seed, total)
     return [[example.length for example in step] for step in steps]
 
 

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import json
 import socket
 from collections.abc import Callable, Iterator
 from pathlib import Path
@@ -10,74 +9,20 @@ from typing import Any
 
 import pytest
 import torch
-from tokenizers import Tokenizer, decoders, models, pre_tokenizers, trainers
-from transformers import PreTrainedTokenizerFast
 
 from slm_lora.config.schema import ModelSection
 from slm_lora.model.base import Base
 from slm_lora.model.loading import load_base
 from slm_lora.model.resolve import ModelSource, resolve
 
-CHAT_TEMPLATE = (
-    "{% for message in messages %}"
-    "{{ '<|im_start|>' + message['role'] + '\\n' + message['content'] + '<|im_end|>\\n' }}"
-    "{% endfor %}{% if add_generation_prompt %}{{ '<|im_start|>assistant\\n' }}{% endif %}"
-)
-
-TOPICS = (
-    "rivers", "bread", "sailing", "glass", "bridges", "bees", "maps", "clocks", "tea", "violins",
-    "paper", "salt",
-)  # fmt: skip
-
-
-def make_rows(count: int) -> list[dict[str, str]]:
-    """Small distinct instruction rows, in our own words."""
-    rows = []
-    for number in range(count):
-        topic = TOPICS[number % len(TOPICS)]
-        rows.append(
-            {
-                "instruction": f"Tell me fact {number} about {topic}.",
-                "context": f"A note on {topic}, number {number}." if number % 3 == 0 else "",
-                "response": f"Fact {number}: {topic} " + "matter a great deal. " * (number % 4 + 1),
-                "category": "open_qa" if number % 2 else "closed_qa",
-            }
-        )
-    return rows
-
-
-def write_jsonl(path: Path, rows: list[dict[str, str]]) -> Path:
-    """One JSON object a line."""
-    path.write_text("".join(json.dumps(row) + "\n" for row in rows), encoding="utf-8")
-    return path
+from .support.rows import make_rows, write_jsonl
+from .support.tiny_model import tiny_tokenizer
 
 
 @pytest.fixture(scope="session", autouse=True)
 def one_thread() -> None:
     """Tiny matrices are slower on two threads, and sums have one order."""
     torch.set_num_threads(1)
-
-
-def tiny_tokenizer() -> PreTrainedTokenizerFast:
-    """Byte-level BPE with SmolLM2's special tokens and a chat template of the same kind."""
-    raw = Tokenizer(models.BPE())
-    raw.pre_tokenizer = pre_tokenizers.ByteLevel(add_prefix_space=False)
-    raw.decoder = decoders.ByteLevel()
-    trainer = trainers.BpeTrainer(
-        vocab_size=500,
-        special_tokens=["<|endoftext|>", "<|im_start|>", "<|im_end|>"],
-        initial_alphabet=pre_tokenizers.ByteLevel.alphabet(),
-        show_progress=False,
-    )
-    raw.train_from_iterator([" ".join(row.values()) for row in make_rows(60)], trainer)
-    return PreTrainedTokenizerFast(
-        tokenizer_object=raw,
-        eos_token="<|im_end|>",
-        pad_token="<|im_end|>",
-        unk_token="<|endoftext|>",
-        additional_special_tokens=["<|im_start|>"],
-        chat_template=CHAT_TEMPLATE,
-    )
 
 
 @pytest.fixture(autouse=True)

@@ -27,7 +27,7 @@ from rich.console import Console
 from tokenizers import Tokenizer, decoders, models, pre_tokenizers
 from transformers import LlamaConfig, LlamaForCausalLM, PreTrainedTokenizerFast
 
-from slm_lora.cli import _guarded
+from slm_lora.cli import run_guarded
 from slm_lora.config.load import load_recipe
 from slm_lora.experiment.job import Job
 from slm_lora.experiment.paths import ExperimentPaths
@@ -151,7 +151,7 @@ def start(lab: Lab, case: Path, hook: Hook = lambda: None) -> int:
         sys.stderr = os.fdopen(2, "w", buffering=1, encoding="utf-8", closefd=False)
         reporter = Reporter(Console(file=sys.stderr, highlight=False, width=200))
         hook()
-        code = _guarded(lambda: run_jobs(lab.jobs, lab.places(case), reporter) and None)
+        code = run_guarded(lambda: run_jobs(lab.jobs, lab.places(case), reporter) and None)
     except BaseException:
         traceback.print_exc()
     finally:

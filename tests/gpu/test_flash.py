@@ -15,7 +15,7 @@ from slm_lora.model.loading import load_base
 from slm_lora.ops import attention, attention_bmm, attention_flash
 from slm_lora.training.loop import train
 
-from ..integration.test_forward import make_examples
+from ..support.examples import make_examples
 
 pytestmark = pytest.mark.skipif(not torch.cuda.is_available(), reason="no CUDA GPU here")
 

@@ -23,7 +23,7 @@ from slm_lora.model.loading import load_base, load_tokenizer
 from slm_lora.model.resolve import resolve
 from slm_lora.runtime.checksums import FILES, SEAL
 
-from ..conftest import tiny_tokenizer
+from ..support.tiny_model import tiny_tokenizer
 
 LoadTiny = Callable[..., Base]
 

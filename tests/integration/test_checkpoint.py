@@ -25,8 +25,7 @@ from slm_lora.training import checkpoint
 from slm_lora.training.checkpoint import Checkpointer, generations, read_manifest
 from slm_lora.training.loop import TrainingResult, train
 
-from .test_forward import make_examples
-from .test_training import LENGTHS
+from ..support.examples import TRAINING_LENGTHS, make_examples
 
 SECTION = TrainingSection(num_train_epochs=4, learning_rate=1e-2, eval_steps=2, keep_best=True)
 
@@ -52,7 +51,7 @@ def sitting(
     result = None
     with contextlib.suppress(KeyboardInterrupt):
         result = train(
-            base, peft_model, make_examples(LENGTHS), SECTION, 3,
+            base, peft_model, make_examples(TRAINING_LENGTHS), SECTION, 3,
             validate=validate, on_step=on_step, checkpointer=checkpointer,
         )  # fmt: skip
     state = trainable_state(peft_model)
@@ -106,7 +105,7 @@ def test_steps_ahead_change_nothing(
             stop.requested |= stops and step.step == stop_at
 
         result = train(
-            base, peft_model, make_examples(LENGTHS), SECTION, 3,
+            base, peft_model, make_examples(TRAINING_LENGTHS), SECTION, 3,
             validate=lambda: 1.0, on_step=on_step, checkpointer=Checkpointer(folder, "abc"),
             stop=stop, steps_ahead=ahead,
         )  # fmt: skip
@@ -185,7 +184,7 @@ def test_a_broken_checkpoint_is_passed_over_by_name(
     base = load_tiny()
     peft_model = attach.attach(base, AdapterSection(r=4, lora_dropout=0.1), 3)
     train(
-        base, peft_model, make_examples(LENGTHS), SECTION, 3,
+        base, peft_model, make_examples(TRAINING_LENGTHS), SECTION, 3,
         validate=lambda: next(losses), checkpointer=checkpointer,
     )  # fmt: skip
     found = trainable_state(peft_model)
@@ -272,7 +271,8 @@ def test_a_stop_in_validation_keeps_the_step(
         result = None
         with contextlib.suppress(StopRequested):
             result = train(
-                base, peft_model, make_examples(LENGTHS), SECTION, 3, validate=validate, stop=stop,
+                base, peft_model, make_examples(TRAINING_LENGTHS), SECTION, 3,
+                validate=validate, stop=stop,
                 on_step=lambda step: steps.append(step.step), checkpointer=checkpointer,
             )  # fmt: skip
         counted[:] = steps

@@ -16,12 +16,12 @@ from slm_lora.errors import DataError
 from slm_lora.model.base import DTYPES, Base
 from slm_lora.model.forward import batch_nll, score_documents
 from slm_lora.ops import compilation
-from slm_lora.ops.cross_entropy import BLOCK, _nll, _nll_and_gradient
+from slm_lora.ops.cross_entropy import BLOCK, label_nll, nll_and_gradient
 from slm_lora.ops.dropout import TokenDropout
 from slm_lora.ops.kernels import build
 from slm_lora.training.loop import train
 
-from .test_forward import LENGTHS, gradients, make_examples
+from ..support.examples import LENGTHS, gradients, make_examples
 
 LoadTiny = Callable[..., Base]
 
@@ -78,8 +78,8 @@ def test_loss_and_gradient_are_those_of_the_logits(
     wanted = torch.nn.functional.cross_entropy(exact, labels, reduction="none")
     gradient = torch.autograd.grad(wanted.sum(), exact)[0]
     with compilation.fusion(on):
-        scored = _nll(logits.clone(), labels)
-        nll, found = _nll_and_gradient(logits.clone(), labels)
+        scored = label_nll(logits.clone(), labels)
+        nll, found = nll_and_gradient(logits.clone(), labels)
     assert found.dtype == dtype and nll.dtype == torch.float32
     assert torch.equal(scored, nll)
     torch.testing.assert_close(nll.double(), wanted, rtol=1e-6, atol=5e-6)
@@ -172,8 +172,8 @@ def test_where_compiling_fails_it_is_done_without() -> None:
     tried = []
 
     def work() -> str:
-        tried.append(compilation._on)
-        if compilation._on:
+        tried.append(compilation.is_on())
+        if compilation.is_on():
             raise RuntimeError("no such instruction\nand much more")
         return "done"
 

@@ -21,7 +21,7 @@ from safetensors.torch import load_file
 from slm_lora.runtime import distributed
 from slm_lora.training.checkpoint import generations
 
-from .test_experiment import Lab
+from ..support.lab import Lab
 
 pytestmark = pytest.mark.skipif(os.name == "nt", reason="signals of POSIX")
 slow = pytest.mark.slow
@@ -78,7 +78,7 @@ def test_gradients_and_scores_are_those_of_one_process(
     found = []
     for many in (1, 2, 4):
         out = tmp_path / f"{many}.safetensors"
-        words = [sys.executable, "-m", "tests.integration.one_rank", tiny_folder, precision, out]
+        words = [sys.executable, "-m", "tests.support.one_rank", tiny_folder, precision, out]
         assert together(many, words, tmp_path) == [0] * many
         found.append(load_file(out))
     for other in found[1:]:

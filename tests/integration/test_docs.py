@@ -10,7 +10,7 @@ import pytest
 
 from slm_lora.config.load import load_recipe
 
-from .test_experiment import command
+from ..support.lab import command
 
 PAGE = Path(__file__).parents[2] / "docs" / "start.md"
 

@@ -11,7 +11,6 @@ import subprocess
 import sys
 from collections.abc import Callable
 from pathlib import Path
-from typing import Any
 
 import pyarrow.parquet as pq
 import pytest
@@ -20,53 +19,11 @@ from safetensors.torch import load_file, save_file
 from transformers import AutoTokenizer
 
 from slm_lora.adapters import io as adapter_io
-from slm_lora.cli import _guarded, app
 from slm_lora.model.base import Base
 from slm_lora.records import Row, Turn
 
-from ..conftest import make_rows, write_jsonl
-
-RECIPE = """
-name: tiny
-model: {{name: {model}}}
-data: {{name: {rows}, test_rows: 20, validation_rows: 10, max_length: 128}}
-adapter: {{lora_alpha: 2r}}
-training:
-  num_train_epochs: 2
-  learning_rate: 1e-2
-  effective_batch_size: 8
-  precision: fp32
-grid:
-  cells:
-    - {{data.size: 40, adapter.r: 2}}
-    - {{data.size: 40, adapter.r: 4}}
-    - {{data.size: 80, adapter.r: 4}}
-"""
-
-
-def command(*words: object) -> int:
-    """The command in this process, with its exit code."""
-    return _guarded(lambda: app([str(word) for word in words], standalone_mode=False))
-
-
-class Lab:
-    """A folder with a recipe, rows and a model, and what an experiment left there."""
-
-    def __init__(self, folder: Path, model: Path) -> None:
-        folder.mkdir(exist_ok=True)
-        self.folder = folder
-        self.rows = write_jsonl(folder / "rows.jsonl", make_rows(120))
-        self.recipe = folder / "tiny.yaml"
-        self.recipe.write_text(RECIPE.format(model=model, rows=self.rows), encoding="utf-8")
-        self.results, self.adapters = folder / "results" / "tiny", folder / "adapter"
-
-    def run(self, *overrides: str) -> int:
-        where = ("--results", self.results.parent, "--adapters", self.adapters)
-        return command("experiment", self.recipe, *overrides, *where)
-
-    def metrics(self) -> dict[str, Any]:
-        found: dict[str, Any] = json.loads((self.results / "metrics.json").read_text())
-        return found
+from ..support.lab import Lab, command
+from ..support.rows import make_rows, write_jsonl
 
 
 @pytest.fixture(scope="module")
@@ -509,7 +466,7 @@ def test_loss_does_not_depend_on_the_evaluation_batch(
 
 def outside(lab: Lab, model: Path, trained: Path) -> float:
     run = next((lab.results / "runs").glob("r4-80-*"))
-    script = Path(__file__).parent / "recompute_loss.py"
+    script = Path(__file__).parents[1] / "support" / "recompute_loss.py"
     assert "slm_lora" not in script.read_text().split('"""')[2]
     words = [script, lab.rows, model, trained, run, "fp32"]
     done = subprocess.run(
@@ -623,8 +580,8 @@ def test_a_model_folder_without_weights(
 
 def test_help_is_quick_and_needs_no_torch() -> None:
     script = (
-        "import sys; from slm_lora.cli import _guarded, app\n"
-        "_guarded(lambda: app(['--help'], standalone_mode=False))\n"
+        "import sys; from slm_lora.cli import run_guarded, app\n"
+        "run_guarded(lambda: app(['--help'], standalone_mode=False))\n"
         "sys.exit('torch' in sys.modules or 'transformers' in sys.modules)"
     )
     done = subprocess.run([sys.executable, "-c", script], capture_output=True, check=False)

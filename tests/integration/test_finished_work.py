@@ -10,8 +10,8 @@ import pytest
 from slm_lora.adapters import io as adapter_io
 from slm_lora.runtime.checksums import sha256_file
 
-from ..conftest import make_rows, write_jsonl
-from .test_experiment import Lab, command
+from ..support.lab import Lab, command
+from ..support.rows import make_rows, write_jsonl
 
 ONE = "grid.cells=[{data.size: 40, adapter.r: 2}]"
 
@@ -241,22 +241,22 @@ def test_a_broken_run_is_told_without_destroying_it(
 
 
 def test_the_best_adapter_is_known_by_its_run(lab: Lab, tmp_path: Path) -> None:
-    from slm_lora.cli.serving import _best, _last_experiment
+    from slm_lora.cli.serving import best_adapter, last_experiment
 
     assert lab.run() == 0
     assert lab.run(ONE, "training.learning_rate=1e-5") == 0
     runs = [json.loads(path.read_text()) for path in lab.results.glob("runs/r*/run.json")]
     best = min(runs, key=lambda run: run["evaluation"]["all"]["loss"])
-    found = _last_experiment(lab.adapters)
+    found = last_experiment(lab.adapters)
     # In whatever order, and whatever the last table shows.
     for folders in (found, found[::-1]):
-        assert _best(folders, lab.results.parent) == best["adapter"]["folder"]
-    assert _best(found, tmp_path / "nowhere") is None
-    assert _best([lab.adapters / "gone"], lab.results.parent) is None
+        assert best_adapter(folders, lab.results.parent) == best["adapter"]["folder"]
+    assert best_adapter(found, tmp_path / "nowhere") is None
+    assert best_adapter([lab.adapters / "gone"], lab.results.parent) is None
     # Losses of other rows cannot be compared.
     other = ("--results", lab.results.parent, "--adapters", lab.adapters)
     assert command("experiment", lab.recipe, "name=other", "data.test_rows=10", ONE, *other) == 0
-    assert _best([*found, lab.adapters / "other-r2-40"], lab.results.parent) is None
+    assert best_adapter([*found, lab.adapters / "other-r2-40"], lab.results.parent) is None
 
 
 def test_a_model_card_knows_the_losses_of_runs_that_the_last_table_leaves_out(

@@ -5,7 +5,6 @@ from __future__ import annotations
 from collections.abc import Callable
 from pathlib import Path
 
-import numpy as np
 import pytest
 import torch
 import transformers
@@ -13,59 +12,17 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 from torch import Tensor
 
-from slm_lora.adapters import attach
-from slm_lora.config.schema import AdapterSection, ModelSection
 from slm_lora.data.collate import collate
 from slm_lora.errors import UsageError
 from slm_lora.model.base import DTYPES, Base, PrecisionName
 from slm_lora.model.forward import batch_nll, score_documents
-from slm_lora.model.loading import load_base
-from slm_lora.model.resolve import resolve
 from slm_lora.ops import attention, attention_bmm, attention_cpu, attention_flash
 from slm_lora.ops.cross_entropy import CHUNK, summed_nll, token_nll
 from slm_lora.ops.output_head import HeadForm, OutputHead
-from slm_lora.records import Example
 
-from ..conftest import tiny_tokenizer
+from ..support.examples import LENGTHS, gradients, load, make_examples, save_model
 
 LoadTiny = Callable[..., Base]
-
-
-def make_examples(lengths: list[int], seed: int = 0) -> list[Example]:
-    rng = np.random.default_rng(seed)
-    return [
-        Example(
-            row_id=f"{index:04d}",
-            group_id=f"{index:04d}",
-            category="",
-            ids=rng.integers(3, 256, length).astype(np.int32),
-            response=np.arange(length) >= length // 2,
-            bytes_all=length,
-            bytes_response=length,
-        )
-        for index, length in enumerate(lengths)
-    ]
-
-
-def gradients(
-    base: Base, examples: list[Example], double: bool = False, dropout: float = 0.0
-) -> torch.Tensor:
-    """Adapter gradients of the summed NLL, with a B that is not zero."""
-    peft_model = attach.attach(base, AdapterSection(r=4, lora_dropout=dropout), seed=3)
-    peft_model.train()
-    generator = torch.Generator().manual_seed(1)
-    for name, parameter in peft_model.named_parameters():
-        if "lora_B" in name:
-            parameter.data.copy_(torch.randn(parameter.shape, generator=generator) * 0.1)
-    if double:
-        peft_model.double()
-    batch_nll(base, collate(examples, "all")).backward()
-    found = [p.grad.double().flatten() for p in peft_model.parameters() if p.requires_grad]
-    attach.detach(peft_model)
-    return torch.cat(found)
-
-
-LENGTHS = [5, 17, 40, 38, 100, 2, 77, 39]
 
 
 def test_the_packed_way_is_taken(load_tiny: LoadTiny) -> None:
@@ -238,20 +195,6 @@ def test_a_head_that_is_no_function_of_the_hidden_states_is_refused(tmp_path: Pa
         load(tmp_path)
 
 
-def save_model(config: transformers.PretrainedConfig, folder: Path, std: float = 0.5) -> None:
-    model = transformers.AutoModelForCausalLM.from_config(config)
-    for parameter in model.parameters():
-        torch.nn.init.normal_(parameter, std=std)
-    model.save_pretrained(folder)
-
-
-def load(folder: Path) -> Base:
-    """Without a tokenizer's files there is still the model to try."""
-    tiny_tokenizer().save_pretrained(folder)
-    source = resolve(ModelSection(name=str(folder)))
-    return load_base(source, device=torch.device("cpu"), precision="fp32")
-
-
 @pytest.mark.parametrize("precision", ["fp32", "bf16"])
 def test_documents_that_see_each_other_are_found_out(
     load_tiny: LoadTiny, monkeypatch: pytest.MonkeyPatch, precision: PrecisionName
@@ -273,7 +216,7 @@ def test_flash_attention_that_does_not_run_is_named_and_not_used(
 ) -> None:
     # A CPU has none, so the trial itself is what fails.
     monkeypatch.setattr(attention_flash, "_failure", "")
-    assert not attention_flash._proven.__wrapped__(torch.device("cpu"), torch.bfloat16, 64)
+    assert not attention_flash.is_proven.__wrapped__(torch.device("cpu"), torch.bfloat16, 64)
     assert "_flash_attention_forward" in attention_flash.failure()
 
 

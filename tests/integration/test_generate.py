@@ -23,22 +23,28 @@ from transformers import AutoModelForCausalLM, AutoTokenizer
 
 from slm_lora.adapters import io as adapter_io
 from slm_lora.adapters.multi import BASE, AdapterSet, open_variants
-from slm_lora.cli import _guarded, app
+from slm_lora.cli import app, run_guarded
 from slm_lora.config.schema import ModelSection
 from slm_lora.data.prompts import Prompt
 from slm_lora.data.templates import Template, TemplateKind
 from slm_lora.data.tokenization import RowTokenizer
 from slm_lora.errors import IntegrityError, UsageError
-from slm_lora.evaluation.generation import Generation, Sampling, _Text, prompt_ids, reference_loss
+from slm_lora.evaluation.generation import (
+    Generation,
+    Sampling,
+    StreamedText,
+    prompt_ids,
+    reference_loss,
+)
 from slm_lora.export.trained import read as read_trained
 from slm_lora.model.loading import load_tokenizer
 from slm_lora.model.resolve import ModelSource, resolve
 from slm_lora.records import Row, Turn
 from slm_lora.runtime.checksums import FILES, SEAL
 
-from ..conftest import tiny_tokenizer
-from .exports import change_about, make_adapter
-from .test_forward import save_model
+from ..support.examples import save_model
+from ..support.exports import change_about, make_adapter
+from ..support.tiny_model import tiny_tokenizer
 
 QUESTIONS = ("Tell me fact 3 about bread.", "What of <|im_end|> and tea?", "Maps?\nAnd clocks?")
 
@@ -394,7 +400,7 @@ def test_a_base_with_several_named_templates(tiny_folder: Path, tmp_path: Path) 
 def test_special_tokens_are_said_where_responses_were_trained_to_hold_them(special: bool) -> None:
     variants = _text_only()
     ids = variants.tokenizer("a <|im_start|>call<|im_start|> b")["input_ids"]
-    decode = _Text(variants, [], (), special)  # type: ignore[arg-type]
+    decode = StreamedText(variants, [], (), special)  # type: ignore[arg-type]
     shown = "".join(decode.add(token)[0] for token in ids) + decode.rest()
     assert shown == ("a <|im_start|>call<|im_start|> b" if special else "a call b")
 
@@ -407,7 +413,7 @@ def test_special_tokens_are_said_where_responses_were_trained_to_hold_them(speci
 def test_stop_texts_are_found_however_tokens_fall(text: str, stop: list[str]) -> None:
     variants = _text_only()
     ids = variants.tokenizer(text)["input_ids"]
-    decode = _Text(variants, [], tuple(stop), special=False)  # type: ignore[arg-type]
+    decode = StreamedText(variants, [], tuple(stop), special=False)  # type: ignore[arg-type]
     shown, stopped = "", False
     for token in ids:
         new, stopped = decode.add(token)
@@ -428,13 +434,13 @@ def test_stop_texts_are_found_however_tokens_fall(text: str, stop: list[str]) ->
 
 
 class _text_only:
-    from tests.conftest import tiny_tokenizer
+    from tests.support.tiny_model import tiny_tokenizer
 
     tokenizer = tiny_tokenizer()
 
 
 def run(*words: object) -> int:
-    return _guarded(lambda: app([str(word) for word in words], standalone_mode=False))
+    return run_guarded(lambda: app([str(word) for word in words], standalone_mode=False))
 
 
 def test_generate_writes_a_line_a_prompt(

@@ -18,20 +18,20 @@ from safetensors.torch import load_file
 from tokenizers import Regex, pre_tokenizers
 from transformers import AutoModelForCausalLM, AutoTokenizer, LlamaConfig, LlamaForCausalLM
 
-from slm_lora.cli import _guarded, app
+from slm_lora.cli import app, run_guarded
 from slm_lora.config.schema import ModelSection
 from slm_lora.errors import UsageError
 from slm_lora.export.gguf import check_adapter
-from slm_lora.export.gguf_tokenizer import _LLAMA3, vocabulary
+from slm_lora.export.gguf_tokenizer import LLAMA3_PATTERN, vocabulary
 from slm_lora.export.llama_cpp import export
 from slm_lora.export.merge import merge
 from slm_lora.export.trained import read
 from slm_lora.model.bundled import EMBEDDED, is_fetched
 from slm_lora.model.resolve import ModelSource, resolve
 
-from ..conftest import tiny_tokenizer
-from .exports import make_adapter
-from .llama_cpp_client import PROMPTS, LlamaCpp, greedy
+from ..support.exports import make_adapter
+from ..support.llama_cpp_client import PROMPTS, LlamaCpp, greedy
+from ..support.tiny_model import tiny_tokenizer
 
 TINYLLAMA = Path(__file__).parents[3] / "shared" / "tinyllama"
 
@@ -240,7 +240,7 @@ def split(pattern: str) -> Any:
     [
         ([byte_level()], False, "gpt-2"),
         ([pre_tokenizers.Digits(individual_digits=True), byte_level()], False, "smollm"),
-        ([split(_LLAMA3), byte_level(use_regex=False)], True, "llama-bpe"),
+        ([split(LLAMA3_PATTERN), byte_level(use_regex=False)], True, "llama-bpe"),
         ([pre_tokenizers.Digits(individual_digits=False), byte_level()], False, None),
         ([byte_level(add_prefix_space=True)], False, None),
         ([split(r"\d"), byte_level()], False, None),
@@ -276,11 +276,11 @@ def test_the_command_says_what_it_wrote(
     out = tmp_path / "out"
     command = ["export", "gguf", str(adapter), str(out), "--as", "adapter", "--type", "q8_0"]
     command += ["--base", str(tiny_source.path)]
-    assert _guarded(lambda: app(command, standalone_mode=False)) == 0
+    assert run_guarded(lambda: app(command, standalone_mode=False)) == 0
     assert capsys.readouterr().out.split() == [
         str(out / name) for name in ("Modelfile", "tiny-llama-q8_0.gguf", "toy-lora.gguf")
     ]
-    assert _guarded(lambda: app(command, standalone_mode=False)) == 2
+    assert run_guarded(lambda: app(command, standalone_mode=False)) == 2
     assert "exists, and nothing is replaced; choose another name" in capsys.readouterr().err
 
 

@@ -197,8 +197,8 @@ def test_the_loss_and_its_gradient_equal_fp64(positions: int, vocabulary: int) -
     wanted.sum().backward()
     assert reference.grad is not None
     for_loss, for_gradient = logits.clone(), logits.clone()
-    nll = cross_entropy._nll(for_loss, labels)
-    also, gradient = cross_entropy._nll_and_gradient(for_gradient, labels)
+    nll = cross_entropy.label_nll(for_loss, labels)
+    also, gradient = cross_entropy.nll_and_gradient(for_gradient, labels)
     assert torch.equal(for_loss, logits), "a loss alone leaves the logits"
     assert torch.equal(nll, also)
     assert (nll.double() - wanted).abs().max() < 1e-5
@@ -207,7 +207,7 @@ def test_the_loss_and_its_gradient_equal_fp64(positions: int, vocabulary: int) -
 
 def test_logits_far_apart_leave_a_finite_loss() -> None:
     logits = torch.tensor([[300.0, -300.0, 0.0] * 10]).to(torch.bfloat16)
-    nll, gradient = cross_entropy._nll_and_gradient(logits.clone(), torch.tensor([1]))
+    nll, gradient = cross_entropy.nll_and_gradient(logits.clone(), torch.tensor([1]))
     assert nll.item() == pytest.approx(600 + math.log(10), abs=1e-3)
     assert torch.isfinite(gradient).all()
 
@@ -216,7 +216,7 @@ def test_logits_far_apart_leave_a_finite_loss() -> None:
 def test_what_is_not_a_number_is_not_lost(at: int) -> None:
     logits = matrix(2, 30, 1)
     logits[1, at] = math.nan
-    nll, gradient = cross_entropy._nll_and_gradient(logits, torch.tensor([3, 4]))
+    nll, gradient = cross_entropy.nll_and_gradient(logits, torch.tensor([3, 4]))
     assert torch.isfinite(nll).tolist() == [True, False]
     assert torch.isfinite(gradient[0]).all()
     q, k, v, upstream = tensors([40], 2, 1, 32)
@@ -230,9 +230,9 @@ def test_what_is_not_a_number_is_not_lost(at: int) -> None:
 def nothing_compiled(monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> Iterator[None]:
     monkeypatch.setenv("SLM_LORA_CACHE", str(tmp_path))
     monkeypatch.setattr(build, "_failure", "")
-    build._library.cache_clear()
+    build.load_library.cache_clear()
     yield
-    build._library.cache_clear()
+    build.load_library.cache_clear()
 
 
 @pytest.mark.usefixtures("nothing_compiled")

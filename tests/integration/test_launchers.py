@@ -17,7 +17,7 @@ from typing import Any
 import psutil
 import pytest
 
-from .test_experiment import Lab, command
+from ..support.lab import Lab, command
 
 pytestmark = pytest.mark.skipif(os.name == "nt", reason="signals of POSIX")
 slow = pytest.mark.slow

@@ -23,7 +23,7 @@ from slm_lora.model.forward import score_documents
 from slm_lora.model.resolve import ModelSource
 from slm_lora.records import Row, Turn
 
-from .exports import make_adapter
+from ..support.exports import make_adapter
 
 pytest.importorskip("lm_eval", reason="needs lm-eval (make test-all)")
 

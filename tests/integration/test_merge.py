@@ -29,7 +29,7 @@ from slm_lora.model.base import Base
 from slm_lora.model.resolve import ModelSource, hash_weights
 from slm_lora.runtime.progress import Reporter
 
-from .exports import change_about, make_adapter
+from ..support.exports import change_about, make_adapter
 
 LoadTiny = Callable[..., Base]
 IDS = torch.randint(0, 400, (3, 17), generator=torch.Generator().manual_seed(5))
@@ -157,7 +157,7 @@ def test_a_failing_proof_leaves_nothing(
     tiny_source: ModelSource, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     folder = make_adapter(tiny_source, tmp_path / "adapter")
-    write = merging._write
+    write = merging.write_merged
 
     def spoilt(trained: Any, source: Any, target: Path, dtype: Any) -> None:
         write(trained, source, target, dtype)
@@ -166,7 +166,7 @@ def test_a_failing_proof_leaves_nothing(
         weights[name] = weights[name] * 1.001
         save_file(weights, target / "model.safetensors", metadata={"format": "pt"})
 
-    monkeypatch.setattr(merging, "_write", spoilt)
+    monkeypatch.setattr(merging, "write_merged", spoilt)
     with pytest.raises(IntegrityError, match=r"is not base\+adapter: on 80 of 80 prompts"):
         merge(read(folder), tmp_path / "merged", "fp32", tiny_source.path)
     assert [path.name for path in tmp_path.iterdir()] == ["adapter"]

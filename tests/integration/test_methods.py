@@ -25,7 +25,7 @@ from slm_lora.model.resolve import resolve
 from slm_lora.training.loop import train
 from slm_lora.training.optimizer import adamw
 
-from .test_forward import LENGTHS, load, make_examples, save_model
+from ..support.examples import LENGTHS, load, make_examples, save_model
 
 LoadTiny = Callable[..., Base]
 FULL = AdapterSection(kind="full")

@@ -25,8 +25,8 @@ from slm_lora.model.loading import load_base
 from slm_lora.model.model_folder import TOKENIZER_FILES, older_tokenizer, spell_as_before
 from slm_lora.model.resolve import hash_config, resolve
 
-from ..conftest import CHAT_TEMPLATE, tiny_tokenizer
-from .exports import make_adapter
+from ..support.exports import make_adapter
+from ..support.tiny_model import CHAT_TEMPLATE, tiny_tokenizer
 
 SPECIAL = ("<|endoftext|>", "<|im_start|>", "<|im_end|>")
 OLDER_TOKENIZER: dict[str, Any] = {

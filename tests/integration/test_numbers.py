@@ -21,8 +21,7 @@ from slm_lora.training import step
 from slm_lora.training.loop import train
 from slm_lora.training.step import MOST_SKIPPED, StepRunner
 
-from .test_forward import make_examples
-from .test_training import LENGTHS
+from ..support.examples import TRAINING_LENGTHS, make_examples
 
 LoadTiny = Callable[..., Base]
 
@@ -49,7 +48,13 @@ def sitting(
     section = TrainingSection(num_train_epochs=epochs, learning_rate=1e-2)
     try:
         return train(
-            base, peft_model, make_examples(LENGTHS), section, 0, on_step=on_step, steps_ahead=ahead
+            base,
+            peft_model,
+            make_examples(TRAINING_LENGTHS),
+            section,
+            0,
+            on_step=on_step,
+            steps_ahead=ahead,
         ).history
     finally:
         attach.detach(peft_model)
@@ -120,7 +125,7 @@ def test_a_validation_names_its_step(load_tiny: LoadTiny) -> None:
 
     section = TrainingSection(num_train_epochs=1, eval_steps=2)
     with pytest.raises(NumericError, match="validation after step 2: row 0001"):
-        train(base, peft_model, make_examples(LENGTHS), section, 0, validate=validate)
+        train(base, peft_model, make_examples(TRAINING_LENGTHS), section, 0, validate=validate)
 
 
 def test_scores_name_their_row(load_tiny: LoadTiny) -> None:
@@ -128,7 +133,7 @@ def test_scores_name_their_row(load_tiny: LoadTiny) -> None:
     with torch.no_grad():
         base.model.get_output_embeddings().weight[5] = math.nan
     with pytest.raises(NumericError, match=r"row 00\d\d: loss nan under tiny-llama"):
-        score(base, make_examples(LENGTHS), "test", 64)
+        score(base, make_examples(TRAINING_LENGTHS), "test", 64)
 
 
 def test_an_overflow_of_fp16_skips_the_step_and_is_counted(
@@ -173,7 +178,7 @@ def gradient(base: Base, batches: list[int], double: bool) -> torch.Tensor:
             parameter.data.copy_(torch.randn(parameter.shape, generator=generator) * 0.1)
     if double:
         peft_model.double()
-    examples = sorted(make_examples(LENGTHS[:16]), key=lambda example: -example.length)
+    examples = sorted(make_examples(TRAINING_LENGTHS[:16]), key=lambda example: -example.length)
     labels = sum(example.length - 1 for example in examples)
     for many in batches:
         torch.autograd.backward(batch_nll(base, collate(examples[:many], "all")) / labels)
@@ -203,7 +208,7 @@ def test_the_loop_divides_as_exactly(load_tiny: LoadTiny) -> None:
         optimizer = torch.optim.SGD(parameters, lr=0.0)
         scaler = torch.amp.GradScaler("cpu", enabled=False)
         updater = StepRunner(base, parameters, optimizer, scaler, "all", 1e9)
-        examples = make_examples(LENGTHS[:16])
+        examples = make_examples(TRAINING_LENGTHS[:16])
         norms.append(updater.step(examples, budget, "", False, 0, "step").result())
         attach.detach(peft_model)
     for loss, norm in norms[1:]:

@@ -18,7 +18,7 @@ from slm_lora.planning.plan import PlannedCell, plan
 from slm_lora.planning.probe import measure
 from slm_lora.runtime import hardware
 
-from .test_experiment import Lab, command
+from ..support.lab import Lab, command
 
 
 @pytest.fixture(scope="module")

@@ -23,7 +23,7 @@ import pytest
 import yaml
 from huggingface_hub import ModelCard
 
-from slm_lora.cli import _guarded, app
+from slm_lora.cli import app, run_guarded
 from slm_lora.data.chat_templates import freeze
 from slm_lora.errors import IntegrityError, StorageError, UsageError
 from slm_lora.export.hub import dry_run, push
@@ -31,7 +31,7 @@ from slm_lora.export.merge import merge
 from slm_lora.export.trained import read
 from slm_lora.model.resolve import ModelSource
 
-from .exports import change_about, make_adapter
+from ..support.exports import change_about, make_adapter
 
 REPOSITORY = "somebody/toy-adapter"
 SENT = {"README.md", "adapter_config.json", "adapter_model.safetensors", "chat_template.jinja",
@@ -263,7 +263,7 @@ def test_the_cards_commands_run(adapter: Path, tiny_source: ModelSource, tmp_pat
     assert gguf == 'slm-lora export gguf toy-adapter toy-adapter-gguf --as adapter --base "$BASE"'
     command = gguf.replace('"$BASE"', str(tiny_source.path)).split()[1:]
     command[2:4] = [str(tmp_path / name) for name in command[2:4]]
-    assert _guarded(lambda: app(command, standalone_mode=False)) == 0
+    assert run_guarded(lambda: app(command, standalone_mode=False)) == 0
     served = next(line for line in readme.splitlines() if line.startswith("llama-server"))
     named = [word for word in served.split() if word.endswith(".gguf")]
     assert len(named) == 2 and all((tmp_path / name).is_file() for name in named)
@@ -311,11 +311,14 @@ def test_nothing_private_is_sent(secret: str, message: str, adapter: Path, tmp_p
 
 def test_the_command(adapter: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
     command = ["push", str(adapter), REPOSITORY, "--dry-run", str(tmp_path / "dry")]
-    assert _guarded(lambda: app(command, standalone_mode=False)) == 0
+    assert run_guarded(lambda: app(command, standalone_mode=False)) == 0
     assert {Path(line).name for line in capsys.readouterr().out.split()} == SENT
     shutil.rmtree(tmp_path / "dry")
     assert (
-        _guarded(lambda: app([*command[:2], "no-owner", *command[3:]], standalone_mode=False)) == 2
+        run_guarded(lambda: app([*command[:2], "no-owner", *command[3:]], standalone_mode=False))
+        == 2
     )
-    assert _guarded(lambda: app(["push", str(tmp_path), *command[2:]], standalone_mode=False)) == 2
+    assert (
+        run_guarded(lambda: app(["push", str(tmp_path), *command[2:]], standalone_mode=False)) == 2
+    )
     assert "neither an adapter" in capsys.readouterr().err

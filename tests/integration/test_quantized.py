@@ -19,8 +19,8 @@ from slm_lora.model import quantization
 from slm_lora.model.loading import load_base
 from slm_lora.model.resolve import resolve
 
-from .test_experiment import Lab, command
-from .test_forward import make_examples
+from ..support.examples import make_examples
+from ..support.lab import Lab, command
 
 there = importlib.util.find_spec("bitsandbytes") is not None
 needs_bitsandbytes = pytest.mark.skipif(

@@ -22,7 +22,7 @@ from slm_lora.evaluation.generation import Generation, Sampling, prompt_ids
 from slm_lora.model.resolve import ModelSource
 from slm_lora.records import Turn
 
-from .exports import make_adapter
+from ..support.exports import make_adapter
 
 openai = pytest.importorskip("openai", reason="needs the package openai (make test-all)")
 pytest.importorskip("gradio", reason="needs the extra serve (make test-all)")

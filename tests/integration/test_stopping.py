@@ -25,7 +25,7 @@ from slm_lora.runtime.signals import StopRequested, gentle_stop
 from slm_lora.training import step
 from slm_lora.training.checkpoint import generations
 
-from .test_experiment import Lab
+from ..support.lab import Lab
 
 posix = pytest.mark.skipif(os.name == "nt", reason="signals and locks of POSIX")
 

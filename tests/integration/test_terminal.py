@@ -12,8 +12,8 @@ import pytest
 
 from slm_lora import __version__
 
-from ..conftest import make_rows, write_jsonl
-from .test_experiment import Lab
+from ..support.lab import Lab
+from ..support.rows import make_rows, write_jsonl
 
 TEXT = "什么→🙂 é ±█ \x1b[31m"
 

@@ -25,7 +25,7 @@ from slm_lora.model.loading import choose_precision, load_base
 from slm_lora.model.resolve import resolve
 from slm_lora.training.loop import train
 
-from ..conftest import make_rows, write_jsonl
+from ..support.rows import make_rows, write_jsonl
 
 REPOSITORY = Path(__file__).parents[2]
 SHARED = REPOSITORY.parent / "shared" / "tinyllama"

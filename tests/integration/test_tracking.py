@@ -13,7 +13,7 @@ from slm_lora.experiment import tracking
 from slm_lora.experiment.tracking import Tracked, open_trackers
 from slm_lora.records import Step
 
-from .test_experiment import Lab, command
+from ..support.lab import Lab, command
 
 
 def needs(name: str) -> pytest.MarkDecorator:

@@ -21,10 +21,9 @@ from slm_lora.training import step
 from slm_lora.training.loop import TrainingResult, total_steps, train
 from slm_lora.training.optimizer import learning_rate
 
-from .test_forward import make_examples
+from ..support.examples import TRAINING_LENGTHS, make_examples
 
 LoadTiny = Callable[..., Base]
-LENGTHS = [9, 31, 14, 50, 22, 8, 40, 17, 26, 11, 35, 12, 19, 44, 10, 28, 33, 21, 16, 13]
 
 
 def run(
@@ -64,7 +63,7 @@ def test_recomputed_layers_give_the_same_bits(
         section = TrainingSection(activation_checkpointing=on, learning_rate=1e-3)
         section_adapter = AdapterSection(kind=kind, lora_dropout=0.2)
         peft_model = attach.attach(base, section_adapter, 0)
-        result = train(base, peft_model, make_examples(LENGTHS), section, 0)
+        result = train(base, peft_model, make_examples(TRAINING_LENGTHS), section, 0)
         return result, trainable_state(peft_model), kept
 
     plain, weights, all_bytes = kept_bytes(load_tiny(), False)
@@ -81,7 +80,7 @@ def distance(one: dict[str, torch.Tensor], other: dict[str, torch.Tensor]) -> fl
 
 @pytest.mark.parametrize("dropout", [0.0, 0.2])
 def test_a_step_does_not_depend_on_the_micro_batch(load_tiny: LoadTiny, dropout: float) -> None:
-    examples = make_examples(LENGTHS)
+    examples = make_examples(TRAINING_LENGTHS)
     # SGD-like comparison: AdamW's first steps turn rounding of tiny gradients into full steps,
     # so losses are compared over two epochs and gradient norms with them.
     settings = {"effective_batch_size": 16, "dropout": dropout}
@@ -96,7 +95,7 @@ def test_a_step_does_not_depend_on_the_micro_batch(load_tiny: LoadTiny, dropout:
 
 
 def test_step_loss_is_total_nll_over_label_tokens(load_tiny: LoadTiny) -> None:
-    base, examples = load_tiny(), make_examples(LENGTHS[:16])
+    base, examples = load_tiny(), make_examples(TRAINING_LENGTHS[:16])
     reference = held_out_loss(score(base, examples, "test", 64), "all")
     result, _ = run(base, examples, num_train_epochs=1)
     assert result.history[0].loss == pytest.approx(reference.loss, rel=1e-6)
@@ -104,7 +103,7 @@ def test_step_loss_is_total_nll_over_label_tokens(load_tiny: LoadTiny) -> None:
 
 
 def test_same_seed_same_bits_other_seed_others(load_tiny: LoadTiny) -> None:
-    examples = make_examples(LENGTHS)
+    examples = make_examples(TRAINING_LENGTHS)
     first, one = run(load_tiny(), examples, seed=5, dropout=0.2)
     again, two = run(load_tiny(), examples, seed=5, dropout=0.2)
     assert distance(one, two) == 0
@@ -114,14 +113,14 @@ def test_same_seed_same_bits_other_seed_others(load_tiny: LoadTiny) -> None:
 
 
 def test_the_last_partial_step_is_kept(load_tiny: LoadTiny) -> None:
-    result, _ = run(load_tiny(), make_examples(LENGTHS), num_train_epochs=2)
+    result, _ = run(load_tiny(), make_examples(TRAINING_LENGTHS), num_train_epochs=2)
     assert [step.examples for step in result.history] == [16, 4, 16, 4]
     assert result.history[-1].epoch == 2
-    assert result.tokens == 2 * sum(LENGTHS)
+    assert result.tokens == 2 * sum(TRAINING_LENGTHS)
 
 
 def test_training_learns_and_leaves_the_base_alone(load_tiny: LoadTiny) -> None:
-    base, examples = load_tiny(), make_examples(LENGTHS)
+    base, examples = load_tiny(), make_examples(TRAINING_LENGTHS)
     before = {name: p.clone() for name, p in base.model.named_parameters()}
     result, _ = run(base, examples, num_train_epochs=15, learning_rate=5e-2)
     # The same four rows are not in every second step: whole epochs are compared.
@@ -134,13 +133,13 @@ def test_training_learns_and_leaves_the_base_alone(load_tiny: LoadTiny) -> None:
 
 def test_adapter_weights_are_fp32_on_a_bf16_base(load_tiny: LoadTiny) -> None:
     base = load_tiny("bf16")
-    result, state = run(base, make_examples(LENGTHS), num_train_epochs=1)
+    result, state = run(base, make_examples(TRAINING_LENGTHS), num_train_epochs=1)
     assert {tensor.dtype for tensor in state.values()} == {torch.float32}
     assert math.isfinite(result.history[-1].loss)
 
 
 def test_response_only_counts_response_tokens(load_tiny: LoadTiny) -> None:
-    examples = make_examples(LENGTHS[:16])
+    examples = make_examples(TRAINING_LENGTHS[:16])
     result, _ = run(load_tiny(), examples, num_train_epochs=1, loss_on="response")
     wanted = sum(int(example.response[1:].sum()) for example in examples)
     assert result.history[0].label_tokens == wanted
@@ -156,7 +155,7 @@ def test_no_label_left_is_an_error(load_tiny: LoadTiny) -> None:
 
 
 def test_rows_without_labels_are_left_out_and_counted(load_tiny: LoadTiny) -> None:
-    good = make_examples(LENGTHS[:4])
+    good = make_examples(TRAINING_LENGTHS[:4])
     empty = Example("zz", "zz", "", good[0].ids, good[0].response & False, 1, 0)
     result, _ = run(load_tiny(), [*good, empty], num_train_epochs=1, loss_on="response")
     assert result.rows_without_labels == 1
@@ -168,11 +167,11 @@ def test_a_non_finite_loss_stops_and_names_step_and_rows(load_tiny: LoadTiny) ->
     with torch.no_grad():
         base.model.get_output_embeddings().weight[5] = float("nan")
     with pytest.raises(NumericError, match=r"step 1 of 2: loss nan.*rows 00"):
-        run(base, make_examples(LENGTHS[:16]), num_train_epochs=2)
+        run(base, make_examples(TRAINING_LENGTHS[:16]), num_train_epochs=2)
 
 
 def test_keep_best_and_early_stopping(load_tiny: LoadTiny) -> None:
-    base, examples = load_tiny(), make_examples(LENGTHS)
+    base, examples = load_tiny(), make_examples(TRAINING_LENGTHS)
     section = TrainingSection(
         num_train_epochs=10, eval_steps=1, keep_best=True, early_stopping_patience=2
     )

@@ -129,3 +129,39 @@ def imported(name: str, names: set[str]) -> set[str]:
                 full = f"{node.module}.{alias.name}"
                 found.add(full if full in names else node.module)
     return (found & names) - {name}
+
+
+def test_no_private_name_is_used_across_modules() -> None:
+    """A name with a leading underscore belongs to its module."""
+    found = []
+    for folder in ("src", "tests", "benchmarks", "docs"):
+        for path in sorted((ROOT / folder).rglob("*.py")):
+            found += private_uses(path)
+    assert not found
+
+
+def private_uses(path: Path) -> list[str]:
+    """Private names of this project's modules that a file imports or reads as attributes."""
+    tree = ast.parse(path.read_text(encoding="utf-8"))
+    modules: set[str] = set()
+    found = []
+    for node in ast.walk(tree):
+        if not isinstance(node, ast.ImportFrom) or not node.module:
+            continue
+        if not node.level and not node.module.startswith(("slm_lora", "tests")):
+            continue
+        for alias in node.names:
+            modules.add(alias.asname or alias.name)
+            if alias.name.startswith("_") and not alias.name.startswith("__"):
+                found.append(f"{path.name}:{node.lineno} {node.module}.{alias.name}")
+    for node in ast.walk(tree):
+        if (
+            isinstance(node, ast.Attribute)
+            and isinstance(node.value, ast.Name)
+            and node.value.id in modules
+            and node.value.id.islower()
+            and node.attr.startswith("_")
+            and not node.attr.startswith("__")
+        ):
+            found.append(f"{path.name}:{node.lineno} {node.value.id}.{node.attr}")
+    return found

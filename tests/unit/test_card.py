@@ -14,7 +14,7 @@ from slm_lora.report.names import SettingNames, rate_name
 from slm_lora.runs.scored_run import ScoredRun
 from slm_lora.stats.comparisons import Setting, all_comparisons, arms
 
-from .test_comparisons import line
+from ..support.runs import line
 
 
 def run(

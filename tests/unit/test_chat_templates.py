@@ -32,7 +32,7 @@ from slm_lora.data.tokenization import RowTokenizer
 from slm_lora.errors import UsageError
 from slm_lora.records import Row, Turn
 
-from ..conftest import CHAT_TEMPLATE, tiny_tokenizer
+from ..support.tiny_model import CHAT_TEMPLATE, tiny_tokenizer
 
 ASKED = {"role": "user", "content": "Which day?"}
 ANSWERED = {"role": "assistant", "content": "That one."}
@@ -225,7 +225,7 @@ def test_others_get_the_tokens_of_the_training(source: str, kind: Any, bos: bool
     tokenize = RowTokenizer(tokenizer, template)
     holder = bos_tokenizer() if bos else tiny_tokenizer()
     holder.chat_template = tokenize.chat_template
-    for turns in template_check._SAMPLES:
+    for turns in template_check.SAMPLES:
         messages = [{"role": turn.role, "content": turn.content} for turn in turns]
         (example,), _ = tokenize.encode([Row(turns)], {Row(turns).row_id: ""})
         found: Any = holder.apply_chat_template(messages, return_dict=False)

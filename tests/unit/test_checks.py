@@ -14,7 +14,7 @@ from slm_lora.data.templates import Template, TemplateKind
 from slm_lora.data.tokenization import RowTokenizer
 from slm_lora.records import Example, Row, Turn
 
-from ..conftest import CHAT_TEMPLATE, tiny_tokenizer
+from ..support.tiny_model import CHAT_TEMPLATE, tiny_tokenizer
 
 
 def row(instruction: str, response: str, **fields: str) -> Row:

@@ -11,7 +11,8 @@ from slm_lora.config.schema import DataSection
 from slm_lora.data.dataset import Prepared, prepare
 from slm_lora.data.sources import read_rows
 
-from ..conftest import make_rows, tiny_tokenizer, write_jsonl
+from ..support.rows import make_rows, write_jsonl
+from ..support.tiny_model import tiny_tokenizer
 
 
 def prepared(path: Path, **options: Any) -> Prepared:

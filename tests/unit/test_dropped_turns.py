@@ -14,7 +14,7 @@ from slm_lora.data.tokenization import RowTokenizer
 from slm_lora.errors import DataError, UsageError
 from slm_lora.records import Role, Row, Turn
 
-from ..conftest import CHAT_TEMPLATE, tiny_tokenizer
+from ..support.tiny_model import CHAT_TEMPLATE, tiny_tokenizer
 
 EACH = "{% for m in messages %}{{ m.role + ': ' + m.content + eos_token }}{% endfor %}"
 PAIR = (Turn("user", "Is it far?"), Turn("assistant", "Two days."))

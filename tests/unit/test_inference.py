@@ -17,20 +17,11 @@ from slm_lora.records import RowScore
 from slm_lora.stats.estimates import Paired, loss_estimate, mean_over_rows, paired
 from slm_lora.stats.inference import LEAST_GROUPS, difference, holm, interval, p_value
 
+from ..support.samples import sample
+
 
 def score(row: str, group: str, nll: float, tokens: int) -> RowScore:
     return RowScore(row, group, "", "test", nll, tokens, 1, nll / 2, tokens // 2, 1)
-
-
-def sample(
-    seed: int, *, groups: int = 200, seeds: int = 1, effect: float = 0.0, seed_spread: float = 0.0
-) -> Paired:
-    """Skewed differences over groups of unequal size, with an effect in nats per token."""
-    rng = np.random.default_rng(seed)
-    tokens = rng.integers(5, 200, groups).astype(float)
-    shift = effect + seed_spread * rng.standard_normal((seeds, 1))
-    nats = tokens * (shift + 0.1 * (rng.exponential(size=(1, groups)) - 1))
-    return Paired(nats + 0.2 * rng.standard_normal((seeds, groups)), tokens)
 
 
 def test_loss_is_total_nll_over_tokens_and_groups_are_the_units() -> None:

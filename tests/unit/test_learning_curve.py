@@ -10,7 +10,7 @@ import pytest
 
 from slm_lora.records import RowScore
 from slm_lora.report import sentences
-from slm_lora.stats.learning_curve import LearningCurve, _resampled, fit
+from slm_lora.stats.learning_curve import LearningCurve, fit, resampled_losses
 
 Arms = list[tuple[int, list[list[RowScore]]]]
 
@@ -97,6 +97,6 @@ def test_seeds_that_are_few_make_wide_intervals() -> None:
     for _ in range(200):
         losses = truth[:, None] + 0.005 * rng.standard_normal((4, 3))
         sums = [(np.outer(each, np.full(12, 50.0)), np.full(12, 50.0)) for each in losses]
-        low, high = np.percentile(_resampled(sums)[:, -1], [2.5, 97.5])
+        low, high = np.percentile(resampled_losses(sums)[:, -1], [2.5, 97.5])
         held.append(low < truth[-1] < high)
     assert 0.9 < np.mean(held) < 0.99

@@ -7,7 +7,7 @@ import pytest
 from slm_lora.data.templates import Template
 from slm_lora.export.ollama import go_template, modelfile
 
-from ..conftest import CHAT_TEMPLATE
+from ..support.tiny_model import CHAT_TEMPLATE
 
 TOKENS = {"eos_token": "<|im_end|>", "bos_token": "<|im_start|>"}
 CHATML = (

@@ -11,7 +11,7 @@ from scipy import stats
 from slm_lora.stats.estimates import Paired
 from slm_lora.stats.power import needed_for_difference, needed_for_equivalence
 
-from .test_inference import sample
+from ..support.samples import sample
 
 
 def test_of_one_seed_it_is_rows_for_these_trainings() -> None:

@@ -22,7 +22,7 @@ from slm_lora.data.tokenization import LongRows, RowTokenizer
 from slm_lora.errors import DataError, UsageError
 from slm_lora.records import Example, Role, Row, Turn
 
-from ..conftest import tiny_tokenizer
+from ..support.tiny_model import tiny_tokenizer
 
 NAMED: list[TemplateKind] = ["instruction_response", "plain", "chat"]
 SPECIALS = ["<|endoftext|>", "<|im_start|>", "<|im_end|>"]

@@ -87,7 +87,7 @@ def main() -> None:
     local.watch_starter()
     hardware.collect_garbage_rarely()
     try:
-        code = _guarded(lambda: app(standalone_mode=False))
+        code = run_guarded(lambda: app(standalone_mode=False))
     except Exception as error:
         reason = (str(error).splitlines() or [""])[0]
         print(
@@ -104,7 +104,8 @@ _TYPER_INTERRUPTED = 130
 """What typer makes of Ctrl-C, instead of letting it through."""
 
 
-def _guarded(command: Callable[[], object]) -> int:
+def run_guarded(command: Callable[[], object]) -> int:
+    """Run a command and return its exit code; errors are printed in one line."""
     try:
         result = command()
         sys.stdout.flush()

@@ -73,14 +73,14 @@ def serve(
             f"serve needs {error.name}, which is not installed: pip install '.[serve]' in a "
             "checkout"
         ) from error
-    chosen = list(adapter or _last_experiment(adapters))
+    chosen = list(adapter or last_experiment(adapters))
     examples = read_prompts(prompts) if prompts else _dataset_examples(chosen) if page else []
     listening = listen(host, port)
     variants = opened(base, chosen, device, precision)
     engine = Engine(variants, most_tokens=max_tokens, most_waiting=max_waiting)
     app = make_app(engine)
     if page:
-        app = mount_page(app, engine, examples, _best(chosen, results))
+        app = mount_page(app, engine, examples, best_adapter(chosen, results))
     outside = host not in LOOPBACK and host != "::1"
     token = os.environ.get("SLM_LORA_TOKEN") or (secrets.token_urlsafe(24) if outside else None)
     shown = f"[{host}]" if ":" in host else host
@@ -100,7 +100,7 @@ def serve(
         engine.close()
 
 
-def _last_experiment(adapters: Path) -> list[Path]:
+def last_experiment(adapters: Path) -> list[Path]:
     """The adapters of the experiment that the newest adapter belongs to."""
     files = sorted(adapters.glob("*/slm_lora.json"), key=lambda file: file.stat().st_mtime)
     found: dict[Path, tuple[str, str]] = {}
@@ -121,7 +121,7 @@ def _last_experiment(adapters: Path) -> list[Path]:
     return [folder for folder, of in usable.items() if of == newest]
 
 
-def _best(adapters: list[Path], results: Path) -> str | None:
+def best_adapter(adapters: list[Path], results: Path) -> str | None:
     """Name of the adapter with the lowest held-out loss, where the losses of all that have one are
     of the same tokens; None where that is not known."""
     found: dict[str, float] = {}

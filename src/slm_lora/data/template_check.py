@@ -17,7 +17,7 @@ if TYPE_CHECKING:
     from transformers import PreTrainedTokenizerBase
 
 _ASKED, _ANSWERED = Turn("user", "How far is it?"), Turn("assistant", "Two days, on foot.")
-_SAMPLES = (
+SAMPLES = (
     (_ASKED, _ANSWERED),
     (Turn("system", "Be brief."), _ASKED, _ANSWERED),
     (_ASKED, _ANSWERED, Turn("user", "And by river?"), Turn("assistant", "One.")),
@@ -70,7 +70,7 @@ def difference(
     Returns:
         In a few words; empty where there is no difference.
     """
-    for row in (*(Row(turns, source="prompt") for turns in _SAMPLES), *_usable(tokenize, rows)):
+    for row in (*(Row(turns, source="prompt") for turns in SAMPLES), *_usable(tokenize, rows)):
         for turns in (row.turns, row.turns[:-1]):
             prompt = len(turns) < len(row.turns)
             told = _differs(tokenizer, tokenize, Row(turns, row.context), prompt)
@@ -156,7 +156,7 @@ def _other_marks(tokenizer: PreTrainedTokenizerBase, tokenize: RowTokenizer) -> 
     own = default_template(tokenizer) if kind == "chat" else source
     if not own or not re.search(r"\{%-?\s*generation\s*-?%\}", own):
         return ""
-    row = Row(_SAMPLES[0])
+    row = Row(SAMPLES[0])
     try:
         example = _encoded(tokenize, row)
         found = _applied(tokenizer, row, freeze(own), return_assistant_tokens_mask=True)

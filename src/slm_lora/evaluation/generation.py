@@ -114,7 +114,7 @@ class Generation:
         self._warp = _warpers(sampling)
         # Where responses were trained to hold special tokens, they are part of what is said.
         special = variants.prompters[variant].template.special_in_responses
-        self._text = _Text(variants, self._prompt, sampling.stop, special)
+        self._text = StreamedText(variants, self._prompt, sampling.stop, special)
         own = frozenset[int]() if sampling.ignore_eos else variants.ends
         self._ends = own | frozenset(sampling.stop_token_ids)
 
@@ -205,7 +205,7 @@ def _warpers(sampling: Sampling) -> LogitsProcessorList:
     return warp
 
 
-class _Text:
+class StreamedText:
     """Tokens to text as they come. What may be the beginning of a stop text is held back."""
 
     def __init__(

@@ -22,14 +22,14 @@ NORMAL, UNKNOWN, CONTROL, USER_DEFINED, UNUSED, BYTE = range(1, 7)
 """Token types of GGUF."""
 
 _GPT2 = "the pattern of GPT-2"
-_LLAMA3 = (
+LLAMA3_PATTERN = (
     r"(?i:'s|'t|'re|'ve|'m|'ll|'d)|[^\r\n\p{L}\p{N}]?\p{L}+|\p{N}{1,3}"
     r"| ?[^\s\p{L}\p{N}]+[\r\n]*|\s*[\r\n]+|\s+(?!\S)|\s+"
 )
 _PRE = {
     ((_GPT2,), False): "gpt-2",
     (("digit by digit", _GPT2), False): "smollm",
-    ((_LLAMA3,), True): "llama-bpe",
+    ((LLAMA3_PATTERN,), True): "llama-bpe",
 }
 """llama.cpp's name by the cuts and by whether whole words skip the merges."""
 

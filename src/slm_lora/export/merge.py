@@ -62,7 +62,7 @@ def merge(
     source = find_base(trained, base, reporter)
     with atomic_folder(target) as temporary:
         reporter.info(f"  merging {trained.name} into it in fp32, and writing it in {dtype}")
-        _write(trained, source, temporary, DTYPES[dtype])
+        write_merged(trained, source, temporary, DTYPES[dtype])
         gc.collect()  # layers that are `fused` refer to themselves
         reporter.info(
             f"  proving it in a fresh process: {len(PROMPTS)} prompts by base+adapter, and by it"
@@ -81,7 +81,8 @@ def _check_kind(trained: Trained) -> None:
         raise UsageError(f"{trained.folder}: cannot be merged: {reason}")
 
 
-def _write(trained: Trained, source: ModelSource, folder: Path, dtype: torch.dtype) -> None:
+def write_merged(trained: Trained, source: ModelSource, folder: Path, dtype: torch.dtype) -> None:
+    """Merge in fp32, cast, and write the model with its tokenizer; no proof."""
     base = load_base(source, device=torch.device("cpu"), precision="fp32", plain=True)
     peft_model = adapter_io.load(base, trained.folder, compare=False)
     _check_tied(peft_model, trained, source)

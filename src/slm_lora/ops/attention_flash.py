@@ -33,7 +33,7 @@ def usable(q: Tensor) -> bool:
         and width <= _WIDEST
         and width % 8 == 0
         and torch.cuda.get_device_capability(q.device) >= _OLDEST
-        and _proven(q.device, q.dtype, width)
+        and is_proven(q.device, q.dtype, width)
     )
 
 
@@ -83,7 +83,8 @@ def _starts(lengths: tuple[int, ...], device: torch.device) -> tuple[Tensor, int
 
 
 @functools.cache
-def _proven(device: torch.device, dtype: torch.dtype, width: int) -> bool:
+def is_proven(device: torch.device, dtype: torch.dtype, width: int) -> bool:
+    """Whether a trial on this device gave what matrix products give, gradients included."""
     global _failure
     try:
         distance = _distance(device, dtype, width)

@@ -99,7 +99,7 @@ def _compiled(logits: Tensor) -> bool:
     return compilation.is_on() and len(logits) > 1
 
 
-def _nll(logits: Tensor, labels: Tensor) -> Tensor:
+def label_nll(logits: Tensor, labels: Tensor) -> Tensor:
     """NLL [positions] in fp32 or wider of logits [positions, vocabulary] in any precision, which
     have no use afterwards."""
     if _kernel(logits):
@@ -107,8 +107,9 @@ def _nll(logits: Tensor, labels: Tensor) -> Tensor:
     return _fused_nll(logits, labels) if _compiled(logits) else _plain_nll(logits, labels, False)
 
 
-def _nll_and_gradient(logits: Tensor, labels: Tensor) -> tuple[Tensor, Tensor]:
-    """As `_nll`, with the gradient of its sum: softmax minus one-hot, in the logits' precision."""
+def nll_and_gradient(logits: Tensor, labels: Tensor) -> tuple[Tensor, Tensor]:
+    """As `label_nll`, with the gradient of its sum, softmax minus one-hot, in the logits'
+    precision."""
     if _kernel(logits):
         return _kernel_nll(logits, labels, True), logits
     if _compiled(logits):
@@ -138,7 +139,7 @@ def token_nll(hidden: Tensor, head: OutputHead, labels: Tensor) -> Tensor:
     with torch.no_grad():
         room = _room(head.weight, min(CHUNK, len(labels)))
         parts = [
-            _nll(head.chunk_logits(h, room)[0], y)
+            label_nll(head.chunk_logits(h, room)[0], y)
             for h, y in zip(torch.split(hidden, CHUNK), torch.split(labels, CHUNK), strict=True)
         ]
         return torch.cat(parts) if parts else hidden.new_zeros(0, dtype=torch.float32)
@@ -176,7 +177,7 @@ class _SummedNLL(torch.autograd.Function):
         for start in range(0, len(labels), chunk):
             h, y = hidden[start : start + chunk], labels[start : start + chunk]
             logits, slope = head.chunk_logits(h, room)
-            nll, low = _nll_and_gradient(logits, y)
+            nll, low = nll_and_gradient(logits, y)
             total += nll.sum(dtype=wide)
             if slope is not None:
                 low = low.mul_(slope)

@@ -96,7 +96,7 @@ def fit(
     sizes = np.array([float(size) for size, _ in arms])
     sums = [group_sums(runs, tokens) for _, runs in arms]
     losses = np.array([nats.mean(0).sum() / counts.sum() for nats, counts in sums])
-    samples = _resampled(sums)
+    samples = resampled_losses(sums)
     rows = np.geomspace(sizes[0], 2 * sizes[-1], 60)
     best, found = _fitted(sizes, losses[None]), _fitted(sizes, samples)
     low, high = np.percentile(_curve(found, sizes, rows), [2.5, 97.5], axis=0)
@@ -144,7 +144,7 @@ def _squares(sizes: Floats, losses: Floats, found: _Fit) -> Floats:
     return left
 
 
-def _resampled(sums: Sequence[tuple[Floats, Floats]]) -> Floats:
+def resampled_losses(sums: Sequence[tuple[Floats, Floats]]) -> Floats:
     """Losses of every size, [samples, sizes], by the chance of groups and of seeds.
 
     Groups are resampled, the same for all sizes, as the rows are the same. What sets seeds apart

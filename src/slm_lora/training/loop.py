@@ -92,7 +92,7 @@ def training_tokens(usable: Sequence[Example], section: TrainingSection) -> int:
     return round(epochs * sum(example.length for example in usable))
 
 
-def _steps(
+def epoch_steps(
     examples: Sequence[Example], batch: int, seed: int, total: int
 ) -> Iterator[list[Example]]:
     """The examples of each optimizer step; an epoch's last, partial step is one too."""
@@ -262,7 +262,7 @@ def _take_steps(
     an_epoch = steps_per_epoch(len(examples), section.effective_batch_size)
     under_way: deque[tuple[Step, PendingStep]] = deque()
     seconds, first = journal.seconds, True
-    steps = enumerate(_steps(examples, section.effective_batch_size, seed, total))
+    steps = enumerate(epoch_steps(examples, section.effective_batch_size, seed, total))
     for number, step_examples in itertools.islice(steps, len(journal.history), None):
         if journal.enough:
             break

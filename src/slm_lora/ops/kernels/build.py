@@ -34,12 +34,12 @@ _ARGUMENTS = {
 
 def available() -> bool:
     """Whether there is a library for this CPU: bf16 on the CPU has kernels then."""
-    return _library() is not None
+    return load_library() is not None
 
 
 def has_tiles() -> bool:
     """Whether it was made for AMX, and this process may use that: with `matrix_product`."""
-    library = _library()
+    library = load_library()
     return library is not None and bool(library.has_tiles())
 
 
@@ -50,7 +50,7 @@ def failure() -> str:
 
 def call(name: str, *arguments: Tensor | int | float) -> None:
     """Call a function of the library: contiguous tensors and numbers, without the threads."""
-    library = _library()
+    library = load_library()
     assert library is not None
     plain = (x.data_ptr() if isinstance(x, Tensor) else x for x in arguments)
     getattr(library, name)(*plain, torch.get_num_threads())
@@ -60,7 +60,8 @@ _failure = ""
 
 
 @functools.cache
-def _library() -> ctypes.CDLL | None:
+def load_library() -> ctypes.CDLL | None:
+    """The compiled library; None where this CPU or machine cannot have it."""
     global _failure
     compiler = hardware.cpp_compiler()
     here = sys.platform == "linux" and platform.machine() == "x86_64"

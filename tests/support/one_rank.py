@@ -19,7 +19,7 @@ from slm_lora.model.resolve import resolve
 from slm_lora.runtime import distributed
 from slm_lora.training.step import StepRunner
 
-from .test_forward import make_examples
+from .examples import make_examples
 
 LENGTHS = [90, 7, 33, 52, 18, 64, 5, 41, 77, 12, 29]
 """Eleven rows: two or four processes get unequal shares."""
