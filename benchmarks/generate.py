@@ -49,7 +49,7 @@ def theirs(variants: AdapterSet, ids: list[int]) -> Timing:
 
     def run() -> None:
         made.append(
-            variants.base.model.generate(
+            variants.base.model.generate(  # type: ignore[operator]
                 input_ids=given,
                 attention_mask=torch.ones_like(given),
                 max_new_tokens=TOKENS,

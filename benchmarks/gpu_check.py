@@ -15,7 +15,7 @@ import tempfile
 from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Any
+from typing import Any, cast
 
 import torch
 from rich.console import Console
@@ -173,7 +173,9 @@ def random_model(folder: Path, layers: int) -> int:
         Weights that every token is multiplied with.
     """
     tokenizer = AutoTokenizer.from_pretrained(resolve(ModelSection(name=EMBEDDED)).path)
-    config = LlamaConfig(**{**ARCHITECTURE, "num_hidden_layers": layers}, vocab_size=len(tokenizer))
+    config = LlamaConfig(
+        **cast("Any", {**ARCHITECTURE, "num_hidden_layers": layers}), vocab_size=len(tokenizer)
+    )
     torch.manual_seed(0)
     model = AutoModelForCausalLM.from_config(config, dtype=torch.bfloat16)
     model.save_pretrained(folder)

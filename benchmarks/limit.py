@@ -23,7 +23,7 @@ def main() -> None:
     given = work()
     many = TOKENS_ON_GPU if given.on_gpu else TOKENS
     head_tokens = HEAD_TOKENS_ON_GPU if given.on_gpu else HEAD_TOKENS
-    model = AutoModelForCausalLM.from_pretrained(given.model, dtype=given.dtype).to(given.device)
+    model = AutoModelForCausalLM.from_pretrained(given.model, dtype=given.dtype).to(given.device)  # type: ignore[arg-type]
 
     def noise(rows: int, columns: int) -> torch.Tensor:
         return torch.randn(rows, columns, dtype=given.dtype, device=given.device)

@@ -281,7 +281,7 @@ def vision_config(ids: dict[str, Any]) -> Any:
     )  # fmt: skip
     return Gemma3Config(
         text_config=text.to_dict(), vision_config=vision.to_dict(), mm_tokens_per_image=4,
-        image_token_index=5, boi_token_index=6, eoi_token_index=7, eos_token_id=ids["eos_token_id"],
+        image_token_index=5, boi_token_index=6, eoi_token_index=7, eos_token_id=ids["eos_token_id"],  # type: ignore[call-arg]
     )  # fmt: skip
 
 

@@ -94,10 +94,14 @@ def _on_a_bad_disk(
                 file.write(b".")
             return function(*arguments)
 
-        StepRunner.step = step  # type: ignore[method-assign]
+        StepRunner.step = step  # type: ignore[method-assign, assignment]
 
     def hooked(*more: Hook) -> int:
-        return run(lab, folder, lambda: [each() for each in (counted, *more)] and None)
+        def prepare() -> None:
+            for hook in (counted, *more):
+                hook()
+
+        return run(lab, folder, prepare)
 
     if kind == "read-only":
         code = _read_only(folder, hooked, mounting)

@@ -20,7 +20,7 @@ import traceback
 from collections.abc import Callable
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Any
+from typing import Any, cast
 
 import torch
 from rich.console import Console
@@ -83,7 +83,7 @@ def make_model(folder: Path, seed: int = 7, **shape: int) -> Path:
             max_position_embeddings=256,
             tie_word_embeddings=True,
             initializer_range=0.3,
-            **{**sizes, **shape},
+            **cast("Any", {**sizes, **shape}),
         )
     )
     model.save_pretrained(folder)
@@ -237,7 +237,7 @@ def each_operation(folder: Path, seen: Callable[[], None]) -> None:
         sync(descriptor)
 
     sys.addaudithook(audit)
-    os.fsync = fsync
+    os.fsync = fsync  # type: ignore[assignment]
 
 
 def at_operation(folder: Path, number: int, act: Callable[[], None]) -> Hook:

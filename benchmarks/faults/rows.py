@@ -79,7 +79,7 @@ def _parquet(kind: str, folder: Path) -> Path:
         [{"role": "user", "content": f"{n}?"}, {"role": "assistant", "content": "One."}]
         for n in range(20)
     ]
-    chats[AT - 1][1]["content"] = None  # type: ignore[typeddict-item]
+    chats[AT - 1][1]["content"] = None  # type: ignore[assignment]
     pq.write_table(pa.table({"messages": chats}), path)
     return path
 

@@ -28,7 +28,7 @@ def _spoil_gradient() -> None:
     function = step.StepRunner._backward
     done = 0
 
-    def backward(self: step.StepRunner, *arguments: Any) -> float:
+    def backward(self: step.StepRunner, *arguments: Any) -> Any:
         nonlocal done
         done += 1
         loss = function(self, *arguments)
@@ -38,7 +38,7 @@ def _spoil_gradient() -> None:
             gradient[0, 0] = math.nan
         return loss
 
-    step.StepRunner._backward = backward  # type: ignore[method-assign]
+    step.StepRunner._backward = backward  # type: ignore[method-assign, assignment]
 
 
 def _spoil_weights() -> None:
@@ -54,7 +54,7 @@ def _spoil_weights() -> None:
                 self.param_groups[0]["params"][0][0, 0] = math.inf
         return result
 
-    torch.optim.AdamW.step = update  # type: ignore[method-assign]
+    torch.optim.AdamW.step = update  # type: ignore[method-assign, assignment]
 
 
 def _spoil_scores(call: int) -> Hook:

@@ -267,7 +267,7 @@ def test_a_changed_recipe_is_refused_beside_an_unfinished_training(
         raise KeyboardInterrupt
 
     with monkeypatch.context() as patch:
-        patch.setattr(runner.adapter_folder, "save", stopped)
+        patch.setattr(runner.adapter_io, "save", stopped)
         assert made.run(ONE) == 75
     capsys.readouterr()
     assert made.run(ONE, "training.learning_rate=2e-2") == 4

@@ -49,7 +49,7 @@ def gradients(
     if double:
         peft_model.double()
     batch_nll(base, collate(examples, "all")).backward()
-    found = [p.grad.double().flatten() for p in peft_model.parameters() if p.requires_grad]
+    found = [p.grad.double().flatten() for p in peft_model.parameters() if p.grad is not None]
     attach.detach(peft_model)
     return torch.cat(found)
 

@@ -34,7 +34,7 @@ def make_adapter(
 ) -> Path:
     """An adapter as training saves it, its B drawn at random instead of trained."""
     base = load_base(source, device=torch.device("cpu"), precision="fp32", plain=True)
-    section = AdapterSection(kind=kind, r=r, target_modules=TARGETS)  # type: ignore[arg-type]
+    section = AdapterSection(kind=kind, r=r, target_modules=TARGETS)
     peft_model = attach.attach(base, section, seed=1)
     generator = torch.Generator().manual_seed(seed)
     for name, parameter in peft_model.named_parameters():

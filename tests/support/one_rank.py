@@ -7,6 +7,7 @@ from __future__ import annotations
 
 import sys
 from pathlib import Path
+from typing import Any
 
 import torch
 from safetensors.torch import save_file
@@ -33,7 +34,7 @@ def main() -> None:
         sharded = precision == "sharded" and not distributed.is_single()
         base = load_base(source, device=torch.device("cpu"), precision="fp32", sharded=sharded)
         if sharded:
-            layer = base.model.base_model.layers[0]
+            layer: Any = base.model.get_submodule("model.layers.0")
             local = layer.self_attn.q_proj.weight.to_local()
             assert (
                 local.numel() == layer.self_attn.q_proj.weight.numel() // distributed.world_size()
