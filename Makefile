@@ -1,13 +1,13 @@
 RECIPE ?= recipes/quickstart.yaml
 ARGS ?=
 PYTHON ?= python3
-BIN := .venv/bin
+BIN := .venv/$(if $(filter Windows_NT,$(OS)),Scripts,bin)
 # A file's tests share what it made, so they stay in one process.
 PARALLEL := --numprocesses auto --dist loadfile
 LOWEST := tests/unit $(addprefix tests/integration/test_,adapter_io.py checkpoint.py \
 	experiment.py forward.py generate.py merge.py methods.py plan.py training.py)
 
-.PHONY: help experiment plan demo test test-all test-lowest zoo bench bench-generate calibration scaling gpu-check plan-check faults check format clean
+.PHONY: help experiment plan demo ready test test-all test-lowest zoo bench bench-generate calibration scaling gpu-check plan-check faults check format clean
 
 help:  ## List the targets.
 	@grep -hE '^[a-z-]+:.*## ' $(MAKEFILE_LIST) | sort | awk -F ':.*## ' '{printf "  make %-15s %s\n", $$1, $$2}'
@@ -22,6 +22,9 @@ plan: .venv/installed  ## Show what an experiment would do, and train nothing.
 
 demo: .venv/installed-serve  ## Serve the last experiment's adapters: a page and an OpenAI-style API.
 	$(BIN)/slm-lora serve $(ARGS)
+
+ready: check  ## Before a commit: format, lint, types, imports, generated docs, unit tests.
+	$(BIN)/python -m pytest $(PARALLEL) tests/unit
 
 test: .venv/installed-dev  ## Run the tests.
 	$(BIN)/python -m pytest $(PARALLEL) -m 'not slow'

@@ -40,7 +40,7 @@ def test_the_described_recipe_says_what_was_described() -> None:
     recipe, cells = load_recipe(RECIPE)
     assert recipe.model.name == "TinyLlama/TinyLlama-1.1B-Chat-v1.0"
     assert recipe.data.name == "databricks/databricks-dolly-15k"
-    assert [(c.recipe.data.size, c.recipe.adapter.r, c.recipe.adapter.alpha) for c in cells] == [
+    assert [(c.config.data.size, c.config.adapter.r, c.config.adapter.alpha) for c in cells] == [
         (1500, 8, 16), (1500, 16, 32), (3000, 16, 32),
     ]  # fmt: skip
     for cell in cells:

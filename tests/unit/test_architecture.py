@@ -9,6 +9,8 @@ import re
 import tomllib
 from pathlib import Path
 
+import yaml
+
 ROOT = Path(__file__).parents[2]
 PACKAGE = ROOT / "src" / "slm_lora"
 
@@ -165,3 +167,23 @@ def private_uses(path: Path) -> list[str]:
         ):
             found.append(f"{path.name}:{node.lineno} {node.value.id}.{node.attr}")
     return found
+
+
+def test_workflow_and_docs_call_targets_that_the_makefile_has() -> None:
+    targets = set(
+        re.findall(r"^([a-z-]+):", (ROOT / "Makefile").read_text(encoding="utf-8"), re.MULTILINE)
+    )
+    workflow = yaml.safe_load((ROOT / ".github/workflows/tests.yml").read_text(encoding="utf-8"))
+    jobs = workflow["jobs"]["make"]["strategy"]["matrix"]["include"]
+    called = {job["target"] for job in jobs}
+    for page in (
+        "README.md",
+        "CONTRIBUTING.md",
+        ".ci/run",
+        *(f"docs/{path.name}" for path in (ROOT / "docs").glob("*.md")),
+    ):
+        text = (ROOT / page).read_text(encoding="utf-8")
+        called |= set(re.findall(r"(?:^|`)make ([a-z-]+)", text, re.MULTILINE))
+    assert called <= targets
+    hooks = yaml.safe_load((ROOT / ".pre-commit-config.yaml").read_text(encoding="utf-8"))
+    assert [hook["id"] for hook in hooks["repos"][0]["hooks"]]

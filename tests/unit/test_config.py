@@ -389,7 +389,7 @@ def test_axes_multiply_and_tied_keys_move_together() -> None:
         "    - {data.size: [100, 200, 300]}\n"
         "    - {adapter.r: [8, 16], adapter.lora_alpha: [32, 2r]}\n"
     )
-    values = [(c.recipe.data.size, c.recipe.adapter.r, c.recipe.adapter.alpha) for c in found]
+    values = [(c.config.data.size, c.config.adapter.r, c.config.adapter.alpha) for c in found]
     assert values == [(size, r, 32.0) for size, r in itertools.product((100, 200, 300), (8, 16))]
     assert [c.name for c in found[:2]] == ["r8-100-alpha32", "r16-100"]
 
@@ -472,8 +472,8 @@ def test_cells_do_not_share_what_one_of_them_changes() -> None:
         "data: {columns: {category: topic}}\n"
         "grid: {cells: [{data.columns.response: answer}, {adapter.r: 4}]}"
     )
-    assert found[0].recipe.data.columns == {"category": "topic", "response": "answer"}
-    assert found[1].recipe.data.columns == {"category": "topic"}
+    assert found[0].config.data.columns == {"category": "topic", "response": "answer"}
+    assert found[1].config.data.columns == {"category": "topic"}
     assert found[0].name == "responseanswer"
 
 
@@ -722,7 +722,7 @@ def test_records_of_before_compare_with_those_of_now() -> None:
 
 def test_what_relates_rows_is_a_set_of_names() -> None:
     def of(*overrides: str) -> object:
-        return read("name: x", *overrides)[1][0].recipe.data.group_by
+        return read("name: x", *overrides)[1][0].config.data.group_by
 
     assert of() == ("group", "prompt", "context", "near")
     assert of("data.group_by=near") == ("near",)
