@@ -46,3 +46,18 @@ def test_the_recipe_for_own_data_runs_on_rows_like_those_shown(
     short = ("seeds=[0]", "training.max_steps=1", "grid.axes=[{adapter.r: [4, 8]}]")
     assert command("experiment", "mine.yaml", model, *short) == 0
     assert "report     results/mine/report.html" in capsys.readouterr().out
+
+
+ROOT = PAGE.parents[1]
+PAGES = [ROOT / "README.md", ROOT / "CONTRIBUTING.md", ROOT / "results" / "README.md"]
+PAGES += sorted((ROOT / "docs").glob("*.md"))
+
+
+@pytest.mark.parametrize("page", PAGES, ids=lambda page: str(page.relative_to(ROOT)))
+def test_files_and_make_targets_that_a_page_names_exist(page: Path) -> None:
+    text = page.read_text(encoding="utf-8")
+    links = [link.split("#")[0] for link in re.findall(r"\]\((?!https?:)([^)\s]+)\)", text)]
+    assert [link for link in links if not (page.parent / link).exists()] == []
+    makefile = (ROOT / "Makefile").read_text(encoding="utf-8")
+    targets = set(re.findall(r"^([a-z-]+):", makefile, re.MULTILINE))
+    assert set(re.findall(r"^(?:make|`make) ([a-z-]+)", text, re.MULTILINE)) <= targets
