@@ -24,10 +24,11 @@ import numpy as np
 from rich.progress import track
 
 from slm_lora.runs.folder import list_runs
+from slm_lora.runs.metrics import METRICS
 from slm_lora.runs.scored_run import read_scored_runs
 from slm_lora.runtime.storage import atomic_write_text
 from slm_lora.stats import inference
-from slm_lora.stats.estimates import Floats, Paired, group_sums, loss_of_sums
+from slm_lora.stats.estimates import Floats, Paired, estimate_of_sums, group_sums
 from slm_lora.stats.inference import Difference, difference, holm
 from slm_lora.stats.power import needed_for_difference
 
@@ -94,14 +95,14 @@ def read_world(results: Path) -> World:
     """From the runs of the calibration recipe."""
     lines = read_scored_runs(list_runs(results))
     base = [line.scores for line in lines if line.is_base]
-    nats, tokens = group_sums([line.scores for line in lines if not line.is_base], "all")
-    change = group_sums(base, "all")[0][0] - nats.mean(0)
+    nats, tokens = group_sums([line.scores for line in lines if not line.is_base], METRICS["all"])
+    change = group_sums(base, METRICS["all"])[0][0] - nats.mean(0)
     unlike = change - tokens * change.sum() / tokens.sum()
     return World(
         mean=nats.mean(0),
         deviations=nats - nats.mean(0),
         effect=change * tokens.sum() / change.sum(),
-        unlike=unlike / loss_of_sums(unlike, tokens).standard_error,
+        unlike=unlike / estimate_of_sums(unlike, tokens).standard_error,
         tokens=tokens,
     )
 
@@ -113,7 +114,7 @@ def judged(
     for first, second, tokens in drawn(world, plan, cases):
         ours = difference(Paired(second - first, tokens), MARGIN)
         alone = difference(Paired(second[:1] - first[:1], tokens), MARGIN)
-        losses = [loss_of_sums(arm[0], tokens) for arm in (first, second)]
+        losses = [estimate_of_sums(arm[0], tokens) for arm in (first, second)]
         half = 1.96 * math.hypot(*(each.standard_error for each in losses))
         middle = losses[1].value - losses[0].value
         yield ours, alone, (middle - half, middle + half)

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import hashlib
 import json
+from collections.abc import Mapping
 from dataclasses import dataclass, field
 from typing import Literal
 
@@ -80,7 +81,14 @@ class Example:
 
 @dataclass(frozen=True, slots=True)
 class RowScore:
-    """Negative log-likelihood (nats, float64) of one row under one model."""
+    """Scores of one row under one model.
+
+    Attributes:
+        nll_all, nll_response: negative log-likelihood, nats (float64).
+        tokens_all, tokens_response: that it is summed over.
+        bytes_all, bytes_response: of the scored text, UTF-8.
+        values: numerators and denominators of further metrics, by name.
+    """
 
     row_id: str
     group_id: str
@@ -92,6 +100,7 @@ class RowScore:
     nll_response: float
     tokens_response: int
     bytes_response: int
+    values: Mapping[str, tuple[float, float]] = field(default_factory=dict)
 
 
 @dataclass(frozen=True, slots=True)

@@ -65,7 +65,7 @@ def test_cheapest_equivalent_setting_is_recommended(tmp_path: Path) -> None:
     assert card.recommended is not None and card.recommended.name == "r8"
     assert card.lowest is not None and card.lowest.name == "r16"
     why = facts(card)["Recommended"]
-    assert "cheapest of 3 settings" in why and "that of r=16 (difference +0.0050" in why
+    assert "cheapest of 3 settings" in why and "r=16 (difference +0.0050" in why
     # With a margin below the difference the lowest loss is taken.
     card = card_of(runs, margin=0.004)
     assert card.recommended is not None and card.recommended.name == "r16"

@@ -53,7 +53,7 @@ def test_keys_that_move_together_are_one_difference() -> None:
     (found,) = all_comparisons(lines)
     assert (found.key, found.tied) == ("adapter.kind", ("training.learning_rate",))
     asked = sentences.question(lines, arms(lines), [found])
-    assert "method with its learning rate (lora, full)" in asked
+    assert "the method with its learning rate (LoRA, Full fine-tuning)" in asked
     assert "also have another learning rate" in sentences.confounds([found])
     # Once the rates cross, they are two differences again.
     lines.append(line("slow", 2.1, adapter__kind="lora", training__learning_rate=1e-4))
@@ -100,7 +100,7 @@ def test_seeds_are_one_arm() -> None:
     (found,) = all_comparisons(lines)
     assert (found.first.name, found.second.name, len(found.pairs)) == ("r4", "r8", 3)
     assert found.difference.covers == "rows and seeds"
-    assert found.second.loss().value == pytest.approx(1.92)
+    assert found.second.estimate().value == pytest.approx(1.92)
 
 
 def test_categories_are_compared_apart() -> None:

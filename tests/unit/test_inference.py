@@ -14,7 +14,8 @@ from scipy import stats
 
 from slm_lora.errors import IntegrityError
 from slm_lora.records import RowScore
-from slm_lora.stats.estimates import Paired, loss_estimate, mean_over_rows, paired
+from slm_lora.runs.metrics import METRICS, mean_over_rows
+from slm_lora.stats.estimates import Paired, estimate, paired
 from slm_lora.stats.inference import LEAST_GROUPS, difference, holm, interval, p_value
 
 from ..support.samples import sample
@@ -26,36 +27,40 @@ def score(row: str, group: str, nll: float, tokens: int) -> RowScore:
 
 def test_loss_is_total_nll_over_tokens_and_groups_are_the_units() -> None:
     rows = [score("a", "g1", 10.0, 4), score("b", "g1", 2.0, 4), score("c", "g2", 3.0, 2)]
-    found = loss_estimate([rows], "all")
+    found = estimate([rows], METRICS["all"])
     assert found.value == pytest.approx(1.5)
     # Residuals by hand: g1 12 - 1.5·8 = 0, g2 3 - 1.5·2 = 0.
     assert found.standard_error == pytest.approx(0)
     assert found.groups == 2
     # The same rows as three groups: residuals 4, -4, 0.
     alone = [score(r.row_id, r.row_id, r.nll_all, r.tokens_all) for r in rows]
-    assert loss_estimate([alone], "all").standard_error == pytest.approx(math.sqrt(32 * 3 / 2) / 10)
+    assert estimate([alone], METRICS["all"]).standard_error == pytest.approx(
+        math.sqrt(32 * 3 / 2) / 10
+    )
 
 
 def test_several_seeds_have_the_mean_of_their_losses() -> None:
     runs = [[score("a", "g", nll, 4), score("b", "h", 1.0, 4)] for nll in (3.0, 7.0)]
-    assert loss_estimate(runs, "all").value == pytest.approx((4 / 8 + 8 / 8) / 2)
+    assert estimate(runs, METRICS["all"]).value == pytest.approx((4 / 8 + 8 / 8) / 2)
     with pytest.raises(IntegrityError, match="different rows"):
-        loss_estimate([runs[0], runs[1][:1]], "all")
+        estimate([runs[0], runs[1][:1]], METRICS["all"])
 
 
 def test_the_mean_over_rows_weighs_rows_alike() -> None:
     rows = [score("a", "g", 10.0, 4), score("b", "g", 2.0, 4), score("c", "h", 3.0, 2)]
-    found = mean_over_rows([rows], "all")
+    found = estimate([rows], mean_over_rows(METRICS["all"]))
     assert found.value == pytest.approx((2.5 + 0.5 + 1.5) / 3)
     assert found.groups == 2
     empty = RowScore("d", "i", "", "test", 5.0, 2, 1, 0.0, 0, 1)
-    assert mean_over_rows([[*rows, empty]], "response").groups == 2, "no token, no mean"
+    assert estimate([[*rows, empty]], mean_over_rows(METRICS["response"])).groups == 2, (
+        "no token, no mean"
+    )
 
 
 def test_one_group_says_nothing_of_its_error() -> None:
     rows = [score("a", "g", 1.0, 2), score("b", "g", 2.0, 2)]
-    assert loss_estimate([rows], "all").standard_error == math.inf
-    both = paired([(rows, rows)], "all")
+    assert estimate([rows], METRICS["all"]).standard_error == math.inf
+    both = paired([(rows, rows)], METRICS["all"])
     assert interval(both, 0.95) == (-math.inf, math.inf)
     assert p_value(both) == 1
 
@@ -66,8 +71,8 @@ def test_rows_may_come_in_any_order(order: Sequence[int]) -> None:
     rng = np.random.default_rng(1)
     first = [score(f"r{i}", f"g{i % 5}", float(rng.random()), 3) for i in range(12)]
     second = [score(s.row_id, s.group_id, s.nll_all + 0.1, 3) for s in first]
-    wanted = paired([(first, second)], "all")
-    found = paired([(first, [second[i] for i in order])], "all")
+    wanted = paired([(first, second)], METRICS["all"])
+    found = paired([(first, [second[i] for i in order])], METRICS["all"])
     assert np.array_equal(wanted.nats, found.nats)
     assert found.value == pytest.approx(0.4 / 12)
 
@@ -83,12 +88,12 @@ def test_rows_may_come_in_any_order(order: Sequence[int]) -> None:
 def test_runs_on_other_rows_do_not_compare(change: RowScore, message: str) -> None:
     first = [score(f"r{i}", f"g{i}", 1.0, 3) for i in range(3)]
     with pytest.raises(IntegrityError, match=message):
-        paired([(first, [change, *first[1:]])], "all")
+        paired([(first, [change, *first[1:]])], METRICS["all"])
 
 
 def test_an_arm_against_itself_is_no_difference() -> None:
     rows = [score(f"r{i}", f"g{i}", float(i), 3) for i in range(12)]
-    found = difference(paired([(rows, rows)], "all"), 0.01)
+    found = difference(paired([(rows, rows)], METRICS["all"]), 0.01)
     assert (found.value, found.low, found.high, found.p) == (0, 0, 0, 1)
     assert found.equivalent
 

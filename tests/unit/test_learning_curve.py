@@ -10,6 +10,7 @@ import pytest
 
 from slm_lora.records import RowScore
 from slm_lora.report import sentences
+from slm_lora.runs.metrics import METRICS
 from slm_lora.stats.learning_curve import LearningCurve, fit, resampled_losses
 
 Arms = list[tuple[int, list[list[RowScore]]]]
@@ -33,7 +34,7 @@ def arms(sizes: list[int], floor: float, factor: float, exponent: float, noise: 
 
 
 def fitted(given: Arms) -> LearningCurve:
-    found = fit("LoRA", given, "all")
+    found = fit("LoRA", given, METRICS["all"])
     assert found is not None
     return found
 
@@ -63,8 +64,10 @@ def test_a_flat_line_has_no_gain() -> None:
 
 def test_three_sizes_are_too_few() -> None:
     given = arms([100, 200, 400], 2.0, 5.0, 0.5, noise=0.0)
-    assert fit("LoRA", given, "all") is None
-    assert fit("LoRA", [*given, given[0]], "all") is None, "the same size twice is no fourth"
+    assert fit("LoRA", given, METRICS["all"]) is None
+    assert fit("LoRA", [*given, given[0]], METRICS["all"]) is None, (
+        "the same size twice is no fourth"
+    )
 
 
 def test_its_record_is_json() -> None:

@@ -295,7 +295,7 @@ def compare(
     from slm_lora.report.sentences import sentence
     from slm_lora.runs.folder import read_run, to_json
     from slm_lora.stats import comparisons
-    from slm_lora.stats.estimates import loss_estimate
+    from slm_lora.stats.estimates import estimate
 
     found = comparisons.compare(read_run(first), read_run(second))
     out = console()
@@ -303,7 +303,7 @@ def compare(
         print(to_json(found.record()), end="")
         return
     for arm in (found.first, found.second):
-        loss = loss_estimate([arm.line.scores], arm.line.headline)
+        loss = estimate([arm.line.scores], arm.line.metric)
         out.print(f"{arm.name}  loss {loss.value:.4f} ({loss.low:.4f} to {loss.high:.4f})")
     out.print(sentence(found))
     out.print("Below zero the second has the lower loss; the intervals cover the test rows.")

@@ -15,6 +15,7 @@ from slm_lora.errors import IntegrityError
 from slm_lora.experiment.job import Job
 from slm_lora.model.loading import load_tokenizer
 from slm_lora.records import LossOn, RowScore
+from slm_lora.runs.metrics import METRICS
 from slm_lora.runtime.checksums import read_sealed
 from slm_lora.stats.estimates import paired
 from slm_lora.stats.inference import interval
@@ -35,7 +36,7 @@ class Evaluated:
 
     def difference(self, tokens: LossOn) -> tuple[float, float, float]:
         """Loss minus the base's, nats per token, and its 95 % interval over the test rows."""
-        sample = paired([(self.base_scores, self.scores)], tokens)
+        sample = paired([(self.base_scores, self.scores)], METRICS[tokens])
         return sample.value, *interval(sample, 0.95)
 
 

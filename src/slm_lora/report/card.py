@@ -8,6 +8,7 @@ from dataclasses import dataclass
 from typing import Any
 
 from slm_lora.report.names import SettingNames, key_name, rate_name
+from slm_lora.runs.metrics import Metric
 from slm_lora.stats.comparisons import Comparison, Setting, amount, series_along, varied
 from slm_lora.stats.estimates import paired, perplexity
 from slm_lora.stats.inference import LEAST_GROUPS, interval
@@ -45,9 +46,9 @@ class Gap:
         """Whether the interval lies on one side of zero."""
         return self.low > 0 or self.high < 0
 
-    def text(self) -> str:
+    def text(self, unit: str = " nats") -> str:
         """``+0.0235 nats (+0.0211 to +0.0259)``."""
-        return interval_text(self.value, self.low, self.high)
+        return interval_text(self.value, self.low, self.high, unit)
 
 
 @dataclass(frozen=True)
@@ -108,11 +109,16 @@ def cost(setting: Setting) -> tuple[float, float]:
     return tokens, records[0]["adapter"]["trainable_parameters"]
 
 
-def gap(reference: Setting, other: Setting, margin: float) -> Gap | None:
-    """``other`` against ``reference``, over the seeds that both have; None without any."""
+def gap(
+    reference: Setting, other: Setting, margin: float, metric: Metric | None = None
+) -> Gap | None:
+    """``other`` against ``reference`` in a metric (the headline), over the seeds that both have;
+    None without any."""
     seeds = {_seeds(run): run for run in other.lines}
     if other.line.is_base:
         pairs = [(run.scores, other.line.scores) for run in reference.lines]
+    elif reference.line.is_base:
+        pairs = [(reference.line.scores, run.scores) for run in other.lines]
     else:
         pairs = [
             (run.scores, seeds[_seeds(run)].scores)
@@ -121,7 +127,7 @@ def gap(reference: Setting, other: Setting, margin: float) -> Gap | None:
         ]
     if not pairs:
         return None
-    sample = paired(pairs, reference.line.headline)
+    sample = paired(pairs, metric or reference.metric)
     low, high = interval(sample, 0.95)
     inner = interval(sample, 0.90)
     equivalent = sample.groups >= LEAST_GROUPS and -margin < inner[0] and inner[1] < margin
@@ -147,7 +153,7 @@ def make_card(
     if not settings:
         return Card(None, None, (), None, margin, ())
     by_cost = sorted(settings, key=cost)
-    lowest = min(by_cost, key=lambda setting: setting.loss().value)
+    lowest = min(by_cost, key=lambda setting: setting.metric.cost(setting.estimate().value))
     recommended, given_up = lowest, None
     for setting in by_cost:
         if setting is lowest:
@@ -173,11 +179,11 @@ def make_card(
     )
 
 
-def interval_text(value: float, low: float, high: float) -> str:
+def interval_text(value: float, low: float, high: float, unit: str = " nats") -> str:
     """``+0.0235 nats (+0.0211 to +0.0259)``."""
     if not math.isfinite(low):
-        return f"{value:+.4f} nats (no interval from one group)"
-    return f"{value:+.4f} nats ({low:+.4f} to {high:+.4f})"
+        return f"{value:+.4f}{unit} (no interval from one group)"
+    return f"{value:+.4f}{unit} ({low:+.4f} to {high:+.4f})"
 
 
 def _seeds(run: Any) -> tuple[int, int]:
@@ -191,27 +197,35 @@ def _why(
     settings: Sequence[Setting],
     names: SettingNames,
 ) -> str:
-    loss = recommended.loss().value
-    numbers = f"loss {loss:.4f}, perplexity {perplexity(loss):.2f}"
+    value, metric = recommended.estimate().value, recommended.metric
+    numbers = f"{metric.title.lower()} {value:.4f}"
+    if metric.has_perplexity:
+        numbers += f", perplexity {perplexity(value):.2f}"
+    best = "highest" if metric.higher_is_better else "lowest"
     name = names.of(recommended)
     if len(settings) == 1:
         return f"{name} ({numbers}): the only setting trained."
     if given_up is None:
-        return f"{name} ({numbers}): the lowest loss of {len(settings)} settings."
+        return f"{name} ({numbers}): the {best} {metric.title.lower()} of {len(settings)} settings."
     return (
-        f"{name} ({numbers}): the cheapest of {len(settings)} settings whose loss is equivalent to "
-        f"the lowest, that of {names.of(lowest)} (difference {given_up.text()})."
+        f"{name} ({numbers}): the cheapest of {len(settings)} settings equivalent to the one of "
+        f"the {best} {metric.title.lower()}, {names.of(lowest)} (difference {given_up.text()})."
     )
 
 
 def _gain(recommended: Setting, to_base: Gap, comparisons: Sequence[Comparison]) -> Fact:
-    before, after = recommended.loss().value + to_base.value, recommended.loss().value
+    before, after = recommended.estimate().value + to_base.value, recommended.estimate().value
+    verdict = _verdict_on_base(recommended, comparisons)
+    if not recommended.metric.has_perplexity:
+        difference = interval_text(-to_base.value, -to_base.high, -to_base.low, "")
+        text = f"{before:.4f} → {after:.4f}, {difference}{verdict}."
+        return Fact("Against the base", text, "comparisons")
     change = 100 * (perplexity(after - before) - 1)
     ends = sorted(100 * (perplexity(-end) - 1) for end in (to_base.low, to_base.high))
     span = f" ({ends[0]:+.1f} to {ends[1]:+.1f} %)" if math.isfinite(to_base.low) else ""
     text = (
         f"perplexity {perplexity(before):.2f} → {perplexity(after):.2f}, {change:+.1f} %{span}"
-        f"{_verdict_on_base(recommended, comparisons)}."
+        f"{verdict}."
     )
     return Fact("Against the base", text, "comparisons")
 
@@ -222,7 +236,9 @@ def _verdict_on_base(recommended: Setting, comparisons: Sequence[Comparison]) ->
             seeds = comparison.difference.seeds
             if comparison.verdict != "different":
                 return f"; {comparison.verdict} (corrected p = {comparison.p_corrected:.3f})"
-            direction = "lower" if comparison.difference.value < 0 else "HIGHER"
+            direction = "lower" if comparison.difference.value < 0 else "higher"
+            if not comparison.metric.is_better(comparison.difference.value):
+                direction = direction.upper()
             return (
                 f"; significantly {direction} across test rows and {seeds} seeds"
                 if seeds > 1
@@ -332,7 +348,7 @@ def _still_falling(setting: Setting) -> bool:
 
 def _test_set_fact(recommended: Setting) -> Fact:
     run = recommended.line
-    groups = recommended.loss().groups
+    groups = recommended.estimate().groups
     few = "; fewer than 300: small differences stay open" if len(run.scores) < 300 else ""
     return Fact("Test set", f"{len(run.scores)} rows in {groups} groups{few}.", "setup")
 

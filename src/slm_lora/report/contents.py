@@ -14,6 +14,7 @@ from slm_lora.report.setup import not_shown, setup
 from slm_lora.report.summary import (
     category_table,
     comparisons_table,
+    metrics_table,
     settings_table,
 )
 from slm_lora.report.tables import described_table, losses_table
@@ -68,7 +69,7 @@ def analyse(runs: Sequence[ScoredRun]) -> Analysis:
     for series in series_along("data.size", settings):
         sized = [(point.training_rows, [run.scores for run in point.lines]) for point in series]
         name = names.series("data.size", series[0])
-        if curve := learning_curve.fit(name, sized, series[0].line.headline):
+        if curve := learning_curve.fit(name, sized, series[0].metric):
             curves.append(curve)
     # Losses of models with other tokenizers do not compare: the card is on the first base's.
     comparable = [
@@ -105,7 +106,6 @@ def sections(
     ]
     effects = [
         *map(figures.learning_curve, analysis.curves),
-        figures.time_and_loss(settings, names),
         *(
             figures.perplexity_along(key, key_name(key), series_along(key, settings), names)
             for key in ("adapter.r", "data.size")
@@ -126,20 +126,17 @@ def sections(
             anchor="comparisons",
             folded=True,
         ),
-        Section(
-            "Effect of doubling rank or data",
-            sentences.scaling(comparisons, analysis.curves, names),
-            _present(effects),
-            anchor="scaling",
-            folded=True,
-        ),
+        *_scaling(analysis, _present(effects)),
+        *_metrics(analysis),
         Section("Every run", runs_text(analysis.runs), anchor="runs", folded=True),
         *_categories(analysis),
         *examples.rows(comparisons, quoted, names),
         Section(
             "Training",
             _training(settings, names),
-            _present([figures.training_curves(settings, names)]),
+            _present(
+                [figures.training_curves(settings, names), figures.time_and_loss(settings, names)]
+            ),
             anchor="training",
             folded=True,
         ),
@@ -180,6 +177,26 @@ def _training(settings: Sequence[Setting], names: SettingNames) -> str:
             f"training loss {record['last_step_loss']:.3f}{seeds}"
         )
     return "\n".join(items) or "Nothing was trained."
+
+
+def _scaling(analysis: Analysis, pictures: tuple[Picture, ...]) -> list[Section]:
+    text = sentences.scaling(analysis.comparisons, analysis.curves, analysis.names)
+    if not text and not pictures:
+        return []
+    return [
+        Section("Effect of doubling rank or data", text, pictures, anchor="scaling", folded=True)
+    ]
+
+
+def _metrics(analysis: Analysis) -> list[Section]:
+    table = metrics_table(analysis.card, analysis.settings, analysis.base, analysis.names)
+    if not table:
+        return []
+    note = (
+        "Means over seeds. Last row: paired difference with its 95 % interval, not corrected for "
+        "the number of metrics. Mean over rows: short rows count as much as long ones."
+    )
+    return [Section("All metrics", f"{table}\n{note}", anchor="metrics", folded=True)]
 
 
 def _categories(analysis: Analysis) -> list[Section]:

@@ -11,7 +11,7 @@ from typing import Any
 from slm_lora.data.prompts import Prompt
 from slm_lora.data.splits import seeded_order
 from slm_lora.errors import IntegrityError, UsageError
-from slm_lora.records import PIECE, LossOn, Row, RowScore
+from slm_lora.records import PIECE, Row, RowScore
 from slm_lora.report.blocks import Column, Section, markdown_table, plain
 from slm_lora.report.names import SettingNames
 from slm_lora.report.outputs import sections
@@ -97,7 +97,7 @@ def rows(
     to_base = [pair for pair in comparisons if pair.key == "base"]
     if not to_base:
         return []
-    best = min(to_base, key=lambda pair: pair.difference.value)
+    best = min(to_base, key=lambda pair: pair.metric.cost(pair.difference.value))
     chosen = _chosen(best)
     first, second = names.of(best.first), names.of(best.second)
     table = markdown_table(
@@ -105,7 +105,7 @@ def rows(
         [
             [
                 rule, f"`{score.row_id[:12]}`", plain(score.category) or "–",
-                f"{_tokens(score, best.first.line.headline)}", f"{before:.4f}", f"{after:.4f}",
+                f"{best.metric.parts(score)[1]:g}", f"{before:.4f}", f"{after:.4f}",
                 f"{after - before:+.4f}",
             ]
             for rule, score, before, after in chosen
@@ -172,8 +172,7 @@ def _text(rule: str, row: Row, answers: Sequence[outputs.Answer], context_seen: 
 
 
 def _chosen(best: Comparison) -> list[tuple[str, RowScore, float, float]]:
-    headline = best.first.line.headline
-    before, after = _losses(best.first, headline), _losses(best.second, headline)
+    before, after = _values(best.first), _values(best.second)
     of_row = {score.row_id: score for score in best.first.line.scores if score.row_id in before}
     order = sorted(of_row, key=lambda row: (after[row] - before[row], row))
     if len(order) < 3:
@@ -198,16 +197,13 @@ def _once(picked: Sequence[tuple[str, str]]) -> list[tuple[str, str]]:
     return [(rule, row) for row, rule in first.items()]
 
 
-def _losses(arm: Setting, headline: LossOn) -> dict[str, float]:
-    """Loss a token of every row that has any, mean over seeds."""
+def _values(setting: Setting) -> dict[str, float]:
+    """The metric of every row that has it, mean over seeds."""
     sums: dict[str, float] = {}
-    for line in arm.lines:
-        for score in line.scores:
-            if tokens := _tokens(score, headline):
-                nll = score.nll_all if headline == "all" else score.nll_response
-                sums[score.row_id] = sums.get(score.row_id, 0.0) + nll / tokens / len(arm.lines)
+    for run in setting.lines:
+        for score in run.scores:
+            numerator, denominator = setting.metric.parts(score)
+            if denominator:
+                share = numerator / denominator / len(setting.lines)
+                sums[score.row_id] = sums.get(score.row_id, 0.0) + share
     return sums
-
-
-def _tokens(score: RowScore, headline: LossOn) -> int:
-    return score.tokens_all if headline == "all" else score.tokens_response

@@ -118,7 +118,7 @@ def perplexity_along(
     ticks = sorted({_amount(setting, key) for settings in series for setting in settings})
     for index, settings in enumerate(series):
         shift = 1 + 0.02 * (index - (len(series) - 1) / 2)
-        losses = [setting.loss() for setting in settings]
+        losses = [setting.estimate() for setting in settings]
         middle = [perplexity(loss.value) for loss in losses]
         bars = None
         if all(loss.groups > 1 for loss in losses):
@@ -223,7 +223,7 @@ def time_and_loss(settings: Sequence[Setting], names: SettingNames) -> Picture |
     points = []
     for index, setting in enumerate(settings):
         seconds = sum(run.run.record["training"]["seconds"] for run in setting.lines)
-        minutes, loss = seconds / len(setting.lines) / 60, setting.loss().value
+        minutes, loss = seconds / len(setting.lines) / 60, setting.estimate().value
         axes.plot(
             [minutes], [loss], marker=MARKERS[index % len(MARKERS)], ms=7, color=INK, mfc="white"
         )

@@ -22,10 +22,13 @@ def key_name(key: str, tied: Sequence[str] = ()) -> str:
     return f"{name} with its {' and '.join(map(key_name, tied))}" if tied else name
 
 
+_LABELS: dict[str | None, str] = {None: "all", **{str(k): v for k, v in METHOD_LABELS.items()}}
+
+
 def value_name(value: object) -> str:
     """The value of a recipe key."""
-    if value is None:
-        return "all"
+    if isinstance(value, str | None):
+        return _LABELS.get(value, str(value))
     return "+".join(map(str, value)) if isinstance(value, list | tuple) else str(value)
 
 

@@ -15,7 +15,7 @@ from slm_lora.report.card import RATE, interval_text
 from slm_lora.report.names import SettingNames, key_name, rate_name, value_name
 from slm_lora.runs.scored_run import ScoredRun
 from slm_lora.stats.comparisons import Comparison, Setting, amount
-from slm_lora.stats.estimates import loss_estimate
+from slm_lora.stats.estimates import estimate
 from slm_lora.stats.inference import Difference
 from slm_lora.stats.learning_curve import LearningCurve
 
@@ -38,7 +38,7 @@ def question(
         ]
         ordered = sorted(compared, key=lambda setting: amount(setting, key) or 0)
         values = dict.fromkeys(value_name(setting.setting(key)) for setting in ordered)
-        factors.append(f"{key_name(key, tied)} ({', '.join(values)})")
+        factors.append(f"the {key_name(key, tied)} ({', '.join(values)})")
     if not factors:
         return f"What is {outcome}?"
     if len(factors) == 1:
@@ -79,7 +79,7 @@ def untuned(comparisons: Sequence[Comparison]) -> str:
 def method(runs: Sequence[ScoredRun], comparisons: Sequence[Comparison]) -> str:
     """How numbers and intervals were computed, and what they cover."""
     first = runs[0]
-    loss = loss_estimate([first.scores], first.headline)
+    loss = estimate([first.scores], first.metric)
     tokens = {"all": "all tokens of the text", "response": "the tokens of the response"}
     counts = sorted({pair.difference.seeds for pair in comparisons} or {1})
     covered = (
@@ -126,9 +126,10 @@ def p_text(comparison: Comparison) -> str:
     p = comparison.p_corrected
     if p < 0.001:
         return "p < 0.001"
+    digits = 4 if p < 0.01 else 3
     if comparison.p_is_least:  # a bound, rounded up
-        return f"p ≤ {math.ceil(1000 * p - 1e-9) / 1000:.3f}"
-    return f"p = {p:.3f}"
+        return f"p ≤ {math.ceil(10**digits * p - 1e-9) / 10**digits:.{digits}f}"
+    return f"p = {p:.{digits}f}"
 
 
 def sentence(comparison: Comparison, names: SettingNames | None = None) -> str:
@@ -268,7 +269,8 @@ def _per_setting(comparisons: Sequence[Comparison], section: str, key: str) -> s
 def scaling(
     comparisons: Sequence[Comparison], curves: Sequence[LearningCurve], names: SettingNames
 ) -> str:
-    """Effect of doubling rank, rows and trainable weights, and the learning curves."""
+    """Effect of doubling rank, rows and trainable weights, and the learning curves; empty where no
+    two settings differ in one of these alone."""
     items = []
     to_base = {pair.second.name: pair.difference for pair in comparisons if pair.key == "base"}
     for pair in comparisons:
@@ -295,7 +297,7 @@ def scaling(
                     f"{_per_doubling(difference, weights)}." + _open_gain(pair)
                 )
     items += [f"- {curve_text(curve)}" for curve in curves]
-    return "\n".join(items) or "No two settings differ in rank or dataset size alone."
+    return "\n".join(items)
 
 
 def _per_doubling(difference: Difference, amounts: Sequence[float]) -> str:

@@ -7,10 +7,11 @@ from collections import Counter
 from collections.abc import Sequence
 
 from slm_lora.report.blocks import markdown_table, plain
-from slm_lora.report.card import Card, Gap, cost
+from slm_lora.report.card import Card, Gap, cost, gap
 from slm_lora.report.names import SettingNames, key_name
 from slm_lora.report.sentences import p_text, verdict_text
 from slm_lora.report.tables import loss_shown
+from slm_lora.runs.metrics import METRICS, Metric, mean_over_rows
 from slm_lora.runtime.progress import clock
 from slm_lora.stats.comparisons import Comparison, Setting
 from slm_lora.stats.estimates import perplexity
@@ -25,7 +26,8 @@ def setting_rows(
     card: Card, settings: Sequence[Setting], base: Setting | None, names: SettingNames
 ) -> list[list[str]]:
     """Literal cells under `SETTING_COLUMNS`: the base, then the settings, cheapest first."""
-    gaps = {id(gap.setting): gap for gap in (*card.gaps, *([card.base] if card.base else []))}
+    differences = (*card.gaps, *([card.base] if card.base else []))
+    gaps = {id(difference.setting): difference for difference in differences}
     rows = [_setting_row(base, gaps.get(id(base)), names, "")] if base else []
     for setting in sorted(settings, key=cost):
         marks = [
@@ -38,10 +40,13 @@ def setting_rows(
     return rows
 
 
-def _setting_row(setting: Setting, gap: Gap | None, names: SettingNames, mark: str) -> list[str]:
-    loss = setting.loss().value
+def _setting_row(
+    setting: Setting, difference: Gap | None, names: SettingNames, mark: str
+) -> list[str]:
+    value = setting.estimate().value
+    exponential = f"{perplexity(value):.2f}" if setting.metric.has_perplexity else "–"
     start = [names.of(setting) + mark, f"{len(setting.lines)}"]
-    numbers = [f"{loss:.4f}", f"{perplexity(loss):.2f}", _gap_cell(gap)]
+    numbers = [f"{value:.4f}", exponential, _gap_cell(difference)]
     if setting.line.is_base:
         return [start[0], "–", *numbers, "–", "–", "–"]
     records = [run.run.record for run in setting.lines]
@@ -51,12 +56,12 @@ def _setting_row(setting: Setting, gap: Gap | None, names: SettingNames, mark: s
     return [*start, *numbers, count_text(trainable), clock(seconds), f"{peak / 1e9:.1f} GB"]
 
 
-def _gap_cell(gap: Gap | None) -> str:
-    if gap is None:
+def _gap_cell(difference: Gap | None) -> str:
+    if difference is None:
         return "–"
-    if not math.isfinite(gap.low):
-        return f"{gap.value:+.4f}"
-    return f"{gap.value:+.4f} ({gap.low:+.4f}, {gap.high:+.4f})"
+    if not math.isfinite(difference.low):
+        return f"{difference.value:+.4f}"
+    return f"{difference.value:+.4f} ({difference.low:+.4f}, {difference.high:+.4f})"
 
 
 def count_text(count: int) -> str:
@@ -117,9 +122,44 @@ def _gap_text(pair: Comparison) -> str:
 
 def _perplexity_change(pair: Comparison) -> str:
     # exp of a difference of losses is the ratio of perplexities.
-    before, after = (perplexity(setting.loss().value) for setting in (pair.first, pair.second))
+    before, after = (perplexity(setting.estimate().value) for setting in (pair.first, pair.second))
     change = 100 * (perplexity(pair.difference.value) - 1)
     return f"{before:.2f} → {after:.2f} ({change:+.1f} %)"
+
+
+def metrics_table(
+    card: Card, settings: Sequence[Setting], base: Setting | None, names: SettingNames
+) -> str:
+    """Every metric of every setting, as Markdown, and the paired difference of the recommended
+    setting to the base; metrics that some run lacks are left out. Empty where the headline is the
+    only one."""
+    columns = [*([base] if base else []), *sorted(settings, key=cost)]
+    metrics = [
+        metric for metric in METRICS.values() if all(_has(metric, setting) for setting in columns)
+    ]
+    metrics += [mean_over_rows(metric) for metric in metrics if metric.has_perplexity]
+    if len(metrics) < 2:
+        return ""
+    rows = [
+        [
+            plain(names.of(setting)),
+            *(f"{setting.estimate(metric).value:.4f}" for metric in metrics),
+        ]
+        for setting in columns
+    ]
+    if base and card.recommended:
+        gaps = [gap(base, card.recommended, card.margin, metric) for metric in metrics]
+        rows.append([plain(f"{names.of(card.recommended)} vs base"), *map(_gap_cell, gaps)])
+    titles = [
+        f"{metric.title}, {metric.unit} {'↑' if metric.higher_is_better else '↓'}"
+        for metric in metrics
+    ]
+    return markdown_table(["Setting", *titles], rows)
+
+
+def _has(metric: Metric, setting: Setting) -> bool:
+    """Whether the rows of a setting's runs have a metric."""
+    return all(any(metric.parts(score)[1] for score in run.scores) for run in setting.lines)
 
 
 def category_table(settings: Sequence[Setting], base: Setting | None, names: SettingNames) -> str:

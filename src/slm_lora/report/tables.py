@@ -8,9 +8,10 @@ from typing import Any
 from slm_lora.config.schema import METHOD_LABELS
 from slm_lora.records import LossOn
 from slm_lora.report.blocks import markdown_table
+from slm_lora.runs.metrics import METRICS, mean_over_rows
 from slm_lora.runs.scored_run import ScoredRun
 from slm_lora.runtime.progress import clock
-from slm_lora.stats.estimates import Estimate, loss_estimate, mean_over_rows, perplexity
+from slm_lora.stats.estimates import Estimate, estimate, perplexity
 from slm_lora.stats.inference import LEAST_GROUPS
 
 DESCRIBED = ("Model", "Dataset Size", "r", "Epochs", "Eval Loss", "Perplexity")
@@ -85,7 +86,8 @@ def losses_table(runs: Sequence[ScoredRun], tokens: LossOn) -> str:
         if found is None:
             rows.append([run.run.cell, "–", "–", "–", "–"])
             continue
-        loss, of_rows = loss_estimate([run.scores], tokens), mean_over_rows([run.scores], tokens)
+        metric = METRICS[tokens]
+        loss, of_rows = (estimate([run.scores], of) for of in (metric, mean_over_rows(metric)))
         per_token = (
             f"{found['perplexity']:.2f} ({perplexity(loss.low):.2f} to {perplexity(loss.high):.2f})"
         )

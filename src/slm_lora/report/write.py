@@ -7,7 +7,6 @@ from pathlib import Path
 from typing import Any
 
 from slm_lora.errors import UsageError
-from slm_lora.records import LossOn
 from slm_lora.report import contents, examples
 from slm_lora.report.blocks import Picture, Section
 from slm_lora.report.contents import Analysis, analyse
@@ -16,10 +15,11 @@ from slm_lora.report.html import as_html
 from slm_lora.report.markdown import as_markdown
 from slm_lora.report.summary import category_names
 from slm_lora.runs.folder import METRICS_FILE, Run, to_json
+from slm_lora.runs.metrics import METRICS, mean_over_rows
 from slm_lora.runs.scored_run import ScoredRun, read_scored_runs
 from slm_lora.runtime.storage import atomic_write_text
 from slm_lora.stats.comparisons import Setting
-from slm_lora.stats.estimates import loss_estimate, mean_over_rows
+from slm_lora.stats.estimates import estimate
 
 TABLE_FILE, REPORT_FILE, PAGE_FILE = "experiment_table.md", "report.md", "report.html"
 WITH_ROWS_FILE = "report-with-rows.html"
@@ -30,7 +30,7 @@ FIGURES = "figures"
 def write_report(
     runs: Sequence[Run],
     results: Path,
-    headline: LossOn | None = None,
+    headline: str | None = None,
     quoted: examples.Quoted | None = None,
 ) -> Analysis:
     """Write the files of an experiment.
@@ -88,9 +88,9 @@ def _is_ours(path: Path) -> bool:
     return "<title>slm-lora: " in path.read_text(encoding="utf-8", errors="replace")[:2000]
 
 
-def _scored(run: ScoredRun) -> list[LossOn]:
-    kinds: tuple[LossOn, ...] = ("all", "response")
-    return [tokens for tokens in kinds if tokens in run.run.record["evaluation"]]
+def _scored(run: ScoredRun) -> list[str]:
+    """Losses that the run recorded."""
+    return [name for name in METRICS if name in run.run.record["evaluation"]]
 
 
 def _metrics(analysis: Analysis) -> dict[str, Any]:
@@ -104,10 +104,11 @@ def _metrics(analysis: Analysis) -> dict[str, Any]:
                 "folder": run.run.folder.name,
                 **run.run.record,
                 "intervals": {
-                    tokens: loss_estimate([run.scores], tokens).record() for tokens in _scored(run)
+                    name: estimate([run.scores], METRICS[name]).record() for name in _scored(run)
                 },
                 "mean_over_rows": {
-                    tokens: mean_over_rows([run.scores], tokens).record() for tokens in _scored(run)
+                    name: estimate([run.scores], mean_over_rows(METRICS[name])).record()
+                    for name in _scored(run)
                 },
             }
             for run in runs

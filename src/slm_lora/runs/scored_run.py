@@ -7,18 +7,30 @@ from dataclasses import dataclass, replace
 from typing import Any
 
 from slm_lora.config.schema import LATER_KEYS
-from slm_lora.records import LossOn, RowScore
+from slm_lora.records import RowScore
 from slm_lora.runs.folder import Run
+from slm_lora.runs.metrics import METRICS, Metric
 from slm_lora.runs.scores import read_scores
 
 
 @dataclass(frozen=True)
 class ScoredRun:
-    """One run with its scores, ready to be shown; ``headline``: the tokens behind the table."""
+    """A run with its scores.
+
+    Attributes:
+        run: its record.
+        scores: of the test rows.
+        headline: name of the metric behind the tables.
+    """
 
     run: Run
     scores: tuple[RowScore, ...]
-    headline: LossOn = "all"
+    headline: str = "all"
+
+    @property
+    def metric(self) -> Metric:
+        """The headline."""
+        return METRICS[self.headline]
 
     @property
     def is_base(self) -> bool:
@@ -48,7 +60,7 @@ def read_scored_run(run: Run) -> ScoredRun:
     return ScoredRun(run, tuple(read_scores(run.scores_path)), run.record["evaluation"]["headline"])
 
 
-def read_scored_runs(runs: Sequence[Run], headline: LossOn | None = None) -> list[ScoredRun]:
+def read_scored_runs(runs: Sequence[Run], headline: str | None = None) -> list[ScoredRun]:
     """Runs with their scores: base first, then by seed, data size, rank and name.
 
     All have one headline: the given, or that of the first run.

@@ -5,6 +5,7 @@ from __future__ import annotations
 from collections.abc import Sequence
 from dataclasses import asdict
 from pathlib import Path
+from typing import Any
 
 from slm_lora.errors import IntegrityError
 from slm_lora.records import RowScore
@@ -12,14 +13,21 @@ from slm_lora.runtime.storage import atomic_path
 
 
 def write_scores(scores: Sequence[RowScore], path: Path) -> None:
-    """Write scores as Parquet, sorted by row id; losses are float64."""
+    """Write scores as Parquet, sorted by row id; numbers are float64. Values of further metrics are
+    two columns each, ``<name>.numerator`` and ``<name>.denominator``."""
     import pyarrow as pa
     import pyarrow.parquet as pq
 
     columns: dict[str, list[object]] = {}
-    for each in sorted(scores, key=lambda s: s.row_id):
-        for name, value in asdict(each).items():
-            columns.setdefault(name, []).append(value)
+    names = sorted({name for score in scores for name in score.values})
+    for score in sorted(scores, key=lambda score: score.row_id):
+        for key, value in asdict(score).items():
+            if key != "values":
+                columns.setdefault(key, []).append(value)
+        for name in names:
+            numerator, denominator = score.values.get(name, (0.0, 0.0))
+            columns.setdefault(f"{name}{_NUMERATOR}", []).append(float(numerator))
+            columns.setdefault(f"{name}{_DENOMINATOR}", []).append(float(denominator))
     with atomic_path(path) as temporary:
         pq.write_table(pa.table(columns), temporary, compression="zstd")
 
@@ -34,7 +42,18 @@ def read_scores(path: Path) -> list[RowScore]:
     import pyarrow.parquet as pq
 
     try:
-        return [RowScore(**row) for row in pq.read_table(path).to_pylist()]
-    except (pa.ArrowException, TypeError, OSError) as error:
+        return [_row_score(row) for row in pq.read_table(path).to_pylist()]
+    except (pa.ArrowException, TypeError, KeyError, OSError) as error:
         reason = str(error).splitlines()[0]
         raise IntegrityError(f"{path}: cannot be read as scores: {reason}") from error
+
+
+_NUMERATOR, _DENOMINATOR = ".numerator", ".denominator"
+
+
+def _row_score(row: dict[str, Any]) -> RowScore:
+    names = [key.removesuffix(_NUMERATOR) for key in row if key.endswith(_NUMERATOR)]
+    values = {
+        name: (row.pop(f"{name}{_NUMERATOR}"), row.pop(f"{name}{_DENOMINATOR}")) for name in names
+    }
+    return RowScore(**row, values=values)

@@ -16,8 +16,9 @@ from typing import Any, Literal
 
 from slm_lora.config.schema import METHOD_LABELS, EvaluationSection
 from slm_lora.runs.folder import Run
+from slm_lora.runs.metrics import Metric
 from slm_lora.runs.scored_run import ScoredRun, read_scored_run
-from slm_lora.stats.estimates import Estimate, Paired, loss_estimate, paired
+from slm_lora.stats.estimates import Estimate, Paired, estimate, paired
 from slm_lora.stats.inference import LEAST_GROUPS, Difference, difference, holm
 from slm_lora.stats.power import Needed, needed_for_difference, needed_for_equivalence
 
@@ -52,14 +53,19 @@ class Setting:
         """A dotted key of the resolved recipe."""
         return self.line.setting(key)
 
-    def loss(self) -> Estimate:
-        """Loss, mean over seeds; its interval covers the choice of test rows."""
-        return loss_estimate([line.scores for line in self.lines], self.line.headline)
+    @property
+    def metric(self) -> Metric:
+        """The headline of its runs."""
+        return self.line.metric
+
+    def estimate(self, metric: Metric | None = None) -> Estimate:
+        """A metric (the headline), mean over seeds; its interval covers the choice of test rows."""
+        return estimate([run.scores for run in self.lines], metric or self.metric)
 
     def within(self, category: str) -> Estimate:
-        """As `loss`, among the rows of a category."""
+        """As `estimate`, among the rows of a category."""
         runs = [[s for s in line.scores if s.category == category] for line in self.lines]
-        return loss_estimate(runs, self.line.headline)
+        return estimate(runs, self.metric)
 
     @property
     def training_rows(self) -> int:
@@ -99,6 +105,11 @@ class Comparison:
         if self.difference.excludes_zero and self.p_corrected < 0.05:
             return "different"
         return "equivalent" if self.difference.equivalent else "inconclusive"
+
+    @property
+    def metric(self) -> Metric:
+        """What is compared."""
+        return self.first.metric
 
     @property
     def covers_seeds(self) -> bool:
@@ -175,7 +186,7 @@ def all_comparisons(lines: Sequence[ScoredRun]) -> list[Comparison]:
             first, second = (Setting(tuple(pair[side] for pair in pairs)) for side in (0, 1))
             found.append((key, tied, first, second, pairs))
     samples = [
-        paired([(a.scores, b.scores) for a, b in pairs], first.line.headline)
+        paired([(a.scores, b.scores) for a, b in pairs], first.metric)
         for _, _, first, _, pairs in found
     ]
     differences = [
@@ -196,7 +207,7 @@ def compare(first: Run, second: Run) -> Comparison:
         IntegrityError: they were not scored on the same tokens of the same rows.
     """
     one, other = read_scored_run(first), read_scored_run(second)
-    sample = paired([(one.scores, other.scores)], one.headline)
+    sample = paired([(one.scores, other.scores)], one.metric)
     found = difference(sample, equivalence_margin(one))
     return Comparison(
         "compare", (), Setting((one,)), Setting((other,)), ((one, other),), sample, found, found.p
@@ -217,7 +228,7 @@ def by_category(each: Comparison) -> list[tuple[str, int, Difference]]:
             tuple([s for s in line.scores if s.category == name] for line in pair)
             for pair in each.pairs
         ]
-        sample = paired([(a, b) for a, b in pairs], each.first.line.headline)
+        sample = paired([(a, b) for a, b in pairs], each.first.metric)
         if sample.groups >= LEAST_GROUPS:
             found.append((name, len(pairs[0][0]), difference(sample, each.difference.margin)))
     return found

@@ -8,7 +8,7 @@ from __future__ import annotations
 
 import functools
 import math
-from collections.abc import Callable, Sequence
+from collections.abc import Sequence
 from dataclasses import dataclass
 
 import numpy as np
@@ -16,11 +16,10 @@ import numpy.typing as npt
 from scipy.special import stdtrit
 
 from slm_lora.errors import IntegrityError
-from slm_lora.records import LossOn, RowScore
+from slm_lora.records import RowScore
+from slm_lora.runs.metrics import Metric
 
 Floats = npt.NDArray[np.float64]
-Parts = Callable[[RowScore], tuple[float, int]]
-"""What a row adds to a ratio, numerator and denominator."""
 _LARGEST_LOSS = 700.0
 
 
@@ -101,7 +100,7 @@ class Paired:
     @property
     def row_error(self) -> float:
         """Standard error over the choice of test rows."""
-        return loss_of_sums(self.nats.mean(0), self.tokens).standard_error
+        return estimate_of_sums(self.nats.mean(0), self.tokens).standard_error
 
     @property
     def seed_deviation(self) -> float:
@@ -109,13 +108,13 @@ class Paired:
         return float(self.by_seed.std(ddof=1)) if self.seeds > 1 else math.nan
 
 
-def loss_estimate(runs: Sequence[Sequence[RowScore]], tokens: LossOn) -> Estimate:
-    """Loss of one model, or the mean over its seeds, with its clustered standard error."""
-    nats, counts = group_sums(runs, tokens)
-    return loss_of_sums(nats.mean(0), counts)
+def estimate(runs: Sequence[Sequence[RowScore]], metric: Metric) -> Estimate:
+    """A metric of one model, or its mean over seeds, with its clustered standard error."""
+    numerators, denominators = group_sums(runs, metric)
+    return estimate_of_sums(numerators.mean(0), denominators)
 
 
-def loss_of_sums(nats: Floats, tokens: Floats) -> Estimate:
+def estimate_of_sums(nats: Floats, tokens: Floats) -> Estimate:
     """Loss from the nats and the tokens of every group, with its clustered standard error."""
     total = math.fsum(tokens)
     value = math.fsum(nats) / total
@@ -131,23 +130,15 @@ def perplexity(loss: float) -> float:
     return math.exp(loss) if loss < _LARGEST_LOSS else math.inf
 
 
-def mean_over_rows(runs: Sequence[Sequence[RowScore]], tokens: LossOn) -> Estimate:
-    """Mean of the rows' own losses, where a long row counts as much as a short one."""
-    for other in runs[1:]:
-        _check_same_rows(runs[0], other, tokens)
-    sums = [_row_loss_sums(_ById(scores), tokens) for scores in runs]
-    return loss_of_sums(np.stack([values for values, _ in sums]).mean(0), sums[0][1])
-
-
-def group_sums(runs: Sequence[Sequence[RowScore]], tokens: LossOn) -> tuple[Floats, Floats]:
-    """Nats [runs, groups] and label tokens [groups] of runs on the same rows.
+def group_sums(runs: Sequence[Sequence[RowScore]], metric: Metric) -> tuple[Floats, Floats]:
+    """Numerators [runs, groups] and denominators [groups] of runs on the same rows.
 
     Raises:
         IntegrityError: they were not scored on the same tokens of the same rows.
     """
     for other in runs[1:]:
-        _check_same_rows(runs[0], other, tokens)
-    sums = [_nll_sums(_ById(scores), tokens) for scores in runs]
+        _check_same_rows(runs[0], other, metric)
+    sums = [_sums(_ById(scores), metric) for scores in runs]
     return np.stack([values for values, _ in sums]), sums[0][1]
 
 
@@ -164,32 +155,18 @@ class _ById:
         return isinstance(other, _ById) and self.scores is other.scores
 
 
-@functools.lru_cache(maxsize=256)
-def _row_loss_sums(key: _ById, tokens: LossOn) -> tuple[Floats, Floats]:
-    def own(row: RowScore) -> tuple[float, int]:
-        nll, count = _nll(row, tokens)
-        return (nll / count, 1) if count else (0.0, 0)
-
-    return _sums(key.scores, own)
-
-
-@functools.lru_cache(maxsize=256)
-def _nll_sums(key: _ById, tokens: LossOn) -> tuple[Floats, Floats]:
-    return _sums(key.scores, lambda row: _nll(row, tokens))
-
-
-def paired(arms: Sequence[tuple[Sequence[RowScore], Sequence[RowScore]]], tokens: LossOn) -> Paired:
+def paired(arms: Sequence[tuple[Sequence[RowScore], Sequence[RowScore]]], metric: Metric) -> Paired:
     """Differences between two arms, one pair of runs a seed.
 
     Raises:
         IntegrityError: runs were not scored on the same tokens of the same rows.
     """
-    nats, counts = group_sums([scores for pair in arms for scores in pair], tokens)
+    nats, counts = group_sums([scores for pair in arms for scores in pair], metric)
     return Paired(nats[1::2] - nats[0::2], counts)
 
 
-def _check_same_rows(first: Sequence[RowScore], second: Sequence[RowScore], tokens: LossOn) -> None:
-    expected, actual = (_scored_on(_ById(scores), tokens) for scores in (first, second))
+def _check_same_rows(first: Sequence[RowScore], second: Sequence[RowScore], metric: Metric) -> None:
+    expected, actual = (_scored_on(_ById(scores), metric) for scores in (first, second))
     if expected == actual:
         return
     if expected.keys() != actual.keys():
@@ -198,7 +175,7 @@ def _check_same_rows(first: Sequence[RowScore], second: Sequence[RowScore], toke
         other, other_group = expected[row_id]
         if count != other:
             raise IntegrityError(
-                f"row {row_id[:8]} was scored on {other} and on {count} tokens; "
+                f"row {row_id[:8]} was scored on {other:g} and on {count:g} tokens; "
                 "the two runs do not compare"
             )
         if group != other_group:
@@ -208,24 +185,19 @@ def _check_same_rows(first: Sequence[RowScore], second: Sequence[RowScore], toke
 
 
 @functools.lru_cache(maxsize=256)
-def _scored_on(key: _ById, tokens: LossOn) -> dict[str, tuple[int, str]]:
-    """Tokens and group of every row, by its id."""
-    return {score.row_id: (_nll(score, tokens)[1], score.group_id) for score in key.scores}
+def _scored_on(key: _ById, metric: Metric) -> dict[str, tuple[float, str]]:
+    """Denominator and group of every row, by its id."""
+    return {score.row_id: (metric.parts(score)[1], score.group_id) for score in key.scores}
 
 
-def _nll(score: RowScore, tokens: LossOn) -> tuple[float, int]:
-    if tokens == "all":
-        return score.nll_all, score.tokens_all
-    return score.nll_response, score.tokens_response
-
-
-def _sums(scores: Sequence[RowScore], parts: Parts) -> tuple[Floats, Floats]:
+@functools.lru_cache(maxsize=256)
+def _sums(key: _ById, metric: Metric) -> tuple[Floats, Floats]:
     """Numerators and denominators by group, in the order of group ids. Exact sums, so the order of
     rows does not matter. Groups without a denominator are left out."""
     values: dict[str, list[float]] = {}
-    counts: dict[str, int] = {}
-    for score in scores:
-        value, count = parts(score)
+    counts: dict[str, float] = {}
+    for score in key.scores:
+        value, count = metric.parts(score)
         values.setdefault(score.group_id, []).append(value)
         counts[score.group_id] = counts.get(score.group_id, 0) + count
     groups = sorted(group for group, count in counts.items() if count)

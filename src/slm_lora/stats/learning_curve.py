@@ -14,7 +14,8 @@ from typing import Any
 
 import numpy as np
 
-from slm_lora.records import LossOn, RowScore
+from slm_lora.records import RowScore
+from slm_lora.runs.metrics import Metric
 from slm_lora.stats.estimates import Floats, group_sums
 
 LEAST_SIZES = 4
@@ -79,7 +80,7 @@ class LearningCurve:
 
 
 def fit(
-    name: str, arms: Sequence[tuple[int, Sequence[Sequence[RowScore]]]], tokens: LossOn
+    name: str, arms: Sequence[tuple[int, Sequence[Sequence[RowScore]]]], metric: Metric
 ) -> LearningCurve | None:
     """Fit the curve to arms of different sizes; None with fewer than four, or one group.
 
@@ -94,7 +95,7 @@ def fit(
     if len({score.group_id for score in arms[0][1][0]}) < 2:
         return None
     sizes = np.array([float(size) for size, _ in arms])
-    sums = [group_sums(runs, tokens) for _, runs in arms]
+    sums = [group_sums(runs, metric) for _, runs in arms]
     losses = np.array([nats.mean(0).sum() / counts.sum() for nats, counts in sums])
     samples = resampled_losses(sums)
     rows = np.geomspace(sizes[0], 2 * sizes[-1], 60)

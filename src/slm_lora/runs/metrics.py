@@ -1,0 +1,104 @@
+"""Metrics of held-out rows: sums of a numerator over sums of a denominator.
+
+Every estimate, interval, comparison and table works on any of them. A new metric is one entry of
+`METRICS`; where it needs a value that rows do not have yet, scoring puts it into
+`RowScore.values` under a name of its own.
+"""
+
+from __future__ import annotations
+
+import functools
+import math
+from collections.abc import Callable
+from dataclasses import dataclass, replace
+
+from slm_lora.records import RowScore
+
+Parts = Callable[[RowScore], tuple[float, float]]
+
+
+@dataclass(frozen=True, slots=True)
+class Metric:
+    """A ratio of sums over rows.
+
+    Attributes:
+        name: key in recipes and JSON files.
+        title: heading of a column.
+        scope: what it is computed over, in a sentence.
+        unit: of a value.
+        parts: numerator and denominator of a row; a denominator of 0 leaves the row out.
+        higher_is_better: direction; a loss is better when lower.
+        has_perplexity: whether its exponential is a perplexity.
+    """
+
+    name: str
+    title: str
+    scope: str
+    unit: str
+    parts: Parts
+    higher_is_better: bool = False
+    has_perplexity: bool = False
+
+    def cost(self, value: float) -> float:
+        """The value, or its negative, so that lower is better."""
+        return -value if self.higher_is_better else value
+
+    def is_better(self, difference: float) -> bool:
+        """Whether a difference (other minus reference) is an improvement."""
+        return self.cost(difference) < 0
+
+
+def row_value(name: str) -> Parts:
+    """Parts of a value that scoring stored in `RowScore.values`; rows without it are left out."""
+    return lambda row: row.values.get(name, (0.0, 0.0))
+
+
+_ALL = Metric(
+    name="all",
+    title="Loss",
+    scope="the whole text",
+    unit="nats per token",
+    parts=lambda row: (row.nll_all, row.tokens_all),
+    has_perplexity=True,
+)
+
+METRICS: dict[str, Metric] = {
+    metric.name: metric
+    for metric in (
+        _ALL,
+        Metric(
+            name="response",
+            title="Response loss",
+            scope="the response",
+            unit="nats per token",
+            parts=lambda row: (row.nll_response, row.tokens_response),
+            has_perplexity=True,
+        ),
+        Metric(
+            name="bits_per_byte",
+            title="Bits per byte",
+            scope="the whole text",
+            unit="bits per UTF-8 byte",
+            parts=lambda row: (row.nll_all / math.log(2), row.bytes_all),
+        ),
+        Metric(
+            name="response_bits_per_byte",
+            title="Response bits per byte",
+            scope="the response",
+            unit="bits per UTF-8 byte",
+            parts=lambda row: (row.nll_response / math.log(2), row.bytes_response),
+        ),
+    )
+}
+"""All metrics, by name; the recipe's headline is one of ``all`` and ``response``."""
+
+
+@functools.cache
+def mean_over_rows(metric: Metric) -> Metric:
+    """The mean of the rows' own values, where a long row counts as much as a short one."""
+
+    def own(row: RowScore) -> tuple[float, float]:
+        numerator, denominator = metric.parts(row)
+        return (numerator / denominator, 1.0) if denominator else (0.0, 0.0)
+
+    return replace(metric, title=f"{metric.title}, mean over rows", parts=own)

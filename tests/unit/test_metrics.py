@@ -1,0 +1,160 @@
+"""Metrics beyond losses: stored beside the scores, compared like losses, in their own direction."""
+
+from __future__ import annotations
+
+import math
+from dataclasses import replace
+from pathlib import Path
+
+import pytest
+from hypothesis import given
+from hypothesis import strategies as st
+from scipy import stats
+
+from slm_lora.records import RowScore
+from slm_lora.report.card import gap, make_card
+from slm_lora.report.names import SettingNames
+from slm_lora.report.summary import metrics_table
+from slm_lora.runs import metrics
+from slm_lora.runs.metrics import METRICS, Metric, row_value
+from slm_lora.runs.scored_run import ScoredRun
+from slm_lora.runs.scores import read_scores, write_scores
+from slm_lora.stats.comparisons import Setting, all_comparisons, arms
+from slm_lora.stats.estimates import estimate, paired
+from slm_lora.stats.inference import difference
+
+from ..support.runs import line
+
+MATCH = Metric(
+    name="exact_match",
+    title="Exact match",
+    scope="the replies",
+    unit="share of rows",
+    parts=row_value("exact_match"),
+    higher_is_better=True,
+)
+
+
+@pytest.fixture
+def with_match(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setitem(metrics.METRICS, "exact_match", MATCH)
+
+
+def matched(run: ScoredRun, share: int) -> ScoredRun:
+    """The run with an exact match in ``share`` of every ten rows, as its headline."""
+    scores = tuple(
+        replace(score, values={"exact_match": (float(index % 10 < share), 1.0)})
+        for index, score in enumerate(run.scores)
+    )
+    return replace(run, scores=scores, headline="exact_match")
+
+
+def test_values_are_written_and_read_back(tmp_path: Path) -> None:
+    scores = list(matched(line("r8", 2.0), 3).scores)
+    write_scores(scores, tmp_path / "scores.parquet")
+    assert read_scores(tmp_path / "scores.parquet") == scores
+
+
+def test_scores_without_values_have_the_columns_of_before(tmp_path: Path) -> None:
+    import pyarrow.parquet as pq
+
+    write_scores(line("r8", 2.0).scores, tmp_path / "scores.parquet")
+    assert pq.read_schema(tmp_path / "scores.parquet").names == [
+        "row_id", "group_id", "category", "split", "nll_all", "tokens_all", "bytes_all",
+        "nll_response", "tokens_response", "bytes_response",
+    ]  # fmt: skip
+
+
+@given(
+    st.dictionaries(
+        st.text("abc", min_size=1, max_size=3),
+        st.tuples(st.floats(0, 9), st.floats(0, 9)),
+        max_size=3,
+    )
+)
+def test_any_values_survive(
+    tmp_path_factory: pytest.TempPathFactory, values: dict[str, tuple[float, float]]
+) -> None:
+    score = replace(line("r8", 2.0).scores[0], values=values)
+    path = tmp_path_factory.mktemp("scores") / "scores.parquet"
+    write_scores([score], path)
+    assert read_scores(path) == [score]
+
+
+def test_higher_is_better_is_recommended_and_tested(with_match: None) -> None:
+    runs = [
+        matched(line("base", 3.0), 1),
+        matched(line("r4", 2.0, adapter__r=4), 5),
+        matched(line("r8", 1.0, adapter__r=8), 3),  # the lower loss, the fewer matches
+    ]
+    for run in runs[1:]:
+        record = dict(run.run.record["training"])
+        record |= {"tokens": 1000, "seconds": 1.0, "peak_memory_bytes": 1}
+        run.run.record["training"].update(record)  # type: ignore[index]
+    runs[1:] = [_with_steps(run) for run in runs[1:]]
+    settings = arms(runs)
+    comparisons = all_comparisons(runs)
+    names = SettingNames(settings)
+    card = make_card(settings, Setting((runs[0],)), comparisons, 0.01, names)
+    assert card.recommended is not None and card.recommended.name == "r4"
+    facts = {fact.label: fact.text for fact in card.facts}
+    assert facts["Recommended"].startswith("r=4 (exact match 0.5000): the highest exact match")
+    assert facts["Against the base"].startswith("0.1000 → 0.5000, +0.4000")
+    assert "significantly higher across" in facts["Against the base"]
+    assert card.gaps[0].value == pytest.approx(-0.2)
+
+
+def _with_steps(run: ScoredRun) -> ScoredRun:
+    """Without files: no training to read steps from."""
+    from types import SimpleNamespace
+
+    stand_in = SimpleNamespace(
+        record=run.run.record, cell=run.run.cell, folder=run.run.folder, steps=list
+    )
+    return replace(run, run=stand_in)  # type: ignore[arg-type]
+
+
+def test_paired_difference_has_the_interval_of_the_bootstrap(with_match: None) -> None:
+    first, second = (matched(line(name, 2.0), share) for name, share in (("a", 3), ("b", 7)))
+    sample = paired([(first.scores, second.scores)], MATCH)
+    found = difference(sample, 0.01)
+    assert found.value == pytest.approx(0.4)
+    changes = [b.values["exact_match"][0] - a.values["exact_match"][0]
+               for a, b in zip(first.scores, second.scores, strict=True)]  # fmt: skip
+    exact = stats.bootstrap((changes,), lambda x, axis: x.mean(axis), vectorized=True,
+                            n_resamples=9_999, method="BCa", rng=1).confidence_interval  # fmt: skip
+    assert (found.low, found.high) == pytest.approx((exact.low, exact.high), abs=0.03)
+    assert MATCH.is_better(found.value) and not METRICS["all"].is_better(found.value)
+
+
+def test_rows_without_the_value_are_left_out(with_match: None) -> None:
+    run = matched(line("r8", 2.0), 10)
+    missing = tuple(
+        replace(score, values={}) if index < 30 else score for index, score in enumerate(run.scores)
+    )
+    assert estimate([missing], MATCH).groups == 10
+    assert estimate([missing], MATCH).value == 1.0
+
+
+def test_the_table_of_metrics_shows_what_every_run_has(with_match: None) -> None:
+    runs = [matched(line("base", 3.0), 1), _with_steps(matched(line("r8", 2.0), 4))]
+    runs[1].run.record["training"]["tokens"] = 1  # type: ignore[index]
+    settings = arms(runs)
+    card = make_card(settings, None, [], 0.01, SettingNames(settings))
+    table = metrics_table(card, settings, Setting((runs[0],)), SettingNames(settings))
+    assert "Exact match, share of rows ↑" in table
+    assert "LoRA r=8 vs base" in table and "+0.3000" in table
+    without = [replace(runs[0], scores=line("base", 3.0).scores), runs[1]]
+    table = metrics_table(card, settings, Setting((without[0],)), SettingNames(settings))
+    assert "Exact match" not in table
+
+
+def test_bits_per_byte_is_nats_over_ln_2_and_bytes() -> None:
+    rows = [RowScore("a", "a", "", "test", 3.0, 5, 4, 1.0, 2, 2)]
+    assert estimate([rows], METRICS["bits_per_byte"]).value == pytest.approx(3 / math.log(2) / 4)
+
+
+def test_a_gap_is_measured_in_the_metric_that_is_asked_for(with_match: None) -> None:
+    first, second = (matched(line(name, 2.0), share) for name, share in (("base", 2), ("r8", 6)))
+    found = gap(Setting((first,)), Setting((second,)), 0.01, MATCH)
+    assert found is not None and found.value == pytest.approx(0.4)
