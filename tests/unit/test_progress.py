@@ -29,28 +29,38 @@ def test_a_terminal_shows_time_left_from_the_first_slow_step_on(
     monkeypatch.setattr(progress.time, "monotonic", lambda: now[0])
     console = Console(file=io.StringIO(), width=78, force_terminal=True)
     task = progress.Task(console, "r16-3000-seed0", 10, "steps")
-    assert task._bar is not None
 
     def shown() -> str:
-        assert task._bar is not None
-        task._bar.refresh()
-        # On a console of its own: the live one puts its own bar around whatever is printed.
-        page = Console(file=io.StringIO(), width=78, force_terminal=True)
-        page.print(task._bar.get_renderable())
-        return Text.from_ansi(page.file.getvalue()).plain.strip("\n")
+        # On a console of its own: the live one puts its table around whatever is printed.
+        page = io.StringIO()
+        Console(file=page, width=78, force_terminal=True).print(task.table())
+        return " ".join(Text.from_ansi(page.getvalue()).plain.split())
 
     now[0] = 30.0
-    assert "0/10" in shown() and "0:30" in shown() and "left" not in shown()
+    assert "0/10" in shown() and "0:30 —" in shown()
     now[0] = 60.0  # the first step, which compiles
     task.advance(1, 4000, "loss 2.345")
-    assert "1/10" in shown() and "loss 2.345" in shown() and "67 tok/s" in shown()
-    assert "60 s each" in shown() and "1:00 · 9:00 left" in shown()
+    assert "1/10 2.345 67 1:00 9:00" in shown()
     now[0] = 100.0  # the second takes 40 seconds: that is what the others will take
     task.advance(1, 4000, "loss 2.300")
-    assert "40 s each" in shown() and "1:40 · 5:20 left" in shown()
+    assert "2/10 2.300 80 1:40 5:20" in shown()
     now[0] = 110.0  # counted down meanwhile
-    assert "1:50 · 5:10 left" in shown()
+    assert "1:50 5:10" in shown()
     # Cut where it is too long, never wrapped: what is last matters least.
     task.advance(1, 4000, "loss 2.300  validation 2.200")
-    assert len(set(shown().splitlines())) == 1 and "left" in shown() and "…" in shown()
-    task._bar.stop()
+    assert "r16-3000-seed0 3/10" in shown() and "…" in shown()
+    task.close("done")
+
+
+def test_the_experiment_has_a_time_left_of_its_own(monkeypatch: pytest.MonkeyPatch) -> None:
+    now = [0.0]
+    monkeypatch.setattr(progress.time, "monotonic", lambda: now[0])
+    overall = progress.Overall(400.0)
+    written = io.StringIO()
+    task = progress.Task(Console(file=written, width=100), "r8", 10, "steps", overall, cost=200.0)
+    assert overall.left() is None
+    now[0] = 30.0
+    task.advance(1, earlier=5)  # five of ten steps were paid by an earlier process
+    # 20 of 300 took 30 s: 280 are left.
+    assert overall.left() == pytest.approx(420.0)
+    assert "7:00 for the experiment" in written.getvalue()

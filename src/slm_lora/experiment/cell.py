@@ -9,6 +9,7 @@ from typing import Any
 
 from torch import nn
 
+from slm_lora.adapters.methods import trains_all
 from slm_lora.evaluation.scoring import held_out_loss, score
 from slm_lora.experiment.job import Job, capped
 from slm_lora.experiment.tracking import Trackers
@@ -20,7 +21,13 @@ from slm_lora.runtime import distributed
 from slm_lora.runtime.progress import Reporter
 from slm_lora.runtime.signals import gentle_stop
 from slm_lora.training.checkpoint import Checkpointer
-from slm_lora.training.loop import TrainingResult, total_steps, train
+from slm_lora.training.loop import (
+    TrainingResult,
+    total_steps,
+    train,
+    training_tokens,
+    usable_examples,
+)
 
 
 def train_cell(
@@ -54,7 +61,7 @@ def train_cell(
     shown = 0
     if told := capped(job):
         reporter.info_once(f"  note: {told}")
-    with gentle_stop() as stop, reporter.task(job.name, total, "steps") as task:
+    with gentle_stop() as stop, reporter.task(job.name, total, "steps", training_cost(job)) as task:
 
         def on_step(step: Step) -> None:
             nonlocal shown
@@ -109,7 +116,10 @@ def evaluate(
         task.advance(done * distributed.world_size(), done * distributed.world_size())
         stop.check()
 
-    with gentle_stop() as stop, reporter.task(label, tokens, "test tokens") as task:
+    with (
+        gentle_stop() as stop,
+        reporter.task(label, tokens, "test tokens", scoring_cost(job)) as task,
+    ):
         scores = score(
             base,
             examples,
@@ -133,6 +143,20 @@ def evaluate(
         "tokens_per_s": tokens / seconds,
         "compiled": compiled and not compilation.failure(),
     }
+
+
+def training_cost(job: Job) -> float:
+    """Floating-point operations of a training, per parameter of the model: forward, and backward
+    without the weights' gradients where these are frozen."""
+    section = job.config.training
+    usable = usable_examples(job.data.train, section)
+    tokens = training_tokens(usable, section) if usable else 0
+    return (6.0 if trains_all(job.config.adapter) else 4.0) * tokens
+
+
+def scoring_cost(job: Job) -> float:
+    """The same of scoring the test rows: forward only."""
+    return 2.0 * sum(example.length for example in job.data.test)
 
 
 def scoring_compiles(job: Job, examples: Sequence[Example]) -> bool:

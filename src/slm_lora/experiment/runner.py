@@ -16,7 +16,7 @@ from slm_lora.adapters import io as adapter_io
 from slm_lora.adapters.methods import method_of, trains_all, trial_section
 from slm_lora.errors import IntegrityError, UsageError
 from slm_lora.experiment.base_cache import LoadedBase, with_saved
-from slm_lora.experiment.cell import evaluate, train_cell
+from slm_lora.experiment.cell import evaluate, scoring_cost, train_cell, training_cost
 from slm_lora.experiment.job import Job
 from slm_lora.experiment.paths import BASE, ExperimentPaths
 from slm_lora.experiment.preflight import require_room
@@ -38,7 +38,7 @@ from slm_lora.runs.folder import SCORES_FILE, STEPS_FILE, Run, find_run, new_run
 from slm_lora.runs.scores import write_scores
 from slm_lora.runtime import distributed, hardware
 from slm_lora.runtime.checksums import read_sealed, sha256_file
-from slm_lora.runtime.progress import Reporter
+from slm_lora.runtime.progress import Overall, Reporter
 from slm_lora.training.checkpoint import Checkpointer
 
 
@@ -66,10 +66,23 @@ def run_jobs(
     with _together(jobs), _first_only(lambda: at_work(jobs, places, discard)):
         loaded = LoadedBase(reporter)
         _try_adapters(jobs, places, reporter, loaded)
+        reporter.overall = Overall(_cost(jobs, places))
         return [
             *_run_bases(jobs, places, reporter, loaded),
             *_run_cells(jobs, places, reporter, loaded),
         ]
+
+
+def _cost(jobs: Sequence[Job], places: ExperimentPaths) -> float:
+    """Of all cells and bases that are not finished."""
+    bases = {job.base_identity: job for job in jobs}
+    open_bases = [
+        job for identity, job in bases.items() if find_run(places.results, BASE, identity) is None
+    ]
+    open_jobs = [job for job in jobs if finished(job, places) is None]
+    return sum(map(scoring_cost, open_bases)) + sum(
+        training_cost(job) + scoring_cost(job) for job in open_jobs
+    )
 
 
 def run_bases(jobs: Sequence[Job], places: ExperimentPaths, reporter: Reporter) -> list[Run]:

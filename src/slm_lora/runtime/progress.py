@@ -1,4 +1,4 @@
-"""What a user sees while something takes long: bars on a terminal, plain lines elsewhere."""
+"""Progress of long work: one live table on a terminal, plain lines elsewhere."""
 
 from __future__ import annotations
 
@@ -7,135 +7,182 @@ from collections.abc import Iterator
 from contextlib import contextmanager
 
 from rich.console import Console
-from rich.progress import BarColumn, Progress, ProgressColumn, TextColumn
-from rich.progress import Task as Row
-from rich.table import Column
+from rich.live import Live
+from rich.table import Table
 from rich.text import Text
 
-LOG_EVERY = 15.0
-"""Seconds between plain lines of one task, off a terminal."""
+LOG_INTERVAL_S = 15.0
+"""Between plain lines of one task, off a terminal."""
+KNOWN_FROM = 0.005
+"""Share of the experiment's cost that is done before its time left is shown."""
 
 
-_WIDE = 100
-"""Characters of a terminal that has room for a bar."""
+class Overall:
+    """Cost of a whole experiment, in any unit, and how much of it is done."""
 
+    def __init__(self, cost: float) -> None:
+        self._total, self._done, self._began = cost, 0.0, time.monotonic()
 
-class _StateColumn(ProgressColumn):
-    """How far it is, with the time left from the first unit on. (rich's own tells none while units
-    take longer than the half minute that it looks back.) Cut at the right, never wrapped."""
+    def add(self, cost: float) -> None:
+        """Count cost as done here."""
+        self._done += cost
 
-    def __init__(self, task: Task) -> None:
-        super().__init__(Column(no_wrap=True, overflow="ellipsis", ratio=1))
-        self._task = task
+    def skip(self, cost: float) -> None:
+        """Cost that an earlier process already paid."""
+        self._total -= cost
 
-    def render(self, task: Row) -> Text:
-        return Text(self._task.state(), no_wrap=True, overflow="ellipsis")
+    def left(self) -> float | None:
+        """Seconds left at the rate so far; None while too little is done."""
+        if self._done < KNOWN_FROM * self._total:
+            return None
+        elapsed = time.monotonic() - self._began
+        return max(0.0, self._total - self._done) * elapsed / self._done
 
 
 class Task:
-    """One stretch of work with a known number of units; advanced by whoever does it."""
+    """One stretch of work with a known number of units; advanced by whoever does it.
 
-    def __init__(self, console: Console, label: str, total: int, unit: str) -> None:
+    Args:
+        console: to draw on.
+        label: of the cell.
+        total: units.
+        unit: their name.
+        overall: of the experiment, if it is known.
+        cost: of all units, in the unit of ``overall``.
+    """
+
+    def __init__(
+        self,
+        console: Console,
+        label: str,
+        total: int,
+        unit: str,
+        overall: Overall | None = None,
+        cost: float = 0.0,
+    ) -> None:
         self._console, self._label, self._total, self._unit = console, label, total, unit
+        self._overall, self._unit_cost = overall, cost / max(1, total)
         self._done, self._earlier, self._first, self._tokens = 0, 0, 0, 0
-        self._began = self._said = self._last = self._first_at = time.monotonic()
+        self._began = self._logged = self._last = self._first_at = time.monotonic()
         self._note = ""
-        self._bar: Progress | None = None
+        self._live: Live | None = None
         if console.is_terminal:
-            self._bar = Progress(
-                TextColumn("  {task.description}", markup=False),
-                *([BarColumn(bar_width=24)] if console.width >= _WIDE else []),
-                _StateColumn(self),
-                console=console,
-                transient=True,
-                expand=True,
+            self._live = Live(
+                get_renderable=self.table, console=console, transient=True, refresh_per_second=2
             )
-            self._row = self._bar.add_task(label, total=total)
-            self._bar.start()
+            self._live.start()
 
     def advance(self, units: int, tokens: int = 0, note: str = "", earlier: int = 0) -> None:
         """Count work as done; ``tokens`` make the rate, ``note`` (a loss, say) is shown.
 
-        ``earlier`` units were done in another sitting: they count, and say nothing of the speed.
+        ``earlier`` units were done by an earlier process: they count as done, not for the rate.
         """
         self._done += units + earlier
         self._earlier += earlier
         self._tokens += tokens
+        self._note = note
         now = self._last = time.monotonic()
         if not self._first:
             self._first, self._first_at = units, now
-        self._note = f"  {note}" if note else ""
-        if self._bar is not None:
-            self._bar.update(self._row, advance=units + earlier)
-        elif now - self._said >= LOG_EVERY:
-            self._said = now
-            self._console.print(
-                f"  {self._label}  {self._done}/{self._total} {self._unit}{self._note}"
-                f"{self._rate()}  {clock(self._left())} left",
-                soft_wrap=True,
-            )
+        if self._overall is not None:
+            self._overall.add(units * self._unit_cost)
+            self._overall.skip(earlier * self._unit_cost)
+        if self._live is None and now - self._logged >= LOG_INTERVAL_S:
+            self._logged = now
+            self._console.print(self._line(), soft_wrap=True)
 
-    def _seconds_each(self) -> float:
-        """Of this sitting's units; the first, which may compile, only while it is alone."""
+    def _seconds_per_unit(self) -> float:
+        """Of this process's units; the first, which may compile, only while it is alone."""
         here = self._done - self._earlier
         if here > self._first:
             return (self._last - self._first_at) / (here - self._first)
         return (self._last - self._began) / max(1, here)
 
     def _left(self) -> float:
-        return (self._total - self._done) * self._seconds_each()
+        return (self._total - self._done) * self._seconds_per_unit()
 
     def _rate(self) -> str:
         elapsed = max(1e-9, self._last - self._began)
-        return f"  {self._tokens / elapsed:.0f} tok/s" if self._tokens else ""
+        return f"{self._tokens / elapsed:.0f}" if self._tokens else ""
 
-    def state(self) -> str:
-        """``2/10 steps  1:20 · 5:20 left  40 s each  loss 2.345  67 tok/s``, counted down between
-        units."""
+    def _line(self) -> str:
+        parts = [self._label, f"{self._done}/{self._total} {self._unit}", self._note]
+        parts += [f"{rate} tok/s" if (rate := self._rate()) else "", f"{clock(self._left())} left"]
+        if self._overall is not None and (left := self._overall.left()) is not None:
+            parts.append(f"{clock(left)} for the experiment")
+        return "  " + "  ".join(part for part in parts if part)
+
+    def table(self) -> Table:
+        """The live table: one row, time left counted down between units."""
         now = time.monotonic()
-        shown = f"{self._done}/{self._total} {self._unit}  {clock(now - self._began)}"
-        if not self._first:
-            return shown
-        shown += f" · {clock(max(0.0, self._left() - (now - self._last)))} left"
-        if (each := self._seconds_each()) >= 1:
-            shown += f"  {each:.{0 if each >= 10 else 1}f} s each"
-        return f"{shown}{self._note}{self._rate()}"
+        left = clock(max(0.0, self._left() - (now - self._last))) if self._first else "—"
+        overall = self._overall.left() if self._overall is not None else None
+        table = Table(
+            box=None, pad_edge=False, padding=(0, 2, 0, 2), header_style="dim", expand=False
+        )
+        columns = {
+            "cell": self._label,
+            self._unit: f"{self._done}/{self._total}",
+            "loss": self._note.removeprefix("loss "),
+            "tokens/s": self._rate(),
+            "elapsed": clock(now - self._began),
+            "left": left,
+            "experiment": "—" if overall is None else f"{clock(overall)} left",
+        }
+        if self._overall is None:
+            del columns["experiment"]
+        if not self._note:
+            del columns["loss"]
+        for name in columns:
+            table.add_column(
+                name,
+                no_wrap=True,
+                overflow="ellipsis",
+                justify="left" if name in ("cell", "loss") else "right",
+                ratio=1 if name == "loss" else None,
+            )
+        table.add_row(*(Text(value) for value in columns.values()))
+        return table
+
+    def stop(self) -> None:
+        """Take the table away."""
+        if self._live is not None:
+            self._live.stop()
 
     def close(self, summary: str) -> None:
-        """Take the bar away and leave one line."""
-        if self._bar is not None:
-            self._bar.stop()
+        """Take the table away and leave one line."""
+        self.stop()
         elapsed = clock(time.monotonic() - self._began)
         self._console.print(f"  {self._label}  {summary}  {elapsed}", soft_wrap=True)
 
 
 class Reporter:
-    """Where progress is told; ``quiet`` tells nothing."""
+    """Prints progress and notes; ``quiet`` prints nothing."""
 
     def __init__(self, console: Console | None = None, quiet: bool = False) -> None:
         # Highlighting would colour the numbers inside names.
         self.console = console or Console(highlight=False, quiet=quiet, stderr=True)
-        self._said: set[str] = set()
+        self._shown: set[str] = set()
+        self.overall: Overall | None = None
 
     def info(self, line: str) -> None:
         """One line for the user."""
         self.console.print(line, soft_wrap=True, markup=False)
 
     def info_once(self, line: str) -> None:
-        """As `say`, unless it was said before."""
-        if line not in self._said:
-            self._said.add(line)
+        """As `info`, once per process."""
+        if line not in self._shown:
+            self._shown.add(line)
             self.info(line)
 
     @contextmanager
-    def task(self, label: str, total: int, unit: str) -> Iterator[Task]:
-        """A task whose bar goes away even when the work fails."""
-        task = Task(self.console, label, total, unit)
+    def task(self, label: str, total: int, unit: str, cost: float = 0.0) -> Iterator[Task]:
+        """A task whose table goes away even when the work fails; ``cost`` as in `overall`."""
+        task = Task(self.console, label, total, unit, self.overall, cost)
         try:
             yield task
         finally:
-            if task._bar is not None:
-                task._bar.stop()
+            task.stop()
 
 
 def clock(seconds: float) -> str:
