@@ -30,7 +30,7 @@ from slm_lora.config.load import load_recipe
 from slm_lora.experiment.resolve_jobs import make_jobs
 from slm_lora.runtime import distributed, hardware
 from slm_lora.runtime.storage import atomic_write_text
-from slm_lora.training.loop import epoch_steps
+from slm_lora.training.schedule import epoch_steps
 
 RECIPE = Path("recipes/quickstart.yaml")
 WORK = (

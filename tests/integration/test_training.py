@@ -18,8 +18,8 @@ from slm_lora.evaluation.scoring import held_out_loss, score
 from slm_lora.model.base import Base
 from slm_lora.records import Example
 from slm_lora.training import step
-from slm_lora.training.loop import TrainingResult, total_steps, train
-from slm_lora.training.optimizer import learning_rate
+from slm_lora.training.loop import TrainingResult, train
+from slm_lora.training.schedule import learning_rate, total_steps
 
 from ..support.examples import TRAINING_LENGTHS, make_examples
 

@@ -21,13 +21,8 @@ from slm_lora.runtime import distributed
 from slm_lora.runtime.progress import Reporter
 from slm_lora.runtime.signals import gentle_stop
 from slm_lora.training.checkpoint import Checkpointer
-from slm_lora.training.loop import (
-    TrainingResult,
-    total_steps,
-    train,
-    training_tokens,
-    usable_examples,
-)
+from slm_lora.training.loop import TrainingResult, train
+from slm_lora.training.schedule import total_steps, training_tokens, usable_examples
 
 
 def train_cell(

@@ -16,7 +16,7 @@ from slm_lora.data.sources import RowSet
 from slm_lora.model.resolve import ModelSource
 from slm_lora.ops import compilation
 from slm_lora.runtime import distributed
-from slm_lora.training.loop import tokens_at_once, training_tokens, usable_examples
+from slm_lora.training.schedule import micro_batch_limits, training_tokens, usable_examples
 
 if TYPE_CHECKING:
     import torch
@@ -83,7 +83,7 @@ def tokens_per_micro_batch(
     # (A compiler that is missing here does not make another run of it.)
     compiled = compilation.pays(section.compile, tokens, device, low_precision, sharded=False)
     frozen = not trains_all(config.adapter)
-    plain, fused = tokens_at_once(section, compiled, frozen, device.type, low_precision)
+    plain, fused = micro_batch_limits(section, compiled, frozen, device.type, low_precision)
     return (plain, fused) if compiled else (plain,)
 
 

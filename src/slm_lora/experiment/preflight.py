@@ -19,7 +19,7 @@ from slm_lora.model.resolve import ModelSource
 from slm_lora.records import PIECE
 from slm_lora.runtime.storage import require_space
 from slm_lora.training.checkpoint import space_needed
-from slm_lora.training.loop import total_steps
+from slm_lora.training.schedule import total_steps
 
 if TYPE_CHECKING:
     from transformers import PreTrainedTokenizerBase

@@ -22,7 +22,12 @@ from slm_lora.planning.probe import Measured, measure
 from slm_lora.records import Example
 from slm_lora.runs.folder import find_run
 from slm_lora.runtime import hardware
-from slm_lora.training.loop import tokens_at_once, total_steps, training_tokens, usable_examples
+from slm_lora.training.schedule import (
+    micro_batch_limits,
+    total_steps,
+    training_tokens,
+    usable_examples,
+)
 
 COMPILE_SECONDS = {"training": 6, "scoring": 3}
 """Of what compiles something that was compiled before: tracing it again (two CPU cores)."""
@@ -159,7 +164,7 @@ def _count(job: Job) -> _Counted:
         section.compile, tokens, job.device, job.low_precision, job.sharded
     )
     frozen = not trains_all(recipe.adapter)
-    plain, fused = tokens_at_once(section, compiled, frozen, job.device.type, job.low_precision)
+    plain, fused = micro_batch_limits(section, compiled, frozen, job.device.type, job.low_precision)
     order = epoch_order(rows, recipe.seed, 0)
     drawn = [order[start : start + batch] for start in range(0, len(order), batch)]
     largest_plain = _largest(drawn, plain)

@@ -17,7 +17,7 @@ from dataclasses import dataclass, replace
 import torch
 
 from slm_lora.config.schema import TrainingSection
-from slm_lora.data.collate import epoch_order, label_count, steps_per_epoch
+from slm_lora.data.collate import label_count, steps_per_epoch
 from slm_lora.errors import DataError
 from slm_lora.model.base import Base
 from slm_lora.ops import compilation
@@ -25,7 +25,15 @@ from slm_lora.records import Example, Step
 from slm_lora.runtime import distributed, hardware
 from slm_lora.runtime.signals import Stop, StopRequested
 from slm_lora.training.checkpoint import Checkpointer
-from slm_lora.training.optimizer import adamw, learning_rate
+from slm_lora.training.optimizer import adamw
+from slm_lora.training.schedule import (
+    epoch_steps,
+    learning_rate,
+    micro_batch_limits,
+    total_steps,
+    training_tokens,
+    usable_examples,
+)
 from slm_lora.training.state import Journal
 from slm_lora.training.step import PendingStep, StepRunner
 
@@ -70,70 +78,6 @@ class TrainingResult:
         return (self.tokens - sum(step.tokens for step in warm_up)) / (
             self.seconds - warm_up[-1].seconds
         )
-
-
-def total_steps(rows: int, section: TrainingSection) -> int:
-    """Optimizer steps of a training on ``rows`` examples."""
-    steps = math.ceil(
-        section.num_train_epochs * steps_per_epoch(rows, section.effective_batch_size)
-    )
-    return steps if section.max_steps is None else min(steps, section.max_steps)
-
-
-def usable_examples(examples: Sequence[Example], section: TrainingSection) -> list[Example]:
-    """Those that have a label to train on."""
-    return [example for example in examples if label_count(example, section.loss_on)]
-
-
-def training_tokens(usable: Sequence[Example], section: TrainingSection) -> int:
-    """Real tokens that a training on these examples computes, about."""
-    steps = total_steps(len(usable), section)
-    epochs = steps / steps_per_epoch(len(usable), section.effective_batch_size)
-    return round(epochs * sum(example.length for example in usable))
-
-
-def epoch_steps(
-    examples: Sequence[Example], batch: int, seed: int, total: int
-) -> Iterator[list[Example]]:
-    """The examples of each optimizer step; an epoch's last, partial step is one too."""
-    done = 0
-    for epoch in range(total):
-        order = epoch_order(examples, seed, epoch)
-        for start in range(0, len(order), batch):
-            if done == total:
-                return
-            yield order[start : start + batch]
-            done += 1
-
-
-EAGER_CPU_TOKENS = 512
-"""Tokens at once where a CPU computes plain code: that is a tenth faster than 2,048, and half the
-memory (of 5.1 GB then, no more than 2.3 were in use: the heap was in pieces)."""
-
-FP32_TOKENS = 768
-"""Tokens at once where a CPU computes compiled code in fp32, in which each holds twice what it does
-in bf16: no slower than 2,048, and 2.1 instead of 2.7 GB."""
-
-
-def tokens_at_once(
-    section: TrainingSection, compiled: bool, frozen: bool, device: str, low_precision: bool
-) -> tuple[int, int]:
-    """Most tokens of a micro-batch (a longer document is one of its own): of plain code, and of
-    compiled.
-
-    Args:
-        section: how to train.
-        compiled: whether the training compiles; its first step is plain, and is to hold no more
-            than the others.
-        frozen: whether there are weights that do not train. Where all do, every micro-batch sums
-            up gradients of all: few, large ones then.
-        device: where it computes.
-        low_precision: whether in half precision.
-    """
-    most = section.micro_batch_tokens
-    few_on_cpu = frozen and device == "cpu"
-    plain = min(most, EAGER_CPU_TOKENS) if compiled or few_on_cpu else most
-    return plain, min(most, FP32_TOKENS) if few_on_cpu and not low_precision else most
 
 
 TRIM_EVERY = 8
@@ -228,7 +172,7 @@ def train(
         stop=stop or Stop(),
     )
     frozen = any(not parameter.requires_grad for parameter in peft_model.parameters())
-    at_once = tokens_at_once(section, compiled, frozen, base.device.type, base.low_precision)
+    at_once = micro_batch_limits(section, compiled, frozen, base.device.type, base.low_precision)
     peft_model.train()
     with hardware.returning_large_blocks(compiled and frozen and base.device.type == "cpu"):
         journal.resume()
@@ -257,7 +201,7 @@ def _take_steps(
     steps_ahead: int,
 ) -> None:
     """From the journal's last step to the end of the training, or until it is stopped; ``at_once``
-    from `tokens_at_once`."""
+    from `micro_batch_limits`."""
     total = total_steps(len(examples), section)
     an_epoch = steps_per_epoch(len(examples), section.effective_batch_size)
     under_way: deque[tuple[Step, PendingStep]] = deque()

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import math
 from collections.abc import Mapping
 from typing import Any
 
@@ -62,20 +61,3 @@ def _decaying(model: torch.nn.Module) -> set[str]:
 
     rule: Any = Trainer.get_decay_parameter_names
     return set(rule(None, model))  # it asks nothing of the trainer
-
-
-def learning_rate(section: TrainingSection, step: int, total_steps: int) -> float:
-    """Rate of optimizer step ``step`` (from 0) of ``total_steps``.
-
-    Rises linearly over the warm-up, then follows the schedule to 0 at ``total_steps``; the same
-    values as transformers' ``get_scheduler``.
-    """
-    warmup = math.ceil(section.warmup_ratio * total_steps)
-    if step < warmup:
-        return section.learning_rate * step / max(1, warmup)
-    if section.lr_scheduler_type == "constant":
-        return section.learning_rate
-    progress = (step - warmup) / max(1, total_steps - warmup)
-    if section.lr_scheduler_type == "cosine":
-        return section.learning_rate * 0.5 * (1 + math.cos(math.pi * progress))
-    return section.learning_rate * (1 - progress)
