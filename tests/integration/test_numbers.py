@@ -19,7 +19,7 @@ from slm_lora.model.forward import batch_nll
 from slm_lora.records import Step
 from slm_lora.training import step
 from slm_lora.training.loop import train
-from slm_lora.training.step import MOST_SKIPPED, StepRunner
+from slm_lora.training.step import MAX_SKIPPED, StepRunner
 
 from ..support.examples import TRAINING_LENGTHS, make_examples
 
@@ -160,7 +160,7 @@ def test_an_overflow_of_fp16_skips_the_step_and_is_counted(
 
 def test_fp16_does_not_skip_for_ever(load_tiny: LoadTiny, monkeypatch: pytest.MonkeyPatch) -> None:
     spoil(monkeypatch, range(1, 1000), infinite)
-    wanted = rf"step {MOST_SKIPPED + 1} of 40: loss \d.*gradient norm (nan|inf); rows"
+    wanted = rf"step {MAX_SKIPPED + 1} of 40: loss \d.*gradient norm (nan|inf); rows"
     with pytest.raises(NumericError, match=wanted):
         sitting(load_tiny("fp16"), lambda _: None, epochs=20)
 
@@ -211,9 +211,9 @@ def test_the_loop_divides_as_exactly(load_tiny: LoadTiny) -> None:
         examples = make_examples(TRAINING_LENGTHS[:16])
         norms.append(updater.step(examples, budget, "", False, 0, "step").result())
         attach.detach(peft_model)
-    for loss, norm in norms[1:]:
-        assert loss == pytest.approx(norms[0][0], rel=1e-5)
-        assert norm == pytest.approx(norms[0][1], rel=1e-5)
+    for result in norms[1:]:
+        assert result.loss == pytest.approx(norms[0].loss, rel=1e-5)
+        assert result.grad_norm == pytest.approx(norms[0].grad_norm, rel=1e-5)
 
 
 @pytest.mark.parametrize("rows", [1, 8, 32])

@@ -57,7 +57,7 @@ def main() -> None:
         found = {}
         for rows in (11, 1):  # with one row, some processes have none
             launched = updater.step(few[:rows], 60, "seed", False, 0, "step")
-            loss, _ = launched.result()
+            loss = launched.result().loss
             found[f"loss-{rows}"] = torch.tensor([loss], dtype=torch.float64)
             gradients = [p.grad.double().flatten() for p in parameters if p.grad is not None]
             found[f"gradient-{rows}"] = torch.cat(gradients)

@@ -1,4 +1,4 @@
-"""The training loop: exact, plain PyTorch.
+"""The training loop.
 
 A step's loss is the total NLL of its examples over their label tokens, whatever the division
 into micro-batches. Order and dropout depend on the seed and the step alone.
@@ -11,7 +11,7 @@ import itertools
 import math
 import time
 from collections import deque
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass, replace
 
 import torch
@@ -34,13 +34,21 @@ from slm_lora.training.schedule import (
     training_tokens,
     usable_examples,
 )
-from slm_lora.training.state import Journal
+from slm_lora.training.state import TrainState
 from slm_lora.training.step import PendingStep, StepRunner
 
 
 @dataclass(frozen=True, slots=True)
 class TrainingResult:
-    """A finished training: its steps, and where its weights come from."""
+    """A finished training.
+
+    Attributes:
+        history: all steps, those of earlier processes included.
+        stopped_early: whether validation stopped improving.
+        kept_step: that the weights are of.
+        rows_without_labels: training rows that had no label token.
+        compiled: whether its steps were compiled.
+    """
 
     history: tuple[Step, ...]
     stopped_early: bool
@@ -60,12 +68,12 @@ class TrainingResult:
 
     @property
     def peak_memory_bytes(self) -> int:
-        """Most memory that any sitting used; see `machine.reset_peak_memory`."""
+        """Largest peak of any process of the training; see `hardware.reset_peak_memory`."""
         return self.history[-1].peak_memory_bytes
 
     @property
     def first_step_seconds(self) -> float:
-        """Time of the first step, which warms everything up."""
+        """Time of the first step."""
         return self.history[0].seconds
 
     @property
@@ -80,17 +88,9 @@ class TrainingResult:
         )
 
 
-TRIM_EVERY = 8
-"""Steps after which a heap in pieces is given back; at once after the first step, which is
-plain, and the second, which compiles."""
-
-
-def _taken(
-    under_way: deque[tuple[Step, PendingStep]], leave: int
-) -> Iterator[tuple[Step, PendingStep]]:
-    """Take out the oldest steps until ``leave`` are left."""
-    while len(under_way) > leave:
-        yield under_way.popleft()
+TRIM_INTERVAL = 8
+"""Steps between two calls of malloc_trim; also after the first step, which runs eagerly, and the
+second, which compiles."""
 
 
 def train(
@@ -109,24 +109,23 @@ def train(
     """Train in place: an adapter, or the whole base.
 
     Args:
-        base: the base, that carries the adapter.
-        peft_model: the base with its adapter, from `adapter.attach`.
+        base: the base, with its adapter on it.
+        peft_model: the same as PEFT has it, from `attach.attach`.
         examples: training rows.
         section: how to train.
-        seed: order and dropout.
+        seed: of order and dropout.
         validate: loss on the validation set, in nats per label token.
-        on_step: told of every step of this sitting.
-        checkpointer: saves now and then and at the end, and takes up what an earlier sitting
-            saved.
-        stop: looked at after every step, and by ``validate`` as it likes.
-        steps_ahead: steps handed over before the numbers of one are looked at; None: one on a
-            CUDA GPU, which then need not be waited for, else none.
+        on_step: called with every step that this process computes.
+        checkpointer: saves from time to time and at the end; resumes what an earlier process saved.
+        stop: checked after every step, and by ``validate`` as it likes.
+        steps_ahead: steps enqueued before the numbers of one are read; None: one on a CUDA GPU,
+            else none.
 
     Raises:
         DataError: no example has a label.
         NumericError: loss, gradient or weights are not finite; names the step and its rows.
-        IntegrityError: several processes do not begin at the same step.
-        StopRequested: ``stop`` was; the step was finished, and a checkpoint saved.
+        IntegrityError: several processes resume from different steps.
+        StopRequested: ``stop`` was requested; the step was finished, and a checkpoint saved.
     """
     usable = usable_examples(examples, section)
     if not usable:
@@ -135,135 +134,126 @@ def train(
             f"train on (training.loss_on = {section.loss_on}); raise data.max_length, or check "
             "the template"
         )
+    total, batch = total_steps(len(usable), section), section.effective_batch_size
+    steps_in_epoch = steps_per_epoch(len(usable), batch)
+    tokens = training_tokens(usable, section)
+    device, single = base.device.type, distributed.is_single()
     compiled = compilation.wanted(
-        section.compile,
-        training_tokens(usable, section),
-        base.device,
-        base.low_precision,
-        base.sharded,
+        section.compile, tokens, base.device, base.low_precision, base.sharded
     )
-    named = {name: p for name, p in peft_model.named_parameters() if p.requires_grad}
-    optimizer = adamw(named, section, peft_model)
-    scaler = torch.amp.GradScaler(base.device.type, enabled=base.precision == "fp16")
-    updater = StepRunner(
+    frozen = any(not parameter.requires_grad for parameter in peft_model.parameters())
+    limits = micro_batch_limits(section, compiled, frozen, device, base.low_precision)
+
+    parameters = {name: p for name, p in peft_model.named_parameters() if p.requires_grad}
+    optimizer = adamw(parameters, section, peft_model)
+    scaler = torch.amp.GradScaler(device, enabled=base.precision == "fp16")
+    runner = StepRunner(
         base,
-        list(named.values()),
+        list(parameters.values()),
         optimizer,
         scaler,
         section.loss_on,
         section.max_grad_norm,
         section.activation_checkpointing,
-        list(named),
+        list(parameters),
     )
-    several = not distributed.is_single()
+    state = TrainState(
+        peft_model, parameters, optimizer, scaler, section, checkpointer, stop or Stop()
+    )
     if steps_ahead is None:
         # An fp16 scaler waits for the GPU anyway, and so do several processes that agree.
-        waits = scaler.is_enabled() or several
-        steps_ahead = int(base.device.type == "cuda" and not waits)
-    journal = Journal(
-        peft_model,
-        named,
-        optimizer,
-        scaler,
-        section,
-        validate=validate,
-        on_step=on_step,
-        checkpointer=checkpointer,
-        stop=stop or Stop(),
-    )
-    frozen = any(not parameter.requires_grad for parameter in peft_model.parameters())
-    at_once = micro_batch_limits(section, compiled, frozen, base.device.type, base.low_precision)
+        steps_ahead = int(device == "cuda" and single and not scaler.is_enabled())
+
     peft_model.train()
-    with hardware.returning_large_blocks(compiled and frozen and base.device.type == "cpu"):
-        journal.resume()
-        _take_steps(updater, journal, usable, section, seed, compiled, at_once, steps_ahead)
+    with hardware.returning_large_blocks(compiled and frozen and device == "cpu"):
+        if state.history and validate is not None and state.should_validate(state.history[-1]):
+            on_step(state.validate_last(validate))
+        seconds, start = state.seconds, len(state.history)
+        pending: deque[tuple[Step, PendingStep]] = deque()
+        batches = enumerate(epoch_steps(usable, batch, seed, total))
+        for number, step_examples in itertools.islice(batches, start, None):
+            if state.should_stop_early():
+                break
+            began = time.perf_counter()
+
+            rate = learning_rate(section, number, total)
+            for group in optimizer.param_groups:
+                group["lr"] = rate * group["lr_scale"]
+            # Dropout depends on seed, step and row alone, so a step can be repeated exactly.
+            # (The generator serves models with dropout of their own.)
+            dropout_seed = f"dropout:{seed}:{number}"
+            torch.manual_seed(_generator_seed(dropout_seed))
+            # The first step runs eagerly and shows at once that the run works.
+            compiles = compiled and number > 0 and not compilation.failure()
+            launched = runner.step(
+                step_examples,
+                limits[compiles],
+                dropout_seed,
+                compiles,
+                state.skipped_in_a_row,
+                f"step {number + 1} of {total}",
+                state.control(),
+            )
+            if number == start:
+                runner.check_gradients()
+            if number < 2 or number % TRIM_INTERVAL == 0:
+                hardware.release_freed_memory()
+            step = Step(
+                step=number + 1,
+                total_steps=total,
+                epoch=(number + 1) / steps_in_epoch,
+                loss=math.nan,
+                learning_rate=rate,
+                grad_norm=None,
+                skipped=False,
+                examples=len(step_examples),
+                tokens=sum(example.length for example in step_examples),
+                label_tokens=sum(
+                    label_count(example, section.loss_on) for example in step_examples
+                ),
+                seconds=seconds,
+            )
+            pending.append((step, launched))
+            # Several processes agreed before the update; a single one looks again.
+            control = state.control() if single else launched.control
+            validates = validate is not None and state.should_validate(step)
+            seconds += time.perf_counter() - began
+
+            # Numbers are read one step later on a GPU; all before a validation, save or end.
+            settle = control.stop or control.save or validates or step.step == total
+            while len(pending) > (0 if settle else steps_ahead):
+                step, launched = pending.popleft()
+                began = time.perf_counter()
+                result = launched.result()
+                seconds += time.perf_counter() - began
+                step = replace(
+                    step,
+                    loss=result.loss,
+                    grad_norm=result.grad_norm,
+                    skipped=result.grad_norm is None,
+                    seconds=seconds,
+                )
+                on_step(state.finish_step(step, validate))
+            if not pending:
+                stopping = control.stop or (single and state.stop.requested)
+                if stopping or control.save:
+                    state.save()
+                if stopping:
+                    raise StopRequested
+
     peft_model.eval()
-    journal.save_the_end()
-    kept = journal.keep_best()
+    stopped_early = state.should_stop_early()
+    state.save_final()
+    kept_step = state.restore_best()
     optimizer.zero_grad(set_to_none=True)
     return TrainingResult(
-        tuple(journal.history),
-        journal.enough,
-        kept,
+        tuple(state.history),
+        stopped_early,
+        kept_step,
         len(examples) - len(usable),
         compiled and not compilation.failure(),
     )
 
 
-def _take_steps(
-    updater: StepRunner,
-    journal: Journal,
-    examples: Sequence[Example],
-    section: TrainingSection,
-    seed: int,
-    compiled: bool,
-    at_once: tuple[int, int],
-    steps_ahead: int,
-) -> None:
-    """From the journal's last step to the end of the training, or until it is stopped; ``at_once``
-    from `micro_batch_limits`."""
-    total = total_steps(len(examples), section)
-    an_epoch = steps_per_epoch(len(examples), section.effective_batch_size)
-    under_way: deque[tuple[Step, PendingStep]] = deque()
-    seconds, first = journal.seconds, True
-    steps = enumerate(epoch_steps(examples, section.effective_batch_size, seed, total))
-    for number, step_examples in itertools.islice(steps, len(journal.history), None):
-        if journal.enough:
-            break
-        began = time.perf_counter()
-        rate = learning_rate(section, number, total)
-        for group in updater.optimizer.param_groups:
-            group["lr"] = rate * group["times"]
-        # Dropout depends on seed, step and row alone, so that a step can be done again exactly.
-        # (The generator serves models that drop out values of their own.)
-        dropout_seed = f"dropout:{seed}:{number}"
-        torch.manual_seed(int.from_bytes(hashlib.sha256(dropout_seed.encode()).digest()[:7], "big"))
-        # The first step shows at once that the run works; compiling begins with the second.
-        fused = compiled and number > 0 and not compilation.failure()
-        launched = updater.step(
-            step_examples,
-            at_once[fused],
-            dropout_seed,
-            fused,
-            journal.skipped_at_the_end,
-            f"step {number + 1} of {total}",
-            journal.wishes(),
-        )
-        if first:
-            updater.check_gradients()
-            first = False
-        if number < 2 or number % TRIM_EVERY == 0:
-            hardware.release_freed_memory()
-        step = Step(
-            step=number + 1,
-            total_steps=total,
-            epoch=(number + 1) / an_epoch,
-            loss=math.nan,
-            learning_rate=rate,
-            grad_norm=None,
-            skipped=False,
-            examples=len(step_examples),
-            tokens=sum(example.length for example in step_examples),
-            label_tokens=sum(label_count(each, section.loss_on) for each in step_examples),
-            seconds=seconds,
-        )
-        under_way.append((step, launched))
-        # What several processes agreed on before the update; alone, what is wished by now.
-        alone = distributed.is_single()
-        stopping, saving = journal.wishes() if alone else launched.wishes
-        # Nothing is validated, saved or ended before every number was looked at.
-        settled = stopping or saving or journal.due(step) or step.step == total
-        seconds += time.perf_counter() - began
-        for each, numbers in _taken(under_way, leave=0 if settled else steps_ahead):
-            began = time.perf_counter()
-            loss, norm = numbers.result()
-            seconds += time.perf_counter() - began
-            journal.add(
-                replace(each, loss=loss, grad_norm=norm, skipped=norm is None, seconds=seconds)
-            )
-        if not under_way:
-            stopping |= journal.stop.requested and alone
-            if stopping or saving:
-                journal.save()
-            if stopping:
-                raise StopRequested
+def _generator_seed(text: str) -> int:
+    return int.from_bytes(hashlib.sha256(text.encode()).digest()[:7], "big")

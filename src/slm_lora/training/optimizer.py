@@ -1,4 +1,4 @@
-"""AdamW and its learning-rate schedule."""
+"""AdamW: parameter groups and weight decay."""
 
 from __future__ import annotations
 
@@ -17,8 +17,8 @@ def adamw(
 ) -> torch.optim.AdamW:
     """AdamW (Loshchilov & Hutter 2019, arXiv 1711.05101) over the parameters that train.
 
-    With ``loraplus_lr_ratio`` the B matrices are a group of their own, whose ``times`` says how
-    much faster they learn (LoRA+, Hayou et al. 2024, arXiv 2402.12354).
+    With ``loraplus_lr_ratio`` the B matrices are a group of their own, whose ``lr_scale``
+    multiplies the learning rate (LoRA+, Hayou et al. 2024, arXiv 2402.12354).
 
     Args:
         named: the parameters, by their names in ``model``.
@@ -42,7 +42,7 @@ def adamw(
                 groups.append(
                     {
                         "params": parameters,
-                        "times": section.loraplus_lr_ratio if faster else 1.0,
+                        "lr_scale": section.loraplus_lr_ratio if faster else 1.0,
                         "weight_decay": section.weight_decay if decays else 0.0,
                     }
                 )

@@ -1,4 +1,4 @@
-"""What is known of a training so far: its steps, its best validation, and what of it is saved."""
+"""The state of a training: weights, optimizer, history, best validation, checkpoints."""
 
 from __future__ import annotations
 
@@ -17,57 +17,49 @@ from slm_lora.records import Step
 from slm_lora.runtime import distributed, hardware
 from slm_lora.runtime.signals import Stop, StopRequested
 from slm_lora.training.checkpoint import Best, Checkpointer
+from slm_lora.training.step import Control
 
 
-class Journal:
-    """Takes up what an earlier sitting saved, and keeps the steps of this one.
+class TrainState:
+    """Everything of a training that a checkpoint keeps, and when to validate, save and stop.
 
     Attributes:
-        history: finished steps, their numbers looked at.
-        best: of the validations.
-        stop: whether the user wishes to stop.
+        parameters: that train, by name.
+        optimizer: of these.
+        scaler: of fp16 gradients.
+        history: finished steps.
+        best: loss, step and weights of the best validation.
+        stop: set when a stop was requested.
     """
 
     def __init__(
         self,
-        peft_model: torch.nn.Module,
-        named: Mapping[str, torch.nn.Parameter],
+        model: torch.nn.Module,
+        parameters: Mapping[str, torch.nn.Parameter],
         optimizer: torch.optim.Optimizer,
         scaler: torch.amp.GradScaler,
         section: TrainingSection,
-        *,
-        validate: Callable[[], float] | None,
-        on_step: Callable[[Step], None],
         checkpointer: Checkpointer | None,
         stop: Stop,
     ) -> None:
-        """
-        Args:
-            peft_model: the base with its adapter.
-            named: its parameters that train.
-            optimizer: of these.
-            scaler: of their gradients.
-            section: when to validate, and when that is enough.
-            validate: loss on the validation set, in nats per label token.
-            on_step: told of every step of this sitting.
-            checkpointer: saves, and has what an earlier sitting saved.
-            stop: looked at after every step.
+        """Resumes from the last checkpoint, if there is one.
 
         Raises:
-            IntegrityError: several processes do not begin at the same step.
+            IntegrityError: several processes resume from different steps.
         """
-        self._adapted, self._named = peft_model, named
-        self._optimizer, self._scaler = optimizer, scaler
-        self._section, self._validate, self._on_step = section, validate, on_step
-        self._checkpointer, self.stop = checkpointer, stop
-        self._device = next(iter(named.values())).device.type
+        self._model, self.parameters = model, parameters
+        self.optimizer, self.scaler = optimizer, scaler
+        self._section, self._checkpointer, self.stop = section, checkpointer, stop
+        self._device = next(iter(parameters.values())).device.type
         self.history: list[Step] = []
         self.best: Best | None = None
-        if checkpointer is not None and (resumed := checkpointer.load(named, optimizer)):
+        if checkpointer is not None and (resumed := checkpointer.load(parameters, optimizer)):
             self.history, self.best = resumed.history, resumed.best
             scaler.load_state_dict(resumed.scaler)
-        _check_same_place(len(self.history))
-        self._saved_at, self._wait, self._saved_step = time.monotonic(), 0.0, len(self.history)
+        _check_same_step(len(self.history))
+        self._saved_at, self._min_interval, self._saved_step = (
+            time.monotonic(), 0.0, len(self.history)
+        )  # fmt: skip
 
     @property
     def seconds(self) -> float:
@@ -75,111 +67,109 @@ class Journal:
         return self.history[-1].seconds if self.history else 0.0
 
     @property
-    def skipped_at_the_end(self) -> int:
-        """Steps in a row, up to the last one, that fp16 skipped."""
+    def skipped_in_a_row(self) -> int:
+        """Last steps that fp16 skipped."""
         last = itertools.takewhile(lambda step: step.skipped, reversed(self.history))
         return sum(1 for _ in last)
 
-    @property
-    def enough(self) -> bool:
-        """Whether validations have not become better for as long as the recipe waits."""
+    def should_stop_early(self) -> bool:
+        """Whether validation has not improved for ``early_stopping_patience`` validations."""
         patience = self._section.early_stopping_patience
         if patience is None:
             return False
-        after = 0 if self.best is None else self.best[1]
-        since = (s for s in self.history if s.step > after and s.validation_loss is not None)
-        return sum(1 for _ in since) >= patience
+        best_step = 0 if self.best is None else self.best[1]
+        validations = [
+            step
+            for step in self.history
+            if step.step > best_step and step.validation_loss is not None
+        ]
+        return len(validations) >= patience
 
-    def due(self, step: Step) -> bool:
-        """Whether a validation comes after this step."""
-        times = self._validate is not None and self._section.eval_steps
-        return bool(times and step.step % times == 0 and step.validation_loss is None)
+    def should_validate(self, step: Step) -> bool:
+        """Whether ``eval_steps`` falls on a step that was not validated yet."""
+        interval = self._section.eval_steps
+        return bool(interval and step.step % interval == 0 and step.validation_loss is None)
 
-    def resume(self) -> None:
-        """Do what the last sitting did not come to: the validation of its last step."""
-        if self.history and self.due(self.history[-1]):
-            self._end_step()
+    def control(self) -> Control:
+        """Whether a stop was requested here, and whether a checkpoint is due (rank 0 decides)."""
+        interval = self._checkpointer.every_seconds if self._checkpointer else math.inf
+        elapsed = time.monotonic() - self._saved_at
+        due = not interval or elapsed >= max(interval, self._min_interval)
+        return Control(self.stop.requested, distributed.is_main() and due)
 
-    def add(self, step: Step) -> None:
-        """A finished step; validates if it is time to, and tells of it.
+    def finish_step(self, step: Step, validate: Callable[[], float] | None) -> Step:
+        """Add a step to the history, validated if it is time to.
 
         Raises:
             NumericError: the validation's loss is not finite.
-            StopRequested: a wish to stop came while validating; the step was saved.
+            StopRequested: a stop was requested while validating; the step was saved.
         """
         self.history.append(step)
-        self._end_step()
+        return self.validate_last(validate)
 
-    def _end_step(self) -> None:
-        self._mark_peak()
+    def validate_last(self, validate: Callable[[], float] | None) -> Step:
+        """Validate the last step if it is time to; a resumed run may still have to."""
+        self._record_peak_memory()
         step = self.history[-1]
-        if self._validate and self.due(step):
-            self._adapted.eval()
+        if validate is not None and self.should_validate(step):
+            self._model.eval()
             try:
-                loss = self._validate()
+                loss = validate()
             except NumericError as error:
                 raise NumericError(f"validation after step {step.step}: {error}") from error
             except StopRequested:
                 self.save()  # the step is done; a resumed run begins with its validation
                 raise
-            self._adapted.train()
+            self._model.train()
             if self.best is None or loss < self.best[0]:
-                self.best = (loss, step.step, trainable_state(self._adapted))
+                self.best = (loss, step.step, trainable_state(self._model))
             self.history[-1] = replace(step, validation_loss=loss)
-            self._mark_peak()
-        self._on_step(self.history[-1])
+            self._record_peak_memory()
+        return self.history[-1]
 
-    def _mark_peak(self) -> None:
-        # The operating system knows of this sitting alone.
-        earlier = max(each.peak_memory_bytes for each in self.history[-2:])
+    def _record_peak_memory(self) -> None:
+        # The operating system knows this process's peak alone; earlier ones are in the history.
+        earlier = max(step.peak_memory_bytes for step in self.history[-2:])
         peak = max(earlier, hardware.peak_memory_bytes(self._device))
         self.history[-1] = replace(self.history[-1], peak_memory_bytes=peak)
 
-    def save(self, last: bool = False) -> None:
-        """Save where the training stands, if anything does; after the ``last`` step the moments
-        have no use any more."""
+    def save(self, final: bool = False) -> None:
+        """Write a checkpoint; the final one without the optimizer's moments."""
         if self._checkpointer is None:
             return
         began = time.monotonic()
-        optimizer = None if last else self._optimizer
-        scaler = self._scaler.state_dict()
-        self._checkpointer.save(self._named, optimizer, self.history, self.best, scaler)
+        optimizer = None if final else self.optimizer
+        scaler = self.scaler.state_dict()
+        self._checkpointer.save(self.parameters, optimizer, self.history, self.best, scaler)
         self._saved_at, self._saved_step = time.monotonic(), len(self.history)
-        # All weights of a model take their time: at most a twentieth of it goes into saving.
-        self._wait = 20 * (self._saved_at - began)
+        # Saving all weights of a model is slow: at most a twentieth of the time goes into it.
+        self._min_interval = 20 * (self._saved_at - began)
 
-    def save_the_end(self) -> None:
-        """Until the run is recorded: what is trained is not trained again."""
+    def save_final(self) -> None:
+        """Keep the finished training until its run is recorded."""
         if self._saved_step < len(self.history):
-            self.save(last=True)
+            self.save(final=True)
 
-    def wishes(self) -> tuple[bool, bool]:
-        """To stop, and to save, which the first process decides for all."""
-        every = self._checkpointer.every_seconds if self._checkpointer else math.inf
-        since = time.monotonic() - self._saved_at
-        due = not every or since >= max(every, self._wait)
-        return self.stop.requested, distributed.is_main() and due
-
-    def keep_best(self) -> int:
-        """Put the weights of the best validation back, if there was one.
+    def restore_best(self) -> int:
+        """Put back the weights of the best validation, if the recipe keeps them.
 
         Returns:
             The step that the weights are of.
         """
         if not self._section.keep_best or self.best is None:
             return len(self.history)
-        restore_state(self._adapted, self.best[2])
+        restore_state(self._model, self.best[2])
         return self.best[1]
 
 
-def _check_same_place(done: int) -> None:
-    """All processes begin after the same step.
+def _check_same_step(done: int) -> None:
+    """All processes resume after the same step.
 
     Raises:
         IntegrityError: they do not.
     """
-    if len(set(places := distributed.all_gather(done))) > 1:
+    if len(set(steps := distributed.all_gather(done))) > 1:
         raise IntegrityError(
-            f"the processes took up different checkpoints (of steps {places}): all must see the "
+            f"the processes took up different checkpoints (of steps {steps}): all must see the "
             "same results folder"
         )

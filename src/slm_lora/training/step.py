@@ -1,4 +1,4 @@
-"""One optimizer step: its exact loss and gradient, its update, and what may not happen in it."""
+"""One optimizer step: exact loss and gradient, clipping, update, checks for non-finite numbers."""
 
 from __future__ import annotations
 
@@ -7,6 +7,7 @@ import math
 from collections.abc import Sequence
 from contextlib import nullcontext
 from dataclasses import dataclass
+from typing import NamedTuple
 
 import torch
 from torch import Tensor
@@ -21,19 +22,40 @@ from slm_lora.ops.cross_entropy import total_dtype
 from slm_lora.records import Example, LossOn
 from slm_lora.runtime import distributed
 
-MOST_SKIPPED = 25
+MAX_SKIPPED = 25
 """Steps in a row that fp16 may skip: a scale of 65,536 halved so often is far below 1."""
+
+
+class Control(NamedTuple):
+    """What happens after a step: of any process, where there are several, so that all do alike."""
+
+    stop: bool = False
+    save: bool = False
+
+
+@dataclass(frozen=True, slots=True)
+class StepResult:
+    """Numbers of a finished step.
+
+    Attributes:
+        loss: nats per label token, before the update.
+        grad_norm: before clipping; None where an fp16 gradient overflowed and the update was
+            skipped.
+    """
+
+    loss: float
+    grad_norm: float | None
 
 
 @dataclass(frozen=True)
 class StepRunner:
-    """What stays the same from step to step.
+    """Runs optimizer steps.
 
     Attributes:
-        base: the base, with what trains.
+        base: the model with its adapter.
         parameters: that train.
         optimizer: over them.
-        scaler: of fp16 gradients; else it does nothing.
+        scaler: of fp16 gradients; disabled in other precisions.
         loss_on: tokens trained on.
         max_grad_norm: the gradient is clipped to this norm.
         recompute: whether layers keep their inputs only (activation checkpointing).
@@ -57,21 +79,21 @@ class StepRunner:
         compiled: bool,
         skipped_before: int,
         where: str,
-        wishes: tuple[bool, bool] = (False, False),
+        control: Control = Control(),  # noqa: B008 - a frozen tuple
     ) -> PendingStep:
-        """Do one step, or, on a GPU, hand it all the work of one.
+        """Run one step; on a GPU, enqueue it.
 
-        Where several processes work on a run, this one does its share of the examples, and all
-        sum their gradients before they update.
+        Of several processes each computes its share of the examples; gradients are summed before
+        the update.
 
         Args:
             examples: of this step; the same in every process.
-            budget: tokens computed at once.
-            dropout_seed: decides the masks.
+            budget: tokens per micro-batch.
+            dropout_seed: of the masks.
             compiled: whether to compile (see `ops.compilation`).
             skipped_before: steps skipped in a row just before this one.
             where: names the step in messages.
-            wishes: of this process: to stop, and to save; see `PendingStep`.
+            control: of this process.
 
         Raises:
             NumericError: fp16 overflowed too often.
@@ -81,20 +103,20 @@ class StepRunner:
         with distributed.peer_errors() if self.base.sharded else nullcontext():
             loss = run_with_compile_fallback(compiled, work)
         if not distributed.is_single():
-            loss, wishes = self._sum_up(loss, wishes)
+            loss, control = self._all_reduce(loss, control)
         self.scaler.unscale_(self.optimizer)
         norm = torch.nn.utils.clip_grad_norm_(self.parameters, self.max_grad_norm)
         # With fp16 an overflow of the scaled gradient skips the step and lowers the scale; that
         # settles within a few steps, or the loss itself is the trouble. (The scaler waits for
         # the GPU anyway.)
         skipped = self.scaler.is_enabled() and not math.isfinite(norm.item())
-        if skipped and skipped_before >= MOST_SKIPPED:
+        if skipped and skipped_before >= MAX_SKIPPED:
             raise _not_finite(f"{where}: loss {loss.item()}, gradient norm {norm.item()}", examples)
         self.scaler.step(self.optimizer)
         self.scaler.update()
         with torch.no_grad():
             largest = _largest(self.parameters)
-        return PendingStep((loss, norm, largest), skipped, examples, where, wishes)
+        return PendingStep((loss, norm, largest), skipped, examples, where, control)
 
     def check_gradients(self) -> None:
         """After a step: every parameter that trains has a gradient.
@@ -124,19 +146,18 @@ class StepRunner:
                 shares.append(share.detach())
         return torch.stack(shares).sum()
 
-    def _sum_up(self, loss: Tensor, wishes: tuple[bool, bool]) -> tuple[Tensor, tuple[bool, bool]]:
-        """Sum gradients and losses over the processes, all in one go; whether any has a wish."""
-        dtype = self.parameters[0].dtype
-        narrow = loss.to(dtype)
-        beside = torch.stack([narrow, *map(narrow.new_tensor, wishes)])
+    def _all_reduce(self, loss: Tensor, control: Control) -> tuple[Tensor, Control]:
+        """Sum gradients, loss and control flags over the processes, in one collective."""
+        narrow = loss.to(self.parameters[0].dtype)
+        scalars = torch.stack([narrow, *map(narrow.new_tensor, control)])
         gradients = [torch.zeros_like(p) if p.grad is None else p.grad for p in self.parameters]
-        every = torch.cat([*(gradient.flatten() for gradient in gradients), beside])
-        distributed.all_reduce_sum(every)
+        buffer = torch.cat([*(gradient.flatten() for gradient in gradients), scalars])
+        distributed.all_reduce_sum(buffer)
         sizes = [gradient.numel() for gradient in gradients]
-        for parameter, summed in zip(self.parameters, torch.split(every[:-3], sizes), strict=True):
+        for parameter, summed in zip(self.parameters, torch.split(buffer[:-3], sizes), strict=True):
             parameter.grad = summed.view_as(parameter)
-        stop, save = (number > 0 for number in every[-2:].tolist())
-        return every[-3].to(loss.dtype), (stop, save)
+        stop, save = (flag > 0 for flag in buffer[-2:].tolist())
+        return buffer[-3].to(loss.dtype), Control(stop, save)
 
 
 def _largest(parameters: Sequence[Tensor]) -> Tensor:
@@ -164,12 +185,10 @@ def _micro_batches(
 
 
 class PendingStep:
-    """A step whose numbers may still be on their way from the GPU, so that it need not be
-    waited for before the next step is handed over.
+    """A step whose numbers may still be computed by the GPU while the next one is enqueued.
 
     Attributes:
-        wishes: whether to stop and whether to save after it: of any process, where there are
-            several, so that all do the same.
+        control: agreed on by all processes.
     """
 
     def __init__(
@@ -178,7 +197,7 @@ class PendingStep:
         skipped: bool,
         examples: Sequence[Example],
         where: str,
-        wishes: tuple[bool, bool],
+        control: Control,
     ) -> None:
         """
         Args:
@@ -186,9 +205,9 @@ class PendingStep:
             skipped: whether fp16 overflowed, and nothing was updated.
             examples: of the step.
             where: names the step in messages.
-            wishes: to stop, and to save.
+            control: agreed on by all processes.
         """
-        self.wishes = wishes
+        self.control = control
         self._skipped, self._examples, self._where = skipped, examples, where
         wide = total_dtype(numbers[0].device)
         found = torch.stack([number.detach().to(wide) for number in numbers])
@@ -201,12 +220,8 @@ class PendingStep:
         else:
             self._numbers = found
 
-    def result(self) -> tuple[float, float | None]:
-        """Wait for the numbers, and look at them.
-
-        Returns:
-            Loss in nats per label token before the update, and the norm of its gradient; None
-            where an fp16 gradient overflowed, and nothing was updated.
+    def result(self) -> StepResult:
+        """Wait for the numbers and check them.
 
         Raises:
             NumericError: loss, gradient or weights are not finite; names the step and its rows.
@@ -220,7 +235,7 @@ class PendingStep:
             raise _not_finite(
                 f"{self._where}: largest weight {largest} after the update", self._examples
             )
-        return loss, None if self._skipped else norm
+        return StepResult(loss, None if self._skipped else norm)
 
 
 def _not_finite(what: str, examples: Sequence[Example]) -> NumericError:
