@@ -111,7 +111,7 @@ class Step:
     are all real tokens computed (no padding is), ``seconds`` since the loop began, validation
     left out. ``validation_loss`` is set on steps where the validation set was scored; ``skipped``
     means that an fp16 gradient overflowed and nothing was updated (``grad_norm`` is None then).
-    ``peak_memory_bytes`` is the most that any sitting of the training used up to this step.
+    ``peak_memory_bytes`` is the largest peak of any process of the training up to this step.
     """
 
     step: int

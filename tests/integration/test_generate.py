@@ -533,11 +533,13 @@ def test_chat_knows_its_commands_and_sends_no_other(
     assert done.returncode == 0, done.stderr
     first, *said = done.stdout.decode().split("\n> ")
     assert "template chat" in first and len(said) == 6, said
-    assert said[0].startswith("/new begins anew, /help shows this, /quit or an empty line ends")
-    assert said[1].startswith("/hlep: no command, and not sent; /new begins anew")
+    assert said[0].startswith(
+        "/new starts a new conversation, /help shows this, /quit or an empty line ends"
+    )
+    assert said[1].startswith("/hlep: no command, and not sent; /new starts a new conversation")
     assert "command" not in said[2], "a path is a question"
     assert said[3].startswith(("not text in utf-8", "the question has a lone surrogate"))
-    assert said[4].startswith("begun anew") and not said[5].strip()
+    assert said[4].startswith("new conversation") and not said[5].strip()
 
 
 def test_ctrl_c_stops_a_reply_and_not_the_chat(

@@ -179,7 +179,7 @@ def test_a_hub_that_refuses_or_is_away(
     with pytest.raises(StorageError, match="check network, token and name"):
         push(read(adapter), REPOSITORY, tmp_path, endpoint="http://127.0.0.1:9")
     monkeypatch.setattr("huggingface_hub.get_token", lambda: None)
-    with pytest.raises(UsageError, match="nobody is logged in"):
+    with pytest.raises(UsageError, match="not logged in"):
         push(read(adapter), REPOSITORY, tmp_path, endpoint=endpoint)
     with pytest.raises(UsageError, match="give owner/name"):
         push(read(adapter), "toy-adapter", tmp_path, endpoint=endpoint)

@@ -12,7 +12,7 @@ import pytest
 from slm_lora.report.card import Card, make_card, terminal_card
 from slm_lora.report.names import SettingNames, rate_name
 from slm_lora.runs.scored_run import ScoredRun
-from slm_lora.stats.comparisons import Setting, all_comparisons, arms
+from slm_lora.stats.comparisons import Setting, all_comparisons, group_settings
 
 from ..support.runs import line
 
@@ -38,7 +38,7 @@ def run(
 
 
 def card_of(runs: list[ScoredRun], margin: float = 0.02) -> Card:
-    settings = arms(runs)
+    settings = group_settings(runs)
     base = next((Setting((one,)) for one in runs if one.is_base), None)
     return make_card(settings, base, all_comparisons(runs), margin, SettingNames(settings))
 

@@ -11,7 +11,7 @@ from slm_lora.report import sentences
 from slm_lora.report.names import SettingNames
 from slm_lora.report.summary import category_table, comparisons_table
 from slm_lora.runs.scored_run import ScoredRun
-from slm_lora.stats.comparisons import Setting, all_comparisons, arms, by_category, varied
+from slm_lora.stats.comparisons import Setting, all_comparisons, by_category, group_settings, varied
 
 from ..support.runs import line
 
@@ -22,10 +22,10 @@ def test_runs_of_before_a_key_are_those_of_its_default() -> None:
     old = lines[1].run.record["recipe"]
     del old["training"]["fsdp"], old["training"]["activation_checkpointing"]
     del old["model"]["quantization"]
-    assert [len(arm.lines) for arm in arms(lines)] == [3]
+    assert [len(arm.runs) for arm in group_settings(lines)] == [3]
     assert lines[1].setting("training.fsdp") is False
     other = [*lines, line("q", 2.0, model__quantization="nf4")]
-    assert [len(arm.lines) for arm in arms(other)] == [3, 1]
+    assert [len(arm.runs) for arm in group_settings(other)] == [3, 1]
 
 
 def compared(lines: list[ScoredRun]) -> list[tuple[str, str, str]]:
@@ -52,7 +52,7 @@ def test_keys_that_move_together_are_one_difference() -> None:
     ]
     (found,) = all_comparisons(lines)
     assert (found.key, found.tied) == ("adapter.kind", ("training.learning_rate",))
-    asked = sentences.question(lines, arms(lines), [found])
+    asked = sentences.question(lines, group_settings(lines), [found])
     assert "the method with its learning rate (LoRA, Full fine-tuning)" in asked
     assert "also have another learning rate" in sentences.confounds([found])
     # Once the rates cross, they are two differences again.
@@ -67,7 +67,7 @@ def test_sizes_and_steps_that_match_are_one_difference() -> None:
         line(f"{n}", 2.0, data__size=n, training__max_steps=steps)
         for n, steps in ((100, 40), (200, 50), (400, 60))
     ]
-    assert varied(arms(lines)) == {"data.size": ("training.max_steps",)}
+    assert varied(group_settings(lines)) == {"data.size": ("training.max_steps",)}
 
 
 def test_ranks_mean_nothing_to_full_fine_tuning() -> None:
@@ -134,7 +134,7 @@ def test_arms_of_unequal_seeds_are_compared_on_those_of_both() -> None:
     method = sentences.method([*lines], found)
     assert "the variation between seeds is unknown with one seed" in method
     assert "Comparisons over several seeds (2) cover the seed as well" in method
-    table = comparisons_table(found, SettingNames(arms(lines)))
+    table = comparisons_table(found, SettingNames(group_settings(lines)))
     assert "Significantly lower across test rows for this training; other seeds are" in table
 
 

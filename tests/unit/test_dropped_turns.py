@@ -1,4 +1,4 @@
-"""No turn of a row or of a prompt is lost in a chat template without a word."""
+"""No turn of a row or of a prompt is lost silently in a chat template."""
 
 from __future__ import annotations
 

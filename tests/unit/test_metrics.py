@@ -7,7 +7,7 @@ from dataclasses import replace
 from pathlib import Path
 
 import pytest
-from hypothesis import given
+from hypothesis import given, settings
 from hypothesis import strategies as st
 from scipy import stats
 
@@ -19,7 +19,7 @@ from slm_lora.runs import metrics
 from slm_lora.runs.metrics import METRICS, Metric, row_value
 from slm_lora.runs.scored_run import ScoredRun
 from slm_lora.runs.scores import read_scores, write_scores
-from slm_lora.stats.comparisons import Setting, all_comparisons, arms
+from slm_lora.stats.comparisons import Setting, all_comparisons, group_settings
 from slm_lora.stats.estimates import estimate, paired
 from slm_lora.stats.inference import difference
 
@@ -65,6 +65,7 @@ def test_scores_without_values_have_the_columns_of_before(tmp_path: Path) -> Non
     ]  # fmt: skip
 
 
+@settings(deadline=None)
 @given(
     st.dictionaries(
         st.text("abc", min_size=1, max_size=3),
@@ -92,7 +93,7 @@ def test_higher_is_better_is_recommended_and_tested(with_match: None) -> None:
         record |= {"tokens": 1000, "seconds": 1.0, "peak_memory_bytes": 1}
         run.run.record["training"].update(record)  # type: ignore[index]
     runs[1:] = [_with_steps(run) for run in runs[1:]]
-    settings = arms(runs)
+    settings = group_settings(runs)
     comparisons = all_comparisons(runs)
     names = SettingNames(settings)
     card = make_card(settings, Setting((runs[0],)), comparisons, 0.01, names)
@@ -139,7 +140,7 @@ def test_rows_without_the_value_are_left_out(with_match: None) -> None:
 def test_the_table_of_metrics_shows_what_every_run_has(with_match: None) -> None:
     runs = [matched(line("base", 3.0), 1), _with_steps(matched(line("r8", 2.0), 4))]
     runs[1].run.record["training"]["tokens"] = 1  # type: ignore[index]
-    settings = arms(runs)
+    settings = group_settings(runs)
     card = make_card(settings, None, [], 0.01, SettingNames(settings))
     table = metrics_table(card, settings, Setting((runs[0],)), SettingNames(settings))
     assert "Exact match, share of rows ↑" in table

@@ -2,7 +2,7 @@
 
 Hidden states come from the layers, and the loss multiplies with the output embedding itself: what
 an adapter does elsewhere (at the output layer, before the embeddings, in `PeftModel.forward`) would
-be left out without a word. So the two are compared with an adapter whose numbers are not zero.
+be left out silently. So the two are compared with an adapter whose numbers are not zero.
 """
 
 from __future__ import annotations

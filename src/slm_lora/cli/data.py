@@ -100,7 +100,7 @@ def check(recipe: RecipeFile, overrides: Overrides = None, rows: Rows = 2) -> No
     try:
         jobs = make_jobs(cells, computed="nowhere")
     except MalformedRowsError as error:
-        # The error names a few rows; whoever checks wants to see some of every kind.
+        # The error names a few rows; `data check` shows some of every kind.
         kinds = {bad.reason for bad in error.bad_rows}
         if len(kinds) > 1 or len(error.bad_rows) <= _MOST_SHOWN:
             _print_bad_rows(error.bad_rows, "")

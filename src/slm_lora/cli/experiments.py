@@ -303,7 +303,7 @@ def compare(
         print(to_json(found.record()), end="")
         return
     for arm in (found.first, found.second):
-        loss = estimate([arm.line.scores], arm.line.metric)
+        loss = estimate([arm.first_run.scores], arm.first_run.metric)
         out.print(f"{arm.name}  loss {loss.value:.4f} ({loss.low:.4f} to {loss.high:.4f})")
     out.print(sentence(found))
     out.print("Below zero the second has the lower loss; the intervals cover the test rows.")

@@ -101,8 +101,11 @@ def chat(
         turns.append(Turn("assistant", said))
 
 
-_HELP = "/new begins anew, /help shows this, /quit or an empty line ends, Ctrl-C stops a reply"
-_COMMANDS = {"/help": _HELP, "/?": _HELP, "/new": "begun anew"}
+_HELP = (
+    "/new starts a new conversation, /help shows this, /quit or an empty line ends, Ctrl-C stops "
+    "a reply"
+)
+_COMMANDS = {"/help": _HELP, "/?": _HELP, "/new": "new conversation"}
 
 
 def _asked() -> str | None:

@@ -53,7 +53,7 @@ def _next_commands(analysis: Analysis, adapters: Sequence[Path]) -> list[tuple[s
     recommended = analysis.card.recommended
     if recommended is None:
         return []
-    folder = _adapter_of(recommended.line.run, adapters)
+    folder = _adapter_of(recommended.first_run.run, adapters)
     if folder is None:
         return []
     path = shlex.quote(str(folder))

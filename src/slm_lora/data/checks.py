@@ -261,7 +261,7 @@ _FUNCTIONS = frozenset({"raise_exception", "strftime_now"})
 
 
 def names_not_set(source: str, special_tokens: Collection[str]) -> tuple[str, ...]:
-    """Names that a chat template uses and nobody sets: each counts as empty, or as false.
+    """Names that a chat template uses and that are not set: each counts as empty, or as false.
 
     A name that the template itself asks for (``is defined``, ``default``) is no mistake.
 

@@ -47,7 +47,7 @@ def heavy(column: str) -> bool:
 
 
 def explain(columns: Set[str], lists: Set[str]) -> str:
-    """What rows are that no format fits, and how they can be used; empty if nobody knows."""
+    """What rows are that no format fits, and how they can be used; empty if unknown."""
     if {"chosen", "rejected"} <= columns:
         return (
             "preference data (columns chosen and rejected): to train on the chosen answers set "

@@ -1,7 +1,7 @@
 """Turns that a chat template writes nothing of.
 
 A misspelt name is empty in Jinja, some templates know no system turn, and some are made for one
-question and one answer: rows would lose text without a word.
+question and one answer: rows would lose text silently.
 """
 
 from __future__ import annotations

@@ -135,7 +135,7 @@ class _Json:
         return space.end() if space else position
 
     def _broken(self, position: int) -> DataError:
-        # Where the list is broken, nobody knows where the next item begins: nothing to skip.
+        # Where the list is broken, the start of the next item is unknown: nothing to skip.
         line = self._text.count("\n", 0, position) + 1
         return DataError(f"{self._label}:{line}: bad JSON; mend the file")
 

@@ -63,7 +63,7 @@ def train_cell(
             note = f"loss {step.loss:.3f}"
             if step.validation_loss is not None:
                 note += f"  validation {step.validation_loss:.3f}"
-            # The first step of a later sitting brings those of the earlier ones along.
+            # The first step of a resumed run also counts the steps before it.
             task.advance(1, step.tokens, note, earlier=step.step - shown - 1)
             shown = step.step
             trackers.step(step)

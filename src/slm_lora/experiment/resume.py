@@ -43,7 +43,7 @@ def setting(job: Job) -> dict[str, str]:
 
 
 def check_unfinished(jobs: Sequence[Job], checkpoints: Path, discard: bool) -> None:
-    """Refuse to train a cell anew beside an unfinished training of the same name.
+    """Refuse to restart a cell beside an unfinished training of the same name.
 
     Args:
         jobs: the cells that would be trained.
@@ -63,7 +63,7 @@ def check_unfinished(jobs: Sequence[Job], checkpoints: Path, discard: bool) -> N
             refused.append(
                 f"{folder}: an unfinished training of this cell (step {about['step']}), but "
                 f"{'; '.join(changed) or 'of another version of slm-lora'}: go back to that to "
-                "continue it, or begin anew with --discard-checkpoints"
+                "continue it, or start over with --discard-checkpoints"
             )
     if refused:
         raise IntegrityError("\n".join(refused))

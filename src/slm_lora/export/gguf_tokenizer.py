@@ -46,7 +46,7 @@ class Vocabulary:
         merges: of byte-level BPE, in order.
         scores: of SentencePiece, one an id; the highest is merged first.
         adds_bos: whether every text begins with BOS.
-        adds_space: whether every text begins with a space that nobody wrote (SentencePiece).
+        adds_space: whether a space is added before every text (SentencePiece).
     """
 
     model: str

@@ -71,7 +71,7 @@ def push(
         Address of the repository.
 
     Raises:
-        UsageError: the repository's name is none, or nobody is logged in.
+        UsageError: the repository's name is none, or no login.
         IntegrityError: a file names a path of this machine, or holds a token.
         StorageError: the hub does not answer, or refuses.
     """
@@ -79,7 +79,7 @@ def push(
 
     _check_name(repository)
     if get_token() is None:
-        raise UsageError("push: nobody is logged in to the hub; `hf auth login`, or set HF_TOKEN")
+        raise UsageError("push: not logged in to the hub; `hf auth login`, or set HF_TOKEN")
     text = card(trained, repository, results)
     files = _files(trained)
     size = sum(file.stat().st_size for file in files) / 1e6

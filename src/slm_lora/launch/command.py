@@ -125,4 +125,4 @@ def _last_line(log: Path, since: int) -> str:
     with log.open("rb") as said:
         said.seek(since)
         lines = said.read().decode("utf-8", errors="replace").strip().splitlines()
-    return lines[-1].strip() if lines else "ended without a word"
+    return lines[-1].strip() if lines else "exited without output"

@@ -58,7 +58,7 @@ def launch(many: int, words: list[str]) -> int:
         try:
             failed = _until_one_fails(workers, lambda: asked > 1)
             stopping = bool(asked) or STOPPED_RESUMABLE in failed.values()
-            # Saving all weights takes its time; after a second request nobody waits for it.
+            # Saving all weights is slow; after a second request it is not waited for.
             failed |= _end(workers, SAVING if stopping and asked < 2 else KILL_TIMEOUT_S)
         finally:
             for each, handler in before.items():
@@ -183,5 +183,5 @@ def _explained(
         return 128 - code
     if number > 0:
         said = (folder / f"{number}.log").read_text(encoding="utf-8", errors="replace").strip()
-        print(f"{who}: {(said.splitlines() or ['ended without a word'])[-1]}", file=sys.stderr)
+        print(f"{who}: {(said.splitlines() or ['exited without output'])[-1]}", file=sys.stderr)
     return code

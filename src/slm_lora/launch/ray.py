@@ -33,7 +33,7 @@ class RayEngine:
             UsageError: Ray is not installed, or has no such option.
             StorageError: the cluster does not answer, or no node has what a task takes.
         """
-        # A cluster of this machine alone tells nobody that it is there.
+        # A cluster of this machine alone is not announced.
         os.environ.setdefault("RAY_USAGE_STATS_ENABLED", "0")
         # Workers keep their GPUs where a task asks for none.
         os.environ.setdefault("RAY_ACCEL_ENV_VAR_OVERRIDE_ON_ZERO", "0")

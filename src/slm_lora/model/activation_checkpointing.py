@@ -32,7 +32,7 @@ def recomputed_layers(model: PreTrainedModel, on: bool) -> Iterator[None]:
         getattr(model, f"{name}_enable")({"use_reentrant": False})
     except ValueError as error:
         raise UsageError(f"training.activation_checkpointing: {error}") from error
-    # (Only reentrant checkpoints need inputs with gradients, which here nobody wants.)
+    # (Only reentrant checkpoints need inputs with gradients, which are not needed here.)
     model.disable_input_require_grads()  # type: ignore[no-untyped-call]
     try:
         yield

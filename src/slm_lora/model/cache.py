@@ -1,7 +1,7 @@
 """Logits of the next token, with a key-value cache where the model proves to use it.
 
 Models with a state of their own (Mamba, RWKV, xLSTM) take a cache of another kind, and ignore this
-one without a word: they would continue each token as if it were the first.
+one silently: they would continue each token as if it were the first.
 """
 
 from __future__ import annotations

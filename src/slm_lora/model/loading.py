@@ -207,7 +207,7 @@ def _try_packed(model: PreTrainedModel, head: HeadForm) -> tuple[bool, str]:
             model.set_attn_implementation(attention.PACKED)
             calls = attention.calls()
             packed = packed_logits(model, head, documents)
-        # transformers returns without a word where a model's code has attention of its own; with
+        # transformers returns silently where a model's code has attention of its own; with
         # a mask over the whole batch its logits are right, and its cost is not.
         if attention.calls() == calls:
             raise ValueError("its attention cannot be exchanged")

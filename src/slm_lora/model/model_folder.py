@@ -1,7 +1,7 @@
 """Whole models in folders, as other programs read them.
 
 transformers 5 writes configurations and tokenizers in a spelling that transformers 4, and what is
-built on it, does not know: rotary frequencies are then computed with a default, without a word. So
+built on it, does not know: rotary frequencies are then computed with a default, silently. So
 a folder is made from the base's own files, with what must change; and what transformers 5 wrote
 is spelt in the older way besides, where transformers 5 itself reads the same from it.
 """

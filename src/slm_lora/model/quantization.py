@@ -68,7 +68,7 @@ def prepare_four_bits(model: nn.Module) -> None:
     for parameter in model.parameters():
         if type(parameter) is torch.nn.Parameter:
             parameter.data = parameter.data.clone()
-    # On CPUs with AVX512-BF16 bitsandbytes (0.50) lays weights out anew when first asked
+    # On CPUs with AVX512-BF16 bitsandbytes (0.50) repacks weights on first use
     # without gradients, and products with those have none: training would lack most of it.
     module: Any
     for module in model.modules():

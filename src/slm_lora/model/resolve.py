@@ -61,7 +61,7 @@ def resolve(section: ModelSection) -> ModelSource:
 
 
 def _check_is_base(folder: Path, name: str) -> None:
-    """Refuse an adapter, whose base transformers would load instead without a word, and weights
+    """Refuse an adapter, whose base transformers would load silently instead, and weights
     that are quantised already."""
     if (folder / "adapter_config.json").is_file():
         base = _said(folder / "adapter_config.json").get("base_model_name_or_path")

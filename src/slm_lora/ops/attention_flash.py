@@ -65,7 +65,7 @@ def backward(
 ) -> tuple[Tensor, Tensor, Tensor]:
     """As `attention.packed_attention_backward`."""
     starts, longest = _starts(tuple(lengths.tolist()), q.device)
-    # No dropout: nobody reads its generator's state.
+    # No dropout, so its generator's state is not needed.
     state, unused = (torch.zeros(n, dtype=torch.uint64, device=q.device) for n in (2, 0))
     dq, dk, dv = torch.ops.aten._flash_attention_backward(
         out_gradient.contiguous(), q, k, v, out, log_total.view(q.shape[1], -1),

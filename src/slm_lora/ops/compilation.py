@@ -136,7 +136,7 @@ def fuse_layers(layers: Sequence[torch.nn.Module]) -> None:
 def _as_if_in_the_middle(forward: Callable[..., R]) -> Callable[..., R]:
     """The first layer, whose input has no gradient where the embeddings are frozen: code compiled
     for that would serve it alone, and take as long to make as that of all the others. A gradient
-    that nobody reads costs a few thousandths of a step."""
+    that is not read costs a few thousandths of a step."""
 
     @functools.wraps(forward)
     def run(*args: Any, **kwargs: Any) -> R:

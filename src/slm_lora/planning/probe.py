@@ -143,7 +143,7 @@ def _sliced(source: ModelSource, config: Any, layers: int, folder: Path) -> Mode
     made: Any = AutoModelForCausalLM
     try:
         made.from_config(config, dtype=torch.float32).save_pretrained(folder)
-    except Exception as error:  # the model's code, with a configuration that nobody uses
+    except Exception as error:  # the model's code, with an unusual configuration
         reason = (str(error).splitlines() or [type(error).__name__])[0]
         raise UsageError(
             f"--plan: no slice of {source.name} can be made, so nothing can be timed ({reason}); "
@@ -202,7 +202,7 @@ def _kept(base: Base, peft_model: torch.nn.Module, job: Job, about: int) -> tupl
         storage = tensor.untyped_storage()
         if storage.data_ptr() not in there:
             found[storage.data_ptr()] = storage.nbytes()
-        # Not the tensor itself: its graph would hold itself for ever.
+        # Not the tensor itself: its graph would reference itself.
         return tensor.detach()
 
     section = job.config.training

@@ -92,7 +92,7 @@ class Card:
             return None
         return {
             "recommended": names.of(self.recommended),
-            "cells": [run.run.cell for run in self.recommended.lines],
+            "cells": [run.run.cell for run in self.recommended.runs],
             "lowest": names.of(self.lowest),
             "margin": self.margin,
             "facts": {fact.label: fact.text for fact in self.facts},
@@ -104,7 +104,7 @@ def cost(setting: Setting) -> tuple[float, float]:
 
     Seconds are measured, and depend on what else the machine did.
     """
-    records = [run.run.record for run in setting.lines]
+    records = [run.run.record for run in setting.runs]
     tokens = sum(record["training"]["tokens"] for record in records) / len(records)
     return tokens, records[0]["adapter"]["trainable_parameters"]
 
@@ -114,15 +114,15 @@ def gap(
 ) -> Gap | None:
     """``other`` against ``reference`` in a metric (the headline), over the seeds that both have;
     None without any."""
-    seeds = {_seeds(run): run for run in other.lines}
-    if other.line.is_base:
-        pairs = [(run.scores, other.line.scores) for run in reference.lines]
-    elif reference.line.is_base:
-        pairs = [(reference.line.scores, run.scores) for run in other.lines]
+    seeds = {_seeds(run): run for run in other.runs}
+    if other.first_run.is_base:
+        pairs = [(run.scores, other.first_run.scores) for run in reference.runs]
+    elif reference.first_run.is_base:
+        pairs = [(reference.first_run.scores, run.scores) for run in other.runs]
     else:
         pairs = [
             (run.scores, seeds[_seeds(run)].scores)
-            for run in reference.lines
+            for run in reference.runs
             if _seeds(run) in seeds
         ]
     if not pairs:
@@ -159,7 +159,7 @@ def make_card(
         if setting is lowest:
             break
         found = gap(lowest, setting, margin)
-        if found is not None and found.equivalent and found.seeds == len(lowest.lines):
+        if found is not None and found.equivalent and found.seeds == len(lowest.runs):
             recommended, given_up = setting, found
             break
     gaps = [gap(recommended, setting, margin) for setting in by_cost if setting is not recommended]
@@ -232,7 +232,7 @@ def _gain(recommended: Setting, to_base: Gap, comparisons: Sequence[Comparison])
 
 def _verdict_on_base(recommended: Setting, comparisons: Sequence[Comparison]) -> str:
     for comparison in comparisons:
-        if comparison.key == "base" and comparison.second.line is recommended.line:
+        if comparison.key == "base" and comparison.second.first_run is recommended.first_run:
             seeds = comparison.difference.seeds
             if comparison.verdict != "different":
                 return f"; {comparison.verdict} (corrected p = {comparison.p_corrected:.3f})"
@@ -256,7 +256,7 @@ def _unknown(recommended: Setting, settings: Sequence[Setting], names: SettingNa
 
 
 def _seed_fact(settings: Sequence[Setting]) -> Fact:
-    counts = sorted({len(setting.lines) for setting in settings})
+    counts = sorted({len(setting.runs) for setting in settings})
     if counts[-1] == 1:
         text = (
             "one: differences are between these trainings; whether other seeds repeat them is not "
@@ -313,7 +313,8 @@ def _edge_fact(recommended: Setting, settings: Sequence[Setting]) -> list[Fact]:
 
 def _training_fact(settings: Sequence[Setting], names: SettingNames) -> list[Fact]:
     steps = {
-        names.of(setting): int(setting.line.run.record["training"]["steps"]) for setting in settings
+        names.of(setting): int(setting.first_run.run.record["training"]["steps"])
+        for setting in settings
     }
     few = [name for name, count in steps.items() if count < FEW_STEPS]
     falling = [names.of(setting) for setting in settings if _still_falling(setting)]
@@ -338,7 +339,7 @@ def _listed(names: Sequence[str], total: int) -> str:
 
 
 def _still_falling(setting: Setting) -> bool:
-    losses = [step["loss"] for step in setting.line.run.steps()]
+    losses = [step["loss"] for step in setting.first_run.run.steps()]
     fifth = len(losses) // 5
     if fifth < 4:
         return False
@@ -347,7 +348,7 @@ def _still_falling(setting: Setting) -> bool:
 
 
 def _test_set_fact(recommended: Setting) -> Fact:
-    run = recommended.line
+    run = recommended.first_run
     groups = recommended.estimate().groups
     few = "; fewer than 300: small differences stay open" if len(run.scores) < 300 else ""
     return Fact("Test set", f"{len(run.scores)} rows in {groups} groups{few}.", "setup")

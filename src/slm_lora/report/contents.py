@@ -24,9 +24,9 @@ from slm_lora.stats.comparisons import (
     Comparison,
     Setting,
     all_comparisons,
-    arms,
     by_category,
     equivalence_margin,
+    group_settings,
     series_along,
 )
 from slm_lora.stats.inference import LEAST_GROUPS
@@ -62,18 +62,20 @@ def analyse(runs: Sequence[ScoredRun]) -> Analysis:
         IntegrityError: they were scored on different rows.
     """
     comparisons = all_comparisons(runs)
-    settings = arms(runs)
+    settings = group_settings(runs)
     base = next((Setting((run,)) for run in runs if run.is_base), None)
     names = SettingNames(settings)
     curves = []
     for series in series_along("data.size", settings):
-        sized = [(point.training_rows, [run.scores for run in point.lines]) for point in series]
+        sized = [(point.training_rows, [run.scores for run in point.runs]) for point in series]
         name = names.series("data.size", series[0])
         if curve := learning_curve.fit(name, sized, series[0].metric):
             curves.append(curve)
     # Losses of models with other tokenizers do not compare: the card is on the first base's.
     comparable = [
-        setting for setting in settings if base is None or _same_tokens(setting.line, base.line)
+        setting
+        for setting in settings
+        if base is None or _same_tokens(setting.first_run, base.first_run)
     ]
     card = make_card(comparable, base, comparisons, equivalence_margin(runs[0]), names)
     return Analysis(
@@ -170,8 +172,8 @@ def _present(pictures: Sequence[Picture | None]) -> tuple[Picture, ...]:
 def _training(settings: Sequence[Setting], names: SettingNames) -> str:
     items = []
     for setting in settings:
-        record = setting.line.run.record["training"]
-        seeds = f", first of {len(setting.lines)} seeds" if len(setting.lines) > 1 else ""
+        record = setting.first_run.run.record["training"]
+        seeds = f", first of {len(setting.runs)} seeds" if len(setting.runs) > 1 else ""
         items.append(
             f"- {names.of(setting)}: {record['steps']} steps, {record['tokens']:,} tokens, last "
             f"training loss {record['last_step_loss']:.3f}{seeds}"
@@ -209,7 +211,7 @@ def _categories(analysis: Analysis) -> list[Section]:
         for pair in analysis.comparisons
         if pair.key == "base"
         and analysis.card.recommended is not None
-        and pair.second.line is analysis.card.recommended.line
+        and pair.second.first_run is analysis.card.recommended.first_run
     ]
     for pair in to_base[:1]:
         second, first = analysis.names.of(pair.second), analysis.names.of(pair.first)

@@ -74,7 +74,7 @@ class Quoted:
 
     Attributes:
         rows: the data set, by id.
-        answer: lets the base and the adapter of a run answer prompts; None: nobody is asked.
+        answer: lets the base and the adapter of a run answer prompts; None: no replies.
     """
 
     rows: Mapping[str, Row]
@@ -120,7 +120,7 @@ def rows(
     if quoted is None:
         return [Section("Rows", text, anchor="rows", folded=True)]
     shown = [_row(score, quoted.rows) for _, score, *_ in chosen]
-    run = best.second.line.run
+    run = best.second.first_run.run
     answers = _answers(run, shown, quoted)
     if answers:
         text += "\n\nReplies are greedy, by the base and by the first seed's adapter."
@@ -173,7 +173,9 @@ def _text(rule: str, row: Row, answers: Sequence[outputs.Answer], context_seen: 
 
 def _chosen(best: Comparison) -> list[tuple[str, RowScore, float, float]]:
     before, after = _values(best.first), _values(best.second)
-    of_row = {score.row_id: score for score in best.first.line.scores if score.row_id in before}
+    of_row = {
+        score.row_id: score for score in best.first.first_run.scores if score.row_id in before
+    }
     order = sorted(of_row, key=lambda row: (after[row] - before[row], row))
     if len(order) < 3:
         return []
@@ -200,10 +202,10 @@ def _once(picked: Sequence[tuple[str, str]]) -> list[tuple[str, str]]:
 def _values(setting: Setting) -> dict[str, float]:
     """The metric of every row that has it, mean over seeds."""
     sums: dict[str, float] = {}
-    for run in setting.lines:
+    for run in setting.runs:
         for score in run.scores:
             numerator, denominator = setting.metric.parts(score)
             if denominator:
-                share = numerator / denominator / len(setting.lines)
+                share = numerator / denominator / len(setting.runs)
                 sums[score.row_id] = sums.get(score.row_id, 0.0) + share
     return sums

@@ -40,7 +40,8 @@ def gaps(card: Card, names: SettingNames) -> Picture | None:
     axes.axvline(0, color=INK, lw=0.8)
     # The recommended setting has its place in the order of cost.
     place = sum(
-        gap.setting.line.is_base or cost(gap.setting) <= cost(card.recommended) for gap in others
+        gap.setting.first_run.is_base or cost(gap.setting) <= cost(card.recommended)
+        for gap in others
     )
     labels = [names.of(gap.setting) for gap in others]
     labels.insert(place, f"{names.of(card.recommended)} (recommended)")
@@ -85,7 +86,7 @@ def training_curves(settings: Sequence[Setting], names: SettingNames) -> Picture
         return None
     figure, axes = new_axes(3.2)
     for index, setting in enumerate(settings):
-        steps = setting.line.run.steps()
+        steps = setting.first_run.run.steps()
         losses = [step["loss"] for step in steps]
         window = max(1, len(losses) // 20)
         smooth = [
@@ -222,8 +223,8 @@ def time_and_loss(settings: Sequence[Setting], names: SettingNames) -> Picture |
     figure, axes = new_axes(3.0)
     points = []
     for index, setting in enumerate(settings):
-        seconds = sum(run.run.record["training"]["seconds"] for run in setting.lines)
-        minutes, loss = seconds / len(setting.lines) / 60, setting.estimate().value
+        seconds = sum(run.run.record["training"]["seconds"] for run in setting.runs)
+        minutes, loss = seconds / len(setting.runs) / 60, setting.estimate().value
         axes.plot(
             [minutes], [loss], marker=MARKERS[index % len(MARKERS)], ms=7, color=INK, mfc="white"
         )

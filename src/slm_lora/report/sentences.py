@@ -233,7 +233,7 @@ def confounds(comparisons: Sequence[Comparison]) -> str:
         if len({_trainable(setting) for setting in compared}) > 1:
             items.append(f"Methods train different numbers of weights ({_weights(kinds)}).")
     if any(pair.second.is_full for pair in kinds):
-        precision = kinds[0].second.line.run.record["model"]["precision"]
+        precision = kinds[0].second.first_run.run.record["model"]["precision"]
         items.append(
             f"Full fine-tuning is saved and scored in {precision}, adapters in fp32 on a base in "
             f"{precision}: small changes of a weight may be lost to rounding."
@@ -248,11 +248,11 @@ def confounds(comparisons: Sequence[Comparison]) -> str:
 
 
 def _steps(setting: Setting) -> int:
-    return int(setting.line.run.record["training"]["steps"])
+    return int(setting.first_run.run.record["training"]["steps"])
 
 
 def _trainable(setting: Setting) -> int:
-    return int(setting.line.run.record["adapter"]["trainable_parameters"])
+    return int(setting.first_run.run.record["adapter"]["trainable_parameters"])
 
 
 def _weights(comparisons: Sequence[Comparison]) -> str:
@@ -262,7 +262,7 @@ def _weights(comparisons: Sequence[Comparison]) -> str:
 def _per_setting(comparisons: Sequence[Comparison], section: str, key: str) -> str:
     settings = [setting for pair in comparisons for setting in (pair.first, pair.second)]
     names = SettingNames(settings)
-    counts = {names.of(setting): setting.line.run.record[section][key] for setting in settings}
+    counts = {names.of(setting): setting.first_run.run.record[section][key] for setting in settings}
     return "; ".join(f"{name}: {count:,}" for name, count in counts.items())
 
 

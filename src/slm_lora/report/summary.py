@@ -45,11 +45,11 @@ def _setting_row(
 ) -> list[str]:
     value = setting.estimate().value
     exponential = f"{perplexity(value):.2f}" if setting.metric.has_perplexity else "–"
-    start = [names.of(setting) + mark, f"{len(setting.lines)}"]
+    start = [names.of(setting) + mark, f"{len(setting.runs)}"]
     numbers = [f"{value:.4f}", exponential, _gap_cell(difference)]
-    if setting.line.is_base:
+    if setting.first_run.is_base:
         return [start[0], "–", *numbers, "–", "–", "–"]
-    records = [run.run.record for run in setting.lines]
+    records = [run.run.record for run in setting.runs]
     seconds = sum(record["training"]["seconds"] for record in records) / len(records)
     peak = max(record["training"]["peak_memory_bytes"] for record in records)
     trainable = records[0]["adapter"]["trainable_parameters"]
@@ -159,7 +159,7 @@ def metrics_table(
 
 def _has(metric: Metric, setting: Setting) -> bool:
     """Whether the rows of a setting's runs have a metric."""
-    return all(any(metric.parts(score)[1] for score in run.scores) for run in setting.lines)
+    return all(any(metric.parts(score)[1] for score in run.scores) for run in setting.runs)
 
 
 def category_table(settings: Sequence[Setting], base: Setting | None, names: SettingNames) -> str:
@@ -168,7 +168,7 @@ def category_table(settings: Sequence[Setting], base: Setting | None, names: Set
     categories = category_names(columns[0])
     if not categories:
         return ""
-    scores = columns[0].line.scores
+    scores = columns[0].first_run.scores
     rows = []
     for category in categories:
         count = sum(score.category == category for score in scores)
@@ -179,6 +179,6 @@ def category_table(settings: Sequence[Setting], base: Setting | None, names: Set
 
 def category_names(setting: Setting) -> list[str]:
     """The thirty largest categories of the scored rows by name; none if there is but one."""
-    counts = Counter(score.category for score in setting.line.scores if score.tokens_response)
+    counts = Counter(score.category for score in setting.first_run.scores if score.tokens_response)
     del counts[""]
     return sorted(name for name, _ in counts.most_common(30)) if len(counts) > 1 else []

@@ -25,7 +25,7 @@ class Answer:
 
 @dataclass(frozen=True, slots=True)
 class Compared:
-    """One prompt and everybody's answers."""
+    """One prompt with the replies of all models."""
 
     prompt: str
     reference: str

@@ -36,7 +36,7 @@ _rank, _size, _local = 0, 1, 0
 class PeerLostError(StorageError):
     """Another process of this run is gone, so this one cannot go on.
 
-    Its exit code is for whoever started the processes: not this one is the reason.
+    A secondary failure, by its exit code: the launcher reports the root cause.
     """
 
     exit_code = 76

@@ -168,7 +168,7 @@ def release_freed_memory() -> None:
 
 
 def reset_peak_memory(device: str) -> None:
-    """Begin to measure peak memory anew; see `peak_memory_bytes`.
+    """Reset the peak of memory; see `peak_memory_bytes`.
 
     What earlier work freed is given back first, or it would count as ours.
     """

@@ -48,7 +48,7 @@ def take_repeated_signals_for_one(seconds: float) -> None:
 @contextmanager
 def gentle_stop() -> Iterator[Stop]:
     """Within, the first signal only sets the flag, for the work to look at; the second is
-    Ctrl-C as usual. A request that nobody looked at counts when the block ends.
+    Ctrl-C as usual. A request that was not checked counts when the block ends.
 
     Off the main thread, where Python handles no signals, the flag is never set.
 

@@ -1,4 +1,4 @@
-"""Standard output and error that never fail: whatever the encoding, and when nobody reads on."""
+"""Standard output and error that never raise: any encoding, closed pipes."""
 
 from __future__ import annotations
 

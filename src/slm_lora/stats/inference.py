@@ -6,7 +6,8 @@ which of them it covers:
 - one seed: BCa bootstrap over groups (Efron 1987), which covers the rows alone;
 - several seeds: the widest of Student's interval over seeds, of Satterthwaite's for the sum of
   both variances, and of a two-way bootstrap over groups and seeds, which cover both. The first
-  knows how little few seeds say; the second adds the rows to that; the third asks for no bell.
+  has the few degrees of freedom of few seeds; the second adds the rows; the third does not assume
+  normality.
 """
 
 from __future__ import annotations
@@ -217,7 +218,7 @@ def _sign_flip(sample: Paired) -> float:
 BATCH = 500
 """Resamples at once: of 1,000 groups 4 MB in float64."""
 CACHED_GROUPS = 10_000
-"""Resamples of more groups are drawn anew for each comparison: of this many they take 100 MB."""
+"""Resamples of more groups are not cached: of this many they take 100 MB."""
 
 Counts = npt.NDArray[np.signedinteger[Any]]
 

@@ -1,6 +1,6 @@
 """How many rows and seeds would decide what was not decided.
 
-They are for a new experiment: whoever adds seeds to the one that was looked at, and tests again,
+They are for a new experiment: adding seeds to one whose result was seen, and testing again,
 calls more equal things different than the test allows for.
 """
 

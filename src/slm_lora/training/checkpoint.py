@@ -199,7 +199,7 @@ class Checkpointer:
         if changed:
             self.say(
                 f"  warning: the checkpoint was made with other {', '.join(changed)}: the result "
-                "may differ in rounding from that of one sitting"
+                "may differ in rounding from that of one process"
             )
 
     def remove(self) -> None:
