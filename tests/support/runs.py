@@ -26,15 +26,34 @@ def line(name: str, loss: float, **settings: Any) -> ScoredRun:
         )
         for i in range(40)
     )  # fmt: skip
-    record = {
+    rows = {"rows": 9, "tokens": 90}
+    held_out = {"loss": loss, "perplexity": 1.0, "tokens": 400, "rows": 40, "bits_per_byte": 1.0}
+    record: dict[str, Any] = {
+        "format": 1,
         "cell": name,
+        "hash": "0",
+        "experiment": "planted",
         "recipe": recipe,
         "model": {"name": "tiny", "sha256": "0", "precision": "fp32"},
-        "machine": {"device": "cpu"},
-        "data": {"held_out_sha256": "0", "origin": "rows.jsonl", "sets": {"train": {"rows": 9}}},
-        "evaluation": {"headline": "all"},
-        "training": {"steps": 5},
-    }
+        "machine": {"processor": "none", "cores": 1, "memory_gb": 1.0, "device": "cpu"},
+        "versions": {},
+        "data": {
+            "origin": "rows.jsonl", "format": "dolly", "template": {"kind": "plain"},
+            "rows_available": 60, "groups": 60, "split_version": 2, "held_out_sha256": "0",
+            "train_sha256": "0", "sets": {"test": rows, "validation": rows, "train": dict(rows)},
+        },
+        "evaluation": {"headline": "all", "all": held_out},
+    }  # fmt: skip
     if name != "base":
-        record["adapter"] = {"trainable_parameters": recipe["adapter"]["r"]}
+        rank = recipe["adapter"]["r"]
+        record["adapter"] = {
+            "folder": name, "sha256": "0", "bytes": 1, "trainable_parameters": rank,
+            "all_parameters": 100, "percent": 1.0,
+        }  # fmt: skip
+        record["training"] = {
+            "steps": 5, "epochs": 1.0, "tokens": 1000, "label_tokens": 1000, "seconds": 1.0,
+            "first_step_seconds": 0.1, "tokens_per_s": 1.0, "peak_memory_bytes": 1,
+            "compiled": False, "last_step_loss": 1.0, "rows_without_labels": 0, "kept_step": 5,
+            "stopped_early": False, "skipped_steps": 0,
+        }  # fmt: skip
     return ScoredRun(Run(Path(name), record), scores)

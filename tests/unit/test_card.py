@@ -22,19 +22,19 @@ def run(
 ) -> ScoredRun:
     """A run of `line` with its training: ``steps`` losses, at the end falling or level."""
     scored = line(name, loss, **keys)
-    record = dict(scored.run.record)
+    record = dict(scored.run.raw)
     path = folder / name
     path.mkdir()
     if name != "base":
         rank = record["adapter"]["trainable_parameters"]
-        record["training"] = {
+        record["training"] = record["training"] | {
             "steps": steps, "tokens": 1000 * steps, "seconds": 60.0 * rank,
             "peak_memory_bytes": 10**9,
         }  # fmt: skip
         losses = [3.0 - 0.01 * step if falling else 2.0 for step in range(steps)]
         text = "".join(f"{json.dumps({'step': i, 'loss': x})}\n" for i, x in enumerate(losses))
         (path / "steps.jsonl").write_text(text)
-    return replace(scored, run=replace(scored.run, folder=path, record=record))
+    return replace(scored, run=replace(scored.run, folder=path, raw=record))
 
 
 def card_of(runs: list[ScoredRun], margin: float = 0.02) -> Card:

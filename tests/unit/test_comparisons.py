@@ -19,7 +19,7 @@ from ..support.runs import line
 def test_runs_of_before_a_key_are_those_of_its_default() -> None:
     """A record without the key is read as if it had it, so old and new seeds are one arm."""
     lines = [line("base", 3.0), *(line(f"s{n}", 2.0 + 0.01 * n, seed=n) for n in range(3))]
-    old = lines[1].run.record["recipe"]
+    old = lines[1].run.raw["recipe"]
     del old["training"]["fsdp"], old["training"]["activation_checkpointing"]
     del old["model"]["quantization"]
     assert [len(arm.runs) for arm in group_settings(lines)] == [3]
@@ -87,7 +87,7 @@ def test_methods_are_compared_with_lora() -> None:
 
 def test_all_rows_are_the_largest_size() -> None:
     lines = [line(name, 2.0, data__size=n) for name, n in (("all", None), ("100", 100))]
-    lines[0].run.record["data"]["sets"]["train"]["rows"] = 900
+    lines[0].run.raw["data"]["sets"]["train"]["rows"] = 900
     assert compared(lines) == [("data.size", "100", "all")]
 
 

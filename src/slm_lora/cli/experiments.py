@@ -252,7 +252,7 @@ def report(
 
 def _adapters(runs: Any, places: Any) -> list[Path]:
     """Where the adapters of finished runs lie, of those that are kept."""
-    tuned = [run for run in runs if "adapter" in run.record] if places.keep_adapters else []
+    tuned = [run for run in runs if "adapter" in run.raw] if places.keep_adapters else []
     return [folder for run in tuned if (folder := places.adapter_of(run)) is not None]
 
 

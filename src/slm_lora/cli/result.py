@@ -67,5 +67,5 @@ def _next_commands(analysis: Analysis, adapters: Sequence[Path]) -> list[tuple[s
 
 
 def _adapter_of(run: Run, adapters: Sequence[Path]) -> Path | None:
-    ends = (f"-{run.cell}", f"-{run.cell}-{str(run.record['hash'])[:8]}")
+    ends = (f"-{run.cell}", f"-{run.cell}-{str(run.raw['hash'])[:8]}")
     return next((folder for folder in adapters if folder.name.endswith(ends)), None)

@@ -59,9 +59,9 @@ class ExperimentPaths:
 
         Results are shared without adapters, and a folder may have been changed since.
         """
-        for folder in self.adapter_names(run.cell, run.record["hash"]):
+        for folder in self.adapter_names(run.cell, run.raw["hash"]):
             weights = adapter_io.weights_file(folder)
-            if weights is not None and sha256_file(weights) == run.record["adapter"]["sha256"]:
+            if weights is not None and sha256_file(weights) == run.record.saved.sha256:
                 return folder
         return None
 

@@ -105,8 +105,8 @@ def cost(setting: Setting) -> tuple[float, float]:
     Seconds are measured, and depend on what else the machine did.
     """
     records = [run.run.record for run in setting.runs]
-    tokens = sum(record["training"]["tokens"] for record in records) / len(records)
-    return tokens, records[0]["adapter"]["trainable_parameters"]
+    tokens = sum(record.trained.tokens for record in records) / len(records)
+    return tokens, records[0].saved.trainable_parameters
 
 
 def gap(
@@ -312,10 +312,7 @@ def _edge_fact(recommended: Setting, settings: Sequence[Setting]) -> list[Fact]:
 
 
 def _training_fact(settings: Sequence[Setting], names: SettingNames) -> list[Fact]:
-    steps = {
-        names.of(setting): int(setting.first_run.run.record["training"]["steps"])
-        for setting in settings
-    }
+    steps = {names.of(setting): setting.first_run.run.record.trained.steps for setting in settings}
     few = [name for name, count in steps.items() if count < FEW_STEPS]
     falling = [names.of(setting) for setting in settings if _still_falling(setting)]
     parts = []

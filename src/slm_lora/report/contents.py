@@ -85,7 +85,7 @@ def analyse(runs: Sequence[ScoredRun]) -> Analysis:
 
 def _same_tokens(first: ScoredRun, second: ScoredRun) -> bool:
     return all(
-        run.run.record["data"]["held_out_sha256"] == first.run.record["data"]["held_out_sha256"]
+        run.run.record.data.held_out_sha256 == first.run.record.data.held_out_sha256
         for run in (first, second)
     )
 
@@ -172,11 +172,11 @@ def _present(pictures: Sequence[Picture | None]) -> tuple[Picture, ...]:
 def _training(settings: Sequence[Setting], names: SettingNames) -> str:
     items = []
     for setting in settings:
-        record = setting.first_run.run.record["training"]
+        record = setting.first_run.run.record.trained
         seeds = f", first of {len(setting.runs)} seeds" if len(setting.runs) > 1 else ""
         items.append(
-            f"- {names.of(setting)}: {record['steps']} steps, {record['tokens']:,} tokens, last "
-            f"training loss {record['last_step_loss']:.3f}{seeds}"
+            f"- {names.of(setting)}: {record.steps} steps, {record.tokens:,} tokens, last "
+            f"training loss {record.last_step_loss:.3f}{seeds}"
         )
     return "\n".join(items) or "Nothing was trained."
 
@@ -240,17 +240,17 @@ def table_text(analysis: Analysis, results: Path) -> str:
 def runs_text(runs: Sequence[ScoredRun]) -> str:
     """Every run in the described columns, losses with their intervals, and what they are."""
     record = runs[0].run.record
-    data, machine = record["data"], record["machine"]
+    data, machine = record.data, record.machine
     tokens = "the whole text" if runs[0].headline == "all" else "the response"
     seeds = ", ".join(map(str, sorted({run.resolved["seed"] for run in runs})))
-    gpu = f", {machine['gpu']}" if "gpu" in machine else ""
+    gpu = f", {machine.gpu}" if machine.gpu else ""
     notes = [
         f"Eval Loss: total negative log-likelihood over the tokens of {tokens} (end-of-sequence "
-        f"token included), in nats per token, on the same {data['sets']['test']['rows']} test rows "
+        f"token included), in nats per token, on the same {data.sets.test.rows} test rows "
         "for every run; Perplexity is its exponential.",
-        f"Base: {record['model']['name']}, {record['model']['precision']}; data: {data['origin']}; "
-        f"template: {data['template']['kind']}; seed(s): {seeds}.",
-        f"Run on {machine['processor']}, {machine['cores']} cores, {machine['memory_gb']} GB{gpu}. "
+        f"Base: {record.model.name}, {record.model.precision}; data: {data.origin}; "
+        f"template: {data.template.kind}; seed(s): {seeds}.",
+        f"Run on {machine.processor}, {machine.cores} cores, {machine.memory_gb} GB{gpu}. "
         "Tokens/s counts real tokens of training, without the first two steps.",
     ]
     return (

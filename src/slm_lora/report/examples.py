@@ -144,9 +144,9 @@ def _row(score: RowScore, rows: Mapping[str, Row]) -> Row:
 
 def _context_seen(run: Run) -> bool:
     """Whether contexts were part of the text that a run was scored on."""
-    template = run.record["data"]["template"]
+    template = run.record.data.template
     # The template plain has no place for one.
-    return bool(template["include_context"]) and template["kind"] != "plain"
+    return template.include_context and template.kind != "plain"
 
 
 def _answers(

@@ -223,7 +223,7 @@ def time_and_loss(settings: Sequence[Setting], names: SettingNames) -> Picture |
     figure, axes = new_axes(3.0)
     points = []
     for index, setting in enumerate(settings):
-        seconds = sum(run.run.record["training"]["seconds"] for run in setting.runs)
+        seconds = sum(run.run.record.trained.seconds for run in setting.runs)
         minutes, loss = seconds / len(setting.runs) / 60, setting.estimate().value
         axes.plot(
             [minutes], [loss], marker=MARKERS[index % len(MARKERS)], ms=7, color=INK, mfc="white"

@@ -52,16 +52,14 @@ class SettingNames:
         if len(kinds) > 1 and "adapter.kind" not in self._keys:
             self._keys.insert(0, "adapter.kind")
         self._sizes = len({setting.setting("data.size") for setting in settings}) > 1
-        self._models = (
-            len({setting.first_run.run.record["model"]["name"] for setting in settings}) > 1
-        )
+        self._models = len({setting.first_run.run.record.model.name for setting in settings}) > 1
 
     def of(self, setting: Setting) -> str:
         """``r=16, 1500 rows``; for the base model ``base``."""
         if setting.first_run.is_base:
-            model = setting.first_run.run.record["model"]["name"]
+            model = setting.first_run.run.record.model.name
             return f"base {model}" if self._models else "base"
-        parts = [setting.first_run.run.record["model"]["name"]] if self._models else []
+        parts = [setting.first_run.run.record.model.name] if self._models else []
         full = setting.is_full
         if full:
             parts.append(METHOD_LABELS["full"])

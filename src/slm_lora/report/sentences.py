@@ -7,7 +7,7 @@ about settings, only about these trainings.
 from __future__ import annotations
 
 import math
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 
 from slm_lora.config.schema import METHOD_LABELS
 from slm_lora.report.blocks import plain
@@ -24,8 +24,8 @@ def question(
     runs: Sequence[ScoredRun], settings: Sequence[Setting], comparisons: Sequence[Comparison]
 ) -> str:
     """The question of the experiment, from what its comparisons vary."""
-    model = plain(runs[0].run.record["model"]["name"])
-    data = plain(runs[0].run.record["data"]["origin"].split(" ")[0])
+    model = plain(runs[0].run.record.model.name)
+    data = plain(runs[0].run.record.data.origin.split(" ")[0])
     outcome = f"the held-out loss of {model} on {data}"
     keys = {pair.key for pair in comparisons}
     factors = [_methods(settings)] if settings and "adapter.kind" not in keys else []
@@ -112,7 +112,7 @@ def method(runs: Sequence[ScoredRun], comparisons: Sequence[Comparison]) -> str:
         f"{tokens[first.headline].removeprefix('all ').removeprefix('the ')}; perplexity is its "
         f"exponential. Both are computed on the same {len(first.scores)} test rows in "
         f"{loss.groups} groups for every run. Differences are paired by row. {covered}{family} "
-        f"Base weights in {first.run.record['model']['precision']}."
+        f"Base weights in {first.run.record.model.precision}."
     )
 
 
@@ -211,7 +211,7 @@ def confounds(comparisons: Sequence[Comparison]) -> str:
             "so a smaller set is repeated more often."
             if same
             else "More rows also mean more optimizer steps; the two effects are not separated "
-            f"(steps: {_per_setting(sizes, 'training', 'steps')})."
+            f"(steps: {_per_setting(sizes, _steps)})."
         )
     if ranks := by_key.get("adapter.r"):
         first = ranks[0].first
@@ -233,7 +233,7 @@ def confounds(comparisons: Sequence[Comparison]) -> str:
         if len({_trainable(setting) for setting in compared}) > 1:
             items.append(f"Methods train different numbers of weights ({_weights(kinds)}).")
     if any(pair.second.is_full for pair in kinds):
-        precision = kinds[0].second.first_run.run.record["model"]["precision"]
+        precision = kinds[0].second.first_run.run.record.model.precision
         items.append(
             f"Full fine-tuning is saved and scored in {precision}, adapters in fp32 on a base in "
             f"{precision}: small changes of a weight may be lost to rounding."
@@ -248,22 +248,22 @@ def confounds(comparisons: Sequence[Comparison]) -> str:
 
 
 def _steps(setting: Setting) -> int:
-    return int(setting.first_run.run.record["training"]["steps"])
+    return setting.first_run.run.record.trained.steps
 
 
 def _trainable(setting: Setting) -> int:
-    return int(setting.first_run.run.record["adapter"]["trainable_parameters"])
+    return setting.first_run.run.record.saved.trainable_parameters
 
 
 def _weights(comparisons: Sequence[Comparison]) -> str:
-    return _per_setting(comparisons, "adapter", "trainable_parameters")
+    return _per_setting(comparisons, _trainable)
 
 
-def _per_setting(comparisons: Sequence[Comparison], section: str, key: str) -> str:
+def _per_setting(comparisons: Sequence[Comparison], count: Callable[[Setting], int]) -> str:
     settings = [setting for pair in comparisons for setting in (pair.first, pair.second)]
     names = SettingNames(settings)
-    counts = {names.of(setting): setting.first_run.run.record[section][key] for setting in settings}
-    return "; ".join(f"{name}: {count:,}" for name, count in counts.items())
+    counts = {names.of(setting): count(setting) for setting in settings}
+    return "; ".join(f"{name}: {number:,}" for name, number in counts.items())
 
 
 def scaling(

@@ -2,39 +2,39 @@
 
 from __future__ import annotations
 
-from collections.abc import Mapping, Sequence
+from collections.abc import Sequence
 from pathlib import Path
-from typing import Any
 
 from slm_lora.report.blocks import plain
 from slm_lora.runs.folder import Run, named, run_folders
+from slm_lora.runs.record import RunRecord
 from slm_lora.runs.scored_run import ScoredRun
 
 
 def setup(runs: Sequence[ScoredRun], results: Path) -> str:
     """Facts as a Markdown list, and the command that makes the report."""
     record = runs[0].run.record
-    data, model = record["data"], record["model"]
-    sets = {run.run.cell: run.run.record["data"]["sets"] for run in runs if not run.is_base}
-    sets = sets or {runs[0].run.cell: data["sets"]}
-    trained = sorted({of_run["train"]["rows"] for of_run in sets.values()})
-    first = data["sets"]
+    data, model = record.data, record.model
+    sets = {run.run.cell: run.run.record.data.sets for run in runs if not run.is_base}
+    sets = sets or {runs[0].run.cell: data.sets}
+    trained = sorted({of_run.train.rows for of_run in sets.values()})
+    first = data.sets
     facts = [
-        f"Model: {model['name']}"
-        + (f", revision {model['revision']}" if model["revision"] else "")
-        + f"; SHA-256 of its weights {model['sha256'][:16]}…; computed in {model['precision']}.",
-        f"Data: {plain(data['origin'])}, format {data['format']}, template "
-        f"{data['template']['kind']}; "
-        f"{data['rows_available']} rows in {data['groups']} groups of related rows "
-        f"({_relations(record)}; split version {data['split_version']}).",
-        f"Left out: {data['duplicates_dropped']} exact duplicates, {data['bad_rows_skipped']} "
+        f"Model: {model.name}"
+        + (f", revision {model.revision}" if model.revision else "")
+        + f"; SHA-256 of its weights {model.sha256[:16]}…; computed in {model.precision}.",
+        f"Data: {plain(data.origin)}, format {data.format}, template "
+        f"{data.template.kind}; "
+        f"{data.rows_available} rows in {data.groups} groups of related rows "
+        f"({_relations(record)}; split version {data.split_version}).",
+        f"Left out: {data.duplicates_dropped} exact duplicates, {data.bad_rows_skipped} "
         "malformed rows.",
-        f"Sets: {first['test']['rows']} test rows ({first['test']['tokens']} tokens), "
-        f"{first['validation']['rows']} validation rows, "
+        f"Sets: {first.test.rows} test rows ({first.test.tokens} tokens), "
+        f"{first.validation.rows} validation rows, "
         + " and ".join(map(str, trained))
-        + f" training rows; SHA-256 of the held-out tokens {data['held_out_sha256'][:16]}….",
+        + f" training rows; SHA-256 of the held-out tokens {data.held_out_sha256[:16]}….",
         *_cut_rows(runs),
-        "Versions: " + ", ".join(f"{k} {v}" for k, v in record["versions"].items()) + ".",
+        "Versions: " + ", ".join(f"{k} {v}" for k, v in record.versions.items()) + ".",
         f"Runs: {', '.join(f'`{run.run.folder.name}`' for run in runs)}.",
     ]
     again = (
@@ -48,7 +48,7 @@ def setup(runs: Sequence[ScoredRun], results: Path) -> str:
     return "\n".join(f"- {fact}" for fact in facts) + f"\n\n{again}\n\n```\n{command}\n```"
 
 
-def _relations(record: Mapping[str, Any]) -> str:
+def _relations(record: RunRecord) -> str:
     """What tied the rows: the recipe's relations, or what there was before a recipe named them."""
     named = {
         "group": "same named group",
@@ -57,27 +57,27 @@ def _relations(record: Mapping[str, Any]) -> str:
         "context": "same context",
         "near": "nearly the same prompt",
     }
-    chosen = record["recipe"]["data"].get("group_by")
+    chosen = record.recipe["data"].get("group_by")
     if chosen is not None:
         return ", ".join(named[relation] for relation in chosen) or "none: every row by itself"
-    near = ", or nearly the same prompt" if record["data"]["split_version"] > 1 else ""
+    near = ", or nearly the same prompt" if record.data.split_version > 1 else ""
     return f"same instruction, context or named group{near}"
 
 
 def _cut_rows(runs: Sequence[ScoredRun]) -> list[str]:
-    counted = runs[0].run.record["data"]["long_rows"]
+    counted = runs[0].run.record.data.long_rows
     which, test = ("test rows", counted["test"]) if "test" in counted else ("rows", counted["all"])
-    if not test["rows"]:
+    if not test.rows:
         return []
     limit = runs[0].setting("data.max_length")
-    if test["policy"] == "split":
+    if test.policy == "split":
         return [
-            f"{test['rows']} {which} were longer than {limit} tokens, and were split into pieces, "
-            f"which count as rows here (the longest row had {test['longest']} tokens)."
+            f"{test.rows} {which} were longer than {limit} tokens, and were split into pieces, "
+            f"which count as rows here (the longest row had {test.longest} tokens)."
         ]
     return [
-        f"{test['rows']} {which} were longer than {limit} tokens ({test['policy']}; "
-        f"{test['tokens_cut']} tokens cut, the longest row had {test['longest']})."
+        f"{test.rows} {which} were longer than {limit} tokens ({test.policy}; "
+        f"{test.tokens_cut} tokens cut, the longest row had {test.longest})."
     ]
 
 

@@ -50,9 +50,9 @@ def _setting_row(
     if setting.first_run.is_base:
         return [start[0], "–", *numbers, "–", "–", "–"]
     records = [run.run.record for run in setting.runs]
-    seconds = sum(record["training"]["seconds"] for record in records) / len(records)
-    peak = max(record["training"]["peak_memory_bytes"] for record in records)
-    trainable = records[0]["adapter"]["trainable_parameters"]
+    seconds = sum(record.trained.seconds for record in records) / len(records)
+    peak = max(record.trained.peak_memory_bytes for record in records)
+    trainable = records[0].saved.trainable_parameters
     return [*start, *numbers, count_text(trainable), clock(seconds), f"{peak / 1e9:.1f} GB"]
 
 

@@ -26,7 +26,7 @@ def varied_keys(runs: Sequence[ScoredRun]) -> list[str]:
     seen: dict[str, set[str]] = {}
     for run in runs:
         if not run.is_base:
-            for key in run.run.record["settings"]:
+            for key in run.run.record.settings:
                 seen.setdefault(key, set())
     for key, values in seen.items():
         values.update(str(run.setting(key)) for run in runs if not run.is_base)
@@ -42,30 +42,30 @@ def header(runs: Sequence[ScoredRun]) -> list[str]:
 def cells(run: ScoredRun, runs: Sequence[ScoredRun]) -> list[str]:
     """What one run shows under `header`."""
     record = run.run.record
-    found = record["evaluation"][run.headline]
-    scores = [f"{found['loss']:.4f}", f"{found['perplexity']:.3f}"]
+    loss = record.evaluation.loss(run.headline) or record.evaluation.all
+    scores = [f"{loss.loss:.4f}", f"{loss.perplexity:.3f}"]
     if run.is_base:
         varied = ["–"] * len(varied_keys(runs))
         quantization = run.setting("model.quantization")
-        name = record["model"]["name"] + (f" ({quantization})" if quantization else "")
+        name = record.model.name + (f" ({quantization})" if quantization else "")
         return [name, "–", "–", "–", *scores, *varied, *["–"] * len(MEASURED)]
-    adapter, training = record["adapter"], record["training"]
+    adapter, training = record.saved, record.trained
     full = run.setting("adapter.kind") == "full"
     size = run.setting("data.size")
     return [
         METHOD_LABELS[run.setting("adapter.kind")],
         "all" if size is None else f"{size}",
         "–" if full else f"{run.setting('adapter.r')}",
-        f"{training['epochs']:g}" if training["epochs"] == int(training["epochs"])
-        else f"{training['epochs']:.2f}",
+        f"{training.epochs:g}" if training.epochs == int(training.epochs)
+        else f"{training.epochs:.2f}",
         *scores,
         *[_shown(run.setting(key)) for key in varied_keys(runs)],
-        f"{record['data']['sets']['train']['rows']}",
-        f"{adapter['trainable_parameters']:,}",
-        f"{adapter['percent']:.3f}",
-        f"{training['tokens_per_s']:.0f}",
-        clock(training["seconds"]),
-        f"{training['peak_memory_bytes'] / 1e9:.2f} GB",
+        f"{record.data.sets.train.rows}",
+        f"{adapter.trainable_parameters:,}",
+        f"{adapter.percent:.3f}",
+        f"{training.tokens_per_s:.0f}",
+        clock(training.seconds),
+        f"{training.peak_memory_bytes / 1e9:.2f} GB",
     ]  # fmt: skip
 
 
@@ -82,17 +82,17 @@ def losses_table(runs: Sequence[ScoredRun], tokens: LossOn) -> str:
     """Markdown: loss, perplexity and the mean of the rows' own losses, with 95 % intervals."""
     rows = []
     for run in runs:
-        found = run.run.record["evaluation"].get(tokens)
-        if found is None:
+        recorded = run.run.record.evaluation.loss(tokens)
+        if recorded is None:
             rows.append([run.run.cell, "–", "–", "–", "–"])
             continue
         metric = METRICS[tokens]
         loss, of_rows = (estimate([run.scores], of) for of in (metric, mean_over_rows(metric)))
         per_token = (
-            f"{found['perplexity']:.2f} ({perplexity(loss.low):.2f} to {perplexity(loss.high):.2f})"
+            f"{recorded.perplexity:.2f} ({perplexity(loss.low):.2f} to {perplexity(loss.high):.2f})"
         )
         shown = [run.run.cell, loss_shown(loss), per_token, loss_shown(of_rows)]
-        rows.append([*shown, f"{found['bits_per_byte']:.4f}"])
+        rows.append([*shown, f"{recorded.bits_per_byte:.4f}"])
     return markdown_table(["Cell", "Loss", "Perplexity", "Mean over rows", "Bits/byte"], rows)
 
 

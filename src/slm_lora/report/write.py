@@ -52,7 +52,7 @@ def write_report(
     if not runs:
         raise UsageError(f"{results}: no finished run in it")
     analysis = analyse(read_scored_runs(runs, headline))
-    title = analysis.runs[0].run.record["experiment"]
+    title = analysis.runs[0].run.record.experiment
     question, answer = contents.question(analysis), contents.answer_picture(analysis)
     sections = contents.sections(analysis, results)
     # Numbers first, text and figures after them.
@@ -90,19 +90,19 @@ def _is_ours(path: Path) -> bool:
 
 def _scored(run: ScoredRun) -> list[str]:
     """Losses that the run recorded."""
-    return [name for name in METRICS if name in run.run.record["evaluation"]]
+    return [name for name in METRICS if run.run.record.evaluation.loss(name)]
 
 
 def _metrics(analysis: Analysis) -> dict[str, Any]:
     runs = analysis.runs
     settings = [Setting((run,)) for run in runs if run.is_base] + [*analysis.settings]
     return {
-        "experiment": runs[0].run.record["experiment"],
+        "experiment": runs[0].run.record.experiment,
         "card": analysis.card.record(analysis.names),
         "runs": [
             {
                 "folder": run.run.folder.name,
-                **run.run.record,
+                **run.run.raw,
                 "intervals": {
                     name: estimate([run.scores], METRICS[name]).record() for name in _scored(run)
                 },

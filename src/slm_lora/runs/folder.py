@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import functools
 import json
 from collections.abc import Iterator, Mapping, Sequence
 from contextlib import contextmanager
@@ -9,7 +10,10 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
+from pydantic import ValidationError
+
 from slm_lora.errors import IntegrityError, UsageError
+from slm_lora.runs.record import RunRecord
 from slm_lora.runtime.storage import atomic_folder
 
 RUN_FORMAT = 1
@@ -20,17 +24,38 @@ METRICS_FILE = "metrics.json"
 """Beside the run folders: what the last table was made of."""
 
 
-@dataclass(frozen=True, slots=True)
+@dataclass(frozen=True)
 class Run:
-    """A finished run as it lies on the disk."""
+    """A finished run on disk.
+
+    Attributes:
+        folder: of its files.
+        raw: run.json as it was read.
+    """
 
     folder: Path
-    record: Mapping[str, Any]
+    raw: Mapping[str, Any]
+
+    @functools.cached_property
+    def record(self) -> RunRecord:
+        """run.json as typed values.
+
+        Raises:
+            IntegrityError: a value is missing or of another type.
+        """
+        try:
+            return RunRecord.model_validate(self.raw)
+        except ValidationError as error:
+            first = error.errors()[0]
+            where = ".".join(map(str, first["loc"]))
+            raise IntegrityError(
+                f"{self.folder / RUN_FILE}: broken ({where}: {first['msg']}); {_AGAIN}"
+            ) from error
 
     @property
     def cell(self) -> str:
         """Name of the cell, ``base`` for the base model."""
-        return str(self.record["cell"])
+        return str(self.raw["cell"])
 
     def steps(self) -> list[dict[str, Any]]:
         """The optimizer steps of its training; none for the base.
@@ -39,7 +64,7 @@ class Run:
             IntegrityError: the file is missing or broken.
         """
         path = self.folder / STEPS_FILE
-        if "training" not in self.record:
+        if "training" not in self.raw:
             return []
         try:
             lines = path.read_text(encoding="utf-8").splitlines()
@@ -70,7 +95,7 @@ def find_run(results: Path, cell: str, identity: str) -> Run | None:
     if not (folder / RUN_FILE).is_file():
         raise IntegrityError(f"{folder}: should be a run, and has no {RUN_FILE}; {_AGAIN}")
     run = read_run(folder)
-    if run.record["hash"] != identity:
+    if run.raw["hash"] != identity:
         raise IntegrityError(f"{folder}: holds another run; {_AGAIN}")
     return run
 

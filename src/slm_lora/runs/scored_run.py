@@ -35,12 +35,12 @@ class ScoredRun:
     @property
     def is_base(self) -> bool:
         """Whether this is the base model without an adapter."""
-        return "adapter" not in self.run.record
+        return self.run.record.adapter is None
 
     @property
     def resolved(self) -> Mapping[str, Any]:
         """The resolved recipe of the run."""
-        found: Mapping[str, Any] = self.run.record["recipe"]
+        found = self.run.record.recipe
         return {**found, **{name: {**keys, **found[name]} for name, keys in LATER_KEYS.items()}}
 
     def setting(self, key: str) -> Any:
@@ -57,7 +57,7 @@ def read_scored_run(run: Run) -> ScoredRun:
     Raises:
         IntegrityError: the scores are broken.
     """
-    return ScoredRun(run, tuple(read_scores(run.scores_path)), run.record["evaluation"]["headline"])
+    return ScoredRun(run, tuple(read_scores(run.scores_path)), run.record.evaluation.headline)
 
 
 def read_scored_runs(runs: Sequence[Run], headline: str | None = None) -> list[ScoredRun]:

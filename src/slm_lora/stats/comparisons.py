@@ -70,7 +70,7 @@ class Setting:
     @property
     def training_rows(self) -> int:
         """Rows that it was trained on."""
-        return int(self.first_run.run.record["data"]["sets"]["train"]["rows"])
+        return self.first_run.run.record.data.sets.train.rows
 
 
 @dataclass(frozen=True)
@@ -269,10 +269,9 @@ def equivalence_margin(run: ScoredRun) -> float:
 
 def _base_key(run: ScoredRun) -> tuple[object, ...]:
     record = run.run.record
-    model, device = record["model"], record["machine"]["device"]
     return (
-        model["sha256"], model["precision"], run.setting("model.quantization"), device,
-        record["data"]["held_out_sha256"],
+        record.model.sha256, record.model.precision, run.setting("model.quantization"),
+        record.machine.device, record.data.held_out_sha256,
     )  # fmt: skip
 
 
@@ -384,7 +383,7 @@ def amount(setting: Setting, key: str) -> float | None:
     if key == "data.size":
         return setting.training_rows
     if key == "adapter.target_modules":
-        return int(setting.first_run.run.record["adapter"]["trainable_parameters"])
+        return setting.first_run.run.record.saved.trainable_parameters
     value = setting.setting(key)
     return value if isinstance(value, int | float) and not isinstance(value, bool) else None
 
