@@ -91,8 +91,8 @@ def planned(overrides: list[str]) -> dict[str, float]:
 def measured(overrides: list[str], folder: Path) -> dict[str, float]:
     """Run it, and read what its run says."""
     words = [sys.executable, "-m", "slm_lora", "experiment", str(RECIPE), *overrides]
-    places = ["--results", str(folder / "results"), "--adapters", str(folder / "adapter")]
-    subprocess.run([*words, *places], check=True, capture_output=True)
+    paths = ["--results", str(folder / "results"), "--adapters", str(folder / "adapter")]
+    subprocess.run([*words, *paths], check=True, capture_output=True)
     [record] = (folder / "results").glob("*/runs/r*/run.json")
     run = json.loads(record.read_text(encoding="utf-8"))
     training, scoring = run["training"]["seconds"], run["evaluation"]["seconds"]

@@ -103,7 +103,7 @@ class Lab:
     folder: Path
     jobs: list[Job]
 
-    def places(self, case: Path) -> ExperimentPaths:
+    def paths(self, case: Path) -> ExperimentPaths:
         """Where a case writes."""
         return ExperimentPaths(
             NAME, case / "results" / NAME, case / "adapter", checkpoint_seconds=0
@@ -151,7 +151,7 @@ def start(lab: Lab, case: Path, hook: Hook = lambda: None) -> int:
         sys.stderr = os.fdopen(2, "w", buffering=1, encoding="utf-8", closefd=False)
         reporter = Reporter(Console(file=sys.stderr, highlight=False, width=200))
         hook()
-        code = run_guarded(lambda: run_jobs(lab.jobs, lab.places(case), reporter) and None)
+        code = run_guarded(lambda: run_jobs(lab.jobs, lab.paths(case), reporter) and None)
     except BaseException:
         traceback.print_exc()
     finally:

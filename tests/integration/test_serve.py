@@ -384,8 +384,8 @@ def test_a_full_queue_says_so_and_recovers(variants: AdapterSet) -> None:
                 tickets.append(engine.submit(BASE, ids, Sampling(50)))
             except BusyError:
                 refused += 1
-        for ticket in tickets:
-            assert "".join([piece async for piece in ticket.pieces()]) == text
+        for generation in tickets:
+            assert "".join([piece async for piece in generation.pieces()]) == text
         last = engine.submit(BASE, ids, Sampling(50))
         assert "".join([piece async for piece in last.pieces()]) == text
         return len(tickets), refused

@@ -70,7 +70,7 @@ def experiment(
 
     check_executor(executor, address, executor_option or [])
     read, cells = load_recipe(recipe, overrides or [])
-    places = _places(read, results, adapters)
+    paths = _places(read, results, adapters)
     quiet_libraries()
     with distributed.process_group():
         reporter = Reporter(quiet=not distributed.is_main())
@@ -82,22 +82,22 @@ def experiment(
         _say_data(jobs[0], reporter)
         if plan:
             if distributed.is_main():
-                _print_plan(jobs, places, reporter)
+                _print_plan(jobs, paths, reporter)
             return
         if here:
-            _warn_if_too_large(jobs, places, reporter)
-            runs = run_jobs(jobs, places, reporter, discard)
+            _warn_if_too_large(jobs, paths, reporter)
+            runs = run_jobs(jobs, paths, reporter, discard)
         else:
             line = CommandLine(recipe, tuple(overrides or ()), results, adapters)
             gpus = int(jobs[0].device.type == "cuda")
-            with engine(executor, address, executor_option or [], places, gpus) as chosen:
-                runs = run_elsewhere(jobs, places, reporter, chosen, line, discard)
+            with engine(executor, address, executor_option or [], paths, gpus) as chosen:
+                runs = run_elsewhere(jobs, paths, reporter, chosen, line, discard)
         if not distributed.is_main():
             return
     headline = jobs[0].config.evaluation.headline
     quoted = Quoted({row.row_id: row for row in jobs[0].rows.rows}) if with_rows else None
-    analysis = write_report(runs, places.results, headline, quoted)
-    print_result(analysis, places.results, _adapters(runs, places), with_rows)
+    analysis = write_report(runs, paths.results, headline, quoted)
+    print_result(analysis, paths.results, _adapters(runs, paths), with_rows)
 
 
 def train(
@@ -124,23 +124,23 @@ def train(
     if not cell and len(cells) > 1:
         raise UsageError(f"the recipe has {len(cells)} cells; choose one: --cell {cells[0].name} …")
     quiet_libraries()
-    places = _places(read, results, adapters)
+    paths = _places(read, results, adapters)
     with distributed.process_group():
         reporter = Reporter(quiet=not distributed.is_main())
         jobs = distributed.first_then_all(lambda: make_jobs(chosen))
         _say_data(jobs[0], reporter)
-        _warn_if_too_large(jobs, places, reporter)
+        _warn_if_too_large(jobs, paths, reporter)
         if cell == BASE:
-            runs = run_bases(jobs, places, reporter)
+            runs = run_bases(jobs, paths, reporter)
         else:
-            runs = run_cells(jobs, places, reporter, discard)
+            runs = run_cells(jobs, paths, reporter, discard)
         if not distributed.is_main():
             return
     out = console()
     out.print()
     for run in runs:
         out.print(f"{run.folder}", soft_wrap=True)
-    for folder in _adapters(runs, places):
+    for folder in _adapters(runs, paths):
         out.print(f"{folder}", soft_wrap=True)
 
 
@@ -239,8 +239,8 @@ def report(
 
         read, cells = load_recipe(with_rows, overrides or [])
         rows = read_rows(cells[0].config.data).rows
-        places = ExperimentPaths(read.name, experiment_folder, adapters)
-        answer = _answering(cells[0].config, places) if answers else None
+        paths = ExperimentPaths(read.name, experiment_folder, adapters)
+        answer = _answering(cells[0].config, paths) if answers else None
         quoted = Quoted({row.row_id: row for row in rows}, answer)
     elif overrides or answers:
         given = overrides[0] if overrides else "--answers"
@@ -250,13 +250,13 @@ def report(
     print_result(analysis, experiment_folder, with_rows=quoted is not None)
 
 
-def _adapters(runs: Any, places: Any) -> list[Path]:
+def _adapters(runs: Any, paths: Any) -> list[Path]:
     """Where the adapters of finished runs lie, of those that are kept."""
-    tuned = [run for run in runs if "adapter" in run.raw] if places.keep_adapters else []
-    return [folder for run in tuned if (folder := places.adapter_of(run)) is not None]
+    tuned = [run for run in runs if "adapter" in run.raw] if paths.keep_adapters else []
+    return [folder for run in tuned if (folder := paths.adapter_of(run)) is not None]
 
 
-def _answering(recipe: Any, places: Any) -> Any:
+def _answering(recipe: Any, paths: Any) -> Any:
     """Lets the base of a run and its adapter answer prompts."""
     from slm_lora.cli.outputs import opened
     from slm_lora.evaluation.compare_outputs import compare_outputs
@@ -264,10 +264,10 @@ def _answering(recipe: Any, places: Any) -> Any:
     from slm_lora.runtime.progress import Reporter
 
     def answer(run: Any, prompts: Any) -> Any:
-        folder = places.adapter_of(run)
+        folder = paths.adapter_of(run)
         if folder is None:
             raise UsageError(
-                f"--answers: the adapter of {run.folder.name} is not in {places.adapters}, or is "
+                f"--answers: the adapter of {run.folder.name} is not in {paths.adapters}, or is "
                 "not as it was scored; name its folder's parent (--adapters), or leave it out"
             )
         training = recipe.training
@@ -335,14 +335,14 @@ def _say_data(job: Any, reporter: Any) -> None:
         reporter.info(f"  note: {note}")
 
 
-def _warn_if_too_large(jobs: Any, places: Any, reporter: Any) -> None:
+def _warn_if_too_large(jobs: Any, paths: Any, reporter: Any) -> None:
     from slm_lora.planning.plan import will_not_fit
 
-    if line := will_not_fit(jobs, places):
+    if line := will_not_fit(jobs, paths):
         reporter.info(f"  warning: {line}")
 
 
-def _print_plan(jobs: Any, places: Any, reporter: Any) -> None:
+def _print_plan(jobs: Any, paths: Any, reporter: Any) -> None:
     from rich.table import Table
 
     from slm_lora.planning.plan import plan
@@ -352,7 +352,7 @@ def _print_plan(jobs: Any, places: Any, reporter: Any) -> None:
     if elsewhere:
         reporter.info(f"  warning: {elsewhere}")
     reporter.info("  timing slices of the model")
-    found = plan(jobs, places)
+    found = plan(jobs, paths)
     table = Table(box=None, pad_edge=False, header_style="bold")
     titles = ("Cell", "Rows", "Steps", "Training tokens", "Test tokens", "Time", "Memory")
     sides: list[Literal["left", "right"]] = ["left", *["right"] * 6]  # type: ignore[list-item]

@@ -88,7 +88,7 @@ def _parsed(options: Sequence[str]) -> dict[str, Any]:
 
 @contextmanager
 def engine(
-    executor: Executor, address: str, options: Sequence[str], places: ExperimentPaths, gpus: int
+    executor: Executor, address: str, options: Sequence[str], paths: ExperimentPaths, gpus: int
 ) -> Iterator[Engine]:
     """The engine, ready; left at the end.
 
@@ -96,7 +96,7 @@ def engine(
         executor: not local.
         address: of a Ray cluster.
         options: ``KEY=VALUE`` each.
-        places: where the experiment lies.
+        paths: where the experiment lies.
         gpus: that a cell takes.
 
     Raises:
@@ -106,7 +106,7 @@ def engine(
     from slm_lora.launch.ray import RayEngine
     from slm_lora.launch.slurm import SlurmEngine
 
-    files = places.checkpoints / "slurm"
+    files = paths.checkpoints / "slurm"
     chosen: Engine
     if executor is Executor.ray:
         chosen = RayEngine(address, _parsed(options), gpus)

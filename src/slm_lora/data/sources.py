@@ -244,15 +244,15 @@ def _malformed(
     section: DataSection,
     encoding: str,
 ) -> MalformedRowsError:
-    places: dict[str, list[Place]] = {}
+    paths: dict[str, list[Place]] = {}
     for place, error in bad:
         reason = str(error)
         if encoding and isinstance(error, InvalidUtf8Error):
             reason = f"invalid UTF-8 (the file looks like {encoding}; save it as UTF-8)"
-        places.setdefault(reason, []).append(place)
+        paths.setdefault(reason, []).append(place)
     mend = f"Mend {'them' if len(bad) > 1 else 'it'}"
     first, many = bad[0][0], f"{len(bad)} of {total} rows"
-    only = len(places) == 1
+    only = len(paths) == 1
     rejected = all(isinstance(error, RejectedRowError) for _, error in bad)
     kind = "are marked not to be learnt" if rejected else "are malformed"
     if only and encoding and isinstance(bad[0][1], InvalidUtf8Error):
@@ -260,16 +260,16 @@ def _malformed(
             f"{first}: invalid UTF-8, in {many}: the file looks like {encoding}; save it as UTF-8"
         )
     elif section.on_bad_row == "skip" and len(bad) == total:
-        message = f"{label}: all {total} rows {kind}: {_kinds(places, label)}. {mend}."
+        message = f"{label}: all {total} rows {kind}: {_kinds(paths, label)}. {mend}."
     elif section.on_bad_row == "skip":
         message = (
             f"{label}: {many} are malformed, more than the {SKIPPED_SHARE:.0%} that "
-            f"data.on_bad_row=skip lets pass: {_kinds(places, label)}. {mend}."
+            f"data.on_bad_row=skip lets pass: {_kinds(paths, label)}. {mend}."
         )
     else:
-        (reason, found), *_ = places.items()
+        (reason, found), *_ = paths.items()
         if not only:
-            message = f"{label}: {len(bad)} malformed rows: {_kinds(places, label)}"
+            message = f"{label}: {len(bad)} malformed rows: {_kinds(paths, label)}"
         elif len(bad) > 1:
             message = f"{first}: {reason} ({len(bad)} rows in all: {_numbers(found, label)})"
         else:
@@ -281,19 +281,19 @@ def _malformed(
     return malformed
 
 
-def _kinds(places: dict[str, list[Place]], label: str) -> str:
-    shown = list(places.items())[:_MOST_SHOWN]
+def _kinds(paths: dict[str, list[Place]], label: str) -> str:
+    shown = list(paths.items())[:_MOST_SHOWN]
     text = "; ".join(
         f"{reason} ({len(found)} row{'s' * (len(found) > 1)}: {_numbers(found, label)})"
         for reason, found in shown
     )
-    others = list(places.values())[_MOST_SHOWN:]
+    others = list(paths.values())[_MOST_SHOWN:]
     if others:
         text += f"; and {sum(map(len, others))} rows for other reasons"
     return text
 
 
-def _numbers(places: list[Place], label: str) -> str:
+def _numbers(paths: list[Place], label: str) -> str:
     """The first places; by their numbers alone in the file that is spoken of."""
-    shown = [str(p.number if p.file == label else p) for p in places[:_MOST_SHOWN]]
-    return ", ".join(shown) + (", …" if len(places) > _MOST_SHOWN else "")
+    shown = [str(p.number if p.file == label else p) for p in paths[:_MOST_SHOWN]]
+    return ", ".join(shown) + (", …" if len(paths) > _MOST_SHOWN else "")

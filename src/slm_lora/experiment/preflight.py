@@ -110,7 +110,7 @@ def _pieces_differ(first: Job, other: Job) -> str:
     return ""
 
 
-def require_room(job: Job, places: ExperimentPaths, parameters: int) -> None:
+def require_room(job: Job, paths: ExperimentPaths, parameters: int) -> None:
     """Room for checkpoints, adapter and scores, before any training.
 
     Raises:
@@ -120,11 +120,11 @@ def require_room(job: Job, places: ExperimentPaths, parameters: int) -> None:
     saved = 4 * parameters * method_of(cell.adapter).saved_rank + 1_000_000
     steps = total_steps(len(job.data.train), cell.training)
     points = space_needed(parameters, cell.training.eval_steps is not None, steps)
-    held = places.checkpoint(job.name, job.identity)
+    held = paths.checkpoint(job.name, job.identity)
     there = sum(path.stat().st_size for path in held.rglob("*") if path.is_file())
     scores = 500 * len(job.data.test) + 400 * steps
-    if places.keep_adapters:
-        require_space(places.adapters, saved, "the adapter")
+    if paths.keep_adapters:
+        require_space(paths.adapters, saved, "the adapter")
     require_space(
-        places.results, max(0, points - there) + saved + scores, "checkpoints, adapter and scores"
+        paths.results, max(0, points - there) + saved + scores, "checkpoints, adapter and scores"
     )

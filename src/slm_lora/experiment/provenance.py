@@ -13,10 +13,10 @@ from slm_lora.runtime import distributed, hardware
 from slm_lora.training.loop import TrainingResult
 
 
-def common_record(job: Job, base: Base, places: ExperimentPaths) -> dict[str, Any]:
+def common_record(job: Job, base: Base, paths: ExperimentPaths) -> dict[str, Any]:
     """What every run says: recipe, model, rows, machine and versions."""
     return {
-        "experiment": places.experiment,
+        "experiment": paths.experiment,
         "recipe": job.resolved,
         "model": {
             "name": job.source.name,
@@ -53,11 +53,11 @@ def training_record(result: TrainingResult) -> dict[str, Any]:
     }
 
 
-def about_adapter(job: Job, places: ExperimentPaths) -> dict[str, Any]:
+def about_adapter(job: Job, paths: ExperimentPaths) -> dict[str, Any]:
     """What an adapter's folder says of its making."""
     quantization = job.config.model.quantization
     return {
-        "experiment": places.experiment,
+        "experiment": paths.experiment,
         "cell": job.name,
         "base": {
             "name": job.source.name,

@@ -72,7 +72,7 @@ class CellFailedError(SlmLoraError):
 
 def run_elsewhere(
     jobs: Sequence[Job],
-    places: ExperimentPaths,
+    paths: ExperimentPaths,
     reporter: Reporter,
     engine: Engine,
     line: CommandLine,
@@ -84,7 +84,7 @@ def run_elsewhere(
 
     Args:
         jobs: the cells.
-        places: where everything goes; a folder that all machines see.
+        paths: where everything goes; a folder that all machines see.
         reporter: told how it goes.
         engine: that runs commands.
         line: how a worker is called.
@@ -95,43 +95,43 @@ def run_elsewhere(
         IntegrityError: as `runner.run_jobs`; or a worker wrote its run elsewhere.
         StopRequested: a signal asked for it, and the workers have saved.
     """
-    with at_work(jobs, places, discard):
-        places.checkpoints.mkdir(parents=True, exist_ok=True)
+    with at_work(jobs, paths, discard):
+        paths.checkpoints.mkdir(parents=True, exist_ok=True)
         bases = {job.base_identity: job for job in jobs}
         commands = [
-            _command(job.name, job, places, line) for job in jobs if finished(job, places) is None
+            _command(job.name, job, paths, line) for job in jobs if finished(job, paths) is None
         ]
-        missing = [i for i in bases if find_run(places.results, BASE, i) is None]
+        missing = [i for i in bases if find_run(paths.results, BASE, i) is None]
         if missing:
-            commands.insert(0, _command(BASE, bases[missing[0]], places, line))
+            commands.insert(0, _command(BASE, bases[missing[0]], paths, line))
         every = len(jobs) + 1
         reporter.info(f"  {every - len(commands)} of {every} runs are finished (the base is one)")
         with gentle_stop() as stop, reporter.task("runs", len(commands), "runs") as task:
             failed = _run_all(commands, engine, reporter, task, stop)
         if failed:
             raise CellFailedError(failed)
-        runs = [find_run(places.results, BASE, identity) for identity in bases]
-        runs += [finished(job, places) for job in jobs]
+        runs = [find_run(paths.results, BASE, identity) for identity in bases]
+        runs += [finished(job, paths) for job in jobs]
         there = [run for run in runs if run is not None]
         if len(there) < len(runs):
             raise IntegrityError(
-                f"{len(runs) - len(there)} of {len(runs)} runs are not in {places.results}, though "
+                f"{len(runs) - len(there)} of {len(runs)} runs are not in {paths.results}, though "
                 "their workers ended well: all machines must see the same folder"
             )
         # A driver that was killed may have left those of runs that were finished by then.
         for name in (BASE, *(job.name for job in jobs)):
-            _log(name, places).unlink(missing_ok=True)
+            _log(name, paths).unlink(missing_ok=True)
         return there
 
 
-def _command(cell: str, job: Job, places: ExperimentPaths, line: CommandLine) -> Command:
+def _command(cell: str, job: Job, paths: ExperimentPaths, line: CommandLine) -> Command:
     return Command(
-        cell, line.for_cell(cell, job), Path.cwd(), _log(cell, places).absolute(), _offline()
+        cell, line.for_cell(cell, job), Path.cwd(), _log(cell, paths).absolute(), _offline()
     )
 
 
-def _log(cell: str, places: ExperimentPaths) -> Path:
-    return places.checkpoints / f"{cell}.log"
+def _log(cell: str, paths: ExperimentPaths) -> Path:
+    return paths.checkpoints / f"{cell}.log"
 
 
 def _offline() -> dict[str, str]:

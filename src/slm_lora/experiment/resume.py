@@ -115,45 +115,45 @@ def _flat(tree: Mapping[str, Any], prefix: str = "") -> dict[str, Any]:
 
 
 @contextmanager
-def at_work(jobs: Sequence[Job], places: ExperimentPaths, discard: bool) -> Iterator[None]:
+def at_work(jobs: Sequence[Job], paths: ExperimentPaths, discard: bool) -> Iterator[None]:
     """The experiment to ourselves: its tables, and which cells are run when.
 
     Raises:
         IntegrityError: another process is at work on it, or an unfinished training of a cell
             was made of something else, and ``discard`` does not remove it.
     """
-    with only_process(places.results):
-        recover_all(places.results)
-        check_none_in_the_way(jobs, places, discard)
+    with only_process(paths.results):
+        recover_all(paths.results)
+        check_none_in_the_way(jobs, paths, discard)
         yield
 
 
-def check_none_in_the_way(jobs: Sequence[Job], places: ExperimentPaths, discard: bool) -> None:
+def check_none_in_the_way(jobs: Sequence[Job], paths: ExperimentPaths, discard: bool) -> None:
     """No unfinished training of these cells was made of something else, see `check_unfinished`."""
-    unfinished = [job for job in jobs if finished(job, places) is None]
-    check_unfinished(unfinished, places.checkpoints, discard)
+    unfinished = [job for job in jobs if finished(job, paths) is None]
+    check_unfinished(unfinished, paths.checkpoints, discard)
 
 
 @contextmanager
 def cell_at_work(
-    cell: str, identity: str, places: ExperimentPaths, reporter: Reporter
+    cell: str, identity: str, paths: ExperimentPaths, reporter: Reporter
 ) -> Iterator[None]:
     """A cell to ourselves, rid of what killed processes left; waits for another that has it.
 
     Cells have a lock of their own, as an experiment's may be run by processes of many machines.
     """
-    lock = places.checkpoints / f".{cell}.lock"
+    lock = paths.checkpoints / f".{cell}.lock"
     waiting = f"  {cell}  another process is at work on it; waiting for that one"
     with after_other_processes(lock, lambda: reporter.info(waiting)):
-        recover(run_folder(places.results, cell, identity))
-        for folder in places.adapter_names(cell, identity):
+        recover(run_folder(paths.results, cell, identity))
+        for folder in paths.adapter_names(cell, identity):
             recover(folder)
         yield
 
 
-def finished(job: Job, places: ExperimentPaths) -> Run | None:
+def finished(job: Job, paths: ExperimentPaths) -> Run | None:
     """The run of a cell that need not be trained."""
-    run = find_run(places.results, job.name, job.identity)
-    if run is None or (places.keep_adapters and places.adapter_of(run) is None):
+    run = find_run(paths.results, job.name, job.identity)
+    if run is None or (paths.keep_adapters and paths.adapter_of(run) is None):
         return None
     return run

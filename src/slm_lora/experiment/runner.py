@@ -43,7 +43,7 @@ from slm_lora.training.checkpoint import Checkpointer
 
 
 def run_jobs(
-    jobs: Sequence[Job], places: ExperimentPaths, reporter: Reporter, discard: bool = False
+    jobs: Sequence[Job], paths: ExperimentPaths, reporter: Reporter, discard: bool = False
 ) -> list[Run]:
     """Run what is not finished; return all runs, the base first (in the first process).
 
@@ -52,7 +52,7 @@ def run_jobs(
 
     Args:
         jobs: the cells.
-        places: where everything goes.
+        paths: where everything goes.
         reporter: told how it goes.
         discard: remove unfinished trainings of these cells that were made of something else.
 
@@ -63,44 +63,44 @@ def run_jobs(
         IntegrityError: another process is at work there, or such a training is in the way.
         StopRequested: a signal asked for it; the same call continues.
     """
-    with _together(jobs), _first_only(lambda: at_work(jobs, places, discard)):
+    with _together(jobs), _first_only(lambda: at_work(jobs, paths, discard)):
         loaded = LoadedBase(reporter)
-        _try_adapters(jobs, places, reporter, loaded)
-        reporter.overall = Overall(_cost(jobs, places))
+        _try_adapters(jobs, paths, reporter, loaded)
+        reporter.overall = Overall(_cost(jobs, paths))
         return [
-            *_run_bases(jobs, places, reporter, loaded),
-            *_run_cells(jobs, places, reporter, loaded),
+            *_run_bases(jobs, paths, reporter, loaded),
+            *_run_cells(jobs, paths, reporter, loaded),
         ]
 
 
-def _cost(jobs: Sequence[Job], places: ExperimentPaths) -> float:
+def _cost(jobs: Sequence[Job], paths: ExperimentPaths) -> float:
     """Of all cells and bases that are not finished."""
     bases = {job.base_identity: job for job in jobs}
     open_bases = [
-        job for identity, job in bases.items() if find_run(places.results, BASE, identity) is None
+        job for identity, job in bases.items() if find_run(paths.results, BASE, identity) is None
     ]
-    open_jobs = [job for job in jobs if finished(job, places) is None]
+    open_jobs = [job for job in jobs if finished(job, paths) is None]
     return sum(map(scoring_cost, open_bases)) + sum(
         training_cost(job) + scoring_cost(job) for job in open_jobs
     )
 
 
-def run_bases(jobs: Sequence[Job], places: ExperimentPaths, reporter: Reporter) -> list[Run]:
+def run_bases(jobs: Sequence[Job], paths: ExperimentPaths, reporter: Reporter) -> list[Run]:
     """As `run_jobs`, but the bases of these cells alone, while others may run cells."""
     with _together(jobs):
-        return _run_bases(jobs, places, reporter, LoadedBase(reporter))
+        return _run_bases(jobs, paths, reporter, LoadedBase(reporter))
 
 
 def run_cells(
-    jobs: Sequence[Job], places: ExperimentPaths, reporter: Reporter, discard: bool = False
+    jobs: Sequence[Job], paths: ExperimentPaths, reporter: Reporter, discard: bool = False
 ) -> list[Run]:
     """As `run_jobs`, but these cells alone, while others may run others."""
     with _together(jobs):
         if distributed.is_main():
-            check_none_in_the_way(jobs, places, discard)
+            check_none_in_the_way(jobs, paths, discard)
         loaded = LoadedBase(reporter)
-        _try_adapters(jobs, places, reporter, loaded)
-        return _run_cells(jobs, places, reporter, loaded)
+        _try_adapters(jobs, paths, reporter, loaded)
+        return _run_cells(jobs, paths, reporter, loaded)
 
 
 @contextmanager
@@ -136,7 +136,7 @@ def _first_only(to_ourselves: Callable[[], AbstractContextManager[None]]) -> Ite
 
 
 def _try_adapters(
-    jobs: Sequence[Job], places: ExperimentPaths, reporter: Reporter, loaded: LoadedBase
+    jobs: Sequence[Job], paths: ExperimentPaths, reporter: Reporter, loaded: LoadedBase
 ) -> None:
     """Put every kind of adapter on its base and take it off again, before any work is done.
 
@@ -146,7 +146,7 @@ def _try_adapters(
     tried = set()
     for job in jobs:
         section = job.config.adapter
-        if trains_all(section) or not _to_do(functools.partial(finished, job, places)):
+        if trains_all(section) or not _to_do(functools.partial(finished, job, paths)):
             continue
         trial = trial_section(section, rank=min(section.r, 4))
         if (job.source, job.precision, job.device, trial) in tried:
@@ -165,17 +165,17 @@ def _to_do(done: Callable[[], Run | None]) -> bool:
 
 
 def _run_bases(
-    jobs: Sequence[Job], places: ExperimentPaths, reporter: Reporter, loaded: LoadedBase
+    jobs: Sequence[Job], paths: ExperimentPaths, reporter: Reporter, loaded: LoadedBase
 ) -> list[Run]:
     runs: dict[str, Run | None] = {}
     for job in jobs:
         if job.base_identity in runs:
             continue
-        done = functools.partial(find_run, places.results, BASE, job.base_identity)
-        alone = functools.partial(cell_at_work, BASE, job.base_identity, places, reporter)
+        done = functools.partial(find_run, paths.results, BASE, job.base_identity)
+        alone = functools.partial(cell_at_work, BASE, job.base_identity, paths, reporter)
         with _first_only(alone):
             if _to_do(done):
-                _run_base(job, loaded.for_job(job), places, reporter)
+                _run_base(job, loaded.for_job(job), paths, reporter)
             else:
                 reporter.info(f"  {BASE}  finished earlier")
         runs[job.base_identity] = done()
@@ -183,21 +183,21 @@ def _run_bases(
 
 
 def _run_cells(
-    jobs: Sequence[Job], places: ExperimentPaths, reporter: Reporter, loaded: LoadedBase
+    jobs: Sequence[Job], paths: ExperimentPaths, reporter: Reporter, loaded: LoadedBase
 ) -> list[Run]:
     runs = []
     for job in jobs:
         name = job.name
-        done = functools.partial(finished, job, places)
-        with _first_only(functools.partial(cell_at_work, name, job.identity, places, reporter)):
+        done = functools.partial(finished, job, paths)
+        with _first_only(functools.partial(cell_at_work, name, job.identity, paths, reporter)):
             if _to_do(done):
-                _run_cell(job, loaded, places, reporter)
+                _run_cell(job, loaded, paths, reporter)
             elif distributed.is_main():
                 # A process may have died between recording the run and this.
-                shutil.rmtree(places.checkpoint(name, job.identity), ignore_errors=True)
+                shutil.rmtree(paths.checkpoint(name, job.identity), ignore_errors=True)
                 reporter.info(f"  {name}  finished earlier")
         if distributed.is_main():
-            runs.append(_found(places, name, job.identity))
+            runs.append(_found(paths, name, job.identity))
     return runs
 
 
@@ -247,17 +247,17 @@ def evaluate_adapter(
     return Evaluated(scores, record, *evaluate(loaded.for_job(job), job, BASE, reporter))
 
 
-def _run_base(job: Job, base: Base, places: ExperimentPaths, reporter: Reporter) -> None:
+def _run_base(job: Job, base: Base, paths: ExperimentPaths, reporter: Reporter) -> None:
     hardware.reset_peak_memory(job.device.type)
     scores, evaluation = evaluate(base, job, BASE, reporter)
-    record = {**common_record(job, base, places), "settings": {}, "evaluation": evaluation}
+    record = {**common_record(job, base, paths), "settings": {}, "evaluation": evaluation}
     if distributed.is_main():
-        with new_run(places.results, BASE, job.base_identity, record) as folder:
+        with new_run(paths.results, BASE, job.base_identity, record) as folder:
             write_scores(scores, folder / SCORES_FILE)
     distributed.wait()
 
 
-def _run_cell(job: Job, loaded: LoadedBase, places: ExperimentPaths, reporter: Reporter) -> None:
+def _run_cell(job: Job, loaded: LoadedBase, paths: ExperimentPaths, reporter: Reporter) -> None:
     name, section = job.name, job.config.adapter
     base = loaded.for_job(job)
     hardware.reset_peak_memory(job.device.type)
@@ -267,25 +267,25 @@ def _run_cell(job: Job, loaded: LoadedBase, places: ExperimentPaths, reporter: R
     stack = ExitStack()
     try:
         checkpointer = Checkpointer(
-            places.checkpoint(name, job.identity),
+            paths.checkpoint(name, job.identity),
             job.identity,
-            places.checkpoint_seconds,
+            paths.checkpoint_seconds,
             made_of(job),
             setting(job),
             reporter.info,
             writes=distributed.is_main(),
         )
         if distributed.is_main():
-            require_room(job, places, attach.count_parameters(peft_model).trainable)
-            _say_if_taken(job, places, reporter)
-        trackers = stack.enter_context(_tracking(job, places, reporter))
+            require_room(job, paths, attach.count_parameters(peft_model).trainable)
+            _say_if_taken(job, paths, reporter)
+        trackers = stack.enter_context(_tracking(job, paths, reporter))
         result = train_cell(job, base, peft_model, checkpointer, reporter, trackers)
         parameters = attach.count_parameters(peft_model)
         # Only now: another experiment may have put its own there meanwhile.
-        folder = Path(distributed.from_first(lambda: str(places.adapter(name, job.identity))))
+        folder = Path(distributed.from_first(lambda: str(paths.adapter(name, job.identity))))
         if distributed.is_main():
             adapter_io.save(
-                base, peft_model, folder, about_adapter(job, places), job.data.chat_template
+                base, peft_model, folder, about_adapter(job, paths), job.data.chat_template
             )
         distributed.wait()
         if method_of(section).modifies_base:
@@ -305,10 +305,10 @@ def _run_cell(job: Job, loaded: LoadedBase, places: ExperimentPaths, reporter: R
         weights = adapter_io.weights_file(folder)
         assert weights is not None
         record = {
-            **common_record(job, base, places),
+            **common_record(job, base, paths),
             "settings": {key: setting_of(job.resolved, key) for key in job.settings},
             "adapter": {
-                "folder": folder.name if places.keep_adapters else places.adapter_name(name),
+                "folder": folder.name if paths.keep_adapters else paths.adapter_name(name),
                 "sha256": sha256_file(weights),
                 "bytes": weights.stat().st_size,
                 "trainable_parameters": parameters.trainable,
@@ -318,18 +318,18 @@ def _run_cell(job: Job, loaded: LoadedBase, places: ExperimentPaths, reporter: R
             "training": training_record(result),
             "evaluation": evaluation,
         }
-        with new_run(places.results, name, job.identity, record) as run:
+        with new_run(paths.results, name, job.identity, record) as run:
             write_scores(scores, run / SCORES_FILE)
             write_lines(run / STEPS_FILE, [asdict(step) for step in result.history])
         checkpointer.remove()
     distributed.wait()
 
 
-def _say_if_taken(job: Job, places: ExperimentPaths, reporter: Reporter) -> None:
+def _say_if_taken(job: Job, paths: ExperimentPaths, reporter: Reporter) -> None:
     """That the adapter goes to another folder than users expect, and what lies in that one."""
-    usual = places.adapters / places.adapter_name(job.name)
-    folder = places.adapter(job.name, job.identity)
-    if not places.keep_adapters or folder == usual:
+    usual = paths.adapters / paths.adapter_name(job.name)
+    folder = paths.adapter(job.name, job.identity)
+    if not paths.keep_adapters or folder == usual:
         return
     try:
         about = read_sealed(usual / adapter_io.ABOUT)
@@ -343,15 +343,15 @@ def _say_if_taken(job: Job, places: ExperimentPaths, reporter: Reporter) -> None
 
 
 def _tracking(
-    job: Job, places: ExperimentPaths, reporter: Reporter
+    job: Job, paths: ExperimentPaths, reporter: Reporter
 ) -> AbstractContextManager[Trackers]:
     """The recipe's trackers of one training; only the first of several processes has any."""
-    names = places.report_to if distributed.is_main() else ()
-    run = Tracked(places.experiment, f"{job.name}-{job.identity[:8]}", job.resolved, places.results)
+    names = paths.report_to if distributed.is_main() else ()
+    run = Tracked(paths.experiment, f"{job.name}-{job.identity[:8]}", job.resolved, paths.results)
     return open_trackers(names, run, reporter.info)
 
 
-def _found(places: ExperimentPaths, cell: str, identity: str) -> Run:
-    run = find_run(places.results, cell, identity)
+def _found(paths: ExperimentPaths, cell: str, identity: str) -> Run:
+    run = find_run(paths.results, cell, identity)
     assert run is not None
     return run

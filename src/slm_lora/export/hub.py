@@ -117,8 +117,8 @@ def _files(trained: Trained) -> list[Path]:
 
 def _check_private(file: Path, folder: Path) -> None:
     text = file.read_text(encoding="utf-8")
-    places = {f"{Path.home()}/", f"{folder.resolve().parent}/", f"{Path.cwd()}/"} - {"//"}
-    if any(place in text for place in places):
+    paths = {f"{Path.home()}/", f"{folder.resolve().parent}/", f"{Path.cwd()}/"} - {"//"}
+    if any(place in text for place in paths):
         raise IntegrityError(f"{file}: names a path of this machine; take it out, then push")
     if _TOKEN.search(text):
         raise IntegrityError(f"{file}: holds what looks like a token of the hub; take it out")

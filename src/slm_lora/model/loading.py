@@ -12,7 +12,7 @@ from slm_lora.model.base import DTYPES, Base, PrecisionName, decoder_layers
 from slm_lora.model.forward import packed_logits
 from slm_lora.model.fsdp import shard_layers
 from slm_lora.model.head_form import check_head, measure_head
-from slm_lora.model.quantization import four_bits, prepare_four_bits
+from slm_lora.model.quantization import prepare_quantized, quantized_loading
 from slm_lora.model.resolve import ModelSource, weight_files
 from slm_lora.ops import attention
 from slm_lora.ops.compilation import fuse_layers
@@ -146,7 +146,7 @@ def _read(
             local_files_only=True,
             trust_remote_code=False,
             output_loading_info=True,
-            **four_bits(precision, device) if quantization else {},
+            **quantized_loading(precision, device) if quantization else {},
         )
     except RuntimeError as error:  # shapes that do not fit the configuration
         raise IntegrityError(f"model {source.name}: does not load: {_first_line(error)}") from error
@@ -154,7 +154,7 @@ def _read(
         raise UsageError(f"model {source.name}: cannot be loaded: {_first_line(error)}") from error
     model: PreTrainedModel = loaded[0]
     if quantization:
-        prepare_four_bits(model)
+        prepare_quantized(model)
     # Weights that transformers would initialise at random are a broken model here.
     if missing := sorted(loaded[1]["missing_keys"]):
         raise IntegrityError(

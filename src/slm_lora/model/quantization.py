@@ -40,7 +40,7 @@ def import_bitsandbytes() -> bool:
     return True
 
 
-def four_bits(precision: PrecisionName, device: torch.device) -> dict[str, Any]:
+def quantized_loading(precision: PrecisionName, device: torch.device) -> dict[str, Any]:
     """What transformers is told to load a model in 4 bits.
 
     Raises:
@@ -62,7 +62,7 @@ def four_bits(precision: PrecisionName, device: torch.device) -> dict[str, Any]:
     return {"quantization_config": config, "device_map": {"": device}}
 
 
-def prepare_four_bits(model: nn.Module) -> None:
+def prepare_quantized(model: nn.Module) -> None:
     """Make what was loaded so fit for training, in place."""
     # What was not quantised lies in the file's pages still, and so keeps all of them.
     for parameter in model.parameters():

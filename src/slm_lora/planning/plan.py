@@ -87,7 +87,7 @@ class Plan:
         )
 
 
-def plan(jobs: Sequence[Job], places: ExperimentPaths) -> Plan:
+def plan(jobs: Sequence[Job], paths: ExperimentPaths) -> Plan:
     """Measure slices of the models, and tell from them what the base and every cell would take."""
     counted = [_count(job) for job in jobs]
     slices: dict[str, Measured] = {}
@@ -100,19 +100,19 @@ def plan(jobs: Sequence[Job], places: ExperimentPaths) -> Plan:
     cells = []
     for each in counted:
         measured = slices[each.slice_key]
-        bases.setdefault(each.job.base_identity, _base(each, measured, runtime, places))
-        cells.append(_cell(each, measured, runtime, places))
+        bases.setdefault(each.job.base_identity, _base(each, measured, runtime, paths))
+        cells.append(_cell(each, measured, runtime, paths))
     return Plan((*bases.values(), *cells), hardware.free_bytes(jobs[0].device.type))
 
 
-def will_not_fit(jobs: Sequence[Job], places: ExperimentPaths) -> str:
+def will_not_fit(jobs: Sequence[Job], paths: ExperimentPaths) -> str:
     """One line, without any measuring, where unfinished cells cannot fit as their weights alone are
     more than there is; else empty."""
     free = hardware.free_bytes(jobs[0].device.type)
     runtime = _runtime(jobs)
     least = {job.name: runtime + held_bytes(job, adapter_weights=0) for job in jobs}
     large = [job for job in jobs if least[job.name] > free]
-    if not (names := [job.name for job in large if finished(job, places) is None]):
+    if not (names := [job.name for job in large if finished(job, paths) is None]):
         return ""
     most = max(names, key=least.__getitem__)
     return (
@@ -205,11 +205,11 @@ _SLICE_KEYS: dict[str, Any] = {
 }
 
 
-def _base(each: _Counted, measured: Measured, runtime: int, places: ExperimentPaths) -> PlannedCell:
+def _base(each: _Counted, measured: Measured, runtime: int, paths: ExperimentPaths) -> PlannedCell:
     identity, test = each.job.base_identity, _test_tokens(each.job)
     return PlannedCell(
         name=BASE,
-        finished=find_run(places.results, BASE, identity) is not None,
+        finished=find_run(paths.results, BASE, identity) is not None,
         training_rows=0,
         steps=0,
         training_tokens=0,
@@ -221,11 +221,11 @@ def _base(each: _Counted, measured: Measured, runtime: int, places: ExperimentPa
     )
 
 
-def _cell(each: _Counted, measured: Measured, runtime: int, places: ExperimentPaths) -> PlannedCell:
+def _cell(each: _Counted, measured: Measured, runtime: int, paths: ExperimentPaths) -> PlannedCell:
     job, test = each.job, _test_tokens(each.job)
     return PlannedCell(
         name=job.name,
-        finished=finished(job, places) is not None,
+        finished=finished(job, paths) is not None,
         training_rows=len(job.data.train),
         steps=each.steps,
         training_tokens=each.tokens,

@@ -27,7 +27,7 @@ from slm_lora.data.tokenization import RowTokenizer
 from slm_lora.errors import SlmLoraError
 from slm_lora.evaluation.generation import Sampling
 from slm_lora.records import Role, Turn
-from slm_lora.serve.engine import BusyError, Engine, Ticket
+from slm_lora.serve.engine import BusyError, Engine, GenerationRequest
 from slm_lora.serve.fields import unsupported, unsupported_in_message
 from slm_lora.serve.guard import error_body
 
@@ -258,8 +258,8 @@ def make_app(engine: Engine) -> FastAPI:
         check_ids(asked.stop_token_ids)
         ids = raw.prompt([Turn("user", asked.prompt)])
         sampling = asked.sampling(engine.most_tokens, asked.max_tokens)
-        ticket = engine.submit(model(asked.model), ids, sampling)
-        return await _answered(ticket, asked, request, _Text())
+        generation = engine.submit(model(asked.model), ids, sampling)
+        return await _answered(generation, asked, request, _Text())
 
     return app
 
@@ -302,7 +302,7 @@ class _Text:
 
 
 async def _answered(
-    ticket: Ticket, asked: _Asked, request: Request, form: _Chat | _Text
+    generation: GenerationRequest, asked: _Asked, request: Request, form: _Chat | _Text
 ) -> Response:
     about = {
         "id": f"{form.prefix}-{secrets.token_hex(12)}",
@@ -312,24 +312,24 @@ async def _answered(
     if asked.stream:
         options = asked.stream_options
         usage = options is not None and bool(options.include_usage)
-        events = _events(ticket, form, about, usage)
+        events = _events(generation, form, about, usage)
         return StreamingResponse(events, media_type="text/event-stream")
-    text = await _whole(ticket, request)
+    text = await _whole(generation, request)
     return JSONResponse(
         {
             **about,
             "object": form.whole,
-            "choices": [form.choice(text, ticket.finished)],
-            "usage": _usage(ticket),
+            "choices": [form.choice(text, generation.finished)],
+            "usage": _usage(generation),
         }
     )
 
 
-async def _whole(ticket: Ticket, request: Request) -> str:
+async def _whole(generation: GenerationRequest, request: Request) -> str:
     """The whole text; computing stops if the client goes away."""
 
     async def collect() -> str:
-        return "".join([piece async for piece in ticket.pieces()])
+        return "".join([piece async for piece in generation.pieces()])
 
     async def gone() -> None:
         while (await request.receive())["type"] != "http.disconnect":
@@ -339,7 +339,7 @@ async def _whole(ticket: Ticket, request: Request) -> str:
     try:
         await asyncio.wait({text, left}, return_when=asyncio.FIRST_COMPLETED)
         if not text.done():
-            ticket.cancel()
+            generation.cancel()
             raise HTTPException(499, "the client went away")
         return text.result()
     finally:
@@ -348,7 +348,7 @@ async def _whole(ticket: Ticket, request: Request) -> str:
 
 
 async def _events(
-    ticket: Ticket, form: _Chat | _Text, about: dict[str, Any], usage: bool
+    generation: GenerationRequest, form: _Chat | _Text, about: dict[str, Any], usage: bool
 ) -> AsyncIterator[str]:
     def event(choice: dict[str, Any] | None, **more: Any) -> str:
         choices = [] if choice is None else [choice]
@@ -357,22 +357,22 @@ async def _events(
     if first := form.first():
         yield event(first)
     try:
-        async for piece in ticket.pieces():
+        async for piece in generation.pieces():
             yield event(form.piece(piece, None))
     except SlmLoraError as error:  # the status is sent already
         yield f"data: {json.dumps(error_body(str(error), 'invalid_request_error', None))}\n\n"
         return
-    yield event(form.piece(None, ticket.finished or "stop"))
+    yield event(form.piece(None, generation.finished or "stop"))
     if usage:
-        yield event(None, usage=_usage(ticket))
+        yield event(None, usage=_usage(generation))
     yield "data: [DONE]\n\n"
 
 
-def _usage(ticket: Ticket) -> dict[str, int]:
+def _usage(generation: GenerationRequest) -> dict[str, int]:
     return {
-        "prompt_tokens": ticket.prompt_tokens,
-        "completion_tokens": ticket.reply_tokens,
-        "total_tokens": ticket.prompt_tokens + ticket.reply_tokens,
+        "prompt_tokens": generation.prompt_tokens,
+        "completion_tokens": generation.reply_tokens,
+        "total_tokens": generation.prompt_tokens + generation.reply_tokens,
     }
 
 

@@ -23,7 +23,7 @@ class BusyError(SlmLoraError):
 
 
 @dataclass(eq=False)
-class Ticket:
+class GenerationRequest:
     """A reply that was asked for; read its `pieces`, then ``finished`` and the counts.
 
     Attributes:
@@ -91,25 +91,25 @@ class Engine:
         self._thread = threading.Thread(target=self._run, name="engine", daemon=True)
         self._thread.start()
 
-    def submit(self, variant: str, prompt: Sequence[int], sampling: Sampling) -> Ticket:
-        """Ask for a reply; call it inside the event loop that reads its ticket.
+    def submit(self, variant: str, prompt: Sequence[int], sampling: Sampling) -> GenerationRequest:
+        """Ask for a reply; call it inside the event loop that reads the request.
 
         Raises:
             BusyError: the queue is full.
         """
-        ticket = Ticket(len(prompt))
+        generation = GenerationRequest(len(prompt))
 
         def begin() -> _Work | None:
-            if ticket._cancelled:
+            if generation._cancelled:
                 return None
             try:
-                return _Work(Generation(self.variants, variant, prompt, sampling), ticket)
+                return _Work(Generation(self.variants, variant, prompt, sampling), generation)
             except Exception as error:
-                ticket._tell(error)
+                generation._tell(error)
                 return None
 
         self._enqueue(begin)
-        return ticket
+        return generation
 
     async def loss(self, variant: str, asked_as: str, prompt: Prompt) -> float | None:
         """Loss of a prompt's reference answer, in nats a token; see `reference_loss`.
@@ -166,29 +166,29 @@ class Engine:
                 if work.advance():
                     active.append(work)
         for work in active:
-            work.ticket._tell(None)
+            work.generation._tell(None)
 
 
 @dataclass
 class _Work:
-    """A reply on its way to its ticket."""
+    """A reply on its way to its request."""
 
     reply: Generation
-    ticket: Ticket
+    generation: GenerationRequest
 
     def advance(self) -> bool:
         """One token; whether there is more to do."""
-        if self.ticket._cancelled:
+        if self.generation._cancelled:
             return False
         try:
             if piece := self.reply.advance():
-                self.ticket._tell(piece)
+                self.generation._tell(piece)
         except Exception as error:
-            self.ticket._tell(error)
+            self.generation._tell(error)
             return False
-        self.ticket.reply_tokens = len(self.reply.ids)
+        self.generation.reply_tokens = len(self.reply.ids)
         if not self.reply.finished:
             return True
-        self.ticket.finished = self.reply.finished
-        self.ticket._tell(None)
+        self.generation.finished = self.reply.finished
+        self.generation._tell(None)
         return False

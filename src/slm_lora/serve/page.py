@@ -18,7 +18,7 @@ from slm_lora.data.text import given
 from slm_lora.errors import SlmLoraError
 from slm_lora.evaluation.generation import Sampling, prompt_ids
 from slm_lora.records import Turn
-from slm_lora.serve.engine import Engine, Ticket
+from slm_lora.serve.engine import Engine, GenerationRequest
 
 NONE = "–"
 """Chosen in place of a second adapter."""
@@ -220,13 +220,13 @@ def _asker(gradio: Any, engine: Engine) -> Any:
     return ask
 
 
-async def _merged(tickets: Sequence[Ticket]) -> AsyncIterator[tuple[int, str]]:
+async def _merged(tickets: Sequence[GenerationRequest]) -> AsyncIterator[tuple[int, str]]:
     """Pieces of several replies as they come."""
     pieces: asyncio.Queue[tuple[int, str] | SlmLoraError | None] = asyncio.Queue()
 
-    async def forward(index: int, ticket: Ticket) -> None:
+    async def forward(index: int, generation: GenerationRequest) -> None:
         try:
-            async for piece in ticket.pieces():
+            async for piece in generation.pieces():
                 await pieces.put((index, piece))
             await pieces.put(None)
         except SlmLoraError as error:
@@ -246,5 +246,5 @@ async def _merged(tickets: Sequence[Ticket]) -> AsyncIterator[tuple[int, str]]:
     finally:
         for task in tasks:
             task.cancel()
-        for ticket in tickets:
-            ticket.cancel()
+        for generation in tickets:
+            generation.cancel()
