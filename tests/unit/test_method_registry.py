@@ -17,7 +17,8 @@ from slm_lora.adapters.methods import (
     unmergeable_reason,
 )
 from slm_lora.adapters.targets import Targets
-from slm_lora.config.schema import METHOD_LABELS, AdapterSection, MethodName
+from slm_lora.config.schema import AdapterSection
+from slm_lora.config.types import METHOD_LABELS, MethodName
 from slm_lora.model.resolve import ModelSource
 
 SOURCE = ModelSource("org/base", "abc", Path("nowhere"), "0")

@@ -1,6 +1,6 @@
 """The methods of training: what each one means for PEFT, for the base, and for other programs.
 
-A method is added by its name and label in `config.schema` and one entry of `METHODS`.
+A method is added by its name and label in `config.types` and one entry of `METHODS`.
 """
 
 from __future__ import annotations
@@ -10,7 +10,8 @@ from dataclasses import dataclass
 from functools import partial
 from typing import TYPE_CHECKING, Any
 
-from slm_lora.config.schema import AdapterSection, MethodName
+from slm_lora.config.schema import AdapterSection
+from slm_lora.config.types import MethodName
 from slm_lora.model.resolve import ModelSource
 
 if TYPE_CHECKING:

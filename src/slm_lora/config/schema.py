@@ -12,7 +12,6 @@ import re
 from typing import Annotated, Any, Literal, get_args
 
 from pydantic import (
-    AfterValidator,
     BaseModel,
     BeforeValidator,
     ConfigDict,
@@ -22,32 +21,18 @@ from pydantic import (
     model_validator,
 )
 
+from slm_lora.config.types import (
+    RELATED_BY,
+    Float,
+    Format,
+    Int,
+    MethodName,
+    Precision,
+    Relation,
+    TrackerName,
+    no_bool,
+)
 from slm_lora.records import LossOn
-
-
-def _no_bool(value: object) -> object:
-    # In YAML ``yes`` is a boolean, and Python would take True for 1.
-    if isinstance(value, bool):
-        raise ValueError("must be a number, not true or false")
-    return value
-
-
-def _of_64_bits(value: int) -> int:
-    # Libraries behind this take no larger one, and Python does not even print it.
-    if abs(value) >= 2**63:
-        raise ValueError("must be below 2^63")
-    return value
-
-
-Int = Annotated[int, BeforeValidator(_no_bool), AfterValidator(_of_64_bits)]
-Float = Annotated[float, BeforeValidator(_no_bool)]
-TrackerName = Literal["tensorboard", "wandb", "trackio"]
-Precision = Literal["auto", "fp32", "bf16", "fp16"]
-
-Format = Literal["auto", "dolly", "alpaca", "prompt_completion", "chat", "text"]
-Relation = Literal["group", "prompt", "instruction", "context", "near"]
-RELATED_BY: tuple[Relation, ...] = ("group", "prompt", "context", "near")
-"""What ties rows unless a recipe says otherwise."""
 
 
 class Section(BaseModel):
@@ -166,17 +151,6 @@ class DataSection(Section):
         return tuple(each for each in get_args(Relation) if each in value)
 
 
-MethodName = Literal["lora", "rslora", "dora", "pissa", "full"]
-METHOD_LABELS: dict[MethodName, str] = {
-    "lora": "LoRA",
-    "rslora": "rsLoRA",
-    "dora": "DoRA",
-    "pissa": "PiSSA",
-    "full": "Full fine-tuning",
-}
-"""Methods as reports name them; what they are: `adapters.methods`."""
-
-
 class AdapterSection(Section):
     """What is trained; names as in `peft.LoraConfig`."""
 
@@ -186,7 +160,7 @@ class AdapterSection(Section):
         "no effect. An adapter of `pissa` is saved as one of rank 2r that fits the original base.",
     )
     r: Int = Field(8, ge=1, description="Rank.")
-    lora_alpha: Annotated[float | str, BeforeValidator(_no_bool)] = Field(
+    lora_alpha: Annotated[float | str, BeforeValidator(no_bool)] = Field(
         "2r", description="Scaling numerator: a number, or a multiple of the rank such as `2r`."
     )
     lora_dropout: Float = Field(0.05, ge=0, lt=1, description="Dropout before the adapter.")

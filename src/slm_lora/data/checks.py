@@ -9,7 +9,7 @@ from collections.abc import Collection, Sequence
 from dataclasses import dataclass, replace
 from typing import get_args
 
-from slm_lora.config.schema import Relation
+from slm_lora.config.types import Relation
 from slm_lora.data.splits import Rule, group_rows, same_prompt_in_other_groups
 from slm_lora.data.tokenization import RowTokenizer
 from slm_lora.errors import SlmLoraError

@@ -15,7 +15,7 @@ from collections import defaultdict
 from collections.abc import Hashable, Iterable, Sequence
 from dataclasses import dataclass, replace
 
-from slm_lora.config.schema import RELATED_BY, Relation
+from slm_lora.config.types import RELATED_BY, Relation
 from slm_lora.data.dedup import THRESHOLD, is_template, similar_groups
 from slm_lora.errors import DataError
 from slm_lora.records import Row

@@ -7,7 +7,6 @@ tokens written in row text are text, and the template's own are private-use char
 
 from __future__ import annotations
 
-import itertools
 from collections.abc import Sequence
 from dataclasses import dataclass
 from typing import TYPE_CHECKING, Any
@@ -16,6 +15,7 @@ import numpy as np
 
 from slm_lora.data.chat_templates import ChatRenderer, default_template, jinja_renderer
 from slm_lora.data.dropped_turns import LeftOut
+from slm_lora.data.special_tokens import added_bos, cut_at_responses, needs_space_after_bos
 from slm_lora.data.templates import (
     Rendered,
     Specials,
@@ -85,8 +85,8 @@ class RowTokenizer:
             [str(t) for t in tokenizer.added_tokens_decoder.values() if t.special]
         )
         self.eos_id: int | None = tokenizer.eos_token_id
-        self.bos_id = _bos_that_is_added(tokenizer)
-        self.space_after_bos = self.bos_id is not None and _needs_space_after_bos(tokenizer)
+        self.bos_id = added_bos(tokenizer)
+        self.space_after_bos = self.bos_id is not None and needs_space_after_bos(tokenizer)
         backend = Tokenizer.from_str(tokenizer.backend_tokenizer.to_str())
         backend.no_truncation()
         backend.no_padding()
@@ -160,9 +160,9 @@ class RowTokenizer:
             rendered = render_plain(hidden)
         else:
             rendered = self._rendered_chat(hidden)
-        shown = [self.specials.show(part) for part in _cut(rendered)]
+        shown = [self.specials.show(part) for part in cut_at_responses(rendered)]
         ends = np.cumsum([len(part) for part in shown])
-        # _cut alternates outside, response, outside, …: every odd part is a response.
+        # cut_at_responses alternates outside, response, outside, …: every odd part is a response.
         spans = tuple((int(ends[i - 1]), int(ends[i])) for i in range(1, len(shown), 2))
         return Rendered("".join(shown), spans)
 
@@ -418,29 +418,6 @@ def _said(turn: Turn) -> str:
 
 def _reason(error: Exception) -> str:
     return (str(error).splitlines() or [type(error).__name__])[0]
-
-
-def _cut(rendered: Rendered) -> list[str]:
-    """The text cut at the response spans: outside, response, outside, response, …, outside."""
-    edges = [0, *(edge for span in rendered.responses for edge in span), len(rendered.text)]
-    return [rendered.text[a:b] for a, b in itertools.pairwise(edges)]
-
-
-def _bos_that_is_added(tokenizer: PreTrainedTokenizerBase) -> int | None:
-    """The BOS that the tokenizer puts before every text by itself, or None."""
-    ids: list[int] = tokenizer("a", add_special_tokens=True)["input_ids"]
-    first: int | None = tokenizer.bos_token_id
-    return first if first is not None and ids[:1] == [first] else None
-
-
-def _needs_space_after_bos(tokenizer: PreTrainedTokenizerBase) -> bool:
-    def ids(text: str) -> list[int]:
-        found: list[int] = tokenizer(text, add_special_tokens=False)["input_ids"]
-        return found
-
-    bos = str(tokenizer.bos_token)
-    added: list[int] = tokenizer("a", add_special_tokens=True)["input_ids"]
-    return ids(f"{bos}a") != added[: 1 + len(ids("a"))] == ids(f"{bos} a")
 
 
 def _length(tokens: _Tokens) -> int:

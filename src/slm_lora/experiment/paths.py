@@ -7,7 +7,7 @@ from dataclasses import dataclass
 from pathlib import Path
 
 from slm_lora.adapters import io as adapter_io
-from slm_lora.config.schema import TrackerName
+from slm_lora.config.types import TrackerName
 from slm_lora.errors import IntegrityError
 from slm_lora.runs.folder import Run
 from slm_lora.runtime.checksums import sha256_file

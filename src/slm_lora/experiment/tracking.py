@@ -14,7 +14,7 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any, Protocol
 
-from slm_lora.config.schema import TrackerName
+from slm_lora.config.types import TrackerName
 from slm_lora.errors import UsageError
 from slm_lora.records import Step
 

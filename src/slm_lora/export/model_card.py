@@ -12,7 +12,7 @@ from typing import Any
 import yaml
 
 from slm_lora.adapters.methods import METHODS
-from slm_lora.config.schema import METHOD_LABELS, MethodName
+from slm_lora.config.types import METHOD_LABELS, MethodName
 from slm_lora.data.chat_templates import TEMPLATE_DATE, is_frozen, read_template
 from slm_lora.errors import IntegrityError
 from slm_lora.export.trained import Trained

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Sequence
 
-from slm_lora.config.schema import METHOD_LABELS
+from slm_lora.config.types import METHOD_LABELS
 from slm_lora.stats.comparisons import Setting, varied
 
 _KEYS = {

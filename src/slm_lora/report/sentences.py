@@ -9,7 +9,7 @@ from __future__ import annotations
 import math
 from collections.abc import Callable, Sequence
 
-from slm_lora.config.schema import METHOD_LABELS
+from slm_lora.config.types import METHOD_LABELS
 from slm_lora.report.blocks import plain
 from slm_lora.report.card import RATE, interval_text
 from slm_lora.report.names import SettingNames, key_name, rate_name, value_name

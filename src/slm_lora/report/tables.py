@@ -5,7 +5,7 @@ from __future__ import annotations
 from collections.abc import Sequence
 from typing import Any
 
-from slm_lora.config.schema import METHOD_LABELS
+from slm_lora.config.types import METHOD_LABELS
 from slm_lora.records import LossOn
 from slm_lora.report.blocks import markdown_table
 from slm_lora.runs.metrics import METRICS, mean_over_rows

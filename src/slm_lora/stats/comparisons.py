@@ -14,7 +14,8 @@ from collections.abc import Sequence
 from dataclasses import dataclass
 from typing import Any, Literal, NamedTuple
 
-from slm_lora.config.schema import METHOD_LABELS, EvaluationSection
+from slm_lora.config.schema import EvaluationSection
+from slm_lora.config.types import METHOD_LABELS
 from slm_lora.runs.folder import Run
 from slm_lora.runs.metrics import Metric
 from slm_lora.runs.scored_run import ScoredRun, read_scored_run

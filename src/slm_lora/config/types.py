@@ -1,0 +1,61 @@
+"""Types of recipe values, and the names that a recipe knows: formats, methods, trackers."""
+
+from __future__ import annotations
+
+from typing import Annotated, Literal
+
+from pydantic import (
+    AfterValidator,
+    BeforeValidator,
+)
+
+
+def no_bool(value: object) -> object:
+    """Refuse booleans where numbers are meant."""
+    # In YAML ``yes`` is a boolean, and Python would take True for 1.
+    if isinstance(value, bool):
+        raise ValueError("must be a number, not true or false")
+    return value
+
+
+def within_64_bits(value: int) -> int:
+    """Refuse integers beyond 64 bits."""
+    # Libraries behind this take no larger one, and Python does not even print it.
+    if abs(value) >= 2**63:
+        raise ValueError("must be below 2^63")
+    return value
+
+
+Int = Annotated[int, BeforeValidator(no_bool), AfterValidator(within_64_bits)]
+
+
+Float = Annotated[float, BeforeValidator(no_bool)]
+
+
+TrackerName = Literal["tensorboard", "wandb", "trackio"]
+
+
+Precision = Literal["auto", "fp32", "bf16", "fp16"]
+
+
+Format = Literal["auto", "dolly", "alpaca", "prompt_completion", "chat", "text"]
+
+
+Relation = Literal["group", "prompt", "instruction", "context", "near"]
+
+
+RELATED_BY: tuple[Relation, ...] = ("group", "prompt", "context", "near")
+"""What ties rows unless a recipe says otherwise."""
+
+
+MethodName = Literal["lora", "rslora", "dora", "pissa", "full"]
+
+
+METHOD_LABELS: dict[MethodName, str] = {
+    "lora": "LoRA",
+    "rslora": "rsLoRA",
+    "dora": "DoRA",
+    "pissa": "PiSSA",
+    "full": "Full fine-tuning",
+}
+"""Methods as reports name them; what they are: `adapters.methods`."""
