@@ -10,11 +10,13 @@ from slm_lora.runtime import progress
 
 
 def test_time_left_rests_on_this_sitting_alone(monkeypatch: pytest.MonkeyPatch) -> None:
-    seconds = iter([0.0, 20.0, 40.0])
-    monkeypatch.setattr(progress.time, "monotonic", lambda: next(seconds))
+    now = [0.0]  # not a call count: other threads ask for the time, too
+    monkeypatch.setattr(progress.time, "monotonic", lambda: now[0])
     said = io.StringIO()
     task = progress.Task(Console(file=said, width=100), "r8", 100, "steps")
+    now[0] = 20.0
     task.advance(1, tokens=200, earlier=49)
+    now[0] = 40.0
     task.advance(1, tokens=200)
     assert said.getvalue().splitlines() == [
         "  r8  50/100 steps  10 tok/s  16:40 left",

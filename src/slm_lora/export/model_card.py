@@ -201,7 +201,7 @@ def _losses(trained: Trained, results: Path) -> list[str]:
         mine = [run for run in runs if run["hash"] == trained.about.get("run")]
         if not mine:
             # The last table may be of other runs that lie there: what is known without it.
-            runs = [dict(read_run(each).record) for each in run_folders(path.parent / "runs")]
+            runs = [dict(read_run(folder).raw) for folder in run_folders(path.parent / "runs")]
             mine = [run for run in runs if run["hash"] == trained.about.get("run")]
         if not mine:
             return []
