@@ -2,12 +2,13 @@
 
 from __future__ import annotations
 
-from typing import Any
+from typing import Any, get_args
 
 import pytest
 
 from slm_lora.config.schema import DataSection
-from slm_lora.data.formats import left_out, recognise, to_row, wanted
+from slm_lora.config.types import FormatName
+from slm_lora.data.formats import FORMATS, left_out, recognise, to_row, wanted
 from slm_lora.data.text import RowError
 from slm_lora.errors import DataError, UsageError
 from slm_lora.records import Turn
@@ -17,6 +18,10 @@ AUTO = DataSection()
 
 def section(**settings: Any) -> DataSection:
     return DataSection(**settings)
+
+
+def test_recipes_name_every_format() -> None:
+    assert set(get_args(FormatName)) == {"auto", *FORMATS}
 
 
 @pytest.mark.parametrize(
