@@ -54,9 +54,9 @@ def test_lists_of_messages_make_prompt_and_completion_a_chat() -> None:
 
 def test_no_format_fits_lists_columns_and_formats() -> None:
     with pytest.raises(DataError) as caught:
-        recognise({"question", "answer"}, AUTO)
+        recognise({"problem", "solution"}, AUTO)
     message = str(caught.value)
-    assert "columns seen: answer, question" in message
+    assert "columns seen: problem, solution" in message
     for name in ("dolly", "alpaca", "prompt_completion", "chat", "text"):
         assert f"{name} (" in message
     assert "\n" not in message
@@ -540,7 +540,7 @@ def test_preference_data_are_named_with_what_works(
         ({"prompt", "completions", "labels"}, "several answers a row"),
         ({"input_ids", "attention_mask"}, "the rows are tokens already"),
         ({"prompt"}, "prompts without answers"),
-        ({"question", "answer"}, r"perhaps \{instruction: question, response: answer\}"),
+        ({"problem", "solution"}, r"perhaps \{instruction: problem, response: solution\}"),
         ({"question", "response"}, r"perhaps \{instruction: question\}"),
     ],
 )
