@@ -2,12 +2,13 @@
 
 from __future__ import annotations
 
-from typing import Any
+from typing import Any, get_args
 
 import pytest
 
 from slm_lora.config.schema import DataSection
-from slm_lora.data.formats import left_out, recognise, to_row, wanted
+from slm_lora.config.types import FormatName
+from slm_lora.data.formats import FORMATS, left_out, recognise, to_row, wanted
 from slm_lora.data.text import RowError
 from slm_lora.errors import DataError, UsageError
 from slm_lora.records import Turn
@@ -17,6 +18,10 @@ AUTO = DataSection()
 
 def section(**settings: Any) -> DataSection:
     return DataSection(**settings)
+
+
+def test_recipes_name_every_format() -> None:
+    assert set(get_args(FormatName)) == {"auto", *FORMATS}
 
 
 @pytest.mark.parametrize(
@@ -49,9 +54,9 @@ def test_lists_of_messages_make_prompt_and_completion_a_chat() -> None:
 
 def test_no_format_fits_lists_columns_and_formats() -> None:
     with pytest.raises(DataError) as caught:
-        recognise({"question", "answer"}, AUTO)
+        recognise({"problem", "solution"}, AUTO)
     message = str(caught.value)
-    assert "columns seen: answer, question" in message
+    assert "columns seen: problem, solution" in message
     for name in ("dolly", "alpaca", "prompt_completion", "chat", "text"):
         assert f"{name} (" in message
     assert "\n" not in message
@@ -535,7 +540,7 @@ def test_preference_data_are_named_with_what_works(
         ({"prompt", "completions", "labels"}, "several answers a row"),
         ({"input_ids", "attention_mask"}, "the rows are tokens already"),
         ({"prompt"}, "prompts without answers"),
-        ({"question", "answer"}, r"perhaps \{instruction: question, response: answer\}"),
+        ({"problem", "solution"}, r"perhaps \{instruction: problem, response: solution\}"),
         ({"question", "response"}, r"perhaps \{instruction: question\}"),
     ],
 )

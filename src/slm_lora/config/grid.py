@@ -39,6 +39,18 @@ def set_key(settings: Settings, key: str, value: Any) -> None:
     settings[last] = value
 
 
+def setting_of(resolved: Mapping[str, Any], key: str) -> Any:
+    """The value at a dotted key of a resolved recipe.
+
+    Raises:
+        KeyError: the recipe has no such key.
+    """
+    value: Any = resolved
+    for part in key.split("."):
+        value = value[part]
+    return value
+
+
 _SHORT = {
     "adapter.r": "r",
     "data.size": "",

@@ -24,7 +24,7 @@ from pydantic import (
 from slm_lora.config.types import (
     RELATED_BY,
     Float,
-    Format,
+    FormatName,
     Int,
     MethodName,
     Precision,
@@ -69,7 +69,9 @@ class DataSection(Section):
     )
     revision: str | None = Field(None, description="Hub revision; hub ids only.")
     split: str = Field("train", description="Split of a hub data set that the rows are taken from.")
-    format: Format = Field("auto", description="Row format; `auto` recognises it by the columns.")
+    format: FormatName = Field(
+        "auto", description="Row format; `auto` recognises it by the columns."
+    )
     columns: dict[str, str | None] = Field(
         default_factory=dict,
         description="Other column names: canonical field → column, e.g. `{response: answer}`. "

@@ -38,7 +38,7 @@ TrackerName = Literal["tensorboard", "wandb", "trackio"]
 Precision = Literal["auto", "fp32", "bf16", "fp16"]
 
 
-Format = Literal["auto", "dolly", "alpaca", "prompt_completion", "chat", "text"]
+FormatName = Literal["auto", "dolly", "alpaca", "prompt_completion", "chat", "text"]
 
 
 Relation = Literal["group", "prompt", "instruction", "context", "near"]

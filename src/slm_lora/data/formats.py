@@ -1,14 +1,16 @@
-"""The formats that rows are read from, and what makes a row of each well-formed.
+"""Row formats: recognition by columns, and conversion of records to rows.
 
-``FORMATS`` has one entry a format: which columns it needs, which one holds its context, and how
-a record becomes turns. A new format is a new entry there, and its name in ``recipe.Format``.
+``FORMATS`` has one entry per format. A new format is an entry there and its name in
+``config.types.FormatName``; nothing else branches on a format's name.
 """
 
 from __future__ import annotations
 
+import itertools
 import json
 from collections.abc import Callable, Collection, Iterator, Mapping, Set
 from dataclasses import dataclass
+from typing import Literal
 
 from slm_lora.config.schema import DataSection
 from slm_lora.data import column_kinds
@@ -27,32 +29,45 @@ SYSTEM = ("system", "system_prompt")
 """Fields of a system turn, for every format that has turns."""
 
 
+NamedTemplate = Literal["instruction_response", "chat", "plain"]
+
+
 class RejectedRowError(RowError):
     """The row itself says that it is no example to learn from."""
 
 
 @dataclass(frozen=True, slots=True)
-class Format:
+class RowFormat:
     """Columns of a format, and how its turns are read.
 
-    ``required`` lists alternatives: a record needs all columns of one of them. ``holds`` is what
-    they hold: ``text`` or ``messages`` (lists of messages); it tells apart two formats that
-    share their column names. ``context`` is the optional column of the context, if any.
+    Attributes:
+        required: alternatives, the preferred one first: a record needs all columns of one.
+        read_turns: from canonical fields to turns; raises RowError for a malformed record.
+        template: the template of ``data.template: auto``.
+        context: the optional column of the context, if any.
+        read_context: from the value and name of that column to the text of the context.
+        holds: what the required columns hold: ``text``, or ``messages`` (lists of messages).
+            It decides between two formats that share their column names.
+        has_prompt: false for a document without turns: it takes no system turn, no mark of
+            rejected answers, and is recognised only where no other format fits.
     """
 
     required: tuple[tuple[str, ...], ...]
-    holds: str
-    context: str
-    turns: Callable[[Fields], tuple[Turn, ...]]
+    read_turns: Callable[[Fields], tuple[Turn, ...]]
+    template: NamedTemplate = "instruction_response"
+    context: str = ""
+    read_context: Callable[[object, str], str] = checked
+    holds: Literal["text", "messages"] = "text"
+    has_prompt: bool = True
 
 
 def recognise(columns: Set[str], section: DataSection, lists: Set[str] = frozenset()) -> str:
     """The name of the one format that the columns fit, or that ``section.format`` names.
 
-    The format ``text`` is chosen only where no other fits.
+    A format without prompts (``text``) is chosen only where no other fits.
 
-    ``lists`` are those columns that hold lists; they part chat from text where both are called
-    ``prompt`` and ``completion``.
+    ``lists`` are the columns that hold lists; they distinguish a format of messages from one of
+    text where both have columns ``prompt`` and ``completion``.
 
     Raises:
         UsageError: ``data.columns`` maps a field that no format has.
@@ -89,7 +104,7 @@ def recognise(columns: Set[str], section: DataSection, lists: Set[str] = frozens
     fitting = [name for name, entry in FORMATS.items() if _fits(entry, names)]
     if len(fitting) > 1:
         # Many published sets carry the rendered text beside the columns it was made of.
-        fitting = [name for name in fitting if name != "text"]
+        fitting = [name for name in fitting if FORMATS[name].has_prompt]
     if len(fitting) > 1:
         fitting = [name for name in fitting if _holds(FORMATS[name], names, lists)] or fitting
     if len(fitting) > 1:
@@ -134,7 +149,7 @@ def to_row(
     entry = FORMATS[format_name]
     names = _canonical(record, section.columns)
     fields = {field: record[column] for field, column in names.items() if field in FIELDS}
-    if format_name != "text":
+    if entry.has_prompt:
         _check_not_rejected(record, names, section)
     for field in names:
         if field not in fields and column_kinds.refused(field) and not empty(record[names[field]]):
@@ -144,7 +159,7 @@ def to_row(
             )
     context = fields.get(entry.context)
     try:
-        turns = entry.turns(fields)
+        turns = entry.read_turns(fields)
     except RowError as error:
         if {"chosen", "rejected"} <= record.keys() and "chosen" not in section.columns.values():
             raise RowError(
@@ -152,8 +167,8 @@ def to_row(
             ) from None
         raise
     return Row(
-        turns=_with_system(turns, fields, format_name),
-        context="" if context is None else checked(context, entry.context),
+        turns=_with_system(turns, fields) if entry.has_prompt else turns,
+        context="" if context is None else entry.read_context(context, entry.context),
         category=_label(fields, "category"),
         group_hint=_label(fields, "group"),
         source=source,
@@ -174,9 +189,10 @@ def left_out(
         known = column in column_kinds.PROMPT_COLUMNS and column not in read
         if known and column not in dropped(section) and not empty(value):
             yield "column", column
-    if format_name == "chat":
+    entry = FORMATS[format_name]
+    if entry.holds == "messages":
         names = _canonical(record, section.columns)
-        for field in ("messages", "conversations", "prompt", "completion"):
+        for field in itertools.chain(*entry.required):
             if field in names and names[field] in read:
                 for key in unread_keys(record[names[field]]):
                     yield "key", key
@@ -196,12 +212,11 @@ def context_of(format_name: str, columns: Collection[str], section: DataSection)
 def read_columns(columns: Collection[str], format_name: str, section: DataSection) -> set[str]:
     """Those of the columns that the format reads."""
     names = _canonical(columns, section.columns)
-    fields: Collection[str] = _reads(FORMATS[format_name])
-    if format_name == "chat":
-        lists = ("messages", "conversations")
-        whole = [field for field in lists if field in names][:1]
-        fields = [*(whole or ("prompt", "completion")), *SYSTEM]
-    return {names[field] for field in (*fields, *LABELS) if field in names}
+    entry = FORMATS[format_name]
+    complete = (fields for fields in entry.required if all(field in names for field in fields))
+    required = next(complete, entry.required[-1])
+    fields = [*required, *_optional(entry), *LABELS]
+    return {names[field] for field in fields if field in names}
 
 
 def _check_not_rejected(
@@ -221,9 +236,7 @@ def _check_not_rejected(
                 )
 
 
-def _with_system(turns: tuple[Turn, ...], fields: Fields, format_name: str) -> tuple[Turn, ...]:
-    if format_name == "text":
-        return turns
+def _with_system(turns: tuple[Turn, ...], fields: Fields) -> tuple[Turn, ...]:
     for name in SYSTEM:
         if empty(fields.get(name)):
             continue
@@ -261,17 +274,19 @@ def _checked(name: str, section: DataSection) -> str:
     return name
 
 
-def _reads(entry: Format) -> list[str]:
-    required = [field for fields in entry.required for field in fields]
-    context = [entry.context] if entry.context else []
-    return [*required, *context, *(SYSTEM if entry is not FORMATS["text"] else ())]
+def _reads(entry: RowFormat) -> list[str]:
+    return [*itertools.chain(*entry.required), *_optional(entry)]
 
 
-def _fits(entry: Format, names: Collection[str]) -> bool:
+def _optional(entry: RowFormat) -> list[str]:
+    return [*([entry.context] if entry.context else []), *(SYSTEM if entry.has_prompt else ())]
+
+
+def _fits(entry: RowFormat, names: Collection[str]) -> bool:
     return any(all(field in names for field in fields) for fields in entry.required)
 
 
-def _holds(entry: Format, names: Mapping[str, str], lists: Set[str]) -> bool:
+def _holds(entry: RowFormat, names: Mapping[str, str], lists: Set[str]) -> bool:
     return any(
         all(
             field in names and (names[field] in lists) == (entry.holds == "messages")
@@ -281,7 +296,7 @@ def _holds(entry: Format, names: Mapping[str, str], lists: Set[str]) -> bool:
     )
 
 
-def _needs(entry: Format) -> str:
+def _needs(entry: RowFormat) -> str:
     kind = " as messages" if entry.holds == "messages" else ""
     return ", or ".join(" + ".join(fields) for fields in entry.required) + kind
 
@@ -335,7 +350,7 @@ def _exchange(asked: str, answered: str) -> Callable[[Fields], tuple[Turn, ...]]
     return turns
 
 
-def _plain(fields: Fields) -> tuple[Turn, ...]:
+def _document(fields: Fields) -> tuple[Turn, ...]:
     return (Turn("assistant", _filled(fields, "text")),)
 
 
@@ -355,20 +370,23 @@ def _chat(fields: Fields) -> tuple[Turn, ...]:
     return turns
 
 
-FORMATS: dict[str, Format] = {
-    "dolly": Format(
-        (("instruction", "response"),), "text", "context", _exchange("instruction", "response")
+FORMATS: dict[str, RowFormat] = {
+    "dolly": RowFormat(
+        (("instruction", "response"),), _exchange("instruction", "response"), context="context"
     ),
-    "alpaca": Format(
-        (("instruction", "output"),), "text", "input", _exchange("instruction", "output")
+    "alpaca": RowFormat(
+        (("instruction", "output"),), _exchange("instruction", "output"), context="input"
     ),
-    "prompt_completion": Format(
-        (("prompt", "completion"),), "text", "", _exchange("prompt", "completion")
+    "prompt_completion": RowFormat(
+        (("prompt", "completion"),), _exchange("prompt", "completion"), template="plain"
     ),
-    "chat": Format(
-        (("messages",), ("conversations",), ("prompt", "completion")), "messages", "", _chat
+    "chat": RowFormat(
+        (("messages",), ("conversations",), ("prompt", "completion")),
+        _chat,
+        template="chat",
+        holds="messages",
     ),
-    "text": Format((("text",),), "text", "", _plain),
+    "text": RowFormat((("text",),), _document, template="plain", has_prompt=False),
 }
 
 FIELDS = frozenset(LABELS).union(*map(_reads, FORMATS.values()))

@@ -15,6 +15,7 @@ from pathlib import Path
 from typing import Literal
 
 from slm_lora.data.chat_templates import ChatRenderer, clock
+from slm_lora.data.formats import FORMATS
 from slm_lora.errors import DataError, UsageError
 from slm_lora.records import Row, Turn
 
@@ -202,12 +203,7 @@ def choose_template(name: str, row_format: str, include_context: bool) -> Templa
         UsageError: unknown name, or a missing file.
     """
     if name == "auto":
-        by_format: dict[str, TemplateKind] = {
-            "chat": "chat",
-            "prompt_completion": "plain",
-            "text": "plain",
-        }
-        return Template(by_format.get(row_format, "instruction_response"), include_context)
+        return Template(FORMATS[row_format].template, include_context)
     if name in ("instruction_response", "chat", "plain"):
         kind: TemplateKind = name  # type: ignore[assignment]
         return Template(kind, include_context)

@@ -15,7 +15,13 @@ import numpy as np
 
 from slm_lora.data.chat_templates import ChatRenderer, default_template, jinja_renderer
 from slm_lora.data.dropped_turns import LeftOut
-from slm_lora.data.special_tokens import added_bos, cut_at_responses, needs_space_after_bos
+from slm_lora.data.special_tokens import (
+    added_bos,
+    cut_at_responses,
+    literal_backend,
+    needs_space_after_bos,
+    special_ids,
+)
 from slm_lora.data.templates import (
     Rendered,
     Specials,
@@ -76,8 +82,6 @@ class RowTokenizer:
     """
 
     def __init__(self, tokenizer: PreTrainedTokenizerBase, template: Template) -> None:
-        from tokenizers import AddedToken, Tokenizer
-
         if not tokenizer.is_fast:
             raise UsageError("the model's tokenizer has no fast version (tokenizer.json)")
         self.template = template
@@ -87,45 +91,15 @@ class RowTokenizer:
         self.eos_id: int | None = tokenizer.eos_token_id
         self.bos_id = added_bos(tokenizer)
         self.space_after_bos = self.bos_id is not None and needs_space_after_bos(tokenizer)
-        backend = Tokenizer.from_str(tokenizer.backend_tokenizer.to_str())
-        backend.no_truncation()
-        backend.no_padding()
-        # Special tokens in the string are row text now; the template's own are the characters.
-        backend.encode_special_tokens = True
-        flags = {str(token): token for token in tokenizer.added_tokens_decoder.values()}
-        self._id_of: dict[int, int] = {}
-        for index, token in enumerate(self.specials.tokens):
-            character = self.specials.owned(index)
-            as_special = flags[token]
-            backend.add_tokens(
-                [
-                    AddedToken(
-                        character,
-                        normalized=False,
-                        lstrip=as_special.lstrip,
-                        rstrip=as_special.rstrip,
-                    )
-                ]
-            )
-            own_id: Any = tokenizer.convert_tokens_to_ids(token)
-            new_id: Any = backend.token_to_id(character)
-            self._id_of[new_id] = own_id
-        self._backend = backend
-        self._never_text = {
-            id_
-            for id_, token in tokenizer.added_tokens_decoder.items()
-            if token.special and id_ != tokenizer.unk_token_id
-        }
+        self._backend, self._id_of = literal_backend(tokenizer, self.specials)
+        self._never_text = special_ids(tokenizer)
         self._first_new_id = min(self._id_of, default=len(tokenizer))
         # Not EOS alone: the mark that ends a turn is another token in some models.
         self._ends = tuple(map(self.specials.owned, range(len(self.specials.tokens))))
         self._render_chat = self._chat_renderer(tokenizer)
         self._left_out = LeftOut(self._render_chat) if self._render_chat else None
         self.chat_template = as_chat_template(
-            template,
-            self.bos_id is not None,
-            default_template(tokenizer),
-            self.space_after_bos,
+            template, self.bos_id is not None, default_template(tokenizer), self.space_after_bos
         )
 
     def _chat_renderer(self, tokenizer: PreTrainedTokenizerBase) -> ChatRenderer | None:
@@ -183,7 +157,7 @@ class RowTokenizer:
             DataError: the text spells what cannot be told from a special token.
         """
         # As rows are read: the same text is the same tokens.
-        turns = [Turn(turn.role, _said(turn)) for turn in turns]
+        turns = [Turn(turn.role, _checked_content(turn)) for turn in turns]
         context = given(context, "context")
         roles = [turn.role for turn in turns]
         if self._render_chat is None and roles != ["user"]:
@@ -288,11 +262,11 @@ class RowTokenizer:
         """
         rendered = [self.render(row) for row in rows]
         encodings = self._backend.encode_batch(
-            [each.text for each in rendered], add_special_tokens=False
+            [text.text for text in rendered], add_special_tokens=False
         )
         whole = [
-            self._tokens(row, each, encoding.ids, encoding.offsets)
-            for row, each, encoding in zip(rows, rendered, encodings, strict=True)
+            self._tokens(row, text, encoding.ids, encoding.offsets)
+            for row, text, encoding in zip(rows, rendered, encodings, strict=True)
         ]
         limit = max_length if max_length is not None else max(map(_length, whole), default=0)
         long = [(row, _length(t)) for row, t in zip(rows, whole, strict=True) if _length(t) > limit]
@@ -308,14 +282,14 @@ class RowTokenizer:
                 "plain text, to split"
             )
         examples: list[Example] = []
-        for row, each, tokens in zip(rows, rendered, whole, strict=True):
+        for row, text, tokens in zip(rows, rendered, whole, strict=True):
             group = group_of[row.row_id]
             if _length(tokens) > limit and on_long_row == "split":
-                examples += self._pieces(row, group, each, tokens, limit)
+                examples += self._pieces(row, group, text, tokens, limit)
             elif _length(tokens) <= limit or on_long_row != "drop":
                 ids, response, ends = tokens
                 part = _Part(row.row_id, ids[:limit], response[:limit], ends[:limit])
-                examples.append(self._example(row, group, each, part))
+                examples.append(self._example(row, group, text, part))
         return examples, counted
 
     def _pieces(
@@ -328,25 +302,25 @@ class RowTokenizer:
         """
         ids, response, ends = tokens
         labels = len(ids) - 1
-        many = -(-labels // (limit - 1))
-        found = []
-        for number in range(many):
-            start, end = (1 + labels * k // many for k in (number, number + 1))
+        count = -(-labels // (limit - 1))
+        pieces = []
+        for number in range(count):
+            start, end = (1 + labels * k // count for k in (number, number + 1))
             first = ids[0] if ids[0] == self.bos_id else ids[start - 1]
-            found.append(
+            pieces.append(
                 self._example(
                     row,
                     group_id,
                     rendered,
                     _Part(
-                        f"{row.row_id}{PIECE}{number + 1}of{many}",
+                        f"{row.row_id}{PIECE}{number + 1}of{count}",
                         [first, *ids[start:end]],
                         [response[start - 1], *response[start:end]],
                         ends[start - 1 : end],
                     ),
                 )
             )
-        return found
+        return pieces
 
     def joined(self, rows: Sequence[Row]) -> list[bool]:
         """Of each row, whether a prompt in it ends in other tokens alone than before its response.
@@ -361,10 +335,10 @@ class RowTokenizer:
         prompts = self._backend.encode_batch(
             [rendered[at].text[:a] for at, a in asked], add_special_tokens=False
         )
-        found = [False] * len(rows)
+        joined = [False] * len(rows)
         for (at, _), prompt in zip(asked, prompts, strict=True):
-            found[at] |= prompt.ids != whole[at].ids[: len(prompt.ids)]
-        return found
+            joined[at] |= prompt.ids != whole[at].ids[: len(prompt.ids)]
+        return joined
 
     def _tokens(
         self, row: Row, rendered: Rendered, raw_ids: list[int], offsets: list[tuple[int, int]]
@@ -410,7 +384,7 @@ class RowTokenizer:
         return len(self.specials.strip(text).encode("utf-8"))
 
 
-def _said(turn: Turn) -> str:
+def _checked_content(turn: Turn) -> str:
     """A turn's text, checked; an answer is the model's own, which may have written a NUL."""
     parts = turn.content.split("\0") if turn.role == "assistant" else [turn.content]
     return "\0".join(given(part, "prompt") for part in parts)

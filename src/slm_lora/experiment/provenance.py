@@ -72,14 +72,6 @@ def about_adapter(job: Job, paths: ExperimentPaths) -> dict[str, Any]:
     }
 
 
-def setting_of(recipe: dict[str, Any], key: str) -> Any:
-    """A dotted key of the resolved recipe, where local paths are file names."""
-    value: Any = recipe
-    for part in key.split("."):
-        value = value[part]
-    return value
-
-
 def data_record(job: Job) -> dict[str, Any]:
     """What a run says of its rows."""
     prepared = job.data

@@ -14,13 +14,14 @@ import torch
 from slm_lora.adapters import attach
 from slm_lora.adapters import io as adapter_io
 from slm_lora.adapters.methods import method_of, trains_all, trial_section
+from slm_lora.config.grid import setting_of
 from slm_lora.errors import IntegrityError, UsageError
 from slm_lora.experiment.base_cache import LoadedBase, with_saved
 from slm_lora.experiment.cell import evaluate, scoring_cost, train_cell, training_cost
 from slm_lora.experiment.job import Job
 from slm_lora.experiment.paths import BASE, ExperimentPaths
 from slm_lora.experiment.preflight import require_room
-from slm_lora.experiment.provenance import about_adapter, common_record, setting_of, training_record
+from slm_lora.experiment.provenance import about_adapter, common_record, training_record
 from slm_lora.experiment.resume import (
     at_work,
     cell_at_work,

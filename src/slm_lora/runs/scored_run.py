@@ -6,6 +6,7 @@ from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, replace
 from typing import Any
 
+from slm_lora.config.grid import setting_of
 from slm_lora.config.schema import LATER_KEYS
 from slm_lora.records import RowScore
 from slm_lora.runs.folder import Run
@@ -44,11 +45,8 @@ class ScoredRun:
         return {**found, **{name: {**keys, **found[name]} for name, keys in LATER_KEYS.items()}}
 
     def setting(self, key: str) -> Any:
-        """A dotted key of the resolved recipe."""
-        value: Any = self.resolved
-        for part in key.split("."):
-            value = value[part]
-        return value
+        """The value at a dotted key of the resolved recipe."""
+        return setting_of(self.resolved, key)
 
 
 def read_scored_run(run: Run) -> ScoredRun:
