@@ -83,12 +83,16 @@ def test_imports_inside_strings_and_docs_resolve() -> None:
         if name.strip()
     }
     assert len(imports) > 100
-    missing = [
-        f"from {module} import {name}"
-        for module, name in sorted(imports)
-        if not hasattr(importlib.import_module(module), name)
-        and importlib.util.find_spec(f"{module}.{name}") is None
-    ]
+    missing = []
+    for module, name in sorted(imports):
+        try:
+            there = hasattr(importlib.import_module(module), name)
+        except ModuleNotFoundError as error:
+            if (error.name or "").startswith("slm_lora"):
+                raise
+            continue  # an extra that is not installed
+        if not there and importlib.util.find_spec(f"{module}.{name}") is None:
+            missing.append(f"from {module} import {name}")
     assert not missing
 
 
