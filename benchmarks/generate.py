@@ -17,7 +17,7 @@ from pathlib import Path
 import torch
 from transformers import TextIteratorStreamer
 
-from slm_lora.adapters.multi import AdapterSet, open_variants
+from slm_lora.adapters.multi import AdapterSet, load_adapter_set
 from slm_lora.data.prompts import read_prompts
 from slm_lora.evaluation.generation import Generation, Sampling, prompt_ids
 from slm_lora.runtime import hardware
@@ -42,7 +42,7 @@ def ours(variants: AdapterSet, ids: list[int]) -> Timing:
 
 def theirs(variants: AdapterSet, ids: list[int]) -> Timing:
     """`generate` with its streamer, which is how servers use it."""
-    variants.use(variants.names[-1])
+    variants.activate(variants.names[-1])
     streamer = TextIteratorStreamer(variants.tokenizer, skip_prompt=True)
     given = torch.tensor([ids])
     made: list[torch.Tensor] = []
@@ -79,7 +79,7 @@ def main() -> None:
     arguments.add_argument("--rounds", type=int, default=3)
     arguments.add_argument("--out", type=Path, default=Path("results/bench/generate.json"))
     given = arguments.parse_args()
-    variants = open_variants(None, given.adapter)
+    variants = load_adapter_set(None, given.adapter)
     asked = [prompt_ids(variants, variants.names[-1], p) for p in read_prompts(given.prompts)]
     found: dict[str, list[Timing]] = {"slm_lora": [], "transformers": []}
     for contender in (ours, theirs):  # not counted: the first run warms up

@@ -401,11 +401,11 @@ def same_reply(model: Path, adapter: Path, tokenizer: Any, peft_model: Any) -> b
     """A greedy reply of ours, token by token against PEFT's own logits of the whole text."""
     import torch
 
-    from slm_lora.adapters.multi import open_variants
+    from slm_lora.adapters.multi import load_adapter_set
     from slm_lora.evaluation.generation import Generation, Sampling
 
     ids = list(tokenizer(texts()[0])["input_ids"])
-    variants = open_variants(str(model), [adapter], device="cpu", precision="fp32")
+    variants = load_adapter_set(str(model), [adapter], device="cpu", precision="fp32")
     reply = Generation(variants, variants.names[-1], ids, Sampling(10))
     list(reply.pieces())
     for token in reply.ids:

@@ -22,7 +22,7 @@ from peft import PeftModel
 from transformers import AutoModelForCausalLM, AutoTokenizer
 
 from slm_lora.adapters import io as adapter_io
-from slm_lora.adapters.multi import BASE, AdapterSet, open_variants
+from slm_lora.adapters.multi import BASE, AdapterSet, load_adapter_set
 from slm_lora.cli import app, run_guarded
 from slm_lora.config.schema import ModelSection
 from slm_lora.data.prompts import Prompt
@@ -64,7 +64,7 @@ def folders(tiny_source: ModelSource, tmp_path_factory: pytest.TempPathFactory) 
 
 @pytest.fixture(scope="module")
 def variants(tiny_source: ModelSource, folders: tuple[Path, ...]) -> AdapterSet:
-    return open_variants(str(tiny_source.path), folders, precision="fp32")
+    return load_adapter_set(str(tiny_source.path), folders, precision="fp32")
 
 
 def said(
@@ -222,7 +222,7 @@ def test_ends_that_are_barred_ignored_or_added(variants: AdapterSet) -> None:
     how = Sampling(40, 1.0, seed=3, stop_token_ids=every, min_tokens=9)
     assert said(variants, BASE, QUESTIONS[0], how)[1][:9] == [7] * 9
     # The model's own end, made the likeliest token there is.
-    (own,) = variants.ends
+    (own,) = variants.stop_ids
     biased = [0.0] * len(variants.tokenizer)
     biased[own] = 9.0
     reply = Generation(variants, BASE, [5], Sampling(4, ignore_eos=True))
@@ -316,24 +316,24 @@ def test_another_template_beside_the_adapter_is_refused(
     changed = shutil.copytree(folders[0], tmp_path / "changed")
     (changed / "chat_template.jinja").write_text("{{ messages[0]['content'] }}")
     with pytest.raises(IntegrityError, match="not as it was written"):
-        open_variants(str(tiny_source.path), [changed], precision="fp32")
+        load_adapter_set(str(tiny_source.path), [changed], precision="fp32")
     # Adapters of before there were seals do not say the SHA-256 of their files.
     about = json.loads((changed / adapter_io.ABOUT).read_text())
     unsealed = {key: value for key, value in about.items() if key not in (FILES, SEAL)}
     (changed / adapter_io.ABOUT).write_text(json.dumps(unsealed))
     with pytest.raises(IntegrityError, match="not the template that the adapter was trained"):
-        open_variants(str(tiny_source.path), [changed], precision="fp32")
+        load_adapter_set(str(tiny_source.path), [changed], precision="fp32")
     foreign = shutil.copytree(folders[0], tmp_path / "foreign")
     (foreign / adapter_io.ABOUT).unlink()
-    found = open_variants(str(tiny_source.path), [foreign], precision="fp32")
+    found = load_adapter_set(str(tiny_source.path), [foreign], precision="fp32")
     assert "not trained here" in found.notes[0]
     assert (
-        found.prompters["foreign"].prompt([Turn("user", "Tea?")])
+        found.row_tokenizers["foreign"].prompt([Turn("user", "Tea?")])
         == found.tokenizer("Instruction:\nTea?\nResponse:\n")["input_ids"]
     )
     (foreign / "chat_template.jinja").unlink()
-    found = open_variants(str(tiny_source.path), [foreign], precision="fp32")
-    assert "says nothing of the prompts" in found.notes[0]
+    found = load_adapter_set(str(tiny_source.path), [foreign], precision="fp32")
+    assert "has no record of its training prompts" in found.notes[0]
 
 
 def test_an_adapter_whose_template_writes_the_date(tiny_folder: Path, tmp_path: Path) -> None:
@@ -346,8 +346,10 @@ def test_an_adapter_whose_template_writes_the_date(tiny_folder: Path, tmp_path: 
     dated = dated.replace("{% for", "{#\n#}{% for")
     (base / "tokenizer_config.json").write_text(json.dumps(config))
     (base / "chat_template.jinja").unlink()
-    (note,) = open_variants(str(base), [], precision="fp32").notes
-    assert note.startswith("base: its chat template asks for today's date: 26 Jul 2024 stands in")
+    (note,) = load_adapter_set(str(base), [], precision="fp32").notes
+    assert note.startswith(
+        "base: its chat template contains today's date; it is fixed to 26 Jul 2024"
+    )
     adapter = make_adapter(resolve(ModelSection(name=str(base))), tmp_path / "one", template="chat")
     shipped = adapter / "chat_template.jinja"
     holder = AutoTokenizer.from_pretrained(base)
@@ -356,26 +358,29 @@ def test_an_adapter_whose_template_writes_the_date(tiny_folder: Path, tmp_path: 
         [{"role": "user", "content": "Tea?"}], add_generation_prompt=True, return_dict=False
     )
     assert holder.decode(asked).startswith("26 Jul 2024\n<|im_start|>user\nTea?")
-    found = open_variants(str(base), [adapter], precision="fp32")
-    assert found.prompters["one"].prompt([Turn("user", "Tea?")]) == asked
+    found = load_adapter_set(str(base), [adapter], precision="fp32")
+    assert found.row_tokenizers["one"].prompt([Turn("user", "Tea?")]) == asked
     assert found.notes == ()
     shipped.write_text(dated)
     change_about(adapter)
-    found = open_variants(str(base), [adapter], precision="fp32")
-    assert found.prompters["one"].prompt([Turn("user", "Tea?")]) == asked
+    found = load_adapter_set(str(base), [adapter], precision="fp32")
+    assert found.row_tokenizers["one"].prompt([Turn("user", "Tea?")]) == asked
     (note,) = found.notes
-    assert note.startswith("one: its chat_template.jinja writes today's date, training wrote 26 Ju")
+    assert note == (
+        "one: its chat_template.jinja writes today's date; training, prompts here, merge and "
+        "export use 26 Jul 2024"
+    )
     assert read_trained(adapter).chat_template == holder.chat_template  # what is handed on further
     shipped.write_text(dated.replace("%d", "%A"))
     change_about(adapter)
     with pytest.raises(IntegrityError, match="not the template that the adapter was trained"):
-        open_variants(str(base), [adapter], precision="fp32")
+        load_adapter_set(str(base), [adapter], precision="fp32")
     (adapter / adapter_io.ABOUT).unlink()
     shipped.write_bytes(b"\xff")
     with pytest.raises(IntegrityError, match=r"chat_template\.jinja: not UTF-8"):
-        open_variants(str(base), [adapter], precision="fp32")
+        load_adapter_set(str(base), [adapter], precision="fp32")
     shipped.write_text(dated)
-    found = open_variants(str(base), [adapter], precision="fp32")
+    found = load_adapter_set(str(base), [adapter], precision="fp32")
     assert found.notes[0].endswith(", with the date 26 Jul 2024; not trained here")
 
 
@@ -392,8 +397,8 @@ def test_a_base_with_several_named_templates(tiny_folder: Path, tmp_path: Path) 
     source = resolve(ModelSection(name=str(base)))
     adapter = make_adapter(source, tmp_path / "one", template="chat")
     assert (adapter / "chat_template.jinja").read_text() == own
-    found = open_variants(str(base), [adapter], precision="fp32")
-    assert [each.template.kind for each in found.prompters.values()] == ["chat", "chat"]
+    found = load_adapter_set(str(base), [adapter], precision="fp32")
+    assert [each.template.kind for each in found.row_tokenizers.values()] == ["chat", "chat"]
 
 
 @pytest.mark.parametrize("special", [False, True])
@@ -582,8 +587,8 @@ def test_replies_of_models_with_a_state_of_their_own_are_transformers_own(
     torch.manual_seed(0)
     save_model(getattr(transformers, kind)(**sizes), tmp_path, 0.2)
     tiny_tokenizer().save_pretrained(tmp_path)
-    opened = open_variants(str(tmp_path), [], device="cpu", precision="fp32")
-    assert opened.cached == cached
+    opened = load_adapter_set(str(tmp_path), [], device="cpu", precision="fp32")
+    assert opened.uses_cache == cached
     assert any("no key-value cache" in note for note in opened.notes) == (not cached)
     prompt = [5, 70, 300, 12, 9]
     reply = Generation(opened, "base", prompt, Sampling(12))

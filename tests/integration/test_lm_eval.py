@@ -15,7 +15,7 @@ import pytest
 from peft import PeftModel
 from transformers import AutoModelForCausalLM, AutoTokenizer
 
-from slm_lora.adapters.multi import open_variants
+from slm_lora.adapters.multi import load_adapter_set
 from slm_lora.data.collate import collate
 from slm_lora.data.templates import Template
 from slm_lora.data.tokenization import RowTokenizer
@@ -42,7 +42,7 @@ def test_rolling_likelihood_is_our_nll(tiny_source: ModelSource, tmp_path: Path)
     asked = Instance("loglikelihood_rolling", {}, (text,), 0)
     theirs = -float(harness.loglikelihood_rolling([asked], disable_tqdm=True)[0])
 
-    variants = open_variants(str(tiny_source.path), [folder], precision="fp32")
+    variants = load_adapter_set(str(tiny_source.path), [folder], precision="fp32")
     row = Row((Turn("assistant", text),))
     whole = RowTokenizer(variants.tokenizer, Template("plain")).encode([row], {row.row_id: ""})[0][
         0
@@ -53,6 +53,6 @@ def test_rolling_likelihood_is_our_nll(tiny_source: ModelSource, tmp_path: Path)
     ours = score_documents(variants.base, collate([same_rules], "all"))
     assert ours.tokens_all[0] == len(tokenizer(text)["input_ids"])
     assert float(ours.nll_all[0]) == pytest.approx(theirs, rel=1e-5)
-    variants.use("base")
+    variants.activate("base")
     without = score_documents(variants.base, collate([same_rules], "all"))
     assert abs(float(without.nll_all[0]) - theirs) > 1, "the adapter is what was scored"

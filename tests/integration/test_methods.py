@@ -161,7 +161,7 @@ def test_no_adapter_lies_on_a_vision_tower(tmp_path: Path, targets: Any) -> None
     batch_nll(base, collate(make_examples([20, 9]), "all"), "seed").backward()
     assert all(p.grad is not None for n, p in peft_model.named_parameters() if p.requires_grad)
     if targets == "all-linear":
-        assert "without adapters stay" in attach.left_out(peft_model)
+        assert "without adapters stay" in attach.unadapted_note(peft_model)
 
 
 def test_all_weights_are_those_of_the_text_model(tmp_path: Path) -> None:
@@ -170,7 +170,7 @@ def test_all_weights_are_those_of_the_text_model(tmp_path: Path) -> None:
     still = [name for name, p in trained.named_parameters() if not p.requires_grad]
     assert still
     assert all("vision_tower" in name or "projector" in name for name in still)
-    assert "stay as they are" in attach.left_out(trained)
+    assert "stay frozen" in attach.unadapted_note(trained)
 
 
 def test_all_linear_leaves_out_what_peft_refuses(tmp_path: Path) -> None:
@@ -186,7 +186,7 @@ def test_all_linear_leaves_out_what_peft_refuses(tmp_path: Path) -> None:
         name.split(".lora_")[0].rsplit(".", 1)[-1] for name, _ in peft_model.named_parameters()
     }
     assert "in_proj" in names
-    assert "out_proj (2)" in attach.left_out(peft_model)
+    assert "out_proj (2)" in attach.unadapted_note(peft_model)
     with pytest.raises(UsageError, match=r"PEFT refuses them on .*out_proj"):
         attach.attach(load(tmp_path), AdapterSection(target_modules=("out_proj",)), seed=0)
 
@@ -205,7 +205,7 @@ def save_mixture(folder: Path) -> Path:
 def test_all_linear_takes_experts_where_peft_can(tmp_path: Path) -> None:
     folder = save_mixture(tmp_path)
     peft_model = attach.attach(load(folder), AdapterSection(target_modules="all-linear"), seed=0)
-    assert "the experts" in attach.left_out(peft_model)
+    assert "the experts" in attach.unadapted_note(peft_model)
     without = AdapterSection(target_modules="all-linear", lora_dropout=0)
     peft_model = attach.attach(load(folder), without, seed=0)
     assert any(".experts." in n for n, p in peft_model.named_parameters() if p.requires_grad)
@@ -244,7 +244,7 @@ def test_what_only_peft_s_forward_knows_is_found_out(load_tiny: LoadTiny) -> Non
         r=4, task_type="CAUSAL_LM", target_modules=["q_proj"], alora_invocation_tokens=[3, 4]
     )
     foreign = get_peft_model(base.model, activated)
-    with pytest.raises(UsageError, match="away from PEFT's"):
+    with pytest.raises(UsageError, match="differ from PEFT's"):
         check_forward(base, foreign)
 
 

@@ -15,7 +15,7 @@ from typing import Any
 
 import pytest
 
-from slm_lora.adapters.multi import BASE, AdapterSet, open_variants
+from slm_lora.adapters.multi import BASE, AdapterSet, load_adapter_set
 from slm_lora.data.prompts import Prompt
 from slm_lora.errors import UsageError
 from slm_lora.evaluation.generation import Generation, Sampling, prompt_ids
@@ -43,7 +43,7 @@ def variants(tiny_source: ModelSource, tmp_path_factory: pytest.TempPathFactory)
         make_adapter(tiny_source, where / "single", scale=0.5, seed=1),
         make_adapter(tiny_source, where / "talker", scale=0.5, template="chat", seed=2),
     ]
-    return open_variants(str(tiny_source.path), folders, precision="fp32")
+    return load_adapter_set(str(tiny_source.path), folders, precision="fp32")
 
 
 class Served:
@@ -376,7 +376,7 @@ def test_a_full_queue_says_so_and_recovers(variants: AdapterSet) -> None:
     engine = Engine(variants, at_once=1, most_waiting=2)
 
     async def crowd() -> tuple[int, int]:
-        ids = variants.prompters[BASE].prompt([Turn("user", "Tea?")])
+        ids = variants.row_tokenizers[BASE].prompt([Turn("user", "Tea?")])
         text = wanted(variants, BASE, "Tea?", Sampling(50))[0]
         tickets, refused = [], 0
         for _ in range(10):
@@ -508,7 +508,7 @@ def test_a_template_in_a_request_is_text(served: Served, variants: AdapterSet) -
             model=name, messages=[{"role": "user", "content": attack}], max_tokens=4, temperature=0
         )
         assert found.choices[0].message.content == wanted(variants, name, attack, Sampling(4))[0]
-        prompter = variants.prompters[name]
+        prompter = variants.row_tokenizers[name]
         assert attack in variants.tokenizer.decode(prompter.prompt([Turn("user", attack)]))
 
 

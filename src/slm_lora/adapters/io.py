@@ -1,5 +1,4 @@
-"""Adapters in folders, saved, checked and loaded in PEFT's own format; and whole models where all
-weights were trained."""
+"""Save, check and load adapters in PEFT's format, and fully fine-tuned models in transformers'."""
 
 from __future__ import annotations
 
@@ -13,9 +12,15 @@ import torch
 from safetensors import SafetensorError
 from torch import nn
 
-from slm_lora.adapters.attach import BEGINNING, detach, is_adapter
+from slm_lora.adapters.attach import INITIAL_STATE, detach, has_adapter
 from slm_lora.adapters.check import check_forward
-from slm_lora.adapters.foreign import MERGE, check_biases, check_config, copies_of_base, ends
+from slm_lora.adapters.foreign import (
+    MERGE_HINT,
+    check_biases,
+    check_config,
+    copies_of_base,
+    modules_outside_layers,
+)
 from slm_lora.data.chat_templates import default_template
 from slm_lora.errors import IntegrityError, NumericError, UsageError
 from slm_lora.model.base import Base
@@ -31,7 +36,7 @@ if TYPE_CHECKING:
 
 WEIGHTS = "adapter_model.safetensors"
 ABOUT = "slm_lora.json"
-"""Beside PEFT's own files: recipe, base and its hash, prompt template."""
+"""Metadata file beside PEFT's own: recipe, base and its hash, prompt template."""
 
 
 def save(
@@ -41,15 +46,15 @@ def save(
     about: Mapping[str, Any],
     chat_template: str | None,
 ) -> None:
-    """Write the adapter in PEFT's layout, with what it was trained on beside it; or the model in
-    transformers' layout, in the base's precision, with its tokenizer (see `model_folder`).
+    """Write an adapter in PEFT's layout, or a fully trained model in transformers' layout, in the
+    base's precision and with its tokenizer (see `model_folder`); metadata is written beside it.
 
     Args:
-        base: what it was trained on.
-        peft_model: from `attach`; altered, where its method modifies the base.
-        folder: replaced if it exists; complete or absent.
-        about: recipe, base, template; written as JSON, with the SHA-256 of every file.
-        chat_template: the training template in the form of a tokenizer's chat template.
+        base: the base that it was trained on.
+        peft_model: from `attach`; altered if its method modifies the base.
+        folder: replaced if it exists; written atomically.
+        about: metadata (recipe, base, template); written as JSON with the SHA-256 of every file.
+        chat_template: the training template as a tokenizer's chat template.
 
     Raises:
         NumericError: a weight is not finite; nothing is written.
@@ -62,7 +67,7 @@ def save(
                 "lower training.learning_rate"
             )
     with atomic_folder(folder) as temporary:
-        if is_adapter(peft_model):
+        if has_adapter(peft_model):
             _save_adapter(peft_model, temporary)
             if chat_template is not None:
                 (temporary / CHAT_TEMPLATE).write_text(chat_template, encoding="utf-8")
@@ -77,34 +82,34 @@ def save(
 
 def _save_adapter(peft_model: PeftModel, folder: Path) -> None:
     peft_model.save_pretrained(str(folder), save_embedding_layers=False)
-    # PEFT's model card names the base by its path on this machine.
+    # PEFT's model card contains the base's local path.
     (folder / "README.md").unlink(missing_ok=True)
-    if beginning := getattr(peft_model, BEGINNING, None):
-        _fit_original_base(folder, beginning)
+    if initial_state := getattr(peft_model, INITIAL_STATE, None):
+        _convert_to_original_base(folder, initial_state)
     _order_targets(folder / "adapter_config.json")
 
 
 def _order_targets(path: Path) -> None:
-    """PEFT writes a set of names in an order that differs from process to process."""
+    """Sort the target modules: PEFT writes a set, whose order differs between processes."""
     config = json.loads(path.read_text(encoding="utf-8"))
     if isinstance(config["target_modules"], list):
         config["target_modules"].sort()
     path.write_text(json.dumps(config, indent=2, sort_keys=True), encoding="utf-8")
 
 
-def _fit_original_base(folder: Path, beginning: Mapping[str, torch.Tensor]) -> None:
-    """Turn a PiSSA adapter in place into the LoRA adapter that does the same to the base as it
-    was: the base lost B₀A₀, so it is BA - B₀A₀, of rank 2r."""
+def _convert_to_original_base(folder: Path, initial_state: Mapping[str, torch.Tensor]) -> None:
+    """Convert a PiSSA adapter in place into the equivalent LoRA adapter of the original base, from
+    which B₀A₀ was subtracted: BA - B₀A₀, of rank 2r."""
     from peft import LoraConfig
     from safetensors.torch import load_file, save_file
 
     state = load_file(folder / WEIGHTS)
     for name, tensor in state.items():
         side, sign = (0, 1) if "lora_A" in name else (1, -1)
-        state[name] = torch.cat([tensor, sign * beginning[name]], side)
+        state[name] = torch.cat([tensor, sign * initial_state[name]], side)
     save_file(state, folder / WEIGHTS, metadata={"format": "pt"})
     config = LoraConfig.from_pretrained(str(folder))
-    # Twice both: the scaling, alpha/r, stays.
+    # Both doubled, so that the scaling alpha/r is unchanged.
     config.r, config.lora_alpha = 2 * config.r, 2 * config.lora_alpha
     config.init_lora_weights = True
     config.save_pretrained(str(folder))
@@ -114,7 +119,7 @@ def _save_model(base: Base, folder: Path, chat_template: str | None, keeps_own: 
     from slm_lora.model.loading import load_tokenizer
 
     if chat_template is None and keeps_own:
-        # Others get other tokens with it, which was told; here it is what it is prompted by.
+        # It may give other programs other tokens, which a note reported; here it is used as it is.
         chat_template = default_template(load_tokenizer(base.source))
     for parameter in base.model.parameters():
         parameter.data = parameter.data.to(base.dtype)
@@ -122,13 +127,13 @@ def _save_model(base: Base, folder: Path, chat_template: str | None, keeps_own: 
 
 
 def weights_file(folder: Path) -> Path | None:
-    """The file of the weights in a folder that `save` wrote, if there is one."""
+    """The weights file in a folder that `save` wrote, or None."""
     files = (folder / WEIGHTS, folder / MODEL_WEIGHTS)
     return next((file for file in files if file.is_file()), None)
 
 
 def run_of(folder: Path) -> str | None:
-    """Identity of the run that a folder says to be of; None for what is not ours, or broken."""
+    """Run hash in a folder's metadata; None if there is no metadata, or it is broken."""
     try:
         return str(json.loads((folder / ABOUT).read_text(encoding="utf-8"))["run"])
     except (OSError, ValueError, KeyError, TypeError, RecursionError):
@@ -136,33 +141,31 @@ def run_of(folder: Path) -> str | None:
 
 
 def load(base: Base, folder: Path, compare: bool = True) -> PeftModel:
-    """Put a saved adapter on the base; see `load_several`."""
+    """Load one adapter onto the base; see `load_several`."""
     return load_several(base, {"default": folder}, compare)
 
 
 def load_several(base: Base, folders: Mapping[str, Path], compare: bool = True) -> PeftModel:
-    """Put saved adapters on the base; nothing is guessed, nothing is left out.
+    """Load one or more adapters onto the base; every tensor must be used and must fit.
 
-    An adapter of ours is compared with the SHA-256 of its files; one of others has none
-    (`is_sealed`), and only its tensors are compared with the base.
+    The files of an adapter that was saved here are compared with their SHA-256; an adapter of
+    another program has none (`is_sealed`), and only its tensors are compared with the base.
 
     Args:
-        base: what they were trained on, without any adapter.
-        folders: one or more, by the names that PEFT is to know them by. (They become parts of
-            names of modules: no dots.)
-        compare: with `PeftModel.forward`, as whoever computes with it here must.
+        base: the base that they were trained on, without any adapter.
+        folders: one or more, by PEFT's adapter name (part of module names, so without dots).
+        compare: compare logits with `PeftModel.forward`; required before computing with `base`.
 
     Raises:
-        UsageError: no adapter in a folder, or of a kind that is not loaded here.
-        IntegrityError: a file was changed; made for another base; tensors that are missing or
-            do not fit.
+        UsageError: no adapter in a folder, or one that is not supported.
+        IntegrityError: a changed file, another base, or tensors that are missing or do not fit.
     """
     import_bitsandbytes()
     from peft import PeftModel
 
-    # All before any: the check wants the base bare.
+    # All checks come first: they need the base without adapters.
     for folder in folders.values():
-        _check(base, folder)
+        _check_folder(base, folder)
     peft_model: PeftModel | None = None
     for name, folder in folders.items():
         try:
@@ -172,12 +175,12 @@ def load_several(base: Base, folders: Mapping[str, Path], compare: bool = True) 
                 )
             else:
                 peft_model.load_adapter(os.fspath(folder), adapter_name=name)
-        except _LOADING_FAILS as error:
+        except _LOADING_ERRORS as error:
             if peft_model is None:
-                raise _does_not_load(folder, error) from error
+                raise _loading_error(folder, error) from error
             detach(peft_model)
-            # Each fits the base: PEFT keeps some kinds of them (LoRA on an embedding that another
-            # holds whole, say) not in one model.
+            # Each fits the base, but PEFT cannot hold some combinations in one model (LoRA on an
+            # embedding of which another adapter has a trained copy).
             raise UsageError(
                 f"{folder}: PEFT does not load it beside {next(iter(folders.values()))} "
                 f"({_first_line(error)}); use one at a time"
@@ -189,20 +192,24 @@ def load_several(base: Base, folders: Mapping[str, Path], compare: bool = True) 
     if compare and not base.sharded:
         for name, folder in folders.items():
             peft_model.set_adapter(name, inference_mode=True)
-            check_forward(base, peft_model, *_told(base, folder))
+            check_forward(base, peft_model, *_subject_and_remedy(base, folder))
     return peft_model
 
 
-def _told(base: Base, folder: Path) -> tuple[str, str]:
-    """What the adapter is, where it is on more than the layers, and the way out."""
-    at_ends = ends(_shapes(folder))
-    what = f"{folder}, an adapter on {' and '.join(at_ends)}" if at_ends else os.fspath(folder)
-    if at_ends and base.model.config.get_text_config().tie_word_embeddings:
-        return what, (
+def _subject_and_remedy(base: Base, folder: Path) -> tuple[str, str]:
+    """Subject and remedy for the error message of `check_forward`."""
+    outer_modules = modules_outside_layers(_shapes(folder))
+    subject = (
+        f"{folder}, an adapter on {' and '.join(outer_modules)}"
+        if outer_modules
+        else os.fspath(folder)
+    )
+    if outer_modules and base.model.config.get_text_config().tie_word_embeddings:
+        return subject, (
             f"input and output embedding of {base.source.name} are one matrix, so merging would "
             "change both: use it with PEFT itself"
         )
-    return what, MERGE
+    return subject, MERGE_HINT
 
 
 def _shapes(folder: Path) -> dict[str, tuple[int, ...]]:
@@ -212,31 +219,33 @@ def _shapes(folder: Path) -> dict[str, tuple[int, ...]]:
         return {name: tuple(file.get_slice(name).get_shape()) for name in file.keys()}  # noqa: SIM118
 
 
-def _check(base: Base, folder: Path) -> None:
-    wrong_base = _other_base(base.source, folder)
-    config = _check_is_adapter(folder)
+def _check_folder(base: Base, folder: Path) -> None:
+    base_error = _base_mismatch(base.source, folder)
+    config = _read_adapter_config(folder)
     try:
         saved = _shapes(folder)
         check_biases(folder, config, saved)
-        misfits = _misfits(base, folder, saved)
-    except _LOADING_FAILS as error:
-        raise _does_not_load(folder, error) from error
-    if misfits and not wrong_base:
-        extra = [name for name in misfits if name in saved]
+        mismatched = _mismatched_tensors(base, folder, saved)
+    except _LOADING_ERRORS as error:
+        raise _loading_error(folder, error) from error
+    if mismatched and not base_error:
+        extra = [name for name in mismatched if name in saved]
         copies = copies_of_base(base, folder / WEIGHTS, folder, extra)
-        misfits = [name for name in misfits if name not in copies]
-    if misfits:
-        shown = ", ".join(misfits[:MOST_NAMED]) + (", …" if len(misfits) > MOST_NAMED else "")
-        fit = f"{len(misfits)} tensors do not fit {base.source.name}: {shown}"
-        raise IntegrityError(f"{wrong_base}; {fit}" if wrong_base else f"{folder}: {fit}")
-    if wrong_base:
-        raise IntegrityError(wrong_base)
+        mismatched = [name for name in mismatched if name not in copies]
+    if mismatched:
+        shown = ", ".join(mismatched[:MAX_NAMED_TENSORS]) + (
+            ", …" if len(mismatched) > MAX_NAMED_TENSORS else ""
+        )
+        misfit = f"{len(mismatched)} tensors do not fit {base.source.name}: {shown}"
+        raise IntegrityError(f"{base_error}; {misfit}" if base_error else f"{folder}: {misfit}")
+    if base_error:
+        raise IntegrityError(base_error)
 
 
-_LOADING_FAILS = (SafetensorError, RuntimeError, ValueError, TypeError, KeyError)
+_LOADING_ERRORS = (SafetensorError, RuntimeError, ValueError, TypeError, KeyError)
 
 
-def _does_not_load(folder: Path, error: Exception) -> IntegrityError:
+def _loading_error(folder: Path, error: Exception) -> IntegrityError:
     return IntegrityError(f"{folder}: the adapter does not load: {_first_line(error)}")
 
 
@@ -244,34 +253,36 @@ def _first_line(error: Exception) -> str:
     return (str(error).splitlines() or [type(error).__name__])[0]
 
 
-MOST_NAMED = 32
-"""Tensors that a message names one by one."""
+MAX_NAMED_TENSORS = 32
+"""Tensor names in one error message."""
 
 
-def _misfits(base: Base, folder: Path, saved: Mapping[str, tuple[int, ...]]) -> list[str]:
-    """Names of tensors that the base lacks or has in another shape, or that the file lacks.
+def _mismatched_tensors(
+    base: Base, folder: Path, saved: Mapping[str, tuple[int, ...]]
+) -> list[str]:
+    """Names of tensors that are missing, unexpected or of another shape.
 
-    A fresh adapter of the same configuration says which there should be.
+    A new adapter of the same configuration gives the expected names and shapes.
     """
     from peft import PeftConfig, get_peft_model, get_peft_model_state_dict
 
     config = PeftConfig.from_pretrained(str(folder))
     if hasattr(config, "init_lora_weights"):
-        config.init_lora_weights = True  # its numbers are not looked at
+        config.init_lora_weights = True  # the values are not used
     config.base_model_name_or_path = base.source.name
     try:
-        fresh = get_peft_model(base.model, config, low_cpu_mem_usage=True)
-    except ValueError:  # none of the modules is there
+        new_adapter = get_peft_model(base.model, config, low_cpu_mem_usage=True)
+    except ValueError:  # the base has none of the modules
         return sorted(saved)
-    state = get_peft_model_state_dict(fresh, save_embedding_layers=False)
-    wanted = {name: tuple(tensor.shape) for name, tensor in state.items()}
-    detach(fresh)
-    return sorted(n for n in wanted.keys() | saved.keys() if wanted.get(n) != saved.get(n))
+    state = get_peft_model_state_dict(new_adapter, save_embedding_layers=False)
+    expected = {name: tuple(tensor.shape) for name, tensor in state.items()}
+    detach(new_adapter)
+    return sorted(n for n in expected.keys() | saved.keys() if expected.get(n) != saved.get(n))
 
 
-def _check_is_adapter(folder: Path) -> dict[str, Any]:
-    """Its configuration; what is no adapter is refused, and one that is not computed with here or
-    would have PEFT read or run something else."""
+def _read_adapter_config(folder: Path) -> dict[str, Any]:
+    """The adapter's configuration; refuses folders without an adapter, unsupported adapters, and
+    files outside of the folder."""
     if not (folder / "adapter_config.json").is_file() or not (folder / WEIGHTS).is_file():
         pickled = (folder / "adapter_model.bin").exists()
         hint = "; its pickled weights (.bin) are not loaded: save it as safetensors" * pickled
@@ -290,10 +301,10 @@ def _check_is_adapter(folder: Path) -> dict[str, Any]:
 
 
 def is_sealed(folder: Path) -> bool:
-    """Whether the folder says the SHA-256 of its files, so that a changed one is found out.
+    """Whether the folder's metadata has the SHA-256 of its files, so that changes are detected.
 
     Raises:
-        IntegrityError: what it says is broken.
+        IntegrityError: the metadata is broken.
     """
     try:
         return SEAL in read_sealed(folder / ABOUT)
@@ -302,34 +313,34 @@ def is_sealed(folder: Path) -> bool:
 
 
 def quantization(folder: Path) -> str | None:
-    """How the base was quantised that a sealed adapter was trained on; None: it was not."""
-    found = read_sealed(folder / ABOUT)["base"].get("quantization")
-    return None if found is None else str(found)
+    """Quantization of the base that a sealed adapter was trained on; None: unquantised."""
+    kind = read_sealed(folder / ABOUT)["base"].get("quantization")
+    return None if kind is None else str(kind)
 
 
 def check_base(source: ModelSource, folder: Path) -> None:
-    """What says which base it was trained on is only used with that one, and as it was saved.
+    """Check that an adapter with metadata was trained on this base and that its files are intact.
 
     Raises:
-        IntegrityError: it was another base, or a file is not as it was saved.
+        IntegrityError: another base, or a file that was changed.
     """
-    if why := _other_base(source, folder):
-        raise IntegrityError(why)
+    if error := _base_mismatch(source, folder):
+        raise IntegrityError(error)
 
 
-def _other_base(source: ModelSource, folder: Path) -> str:
-    """Why it was trained on another base; empty where it was not, or nothing is said."""
+def _base_mismatch(source: ModelSource, folder: Path) -> str:
+    """Message on another base in the metadata; empty if it is this one or there is no metadata."""
     try:
         about = read_sealed(folder / ABOUT)
-        name, weights = str(about["base"]["name"]), str(about["base"]["sha256"])
+        name, sha256 = str(about["base"]["name"]), str(about["base"]["sha256"])
     except FileNotFoundError:
         return ""
     except (KeyError, TypeError) as error:
         raise IntegrityError(f"{folder / ABOUT}: broken ({error})") from error
     check_files(folder, about)
-    if weights == source.sha256:
+    if sha256 == source.sha256:
         return ""
     return (
-        f"{folder}: was trained on {name} with weights {weights[:12]}…, "
+        f"{folder}: was trained on {name} with weights {sha256[:12]}…, "
         f"not on {source.name} with weights {source.sha256[:12]}…"
     )

@@ -1,4 +1,4 @@
-"""The methods of training: what each one means for PEFT, for the base, and for other programs.
+"""Registry of training methods: PEFT configuration, effect on the base, saving, merging, exports.
 
 A method is added by its name and label in `config.types` and one entry of `METHODS`.
 """
@@ -29,13 +29,13 @@ class Method:
     Attributes:
         config: its PEFT configuration; None: every weight trains, there is no adapter.
         peft_type: name of that configuration's `PeftType`.
-        trial: method with the same modules and the same computation, used to try an adapter on a
-            base before any work; itself if None.
-        modifies_base: the base's weights are others afterwards, so it is loaded again, and cannot
-            be quantised or sharded.
+        trial: method with the same modules and computation, used to check an adapter on a base
+            before any work; itself if None.
+        modifies_base: the base's weights change, so it is reloaded afterwards, and cannot be
+            quantised or sharded.
         saved_rank: rank of the saved adapter, as a multiple of the trained one.
         unmergeable: why it cannot be merged into its base; empty if it can.
-        loads_as_lora: vLLM and llama.cpp take it as a LoRA adapter; else it is merged for them.
+        loads_as_lora: vLLM and llama.cpp load it as a LoRA adapter; else it is merged for them.
     """
 
     config: ConfigFactory | None
@@ -48,32 +48,32 @@ class Method:
 
 
 def _lora(
-    section: AdapterSection, source: ModelSource, targets: Targets, **more: Any
+    section: AdapterSection, source: ModelSource, targets: Targets, **options: Any
 ) -> PeftConfig:
     from peft import LoraConfig
 
     alpha = section.alpha
     return LoraConfig(
         r=section.r,
-        # PEFT types it as an integer, and others parse it so; a fraction is kept as it is.
+        # PEFT declares an integer, and other programs parse one; a fraction stays a fraction.
         lora_alpha=int(alpha) if alpha.is_integer() else alpha,  # type: ignore[arg-type]
         lora_dropout=section.lora_dropout,
         bias=section.bias,
         **_common(source, targets),
-        **more,
+        **options,
     )
 
 
 def _common(source: ModelSource, targets: Targets) -> dict[str, Any]:
     """Arguments of every PEFT configuration."""
     modules = targets.modules
-    # (Not every method knows how to exclude modules; PEFT's refusal is shown then.)
-    excluded = {"exclude_modules": list(targets.exclude)} if targets.exclude else {}
+    # Not every PEFT configuration has exclude_modules; PEFT's error is shown then.
+    exclude = {"exclude_modules": list(targets.exclude)} if targets.exclude else {}
     return {
-        **excluded,
+        **exclude,
         "task_type": "CAUSAL_LM",
         "target_modules": modules if isinstance(modules, str) else list(modules),
-        # Never a path of this machine: the base must exist for those who load the adapter.
+        # Never a local path: whoever loads the adapter must find the base by this name.
         "base_model_name_or_path": source.name,
         "revision": source.revision,
     }
@@ -86,15 +86,15 @@ METHODS: dict[MethodName, Method] = {
     "rslora": Method(partial(_lora, use_rslora=True), trial="lora"),
     # Liu et al. 2024 (arXiv 2402.09353).
     "dora": Method(partial(_lora, use_dora=True), loads_as_lora=False),
-    # Meng et al. 2024 (arXiv 2404.02948): starts from the largest singular values, which the base
-    # loses; saved as the LoRA adapter of rank 2r that does the same to the base as it was.
+    # Meng et al. 2024 (arXiv 2404.02948): starts from the largest singular values, which are
+    # subtracted from the base; saved as the equivalent rank-2r LoRA adapter of the original base.
     "pissa": Method(
         partial(_lora, init_lora_weights="pissa"), trial="lora", modifies_base=True, saved_rank=2
     ),
     "full": Method(None, peft_type="", modifies_base=True),
 }
 PEFT_TYPES = frozenset(method.peft_type for method in METHODS.values() if method.config)
-"""Kinds of adapters that are made here, and so are loaded."""
+"""PEFT types that are trained here, and so can be loaded."""
 
 
 def method_of(section: AdapterSection) -> Method:
@@ -108,14 +108,14 @@ def trains_all(section: AdapterSection) -> bool:
 
 
 def trial_section(section: AdapterSection, rank: int | None = None) -> AdapterSection:
-    """The section with its trial method, and another rank where one is given: to find out what can
-    be computed, for which numbers and scalings do not matter."""
+    """The section with its trial method, and ``rank`` if given. It shows which modules can be
+    computed; initial values and scalings do not matter for that."""
     changes: dict[str, Any] = {"kind": method_of(section).trial or section.kind}
     return section.model_copy(update=changes | ({} if rank is None else {"r": rank}))
 
 
 def peft_config(section: AdapterSection, source: ModelSource, targets: Targets) -> PeftConfig:
-    """The PEFT configuration of a section on the modules that it means in this model.
+    """The PEFT configuration of a section for the resolved target modules of a model.
 
     Raises:
         ValueError: the method has no adapter.
@@ -128,7 +128,7 @@ def peft_config(section: AdapterSection, source: ModelSource, targets: Targets) 
 
 def unmergeable_reason(peft_type: str) -> str:
     """Why adapters of a `PeftType` cannot be merged; empty if they can."""
-    known = [method for method in METHODS.values() if method.peft_type == peft_type]
-    if not known:
+    methods = [method for method in METHODS.values() if method.peft_type == peft_type]
+    if not methods:
         return f"peft_type {peft_type} is none of {', '.join(sorted(PEFT_TYPES))}"
-    return next((method.unmergeable for method in known if method.unmergeable), "")
+    return next((method.unmergeable for method in methods if method.unmergeable), "")

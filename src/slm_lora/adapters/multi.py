@@ -1,5 +1,5 @@
-"""A base and any number of its adapters in one model: loaded once, one of them at work at a
-time, each prompted as it was trained."""
+"""One base with several adapters: loaded once, one active at a time, each with the prompt template
+of its training."""
 
 from __future__ import annotations
 
@@ -33,53 +33,53 @@ if TYPE_CHECKING:
     from transformers import PreTrainedTokenizerBase
 
 BASE = "base"
-"""Name of the base among its variants."""
+"""Name of the base without an adapter."""
 
 
 @dataclass
 class AdapterSet:
-    """The base and its adapters.
+    """A base and its adapters.
 
     Attributes:
-        base: computes in transformers' own way, which knows a key-value cache.
+        base: padded, so that transformers' attention can use a key-value cache.
         tokenizer: of the base.
-        prompters: what makes prompts, of the base and of every adapter, by name.
-        ends: ids of tokens that end a response.
-        longest: tokens that the base's positions allow, prompt and response together.
-        notes: what the user should know, a line each.
-        cached: whether replies are computed with a key-value cache.
+        row_tokenizers: by name, the tokenizer with the template of the base or adapter.
+        stop_ids: ids of tokens that end a response.
+        max_length: most tokens of prompt and response together, by the base's positions.
+        notes: lines for the user.
+        uses_cache: whether generation uses a key-value cache.
     """
 
     base: Base
     tokenizer: PreTrainedTokenizerBase
-    prompters: dict[str, RowTokenizer]
-    ends: frozenset[int]
-    longest: int
+    row_tokenizers: dict[str, RowTokenizer]
+    stop_ids: frozenset[int]
+    max_length: int
     notes: tuple[str, ...]
-    cached: bool
-    _adapted: PeftModel | None
-    _inner: dict[str, str]
-    _used: str = field(default="", init=False)
+    uses_cache: bool
+    _peft_model: PeftModel | None
+    _peft_names: dict[str, str]
+    _active: str = field(default="", init=False)
 
     @property
     def names(self) -> tuple[str, ...]:
-        """The base first, then the adapters in the order in which they were given."""
-        return tuple(self.prompters)
+        """`BASE`, then the adapters in the order of loading."""
+        return tuple(self.row_tokenizers)
 
-    def use(self, name: str) -> None:
-        """Let the base, or the base with one adapter, compute what comes next."""
-        if name == self._used or self._adapted is None:
+    def activate(self, name: str) -> None:
+        """Activate one adapter, or none for `BASE`."""
+        if name == self._active or self._peft_model is None:
             return
-        inner: LoraModel = self._adapted.base_model  # type: ignore[assignment]
+        lora_model: LoraModel = self._peft_model.base_model  # type: ignore[assignment]
         if name == BASE:
-            inner.disable_adapter_layers()
+            lora_model.disable_adapter_layers()
         else:
-            inner.enable_adapter_layers()
-            inner.set_adapter(self._inner[name], inference_mode=True)
-        self._used = name
+            lora_model.enable_adapter_layers()
+            lora_model.set_adapter(self._peft_names[name], inference_mode=True)
+        self._active = name
 
 
-def open_variants(
+def load_adapter_set(
     base: str | None,
     adapters: Sequence[Path],
     *,
@@ -87,62 +87,69 @@ def open_variants(
     device: str = "auto",
     precision: str = "auto",
 ) -> AdapterSet:
-    """Load a base and adapters of it.
+    """Load a base and its adapters; the last one is active.
 
     Args:
-        base: a model's name or folder; None: what the first adapter says it was trained on.
+        base: a model's name or folder; None: the base named by the first adapter.
         adapters: folders, in PEFT's layout.
         revision: of a hub id.
         device: as in a recipe.
         precision: as in a recipe.
 
     Raises:
-        UsageError: no such model or adapter; or neither is named.
-        IntegrityError: an adapter of another base, or a template that is not the trained one.
+        UsageError: no such model or adapter, or none is named.
+        IntegrityError: an adapter of another base, or a changed chat template.
     """
     for folder in adapters:
         _check_is_adapter(folder)
-    section = ModelSection(name=base, revision=revision) if base else _trained_on(adapters)
+    section = ModelSection(name=base, revision=revision) if base else _base_of(adapters)
     source = resolve(section)
-    on = choose_device(device)
-    loaded = load_base(source, device=on, precision=choose_precision(precision, on), plain=True)
+    chosen_device = choose_device(device)
+    loaded_base = load_base(
+        source,
+        device=chosen_device,
+        precision=choose_precision(precision, chosen_device),
+        plain=True,
+    )
     tokenizer = load_tokenizer(source)
     notes: list[str] = []
-    prompters = {BASE: _own_prompter(source.path, tokenizer)}
-    if not adapters and is_frozen(prompters[BASE].chat_template or ""):
+    row_tokenizers = {BASE: _base_row_tokenizer(source.path, tokenizer)}
+    if not adapters and is_frozen(row_tokenizers[BASE].chat_template or ""):
         notes.append(
-            f"{BASE}: its chat template asks for today's date: {TEMPLATE_DATE:%d %b %Y} stands in "
-            "its place, as in training"
+            f"{BASE}: its chat template contains today's date; it is fixed to "
+            f"{TEMPLATE_DATE:%d %b %Y}, as in training"
         )
-    inner: dict[str, str] = {}
+    peft_names: dict[str, str] = {}
     for folder in adapters:
         name = folder.resolve().name
-        if name in {BASE, *inner}:
-            raise UsageError(f"{folder}: a second variant called {name}; rename its folder")
-        inner[name] = f"variant{len(inner)}"
-    by_name = dict(zip(inner.values(), adapters, strict=True))
-    peft_model = adapter_io.load_several(loaded, by_name) if adapters else None
-    for name, folder in zip(inner, adapters, strict=True):
-        prompters[name] = _prompter(folder, tokenizer, prompters[BASE], notes)
-    cached = cache_is_exact(loaded)
-    if not cached:
-        notes.append(
-            f"{source.name} ({loaded.model.config.model_type}) has no key-value cache that gives "
-            "its own logits: replies compute the whole text for every token, slowly"
+        if name in {BASE, *peft_names}:
+            raise UsageError(f"{folder}: the name {name} is taken; rename the folder")
+        peft_names[name] = f"variant{len(peft_names)}"
+    by_name = dict(zip(peft_names.values(), adapters, strict=True))
+    peft_model = adapter_io.load_several(loaded_base, by_name) if adapters else None
+    for name, folder in zip(peft_names, adapters, strict=True):
+        row_tokenizers[name] = _adapter_row_tokenizer(
+            folder, tokenizer, row_tokenizers[BASE], notes
         )
-    found = AdapterSet(
-        base=loaded,
+    uses_cache = cache_is_exact(loaded_base)
+    if not uses_cache:
+        notes.append(
+            f"{source.name} ({loaded_base.model.config.model_type}) has no key-value cache that "
+            "gives its own logits: generation recomputes the whole text for every token, slowly"
+        )
+    adapter_set = AdapterSet(
+        base=loaded_base,
         tokenizer=tokenizer,
-        prompters=prompters,
-        ends=_ends(loaded, tokenizer),
-        longest=_longest(loaded),
+        row_tokenizers=row_tokenizers,
+        stop_ids=_stop_ids(loaded_base, tokenizer),
+        max_length=_max_length(loaded_base),
         notes=tuple(notes),
-        cached=cached,
-        _adapted=peft_model,
-        _inner=inner,
+        uses_cache=uses_cache,
+        _peft_model=peft_model,
+        _peft_names=peft_names,
     )
-    found.use(found.names[-1])
-    return found
+    adapter_set.activate(adapter_set.names[-1])
+    return adapter_set
 
 
 def _check_is_adapter(folder: Path) -> None:
@@ -153,8 +160,8 @@ def _check_is_adapter(folder: Path) -> None:
     raise UsageError(f"{folder}: no adapter (adapter_config.json) in it")
 
 
-def _trained_on(adapters: Sequence[Path]) -> ModelSection:
-    """The base that the first adapter names, in our own file or in PEFT's."""
+def _base_of(adapters: Sequence[Path]) -> ModelSection:
+    """The base named by the first adapter: in our metadata, else in PEFT's configuration."""
     if not adapters:
         return ModelSection()
     folder = adapters[0]
@@ -165,12 +172,12 @@ def _trained_on(adapters: Sequence[Path]) -> ModelSection:
         config = json.loads((folder / "adapter_config.json").read_text(encoding="utf-8"))
         return ModelSection(name=config["base_model_name_or_path"], revision=config.get("revision"))
     except (ValueError, KeyError, TypeError) as error:
-        raise IntegrityError(f"{folder}: does not say its base ({error}); use --base") from error
+        raise IntegrityError(f"{folder}: does not name its base ({error}); use --base") from error
 
 
-def _own_prompter(folder: Path, tokenizer: PreTrainedTokenizerBase) -> RowTokenizer:
-    """A base's own way: as its weights were trained here, else its chat template, else the
-    plain instruction."""
+def _base_row_tokenizer(folder: Path, tokenizer: PreTrainedTokenizerBase) -> RowTokenizer:
+    """The base's template: that of its training here, else its chat template, else
+    instruction and response."""
     if template := _trained_template(folder):
         return RowTokenizer(tokenizer, template)
     return RowTokenizer(
@@ -178,37 +185,37 @@ def _own_prompter(folder: Path, tokenizer: PreTrainedTokenizerBase) -> RowTokeni
     )
 
 
-def _prompter(
-    folder: Path, tokenizer: PreTrainedTokenizerBase, own: RowTokenizer, notes: list[str]
+def _adapter_row_tokenizer(
+    folder: Path, tokenizer: PreTrainedTokenizerBase, base_tokenizer: RowTokenizer, notes: list[str]
 ) -> RowTokenizer:
     shipped = folder / "chat_template.jinja"
     text = read_template(shipped)
     if template := _trained_template(folder):
-        made = RowTokenizer(tokenizer, template)
-        if text is None or text == made.chat_template:
-            return made
-        if text != _of_earlier_versions(tokenizer, made):
+        trained = RowTokenizer(tokenizer, template)
+        if text is None or text == trained.chat_template:
+            return trained
+        if text != _unfrozen_template(tokenizer, trained):
             raise IntegrityError(
                 f"{shipped}: not the template that the adapter was trained with "
                 f"({template.kind}); train again, or put the file back as it was"
             )
         notes.append(
-            f"{folder.name}: its chat_template.jinja writes today's date, training wrote "
-            f"{TEMPLATE_DATE:%d %b %Y}, as is done here; merge and export hand on that date"
+            f"{folder.name}: its chat_template.jinja writes today's date; training, prompts here, "
+            f"merge and export use {TEMPLATE_DATE:%d %b %Y}"
         )
-        return made
+        return trained
     if text is not None:
         date = f", with the date {TEMPLATE_DATE:%d %b %Y}" if clock(text, str(shipped)) else ""
         notes.append(f"{folder.name}: prompted by its chat_template.jinja{date}; not trained here")
         return RowTokenizer(tokenizer, Template("jinja", source=text))
     notes.append(
-        f"{folder.name}: says nothing of the prompts it was trained on; prompted as its base is "
-        f"({own.template.kind})"
+        f"{folder.name}: has no record of its training prompts; prompted like its base "
+        f"({base_tokenizer.template.kind})"
     )
-    return own
+    return base_tokenizer
 
 
-def _of_earlier_versions(tokenizer: PreTrainedTokenizerBase, made: RowTokenizer) -> str | None:
+def _unfrozen_template(tokenizer: PreTrainedTokenizerBase, made: RowTokenizer) -> str | None:
     own = default_template(tokenizer)
     return as_chat_template(
         made.template, made.bos_id is not None, own, made.space_after_bos, frozen=False
@@ -224,13 +231,13 @@ def _trained_template(folder: Path) -> Template | None:
         raise IntegrityError(f"{folder / adapter_io.ABOUT}: broken ({error})") from error
 
 
-def _ends(base: Base, tokenizer: PreTrainedTokenizerBase) -> frozenset[int]:
-    """EOS of the tokenizer, and what the model itself ends a turn with."""
+def _stop_ids(base: Base, tokenizer: PreTrainedTokenizerBase) -> frozenset[int]:
+    """EOS of the tokenizer and the end-of-turn tokens of the generation configuration."""
     configured = getattr(base.model.generation_config, "eos_token_id", None)
-    found = {configured} if isinstance(configured, int) else set(configured or ())
-    return frozenset(found | {tokenizer.eos_token_id} - {None})
+    ids = {configured} if isinstance(configured, int) else set(configured or ())
+    return frozenset(ids | {tokenizer.eos_token_id} - {None})
 
 
-def _longest(base: Base) -> int:
+def _max_length(base: Base) -> int:
     config = base.model.config.get_text_config()
     return int(getattr(config, "max_position_embeddings", None) or 1_000_000_000)

@@ -1,8 +1,8 @@
-"""Which modules of a model get an adapter: decided on its configuration alone, before it is loaded.
+"""Target modules of an adapter, resolved from the model's configuration before loading.
 
-PEFT matches names wherever they occur, also in a vision tower that text never enters, and it
-cannot put adapters on everything that ``all-linear`` means. So the names are resolved here, on a
-copy of the model without weights, and tried there with PEFT itself.
+PEFT matches names anywhere, also in a vision tower that text never enters, and does not support
+every module that ``all-linear`` includes. So names are resolved and tried with PEFT on a copy of
+the model without weights (meta device).
 """
 
 from __future__ import annotations
@@ -32,56 +32,56 @@ ALL_LINEAR = "all-linear"
 
 @dataclass(frozen=True, slots=True)
 class Targets:
-    """What PEFT is told.
+    """Target modules in PEFT's terms.
 
     Attributes:
         modules: names, or parts of names, or ``all-linear``.
-        exclude: full names that these would match besides.
-        left_out: one line on what ``all-linear`` does not include here; empty where it is all.
+        exclude: full names that ``modules`` would match too, but must not.
+        left_out: one line on targeted modules without an adapter; empty if there are none.
     """
 
     modules: tuple[str, ...] | str
     exclude: tuple[str, ...] = ()
-    left_out: str = ""
+    unadapted_note: str = ""
 
 
 def resolve_targets(source: ModelSource, section: AdapterSection) -> Targets:
-    """The modules of the text decoder that ``section.target_modules`` means.
+    """Resolve ``section.target_modules`` to modules of the text decoder.
 
     Raises:
-        UsageError: the model has none of a name, or PEFT refuses the adapter.
+        UsageError: a name matches no module, or PEFT refuses the adapter.
     """
     if trains_all(section):
         return Targets(())
-    return _resolved(source, trial_section(section, rank=2))
+    return _resolve(source, trial_section(section, rank=2))
 
 
 @functools.lru_cache(maxsize=256)
-def _resolved(source: ModelSource, section: AdapterSection) -> Targets:
-    model = skeleton(source)
-    if model is None:  # PEFT judges when the model is loaded
+def _resolve(source: ModelSource, section: AdapterSection) -> Targets:
+    model = meta_model(source)
+    if model is None:  # PEFT resolves them on the loaded model
         return Targets(section.target_modules)
     linear, others = _linear_modules(model)
     if section.target_modules == ALL_LINEAR:
-        return _all_linear(source, section, linear, others, _fused_experts(model))
-    return _named(source, section, linear, others, _fused_experts(model))
+        return _resolve_all_linear(source, section, linear, others, _fused_experts(model))
+    return _resolve_named(source, section, linear, others, _fused_experts(model))
 
 
-def without(
+def drop_unreached(
     targets: Targets,
     reached: Sequence[str],
     unreached: Sequence[str],
     section: AdapterSection,
     model: str,
 ) -> Targets:
-    """The targets less those that no gradient reaches.
+    """Remove the targets that no gradient reaches.
 
     Raises:
-        UsageError: none would be left of a name in ``section.target_modules``.
+        UsageError: a name in ``section.target_modules`` would match no module any more.
     """
     if not unreached:
         return targets
-    gone = set(unreached)
+    dropped = set(unreached)
     if section.target_modules != ALL_LINEAR:
         for target in section.target_modules:
             if not any(_matches(name, (target,)) for name in reached):
@@ -90,66 +90,65 @@ def without(
                     "so an adapter there would not learn; leave it out"
                 )
     if isinstance(targets.modules, str):
-        kept: tuple[str, ...] | str = targets.modules
+        modules: tuple[str, ...] | str = targets.modules
         exclude = (*targets.exclude, *unreached)
     elif section.target_modules == ALL_LINEAR:
-        kept, exclude = tuple(name for name in targets.modules if name not in gone), ()
+        modules, exclude = tuple(name for name in targets.modules if name not in dropped), ()
     else:
-        kept, exclude = targets.modules, (*targets.exclude, *unreached)
-    kinds = ", ".join(dict.fromkeys(map(_leaf, unreached)))
-    told = (
-        f"no gradient of a text reaches {len(gone)} modules of {model} ({kinds}): no adapter there"
-    )
-    return Targets(kept, exclude, "; ".join(filter(None, (targets.left_out, told))))
+        modules, exclude = targets.modules, (*targets.exclude, *unreached)
+    leaves = ", ".join(dict.fromkeys(map(_leaf, unreached)))
+    note = f"no gradient of a text reaches {len(dropped)} modules of {model} ({leaves})"
+    notes = filter(None, (targets.unadapted_note, f"{note}: no adapter there"))
+    return Targets(modules, exclude, "; ".join(notes))
 
 
-def skeleton(source: ModelSource) -> PreTrainedModel | None:
-    """The model on the meta device: modules and shapes, no weights. None where it
-    cannot be made without them."""
+def meta_model(source: ModelSource) -> PreTrainedModel | None:
+    """The model on the meta device: modules and shapes without weights; None if its code cannot
+    build it there."""
     from transformers import AutoConfig, AutoModelForCausalLM
     from transformers.utils import logging
 
-    before = logging.get_verbosity()
+    verbosity = logging.get_verbosity()
     logging.set_verbosity_error()  # type: ignore[no-untyped-call]
     try:
-        made: Any = AutoModelForCausalLM
+        factory: Any = AutoModelForCausalLM
         config = AutoConfig.from_pretrained(
             source.path, local_files_only=True, trust_remote_code=False
         )
         config._name_or_path = source.name
         with torch.device("meta"):
-            model: PreTrainedModel = made.from_config(config)
-    except Exception:  # the model's code; loading it says what is wrong
+            model: PreTrainedModel = factory.from_config(config)
+    except Exception:  # any error of the model's code; loading reports it
         return None
     finally:
-        logging.set_verbosity(before)
+        logging.set_verbosity(verbosity)
     return model
 
 
 def _is_linear(module: nn.Module) -> bool:
-    """A linear layer. (Some routers are subclasses by another name, and return more than it.)"""
+    """Whether it is a linear layer; some routers subclass it and return more than a product."""
     from transformers.pytorch_utils import Conv1D
 
-    named = isinstance(module, nn.Linear) and type(module).__name__.endswith("Linear")
-    return named or isinstance(module, Conv1D)
+    is_plain = isinstance(module, nn.Linear) and type(module).__name__.endswith("Linear")
+    return is_plain or isinstance(module, Conv1D)
 
 
 def _linear_modules(model: PreTrainedModel) -> tuple[list[str], list[str]]:
-    """Names of the linear layers that text goes through, and of all others. The output layer is
-    among neither: the loss multiplies with its matrix itself."""
+    """Names of the text decoder's linear layers, and of all other linear modules. The output layer
+    is in neither list: the loss multiplies by its matrix directly."""
     head = model.get_output_embeddings()  # type: ignore[no-untyped-call]
-    inside = {id(module) for module in text_decoder(model).modules()}
+    decoder_modules = {id(module) for module in text_decoder(model).modules()}
     linear: list[str] = []
     others: list[str] = []
     for name, module in model.named_modules():
         if module is head or not (_is_linear(module) or isinstance(module, nn.Linear)):
             continue
-        (linear if id(module) in inside and _is_linear(module) else others).append(name)
+        (linear if id(module) in decoder_modules and _is_linear(module) else others).append(name)
     return linear, others
 
 
 def _fused_experts(model: PreTrainedModel) -> list[str]:
-    """Names of parameters that hold the matrices of all experts of a layer."""
+    """Names of 3-D parameters, each with the matrices of all experts of a layer."""
     return [
         name
         for name, parameter in model.named_parameters()
@@ -161,35 +160,37 @@ def _matches(name: str, targets: Sequence[str]) -> bool:
     return any(name == target or name.endswith(f".{target}") for target in targets)
 
 
-def _named(
+def _resolve_named(
     source: ModelSource,
     section: AdapterSection,
     linear: list[str],
     others: list[str],
     experts: list[str],
 ) -> Targets:
-    wanted = tuple(section.target_modules)
-    exclude = tuple(name for name in others if _matches(name, wanted))
-    unknown = [target for target in wanted if not any(_matches(name, (target,)) for name in linear)]
+    targets = tuple(section.target_modules)
+    exclude = tuple(name for name in others if _matches(name, targets))
+    unknown = [
+        target for target in targets if not any(_matches(name, (target,)) for name in linear)
+    ]
     if unknown and not experts:
         raise UsageError(
             f"adapter.target_modules: {source.name} has no {', '.join(unknown)}; "
-            f"it has {', '.join(sorted(_kinds(linear)))}"
+            f"it has {', '.join(sorted(_by_leaf(linear)))}"
         )
-    found, error = _try(source, section, wanted, exclude)
+    adapted, error = _try_peft(source, section, targets, exclude)
     if error:
         raise UsageError(f"adapter.target_modules: PEFT refuses them on {source.name}: {error}")
-    # PEFT puts the names that experts once had on the matrices that hold them all.
-    if unknown and set(found) <= set(linear):
+    # PEFT maps the experts' former module names to the fused parameters.
+    if unknown and set(adapted) <= set(linear):
         raise UsageError(
-            f"adapter.target_modules: {source.name} has no {', '.join(unknown)} but inside its "
-            f"experts ({', '.join(dict.fromkeys(map(_leaf, experts)))}), which PEFT does not find "
-            f"by that name; it has {', '.join(sorted(_kinds(linear)))}"
+            f"adapter.target_modules: {source.name} has no {', '.join(unknown)} outside of its "
+            f"experts ({', '.join(dict.fromkeys(map(_leaf, experts)))}), and PEFT maps no such "
+            f"name to these; it has {', '.join(sorted(_by_leaf(linear)))}"
         )
-    return Targets(wanted, exclude)
+    return Targets(targets, exclude)
 
 
-def _all_linear(
+def _resolve_all_linear(
     source: ModelSource,
     section: AdapterSection,
     linear: list[str],
@@ -197,44 +198,44 @@ def _all_linear(
     experts: list[str],
 ) -> Targets:
     if experts and not section.lora_dropout:
-        found, error = _try(source, section, ALL_LINEAR, tuple(others))
-        if not error and any(name not in linear for name in found):
-            return Targets(ALL_LINEAR, tuple(others), _told(source, linear, others, ()))
-    found, error = _try(source, section, tuple(linear), ())
-    if not error and set(found) == set(linear):
-        return Targets(tuple(linear), (), _told(source, linear, others, experts))
-    # One kind after the other: PEFT refuses some by name, and takes others for experts.
-    usable = []
-    for kind, names in _kinds(linear).items():
-        found, refused = _try(source, section, names, ())
-        if refused or set(found) != set(names):
-            error = refused or error
+        adapted, error = _try_peft(source, section, ALL_LINEAR, tuple(others))
+        if not error and any(name not in linear for name in adapted):
+            return Targets(ALL_LINEAR, tuple(others), _unadapted_note(source, linear, others, ()))
+    adapted, error = _try_peft(source, section, tuple(linear), ())
+    if not error and set(adapted) == set(linear):
+        return Targets(tuple(linear), (), _unadapted_note(source, linear, others, experts))
+    # One module type at a time: PEFT refuses some by name, and maps others to experts.
+    usable_leaves = []
+    for leaf, names in _by_leaf(linear).items():
+        adapted, leaf_error = _try_peft(source, section, names, ())
+        if leaf_error or set(adapted) != set(names):
+            error = leaf_error or error
         else:
-            usable.append(kind)
-    if not usable:
+            usable_leaves.append(leaf)
+    if not usable_leaves:
         raise UsageError(
-            f"adapter.target_modules = {ALL_LINEAR}: PEFT takes none of {source.name}'s linear "
+            f"adapter.target_modules = {ALL_LINEAR}: PEFT supports none of {source.name}'s linear "
             f"layers ({error})"
         )
-    chosen = tuple(name for name in linear if _leaf(name) in usable)
-    rest = [name for name in linear if _leaf(name) not in usable]
-    return Targets(chosen, (), _told(source, chosen, others + rest, experts))
+    modules = tuple(name for name in linear if _leaf(name) in usable_leaves)
+    unsupported = [name for name in linear if _leaf(name) not in usable_leaves]
+    return Targets(modules, (), _unadapted_note(source, modules, others + unsupported, experts))
 
 
-def _told(
-    source: ModelSource, taken: Sequence[str], others: Sequence[str], experts: Sequence[str]
+def _unadapted_note(
+    source: ModelSource, adapted: Sequence[str], others: Sequence[str], experts: Sequence[str]
 ) -> str:
-    """What ``all-linear`` leaves out, in one line."""
-    parts = [f"{kind} ({many})" for kind, many in Counter(map(_leaf, others)).items()]
+    """One line on the modules that ``all-linear`` does not include."""
+    parts = [f"{leaf} ({count})" for leaf, count in Counter(map(_leaf, others)).items()]
     if experts:
-        kinds = ", ".join(dict.fromkeys(map(_leaf, experts)))
+        leaves = ", ".join(dict.fromkeys(map(_leaf, experts)))
         parts.append(
-            f"the experts ({kinds}; PEFT takes them with adapter.lora_dropout=0, if at all)"
+            f"the experts ({leaves}; PEFT takes them with adapter.lora_dropout=0, if at all)"
         )
     if not parts:
         return ""
     return (
-        f"all-linear is {', '.join(_kinds(taken))} of {source.name}; without adapters stay "
+        f"all-linear is {', '.join(_by_leaf(adapted))} of {source.name}; without adapters stay "
         f"{', '.join(parts)}"
     )
 
@@ -243,32 +244,32 @@ def _leaf(name: str) -> str:
     return name.rsplit(".", 1)[-1]
 
 
-def _kinds(names: Sequence[str]) -> dict[str, tuple[str, ...]]:
-    """Full names by their last part."""
-    kinds: dict[str, tuple[str, ...]] = {}
+def _by_leaf(names: Sequence[str]) -> dict[str, tuple[str, ...]]:
+    """Full names by their last part (leaf)."""
+    by_leaf: dict[str, tuple[str, ...]] = {}
     for name in names:
-        kinds[_leaf(name)] = (*kinds.get(_leaf(name), ()), name)
-    return kinds
+        by_leaf[_leaf(name)] = (*by_leaf.get(_leaf(name), ()), name)
+    return by_leaf
 
 
-def _try(
+def _try_peft(
     source: ModelSource,
     section: AdapterSection,
     modules: tuple[str, ...] | str,
     exclude: tuple[str, ...],
 ) -> tuple[list[str], str]:
-    """Names of the modules that PEFT would put adapters on, or why it refuses."""
+    """Names of the modules that PEFT adapts, with an empty text; or none, with its error."""
     import_bitsandbytes()
     from peft import get_peft_model
     from peft.tuners.tuners_utils import BaseTunerLayer
 
-    model = skeleton(source)
+    model = meta_model(source)
     assert model is not None
     try:
         peft_model = get_peft_model(
             model, peft_config(section, source, Targets(modules, exclude)), low_cpu_mem_usage=True
         )
-    except Exception as error:  # PEFT raises all kinds
+    except Exception as error:  # PEFT raises various types
         return [], one_sentence(error)
     prefix = "base_model.model."
     return [
@@ -279,6 +280,6 @@ def _try(
 
 
 def one_sentence(error: Exception) -> str:
-    """The first line of an error of another library, without its own prefix."""
-    first = (str(error).strip().splitlines() or [type(error).__name__])[0]
-    return re.sub(r"^\[PEFT:[^\]]*\]\s*", "", first)
+    """The first line of a library's error, without PEFT's prefix."""
+    first_line = (str(error).strip().splitlines() or [type(error).__name__])[0]
+    return re.sub(r"^\[PEFT:[^\]]*\]\s*", "", first_line)

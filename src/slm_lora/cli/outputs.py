@@ -66,7 +66,7 @@ def chat(
     _check_stop(stop)
     variants = opened(base, [adapter] if adapter else [], device, precision)
     name = variants.names[-1]
-    prompter = variants.prompters[name]
+    prompter = variants.row_tokenizers[name]
     sampling = Sampling(
         max_new_tokens, temperature, top_p, top_k, repetition_penalty, seed, tuple(stop or ())
     )
@@ -128,7 +128,7 @@ def _streamed(variants: Any, name: str, turns: list[Any], sampling: Any) -> str:
 
     said = ""
     try:
-        reply = Generation(variants, name, variants.prompters[name].prompt(turns), sampling)
+        reply = Generation(variants, name, variants.row_tokenizers[name].prompt(turns), sampling)
         for piece in reply.pieces():
             said += piece
             print(printable(piece), end="", flush=True)
@@ -180,7 +180,7 @@ def generate(
         asked = [Prompt((Turn("user", given(prompt, "prompt")),))]
     variants = opened(base, [adapter] if adapter else [], device, precision)
     name = variants.names[-1]
-    _say_contexts(asked, variants.prompters[name].template)
+    _say_contexts(asked, variants.row_tokenizers[name].template)
     sampling = Sampling(
         max_new_tokens, temperature, top_p, top_k, repetition_penalty, seed, tuple(stop or ())
     )
@@ -248,7 +248,7 @@ def compare_outputs(
     asked = read_prompts(prompts)
     variants = opened(base, adapters or [], device, precision)
     _say_contexts(
-        asked, variants.prompters[variants.names[min(1, len(variants.names) - 1)]].template
+        asked, variants.row_tokenizers[variants.names[min(1, len(variants.names) - 1)]].template
     )
     greedy = Sampling(max_new_tokens)
     drawn = Sampling(max_new_tokens, temperature, top_p, seed=seed) if sampled else None
@@ -300,7 +300,7 @@ def _print_side_by_side(found: list[Any]) -> None:
 
 def opened(base: str | None, adapters: list[Path], device: str, precision: str) -> Any:
     """Load, and say what there is to say."""
-    from slm_lora.adapters.multi import open_variants
+    from slm_lora.adapters.multi import load_adapter_set
     from slm_lora.runtime.progress import Reporter
 
     quiet_libraries()
@@ -313,7 +313,7 @@ def opened(base: str | None, adapters: list[Path], device: str, precision: str) 
         f"  loading {base or ('the base' if adapters else 'the embedded model')}"
         + (f" and {named}" if named else "")
     )
-    found = open_variants(base, adapters, device=device, precision=precision)
+    found = load_adapter_set(base, adapters, device=device, precision=precision)
     for note in found.notes:
         reporter.info(f"note: {note}")
     return found

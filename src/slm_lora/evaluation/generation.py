@@ -90,10 +90,10 @@ class Generation:
         Raises:
             UsageError: the prompt leaves no room for a reply.
         """
-        if len(prompt) >= variants.longest:
+        if len(prompt) >= variants.max_length:
             raise UsageError(
                 f"prompt: {len(prompt)} tokens, and {variants.base.source.name} takes "
-                f"{variants.longest} with the reply; shorten it"
+                f"{variants.max_length} with the reply; shorten it"
             )
         embedding: Any = variants.base.model.get_input_embeddings()
         rows = len(embedding.weight)
@@ -106,16 +106,16 @@ class Generation:
         self.finished: Finish = ""
         self._variants, self._variant, self._sampling = variants, variant, sampling
         self._prompt = list(prompt)
-        self._room = min(sampling.max_new_tokens, variants.longest - len(prompt))
-        self._cache = new_cache(variants.base) if variants.cached else None
+        self._room = min(sampling.max_new_tokens, variants.max_length - len(prompt))
+        self._cache = new_cache(variants.base) if variants.uses_cache else None
         self._known = 0
         self._generator = torch.Generator().manual_seed(sampling.seed)
         self._repeated = _repetition(sampling.repetition_penalty)
         self._warp = _warpers(sampling)
         # Where responses were trained to hold special tokens, they are part of what is said.
-        special = variants.prompters[variant].template.special_in_responses
+        special = variants.row_tokenizers[variant].template.special_in_responses
         self._text = StreamedText(variants, self._prompt, sampling.stop, special)
-        own = frozenset[int]() if sampling.ignore_eos else variants.ends
+        own = frozenset[int]() if sampling.ignore_eos else variants.stop_ids
         self._ends = own | frozenset(sampling.stop_token_ids)
 
     def advance(self) -> str:
@@ -142,7 +142,7 @@ class Generation:
     @torch.inference_mode()
     def _next_logits(self) -> torch.Tensor:
         """Logits of the token that follows, fp32 [1, vocabulary], on the CPU."""
-        self._variants.use(self._variant)
+        self._variants.activate(self._variant)
         ids, known = [*self._prompt, *self.ids], self._known
         logits = next_logits(self._variants.base, ids, self._cache, known)
         self._known = len(ids)
@@ -251,7 +251,7 @@ class StreamedText:
 
 def prompt_ids(variants: AdapterSet, variant: str, prompt: Prompt) -> list[int]:
     """Tokens of a prompt as a variant was trained to be asked."""
-    return variants.prompters[variant].prompt(prompt.turns, prompt.context)
+    return variants.row_tokenizers[variant].prompt(prompt.turns, prompt.context)
 
 
 def reference_loss(
@@ -268,9 +268,9 @@ def reference_loss(
     if not prompt.reference:
         return None
     row = prompt.answered
-    examples, _ = variants.prompters[asked_as].encode(
-        [row], {row.row_id: row.row_id}, variants.longest
+    examples, _ = variants.row_tokenizers[asked_as].encode(
+        [row], {row.row_id: row.row_id}, variants.max_length
     )
-    variants.use(variant)
+    variants.activate(variant)
     found = score_documents(variants.base, collate(examples, "all"))
     return float(found.nll_response[0] / found.tokens_response[0])

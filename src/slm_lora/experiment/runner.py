@@ -154,7 +154,7 @@ def _try_adapters(
             continue
         tried.add((job.source, job.precision, job.device, trial))
         peft_model = attach.attach(loaded.for_job(job), trial, 0)
-        if told := attach.left_out(peft_model):
+        if told := attach.unadapted_note(peft_model):
             reporter.info_once(f"  note: {told}")
         attach.detach(peft_model)
 
@@ -263,7 +263,7 @@ def _run_cell(job: Job, loaded: LoadedBase, paths: ExperimentPaths, reporter: Re
     base = loaded.for_job(job)
     hardware.reset_peak_memory(job.device.type)
     peft_model = attach.attach(base, section, job.config.seed)
-    if told := attach.left_out(peft_model):
+    if told := attach.unadapted_note(peft_model):
         reporter.info_once(f"  note: {told}")
     stack = ExitStack()
     try:

@@ -65,7 +65,7 @@ def make_app(engine: Engine) -> FastAPI:
         asked = await read_request(request, ChatAsked)
         turns = [turn_of(each, f"messages.{n}") for n, each in enumerate(asked.messages)]
         check_ids(asked.stop_token_ids)
-        ids = variants.prompters[model(asked.model)].prompt(turns)
+        ids = variants.row_tokenizers[model(asked.model)].prompt(turns)
         sampling = asked.sampling(
             engine.most_tokens, asked.max_completion_tokens or asked.max_tokens
         )

@@ -79,7 +79,7 @@ def _page(gradio: Any, engine: Engine, examples: Sequence[Prompt], chosen: str |
     shown = [each for each in examples if len(each.turns) == 1] or [
         Prompt((Turn("user", text),)) for text in GENERAL
     ]
-    with_context = any(each.template.include_context for each in variants.prompters.values())
+    with_context = any(each.template.include_context for each in variants.row_tokenizers.values())
     adapters = [name for name in variants.names if name != BASE]
     title = f"{variants.base.source.name} and its adapters"
     with gradio.Blocks(title=title, analytics_enabled=False, fill_width=True) as page:
