@@ -105,9 +105,7 @@ class Lab:
 
     def paths(self, case: Path) -> ExperimentPaths:
         """Where a case writes."""
-        return ExperimentPaths(
-            NAME, case / "results" / NAME, case / "adapter", checkpoint_seconds=0
-        )
+        return ExperimentPaths(NAME, case / "results" / NAME, case / "adapter")
 
 
 def make_lab(folder: Path) -> Lab:

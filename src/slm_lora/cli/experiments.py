@@ -252,8 +252,8 @@ def report(
 
 
 def _adapters(runs: Any, paths: Any) -> list[Path]:
-    """Where the adapters of finished runs lie, of those that are kept."""
-    tuned = [run for run in runs if "adapter" in run.raw] if paths.keep_adapters else []
+    """Folders of the finished runs' adapters that were kept."""
+    tuned = [run for run in runs if "adapter" in run.raw]
     return [folder for run in tuned if (folder := paths.adapter_of(run)) is not None]
 
 
@@ -315,14 +315,7 @@ def _places(recipe: Any, results: Path, adapters: Path) -> Any:
     from slm_lora.experiment.tracking import check_installed
 
     check_installed(recipe.report_to)
-    return ExperimentPaths(
-        recipe.name,
-        results / recipe.name,
-        adapters,
-        recipe.keep_adapters,
-        recipe.checkpoint_seconds,
-        recipe.report_to,
-    )
+    return ExperimentPaths(recipe.name, results / recipe.name, adapters)
 
 
 def _say_data(job: Any, reporter: Any) -> None:

@@ -9,6 +9,7 @@ from dataclasses import dataclass
 from typing import Any
 
 from slm_lora.config.schema import CellConfig, Recipe
+from slm_lora.config.types import RunOptions
 from slm_lora.config.validation import Settings, Sources, validated, why_not_settable
 
 MOST_CELLS = 10_000
@@ -25,6 +26,7 @@ class Cell:
     name: str
     settings: Mapping[str, Any]
     config: CellConfig
+    options: RunOptions
 
 
 def set_key(settings: Settings, key: str, value: Any) -> None:
@@ -103,7 +105,7 @@ def unfold(recipe: Recipe, settings: Settings, sources: Sources, mistakes: list[
             if cell is not None:
                 # As validated: `2e-4` is text in YAML, and a number here.
                 values = {key: _value_at(cell, key) for key in chosen}
-                cells.append(Cell(_cell_name(cell, values), values, cell))
+                cells.append(Cell(_cell_name(cell, values), values, cell, recipe.run_options))
     # Folders are named after cells, and some file systems take R8 for r8.
     times = Counter(cell.name.casefold() for cell in cells)
     for name in dict.fromkeys(cell.name for cell in cells):

@@ -29,6 +29,7 @@ from slm_lora.config.types import (
     MethodName,
     Precision,
     Relation,
+    RunOptions,
     TrackerName,
     no_bool,
 )
@@ -386,3 +387,8 @@ class Recipe(CellConfig):
         description="Least seconds between two checkpoints of a training: the most work that is "
         "lost when the process is killed. 0: after every step.",
     )
+
+    @property
+    def run_options(self) -> RunOptions:
+        """The keys that change no result."""
+        return RunOptions(self.keep_adapters, self.report_to, self.checkpoint_seconds)

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from dataclasses import dataclass
 from typing import Annotated, Literal
 
 from pydantic import (
@@ -59,3 +60,12 @@ METHOD_LABELS: dict[MethodName, str] = {
     "full": "Full fine-tuning",
 }
 """Methods as reports name them; what they are: `adapters.methods`."""
+
+
+@dataclass(frozen=True, slots=True)
+class RunOptions:
+    """Keys of a recipe that change no result: no part of a run's identity."""
+
+    keep_adapters: bool
+    report_to: tuple[TrackerName, ...]
+    checkpoint_seconds: float

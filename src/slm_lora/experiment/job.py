@@ -11,6 +11,7 @@ from slm_lora.config.schema import (
     CellConfig,
     TrainingSection,
 )
+from slm_lora.config.types import RunOptions
 from slm_lora.data.dataset import Prepared
 from slm_lora.data.sources import RowSet
 from slm_lora.model.resolve import ModelSource
@@ -32,6 +33,7 @@ class Job:
         name: of the cell.
         settings: keys that set the cell apart from others of the grid.
         config: of the cell.
+        options: of the recipe, that change no result.
         resolved: the same as JSON, every choice made and nothing of this machine in it.
         source: the base model.
         data: tokenised sets.
@@ -45,6 +47,7 @@ class Job:
     name: str
     settings: Mapping[str, Any]
     config: CellConfig
+    options: RunOptions
     resolved: dict[str, Any]
     source: ModelSource
     data: Prepared

@@ -7,7 +7,6 @@ from dataclasses import dataclass
 from pathlib import Path
 
 from slm_lora.adapters import io as adapter_io
-from slm_lora.config.types import TrackerName
 from slm_lora.errors import IntegrityError
 from slm_lora.runs.folder import Run
 from slm_lora.runtime.checksums import sha256_file
@@ -21,17 +20,11 @@ class ExperimentPaths:
         experiment: its name.
         results: folder of tables and run folders.
         adapters: folder that adapter folders are put into.
-        keep_adapters: whether they stay there; else scores are all that a finished cell needs.
-        checkpoint_seconds: least time between two checkpoints of a training.
-        report_to: trackers that are told of its trainings.
     """
 
     experiment: str
     results: Path
     adapters: Path
-    keep_adapters: bool = True
-    checkpoint_seconds: float = 60.0
-    report_to: tuple[TrackerName, ...] = ()
 
     def adapter(self, cell: str, identity: str) -> Path:
         """Folder that the adapter of a run is written to: ``<experiment>-<cell>``, or
@@ -40,9 +33,6 @@ class ExperimentPaths:
         Raises:
             IntegrityError: both are taken.
         """
-        if not self.keep_adapters:
-            # Never among those that are kept: it goes once it is scored.
-            return self.checkpoint(cell, identity) / "adapter"
         plain, own = self.adapter_names(cell, identity)
         if adapter_io.run_of(own) == identity:
             return own
@@ -53,6 +43,10 @@ class ExperimentPaths:
             f"{plain} and {own} hold something else than this run's adapter, and nothing finished "
             "is replaced: move one of them away, or choose another folder (--adapters)"
         )
+
+    def temporary_adapter(self, cell: str, identity: str) -> Path:
+        """Folder of an adapter that is removed once it is scored, with its checkpoints."""
+        return self.checkpoint(cell, identity) / "adapter"
 
     def adapter_of(self, run: Run) -> Path | None:
         """Folder with the very adapter of a finished run, if it is here.

@@ -123,7 +123,7 @@ def require_room(job: Job, paths: ExperimentPaths, parameters: int) -> None:
     held = paths.checkpoint(job.name, job.identity)
     there = sum(path.stat().st_size for path in held.rglob("*") if path.is_file())
     scores = 500 * len(job.data.test) + 400 * steps
-    if paths.keep_adapters:
+    if job.options.keep_adapters:
         require_space(paths.adapters, saved, "the adapter")
     require_space(
         paths.results, max(0, points - there) + saved + scores, "checkpoints, adapter and scores"

@@ -18,7 +18,7 @@ from pathlib import Path
 from slm_lora.errors import STOPPED_RESUMABLE, IntegrityError, SlmLoraError, StorageError
 from slm_lora.experiment.job import Job
 from slm_lora.experiment.paths import BASE, ExperimentPaths
-from slm_lora.experiment.resume import at_work, finished
+from slm_lora.experiment.resume import finished, lock_experiment
 from slm_lora.launch.command import LOST, SAVING, Command, Ended, Engine
 from slm_lora.runs.folder import Run, find_run
 from slm_lora.runtime.progress import Reporter, Task
@@ -95,7 +95,7 @@ def run_elsewhere(
         IntegrityError: as `runner.run_jobs`; or a worker wrote its run elsewhere.
         StopRequested: a signal asked for it, and the workers have saved.
     """
-    with at_work(jobs, paths, discard):
+    with lock_experiment(jobs, paths, discard):
         paths.checkpoints.mkdir(parents=True, exist_ok=True)
         bases = {job.base_identity: job for job in jobs}
         commands = [

@@ -116,6 +116,7 @@ def _job(
         name=cell.name,
         settings=cell.settings,
         config=cell.config,
+        options=cell.options,
         resolved=resolved,
         source=source,
         data=prepared,

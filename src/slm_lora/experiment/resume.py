@@ -2,7 +2,8 @@
 
 from __future__ import annotations
 
-import re
+import contextlib
+import glob
 import shutil
 from collections.abc import Iterator, Mapping, Sequence
 from contextlib import contextmanager
@@ -42,12 +43,12 @@ def setting(job: Job) -> dict[str, str]:
     return kept | {"processes": str(distributed.world_size())} | hardware.versions()
 
 
-def check_unfinished(jobs: Sequence[Job], checkpoints: Path, discard: bool) -> None:
+def check_unfinished(jobs: Sequence[Job], paths: ExperimentPaths, discard: bool) -> None:
     """Refuse to restart a cell beside an unfinished training of the same name.
 
     Args:
-        jobs: the cells that would be trained.
-        checkpoints: folder of the experiment's checkpoints.
+        jobs: the cells; finished ones are not checked.
+        paths: of the experiment.
         discard: remove them instead.
 
     Raises:
@@ -55,7 +56,9 @@ def check_unfinished(jobs: Sequence[Job], checkpoints: Path, discard: bool) -> N
     """
     refused = []
     for job in jobs:
-        for folder, about in _others(job, checkpoints):
+        if finished(job, paths) is not None:
+            continue
+        for folder, about in _others(job, paths):
             if discard:
                 shutil.rmtree(folder)
                 continue
@@ -69,23 +72,24 @@ def check_unfinished(jobs: Sequence[Job], checkpoints: Path, discard: bool) -> N
         raise IntegrityError("\n".join(refused))
 
 
-def _others(job: Job, checkpoints: Path) -> list[tuple[Path, dict[str, Any]]]:
-    name = re.compile(rf"{re.escape(job.name)}-(?P<hash>[0-9a-f]{{8}})")
-    found = []
-    for folder in sorted(checkpoints.iterdir()) if checkpoints.is_dir() else []:
-        match = name.fullmatch(folder.name)
-        if match is None or match["hash"] == job.identity[:8]:
+def _others(job: Job, paths: ExperimentPaths) -> list[tuple[Path, dict[str, Any]]]:
+    others = []
+    for folder in sorted(paths.checkpoints.glob(f"{glob.escape(job.name)}-{'?' * 8}")):
+        manifest = _latest_manifest(folder)
+        if manifest is None or manifest["identity"] == job.identity:
             continue
-        for generation in reversed(generations(folder)):
-            try:
-                about = read_manifest(generation)
-            except IntegrityError:
-                continue
-            # A process may have died between recording a run and removing its checkpoints.
-            if not run_folder(checkpoints.parent, job.name, about["identity"]).exists():
-                found.append((folder, about))
-            break
-    return found
+        of_this_cell = folder == paths.checkpoint(job.name, manifest["identity"])
+        # A process may have died between recording a run and removing its checkpoints.
+        if of_this_cell and not run_folder(paths.results, job.name, manifest["identity"]).exists():
+            others.append((folder, manifest))
+    return others
+
+
+def _latest_manifest(folder: Path) -> dict[str, Any] | None:
+    for generation in reversed(generations(folder)):
+        with contextlib.suppress(IntegrityError):
+            return read_manifest(generation)
+    return None
 
 
 def differences(then: Mapping[str, Any], now: Mapping[str, Any]) -> list[str]:
@@ -115,32 +119,26 @@ def _flat(tree: Mapping[str, Any], prefix: str = "") -> dict[str, Any]:
 
 
 @contextmanager
-def at_work(jobs: Sequence[Job], paths: ExperimentPaths, discard: bool) -> Iterator[None]:
-    """The experiment to ourselves: its tables, and which cells are run when.
+def lock_experiment(jobs: Sequence[Job], paths: ExperimentPaths, discard: bool) -> Iterator[None]:
+    """Hold the experiment's lock: its tables, and the order of its cells.
 
     Raises:
-        IntegrityError: another process is at work on it, or an unfinished training of a cell
-            was made of something else, and ``discard`` does not remove it.
+        IntegrityError: another process holds it, or an unfinished training of a cell was made
+            of something else, and ``discard`` does not remove it.
     """
     with only_process(paths.results):
         recover_all(paths.results)
-        check_none_in_the_way(jobs, paths, discard)
+        check_unfinished(jobs, paths, discard)
         yield
 
 
-def check_none_in_the_way(jobs: Sequence[Job], paths: ExperimentPaths, discard: bool) -> None:
-    """No unfinished training of these cells was made of something else, see `check_unfinished`."""
-    unfinished = [job for job in jobs if finished(job, paths) is None]
-    check_unfinished(unfinished, paths.checkpoints, discard)
-
-
 @contextmanager
-def cell_at_work(
+def lock_cell(
     cell: str, identity: str, paths: ExperimentPaths, reporter: Reporter
 ) -> Iterator[None]:
-    """A cell to ourselves, rid of what killed processes left; waits for another that has it.
+    """Hold a cell's lock, and remove what killed processes left; waits while another has it.
 
-    Cells have a lock of their own, as an experiment's may be run by processes of many machines.
+    A lock for each cell, as several machines may run cells of one experiment.
     """
     lock = paths.checkpoints / f".{cell}.lock"
     waiting = f"  {cell}  another process is at work on it; waiting for that one"
@@ -154,6 +152,6 @@ def cell_at_work(
 def finished(job: Job, paths: ExperimentPaths) -> Run | None:
     """The run of a cell that need not be trained."""
     run = find_run(paths.results, job.name, job.identity)
-    if run is None or (paths.keep_adapters and paths.adapter_of(run) is None):
+    if run is None or (job.options.keep_adapters and paths.adapter_of(run) is None):
         return None
     return run

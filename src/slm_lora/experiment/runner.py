@@ -23,11 +23,11 @@ from slm_lora.experiment.paths import BASE, ExperimentPaths
 from slm_lora.experiment.preflight import require_room
 from slm_lora.experiment.provenance import about_adapter, common_record, training_record
 from slm_lora.experiment.resume import (
-    at_work,
-    cell_at_work,
-    check_none_in_the_way,
+    check_unfinished,
     differences,
     finished,
+    lock_cell,
+    lock_experiment,
     made_of,
     setting,
 )
@@ -64,7 +64,7 @@ def run_jobs(
         IntegrityError: another process is at work there, or such a training is in the way.
         StopRequested: a signal asked for it; the same call continues.
     """
-    with _together(jobs), _first_only(lambda: at_work(jobs, paths, discard)):
+    with _together(jobs), _first_only(lambda: lock_experiment(jobs, paths, discard)):
         loaded = LoadedBase(reporter)
         _try_adapters(jobs, paths, reporter, loaded)
         reporter.overall = Overall(_cost(jobs, paths))
@@ -97,8 +97,7 @@ def run_cells(
 ) -> list[Run]:
     """As `run_jobs`, but these cells alone, while others may run others."""
     with _together(jobs):
-        if distributed.is_main():
-            check_none_in_the_way(jobs, paths, discard)
+        distributed.from_first(lambda: check_unfinished(jobs, paths, discard))
         loaded = LoadedBase(reporter)
         _try_adapters(jobs, paths, reporter, loaded)
         return _run_cells(jobs, paths, reporter, loaded)
@@ -173,7 +172,7 @@ def _run_bases(
         if job.base_identity in runs:
             continue
         done = functools.partial(find_run, paths.results, BASE, job.base_identity)
-        alone = functools.partial(cell_at_work, BASE, job.base_identity, paths, reporter)
+        alone = functools.partial(lock_cell, BASE, job.base_identity, paths, reporter)
         with _first_only(alone):
             if _to_do(done):
                 _run_base(job, loaded.for_job(job), paths, reporter)
@@ -190,12 +189,13 @@ def _run_cells(
     for job in jobs:
         name = job.name
         done = functools.partial(finished, job, paths)
-        with _first_only(functools.partial(cell_at_work, name, job.identity, paths, reporter)):
+        with _first_only(functools.partial(lock_cell, name, job.identity, paths, reporter)):
             if _to_do(done):
                 _run_cell(job, loaded, paths, reporter)
-            elif distributed.is_main():
+            else:
                 # A process may have died between recording the run and this.
-                shutil.rmtree(paths.checkpoint(name, job.identity), ignore_errors=True)
+                left = paths.checkpoint(name, job.identity)
+                distributed.from_first(functools.partial(shutil.rmtree, left, ignore_errors=True))
                 reporter.info(f"  {name}  finished earlier")
         if distributed.is_main():
             runs.append(_found(paths, name, job.identity))
@@ -252,10 +252,12 @@ def _run_base(job: Job, base: Base, paths: ExperimentPaths, reporter: Reporter) 
     hardware.reset_peak_memory(job.device.type)
     scores, evaluation = evaluate(base, job, BASE, reporter)
     record = {**common_record(job, base, paths), "settings": {}, "evaluation": evaluation}
-    if distributed.is_main():
+
+    def write() -> None:
         with new_run(paths.results, BASE, job.base_identity, record) as folder:
             write_scores(scores, folder / SCORES_FILE)
-    distributed.wait()
+
+    distributed.from_first(write)
 
 
 def _run_cell(job: Job, loaded: LoadedBase, paths: ExperimentPaths, reporter: Reporter) -> None:
@@ -270,25 +272,19 @@ def _run_cell(job: Job, loaded: LoadedBase, paths: ExperimentPaths, reporter: Re
         checkpointer = Checkpointer(
             paths.checkpoint(name, job.identity),
             job.identity,
-            paths.checkpoint_seconds,
+            job.options.checkpoint_seconds,
             made_of(job),
             setting(job),
             reporter.info,
             writes=distributed.is_main(),
         )
-        if distributed.is_main():
-            require_room(job, paths, attach.count_parameters(peft_model).trainable)
-            _say_if_taken(job, paths, reporter)
+        distributed.from_first(functools.partial(_check_folders, job, paths, peft_model, reporter))
         trackers = stack.enter_context(_tracking(job, paths, reporter))
         result = train_cell(job, base, peft_model, checkpointer, reporter, trackers)
         parameters = attach.count_parameters(peft_model)
-        # Only now: another experiment may have put its own there meanwhile.
-        folder = Path(distributed.from_first(lambda: str(paths.adapter(name, job.identity))))
-        if distributed.is_main():
-            adapter_io.save(
-                base, peft_model, folder, about_adapter(job, paths), job.data.chat_template
-            )
-        distributed.wait()
+        folder = Path(
+            distributed.from_first(functools.partial(_save, job, base, peft_model, paths))
+        )
         if method_of(section).modifies_base:
             # What is scored is what was saved, on the base as it was.
             loaded.drop()
@@ -302,14 +298,16 @@ def _run_cell(job: Job, loaded: LoadedBase, paths: ExperimentPaths, reporter: Re
             loaded.drop()
         else:
             attach.detach(peft_model)
-    if distributed.is_main():
+
+    def write() -> None:
         weights = adapter_io.weights_file(folder)
         assert weights is not None
+        kept_as = folder.name if job.options.keep_adapters else paths.adapter_name(name)
         record = {
             **common_record(job, base, paths),
             "settings": {key: setting_of(job.resolved, key) for key in job.settings},
             "adapter": {
-                "folder": folder.name if paths.keep_adapters else paths.adapter_name(name),
+                "folder": kept_as,
                 "sha256": sha256_file(weights),
                 "bytes": weights.stat().st_size,
                 "trainable_parameters": parameters.trainable,
@@ -323,31 +321,45 @@ def _run_cell(job: Job, loaded: LoadedBase, paths: ExperimentPaths, reporter: Re
             write_scores(scores, run / SCORES_FILE)
             write_lines(run / STEPS_FILE, [asdict(step) for step in result.history])
         checkpointer.remove()
-    distributed.wait()
+
+    distributed.from_first(write)
 
 
-def _say_if_taken(job: Job, paths: ExperimentPaths, reporter: Reporter) -> None:
-    """That the adapter goes to another folder than users expect, and what lies in that one."""
+def _check_folders(
+    job: Job, paths: ExperimentPaths, peft_model: torch.nn.Module, reporter: Reporter
+) -> None:
+    """Before a training: room on the disk, and a note where another adapter has its folder."""
+    require_room(job, paths, attach.count_parameters(peft_model).trainable)
+    if not job.options.keep_adapters:
+        return
     usual = paths.adapters / paths.adapter_name(job.name)
     folder = paths.adapter(job.name, job.identity)
-    if not paths.keep_adapters or folder == usual:
+    if folder == usual:
         return
     try:
         about = read_sealed(usual / adapter_io.ABOUT)
         changed = differences({"recipe": about["recipe"]}, {"recipe": job.resolved})
     except (FileNotFoundError, IntegrityError, KeyError, TypeError, AttributeError):
-        what = "something else"
+        content = "something else"
     else:
         named = f" ({'; '.join(changed[:3])}{'; …' * (len(changed) > 3)})" * bool(changed)
-        what = f"the adapter of another run{named}"
-    reporter.info(f"  note: {usual} holds {what} and stays; this one goes to {folder}")
+        content = f"the adapter of another run{named}"
+    reporter.info(f"  note: {usual} holds {content} and stays; this one goes to {folder}")
+
+
+def _save(job: Job, base: Base, peft_model: torch.nn.Module, paths: ExperimentPaths) -> str:
+    """Write the adapter; its folder, chosen only now, as another experiment may have taken one."""
+    choose = paths.adapter if job.options.keep_adapters else paths.temporary_adapter
+    folder = choose(job.name, job.identity)
+    adapter_io.save(base, peft_model, folder, about_adapter(job, paths), job.data.chat_template)
+    return str(folder)
 
 
 def _tracking(
     job: Job, paths: ExperimentPaths, reporter: Reporter
 ) -> AbstractContextManager[Trackers]:
     """The recipe's trackers of one training; only the first of several processes has any."""
-    names = paths.report_to if distributed.is_main() else ()
+    names = job.options.report_to if distributed.is_main() else ()
     run = Tracked(paths.experiment, f"{job.name}-{job.identity[:8]}", job.resolved, paths.results)
     return open_trackers(names, run, reporter.info)
 

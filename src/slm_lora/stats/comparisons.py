@@ -8,7 +8,6 @@ result is seen, and its p-values are corrected together (Holm).
 from __future__ import annotations
 
 import itertools
-import re
 from collections import Counter
 from collections.abc import Sequence
 from dataclasses import dataclass
@@ -45,10 +44,12 @@ class Setting:
     @property
     def name(self) -> str:
         """Name of the cell, without the seed where there are several."""
-        name = self.first_run.run.cell
+        name, settings = self.first_run.run.cell, self.first_run.run.record.settings
         if len(self.runs) == 1:
             return name
-        return re.sub(r"-?\b(seed|data)\d+", "", name).strip("-") or f"r{self.setting('adapter.r')}"
+        seeds = {f"seed{settings.get('seed')}", f"data{settings.get('data_seed')}"}
+        parts = [part for part in name.split("-") if part not in seeds]
+        return "-".join(parts) or f"r{self.setting('adapter.r')}"
 
     def setting(self, key: str) -> Any:
         """A dotted key of the resolved recipe."""
