@@ -468,9 +468,9 @@ def page(outcomes: list[Outcome], in_process: bool) -> str:
     lines = [
         "# Model families",
         "",
-        "Model types of transformers that were tested, with their largest difference in held-",
-        "out loss from plain transformers and PEFT. For each type the real command trained a",
-        "small model with random weights for four steps (LoRA on all linear layers, fp32).",
+        "Model types of transformers that were tested, with their largest difference in",
+        "held-out loss from plain transformers and PEFT. For each type the real command",
+        "trained a small model with random weights for four steps (LoRA on all linear layers, fp32).",
         "The loss of every test row, under base and adapter, and a greedy reply of the",
         "adapter were then computed again by transformers and PEFT alone. A type either gives",
         "the same loss up to rounding and the same reply, or is refused before any training.",
