@@ -22,7 +22,11 @@ from slm_lora.config.schema import AdapterSection, ModelSection
 from slm_lora.export.merge import merge
 from slm_lora.export.trained import read
 from slm_lora.model.loading import load_base
-from slm_lora.model.model_folder import TOKENIZER_FILES, older_tokenizer, spell_as_before
+from slm_lora.model.model_folder import (
+    TOKENIZER_FILES,
+    add_transformers4_format,
+    transformers4_tokenizer_config,
+)
 from slm_lora.model.resolve import hash_config, resolve
 
 from ..support.exports import make_adapter
@@ -250,7 +254,7 @@ def test_rotary_frequencies_in_older_words(
     AutoConfig.for_model(kind, **more).save_pretrained(tmp_path)
     before, digest = written(tmp_path / "config.json"), hash_config(tmp_path)
     read_before = AutoConfig.from_pretrained(tmp_path).to_dict()
-    spell_as_before(tmp_path)
+    add_transformers4_format(tmp_path)
     after = written(tmp_path / "config.json")
     assert before.items() <= after.items()
     added = {key: value for key, value in after.items() if key not in before}
@@ -268,10 +272,10 @@ def test_rotary_frequencies_in_older_words(
 
 
 def test_the_tokenizers_configuration_in_older_words() -> None:
-    assert older_tokenizer(OLDER_TOKENIZER) == OLDER_TOKENIZER
+    assert transformers4_tokenizer_config(OLDER_TOKENIZER) == OLDER_TOKENIZER
     named = {"extra_special_tokens": {"image_token": "<image>"}, "tokenizer_class": "Own"}
-    assert older_tokenizer(named) == named
-    assert older_tokenizer(
+    assert transformers4_tokenizer_config(named) == named
+    assert transformers4_tokenizer_config(
         {
             "tokenizer_class": "TokenizersBackend",
             "extra_special_tokens": ["<a>", "<b>"],
@@ -314,7 +318,7 @@ def family(name: str, folder: Path) -> Path:
     config = AutoConfig.for_model(kind, **SIZES, rope_parameters=parameters, **more)
     AutoModelForCausalLM.from_config(config, dtype=torch.float32).save_pretrained(folder / name)
     tiny_tokenizer().save_pretrained(folder / name)
-    spell_as_before(folder / name)
+    add_transformers4_format(folder / name)
     return folder / name
 
 

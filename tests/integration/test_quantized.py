@@ -52,7 +52,7 @@ def test_weights_are_in_four_bits_and_packed_scores_are_right(tiny_folder: Path)
     found = {}
     for kind in ("nf4", None):
         for plain in (False, True):
-            base = load_base(source, device=cpu, precision="fp32", plain=plain, quantization=kind)
+            base = load_base(source, device=cpu, precision="fp32", padded=plain, quantization=kind)
             assert base.packed != plain, base.fallback_reason
             scores = score(base, examples, "test", 100)
             found[kind, plain] = [each.nll_all for each in scores]

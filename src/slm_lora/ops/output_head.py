@@ -29,7 +29,7 @@ class HeadForm:
     cap: float | None = None
 
 
-PLAIN_HEAD = HeadForm()
+IDENTITY_HEAD = HeadForm()
 """Of models whose logits are the products."""
 
 
@@ -45,7 +45,7 @@ class OutputHead:
 
     weight: Tensor
     bias: Tensor | None = None
-    form: HeadForm = PLAIN_HEAD
+    form: HeadForm = IDENTITY_HEAD
 
     def logits(self, hidden: Tensor) -> Tensor:
         """[…, vocabulary] of hidden states […, width], in the precision of the weight."""
@@ -55,7 +55,7 @@ class OutputHead:
     @property
     def transforms(self) -> bool:
         """Whether logits are more than the product."""
-        return self.bias is not None or self.form != PLAIN_HEAD
+        return self.bias is not None or self.form != IDENTITY_HEAD
 
     def to(self, dtype: torch.dtype) -> OutputHead:
         """The same in another precision; gradients pass."""
