@@ -216,7 +216,7 @@ def test_flash_attention_that_does_not_run_is_named_and_not_used(
 ) -> None:
     # A CPU has none, so the trial itself is what fails.
     monkeypatch.setattr(attention_flash, "_failure", "")
-    assert not attention_flash.is_proven.__wrapped__(torch.device("cpu"), torch.bfloat16, 64)
+    assert not attention_flash.is_verified.__wrapped__(torch.device("cpu"), torch.bfloat16, 64)
     assert "_flash_attention_forward" in attention_flash.failure()
 
 

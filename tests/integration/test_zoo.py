@@ -50,9 +50,9 @@ def test_the_comparison_finds_a_wrong_loss(
     zoo: ModuleType, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     from slm_lora.model import loading
-    from slm_lora.ops.output_head import IDENTITY_HEAD
+    from slm_lora.ops.output_head import IDENTITY_FORM
 
-    monkeypatch.setattr(loading, "_measured_head", lambda source, model: IDENTITY_HEAD)
+    monkeypatch.setattr(loading, "_measured_head", lambda source, model: IDENTITY_FORM)
     for module in ("attach", "io"):
         monkeypatch.setattr(f"slm_lora.adapters.{module}.check_forward", lambda *_: None)
     outcome = zoo.try_family("granite", in_process=True)

@@ -63,7 +63,7 @@ def merge(
     with atomic_folder(target) as temporary:
         reporter.info(f"  merging {trained.name} into it in fp32, and writing it in {dtype}")
         write_merged(trained, source, temporary, DTYPES[dtype])
-        gc.collect()  # layers that are `fused` refer to themselves
+        gc.collect()  # layers that are `compilable` refer to themselves
         reporter.info(
             f"  proving it in a fresh process: {len(PROMPTS)} prompts by base+adapter, and by it"
         )

@@ -8,7 +8,7 @@ from typing import TYPE_CHECKING, Literal
 import torch
 
 from slm_lora.model.resolve import ModelSource
-from slm_lora.ops.output_head import IDENTITY_HEAD, HeadForm
+from slm_lora.ops.output_head import IDENTITY_FORM, HeadForm
 
 if TYPE_CHECKING:
     from transformers import PreTrainedModel
@@ -67,7 +67,7 @@ class Base:
     fallback_reason: str = ""
     quantization: str | None = None
     sharded: bool = False
-    head: HeadForm = IDENTITY_HEAD
+    head: HeadForm = IDENTITY_FORM
 
     @property
     def dtype(self) -> torch.dtype:

@@ -19,7 +19,7 @@ from torch import Tensor, nn
 
 from slm_lora.errors import UsageError
 from slm_lora.model.base import trunk
-from slm_lora.ops.output_head import HeadForm, OutputHead, transformed
+from slm_lora.ops.output_head import HeadForm, OutputHead, apply_form
 
 if TYPE_CHECKING:
     from transformers import PreTrainedModel
@@ -61,7 +61,7 @@ def measure_head(model: PreTrainedModel, name: str) -> HeadForm:
     largest = float(logits(1e9).abs().max())
     form = HeadForm(scale, largest if largest < 1e6 * abs(scale) else None)
     for factor in (1e-3, 1.0, 40.0 / max(abs(scale), 1e-6)):
-        predicted = transformed(products * factor, None, form)[0]
+        predicted = apply_form(products * factor, None, form)[0]
         # The model may compute in fp32, whose rounding is 6e-8.
         if not _close(predicted, logits(factor), 1e-6):
             raise _unsupported(name, model, "its logits are another function of the products")

@@ -15,7 +15,7 @@ from slm_lora.model.head_form import check_head, measure_head
 from slm_lora.model.quantization import prepare_quantized, quantized_loading
 from slm_lora.model.resolve import ModelSource, weight_files
 from slm_lora.ops import attention
-from slm_lora.ops.compilation import fuse_layers
+from slm_lora.ops.compilation import make_layers_compilable
 from slm_lora.ops.linear import patch_linears
 from slm_lora.ops.output_head import HeadForm
 from slm_lora.runtime import hardware
@@ -125,7 +125,7 @@ def load_base(
     head = _measured_head(source, model)
     if not sharded:
         patch_linears(model, device)
-        fuse_layers(decoder_layers(model))
+        make_layers_compilable(decoder_layers(model))
     packed, reason = (False, "asked for") if padded else _try_packed(model, head)
     return Base(source, model, device, precision, packed, reason, quantization, sharded, head)
 

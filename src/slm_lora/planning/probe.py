@@ -109,7 +109,7 @@ def measure(job: Job, compiled: bool) -> Measured:
     kept, beside = _line(*(_kept(base, peft_model, job, tokens) for tokens in KEPT_TOKENS))
     training = _training(base, peft_model, job, compiled)
     del base, peft_model
-    gc.collect()  # layers that are `fused` refer to themselves
+    gc.collect()  # layers that are `compilable` refer to themselves
     # (Scaled, for exp is slow where it underflows.)
     head = torch.nn.Parameter(
         torch.randn(words, width, device=job.device).mul_(width**-0.5).to(DTYPES[job.precision]),

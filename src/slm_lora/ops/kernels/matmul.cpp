@@ -194,7 +194,7 @@ Range share(int64_t many, int64_t part, int64_t parts) {
 
 struct Product {
     Matrix a, b;
-    bool a_turned, b_turned;
+    bool transpose_a, transpose_b;
     bf16* c;
     int64_t c_row, m, n, k;
 
@@ -214,7 +214,7 @@ struct Product {
             for (int64_t s = 0; s < steps; s += most_steps) {
                 const int64_t deep = std::min(most_steps, steps - s);
                 for (int64_t p = 0; p < many * deep; ++p)
-                    pack_right(b, b_turned, (s + p % deep) * SIDE, (j + p / deep) * SIDE,
+                    pack_right(b, transpose_b, (s + p % deep) * SIDE, (j + p / deep) * SIDE,
                                right + p * PAIR);
                 for (int64_t i = rows.first; i < rows.end; ++i) {
                     const Left left = rows_of_a(i, s, deep);
@@ -245,12 +245,12 @@ struct Product {
 
     // From where they are, if they are whole; else packed.
     Left rows_of_a(int64_t i, int64_t s, int64_t deep) const {
-        if (!a_turned && (i + 1) * SIDE <= m && k % SIDE == 0)
+        if (!transpose_a && (i + 1) * SIDE <= m && k % SIDE == 0)
             return {reinterpret_cast<const char*>(a.x + i * SIDE * a.row + s * SIDE), a.row * 2,
                     TILE * a.row * 2, SIDE * 2};
         auto* packed = kept_left.take<uint32_t>(deep * PAIR);
         for (int64_t t = 0; t < deep; ++t)
-            pack_left(a, a_turned, i * SIDE, (s + t) * SIDE, packed + t * PAIR);
+            pack_left(a, transpose_a, i * SIDE, (s + t) * SIDE, packed + t * PAIR);
         return {reinterpret_cast<const char*>(packed), TILE * 4, WORDS * 4, PAIR * 4};
     }
 };
@@ -259,15 +259,15 @@ struct Product {
 
 extern "C" {
 
-// C [m × n] = A·B, all bf16, rows in one piece. A is [m × k], or [k × m] with `a_turned`; B is
-// [k × n], or [n × k] with `b_turned`.
-void matrix_product(const bf16* a, int64_t a_row, int a_turned, const bf16* b, int64_t b_row,
-                    int b_turned, bf16* c, int64_t c_row, int64_t m, int64_t n, int64_t k,
+// C [m × n] = A·B, all bf16, rows in one piece. A is [m × k], or [k × m] with `transpose_a`; B is
+// [k × n], or [n × k] with `transpose_b`.
+void matrix_product(const bf16* a, int64_t a_row, int transpose_a, const bf16* b, int64_t b_row,
+                    int transpose_b, bf16* c, int64_t c_row, int64_t m, int64_t n, int64_t k,
                     int threads) {
-    const Product product = {{a, a_row, a_turned ? k : m, a_turned ? m : k},
-                             {b, b_row, b_turned ? n : k, b_turned ? k : n},
-                             a_turned != 0,
-                             b_turned != 0,
+    const Product product = {{a, a_row, transpose_a ? k : m, transpose_a ? m : k},
+                             {b, b_row, transpose_b ? n : k, transpose_b ? k : n},
+                             transpose_a != 0,
+                             transpose_b != 0,
                              c,
                              c_row,
                              m,
@@ -292,7 +292,7 @@ void matrix_product(const bf16* a, int64_t a_row, int a_turned, const bf16* b, i
     }
 }
 
-int has_tiles() { return 1; }
+int has_amx() { return 1; }
 
 }  // extern "C"
 
@@ -305,7 +305,7 @@ extern "C" {
 void matrix_product(const void*, int64_t, int, const void*, int64_t, int, void*, int64_t, int64_t,
                     int64_t, int64_t, int) {}
 
-int has_tiles() { return 0; }
+int has_amx() { return 0; }
 
 }  // extern "C"
 
