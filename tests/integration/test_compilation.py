@@ -1,4 +1,4 @@
-"""Compiled code: it runs, it computes what the plain code does, and it is compiled once."""
+"""torch.compile: same results as in eager mode, one compilation for all shapes, fallback."""
 
 from __future__ import annotations
 
@@ -88,7 +88,7 @@ def test_loss_and_gradient_are_those_of_the_logits(
 
 @pytest.mark.parametrize("p", [0.05, 0.3, 0.6])
 def test_compiled_dropout_has_the_same_mask(p: float) -> None:
-    # One shape for all p: code with another p's threshold must not be taken from a cache.
+    # The same shape for every p, to detect reuse of cached code with another p's threshold.
     dropout = TokenDropout(p, "a", 96)
     dropout.keys = torch.randint(-(2**31), 2**31, (1, 37), dtype=torch.int64).to(torch.int32)
     weight = torch.ones(3, 96)
@@ -106,7 +106,7 @@ def test_compiled_dropout_has_the_same_mask(p: float) -> None:
         assert torch.equal(one, other)
 
 
-# (The first shapes are those that code is made for; other seeds, other shapes.)
+# Code is compiled for the first shapes, so seeds vary these.
 @pytest.mark.parametrize(("precision", "seed"), [("fp32", 0), ("fp32", 1), ("bf16", 2)])
 def test_new_shapes_compile_nothing_new(load_tiny: LoadTiny, precision: str, seed: int) -> None:
     base = load_tiny(precision)
@@ -123,8 +123,8 @@ def test_new_shapes_compile_nothing_new(load_tiny: LoadTiny, precision: str, see
     with compilation.enabled(True):
         for number in range(20):
             step(number)
-    # A layer, the two softmaxes of attention by products (heads of 8 values never are computed in
-    # C++), and the loss, unless a kernel computes it: all layers share them, and all shapes.
+    # One graph for all layers, two for the softmax of `attention_bmm` and its gradient (the C++
+    # does not support a head dimension of 8), and one for the loss unless a kernel computes it.
     in_cpp = precision == "bf16" and build.available()
     assert counters["stats"]["unique_graphs"] == (3 if in_cpp else 4)
 
@@ -179,7 +179,7 @@ def test_where_compiling_fails_it_is_done_without() -> None:
 
     assert compilation.run_with_compile_fallback(True, work) == "done"
     assert compilation.failure() == "no such instruction"
-    # From then on nothing tries again.
+    # Compilation is not attempted again.
     assert compilation.run_with_compile_fallback(True, work) == "done"
     assert tried == [True, False, False]
 
@@ -194,7 +194,7 @@ def test_too_many_variants_are_told() -> None:
             True, lambda: doubled(torch.ones(3, dtype=dtype))
         )
 
-    work(torch.float16)  # sets the compiler up
+    work(torch.float16)  # configures torch.compile
     with torch._dynamo.config.patch(recompile_limit=2):
         for dtype in (torch.float32, torch.float64, torch.bfloat16):
             assert work(dtype).tolist() == [2, 2, 2]

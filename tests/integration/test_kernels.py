@@ -1,4 +1,4 @@
-"""The C++ kernels against the same in fp64: outputs, gradients, every shape, any threads."""
+"""The C++ kernels against fp64: outputs and gradients, by shape and number of threads."""
 
 from __future__ import annotations
 
@@ -23,7 +23,7 @@ pytestmark = pytest.mark.skipif(
 
 
 def tensors(lengths: list[int], heads: int, kv_heads: int, width: int) -> Tensors:
-    """Queries, keys, values and a gradient of the output, in bf16."""
+    """Queries, keys, values, and the gradient of the output, in bf16."""
     generator = torch.Generator().manual_seed(sum(lengths) + width)
     return tuple(
         torch.randn(sum(lengths), many, width, generator=generator).to(torch.bfloat16)
@@ -32,7 +32,7 @@ def tensors(lengths: list[int], heads: int, kv_heads: int, width: int) -> Tensor
 
 
 def computed(given: Tensors, lengths: list[int], scale: float) -> Tensors:
-    """Output, logarithms of the sums, and gradients of queries, keys and values."""
+    """Output, log-sum-exp, and gradients of queries, keys and values."""
     q, k, v, upstream = given
     at = torch.tensor(lengths)
     out, logsumexp = attention.packed_attention(q, k, v, at, scale)
@@ -120,7 +120,7 @@ def test_products_are_rounded_once(
         transpose_a,
         transpose_b,
     )
-    # bf16 has eight bits: half a unit of the last one, and the sum in fp32.
+    # Half a unit in the last place of bf16 (8 bits), and the error of the fp32 sum.
     bound = 2**-8 * wanted.abs() + 1e-5 * (a.double().abs() @ b.double().abs())
     assert ((found.double() - wanted).abs() <= bound).all()
 
@@ -201,7 +201,7 @@ def test_the_loss_and_its_gradient_equal_fp64(positions: int, vocabulary: int) -
     for_loss, for_gradient = logits.clone(), logits.clone()
     nll = cross_entropy.label_nll(for_loss, labels)
     also, gradient = cross_entropy.nll_and_gradient(for_gradient, labels)
-    assert torch.equal(for_loss, logits), "a loss alone leaves the logits"
+    assert torch.equal(for_loss, logits), "without gradient the logits are unchanged"
     assert torch.equal(nll, also)
     assert (nll.double() - wanted).abs().max() < 1e-5
     assert ((gradient.double() - reference.grad).abs() <= 2**-8 * reference.grad.abs() + 1e-6).all()

@@ -1,4 +1,4 @@
-"""Training on a base in 4 bits, and what becomes of the adapter afterwards."""
+"""Training on a base in 4 bits, and later use of its adapter."""
 
 from __future__ import annotations
 
@@ -157,7 +157,7 @@ assert kernels.fetched == [], kernels.fetched
     not torch.cpu._is_avx512_bf16_supported(), reason="only CPUs with AVX512-BF16 are asked"
 )
 def test_an_adapter_fetches_no_code_and_says_nothing(tmp_path: Path, tiny_folder: Path) -> None:
-    package = tmp_path / "kernels.py"  # stands for the one that fetches from the hub
+    package = tmp_path / "kernels.py"  # in place of the package that downloads from the hub
     package.write_text(
         "fetched = []\ndef get_kernel(*a, **k):\n    fetched.append(a)\n    raise OSError\n"
     )

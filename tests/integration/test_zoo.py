@@ -27,7 +27,7 @@ def zoo() -> ModuleType:
 @pytest.mark.parametrize(
     ("family", "how"),
     [
-        ("gemma3n_text", "padded"),  # a cap of 30 that hardly bends
+        ("gemma3n_text", "padded"),  # a cap of 30, of little effect here
         ("granite", "packed"),  # a scale
         ("phi", "packed"),  # a bias
         ("falcon_h1", "padded"),  # a scale, and layers that PEFT refuses
