@@ -80,7 +80,7 @@ class Check:
     ) -> Trained:
         """One epoch over the first rows; the loss after it on the next sixteen."""
         base = load_base(
-            self.source, device=device, precision=precision, quantization=quantization, plain=plain
+            self.source, device=device, precision=precision, quantization=quantization, padded=plain
         )
         hardware.reset_peak_memory(device.type)
         peft_model = attach.attach(base, AdapterSection(r=16, lora_dropout=0.05), seed=0)

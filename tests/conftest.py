@@ -84,7 +84,7 @@ def load_tiny(tiny_source: ModelSource) -> Callable[..., Base]:
             tiny_source,
             device=torch.device("cpu"),
             precision=precision,  # type: ignore[arg-type]
-            plain=plain,
+            padded=plain,
         )
 
     return load

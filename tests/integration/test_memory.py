@@ -1,4 +1,4 @@
-"""What a process holds does not grow with the work it has done."""
+"""A process's memory does not grow with the number of steps."""
 
 from __future__ import annotations
 
@@ -7,7 +7,7 @@ import sys
 
 import pytest
 
-# Products of ever other shapes, as micro-batches bring them; prints MB in use by the C library.
+# Matrix products of many shapes, as in micro-batches; prints the C library's MB in use.
 PRODUCTS = """
 import ctypes, sys
 import torch
@@ -34,5 +34,5 @@ def test_products_of_many_shapes_are_forgotten() -> None:
         [sys.executable, "-c", PRODUCTS], capture_output=True, text=True, check=True
     )
     early, late = map(float, ended.stdout.split())
-    # (On a CPU with AVX512-BF16 254 MB more if all are kept.)
+    # With AVX512-BF16 an unlimited cache takes 254 MB more.
     assert late - early < 30

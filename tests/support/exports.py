@@ -33,7 +33,7 @@ def make_adapter(
     seed: int = 3,
 ) -> Path:
     """An adapter as training saves it, its B drawn at random instead of trained."""
-    base = load_base(source, device=torch.device("cpu"), precision="fp32", plain=True)
+    base = load_base(source, device=torch.device("cpu"), precision="fp32", padded=True)
     section = AdapterSection(kind=kind, r=r, target_modules=TARGETS)
     peft_model = attach.attach(base, section, seed=1)
     generator = torch.Generator().manual_seed(seed)

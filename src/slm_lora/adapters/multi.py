@@ -109,7 +109,7 @@ def load_adapter_set(
         source,
         device=chosen_device,
         precision=choose_precision(precision, chosen_device),
-        plain=True,
+        padded=True,
     )
     tokenizer = load_tokenizer(source)
     notes: list[str] = []

@@ -158,7 +158,7 @@ def scoring_compiles(job: Job, examples: Sequence[Example]) -> bool:
     """Whether scoring these examples compiles."""
     tokens = sum(example.length for example in examples)
     setting = job.config.training.compile
-    return compilation.wanted(setting, tokens, job.device, job.low_precision, job.sharded)
+    return compilation.should_compile(setting, tokens, job.device, job.low_precision, job.sharded)
 
 
 def _say_fallbacks(reporter: Reporter) -> None:

@@ -84,7 +84,9 @@ def tokens_per_micro_batch(
     usable, low_precision = usable_examples(prepared.train, section), precision != "fp32"
     tokens = training_tokens(usable, section) if usable else 0
     # (A compiler that is missing here does not make another run of it.)
-    compiled = compilation.pays(section.compile, tokens, device, low_precision, sharded=False)
+    compiled = compilation.is_worthwhile(
+        section.compile, tokens, device, low_precision, sharded=False
+    )
     frozen = not trains_all(config.adapter)
     plain, fused = micro_batch_limits(section, compiled, frozen, device.type, low_precision)
     return (plain, fused) if compiled else (plain,)

@@ -63,7 +63,7 @@ def merge(
     with atomic_folder(target) as temporary:
         reporter.info(f"  merging {trained.name} into it in fp32, and writing it in {dtype}")
         write_merged(trained, source, temporary, DTYPES[dtype])
-        gc.collect()  # layers that are `fused` refer to themselves
+        gc.collect()  # layers that are `compilable` refer to themselves
         reporter.info(
             f"  proving it in a fresh process: {len(PROMPTS)} prompts by base+adapter, and by it"
         )
@@ -83,7 +83,7 @@ def _check_kind(trained: Trained) -> None:
 
 def write_merged(trained: Trained, source: ModelSource, folder: Path, dtype: torch.dtype) -> None:
     """Merge in fp32, cast, and write the model with its tokenizer; no proof."""
-    base = load_base(source, device=torch.device("cpu"), precision="fp32", plain=True)
+    base = load_base(source, device=torch.device("cpu"), precision="fp32", padded=True)
     peft_model = adapter_io.load(base, trained.folder, compare=False)
     _check_tied(peft_model, trained, source)
     merged: PreTrainedModel = peft_model.merge_and_unload()

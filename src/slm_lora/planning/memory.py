@@ -17,7 +17,7 @@ from slm_lora.adapters.methods import trains_all
 from slm_lora.experiment.job import Job
 from slm_lora.model.base import DTYPES
 from slm_lora.model.resolve import tensor_shapes
-from slm_lora.ops.cross_entropy import CHUNK, FULL_CHUNK
+from slm_lora.ops.cross_entropy import CHUNK, TRAINED_HEAD_CHUNK
 from slm_lora.planning.probe import Measured
 
 LOGITS = 3.0
@@ -56,7 +56,7 @@ def training_bytes(job: Job, sizes: Sizes, measured: Measured) -> int:
     # The slice's rank may have been another one of its kind.
     adapter = measured.adapter * job.config.adapter.r / measured.r
     held = held_bytes(job, round(adapter))
-    chunk = min(FULL_CHUNK if full else CHUNK, sizes.largest)
+    chunk = min(TRAINED_HEAD_CHUNK if full else CHUNK, sizes.largest)
     kept = measured.kept_beside + max(
         measured.kept
         * sizes.largest_plain

@@ -160,7 +160,7 @@ def _count(job: Job) -> _Counted:
     section, batch = recipe.training, recipe.training.effective_batch_size
     rows = usable_examples(rows, section) or list(rows)
     steps, tokens = total_steps(len(rows), section), training_tokens(rows, section)
-    compiled = compilation.wanted(
+    compiled = compilation.should_compile(
         section.compile, tokens, job.device, job.low_precision, job.sharded
     )
     frozen = not trains_all(recipe.adapter)

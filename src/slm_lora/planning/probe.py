@@ -23,7 +23,7 @@ from slm_lora.data.collate import by_token_budget, collate
 from slm_lora.errors import UsageError
 from slm_lora.evaluation.scoring import score
 from slm_lora.experiment.job import Job
-from slm_lora.model.activation_checkpointing import recomputed_layers
+from slm_lora.model.activation_checkpointing import checkpointed_layers
 from slm_lora.model.base import DTYPES, Base
 from slm_lora.model.forward import batch_nll
 from slm_lora.model.loading import load_base
@@ -109,7 +109,7 @@ def measure(job: Job, compiled: bool) -> Measured:
     kept, beside = _line(*(_kept(base, peft_model, job, tokens) for tokens in KEPT_TOKENS))
     training = _training(base, peft_model, job, compiled)
     del base, peft_model
-    gc.collect()  # layers that are `fused` refer to themselves
+    gc.collect()  # layers that are `compilable` refer to themselves
     # (Scaled, for exp is slow where it underflows.)
     head = torch.nn.Parameter(
         torch.randn(words, width, device=job.device).mul_(width**-0.5).to(DTYPES[job.precision]),
@@ -210,7 +210,7 @@ def _kept(base: Base, peft_model: torch.nn.Module, job: Job, about: int) -> tupl
     peft_model.train()
     with (
         torch.autograd.graph.saved_tensors_hooks(noted, lambda tensor: tensor),
-        recomputed_layers(base.model, section.activation_checkpointing),
+        checkpointed_layers(base.model, section.activation_checkpointing),
     ):
         batch_nll(base, batch, "kept")
     return len(batch.ids), sum(found.values())

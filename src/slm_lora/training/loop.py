@@ -138,7 +138,7 @@ def train(
     steps_in_epoch = steps_per_epoch(len(usable), batch)
     tokens = training_tokens(usable, section)
     device, single = base.device.type, distributed.is_single()
-    compiled = compilation.wanted(
+    compiled = compilation.should_compile(
         section.compile, tokens, base.device, base.low_precision, base.sharded
     )
     frozen = any(not parameter.requires_grad for parameter in peft_model.parameters())

@@ -14,7 +14,7 @@ from torch import Tensor
 
 from slm_lora.data.collate import by_token_budget, collate, label_count
 from slm_lora.errors import NumericError
-from slm_lora.model.activation_checkpointing import recomputed_layers
+from slm_lora.model.activation_checkpointing import checkpointed_layers
 from slm_lora.model.base import Base
 from slm_lora.model.forward import batch_nll
 from slm_lora.ops.compilation import run_with_compile_fallback
@@ -138,7 +138,7 @@ class StepRunner:
         labels = sum(label_count(example, self.loss_on) for example in examples)
         # (A process without any example of a small step has a loss and a gradient of zero.)
         shares = [torch.zeros((), dtype=total_dtype(self.base.device), device=self.base.device)]
-        with recomputed_layers(self.base.model, self.recompute):
+        with checkpointed_layers(self.base.model, self.recompute):
             for micro, weight in _micro_batches(examples, budget, self.base.sharded):
                 nll = batch_nll(self.base, collate(micro, self.loss_on), dropout_seed)
                 share = nll * (weight / labels)
