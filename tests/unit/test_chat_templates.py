@@ -18,15 +18,15 @@ from slm_lora.config.schema import DataSection
 from slm_lora.data import template_check
 from slm_lora.data.chat_templates import (
     TEMPLATE_DATE,
-    clock,
+    date_macro,
     default_template,
-    freeze,
-    is_frozen,
+    freeze_date,
+    has_frozen_date,
     jinja_renderer,
 )
-from slm_lora.data.dataset import prepare
+from slm_lora.data.dataset import prepare_data
 from slm_lora.data.sources import read_rows
-from slm_lora.data.template_check import difference, notes_on_template
+from slm_lora.data.template_check import first_difference, template_notes
 from slm_lora.data.templates import Template
 from slm_lora.data.tokenization import RowTokenizer
 from slm_lora.errors import UsageError
@@ -158,8 +158,8 @@ def test_a_frozen_template_writes_the_date_whatever_the_clock(spelt: bool, parts
         if spelt
         else f"{{% set form = {quoted} %}}[{{{{ strftime_now(form) }}}}]"
     )
-    assert is_frozen(freeze(source))
-    assert rendered(freeze(source)) == f"[{TEMPLATE_DATE.strftime(form)}]"
+    assert has_frozen_date(freeze_date(source))
+    assert rendered(freeze_date(source)) == f"[{TEMPLATE_DATE.strftime(form)}]"
 
 
 @pytest.mark.parametrize(
@@ -180,8 +180,8 @@ def test_wherever_it_asks_for_the_date(source: str, monkeypatch: pytest.MonkeyPa
     wanted = rendered(source)
     monkeypatch.undo()  # the clock goes on
     chat_template_utils._compile_jinja_template.cache_clear()
-    assert rendered(freeze(source)) == wanted
-    assert freeze(freeze(source)) == freeze(source)
+    assert rendered(freeze_date(source)) == wanted
+    assert freeze_date(freeze_date(source)) == freeze_date(source)
 
 
 @settings(max_examples=100, deadline=None)
@@ -197,10 +197,10 @@ def test_wherever_it_asks_for_the_date(source: str, monkeypatch: pytest.MonkeyPa
 def test_nothing_else_of_the_text_changes(parts: list[str]) -> None:
     ends = "{% endif %}" * sum("if true" in part for part in parts)
     source = "".join(parts) + ends + "{% if false %}{{ strftime_now('%Y') }}{% endif %}\n \n"
-    assert is_frozen(freeze(source))
-    assert rendered(freeze(source)) == rendered(source)
+    assert has_frozen_date(freeze_date(source))
+    assert rendered(freeze_date(source)) == rendered(source)
     # So, too, behind a BOS that is written before it.
-    for tokenizer in (bos_tokenizer(source), bos_tokenizer(freeze(source))):
+    for tokenizer in (bos_tokenizer(source), bos_tokenizer(freeze_date(source))):
         handed = RowTokenizer(tokenizer, Template("chat")).chat_template
         found: Any = tokenizer.apply_chat_template([ASKED], chat_template=handed, tokenize=False)
         assert found == "<|endoftext|>" + rendered(source)
@@ -208,11 +208,11 @@ def test_nothing_else_of_the_text_changes(parts: list[str]) -> None:
 
 @pytest.mark.parametrize("source", [CHAT_TEMPLATE, "strftime_now", "{# strftime_now() #}", ""])
 def test_a_template_without_a_clock_stays_as_it_is(source: str) -> None:
-    assert freeze(source) == source
-    assert clock(source) == ""
+    assert freeze_date(source) == source
+    assert date_macro(source) == ""
 
 
-# --- handed on ---------------------------------------------------------------------------------
+# --- saved templates -----------------------------------------------------------------------------
 
 
 @pytest.mark.parametrize("source", [DATED, LIKE_SMOLLM3, CHAT_TEMPLATE])
@@ -234,7 +234,7 @@ def test_others_get_the_tokens_of_the_training(source: str, kind: Any, bos: bool
             messages[:-1], add_generation_prompt=True, return_dict=False
         )
         assert asked == tokenize.prompt(turns[:-1])
-    assert difference(tokenizer, tokenize, [ROW]) == ""
+    assert first_difference(tokenizer, tokenize, [ROW]) == ""
 
 
 @pytest.mark.parametrize("kind", ["instruction_response", "plain", "chat"])
@@ -244,7 +244,7 @@ def test_the_proof_holds_for_every_template(kind: Any, bos: bool, dolly_file: Pa
     section = DataSection(
         name=str(dolly_file), template=kind, include_context=kind == "chat", test_rows=30
     )
-    prepared = prepare(read_rows(section), section, 0, tokenizer)
+    prepared = prepare_data(read_rows(section), section, 0, tokenizer)
     assert prepared.chat_template is not None
     assert not [note for note in prepared.notes if "chat template" in note]
 
@@ -266,11 +266,11 @@ def test_a_difference_is_found_and_nothing_wrong_is_handed_on(other: str, told: 
     tokenizer = tiny_tokenizer()
     tokenize = RowTokenizer(tokenizer, Template("chat"))
     spaced = Row((Turn("user", " Which day? "), Turn("assistant", "That one.")))
-    assert difference(tokenizer, tokenize, [spaced]) == ""
+    assert first_difference(tokenizer, tokenize, [spaced]) == ""
     tokenize.chat_template = other
-    assert told in difference(tokenizer, tokenize, [spaced])
-    (note,) = notes_on_template(tokenizer, tokenize, [spaced])
-    assert note.startswith("no chat_template.jinja is handed on: ")
+    assert told in first_difference(tokenizer, tokenize, [spaced])
+    (note,) = template_notes(tokenizer, tokenize, [spaced])
+    assert note.startswith("no chat_template.jinja is saved: ")
     assert "\n" not in note
     assert tokenize.chat_template is None
 
@@ -279,11 +279,11 @@ def test_it_is_told_that_a_date_stands_still(dolly_file: Path) -> None:
     tokenizer = tiny_tokenizer()
     tokenizer.chat_template = DATED
     section = DataSection(name=str(dolly_file), template="chat", test_rows=30)
-    prepared = prepare(read_rows(section), section, 0, tokenizer)
+    prepared = prepare_data(read_rows(section), section, 0, tokenizer)
     assert prepared.chat_template is not None
     assert "Today Date: 26 Jul 2024" in rendered(prepared.chat_template)
     assert "Today Date: 26 Jul 2024" not in rendered(DATED)
-    assert [n for n in prepared.notes if "26 Jul 2024 stands in its place, in training and" in n]
+    assert [n for n in prepared.notes if "26 Jul 2024 is used instead, in training and" in n]
 
 
 @pytest.mark.parametrize(
@@ -303,7 +303,7 @@ def test_tags_that_mark_other_answers_are_told(marked: str, told: bool) -> None:
     )
     for tokenizer in (tiny_tokenizer(), bos_tokenizer()):
         tokenize = RowTokenizer(tokenizer, Template("jinja", source=source))
-        notes = notes_on_template(tokenizer, tokenize, [ROW])
+        notes = template_notes(tokenizer, tokenize, [ROW])
         assert [("{% generation %} tags" in note) for note in notes] == [True] * told
 
 
@@ -318,7 +318,7 @@ def test_of_several_templates_the_default_is_used_and_handed_on() -> None:
     alone = RowTokenizer(tiny_tokenizer(), Template("chat"))
     assert tokenize.chat_template == alone.chat_template == CHAT_TEMPLATE
     assert tokenize.render(ROW) == alone.render(ROW)
-    assert difference(tokenizer, tokenize, [ROW]) == ""
+    assert first_difference(tokenizer, tokenize, [ROW]) == ""
 
 
 def test_several_templates_without_a_default_are_named() -> None:

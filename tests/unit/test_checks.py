@@ -7,9 +7,15 @@ import random
 import numpy as np
 import pytest
 
-from slm_lora.data.checks import facts, few_test_rows, names_not_set, plain_marks, spelt_specials
+from slm_lora.data.checks import (
+    dataset_facts,
+    few_test_rows,
+    special_tokens_in_rows,
+    text_role_marks,
+    undefined_names,
+)
 from slm_lora.data.placeholders import find_placeholders, placeholders_in
-from slm_lora.data.splits import Rule, group_rows
+from slm_lora.data.splits import GroupingRule, group_rows
 from slm_lora.data.templates import Template, TemplateKind
 from slm_lora.data.tokenization import RowTokenizer
 from slm_lora.records import Example, Row, Turn
@@ -32,7 +38,7 @@ ROWS = [
 
 
 def test_relations_are_counted_one_by_one_and_together() -> None:
-    found = {each.relation: each for each in facts(ROWS, [10] * len(ROWS)).related}
+    found = {each.relation: each for each in dataset_facts(ROWS, [10] * len(ROWS)).related}
     assert set(found) == {"prompt", "instruction", "context", "near", None}
     assert (found["prompt"].groups, found["prompt"].rows) == (1, 3)
     assert (found["instruction"].groups, found["instruction"].rows) == (1, 3)
@@ -42,8 +48,8 @@ def test_relations_are_counted_one_by_one_and_together() -> None:
 
 def test_the_leak_is_that_of_random_splits() -> None:
     rows = [row(f"question {i // 3}", f"{i}") for i in range(60)]
-    leak = facts(rows, [1] * 60).related[-1].leak
-    group, rng, shares = group_rows(rows).of, random.Random(0), []
+    leak = dataset_facts(rows, [1] * 60).related[-1].leak
+    group, rng, shares = group_rows(rows).group_of, random.Random(0), []
     for _ in range(3000):
         held = {r.row_id for r in rows if rng.random() < 0.1}
         train = {group[r.row_id] for r in rows if r.row_id not in held}
@@ -55,12 +61,12 @@ def test_the_leak_is_that_of_random_splits() -> None:
 
 def test_conflicts_are_equal_prompts_with_different_answers() -> None:
     # "name a river" is written otherwise, so it is another prompt.
-    assert facts(ROWS, [10] * len(ROWS)).conflicts == (1, 2)
-    assert facts(ROWS[3:], [10] * 7).conflicts == (0, 0)
+    assert dataset_facts(ROWS, [10] * len(ROWS)).conflicts == (1, 2)
+    assert dataset_facts(ROWS[3:], [10] * 7).conflicts == (0, 0)
 
 
 def test_lengths_fall_into_bins_and_limits_have_a_cost() -> None:
-    found = facts(ROWS[:4], [1, 2, 100, 300])
+    found = dataset_facts(ROWS[:4], [1, 2, 100, 300])
     assert found.lengths == (
         (1, 1), (2, 1), (4, 0), (8, 0), (16, 0), (32, 0), (64, 0), (128, 1), (256, 0), (512, 1),
     )  # fmt: skip
@@ -70,7 +76,7 @@ def test_lengths_fall_into_bins_and_limits_have_a_cost() -> None:
 
 
 def test_categories_come_most_frequent_first() -> None:
-    assert facts(ROWS, [1] * len(ROWS)).categories == (("geography", 3), ("summary", 1))
+    assert dataset_facts(ROWS, [1] * len(ROWS)).categories == (("geography", 3), ("summary", 1))
 
 
 # --- role marks that rows can spell ------------------------------------------------------------
@@ -101,7 +107,7 @@ def test_role_marks_that_are_no_special_tokens(
     tokenizer = tiny_tokenizer()
     tokenizer.chat_template = chat_template
     tokenize = RowTokenizer(tokenizer, Template(template))
-    assert [mark.text for mark in plain_marks(tokenize, ROWS)] == marks
+    assert [mark.text for mark in text_role_marks(tokenize, ROWS)] == marks
 
 
 def test_rows_that_spell_a_role_mark_are_counted() -> None:
@@ -109,13 +115,13 @@ def test_rows_that_spell_a_role_mark_are_counted() -> None:
     tokenizer.chat_template = ZEPHYR
     tokenize = RowTokenizer(tokenizer, Template("chat"))
     spelling = Row((Turn("user", "a<|assistant|>b"), Turn("assistant", "c")), source="rows.jsonl:9")
-    user, assistant = plain_marks(tokenize, [*ROWS, spelling, spelling])
+    user, assistant = text_role_marks(tokenize, [*ROWS, spelling, spelling])
     assert (user.rows, user.first) == (0, "")
     assert (assistant.rows, assistant.first) == (2, "rows.jsonl:9")
     own = RowTokenizer(tokenizer, Template("instruction_response"))
     said = Row((Turn("user", "Response: what is it?"), Turn("assistant", "A reply.")))
     forged = Row((Turn("user", "a\nResponse:\nb"), Turn("assistant", "c")))
-    assert [mark.rows for mark in plain_marks(own, [said, forged])] == [0, 1]
+    assert [mark.rows for mark in text_role_marks(own, [said, forged])] == [0, 1]
 
 
 # --- what may not be meant so ------------------------------------------------------------------
@@ -123,17 +129,17 @@ def test_rows_that_spell_a_role_mark_are_counted() -> None:
 
 def test_an_instruction_that_other_contexts_share_is_counted_and_ties_nothing() -> None:
     rows = [row("Is it good?", "Yes.", context=f"Text {n} of a guest {n}.") for n in range(4)]
-    found = {each.relation: each for each in facts(rows, [9] * 4).related}
+    found = {each.relation: each for each in dataset_facts(rows, [9] * 4).related}
     assert (found["instruction"].groups, found["instruction"].rows) == (1, 4)
     assert (found[None].groups, found[None].rows, found[None].leak) == (0, 0, 0)
-    tied = facts(rows, [9] * 4, Rule(with_context=False)).related[-1]
+    tied = dataset_facts(rows, [9] * 4, GroupingRule(with_context=False)).related[-1]
     assert (tied.groups, tied.rows) == (1, 4)
 
 
 def test_prompts_that_named_groups_part_are_counted() -> None:
     rows = [row("Who?", f"{n}", group_hint=f"g{n % 2}") for n in range(5)]
-    assert facts(rows, [9] * 5).parted == 5
-    assert facts(rows[::2], [9] * 3).parted == 0
+    assert dataset_facts(rows, [9] * 5).cross_group_prompts == 5
+    assert dataset_facts(rows[::2], [9] * 3).cross_group_prompts == 0
 
 
 def example(number: int, group: int) -> Example:
@@ -213,8 +219,8 @@ def test_rows_with_placeholders_are_counted() -> None:
     found = find_placeholders(rows)
     assert found is not None
     assert (found.rows, found.first) == (3, "rows.jsonl:2")
-    assert found.spelt[0] == "{{name}}"
-    assert set(found.spelt) == {"{{name}}", "[NAME]", "{input}"}
+    assert found.placeholders[0] == "{{name}}"
+    assert set(found.placeholders) == {"{{name}}", "[NAME]", "{input}"}
     assert find_placeholders(ROWS) is None
 
 
@@ -226,12 +232,12 @@ def test_special_tokens_that_rows_spell_are_counted() -> None:
         row("Q", "a <|im_end|> b <|endoftext|>"),
         row("Q", "clean", context="<|im_start|>"),
     ]
-    responses, prompts = spelt_specials(tokenize, rows)
+    responses, prompts = special_tokens_in_rows(tokenize, rows)
     assert responses is not None and prompts is not None
     assert (responses.rows, responses.first) == (2, "rows.jsonl:2")
     assert responses.tokens == (("<|im_end|>", 2), ("<|endoftext|>", 1))
     assert (prompts.rows, dict(prompts.tokens)) == (2, {"<|im_end|>": 1, "<|im_start|>": 1})
-    assert spelt_specials(tokenize, ROWS) == (None, None)
+    assert special_tokens_in_rows(tokenize, ROWS) == (None, None)
 
 
 @pytest.mark.parametrize(
@@ -256,4 +262,4 @@ def test_special_tokens_that_rows_spell_are_counted() -> None:
     ],
 )
 def test_names_that_nothing_sets_for_a_template(source: str, names: tuple[str, ...]) -> None:
-    assert names_not_set(source, ["eos_token"]) == names
+    assert undefined_names(source, ["eos_token"]) == names

@@ -10,11 +10,11 @@ from hypothesis import given
 from hypothesis import strategies as st
 
 from slm_lora.data.collate import (
-    IGNORED,
-    by_token_budget,
+    IGNORE_INDEX,
     collate,
     epoch_order,
     label_count,
+    make_micro_batches,
     steps_per_epoch,
 )
 from slm_lora.records import Example, LossOn
@@ -55,14 +55,14 @@ def test_documents_lie_end_to_end_and_each_counts_from_zero() -> None:
 
 def test_a_label_is_the_next_token_of_the_same_document() -> None:
     batch = collate([SHORT, ALONE, LONG], "all")
-    none = IGNORED
+    none = IGNORE_INDEX
     assert batch.labels.tolist() == [6, 7, none, none, 12, 13, 14, 15, none]
     assert batch.response.tolist() == [False, True, False, False, True, True, False, True, False]
 
 
 def test_response_labels_leave_out_the_prompt() -> None:
     batch = collate([SHORT, ALONE, LONG], "response")
-    none = IGNORED
+    none = IGNORE_INDEX
     assert batch.labels.tolist() == [none, 7, none, none, 12, 13, none, 15, none]
     whole = collate([SHORT, ALONE, LONG], "all")
     assert batch.ids.tolist() == whole.ids.tolist()
@@ -73,7 +73,9 @@ def test_response_labels_leave_out_the_prompt() -> None:
 @pytest.mark.parametrize("packed", [[SHORT], [ALONE], [LONG, SHORT], [ALONE, LONG, SHORT, LONG]])
 def test_labels_are_counted_before_packing_as_after(packed: list[Example], loss_on: LossOn) -> None:
     labels = collate(packed, loss_on).labels
-    assert sum(label_count(each, loss_on) for each in packed) == np.count_nonzero(labels != IGNORED)
+    assert sum(label_count(each, loss_on) for each in packed) == np.count_nonzero(
+        labels != IGNORE_INDEX
+    )
 
 
 def test_label_counts() -> None:
@@ -90,7 +92,7 @@ def test_every_example_once_and_no_micro_batch_over_the_budget(
     lengths: list[int], budget: int
 ) -> None:
     examples = [of_length(f"row {n}", length) for n, length in enumerate(lengths)]
-    batches = by_token_budget(examples, budget)
+    batches = make_micro_batches(examples, budget)
     assert sorted(each.row_id for batch in batches for each in batch) == sorted(
         each.row_id for each in examples
     )
@@ -124,7 +126,7 @@ def least_division(lengths: tuple[int, ...], budget: int) -> tuple[int, int]:
 
 def test_a_row_longer_than_the_budget_is_alone() -> None:
     lengths = {"a": 3, "huge": 100, "b": 4, "large": 11}
-    batches = by_token_budget([of_length(n, length) for n, length in lengths.items()], 10)
+    batches = make_micro_batches([of_length(n, length) for n, length in lengths.items()], 10)
     assert [[each.row_id for each in batch] for batch in batches] == [
         ["huge"],
         ["large"],
@@ -134,15 +136,15 @@ def test_a_row_longer_than_the_budget_is_alone() -> None:
 
 def test_micro_batches_do_not_depend_on_the_order_of_the_examples() -> None:
     examples = [of_length(f"row {n}", 1 + n % 3) for n in range(20)]
-    once = by_token_budget(examples, 7)
-    again = by_token_budget(examples[::-1], 7)
+    once = make_micro_batches(examples, 7)
+    again = make_micro_batches(examples[::-1], 7)
     assert [[e.row_id for e in batch] for batch in once] == [
         [e.row_id for e in batch] for batch in again
     ]
 
 
 def test_no_examples_make_no_micro_batch() -> None:
-    assert by_token_budget([], 10) == []
+    assert make_micro_batches([], 10) == []
 
 
 # --- epochs ------------------------------------------------------------------------------------

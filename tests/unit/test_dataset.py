@@ -8,19 +8,19 @@ from typing import Any
 import pytest
 
 from slm_lora.config.schema import DataSection
-from slm_lora.data.dataset import Prepared, prepare
+from slm_lora.data.dataset import PreparedData, prepare_data
 from slm_lora.data.sources import read_rows
 
 from ..support.rows import make_rows, write_jsonl
 from ..support.tiny_model import tiny_tokenizer
 
 
-def prepared(path: Path, **options: Any) -> Prepared:
+def prepared(path: Path, **options: Any) -> PreparedData:
     section = DataSection(name=str(path), test_rows=5, validation_rows=5, **options)
-    return prepare(read_rows(section), section, 0, tiny_tokenizer())
+    return prepare_data(read_rows(section), section, 0, tiny_tokenizer())
 
 
-def spelt(found: Prepared) -> str:
+def spelt(found: PreparedData) -> str:
     tokenizer = tiny_tokenizer()
     return "".join(tokenizer.decode(each.ids) for each in (*found.train, *found.test))
 
@@ -33,7 +33,7 @@ def alpaca(tmp_path: Path) -> Path:
     return write_jsonl(tmp_path / "alpaca.jsonl", rows)
 
 
-def on_contexts(found: Prepared) -> list[str]:
+def on_contexts(found: PreparedData) -> list[str]:
     return [note for note in found.notes if note.startswith("contexts")]
 
 
@@ -57,9 +57,9 @@ def test_rows_without_contexts_are_what_they_were(tmp_path: Path) -> None:
 @pytest.mark.parametrize(
     ("options", "said"),
     [
-        ({"include_context": False}, "data.include_context=auto puts them in"),
-        ({"template": "plain"}, "template plain has no place for them"),
-        ({"template": "plain", "include_context": True}, "template plain has no place for them"),
+        ({"include_context": False}, "data.include_context=auto includes them"),
+        ({"template": "plain"}, "template plain has no context"),
+        ({"template": "plain", "include_context": True}, "template plain has no context"),
     ],
 )
 def test_contexts_that_are_left_out_are_told(

@@ -8,7 +8,7 @@ import pytest
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
-from slm_lora.data.dropped_turns import LeftOut
+from slm_lora.data.dropped_turns import DroppedTurns
 from slm_lora.data.templates import Template
 from slm_lora.data.tokenization import RowTokenizer
 from slm_lora.errors import DataError, UsageError
@@ -92,7 +92,7 @@ def test_what_is_left_out_is_found(roles: list[Role]) -> None:
         return "".join(kept) + "?" * prompt
 
     wanted = tuple(number for number, role in enumerate(roles) if role == "system")
-    found = LeftOut(render)
+    found = DroppedTurns(render)
     for _ in range(2):
         assert found.turns(roles, False) == found.turns(roles, True) == wanted
 

@@ -8,7 +8,7 @@ import pytest
 
 from slm_lora.config.schema import DataSection
 from slm_lora.config.types import FormatName
-from slm_lora.data.formats import FORMATS, left_out, recognise, to_row, wanted
+from slm_lora.data.formats import FORMATS, columns_to_decode, detect_format, to_row, unread_content
 from slm_lora.data.text import RowError
 from slm_lora.errors import DataError, UsageError
 from slm_lora.records import Turn
@@ -43,18 +43,18 @@ def test_recipes_name_every_format() -> None:
     ],
 )
 def test_the_columns_tell_the_format(columns: set[str], expected: str) -> None:
-    assert recognise(columns, AUTO) == expected
+    assert detect_format(columns, AUTO) == expected
 
 
 def test_lists_of_messages_make_prompt_and_completion_a_chat() -> None:
     both = {"prompt", "completion"}
-    assert recognise(both, AUTO, lists=both) == "chat"
-    assert recognise(both, AUTO, lists=set()) == "prompt_completion"
+    assert detect_format(both, AUTO, lists=both) == "chat"
+    assert detect_format(both, AUTO, lists=set()) == "prompt_completion"
 
 
 def test_no_format_fits_lists_columns_and_formats() -> None:
     with pytest.raises(DataError) as caught:
-        recognise({"problem", "solution"}, AUTO)
+        detect_format({"problem", "solution"}, AUTO)
     message = str(caught.value)
     assert "columns seen: problem, solution" in message
     for name in ("dolly", "alpaca", "prompt_completion", "chat", "text"):
@@ -65,21 +65,21 @@ def test_no_format_fits_lists_columns_and_formats() -> None:
 def test_several_formats_fit_is_an_error_until_one_is_named() -> None:
     columns = {"instruction", "output", "response", "text"}
     with pytest.raises(DataError, match=r"several formats, dolly and alpaca; .*data\.format"):
-        recognise(columns, AUTO)
-    assert recognise(columns, section(format="alpaca")) == "alpaca"
+        detect_format(columns, AUTO)
+    assert detect_format(columns, section(format="alpaca")) == "alpaca"
 
 
 def test_text_beside_another_format_is_taken_when_asked_for() -> None:
     columns = {"instruction", "input", "output", "text"}
-    assert recognise(columns, section(format="text")) == "text"
+    assert detect_format(columns, section(format="text")) == "text"
     # mapped, but the format that is recognised would drop it in silence
     with pytest.raises(UsageError, match=r"format alpaca has no field 'text'.*output"):
-        recognise(columns | {"body"}, section(columns={"text": "body"}))
+        detect_format(columns | {"body"}, section(columns={"text": "body"}))
 
 
 def test_a_column_name_cannot_break_the_message() -> None:
     with pytest.raises(DataError) as caught:
-        recognise({"a\nb", "\ud800", "c" * 1000}, AUTO)
+        detect_format({"a\nb", "\ud800", "c" * 1000}, AUTO)
     message = str(caught.value)
     assert "\n" not in message
     assert "c" * 41 not in message
@@ -88,13 +88,13 @@ def test_a_column_name_cannot_break_the_message() -> None:
 
 def test_named_format_without_its_columns_is_an_error() -> None:
     with pytest.raises(DataError, match=r"format alpaca needs instruction \+ output; .*response"):
-        recognise({"instruction", "response"}, section(format="alpaca"))
+        detect_format({"instruction", "response"}, section(format="alpaca"))
 
 
 def test_mapped_columns_answer_to_their_field_alone() -> None:
     chosen = section(columns={"response": "output", "context": "input"})
     columns = {"instruction", "input", "output"}
-    assert recognise(columns, chosen) == "dolly"
+    assert detect_format(columns, chosen) == "dolly"
     row = to_row({"instruction": "Q", "input": "C", "output": "A"}, "x", "dolly", chosen)
     assert row.context == "C"
     assert row.turns == (Turn("user", "Q"), Turn("assistant", "A"))
@@ -110,7 +110,7 @@ def test_a_mapped_field_hides_the_column_of_its_name() -> None:
 
 def test_one_may_group_by_a_column_that_is_also_read() -> None:
     chosen = section(columns={"group": "instruction"})
-    assert recognise({"instruction", "response"}, chosen) == "dolly"
+    assert detect_format({"instruction", "response"}, chosen) == "dolly"
     row = to_row({"instruction": "Q", "response": "A"}, "x", "dolly", chosen)
     assert (row.turns[0].content, row.group_hint) == ("Q", "Q")
 
@@ -118,12 +118,12 @@ def test_one_may_group_by_a_column_that_is_also_read() -> None:
 def test_mapping_mistakes_are_explained() -> None:
     columns = {"instruction", "answer"}
     with pytest.raises(UsageError, match=r"unknown field 'respnse'.*response"):
-        recognise(columns, section(columns={"respnse": "answer"}))
+        detect_format(columns, section(columns={"respnse": "answer"}))
     with pytest.raises(DataError, match=r"takes 'response' from anwser.*columns seen: answer"):
-        recognise(columns, section(columns={"response": "anwser"}))
+        detect_format(columns, section(columns={"response": "anwser"}))
     # alpaca calls its context input: mapped to context it would be dropped in silence
     with pytest.raises(UsageError, match=r"format alpaca has no field 'context'.*input"):
-        recognise(
+        detect_format(
             {"instruction", "passage", "output"},
             section(format="alpaca", columns={"context": "passage"}),
         )
@@ -131,7 +131,9 @@ def test_mapping_mistakes_are_explained() -> None:
 
 def test_only_columns_that_are_read_are_wanted() -> None:
     columns = ["id", "seen", "instruction", "answer", "category", "topic"]
-    assert wanted(columns, section(columns={"response": "answer", "group": "topic"})) == [
+    assert columns_to_decode(
+        columns, section(columns={"response": "answer", "group": "topic"})
+    ) == [
         "instruction",
         "answer",
         "category",
@@ -210,15 +212,15 @@ def test_labels_of_any_type_are_text(value: object, written: str) -> None:
 def test_a_column_is_left_out_by_null() -> None:
     chosen = section(columns={"category": None, "tools": None})
     record = {"instruction": "Q", "response": "A", "category": "c", "tools": ["t"], "group": "g"}
-    assert recognise(record.keys(), chosen) == "dolly"
+    assert detect_format(record.keys(), chosen) == "dolly"
     row = to_row(record, "x", "dolly", chosen)
     assert (row.category, row.group_hint) == ("", "g")
-    assert not list(left_out(record, "dolly", chosen))
-    assert wanted(record, chosen) == ["instruction", "response", "group"]
+    assert not list(unread_content(record, "dolly", chosen))
+    assert columns_to_decode(record, chosen) == ["instruction", "response", "group"]
     with pytest.raises(DataError, match="leaves typo out, a column that is not there"):
-        recognise(record.keys(), section(columns={"typo": None}))
+        detect_format(record.keys(), section(columns={"typo": None}))
     with pytest.raises(DataError, match="no format fits"):
-        recognise(record.keys(), section(columns={"response": None}))
+        detect_format(record.keys(), section(columns={"response": None}))
 
 
 @pytest.mark.parametrize(
@@ -365,7 +367,7 @@ def test_what_arrow_pads_messages_with_changes_nothing(value: object) -> None:
     messages = [{**said("user", "Q"), **padding}, {**said("assistant", "A"), **padding}]
     record = {"messages": messages, "tools": value, "images": value, "system": value}
     assert to_row(record, "x", "chat", AUTO).turns == (Turn("user", "Q"), Turn("assistant", "A"))
-    assert not list(left_out(record, "chat", AUTO))
+    assert not list(unread_content(record, "chat", AUTO))
 
 
 def test_other_keys_and_columns_are_told() -> None:
@@ -374,16 +376,16 @@ def test_other_keys_and_columns_are_told() -> None:
         {**said("assistant", "A"), "loss": 2.5, "finish_reason": "stop", "toxic": False},
     ]
     record = {"messages": messages, "context": "C", "documents": [], "id": 1, "prompt": "Q"}
-    assert set(left_out(record, "chat", AUTO)) == {
+    assert set(unread_content(record, "chat", AUTO)) == {
         ("key", "name"), ("key", "timestamp"), ("key", "train"), ("key", "loss"),
         ("key", "finish_reason"), ("key", "toxic"), ("column", "context"), ("column", "prompt"),
     }  # fmt: skip
     record = {"instruction": "Q", "input": "C", "response": "A"}
-    assert list(left_out(record, "dolly", AUTO)) == [("column", "input")]
-    assert not list(left_out(record, "dolly", section(columns={"context": "input"})))
+    assert list(unread_content(record, "dolly", AUTO)) == [("column", "input")]
+    assert not list(unread_content(record, "dolly", section(columns={"context": "input"})))
     record = {"instruction": "Be kind.", "question": "Q", "response": "A"}
     mapped = section(columns={"instruction": "question"})
-    assert list(left_out(record, "dolly", mapped)) == [("column", "instruction")]
+    assert list(unread_content(record, "dolly", mapped)) == [("column", "instruction")]
 
 
 @pytest.mark.parametrize("key", ["weight", "train", "trainable", "loss"])
@@ -404,7 +406,7 @@ def test_marks_that_everything_is_learnt_change_nothing(on: object) -> None:
     for key in ("weight", "train", "trainable"):
         messages = [{**said("user", "Q"), key: 0}, {**said("assistant", "A"), key: on}]
         assert len(to_row({"messages": messages}, "x", "chat", AUTO).turns) == 2
-        assert not list(left_out({"messages": messages}, "chat", AUTO))
+        assert not list(unread_content({"messages": messages}, "chat", AUTO))
 
 
 def test_a_weight_between_is_refused() -> None:
@@ -431,7 +433,7 @@ def test_text_parts_are_joined() -> None:
     ]
     row = to_row({"messages": messages}, "x", "chat", AUTO)
     assert row.turns == (Turn("user", "a b\n"), Turn("assistant", "A"))
-    assert list(left_out({"messages": messages}, "chat", AUTO)) == [("key", "cache_control")]
+    assert list(unread_content({"messages": messages}, "chat", AUTO)) == [("key", "cache_control")]
 
 
 @pytest.mark.parametrize(
@@ -474,7 +476,7 @@ def test_a_system_column_is_a_system_turn(column: str) -> None:
         assert to_row({**record, column: "S"}, "x", name, AUTO).turns == (system, *rest)
     with pytest.raises(RowError, match=f"a system turn beside the column {column}"):
         to_row({"messages": [said("system", "other"), *messages], column: "S"}, "x", "chat", AUTO)
-    assert list(left_out({"text": "T", column: "S"}, "text", AUTO)) == [("column", column)]
+    assert list(unread_content({"text": "T", column: "S"}, "text", AUTO)) == [("column", column)]
     both = {"system": "S", "system_prompt": "other"}
     with pytest.raises(RowError, match="a system turn beside the column system_prompt"):
         to_row({"instruction": "Q", "response": "A", **both}, "x", "dolly", AUTO)
@@ -527,11 +529,11 @@ def test_preference_data_are_named_with_what_works(
     columns: set[str], lists: set[str], mapping: dict[str, str | None]
 ) -> None:
     with pytest.raises(DataError) as caught:
-        recognise(columns, AUTO, lists)
+        detect_format(columns, AUTO, lists)
     told = ", ".join(f"{field}: {column}" for field, column in mapping.items())
     assert "preference data (columns chosen and rejected)" in str(caught.value)
     assert f"data.columns={{{told}}}" in str(caught.value)
-    recognise(columns, section(columns=mapping), lists)
+    detect_format(columns, section(columns=mapping), lists)
 
 
 @pytest.mark.parametrize(
@@ -546,4 +548,4 @@ def test_preference_data_are_named_with_what_works(
 )
 def test_other_data_are_named(columns: set[str], said: str) -> None:
     with pytest.raises(DataError, match=said):
-        recognise(columns, AUTO)
+        detect_format(columns, AUTO)

@@ -23,8 +23,8 @@ from slm_lora.ml_qa.cleaning import (
     split_sentences,
     usable_sentences,
 )
-from slm_lora.ml_qa.drafts import listed
-from slm_lora.ml_qa.duplicates import repeated_facts, united
+from slm_lora.ml_qa.drafts import join_list
+from slm_lora.ml_qa.duplicates import merge_linked, repeated_facts
 from slm_lora.ml_qa.english import (
     has_main_verb,
     lower_first,
@@ -392,8 +392,8 @@ def test_small_grammar() -> None:
     assert noun_phrase("Weights of the wheels.") == ("the weights of the wheels.", True)
     assert has_main_verb("The wheel is round.")
     assert not has_main_verb("The wheel that is round.")
-    assert listed(["a"]) == "a"
-    assert listed(["a", "b", "c"], "or") == "a, b or c"
+    assert join_list(["a"]) == "a"
+    assert join_list(["a", "b", "c"], "or") == "a, b or c"
 
 
 # --- repetition ---------------------------------------------------------------------------------
@@ -411,5 +411,5 @@ def test_repeated_facts_are_found_exactly() -> None:
 
 
 def test_linked_names_share_the_first_of_them() -> None:
-    groups = united(["a", "b", "c", "d"], [("c", "b"), ("a", "c")])
+    groups = merge_linked(["a", "b", "c", "d"], [("c", "b"), ("a", "c")])
     assert groups == {"a": "a", "b": "a", "c": "a", "d": "d"}

@@ -774,7 +774,7 @@ def test_a_folder_of_parquet_shards(tmp_path: Path) -> None:
 
 def test_what_save_to_disk_wrote_is_named(tmp_path: Path) -> None:
     datasets.Dataset.from_list(ROWS).save_to_disk(tmp_path / "saved")
-    assert "what save_to_disk of datasets wrote (Arrow)" in refusal(tmp_path / "saved")
+    assert "was written by save_to_disk of datasets (Arrow)" in refusal(tmp_path / "saved")
 
 
 @pytest.mark.parametrize("suffix", [".jsonl", ".json", ".csv", ".txt"])

@@ -12,10 +12,10 @@ from hypothesis import strategies as st
 
 from slm_lora.data.dedup import similar_groups, similar_pairs
 from slm_lora.data.splits import (
-    Rule,
+    GroupingRule,
     Split,
+    count_cross_group_prompts,
     group_rows,
-    same_prompt_in_other_groups,
     seeded_order,
     split_rows,
     training_rows_for,
@@ -72,7 +72,7 @@ def test_no_group_stands_on_two_sides() -> None:
     for seed in range(20):
         found = split(MIXED, split_seed=seed)
         sides = [
-            {found.groups.of[row_id] for row_id in side}
+            {found.groups.group_of[row_id] for row_id in side}
             for side in (found.test, found.validation, found.train)
         ]
         assert sum(map(len, sides)) == len(set.union(*sides)) == 273
@@ -149,9 +149,9 @@ def test_seeded_order_is_a_permutation_that_each_part_of_the_key_changes() -> No
 # --- groups ------------------------------------------------------------------------------------
 
 
-def groups(rows: list[Row], rule: Rule | None = None) -> set[frozenset[int]]:
+def groups(rows: list[Row], rule: GroupingRule | None = None) -> set[frozenset[int]]:
     """The groups as sets of indices of rows."""
-    found = group_rows(rows, rule).of
+    found = group_rows(rows, rule).group_of
     members: dict[str, set[int]] = {}
     for index, each in enumerate(rows):
         members.setdefault(found[each.row_id], set()).add(index)
@@ -200,7 +200,7 @@ def test_rows_are_tied_through_one_another() -> None:
 
 def test_a_context_and_a_group_of_one_text_are_not_mistaken_for_each_other() -> None:
     rows = [row(BEES), row("other", context=BEES), row("third", group_hint=BEES)]
-    assert len(groups(rows, Rule(("group", "prompt", "context", "instruction")))) == 3
+    assert len(groups(rows, GroupingRule(("group", "prompt", "context", "instruction")))) == 3
 
 
 def test_no_context_and_no_hint_tie_nothing() -> None:
@@ -226,7 +226,7 @@ def test_texts_under_one_system_turn_are_not_one_group() -> None:
 
 def test_a_groups_name_is_its_smallest_row_id() -> None:
     rows = in_groups([7])
-    assert set(group_rows(rows).of.values()) == {min(each.row_id for each in rows)}
+    assert set(group_rows(rows).group_of.values()) == {min(each.row_id for each in rows)}
 
 
 @settings(max_examples=100, deadline=None)
@@ -261,7 +261,7 @@ def test_groups_are_the_connected_rows(
 
     shuffled = rows.copy()
     shuffle.shuffle(shuffled)
-    for rule in (Rule(), Rule(with_context=False)):
+    for rule in (GroupingRule(), GroupingRule(with_context=False)):
         reached: dict[int, set[int]] = {}
         for start in range(len(rows)):
             seen, open_ends = {start}, [start]
@@ -273,7 +273,7 @@ def test_groups_are_the_connected_rows(
                         open_ends.append(other)
             reached[start] = seen
         assert groups(rows, rule) == {frozenset(seen) for seen in reached.values()}
-        assert group_rows(shuffled, rule).of == group_rows(rows, rule).of
+        assert group_rows(shuffled, rule).group_of == group_rows(rows, rule).group_of
 
 
 # --- refusals ----------------------------------------------------------------------------------
@@ -414,7 +414,7 @@ def test_similar_texts_are_tied_and_no_other(texts: list[frozenset[str]], thresh
                 alike = one and other and len(one & other) >= threshold * len(one | other) - 1e-9
                 if alike:
                     reached[i] |= reached[j]
-    found, templates = similar_groups(texts, threshold, of=1000)
+    found, templates = similar_groups(texts, threshold, total=1000)
     assert found == sorted(
         {tuple(sorted(group)): sorted(group) for group in reached.values()}.values()
     )
@@ -476,8 +476,8 @@ def test_one_instruction_with_other_contexts_is_many_prompts() -> None:
 
 def test_a_context_that_the_model_is_not_shown_tells_nothing_apart() -> None:
     rows = [row("Is the mood good or bad?", "good", context=text) for text in REMARKS]
-    assert len(groups(rows, Rule(with_context=False))) == 1
-    message = refusal(rows, test_rows=4, validation_rows=2, rule=Rule(with_context=False))
+    assert len(groups(rows, GroupingRule(with_context=False))) == 1
+    message = refusal(rows, test_rows=4, validation_rows=2, rule=GroupingRule(with_context=False))
     assert "the 30 rows are 1 group of related rows" in message
     assert message.endswith("with data.include_context=true they are 30 groups")
 
@@ -485,8 +485,8 @@ def test_a_context_that_the_model_is_not_shown_tells_nothing_apart() -> None:
 def test_the_same_instruction_ties_where_a_recipe_says_so() -> None:
     rows = [row(f"Task {n % 5}.", "good", context=text) for n, text in enumerate(REMARKS)]
     assert len(groups(rows)) == 30
-    assert len(groups(rows, Rule(("instruction",)))) == 5
-    assert len(groups(rows, Rule(()))) == 30
+    assert len(groups(rows, GroupingRule(("instruction",)))) == 5
+    assert len(groups(rows, GroupingRule(()))) == 30
 
 
 def test_questions_on_one_document_stay_together() -> None:
@@ -509,11 +509,13 @@ def test_a_context_of_a_few_words_is_no_document() -> None:
 def test_rows_that_name_their_groups_are_tied_by_that_alone() -> None:
     rows = [row(f"Is it good? {n}", context=BEES, group_hint=f"g{n // 2}") for n in range(6)]
     assert groups(rows) == {frozenset({0, 1}), frozenset({2, 3}), frozenset({4, 5})}
-    assert len(groups(rows, Rule(("prompt", "context")))) == 1, "the column is not asked for"
+    assert len(groups(rows, GroupingRule(("prompt", "context")))) == 1, (
+        "the column is not asked for"
+    )
     same = [row("Is it good?", str(n), group_hint=f"g{n}") for n in range(4)]
     assert len(groups(same)) == 4
-    assert same_prompt_in_other_groups(same, Rule()) == 4
-    assert same_prompt_in_other_groups([*rows, row("Who?")], Rule()) == 0
+    assert count_cross_group_prompts(same, GroupingRule()) == 4
+    assert count_cross_group_prompts([*rows, row("Who?")], GroupingRule()) == 0
 
 
 def conversation(*asked: str, system: str = "") -> Row:
@@ -562,7 +564,7 @@ def test_a_template_around_every_prompt_is_not_compared(around: tuple[str, str])
     rows = [row(f"{before}{text}{after}", "good") for text in REMARKS]
     assert len(groups(rows)) == 30
     found = group_rows(rows)
-    assert found.near == (0, 0)
+    assert found.near_duplicates == (0, 0)
     assert [rows for rows, _ in found.templates] == [30]
     changed = row(f"{before}{REMARKS[0].replace('said', 'says')}{after}")
     assert len(groups([*rows, changed])) == 30, "a near-duplicate within the template"
@@ -585,10 +587,10 @@ def test_documents_inside_of_prompts_stay_together() -> None:
     ]
     found = group_rows(rows)
     assert len(groups(rows)) == 12
-    assert found.near == (120, 12)
+    assert found.near_duplicates == (120, 12)
     assert not found.templates
-    assert len(groups(rows, Rule(("prompt",)))) == 120
-    assert len(groups(rows, Rule(threshold=1.0))) == 120
+    assert len(groups(rows, GroupingRule(("prompt",)))) == 120
+    assert len(groups(rows, GroupingRule(threshold=1.0))) == 120
 
 
 def test_what_a_split_refuses_names_a_relation_to_give_up() -> None:
@@ -597,4 +599,4 @@ def test_what_a_split_refuses_names_a_relation_to_give_up() -> None:
     assert message.endswith("with 'data.group_by=[group, prompt, near]' they are 20 groups")
     message = refusal([row("Write.", str(n)) for n in range(20)], test_rows=2, validation_rows=2)
     assert message.endswith("with 'data.group_by=[]' they are 20 groups")
-    assert len(split([row("Write.", str(n)) for n in range(80)], rule=Rule(())).test) == 40
+    assert len(split([row("Write.", str(n)) for n in range(80)], rule=GroupingRule(())).test) == 40

@@ -15,7 +15,7 @@ from hypothesis import strategies as st
 from tokenizers import Tokenizer, models, pre_tokenizers, processors
 from transformers import AutoTokenizer, PreTrainedTokenizerFast
 
-from slm_lora.data.checks import plain_marks
+from slm_lora.data.checks import text_role_marks
 from slm_lora.data.collate import collate
 from slm_lora.data.templates import Template, TemplateKind, as_chat_template, choose_template
 from slm_lora.data.tokenization import LongRows, RowTokenizer
@@ -538,7 +538,7 @@ def test_rows_prompted_otherwise_than_trained_are_found(plain_tokenizer: Any) ->
         text("Rivers matter."),
         pair("What? ", " Yes"),
     ]
-    found = tokenize.joined(rows)
+    found = tokenize.differs_from_prompt(rows)
     for row, so in zip(rows, found, strict=True):
         asked = row.turns[0].content if len(row.turns) > 1 else ""
         alone, whole = (
@@ -548,7 +548,7 @@ def test_rows_prompted_otherwise_than_trained_are_found(plain_tokenizer: Any) ->
         assert so == (whole[: len(alone)] != alone)
     assert found[:4] == [False, True, True, False]
     in_words = RowTokenizer(plain_tokenizer, Template("instruction_response"))
-    assert in_words.joined(rows[:3]) == [False, False, False]
+    assert in_words.differs_from_prompt(rows[:3]) == [False, False, False]
 
 
 # --- bytes -------------------------------------------------------------------------------------
@@ -926,7 +926,7 @@ def test_tinyllama_is_prompted_as_it_was_trained(tinyllama: Any, kind: TemplateK
 
 
 def test_the_role_marks_of_tinyllama_are_plain_text(tinyllama: Any) -> None:
-    marks = plain_marks(RowTokenizer(tinyllama, Template("chat")), [pair("<|user|>", "x")])
+    marks = text_role_marks(RowTokenizer(tinyllama, Template("chat")), [pair("<|user|>", "x")])
     assert [(mark.text, mark.rows) for mark in marks] == [("<|user|>", 1), ("<|assistant|>", 0)]
 
 

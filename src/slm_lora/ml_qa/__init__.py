@@ -99,7 +99,7 @@ def build_rows() -> list[dict[str, str]]:
 def _without_repeats(pairs: Sequence[Pair]) -> tuple[list[Pair], dict[str, str]]:
     """The first pair of every fact, answer and question, and the group of every object."""
     from slm_lora.ml_qa.drafts import plain_words
-    from slm_lora.ml_qa.duplicates import repeated_facts, united
+    from slm_lora.ml_qa.duplicates import merge_linked, repeated_facts
 
     families: dict[str, list[Pair]] = defaultdict(list)
     for pair in pairs:
@@ -134,7 +134,7 @@ def _without_repeats(pairs: Sequence[Pair]) -> tuple[list[Pair], dict[str, str]]
     by_question: dict[str, Pair] = {}
     for pair in by_answer.values():
         by_question.setdefault(plain_words(pair.instruction), pair)
-    return list(by_question.values()), united(owners, links)
+    return list(by_question.values()), merge_linked(owners, links)
 
 
 def _limited(pairs: Sequence[Pair]) -> list[Pair]:

@@ -6,9 +6,9 @@ import re
 from collections.abc import Iterator
 
 from slm_lora.ml_qa.cleaning import usable_sentences
-from slm_lora.ml_qa.drafts import Draft, arguments_of, fact_of, listed, plain_words, word_count
+from slm_lora.ml_qa.drafts import Draft, arguments_of, fact_of, join_list, plain_words, word_count
 from slm_lora.ml_qa.english import has_main_verb, lower_first, starts_with_verb
-from slm_lora.ml_qa.objects import Documented
+from slm_lora.ml_qa.objects import DocumentedObject
 from slm_lora.ml_qa.sentences import (
     continue_sentences,
     describe_action,
@@ -25,7 +25,7 @@ _MIN_NOTE_WORDS = 14  # shorter notes are asides
 _MAX_NAMED_OPTIONS = 5
 
 
-def purpose_drafts(entry: Documented, name: str) -> Iterator[Draft]:
+def purpose_drafts(entry: DocumentedObject, name: str) -> Iterator[Draft]:
     """What the object is or does, and which function does it."""
     summary = usable_sentences(entry.doc["Summary"])
     if not summary:
@@ -52,7 +52,7 @@ def purpose_drafts(entry: Documented, name: str) -> Iterator[Draft]:
         yield Draft("function_for_task", answer, f"task {fact}", task.strip().rstrip("."))
 
 
-def _shape_parameters(entry: Documented) -> list[str]:
+def _shape_parameters(entry: DocumentedObject) -> list[str]:
     """A sentence on the shape parameters of a distribution, if its notes name them."""
     match = re.search(
         r"takes ((?:``\w+``(?:, and | and |, )?)+) as (?:a )?shape parameters?\b",
@@ -62,26 +62,26 @@ def _shape_parameters(entry: Documented) -> list[str]:
         return []
     names = [f"`{name}`" for name in re.findall(r"\w+(?=``)", match.group(1))]
     plural = "shape parameters" if len(names) > 1 else "a shape parameter"
-    return [f"It takes {listed(names)} as {plural}."]
+    return [f"It takes {join_list(names)} as {plural}."]
 
 
-def _call(entry: Documented) -> str:
+def _call(entry: DocumentedObject) -> str:
     arguments = arguments_of(entry)
     if arguments is None:
         return ""
     required, optional = arguments
     if not required:
         return "All its arguments are optional." if optional else "It takes no arguments."
-    text = f"It requires {listed(required)}"
+    text = f"It requires {join_list(required)}"
     if not optional:
         return f"{text} and has no optional arguments."
-    shown = listed(optional[:_MAX_NAMED_OPTIONS])
+    shown = join_list(optional[:_MAX_NAMED_OPTIONS])
     if len(optional) > _MAX_NAMED_OPTIONS:
         return f"{text}; {shown} are among the optional arguments."
     return f"{text}; {shown} {'is' if len(optional) == 1 else 'are'} optional."
 
 
-def argument_drafts(entry: Documented, name: str) -> Iterator[Draft]:
+def argument_drafts(entry: DocumentedObject, name: str) -> Iterator[Draft]:
     """Which arguments are required and which are optional."""
     arguments = arguments_of(entry)
     if arguments is None or entry.kind == "method":
@@ -93,7 +93,7 @@ def argument_drafts(entry: Documented, name: str) -> Iterator[Draft]:
         yield Draft("required_arguments", answer, fact)
 
 
-def result_drafts(entry: Documented, name: str) -> Iterator[Draft]:
+def result_drafts(entry: DocumentedObject, name: str) -> Iterator[Draft]:
     """What the function or method returns."""
     results = entry.doc["Returns"]
     sentences = [usable_sentences(result.desc, _MAX_RESULT_CHARACTERS) for result in results]
@@ -104,7 +104,7 @@ def result_drafts(entry: Documented, name: str) -> Iterator[Draft]:
         describe_value(result.name, found[0]) if named else None
         for result, found in zip(results, sentences, strict=True)
     ]
-    names = listed([f"`{result.name}`" for result in results])
+    names = join_list([f"`{result.name}`" for result in results])
     own_name = entry.name.rsplit(".", 1)[-1]
     first = describe_result(name, sentences[0][0]) if len(results) == 1 else None
     # "`f` returns `f`." would say nothing.
@@ -118,7 +118,7 @@ def result_drafts(entry: Documented, name: str) -> Iterator[Draft]:
         yield Draft("return_value", " ".join([first, *later]), fact)
 
 
-def exception_drafts(entry: Documented, name: str) -> Iterator[Draft]:
+def exception_drafts(entry: DocumentedObject, name: str) -> Iterator[Draft]:
     """When the function or method raises an exception."""
     raised = [(error.type or error.name).strip("`~") for error in entry.doc["Raises"]]
     for written, error in zip(raised, entry.doc["Raises"], strict=True):
@@ -146,7 +146,7 @@ _THIS_OBJECT = re.compile(
 )
 
 
-def note_drafts(entry: Documented, name: str) -> Iterator[Draft]:
+def note_drafts(entry: DocumentedObject, name: str) -> Iterator[Draft]:
     """The first facts of the notes or warnings, where they stand alone."""
     for section in ("Notes", "Warnings"):
         sentences = usable_sentences(entry.doc[section], _MAX_NOTE_CHARACTERS)
@@ -166,7 +166,7 @@ def note_drafts(entry: Documented, name: str) -> Iterator[Draft]:
             return
 
 
-def related_drafts(entry: Documented, name: str) -> Iterator[Draft]:
+def related_drafts(entry: DocumentedObject, name: str) -> Iterator[Draft]:
     """The objects that the docstring points to, with what it says of them."""
     related = []
     for names, description in entry.doc["See Also"]:
@@ -185,5 +185,5 @@ def related_drafts(entry: Documented, name: str) -> Iterator[Draft]:
             related.append(f"`{names[0][0]}` ({text})")
     if related:
         verb = "is" if len(related) == 1 else "are"
-        answer = f"Related to {name} {verb} {listed(related[:4])}."
+        answer = f"Related to {name} {verb} {join_list(related[:4])}."
         yield Draft("related_objects", answer, fact_of(entry, answer))

@@ -7,7 +7,7 @@ import re
 from collections.abc import Sequence
 from typing import NamedTuple
 
-from slm_lora.ml_qa.objects import Documented
+from slm_lora.ml_qa.objects import DocumentedObject
 
 
 class Draft(NamedTuple):
@@ -31,7 +31,7 @@ def plain_words(text: str) -> str:
     return " ".join(re.findall(r"\w+", text.casefold()))
 
 
-def fact_of(entry: Documented, text: str) -> str:
+def fact_of(entry: DocumentedObject, text: str) -> str:
     """The words of a text, the names of the object masked."""
     masked = f" {plain_words(text)} "
     for name in (entry.name, entry.short_name, entry.short_name.rsplit(".", 1)[-1]):
@@ -44,14 +44,14 @@ def word_count(fact: str) -> int:
     return len(fact.split())
 
 
-def listed(items: Sequence[str], conjunction: str = "and") -> str:
+def join_list(items: Sequence[str], conjunction: str = "and") -> str:
     """The items as in "a", "a and b" or "a, b and c"."""
     if len(items) == 1:
         return items[0]
     return f"{', '.join(items[:-1])} {conjunction} {items[-1]}"
 
 
-def documented_names(entry: Documented) -> set[str]:
+def documented_names(entry: DocumentedObject) -> set[str]:
     """Names of the parameters that the docstring describes."""
     return {
         name.strip(" *")
@@ -60,7 +60,7 @@ def documented_names(entry: Documented) -> set[str]:
     }
 
 
-def arguments_of(entry: Documented) -> tuple[list[str], list[str]] | None:
+def arguments_of(entry: DocumentedObject) -> tuple[list[str], list[str]] | None:
     """Required and optional arguments, written as code, or None if they are not surely known."""
     if entry.signature is None:
         return None

@@ -49,7 +49,7 @@ def repeated_facts(facts: Sequence[str]) -> dict[int, int]:
     return repeats
 
 
-def united(names: Sequence[str], links: Iterable[tuple[str, str]]) -> dict[str, str]:
+def merge_linked(names: Sequence[str], links: Iterable[tuple[str, str]]) -> dict[str, str]:
     """Name -> the first, in the order of `names`, of all names that links connect with it."""
     order = {name: index for index, name in enumerate(names)}
     parent = {name: name for name in names}

@@ -69,7 +69,7 @@ _REPEATING = {
 }
 
 
-class Documented(NamedTuple):
+class DocumentedObject(NamedTuple):
     """A public object with its parsed docstring.
 
     ``owner`` is the class of a method, and the object itself otherwise.
@@ -134,7 +134,7 @@ def _is_dtype(value: Any, numpy: ModuleType) -> bool:
     )
 
 
-def _methods(name: str, value: type, seen: set[int]) -> Iterator[Documented]:
+def _methods(name: str, value: type, seen: set[int]) -> Iterator[DocumentedObject]:
     for method_name in sorted(dir(value)):
         # set_fit_request and its like are generated, one text for all estimators.
         if method_name.startswith("_") or re.fullmatch(r"set_\w+_request", method_name):
@@ -156,10 +156,10 @@ def _methods(name: str, value: type, seen: set[int]) -> Iterator[Documented]:
         if doc := _parsed(function):
             full_name = f"{name}.{method_name}"
             if full_name not in _REPEATING:
-                yield Documented(full_name, "method", name, doc, _signature(function))
+                yield DocumentedObject(full_name, "method", name, doc, _signature(function))
 
 
-def public_objects() -> list[Documented]:
+def public_objects() -> list[DocumentedObject]:
     """Every documented public class, function, distribution and method, each under one name.
 
     Aliases are left out: the first name in the order of the modules, then of the alphabet, is
@@ -181,12 +181,12 @@ def public_objects() -> list[Documented]:
             ) from error
         # Identities of what was walked: the other names of an object are left out.
         seen: set[int] = set()
-        found: list[Documented] = []
+        found: list[DocumentedObject] = []
         # All functions before any method: enet_path comes before ElasticNet.path.
         for name, kind, value in list(_exported(modules, seen)):
             if doc := _parsed(value):
                 signature = None if kind == "distribution" else _signature(value)
-                found.append(Documented(name, kind, name, doc, signature))
+                found.append(DocumentedObject(name, kind, name, doc, signature))
             if inspect.isclass(value):
                 found.extend(_methods(name, value, seen))
     return found

@@ -16,7 +16,7 @@ from slm_lora.ml_qa.behaviour import (
     result_drafts,
 )
 from slm_lora.ml_qa.cleaning import is_clean
-from slm_lora.ml_qa.objects import Documented
+from slm_lora.ml_qa.objects import DocumentedObject
 from slm_lora.ml_qa.values import attribute_drafts, parameter_drafts, shape_drafts
 
 MIN_CHARACTERS = 20
@@ -137,7 +137,7 @@ def stable_choice(key: str, count: int) -> int:
     return int.from_bytes(hashlib.sha256(key.encode()).digest()[:8]) % count
 
 
-def _question(entry: Documented, phrasing: str, part: str, is_ambiguous: bool) -> str:
+def _question(entry: DocumentedObject, phrasing: str, part: str, is_ambiguous: bool) -> str:
     """One of the phrasings, chosen by a stable hash of what is asked."""
     key = f"{phrasing}|{entry.name}|{part}"
     name = f"`{entry.name}`"
@@ -153,7 +153,7 @@ def _is_plain(text: str) -> bool:
     return is_clean(text) and text.isprintable() and not re.search(r"  |`\s*`|,\.|;\.", text)
 
 
-def pairs_of(entry: Documented, is_ambiguous: bool) -> list[Pair]:
+def pairs_of(entry: DocumentedObject, is_ambiguous: bool) -> list[Pair]:
     """All pairs that one object gives, unchecked for repetition among objects.
 
     `is_ambiguous` says that another object has the same short name, so that this one is

@@ -66,7 +66,7 @@ _UNSURE = word_set(
 )
 
 
-def names_as_code(name: str) -> tuple[str, bool]:
+def quote_names(name: str) -> tuple[str, bool]:
     """The names of "a, b" as "`a` and `b`", and whether there are several."""
     parts = [f"`{part.strip()}`" for part in name.split(",") if part.strip()]
     if len(parts) == 1:
@@ -83,7 +83,7 @@ def describe_value(name: str, first: str) -> str | None:
 
     `first` is the first cleaned sentence of its description; None if it cannot be recast surely.
     """
-    subject, several = names_as_code(name)
+    subject, several = quote_names(name)
     opening, rest = opening_and_rest(first)
     if not rest or not re.match(r"[A-Z0-9`'\"]", first):
         return None

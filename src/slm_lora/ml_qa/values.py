@@ -8,10 +8,10 @@ import re
 from collections.abc import Iterator, Sequence
 
 from slm_lora.ml_qa.cleaning import usable_sentences
-from slm_lora.ml_qa.drafts import Draft, fact_of, listed, word_count
+from slm_lora.ml_qa.drafts import Draft, fact_of, join_list, word_count
 from slm_lora.ml_qa.english import has_main_verb, lower_first, starts_with_verb, with_indefinite
-from slm_lora.ml_qa.objects import Documented
-from slm_lora.ml_qa.sentences import continue_sentences, describe_value, names_as_code
+from slm_lora.ml_qa.objects import DocumentedObject
+from slm_lora.ml_qa.sentences import continue_sentences, describe_value, quote_names
 
 # "Input array." says nothing about the object; the arguments of methods are mostly plain data.
 _MIN_FACT_WORDS = 5
@@ -29,7 +29,7 @@ _VAGUE = re.compile(
 )
 
 
-def _default_of(entry: Documented, name: str) -> inspect.Parameter | None:
+def _default_of(entry: DocumentedObject, name: str) -> inspect.Parameter | None:
     """The parameter of the signature, if it has a default that can be written down."""
     found = entry.signature.parameters.get(name) if entry.signature else None
     if found is None or found.default is inspect.Parameter.empty:
@@ -53,20 +53,20 @@ def _agrees(type_text: str, value: object) -> bool:
     return bool(parsed == value) and isinstance(parsed, bool) == isinstance(value, bool)
 
 
-def _is_optional(entry: Documented, name: str, type_text: str) -> bool:
+def _is_optional(entry: DocumentedObject, name: str, type_text: str) -> bool:
     if entry.signature and name in entry.signature.parameters:
         return entry.signature.parameters[name].default is not inspect.Parameter.empty
     return "optional" in type_text or "default" in type_text
 
 
-def parameter_drafts(entry: Documented, name: str) -> Iterator[Draft]:
+def parameter_drafts(entry: DocumentedObject, name: str) -> Iterator[Draft]:
     """What each parameter means, its default and its allowed values."""
     for parameter in entry.doc["Parameters"] + entry.doc["Other Parameters"]:
         if not re.fullmatch(r"\*?[A-Za-z]\w*(?:, \*?[A-Za-z]\w*){0,2}", parameter.name):
             continue
         if _NOT_WORTH_ASKING.search(" ".join(parameter.desc)):
             continue
-        subject, several = names_as_code(parameter.name)
+        subject, several = quote_names(parameter.name)
         sentences = usable_sentences(parameter.desc)
         first = describe_value(parameter.name, sentences[0]) if sentences else None
         if first and not _VAGUE.search(sentences[0]):
@@ -84,7 +84,7 @@ def parameter_drafts(entry: Documented, name: str) -> Iterator[Draft]:
 
 
 def _default_drafts(
-    entry: Documented, name: str, parameter: str, type_text: str, sentences: Sequence[str]
+    entry: DocumentedObject, name: str, parameter: str, type_text: str, sentences: Sequence[str]
 ) -> Iterator[Draft]:
     found = _default_of(entry, parameter)
     if found is None or not _agrees(type_text, found.default):
@@ -107,7 +107,7 @@ _CHOICES = re.compile(r"^\{([^{}]*)\}((?:,? optional)?(?:,? \(?default.*)?)$")
 
 
 def _options_drafts(
-    entry: Documented, name: str, parameter: str, type_text: str
+    entry: DocumentedObject, name: str, parameter: str, type_text: str
 ) -> Iterator[Draft]:
     # Nothing but a default may stand beside the braces: "{'a', 'b'} or callable" allows more.
     match = _CHOICES.match(" ".join(type_text.split()))
@@ -130,7 +130,7 @@ def _options_drafts(
         if not _agrees(match.group(2), found.default):
             return
         ending = f"; the default is `{found.default!r}`."
-    shown = listed([f"`{option!r}`" for option in options], "or")
+    shown = join_list([f"`{option!r}`" for option in options], "or")
     fact = f"options {parameter} {' '.join(sorted(map(repr, options)))}"
     answer = f"In {name}, `{parameter}` can be {shown}{ending}"
     yield Draft("parameter_options", answer, fact, f"`{parameter}`")
@@ -143,7 +143,7 @@ _ARRAY_TYPE = re.compile(
 )
 
 
-def shape_drafts(entry: Documented, name: str) -> Iterator[Draft]:
+def shape_drafts(entry: DocumentedObject, name: str) -> Iterator[Draft]:
     """Type and shape of the arrays among attributes and parameters."""
     for section in ("Attributes", "Parameters"):
         for value in entry.doc[section]:
@@ -153,7 +153,7 @@ def shape_drafts(entry: Documented, name: str) -> Iterator[Draft]:
             if re.search(r"deprecated|ignored", " ".join(value.desc)):
                 continue
             kinds = re.sub(r"^an? |[{}]", "", match.group("kinds"))
-            kind = listed([part.strip() for part in kinds.split(",")], "or")
+            kind = join_list([part.strip() for part in kinds.split(",")], "or")
             shape = re.sub(r"(\([^()]*\))", r"`\1`", match.group("shape"))
             ending = "."
             if section == "Parameters" and "None" in (match.group("rest") or ""):
@@ -165,7 +165,7 @@ def shape_drafts(entry: Documented, name: str) -> Iterator[Draft]:
             yield Draft("array_shape", answer, fact, f"`{value.name}`")
 
 
-def attribute_drafts(entry: Documented) -> Iterator[Draft]:
+def attribute_drafts(entry: DocumentedObject) -> Iterator[Draft]:
     """What each attribute holds."""
     for attribute in entry.doc["Attributes"]:
         if not re.fullmatch(r"[A-Za-z]\w*", attribute.name):
