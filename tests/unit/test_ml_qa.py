@@ -19,7 +19,7 @@ from slm_lora.ml_qa.blocks import split_blocks
 from slm_lora.ml_qa.cleaning import (
     MAX_SENTENCES,
     clean_inline,
-    is_clean,
+    is_self_contained,
     split_sentences,
     usable_sentences,
 )
@@ -253,7 +253,7 @@ def test_inline_markup(marked: str, plain: str) -> None:
     ["As shown in [3]_.", r"Of size :math:`\frac{1}{2}`.", "From https://wheels.example.", "A `b."],
 )
 def test_what_leans_on_lost_markup_is_not_clean(marked: str) -> None:
-    assert not is_clean(clean_inline(marked))
+    assert not is_self_contained(clean_inline(marked))
 
 
 def test_dots_that_end_no_sentence() -> None:
