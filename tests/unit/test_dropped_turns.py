@@ -46,7 +46,7 @@ def rendered(source: str, turns: tuple[Turn, ...], kind: Any = "jinja") -> str:
 def test_rows_lose_no_turn(source: str, turns: tuple[Turn, ...], lost: str, kind: Any) -> None:
     with pytest.raises(DataError) as caught:
         rendered(source, turns, kind)
-    assert str(caught.value).startswith("rows.jsonl:7: the chat template writes nothing of turn ")
+    assert str(caught.value).startswith("rows.jsonl:7: the chat template drops turn ")
     assert lost in str(caught.value)
     assert "\n" not in str(caught.value)
 
@@ -80,7 +80,7 @@ def test_prompts_lose_no_turn() -> None:
     source = EACH.replace("in messages", "in messages if m.role != 'system'")
     tokenize = RowTokenizer(tiny_tokenizer(), Template("jinja", source=source))
     assert tokenize.prompt(PAIR[:1])
-    with pytest.raises(UsageError, match=r"writes nothing of turn 1 of 2 \(system\); leave it out"):
+    with pytest.raises(UsageError, match=r"drops turn 1 of 2 \(system\); leave it out"):
         tokenize.prompt(SYSTEM[:2])
 
 

@@ -217,7 +217,7 @@ def test_a_column_is_left_out_by_null() -> None:
     assert (row.category, row.group_hint) == ("", "g")
     assert not list(unread_content(record, "dolly", chosen))
     assert columns_to_decode(record, chosen) == ["instruction", "response", "group"]
-    with pytest.raises(DataError, match="leaves typo out, a column that is not there"):
+    with pytest.raises(DataError, match="leaves typo out, which is not a column"):
         detect_format(record.keys(), section(columns={"typo": None}))
     with pytest.raises(DataError, match="no format fits"):
         detect_format(record.keys(), section(columns={"response": None}))
@@ -278,8 +278,8 @@ def said(role: str, content: object) -> dict[str, object]:
     [
         (turns("user", "user", "assistant"), "two user turns in a row"),
         (turns("user", "assistant", "assistant"), "two assistant turns in a row"),
-        (turns("user", "system", "assistant"), "a system turn stands after another turn"),
-        (turns("system", "system", "assistant"), "a system turn stands after another turn"),
+        (turns("user", "system", "assistant"), "a system turn after another turn"),
+        (turns("system", "system", "assistant"), "a system turn after another turn"),
         (turns("system", "user"), "no assistant turn"),
         (turns("user", "assistant", "user"), "the last turn is not the assistant's"),
         ([], "messages is empty"),
@@ -397,7 +397,7 @@ def test_a_turn_that_is_marked_out_is_refused(key: str, off: object) -> None:
         said("user", "Q"), {**said("assistant", "Never."), key: off},
         said("user", "Q"), said("assistant", "A"),
     ]  # fmt: skip
-    with pytest.raises(RowError, match=rf"marked not to be learnt \({key}\), and would be"):
+    with pytest.raises(RowError, match=rf"excluded from training by {key}, which is not supported"):
         to_row({"messages": messages}, "x", "chat", AUTO)
 
 
@@ -458,7 +458,7 @@ def test_parts_that_are_no_text_are_named(content: object, reason: str) -> None:
 def test_messages_may_be_json_text() -> None:
     row = to_row({"messages": '[{"role": "assistant", "content": "A"}]'}, "x", "chat", AUTO)
     assert row.turns == (Turn("assistant", "A"),)
-    with pytest.raises(RowError, match="is text that is no JSON"):
+    with pytest.raises(RowError, match="is text, but not JSON"):
         to_row({"messages": "[{'role': 'assistant', 'content': 'A'}]"}, "x", "chat", AUTO)
 
 
@@ -474,11 +474,11 @@ def test_a_system_column_is_a_system_turn(column: str) -> None:
         ("chat", {"messages": [said("system", "S"), *messages]}),
     ):
         assert to_row({**record, column: "S"}, "x", name, AUTO).turns == (system, *rest)
-    with pytest.raises(RowError, match=f"a system turn beside the column {column}"):
+    with pytest.raises(RowError, match=f"the system turn differs from the column {column}"):
         to_row({"messages": [said("system", "other"), *messages], column: "S"}, "x", "chat", AUTO)
     assert list(unread_content({"text": "T", column: "S"}, "text", AUTO)) == [("column", column)]
     both = {"system": "S", "system_prompt": "other"}
-    with pytest.raises(RowError, match="a system turn beside the column system_prompt"):
+    with pytest.raises(RowError, match="the system turn differs from the column system_prompt"):
         to_row({"instruction": "Q", "response": "A", **both}, "x", "dolly", AUTO)
 
 
@@ -499,7 +499,7 @@ def test_rows_that_are_marked_as_bad_are_refused() -> None:
     record = {"prompt": "Q", "completion": "A"}
     for mark in ({"label": False}, {"label": "False"}, {"kto_tag": False}, {"weight": 0},
                  {"train": False}):  # fmt: skip
-        with pytest.raises(RowError, match="the row is marked not to be learnt"):
+        with pytest.raises(RowError, match="the row is excluded from training"):
             to_row({**record, **mark}, "x", "prompt_completion", AUTO)
     for mark in ({"label": True}, {"label": 0}, {"label": None}, {"label": "no"}, {"weight": 2}):
         to_row({**record, **mark}, "x", "prompt_completion", AUTO)

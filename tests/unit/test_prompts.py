@@ -119,7 +119,7 @@ def test_what_is_no_prompt_is_named_by_its_place(
     with pytest.raises(DataError) as caught:
         read(path, json.dumps([{"prompt": "Q"}, record, record]))
     assert str(caught.value).startswith(f"{path} item 2: ")
-    assert str(caught.value).endswith(" (and 1 more that are no prompts)")
+    assert str(caught.value).endswith(" (and 1 more that are not prompts)")
 
 
 def test_files_that_are_no_prompts(tmp_path: Path) -> None:

@@ -99,7 +99,7 @@ KINDS: list[tuple[bytes, str]] = [
 @pytest.mark.parametrize(("line", "reason"), KINDS)
 def test_malformed_line(tmp_path: Path, line: bytes, reason: str) -> None:
     path = jsonl(tmp_path, good_line(1), line, *[good_line(n) for n in range(2, 11)])
-    expected = f"rows.jsonl:2: {reason}. Mend it, or set data.on_bad_row=skip."
+    expected = f"rows.jsonl:2: {reason}. Fix it, or set data.on_bad_row=skip."
     if b"\xff" in line:
         expected = (
             "rows.jsonl:2: invalid UTF-8, in 1 of 11 rows: the file looks like Windows-1252; "
@@ -111,7 +111,7 @@ def test_malformed_line(tmp_path: Path, line: bytes, reason: str) -> None:
 def test_a_row_too_long_is_a_bad_row_of_its_size(tmp_path: Path) -> None:
     long = json.dumps({"instruction": "q", "response": "é" * 6_150_000}, ensure_ascii=False)
     path = jsonl(tmp_path, good_line(1), long.encode(), good_line(2))
-    assert refusal(path).startswith("rows.jsonl:2: row of 12.3 MB (at most 10 MB). Mend")
+    assert refusal(path).startswith("rows.jsonl:2: row of 12.3 MB (at most 10 MB). Fix")
 
 
 def test_the_longest_row_that_is_read(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
@@ -127,7 +127,7 @@ def test_the_longest_row_that_is_read(tmp_path: Path, monkeypatch: pytest.Monkey
 def test_one_kind_names_its_lines(tmp_path: Path) -> None:
     empty = b'{"instruction": "q", "response": ""}'
     path = jsonl(tmp_path, good_line(1), empty, good_line(2), empty, empty)
-    assert refusal(path) == ("rows.jsonl:2: response is empty (3 rows in all: 2, 4, 5). Mend them.")
+    assert refusal(path) == ("rows.jsonl:2: response is empty (3 rows in all: 2, 4, 5). Fix them.")
 
 
 def test_several_kinds_are_counted(tmp_path: Path) -> None:
@@ -135,7 +135,7 @@ def test_several_kinds_are_counted(tmp_path: Path) -> None:
     path = jsonl(tmp_path, empty, *[good_line(n) for n in range(9)], *[broken] * 4, empty)
     assert refusal(path) == (
         "rows.jsonl: 6 malformed rows: response is empty (2 rows: 1, 15); "
-        "bad JSON (4 rows: 11, 12, 13, 14). Mend them."
+        "bad JSON (4 rows: 11, 12, 13, 14). Fix them."
     )
 
 
@@ -162,7 +162,7 @@ def test_skip_gives_up_above_a_tenth(tmp_path: Path) -> None:
     path = jsonl(tmp_path, *[good_line(n) for n in range(8)], b"{")
     assert refusal(path, on_bad_row="skip") == (
         "rows.jsonl: 1 of 9 rows are malformed, more than the 10% that data.on_bad_row=skip "
-        "lets pass: bad JSON (1 row: 9). Mend it."
+        "lets pass: bad JSON (1 row: 9). Fix it."
     )
 
 
@@ -465,7 +465,7 @@ def test_chats_that_end_on_a_question_are_bad_rows(tmp_path: Path) -> None:
     write_jsonl(
         path, [{"messages": [question, answer]}, {"messages": [question, answer, question]}]
     )
-    assert refusal(path).startswith("rows.jsonl:2: the last turn is not the assistant's. Mend it")
+    assert refusal(path).startswith("rows.jsonl:2: the last turn is not the assistant's. Fix it")
 
 
 # --- JSON --------------------------------------------------------------------------------------
@@ -478,7 +478,7 @@ def test_items_of_a_json_list_are_numbered(tmp_path: Path) -> None:
     path.write_bytes(b"\xef\xbb\xbf [\n" + b" ,\n".join(items) + b"]\n")
     assert refusal(path) == (
         "rows.json: 3 malformed rows: NaN is not JSON (1 row: 2); not a JSON object (1 row: 3); "
-        "duplicate key 'response' (1 row: 5). Mend them."
+        "duplicate key 'response' (1 row: 5). Fix them."
     )
 
 
@@ -498,7 +498,7 @@ def test_items_of_a_json_list_are_numbered(tmp_path: Path) -> None:
 def test_a_broken_json_list_is_refused_whole(tmp_path: Path, content: str, line: int) -> None:
     path = tmp_path / "rows.json"
     path.write_text(content)
-    assert refusal(path, on_bad_row="skip") == f"rows.json:{line}: bad JSON; mend the file"
+    assert refusal(path, on_bad_row="skip") == f"rows.json:{line}: bad JSON; fix the file"
 
 
 def test_json_that_is_no_utf8(tmp_path: Path) -> None:
@@ -506,7 +506,7 @@ def test_json_that_is_no_utf8(tmp_path: Path) -> None:
     path.write_bytes(b'[\n{"text": "xyzzy\xff"}]')
     assert "the file looks like Windows-1252; save it as UTF-8" in refusal(path)
     path.write_bytes('[\n{"text": "é'.encode() + b'xyzzy\xff"}]')
-    assert refusal(path) == "rows.json:2: invalid UTF-8. Mend it."
+    assert refusal(path) == "rows.json:2: invalid UTF-8. Fix it."
 
 
 ROWS = [good(n) for n in range(12)]
@@ -563,7 +563,7 @@ def test_bad_items_of_a_wrapped_list_are_named(tmp_path: Path) -> None:
     items = [json.dumps(row) for row in ROWS]
     items[4] = '{"instruction": "xyzzy", "response": NaN}'
     path.write_text(f'{{"n": 1, "rows": [{", ".join(items)}], "m": {{}}}}')
-    assert refusal(path).startswith("rows.json item 5: NaN is not JSON. Mend it, or set")
+    assert refusal(path).startswith("rows.json item 5: NaN is not JSON. Fix it, or set")
     found = read(path, on_bad_row="skip")
     assert found.bad_rows == (BadRow("rows.json item 5", "NaN is not JSON"),)
     assert found.notes == ("rows.json: its list rows is read; 2 keys beside it are not",)
@@ -577,7 +577,7 @@ def test_bad_items_of_a_wrapped_list_are_named(tmp_path: Path) -> None:
         (whole({"instruction": ["a"], "response": []}), "columns of different lengths"),
         ("{}", "neither a row nor a list of rows (its keys: none)"),
         ("3", "not a list of objects"),
-        ('{"data": [{"text": "xyzzy"},]}', "rows.json:1: bad JSON; mend the file"),
+        ('{"data": [{"text": "xyzzy"},]}', "rows.json:1: bad JSON; fix the file"),
         ('{"a": "xyzzy"}\n\n[3]', "rows.json"),
     ],
 )
@@ -691,7 +691,7 @@ def test_windows_1252_is_named(tmp_path: Path, suffix: str) -> None:
     # one broken row among others that are UTF-8 is a bad row
     path.write_bytes("Café\n".encode() + b"caf\xe9\n")
     if suffix == ".txt":
-        assert refusal(path) == "rows.txt:2: invalid UTF-8. Mend it."
+        assert refusal(path) == "rows.txt:2: invalid UTF-8. Fix it."
 
 
 # --- text --------------------------------------------------------------------------------------
@@ -751,11 +751,9 @@ def test_a_folder_of_shards_is_read_in_order(tmp_path: Path) -> None:
     (folder / "sub").mkdir()
     assert read(folder).notes[1] == "shards: not read: README.md, sub"
     (folder / "b.jsonl").write_bytes(good_line(2) + b"\n{\n")
-    assert refusal(folder) == "b.jsonl:2: bad JSON. Mend it."
+    assert refusal(folder) == "b.jsonl:2: bad JSON. Fix it."
     (folder / "a.jsonl").write_bytes(b"{\n")
-    assert (
-        refusal(folder) == "a.jsonl:1: bad JSON (2 rows in all: a.jsonl:1, b.jsonl:2). Mend them."
-    )
+    assert refusal(folder) == "a.jsonl:1: bad JSON (2 rows in all: a.jsonl:1, b.jsonl:2). Fix them."
     (folder / "d.csv").write_text("text\n")
     assert "several kinds of files, .csv (1), .jsonl (3)" in refusal(folder)
 
@@ -788,7 +786,7 @@ def test_compressed_files(tmp_path: Path, suffix: str) -> None:
     assert read(packed).origin == f"rows{suffix}.gz sha256:{digest}"
     for broken in (b"xyzzy" * 9, content[:-9], content[:40], content[:-8] + b"\0" * 8):
         packed.write_bytes(broken)
-        assert "no gzip file, or a broken one" in refusal(packed)
+        assert "not a gzip file, or a broken one" in refusal(packed)
     path.write_bytes(content)
     assert "compressed by gzip: end its name in .gz" in refusal(path)
 
@@ -797,7 +795,7 @@ def test_compressed_files(tmp_path: Path, suffix: str) -> None:
     ("name", "said"),
     [
         ("rows.xlsx", "a spreadsheet"), ("rows.zip", "an archive"), ("rows.pkl", "a pickle"),
-        ("rows.arrow", "an Arrow file"), ("rows.jsonl.zst", "in another way than gzip"),
+        ("rows.arrow", "an Arrow file"), ("rows.jsonl.zst", "but not by gzip"),
         ("rows.md", "a document"), ("rows.parquet.gz", "not one of the suffixes"),
         ("rows.gz", "not one of the suffixes"), ("rows", "not one of the suffixes"),
     ],
@@ -914,13 +912,13 @@ def test_rejected_rows_are_refused_or_left_out(tmp_path: Path) -> None:
     rows = [{"prompt": f"Q{n}", "completion": "A", "label": n % 2 == 0} for n in range(300)]
     write_jsonl(path, rows)
     message = refusal(path)
-    assert message.startswith("rows.jsonl:2: label is false: the row is marked not to be learnt")
-    assert message.endswith("(150 rows in all: 2, 4, 6, 8, 10, …). Mend them, or set "
+    assert message.startswith("rows.jsonl:2: label is false: the row is excluded from training")
+    assert message.endswith("(150 rows in all: 2, 4, 6, 8, 10, …). Fix them, or set "
                             "data.on_bad_row=skip.")  # fmt: skip
     found = read(path, on_bad_row="skip")
     assert (len(found.rows), len(found.bad_rows)) == (150, 150)
     write_jsonl(path, [row | {"label": False} for row in rows])
-    assert "all 300 rows are marked not to be learnt" in refusal(path, on_bad_row="skip")
+    assert "all 300 rows are excluded from training" in refusal(path, on_bad_row="skip")
     assert len(read(path, columns={"label": None}).rows) == 300
 
 
@@ -928,7 +926,7 @@ def test_an_error_about_many_rows_is_one_short_line(tmp_path: Path) -> None:
     path = tmp_path / "rows.jsonl"
     write_jsonl(path, [{"messages": [{"role": "user", "content": f"Q{n}"}]} for n in range(300)])
     assert refusal(path) == (
-        "rows.jsonl:1: no assistant turn (300 rows in all: 1, 2, 3, 4, 5, …). Mend them."
+        "rows.jsonl:1: no assistant turn (300 rows in all: 1, 2, 3, 4, 5, …). Fix them."
     )
     path.write_text("".join(f'{{"{n}": 1, "{n}": 2}}\n' for n in range(300)))
     message = refusal(path)
@@ -948,7 +946,7 @@ def test_parquet_types_that_are_no_text(tmp_path: Path) -> None:
     pq.write_table(pa.table({"instruction": ["a", "b"], "response": [1, None]}), path)
     assert refusal(path) == (
         "rows.parquet: 2 malformed rows: response must be text, is a number (1 row: 1); "
-        "response is null (1 row: 2). Mend them."
+        "response is null (1 row: 2). Fix them."
     )
 
 
@@ -957,7 +955,7 @@ def test_parquet_text_that_is_no_utf8_is_a_bad_row(tmp_path: Path) -> None:
     invalid = pa.StringArray.from_buffers(3, values.buffers()[1], values.buffers()[2])
     pq.write_table(pa.table({"text": invalid}), tmp_path / "rows.parquet")
     message = refusal(tmp_path / "rows.parquet")
-    assert message.startswith("rows.parquet row 2: invalid UTF-8. Mend it")
+    assert message.startswith("rows.parquet row 2: invalid UTF-8. Fix it")
 
 
 def test_parquet_decodes_only_what_is_read(tmp_path: Path) -> None:
@@ -966,7 +964,7 @@ def test_parquet_decodes_only_what_is_read(tmp_path: Path) -> None:
     pq.write_table(pa.table({"text": ["a"], "seen": beyond_python}), path)
     assert len(read(path).rows) == 1
     pq.write_table(pa.table({"text": ["a"], "category": beyond_python}), path)
-    assert refusal(path).startswith("rows.parquet row 1: a value cannot be read. Mend it")
+    assert refusal(path).startswith("rows.parquet row 1: a value cannot be read. Fix it")
     pq.write_table(pa.table({"question": ["a"]}), path)
     assert "columns seen: question" in refusal(path)
 

@@ -55,7 +55,7 @@ def read_csv(handle: BinaryIO, label: str, section: DataSection, strings: bool) 
         except csv.Error as error:
             # An unclosed quote changes the meaning of all later rows: none can be skipped.
             reason = str(error).replace("\t", "a tab")
-            raise DataError(f"{label}:{line}: broken CSV ({reason}); mend the file") from None
+            raise DataError(f"{label}:{line}: broken CSV ({reason}); fix the file") from None
     name = {";": "semicolons", "\t": "tabs", "|": "bars"}.get(separator)
     notes = (f"{label}: columns are separated by {name}",) if name and records else ()
     return Table(records, notes=notes)

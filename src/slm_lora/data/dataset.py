@@ -197,13 +197,12 @@ def _group_notes(groups: Groups) -> tuple[str, ...]:
     for rows, words in groups.templates:
         notes.append(
             f"{rows} prompts share most of their words: {words} words that they have in common "
-            "are taken for a template and not compared; if they are about one thing, say so by a "
-            "column 'group'"
+            "are taken for a template and not compared; if they are related, add a column 'group'"
         )
     if groups.openings:
         notes.append(
             f"{groups.openings} rows begin with the same question as more than a tenth of all: "
-            "they are told apart by system text and later questions (add 'instruction' to "
+            "they are distinguished by system text and later questions (add 'instruction' to "
             "data.group_by to tie them)"
         )
     return tuple(notes)

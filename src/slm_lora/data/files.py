@@ -39,9 +39,9 @@ _SUFFIXES = f"{', '.join(READERS)} (text also with .gz)"
 _OTHERS = {
     "a spreadsheet": ".xlsx .xls .ods .numbers",
     "an archive": ".zip .7z .tar .tgz .rar",
-    "compressed in another way than gzip": ".bz2 .xz .zst .lz4 .br",
+    "compressed, but not by gzip": ".bz2 .xz .zst .lz4 .br",
     "an Arrow file": ".arrow .feather .ipc",
-    "a pickle, which may run programs": ".pkl .pickle .pt .pth .joblib",
+    "a pickle, which can execute code": ".pkl .pickle .pt .pth .joblib",
     "a database": ".db .sqlite .sqlite3 .duckdb",
     "a table of another kind": ".orc .avro .npy .npz .h5 .hdf5 .tfrecord",
     "a document": ".md .html .htm .xml .pdf .docx .rtf .yaml .yml",
@@ -122,7 +122,7 @@ def read_file(
             )  # fmt: skip
         return table, f"sha256:{checksums.sha256_file(path)}"
     except (gzip.BadGzipFile, zlib.error, EOFError) as error:
-        raise DataError(f"{label}: no gzip file, or a broken one; write it again") from error
+        raise DataError(f"{label}: not a gzip file, or a broken one; write it again") from error
     except OSError as error:
         raise StorageError(f"cannot read {path}: {error.strerror or error}") from error
 

@@ -81,7 +81,7 @@ def detect_format(columns: Set[str], section: DataSection, lists: Set[str] = fro
             if field not in columns:
                 raise DataError(
                     f"{where}: data.columns leaves {printable_name(field)} out, "
-                    f"a column that is not there; {seen}"
+                    f"which is not a column; {seen}"
                 )
             continue
         if field not in FIELDS:
@@ -91,7 +91,7 @@ def detect_format(columns: Set[str], section: DataSection, lists: Set[str] = fro
         if column not in columns:
             raise DataError(
                 f"{where}: data.columns takes '{field}' from {printable_name(column)}, "
-                f"a column that is not there; {seen}"
+                f"which is not a column; {seen}"
             )
     names = _canonical(columns, section.columns)
     if section.format != "auto":
@@ -162,8 +162,8 @@ def to_row(
             and not is_empty(record[names[field]])
         ):
             raise RowError(
-                f"column {printable_name(field)} has content, which the text would be without; "
-                f"data.columns={{{printable_name(field)}: null}} takes the row without it"
+                f"column {printable_name(field)} has content, which the training text would lack; "
+                f"data.columns={{{printable_name(field)}: null}} ignores the column"
             )
     context = fields.get(entry.context)
     try:
@@ -171,7 +171,7 @@ def to_row(
     except RowError as error:
         if {"chosen", "rejected"} <= record.keys() and "chosen" not in section.columns.values():
             raise RowError(
-                f"{error}; of preference data, put the answer in chosen at the end of the messages"
+                f"{error}; in preference data, put the answer in chosen at the end of the messages"
             ) from None
         raise
     return Row(
@@ -243,8 +243,8 @@ def _check_not_rejected(
             ):
                 off = "0" if field == "weight" else "false"
                 raise RejectedRowError(
-                    f"{field} is {off}: the row is marked not to be learnt, as in KTO data; "
-                    f"data.columns={{{field}: null}} takes it all the same"
+                    f"{field} is {off}: the row is excluded from training, as in KTO data; "
+                    f"data.columns={{{field}: null}} ignores the mark"
                 )
 
 
@@ -256,7 +256,7 @@ def _with_system(turns: tuple[Turn, ...], fields: Fields) -> tuple[Turn, ...]:
         if turns[0].role != "system":
             turns = (Turn("system", text), *turns)
         elif turns[0].content != text:
-            raise RowError(f"a system turn beside the column {name}, which says something else")
+            raise RowError(f"the system turn differs from the column {name}")
     return turns
 
 

@@ -54,7 +54,7 @@ def read_hub(section: DataSection) -> tuple[Table, str]:
     expected = commit or section.revision
     if expected and cached and cached != expected:
         raise StorageError(
-            f"hub data set {name} is in the cache as commit {cached}, which is not known to be "
+            f"hub data set {name} is in the cache as commit {cached}, which may not be "
             f"{expected}, and that could not be loaded; go online, or set data.revision={cached}"
         )
     schema = loaded.features.arrow_schema
@@ -75,10 +75,10 @@ def _hub_failure(section: DataSection, error: Exception) -> SlmLoraError:
             f" and log in with `hf auth login`, or {_LOCAL_INSTEAD}"
         )
     if isinstance(error, hub.RevisionNotFoundError):
-        return StorageError(f"{name} has no revision {section.revision!r}; mend data.revision")
+        return StorageError(f"{name} has no revision {section.revision!r}; check data.revision")
     if isinstance(error, hub.RepositoryNotFoundError):
         return StorageError(
-            f"{name} was not found (nor a file of that name), or is private: mend data.name, log "
+            f"{name} was not found (nor a file of that name), or is private: check data.name, log "
             f"in with `hf auth login`, or {_LOCAL_INSTEAD}"
         )
     if isinstance(error, hub.HfHubHTTPError):

@@ -139,7 +139,7 @@ class _JsonParser:
     def _broken(self, position: int) -> DataError:
         # The start of the next item is unknown: no item can be skipped.
         line = self._text.count("\n", 0, position) + 1
-        return DataError(f"{self._label}:{line}: bad JSON; mend the file")
+        return DataError(f"{self._label}:{line}: bad JSON; fix the file")
 
     def _value(self, position: int) -> tuple[Any, int]:
         self._faults.clear()
@@ -185,7 +185,7 @@ class _JsonParser:
             return Table([(self._place(1), _record(value, self._faults, self._strings))])
         if rows := self._columns(value):
             if self._faults:
-                raise DataError(f"{self._label}: {self._faults[0]}; mend the file")
+                raise DataError(f"{self._label}: {self._faults[0]}; fix the file")
             return Table([(self._place(i), row) for i, row in enumerate(rows, start=1)])
         lists = [key for key, held in value.items() if self._is_list_of_rows(held)]
         if len(lists) == 1:

@@ -54,7 +54,7 @@ def parse_messages(messages: object, field: str, trained: bool = True) -> tuple[
     """
     messages = _from_json(messages)
     if isinstance(messages, str) and messages.lstrip().startswith("["):
-        raise RowError(f"{field} is text that is no JSON (Python's own spelling, perhaps)")
+        raise RowError(f"{field} is text, but not JSON (perhaps Python syntax)")
     if not isinstance(messages, list):
         raise RowError(f"{field} must be a list of messages, is {type_name(messages)}")
     if not messages:
@@ -142,7 +142,8 @@ def _check_weights(message: Mapping[str, object], field: str) -> None:
             continue  # (a numeric "loss" is a measurement, not a mask)
         if _is_off(value):
             raise RowError(
-                f"an assistant message in {field} is marked not to be learnt ({key}), and would be"
+                f"an assistant message in {field} is excluded from training by {key}, "
+                "which is not supported"
             )
         normalised = value.strip().lower() if isinstance(value, str) else value
         if normalised not in (1, "1", "1.0", "true", "yes"):
@@ -156,7 +157,7 @@ def check_turn_order(turns: tuple[Turn, ...]) -> None:
         RowError: the turns are out of order, or one is missing or empty.
     """
     if any(turn.role == "system" for turn in turns[1:]):
-        raise RowError("a system turn stands after another turn")
+        raise RowError("a system turn after another turn")
     for earlier, later in itertools.pairwise(turns):
         if earlier.role == later.role:
             raise RowError(f"two {later.role} turns in a row")

@@ -84,7 +84,7 @@ def read_prompts(path: Path) -> list[Prompt]:
             bad.append((location, error))
     if bad:
         location, reason = bad[0]
-        details = f" (and {len(bad) - 1} more that are no prompts)" if len(bad) > 1 else ""
+        details = f" (and {len(bad) - 1} more that are not prompts)" if len(bad) > 1 else ""
         if table.encoding:
             details += f"; looks like {table.encoding}, save the file as UTF-8"
         raise DataError(f"{location}: {reason}{details}")
@@ -113,7 +113,7 @@ def _prompt(record: Record, source: str) -> Prompt:
         if turns[-1].role == "assistant":
             reference, turns = turns[-1].content, turns[:-1]
         if not turns or turns[-1].role != "user":
-            raise RowError("the last message that asks must be the user's")
+            raise RowError("the last message of the prompt must be the user's")
         if not reference:
             reference = _answer(record)
     else:

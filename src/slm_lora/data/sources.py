@@ -261,11 +261,11 @@ def _malformed(
         if encoding and isinstance(error, InvalidUtf8Error):
             reason = f"invalid UTF-8 (the file looks like {encoding}; save it as UTF-8)"
         by_reason.setdefault(reason, []).append(location)
-    remedy = f"Mend {'them' if len(bad) > 1 else 'it'}"
+    remedy = f"Fix {'them' if len(bad) > 1 else 'it'}"
     first, count = bad[0][0], f"{len(bad)} of {total} rows"
     same_reason = len(by_reason) == 1
     rejected = all(isinstance(error, RejectedRowError) for _, error in bad)
-    fault = "are marked not to be learnt" if rejected else "are malformed"
+    fault = "are excluded from training" if rejected else "are malformed"
     if same_reason and encoding and isinstance(bad[0][1], InvalidUtf8Error):
         message = (
             f"{first}: invalid UTF-8, in {count}: the file looks like {encoding}; save it as UTF-8"

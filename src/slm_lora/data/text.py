@@ -118,4 +118,4 @@ def prompt_text(value: object, name: str) -> str:
     try:
         return message_text(value, name)
     except RowError as error:
-        raise DataError(f"{error}; write it otherwise") from None
+        raise DataError(f"{error}; change the text") from None

@@ -168,8 +168,8 @@ class RowTokenizer:
         raw_ids: list[int] = self._backend.encode(text, add_special_tokens=False).ids
         if not self._never_text.isdisjoint(raw_ids):
             raise DataError(
-                "prompt: the text spells a special token, and this tokenizer has no other tokens "
-                "for it; write it otherwise"
+                "prompt: the text contains a special token, which this tokenizer cannot "
+                "encode as text; change it"
             )
         ids = [self._id_of[i] if i >= self._first_new_id else i for i in raw_ids]
         return [self.bos_id, *ids] if self.bos_id is not None and ids[:1] != [self.bos_id] else ids
@@ -184,7 +184,7 @@ class RowTokenizer:
         except Exception as error:  # many templates refuse system turns or unusual role orders
             raise UsageError(f"the chat template refuses these turns ({_reason(error)})") from error
         if turn_name := self._first_dropped(row, True):
-            raise UsageError(f"the chat template writes nothing of {turn_name}; leave it out")
+            raise UsageError(f"the chat template drops {turn_name}; leave it out")
         return text
 
     def _first_dropped(self, row: Row, prompt: bool) -> str:
@@ -222,18 +222,16 @@ class RowTokenizer:
                 raise UsageError(f"data.template: {_reason(error)} ({row.source})") from error
             raise DataError(
                 f"{row.source}: the model's chat template refuses the row ({_reason(error)}); "
-                "mend or remove it, or give a template of your own (data.template=path.jinja)"
+                "fix or remove it, or give a template of your own (data.template=path.jinja)"
             ) from error
         if turn_name := self._first_dropped(row, False):
             remedy = (
-                "mend the template (a misspelt name is empty in Jinja)"
+                "fix the template (a misspelt name is empty in Jinja)"
                 if self.template.kind == "jinja"
                 else "leave it out of the rows, or give a template of your own "
                 "(data.template=path.jinja)"
             )
-            raise DataError(
-                f"{row.source}: the chat template writes nothing of {turn_name}; {remedy}"
-            )
+            raise DataError(f"{row.source}: the chat template drops {turn_name}; {remedy}")
         return rendered
 
     def encode(
@@ -346,8 +344,8 @@ class RowTokenizer:
         """Return ids, response mask and end offset of every token, BOS and EOS added."""
         if not self._never_text.isdisjoint(raw_ids):
             raise DataError(
-                f"{row.source}: the text spells a special token, and this tokenizer has no other "
-                "tokens for it; remove the row"
+                f"{row.source}: the text contains a special token, which this tokenizer cannot "
+                "encode as text; remove the row"
             )
         ids = [self._id_of[i] if i >= self._first_new_id else i for i in raw_ids]
         ends = [end for _, end in offsets]
