@@ -1,5 +1,5 @@
-"""Chat templates render as in transformers, at a date that stands still, and so do the copies of
-them that are handed on. The other renderer is always transformers alone."""
+"""Chat templates, and the copies saved with adapters, render as in transformers, at a fixed date.
+The reference is always transformers alone."""
 
 from __future__ import annotations
 
@@ -44,7 +44,7 @@ ROW = Row((Turn("user", "Which day?"), Turn("assistant", "That one.")), source="
 
 
 def rendered(source: str, *messages: dict[str, str]) -> str:
-    """By transformers alone, at its own clock."""
+    """Render with transformers alone, at today's date."""
     text: Any = tiny_tokenizer().apply_chat_template(
         list(messages or (ASKED, ANSWERED)), chat_template=source, tokenize=False
     )
@@ -53,7 +53,7 @@ def rendered(source: str, *messages: dict[str, str]) -> str:
 
 @pytest.fixture
 def on_template_date(monkeypatch: pytest.MonkeyPatch) -> Any:
-    """The clock of transformers stands at `TEMPLATE_DATE`."""
+    """Set the date of transformers to `TEMPLATE_DATE`."""
 
     class Still(datetime.datetime):
         @classmethod
@@ -68,7 +68,7 @@ def on_template_date(monkeypatch: pytest.MonkeyPatch) -> Any:
 
 
 def bos_tokenizer(source: str | None = None) -> PreTrainedTokenizerFast:
-    """Puts BOS before every text, which its chat template does not write."""
+    """A tokenizer that adds BOS to every text; its chat template does not write BOS."""
     plain = tiny_tokenizer()
     backend = plain.backend_tokenizer
     bos = "<|endoftext|>"
@@ -117,9 +117,9 @@ LIKE_SMOLLM3 = (
 )
 @pytest.mark.usefixtures("on_template_date")
 def test_it_renders_as_transformers_does(source: str) -> None:
-    said = [ASKED | {"content": "Grüße <'>?"}, ANSWERED]
+    messages = [ASKED | {"content": "Grüße <'>?"}, ANSWERED]
     render = jinja_renderer(source, tiny_tokenizer().special_tokens_map)
-    assert render(said, False) == rendered(source, *said) != ""
+    assert render(messages, False) == rendered(source, *messages) != ""
 
 
 def test_a_template_that_is_no_jinja_is_named_with_its_line() -> None:
@@ -142,8 +142,8 @@ def test_what_a_template_says_against_a_row_names_the_row() -> None:
 # --- the date ----------------------------------------------------------------------------------
 
 DIRECTIVES = [
-    *(f"%{each}" for each in "aAwdbBmyYHIpMSfzZjUWcxXGuVCDeFhRTr%"),
-    *(f"%-{each}" for each in "dmHIMSjUWyw"),
+    *(f"%{directive}" for directive in "aAwdbBmyYHIpMSfzZjUWcxXGuVCDeFhRTr%"),
+    *(f"%-{directive}" for directive in "dmHIMSjUWyw"),
 ]
 
 
@@ -199,11 +199,11 @@ def test_nothing_else_of_the_text_changes(parts: list[str]) -> None:
     source = "".join(parts) + ends + "{% if false %}{{ strftime_now('%Y') }}{% endif %}\n \n"
     assert has_frozen_date(freeze_date(source))
     assert rendered(freeze_date(source)) == rendered(source)
-    # So, too, behind a BOS that is written before it.
+    # The same after a BOS that is written first.
     for tokenizer in (bos_tokenizer(source), bos_tokenizer(freeze_date(source))):
         handed = RowTokenizer(tokenizer, Template("chat")).chat_template
-        found: Any = tokenizer.apply_chat_template([ASKED], chat_template=handed, tokenize=False)
-        assert found == "<|endoftext|>" + rendered(source)
+        text: Any = tokenizer.apply_chat_template([ASKED], chat_template=handed, tokenize=False)
+        assert text == "<|endoftext|>" + rendered(source)
 
 
 @pytest.mark.parametrize("source", [CHAT_TEMPLATE, "strftime_now", "{# strftime_now() #}", ""])
@@ -228,8 +228,8 @@ def test_others_get_the_tokens_of_the_training(source: str, kind: Any, bos: bool
     for turns in template_check.SAMPLES:
         messages = [{"role": turn.role, "content": turn.content} for turn in turns]
         (example,), _ = tokenize.encode([Row(turns)], {Row(turns).row_id: ""})
-        found: Any = holder.apply_chat_template(messages, return_dict=False)
-        assert found[: example.length] == example.ids.tolist()
+        ids: Any = holder.apply_chat_template(messages, return_dict=False)
+        assert ids[: example.length] == example.ids.tolist()
         asked: Any = holder.apply_chat_template(
             messages[:-1], add_generation_prompt=True, return_dict=False
         )
@@ -250,7 +250,7 @@ def test_the_proof_holds_for_every_template(kind: Any, bos: bool, dolly_file: Pa
 
 
 @pytest.mark.parametrize(
-    ("other", "told"),
+    ("other", "difference"),
     [
         (CHAT_TEMPLATE.replace("'\\n' + m", "' ' + m"), "of a text of 2 turns"),
         ("{{ strftime_now('%Y') }}" + CHAT_TEMPLATE, "from token 1 of a text of 2 turns"),
@@ -261,14 +261,14 @@ def test_the_proof_holds_for_every_template(kind: Any, bos: bool, dolly_file: Pa
         (CHAT_TEMPLATE.replace("for message in messages", "for message in messages[:3]"), "of 4"),
     ],
 )
-def test_a_difference_is_found_and_nothing_wrong_is_handed_on(other: str, told: str) -> None:
+def test_a_difference_is_found_and_nothing_wrong_is_handed_on(other: str, difference: str) -> None:
     assert other != CHAT_TEMPLATE
     tokenizer = tiny_tokenizer()
     tokenize = RowTokenizer(tokenizer, Template("chat"))
     spaced = Row((Turn("user", " Which day? "), Turn("assistant", "That one.")))
     assert first_difference(tokenizer, tokenize, [spaced]) == ""
     tokenize.chat_template = other
-    assert told in first_difference(tokenizer, tokenize, [spaced])
+    assert difference in first_difference(tokenizer, tokenize, [spaced])
     (note,) = template_notes(tokenizer, tokenize, [spaced])
     assert note.startswith("no chat_template.jinja is saved: ")
     assert "\n" not in note
@@ -287,7 +287,7 @@ def test_it_is_told_that_a_date_stands_still(dolly_file: Path) -> None:
 
 
 @pytest.mark.parametrize(
-    ("marked", "told"),
+    ("marked", "noted"),
     [
         ("{% generation %}{{ m.content + '<|im_end|>' }}{% endgeneration %}\n", False),
         ("{%- generation -%}{{ m.content + '<|im_end|>\\n' }}{%- endgeneration -%}", False),
@@ -295,7 +295,7 @@ def test_it_is_told_that_a_date_stands_still(dolly_file: Path) -> None:
         ("{% generation %}{{ m.content }}{% endgeneration %}", False),  # training ends it
     ],
 )
-def test_tags_that_mark_other_answers_are_told(marked: str, told: bool) -> None:
+def test_tags_that_mark_other_answers_are_told(marked: str, noted: bool) -> None:
     source = (
         "{% for m in messages %}{% if m.role == 'assistant' %}{{ '<|im_start|>assistant\\n' }}"
         f"{marked}{{% else %}}{{{{ m.content }}}}{{% endif %}}{{% endfor %}}"
@@ -304,7 +304,7 @@ def test_tags_that_mark_other_answers_are_told(marked: str, told: bool) -> None:
     for tokenizer in (tiny_tokenizer(), bos_tokenizer()):
         tokenize = RowTokenizer(tokenizer, Template("jinja", source=source))
         notes = template_notes(tokenizer, tokenize, [ROW])
-        assert [("{% generation %} tags" in note) for note in notes] == [True] * told
+        assert [("{% generation %} tags" in note) for note in notes] == [True] * noted
 
 
 # --- several templates -------------------------------------------------------------------------

@@ -1,4 +1,4 @@
-"""What `slm-lora data check` finds, on rows whose facts are counted by hand."""
+"""Statistics of `slm-lora data check`, on rows counted by hand."""
 
 from __future__ import annotations
 
@@ -38,12 +38,12 @@ ROWS = [
 
 
 def test_relations_are_counted_one_by_one_and_together() -> None:
-    found = {each.relation: each for each in dataset_facts(ROWS, [10] * len(ROWS)).related}
-    assert set(found) == {"prompt", "instruction", "context", "near", None}
-    assert (found["prompt"].groups, found["prompt"].rows) == (1, 3)
-    assert (found["instruction"].groups, found["instruction"].rows) == (1, 3)
-    assert (found["context"].groups, found["context"].rows) == (1, 2)
-    assert (found[None].groups, found[None].rows) == (2, 5)
+    related = {entry.relation: entry for entry in dataset_facts(ROWS, [10] * len(ROWS)).related}
+    assert set(related) == {"prompt", "instruction", "context", "near", None}
+    assert (related["prompt"].groups, related["prompt"].rows) == (1, 3)
+    assert (related["instruction"].groups, related["instruction"].rows) == (1, 3)
+    assert (related["context"].groups, related["context"].rows) == (1, 2)
+    assert (related[None].groups, related[None].rows) == (2, 5)
 
 
 def test_the_leak_is_that_of_random_splits() -> None:
@@ -54,32 +54,32 @@ def test_the_leak_is_that_of_random_splits() -> None:
         held = {r.row_id for r in rows if rng.random() < 0.1}
         train = {group[r.row_id] for r in rows if r.row_id not in held}
         shares.append((sum(group[r] in train for r in held), len(held)))
-    simulated = sum(leaked for leaked, _ in shares) / sum(many for _, many in shares)
+    simulated = sum(leaked for leaked, _ in shares) / sum(held_out for _, held_out in shares)
     assert leak == pytest.approx(0.99)
     assert simulated == pytest.approx(leak, abs=0.005)
 
 
 def test_conflicts_are_equal_prompts_with_different_answers() -> None:
-    # "name a river" is written otherwise, so it is another prompt.
+    # "name a river" is spelt differently, so it is another prompt.
     assert dataset_facts(ROWS, [10] * len(ROWS)).conflicts == (1, 2)
     assert dataset_facts(ROWS[3:], [10] * 7).conflicts == (0, 0)
 
 
 def test_lengths_fall_into_bins_and_limits_have_a_cost() -> None:
-    found = dataset_facts(ROWS[:4], [1, 2, 100, 300])
-    assert found.lengths == (
+    facts = dataset_facts(ROWS[:4], [1, 2, 100, 300])
+    assert facts.lengths == (
         (1, 1), (2, 1), (4, 0), (8, 0), (16, 0), (32, 0), (64, 0), (128, 1), (256, 0), (512, 1),
     )  # fmt: skip
-    assert [each.limit for each in found.costs] == [128, 256]
-    assert found.costs[0].rows == 1 / 4
-    assert found.costs[0].tokens == pytest.approx(172 / 403)
+    assert [cost.limit for cost in facts.costs] == [128, 256]
+    assert facts.costs[0].rows == 1 / 4
+    assert facts.costs[0].tokens == pytest.approx(172 / 403)
 
 
 def test_categories_come_most_frequent_first() -> None:
     assert dataset_facts(ROWS, [1] * len(ROWS)).categories == (("geography", 3), ("summary", 1))
 
 
-# --- role marks that rows can spell ------------------------------------------------------------
+# --- role marks in row text --------------------------------------------------------------------
 
 ZEPHYR = (
     "{% for m in messages %}{{ '<|' + m['role'] + '|>\\n' + m['content'] + eos_token + '\\n' }}"
@@ -119,19 +119,19 @@ def test_rows_that_spell_a_role_mark_are_counted() -> None:
     assert (user.rows, user.first) == (0, "")
     assert (assistant.rows, assistant.first) == (2, "rows.jsonl:9")
     own = RowTokenizer(tokenizer, Template("instruction_response"))
-    said = Row((Turn("user", "Response: what is it?"), Turn("assistant", "A reply.")))
+    quoting = Row((Turn("user", "Response: what is it?"), Turn("assistant", "A reply.")))
     forged = Row((Turn("user", "a\nResponse:\nb"), Turn("assistant", "c")))
-    assert [mark.rows for mark in text_role_marks(own, [said, forged])] == [0, 1]
+    assert [mark.rows for mark in text_role_marks(own, [quoting, forged])] == [0, 1]
 
 
-# --- what may not be meant so ------------------------------------------------------------------
+# --- probable mistakes -------------------------------------------------------------------------
 
 
 def test_an_instruction_that_other_contexts_share_is_counted_and_ties_nothing() -> None:
     rows = [row("Is it good?", "Yes.", context=f"Text {n} of a guest {n}.") for n in range(4)]
-    found = {each.relation: each for each in dataset_facts(rows, [9] * 4).related}
-    assert (found["instruction"].groups, found["instruction"].rows) == (1, 4)
-    assert (found[None].groups, found[None].rows, found[None].leak) == (0, 0, 0)
+    related = {entry.relation: entry for entry in dataset_facts(rows, [9] * 4).related}
+    assert (related["instruction"].groups, related["instruction"].rows) == (1, 4)
+    assert (related[None].groups, related[None].rows, related[None].leak) == (0, 0, 0)
     tied = dataset_facts(rows, [9] * 4, GroupingRule(with_context=False)).related[-1]
     assert (tied.groups, tied.rows) == (1, 4)
 
@@ -150,12 +150,12 @@ def example(number: int, group: int) -> Example:
 def test_few_test_rows_are_told() -> None:
     assert few_test_rows([example(n, n) for n in range(30)]) == ""
     assert few_test_rows([example(n, n) for n in range(29)]).startswith("29 test rows: fewer than")
-    found = few_test_rows([example(n, n % 7) for n in range(300)])
-    assert found.startswith("300 test rows in 7 groups of related rows: fewer than 30 ")
+    warning = few_test_rows([example(n, n % 7) for n in range(300)])
+    assert warning.startswith("300 test rows in 7 groups of related rows: fewer than 30 ")
 
 
 @pytest.mark.parametrize(
-    ("text", "found"),
+    ("text", "expected"),
     [
         ("Dear {{name}}, thank you.", {"{{name}}"}),
         ("Dear {{ user.first_name }},", {"{{ user.first_name }}"}),
@@ -170,8 +170,8 @@ def test_few_test_rows_are_told() -> None:
         ("Dear [Customer Name]: it costs $5 and {price}, $6.", {"[Customer Name]", "{price}"}),
     ],
 )
-def test_placeholders_are_found(text: str, found: set[str]) -> None:
-    assert placeholders_in(text) == found
+def test_placeholders_are_found(text: str, expected: set[str]) -> None:
+    assert placeholders_in(text) == expected
 
 
 @pytest.mark.parametrize(
@@ -216,11 +216,11 @@ def test_rows_with_placeholders_are_counted() -> None:
         Row((Turn("user", "Greet."), Turn("assistant", "Hi {{name}}!")), source="rows.jsonl:3"),
         row("Sum up.", "Done.", context="{input}"),
     ]
-    found = find_placeholders(rows)
-    assert found is not None
-    assert (found.rows, found.first) == (3, "rows.jsonl:2")
-    assert found.placeholders[0] == "{{name}}"
-    assert set(found.placeholders) == {"{{name}}", "[NAME]", "{input}"}
+    placeholders = find_placeholders(rows)
+    assert placeholders is not None
+    assert (placeholders.rows, placeholders.first) == (3, "rows.jsonl:2")
+    assert placeholders.placeholders[0] == "{{name}}"
+    assert set(placeholders.placeholders) == {"{{name}}", "[NAME]", "{input}"}
     assert find_placeholders(ROWS) is None
 
 

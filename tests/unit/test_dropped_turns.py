@@ -1,4 +1,4 @@
-"""No turn of a row or of a prompt is lost silently in a chat template."""
+"""Turns that a chat template drops are refused, in rows and in prompts."""
 
 from __future__ import annotations
 
@@ -91,10 +91,10 @@ def test_what_is_left_out_is_found(roles: list[Role]) -> None:
         kept = [m["content"] for m in messages if m["role"] != "system"]
         return "".join(kept) + "?" * prompt
 
-    wanted = tuple(number for number, role in enumerate(roles) if role == "system")
-    found = DroppedTurns(render)
+    expected = tuple(number for number, role in enumerate(roles) if role == "system")
+    dropped_turns = DroppedTurns(render)
     for _ in range(2):
-        assert found.turns(roles, False) == found.turns(roles, True) == wanted
+        assert dropped_turns.turns(roles, False) == dropped_turns.turns(roles, True) == expected
 
 
 def test_a_conversation_longer_than_the_marks() -> None:

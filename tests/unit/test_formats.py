@@ -1,4 +1,4 @@
-"""Which format the columns are, what a record becomes, and which records are refused."""
+"""Detection of row formats, conversion of records, and refused records."""
 
 from __future__ import annotations
 
@@ -72,7 +72,7 @@ def test_several_formats_fit_is_an_error_until_one_is_named() -> None:
 def test_text_beside_another_format_is_taken_when_asked_for() -> None:
     columns = {"instruction", "input", "output", "text"}
     assert detect_format(columns, section(format="text")) == "text"
-    # mapped, but the format that is recognised would drop it in silence
+    # mapped, but the detected format would drop it silently
     with pytest.raises(UsageError, match=r"format alpaca has no field 'text'.*output"):
         detect_format(columns | {"body"}, section(columns={"text": "body"}))
 
@@ -121,7 +121,7 @@ def test_mapping_mistakes_are_explained() -> None:
         detect_format(columns, section(columns={"respnse": "answer"}))
     with pytest.raises(DataError, match=r"takes 'response' from anwser.*columns seen: answer"):
         detect_format(columns, section(columns={"response": "anwser"}))
-    # alpaca calls its context input: mapped to context it would be dropped in silence
+    # the context of alpaca is named input: mapped to context it would be dropped silently
     with pytest.raises(UsageError, match=r"format alpaca has no field 'context'.*input"):
         detect_format(
             {"instruction", "passage", "output"},
@@ -269,7 +269,7 @@ def test_orders_of_roles_that_are_taken(roles: tuple[str, ...]) -> None:
     assert tuple(turn.role for turn in row.turns) == roles
 
 
-def said(role: str, content: object) -> dict[str, object]:
+def message(role: str, content: object) -> dict[str, object]:
     return {"role": role, "content": content}
 
 
@@ -287,21 +287,21 @@ def said(role: str, content: object) -> dict[str, object]:
         ("user: hello", "messages must be a list of messages, is text"),
         (["hello"], "a message in messages must be an object, is text"),
         ([{"role": "user"}], "a message in messages lacks role and content, or from and value"),
-        ([said("user", "Q"), said("assistant", " ")], "the last assistant turn is empty"),
-        ([said("user", " "), said("assistant", "A")], "a user turn is empty"),
-        ([said("assistant", None)], "content of a message in messages is null"),
+        ([message("user", "Q"), message("assistant", " ")], "the last assistant turn is empty"),
+        ([message("user", " "), message("assistant", "A")], "a user turn is empty"),
+        ([message("assistant", None)], "content of a message in messages is null"),
         (
-            [said("assistant", ["A"])],
+            [message("assistant", ["A"])],
             "a part of content of a message in messages must be an object, is text",
         ),
-        ([said("assistant", "\0")], "content of a message in messages has a NUL character"),
+        ([message("assistant", "\0")], "content of a message in messages has a NUL character"),
         (
-            [said("robot", "A")],
+            [message("robot", "A")],
             "a message in messages has the unknown role robot "
             "(known: system, user, human, assistant, gpt)",
         ),
         (
-            [said([], "A")],  # type: ignore[arg-type]
+            [message([], "A")],  # type: ignore[arg-type]
             "a message in messages has an unknown role "
             "(known: system, user, human, assistant, gpt)",
         ),
@@ -314,7 +314,7 @@ def test_malformed_chats(messages: object, reason: str) -> None:
 
 
 def test_an_earlier_empty_answer_is_taken() -> None:
-    messages = [said("assistant", ""), said("user", "Q"), said("assistant", "A")]
+    messages = [message("assistant", ""), message("user", "Q"), message("assistant", "A")]
     assert len(to_row({"messages": messages}, "x", "chat", AUTO).turns) == 3
 
 
@@ -364,7 +364,7 @@ def test_what_arrow_pads_messages_with_changes_nothing(value: object) -> None:
         ("tool_calls", "function_call", "reasoning_content", "name", "weight", "train", "images"),
         value,
     )
-    messages = [{**said("user", "Q"), **padding}, {**said("assistant", "A"), **padding}]
+    messages = [{**message("user", "Q"), **padding}, {**message("assistant", "A"), **padding}]
     record = {"messages": messages, "tools": value, "images": value, "system": value}
     assert to_row(record, "x", "chat", AUTO).turns == (Turn("user", "Q"), Turn("assistant", "A"))
     assert not list(unread_content(record, "chat", AUTO))
@@ -372,8 +372,8 @@ def test_what_arrow_pads_messages_with_changes_nothing(value: object) -> None:
 
 def test_other_keys_and_columns_are_told() -> None:
     messages = [
-        {**said("user", "Q"), "name": "ann", "timestamp": 3, "train": True},
-        {**said("assistant", "A"), "loss": 2.5, "finish_reason": "stop", "toxic": False},
+        {**message("user", "Q"), "name": "ann", "timestamp": 3, "train": True},
+        {**message("assistant", "A"), "loss": 2.5, "finish_reason": "stop", "toxic": False},
     ]
     record = {"messages": messages, "context": "C", "documents": [], "id": 1, "prompt": "Q"}
     assert set(unread_content(record, "chat", AUTO)) == {
@@ -394,8 +394,8 @@ def test_a_turn_that_is_marked_out_is_refused(key: str, off: object) -> None:
     if key == "loss" and not isinstance(off, bool):
         return  # a number that was measured
     messages = [
-        said("user", "Q"), {**said("assistant", "Never."), key: off},
-        said("user", "Q"), said("assistant", "A"),
+        message("user", "Q"), {**message("assistant", "Never."), key: off},
+        message("user", "Q"), message("assistant", "A"),
     ]  # fmt: skip
     with pytest.raises(RowError, match=rf"excluded from training by {key}, which is not supported"):
         to_row({"messages": messages}, "x", "chat", AUTO)
@@ -404,20 +404,20 @@ def test_a_turn_that_is_marked_out_is_refused(key: str, off: object) -> None:
 @pytest.mark.parametrize("on", [True, 1, 1.0, "1", "true", None])
 def test_marks_that_everything_is_learnt_change_nothing(on: object) -> None:
     for key in ("weight", "train", "trainable"):
-        messages = [{**said("user", "Q"), key: 0}, {**said("assistant", "A"), key: on}]
+        messages = [{**message("user", "Q"), key: 0}, {**message("assistant", "A"), key: on}]
         assert len(to_row({"messages": messages}, "x", "chat", AUTO).turns) == 2
         assert not list(unread_content({"messages": messages}, "chat", AUTO))
 
 
 def test_a_weight_between_is_refused() -> None:
-    messages = [said("user", "Q"), {**said("assistant", "A"), "weight": 0.5}]
+    messages = [message("user", "Q"), {**message("assistant", "A"), "weight": 0.5}]
     with pytest.raises(RowError, match="has a weight other than 0 and 1"):
         to_row({"messages": messages}, "x", "chat", AUTO)
 
 
 @pytest.mark.parametrize("role", ["tool", "function_call", "observation", "ipython"])
 def test_roles_of_tools_are_named(role: str) -> None:
-    messages = [said("user", "Q"), said(role, "x"), said("assistant", "A")]
+    messages = [message("user", "Q"), message(role, "x"), message("assistant", "A")]
     with pytest.raises(RowError, match=f"has the role {role}: tools are not trained on"):
         to_row({"messages": messages}, "x", "chat", AUTO)
 
@@ -428,8 +428,8 @@ def part(text: object, **more: object) -> dict[str, object]:
 
 def test_text_parts_are_joined() -> None:
     messages = [
-        said("user", [part("a", image_url=None), part(" b\r\n", cache_control={"type": "x"})]),
-        said("assistant", [part("A")]),
+        message("user", [part("a", image_url=None), part(" b\r\n", cache_control={"type": "x"})]),
+        message("assistant", [part("A")]),
     ]
     row = to_row({"messages": messages}, "x", "chat", AUTO)
     assert row.turns == (Turn("user", "a b\n"), Turn("assistant", "A"))
@@ -452,7 +452,9 @@ def test_text_parts_are_joined() -> None:
 )
 def test_parts_that_are_no_text_are_named(content: object, reason: str) -> None:
     with pytest.raises(RowError, match=reason):
-        to_row({"messages": [said("user", "Q"), said("assistant", content)]}, "x", "chat", AUTO)
+        to_row(
+            {"messages": [message("user", "Q"), message("assistant", content)]}, "x", "chat", AUTO
+        )
 
 
 def test_messages_may_be_json_text() -> None:
@@ -465,17 +467,19 @@ def test_messages_may_be_json_text() -> None:
 @pytest.mark.parametrize("column", ["system", "system_prompt"])
 def test_a_system_column_is_a_system_turn(column: str) -> None:
     system, rest = Turn("system", "S"), (Turn("user", "Q"), Turn("assistant", "A"))
-    messages = [said("user", "Q"), said("assistant", "A")]
+    messages = [message("user", "Q"), message("assistant", "A")]
     for name, record in (
         ("dolly", {"instruction": "Q", "response": "A"}),
         ("alpaca", {"instruction": "Q", "output": "A"}),
         ("prompt_completion", {"prompt": "Q", "completion": "A"}),
         ("chat", {"messages": messages}),
-        ("chat", {"messages": [said("system", "S"), *messages]}),
+        ("chat", {"messages": [message("system", "S"), *messages]}),
     ):
         assert to_row({**record, column: "S"}, "x", name, AUTO).turns == (system, *rest)
     with pytest.raises(RowError, match=f"the system turn differs from the column {column}"):
-        to_row({"messages": [said("system", "other"), *messages], column: "S"}, "x", "chat", AUTO)
+        to_row(
+            {"messages": [message("system", "other"), *messages], column: "S"}, "x", "chat", AUTO
+        )
     assert list(unread_content({"text": "T", column: "S"}, "text", AUTO)) == [("column", column)]
     both = {"system": "S", "system_prompt": "other"}
     with pytest.raises(RowError, match="the system turn differs from the column system_prompt"):
@@ -486,7 +490,7 @@ def test_a_system_column_is_a_system_turn(column: str) -> None:
 def test_columns_that_the_text_would_be_without(column: str) -> None:
     for name, record in (
         ("dolly", {"instruction": "Q", "response": "A"}),
-        ("chat", {"messages": [said("user", "Q"), said("assistant", "A")]}),
+        ("chat", {"messages": [message("user", "Q"), message("assistant", "A")]}),
     ):
         for nothing in (None, [], "", "[]", "null", [None], {"bytes": None, "path": None}):
             to_row({**record, column: nothing}, "x", name, AUTO)
@@ -503,7 +507,7 @@ def test_rows_that_are_marked_as_bad_are_refused() -> None:
             to_row({**record, **mark}, "x", "prompt_completion", AUTO)
     for mark in ({"label": True}, {"label": 0}, {"label": None}, {"label": "no"}, {"weight": 2}):
         to_row({**record, **mark}, "x", "prompt_completion", AUTO)
-    # a class of a text, not a verdict on an answer
+    # a class label of a text, not a rating of an answer
     to_row({"text": "T", "label": False}, "x", "text", AUTO)
     to_row({**record, "label": False}, "x", "prompt_completion", section(columns={"label": None}))
     by_label = section(columns={"category": "label"})
@@ -530,14 +534,14 @@ def test_preference_data_are_named_with_what_works(
 ) -> None:
     with pytest.raises(DataError) as caught:
         detect_format(columns, AUTO, lists)
-    told = ", ".join(f"{field}: {column}" for field, column in mapping.items())
+    suggestion = ", ".join(f"{field}: {column}" for field, column in mapping.items())
     assert "preference data (columns chosen and rejected)" in str(caught.value)
-    assert f"data.columns={{{told}}}" in str(caught.value)
+    assert f"data.columns={{{suggestion}}}" in str(caught.value)
     detect_format(columns, section(columns=mapping), lists)
 
 
 @pytest.mark.parametrize(
-    ("columns", "said"),
+    ("columns", "explanation"),
     [
         ({"prompt", "completions", "labels"}, "several answers a row"),
         ({"input_ids", "attention_mask"}, "the rows are tokens already"),
@@ -546,6 +550,6 @@ def test_preference_data_are_named_with_what_works(
         ({"question", "response"}, r"perhaps \{instruction: question\}"),
     ],
 )
-def test_other_data_are_named(columns: set[str], said: str) -> None:
-    with pytest.raises(DataError, match=said):
+def test_other_data_are_named(columns: set[str], explanation: str) -> None:
+    with pytest.raises(DataError, match=explanation):
         detect_format(columns, AUTO)

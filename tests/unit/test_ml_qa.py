@@ -1,4 +1,4 @@
-"""The embedded data set: its rows as a whole, and the cleaning on docstrings of our own."""
+"""The embedded data set: all its rows, and the cleaning of sample docstrings."""
 
 from __future__ import annotations
 
@@ -46,7 +46,7 @@ Rows = list[dict[str, str]]
 
 @pytest.fixture(scope="module")
 def built(tmp_path_factory: pytest.TempPathFactory) -> tuple[Path, Manifest, str]:
-    """The file, its manifest, and what the build printed: built once, in a fresh process."""
+    """The file, its manifest and the output of the build, which runs once in a new process."""
     pytest.importorskip("numpydoc")
     pytest.importorskip("sklearn")
     path = tmp_path_factory.mktemp("ml-qa") / "rows.jsonl"
@@ -168,7 +168,7 @@ def test_an_object_and_its_methods_share_a_group(rows: Rows) -> None:
     ],
 )  # fmt: skip
 def test_no_markup_is_left(rows: Rows, markup: str) -> None:
-    # Python's ** and the type names of the libraries may stand inside code.
+    # Python's ** and the type names of the libraries may occur in code.
     texts = [re.sub(r"`[^`]*`", "`x`", row["response"]) for row in rows]
     assert [text for text in texts if re.search(markup, text)] == []
 
@@ -268,17 +268,17 @@ def test_dots_that_end_no_sentence() -> None:
 @pytest.mark.parametrize(
     ("text", "kept"),
     [
-        # What follows a lost formula, an example or a reference is lost with it.
+        # Text after a removed formula, example or reference is dropped.
         ("A wheel.\n\n.. math::\n\n   a\n\nIt turns.", ["A wheel."]),
         ("A wheel.\n\n>>> turn()\n1\n\nIt turns.", ["A wheel."]),
         ("A wheel. It is drawn below. It turns.", ["A wheel."]),
-        # A pointer is skipped: nothing leans on it.
+        # A cross-reference is skipped: later text does not depend on it.
         ("A wheel. See the User Guide for more. It turns.", ["A wheel.", "It turns."]),
-        # A short list is told, a head that announces a lost one is not.
+        # A short list is kept; the announcement of a removed list is not.
         ("The rims:\n\n- steel\n- wood", ["The rims: steel; wood."]),
         ("Allowed values are:\n\n- one. Two.\n- three", []),
         ("The rim to use:\n\n- one. Two.\n- three", ["The rim to use."]),
-        # A paragraph that breaks off into a list says nothing.
+        # A paragraph that ends in a list is incomplete.
         ("The speed is\n\n.. math:: a", []),
         ("The speed of turning", ["The speed of turning."]),
         ("", []),
