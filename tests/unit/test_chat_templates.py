@@ -116,13 +116,13 @@ LIKE_SMOLLM3 = (
     ],
 )
 @pytest.mark.usefixtures("on_template_date")
-def test_it_renders_as_transformers_does(source: str) -> None:
+def test_rendering_equals_transformers(source: str) -> None:
     messages = [ASKED | {"content": "Grüße <'>?"}, ANSWERED]
     render = jinja_renderer(source, tiny_tokenizer().special_tokens_map)
     assert render(messages, False) == rendered(source, *messages) != ""
 
 
-def test_a_template_that_is_no_jinja_is_named_with_its_line() -> None:
+def test_invalid_jinja_is_reported_with_its_line() -> None:
     with pytest.raises(UsageError, match=r"^data\.template: line 2: Encountered unknown tag 'x'"):
         jinja_renderer("a\n{% x %}", {})
     tokenizer = tiny_tokenizer()
@@ -131,7 +131,7 @@ def test_a_template_that_is_no_jinja_is_named_with_its_line() -> None:
         RowTokenizer(tokenizer, Template("chat"))
 
 
-def test_what_a_template_says_against_a_row_names_the_row() -> None:
+def test_template_errors_name_the_row() -> None:
     template = Template("jinja", source="{{ raise_exception('users only') }}")
     with pytest.raises(UsageError, match=r"^data\.template: users only \(rows\.jsonl:7\)$"):
         RowTokenizer(tiny_tokenizer(), template).render(ROW)
@@ -150,7 +150,7 @@ DIRECTIVES = [
 @pytest.mark.parametrize("spelt", [True, False])
 @settings(max_examples=60, deadline=None)
 @given(st.lists(st.one_of(st.sampled_from(DIRECTIVES), st.sampled_from(list(" ,\"'\\/é{}Y-\n")))))
-def test_a_frozen_template_writes_the_date_whatever_the_clock(spelt: bool, parts: Any) -> None:
+def test_a_frozen_template_writes_the_fixed_date(spelt: bool, parts: Any) -> None:
     form = "".join(parts)
     quoted = '"' + form.replace("\\", "\\\\").replace('"', '\\"').replace("\n", "\\n") + '"'
     source = (
@@ -176,7 +176,7 @@ def test_a_frozen_template_writes_the_date_whatever_the_clock(spelt: bool, parts
     ],
 )
 @pytest.mark.usefixtures("on_template_date")
-def test_wherever_it_asks_for_the_date(source: str, monkeypatch: pytest.MonkeyPatch) -> None:
+def test_the_date_is_fixed_in_every_construct(source: str, monkeypatch: pytest.MonkeyPatch) -> None:
     wanted = rendered(source)
     monkeypatch.undo()  # the clock goes on
     chat_template_utils._compile_jinja_template.cache_clear()
@@ -194,7 +194,7 @@ def test_wherever_it_asks_for_the_date(source: str, monkeypatch: pytest.MonkeyPa
         max_size=8,
     )
 )  # fmt: skip
-def test_nothing_else_of_the_text_changes(parts: list[str]) -> None:
+def test_fixing_the_date_changes_no_other_text(parts: list[str]) -> None:
     ends = "{% endif %}" * sum("if true" in part for part in parts)
     source = "".join(parts) + ends + "{% if false %}{{ strftime_now('%Y') }}{% endif %}\n \n"
     assert has_frozen_date(freeze_date(source))
@@ -207,7 +207,7 @@ def test_nothing_else_of_the_text_changes(parts: list[str]) -> None:
 
 
 @pytest.mark.parametrize("source", [CHAT_TEMPLATE, "strftime_now", "{# strftime_now() #}", ""])
-def test_a_template_without_a_clock_stays_as_it_is(source: str) -> None:
+def test_a_template_without_a_date_is_unchanged(source: str) -> None:
     assert freeze_date(source) == source
     assert date_macro(source) == ""
 
@@ -218,7 +218,7 @@ def test_a_template_without_a_clock_stays_as_it_is(source: str) -> None:
 @pytest.mark.parametrize("source", [DATED, LIKE_SMOLLM3, CHAT_TEMPLATE])
 @pytest.mark.parametrize("kind", ["chat", "jinja"])
 @pytest.mark.parametrize("bos", [False, True])
-def test_others_get_the_tokens_of_the_training(source: str, kind: Any, bos: bool) -> None:
+def test_the_saved_template_gives_the_training_tokens(source: str, kind: Any, bos: bool) -> None:
     tokenizer = bos_tokenizer(source) if bos else tiny_tokenizer()
     tokenizer.chat_template = source if kind == "chat" else "{{ 'another' }}"
     template = Template(kind, source=source if kind == "jinja" else "")
@@ -239,7 +239,7 @@ def test_others_get_the_tokens_of_the_training(source: str, kind: Any, bos: bool
 
 @pytest.mark.parametrize("kind", ["instruction_response", "plain", "chat"])
 @pytest.mark.parametrize("bos", [False, True])
-def test_the_proof_holds_for_every_template(kind: Any, bos: bool, dolly_file: Path) -> None:
+def test_no_difference_for_any_template(kind: Any, bos: bool, dolly_file: Path) -> None:
     tokenizer = bos_tokenizer() if bos else tiny_tokenizer()
     section = DataSection(
         name=str(dolly_file), template=kind, include_context=kind == "chat", test_rows=30
@@ -261,7 +261,7 @@ def test_the_proof_holds_for_every_template(kind: Any, bos: bool, dolly_file: Pa
         (CHAT_TEMPLATE.replace("for message in messages", "for message in messages[:3]"), "of 4"),
     ],
 )
-def test_a_difference_is_found_and_nothing_wrong_is_handed_on(other: str, difference: str) -> None:
+def test_a_template_with_other_tokens_is_not_saved(other: str, difference: str) -> None:
     assert other != CHAT_TEMPLATE
     tokenizer = tiny_tokenizer()
     tokenize = RowTokenizer(tokenizer, Template("chat"))
@@ -275,7 +275,7 @@ def test_a_difference_is_found_and_nothing_wrong_is_handed_on(other: str, differ
     assert tokenize.chat_template is None
 
 
-def test_it_is_told_that_a_date_stands_still(dolly_file: Path) -> None:
+def test_a_note_reports_the_fixed_date(dolly_file: Path) -> None:
     tokenizer = tiny_tokenizer()
     tokenizer.chat_template = DATED
     section = DataSection(name=str(dolly_file), template="chat", test_rows=30)
@@ -295,7 +295,7 @@ def test_it_is_told_that_a_date_stands_still(dolly_file: Path) -> None:
         ("{% generation %}{{ m.content }}{% endgeneration %}", False),  # training ends it
     ],
 )
-def test_tags_that_mark_other_answers_are_told(marked: str, noted: bool) -> None:
+def test_a_note_reports_other_generation_tags(marked: str, noted: bool) -> None:
     source = (
         "{% for m in messages %}{% if m.role == 'assistant' %}{{ '<|im_start|>assistant\\n' }}"
         f"{marked}{{% else %}}{{{{ m.content }}}}{{% endif %}}{{% endfor %}}"
@@ -310,7 +310,7 @@ def test_tags_that_mark_other_answers_are_told(marked: str, noted: bool) -> None
 # --- several templates -------------------------------------------------------------------------
 
 
-def test_of_several_templates_the_default_is_used_and_handed_on() -> None:
+def test_of_several_templates_the_default_is_used_and_saved() -> None:
     tokenizer = tiny_tokenizer()
     tokenizer.chat_template = {"tool_use": "{{ 'tools' }}", "default": CHAT_TEMPLATE}  # type: ignore[assignment]
     assert default_template(tokenizer) == CHAT_TEMPLATE
@@ -321,7 +321,7 @@ def test_of_several_templates_the_default_is_used_and_handed_on() -> None:
     assert first_difference(tokenizer, tokenize, [ROW]) == ""
 
 
-def test_several_templates_without_a_default_are_named() -> None:
+def test_several_templates_without_a_default_are_refused() -> None:
     tokenizer = tiny_tokenizer()
     tokenizer.chat_template = {"tool_use": "{{ 1 }}", "rag": "{{ 2 }}"}  # type: ignore[assignment]
     with pytest.raises(UsageError, match=r"has the chat templates rag, tool_use, and none named"):

@@ -8,7 +8,7 @@ import numpy as np
 import pytest
 
 from slm_lora.data.checks import (
-    dataset_facts,
+    dataset_statistics,
     few_test_rows,
     special_tokens_in_rows,
     text_role_marks,
@@ -38,7 +38,9 @@ ROWS = [
 
 
 def test_relations_are_counted_one_by_one_and_together() -> None:
-    related = {entry.relation: entry for entry in dataset_facts(ROWS, [10] * len(ROWS)).related}
+    related = {
+        entry.relation: entry for entry in dataset_statistics(ROWS, [10] * len(ROWS)).related
+    }
     assert set(related) == {"prompt", "instruction", "context", "near", None}
     assert (related["prompt"].groups, related["prompt"].rows) == (1, 3)
     assert (related["instruction"].groups, related["instruction"].rows) == (1, 3)
@@ -48,7 +50,7 @@ def test_relations_are_counted_one_by_one_and_together() -> None:
 
 def test_the_leak_is_that_of_random_splits() -> None:
     rows = [row(f"question {i // 3}", f"{i}") for i in range(60)]
-    leak = dataset_facts(rows, [1] * 60).related[-1].leak
+    leak = dataset_statistics(rows, [1] * 60).related[-1].leak
     group, rng, shares = group_rows(rows).group_of, random.Random(0), []
     for _ in range(3000):
         held = {r.row_id for r in rows if rng.random() < 0.1}
@@ -61,12 +63,12 @@ def test_the_leak_is_that_of_random_splits() -> None:
 
 def test_conflicts_are_equal_prompts_with_different_answers() -> None:
     # "name a river" is spelt differently, so it is another prompt.
-    assert dataset_facts(ROWS, [10] * len(ROWS)).conflicts == (1, 2)
-    assert dataset_facts(ROWS[3:], [10] * 7).conflicts == (0, 0)
+    assert dataset_statistics(ROWS, [10] * len(ROWS)).conflicts == (1, 2)
+    assert dataset_statistics(ROWS[3:], [10] * 7).conflicts == (0, 0)
 
 
 def test_lengths_fall_into_bins_and_limits_have_a_cost() -> None:
-    facts = dataset_facts(ROWS[:4], [1, 2, 100, 300])
+    facts = dataset_statistics(ROWS[:4], [1, 2, 100, 300])
     assert facts.lengths == (
         (1, 1), (2, 1), (4, 0), (8, 0), (16, 0), (32, 0), (64, 0), (128, 1), (256, 0), (512, 1),
     )  # fmt: skip
@@ -76,7 +78,10 @@ def test_lengths_fall_into_bins_and_limits_have_a_cost() -> None:
 
 
 def test_categories_come_most_frequent_first() -> None:
-    assert dataset_facts(ROWS, [1] * len(ROWS)).categories == (("geography", 3), ("summary", 1))
+    assert dataset_statistics(ROWS, [1] * len(ROWS)).categories == (
+        ("geography", 3),
+        ("summary", 1),
+    )
 
 
 # --- role marks in row text --------------------------------------------------------------------
@@ -101,7 +106,7 @@ LLAMA2 = (
         ("instruction_response", CHAT_TEMPLATE, ["Instruction:", "Response:"]),
     ],
 )
-def test_role_marks_that_are_no_special_tokens(
+def test_role_marks_that_are_not_special_tokens(
     template: TemplateKind, chat_template: str, marks: list[str]
 ) -> None:
     tokenizer = tiny_tokenizer()
@@ -110,7 +115,7 @@ def test_role_marks_that_are_no_special_tokens(
     assert [mark.text for mark in text_role_marks(tokenize, ROWS)] == marks
 
 
-def test_rows_that_spell_a_role_mark_are_counted() -> None:
+def test_rows_with_a_role_mark_are_counted() -> None:
     tokenizer = tiny_tokenizer()
     tokenizer.chat_template = ZEPHYR
     tokenize = RowTokenizer(tokenizer, Template("chat"))
@@ -127,19 +132,19 @@ def test_rows_that_spell_a_role_mark_are_counted() -> None:
 # --- probable mistakes -------------------------------------------------------------------------
 
 
-def test_an_instruction_that_other_contexts_share_is_counted_and_ties_nothing() -> None:
+def test_equal_instructions_with_other_contexts_are_counted_but_not_tied() -> None:
     rows = [row("Is it good?", "Yes.", context=f"Text {n} of a guest {n}.") for n in range(4)]
-    related = {entry.relation: entry for entry in dataset_facts(rows, [9] * 4).related}
+    related = {entry.relation: entry for entry in dataset_statistics(rows, [9] * 4).related}
     assert (related["instruction"].groups, related["instruction"].rows) == (1, 4)
     assert (related[None].groups, related[None].rows, related[None].leak) == (0, 0, 0)
-    tied = dataset_facts(rows, [9] * 4, GroupingRule(with_context=False)).related[-1]
+    tied = dataset_statistics(rows, [9] * 4, GroupingRule(with_context=False)).related[-1]
     assert (tied.groups, tied.rows) == (1, 4)
 
 
-def test_prompts_that_named_groups_part_are_counted() -> None:
+def test_equal_prompts_in_different_groups_are_counted() -> None:
     rows = [row("Who?", f"{n}", group_hint=f"g{n % 2}") for n in range(5)]
-    assert dataset_facts(rows, [9] * 5).cross_group_prompts == 5
-    assert dataset_facts(rows[::2], [9] * 3).cross_group_prompts == 0
+    assert dataset_statistics(rows, [9] * 5).cross_group_prompts == 5
+    assert dataset_statistics(rows[::2], [9] * 3).cross_group_prompts == 0
 
 
 def example(number: int, group: int) -> Example:
@@ -147,7 +152,7 @@ def example(number: int, group: int) -> Example:
     return Example(f"row{number}", f"group{group}", "", ids, ids > 1, 1, 1)
 
 
-def test_few_test_rows_are_told() -> None:
+def test_few_test_rows_give_a_warning() -> None:
     assert few_test_rows([example(n, n) for n in range(30)]) == ""
     assert few_test_rows([example(n, n) for n in range(29)]).startswith("29 test rows: fewer than")
     warning = few_test_rows([example(n, n % 7) for n in range(300)])
@@ -205,7 +210,7 @@ def test_placeholders_are_found(text: str, expected: set[str]) -> None:
         "{{{{name}}}} or {{{name}}}",
     ],
 )
-def test_code_formulas_links_and_marks_are_no_placeholders(text: str) -> None:
+def test_code_formulas_links_and_marks_are_not_placeholders(text: str) -> None:
     assert placeholders_in(text) == set()
 
 
@@ -224,7 +229,7 @@ def test_rows_with_placeholders_are_counted() -> None:
     assert find_placeholders(ROWS) is None
 
 
-def test_special_tokens_that_rows_spell_are_counted() -> None:
+def test_special_tokens_in_rows_are_counted() -> None:
     tokenize = RowTokenizer(tiny_tokenizer(), Template("chat"))
     rows = [
         row("What is <|im_end|>?", "An end."),
@@ -261,5 +266,5 @@ def test_special_tokens_that_rows_spell_are_counted() -> None:
         ("{{ strftime_now('%Y') }}{{ raise_exception('no') }}{% break %", ()),
     ],
 )
-def test_names_that_nothing_sets_for_a_template(source: str, names: tuple[str, ...]) -> None:
+def test_undefined_names_in_a_template(source: str, names: tuple[str, ...]) -> None:
     assert undefined_names(source, ["eos_token"]) == names

@@ -43,7 +43,7 @@ ALONE = example("alone", [9], [1])
 # --- collation ---------------------------------------------------------------------------------
 
 
-def test_documents_lie_end_to_end_and_each_counts_from_zero() -> None:
+def test_documents_are_concatenated_with_their_own_positions() -> None:
     batch = collate([SHORT, ALONE, LONG], "all")
     assert batch.ids.tolist() == [5, 6, 7, 9, 11, 12, 13, 14, 15]
     assert batch.positions.tolist() == [0, 1, 2, 0, 0, 1, 2, 3, 4]
@@ -124,7 +124,7 @@ def least_division(lengths: tuple[int, ...], budget: int) -> tuple[int, int]:
     return division_of(len(lengths))
 
 
-def test_a_row_longer_than_the_budget_is_alone() -> None:
+def test_a_row_longer_than_the_budget_has_its_own_micro_batch() -> None:
     lengths = {"a": 3, "huge": 100, "b": 4, "large": 11}
     batches = make_micro_batches([of_length(n, length) for n, length in lengths.items()], 10)
     assert [[item.row_id for item in batch] for batch in batches] == [
@@ -161,7 +161,7 @@ def test_an_epoch_is_a_permutation() -> None:
     assert sorted(map(id, order_of_epoch)) == sorted(map(id, MANY))
 
 
-def test_epochs_and_seeds_have_orders_of_their_own() -> None:
+def test_orders_differ_by_epoch_and_seed() -> None:
     orders = [order(MANY, seed, epoch) for seed in range(3) for epoch in range(3)]
     assert len({tuple(order_of_epoch) for order_of_epoch in orders}) == 9
     assert [item.row_id for item in MANY] not in orders
@@ -171,7 +171,7 @@ def test_an_epoch_does_not_depend_on_the_order_of_the_examples() -> None:
     assert order(MANY, 1, 1) == order(MANY[::-1], 1, 1)
 
 
-def test_an_epoch_can_be_entered_anywhere() -> None:
+def test_the_order_of_an_epoch_is_independent_of_earlier_calls() -> None:
     """The order does not depend on earlier epochs or calls."""
     later = order(MANY, 1, 7)
     order(MANY, 1, 0)

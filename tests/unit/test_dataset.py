@@ -37,7 +37,7 @@ def context_notes(data: PreparedData) -> list[str]:
     return [note for note in data.notes if note.startswith("contexts")]
 
 
-def test_a_context_is_in_the_prompt_where_there_is_one(tmp_path: Path) -> None:
+def test_contexts_are_part_of_the_prompts(tmp_path: Path) -> None:
     path = alpaca(tmp_path)
     data, explicit = prepared(path), prepared(path, include_context=True)
     assert data.template.include_context is True and not context_notes(data)
@@ -45,7 +45,7 @@ def test_a_context_is_in_the_prompt_where_there_is_one(tmp_path: Path) -> None:
     assert "Context:\nA note on rivers, number 0." in decoded_text(data)
 
 
-def test_rows_without_contexts_are_what_they_were(tmp_path: Path) -> None:
+def test_rows_without_contexts_keep_their_hashes(tmp_path: Path) -> None:
     rows = [{k: v for k, v in row.items() if k != "context"} for row in make_rows(60)]
     path = write_jsonl(tmp_path / "rows.jsonl", rows)
     data, without = prepared(path), prepared(path, include_context=False)
@@ -62,7 +62,7 @@ def test_rows_without_contexts_are_what_they_were(tmp_path: Path) -> None:
         ({"template": "plain", "include_context": True}, "template plain has no context"),
     ],
 )
-def test_contexts_that_are_left_out_are_told(
+def test_a_note_reports_contexts_that_are_left_out(
     tmp_path: Path, options: dict[str, Any], remedy: str
 ) -> None:
     data = prepared(alpaca(tmp_path), **options)

@@ -43,7 +43,9 @@ def rendered(source: str, turns: tuple[Turn, ...], kind: Any = "jinja") -> str:
         (EACH.replace("in messages", "in messages[:3]"), FOUR, "4 of 4 (assistant"),
     ],
 )  # fmt: skip
-def test_rows_lose_no_turn(source: str, turns: tuple[Turn, ...], lost: str, kind: Any) -> None:
+def test_rows_with_a_dropped_turn_are_refused(
+    source: str, turns: tuple[Turn, ...], lost: str, kind: Any
+) -> None:
     with pytest.raises(DataError) as caught:
         rendered(source, turns, kind)
     assert str(caught.value).startswith("rows.jsonl:7: the chat template drops turn ")
@@ -62,21 +64,21 @@ def test_rows_lose_no_turn(source: str, turns: tuple[Turn, ...], lost: str, kind
     ],
 )
 @pytest.mark.parametrize("turns", [PAIR, SYSTEM, FOUR])
-def test_templates_that_write_a_turn_in_another_way(source: str, turns: tuple[Turn, ...]) -> None:
+def test_templates_that_change_a_turn_are_accepted(source: str, turns: tuple[Turn, ...]) -> None:
     rendered(source, turns)
 
 
-def test_a_turn_without_text_cannot_be_lost() -> None:
+def test_an_empty_turn_is_never_reported_as_dropped() -> None:
     source = EACH.replace("in messages", "in messages if m.role != 'system'")
     assert "Two days." in rendered(source, (Turn("system", " \n"), *PAIR))
 
 
-def test_a_template_may_want_other_contents() -> None:
+def test_a_template_that_refuses_the_marks_is_accepted() -> None:
     source = "{% if messages[0].content != 'Is it far?' %}{{ raise_exception('no') }}{% endif %}"
     assert "Two days." in rendered(source + EACH, PAIR)
 
 
-def test_prompts_lose_no_turn() -> None:
+def test_prompts_with_a_dropped_turn_are_refused() -> None:
     source = EACH.replace("in messages", "in messages if m.role != 'system'")
     tokenize = RowTokenizer(tiny_tokenizer(), Template("jinja", source=source))
     assert tokenize.prompt(PAIR[:1])
@@ -86,7 +88,7 @@ def test_prompts_lose_no_turn() -> None:
 
 @settings(max_examples=50, deadline=None)
 @given(st.lists(st.sampled_from(("system", "user", "assistant")), min_size=1, max_size=40))
-def test_what_is_left_out_is_found(roles: list[Role]) -> None:
+def test_dropped_turns_are_detected(roles: list[Role]) -> None:
     def render(messages: list[dict[str, str]], prompt: bool) -> str:
         kept = [m["content"] for m in messages if m["role"] != "system"]
         return "".join(kept) + "?" * prompt

@@ -42,7 +42,7 @@ def test_recipes_name_every_format() -> None:
         ({"messages", "text"}, "chat"),
     ],
 )
-def test_the_columns_tell_the_format(columns: set[str], expected: str) -> None:
+def test_the_format_is_detected_by_columns(columns: set[str], expected: str) -> None:
     assert detect_format(columns, AUTO) == expected
 
 
@@ -69,7 +69,7 @@ def test_several_formats_fit_is_an_error_until_one_is_named() -> None:
     assert detect_format(columns, section(format="alpaca")) == "alpaca"
 
 
-def test_text_beside_another_format_is_taken_when_asked_for() -> None:
+def test_text_beside_another_format_is_read_when_requested() -> None:
     columns = {"instruction", "input", "output", "text"}
     assert detect_format(columns, section(format="text")) == "text"
     # mapped, but the detected format would drop it silently
@@ -91,7 +91,7 @@ def test_named_format_without_its_columns_is_an_error() -> None:
         detect_format({"instruction", "response"}, section(format="alpaca"))
 
 
-def test_mapped_columns_answer_to_their_field_alone() -> None:
+def test_a_mapped_column_loses_its_own_name() -> None:
     chosen = section(columns={"response": "output", "context": "input"})
     columns = {"instruction", "input", "output"}
     assert detect_format(columns, chosen) == "dolly"
@@ -108,7 +108,7 @@ def test_a_mapped_field_hides_the_column_of_its_name() -> None:
         to_row({"instruction": "Q", "response": "A"}, "x", "dolly", chosen)
 
 
-def test_one_may_group_by_a_column_that_is_also_read() -> None:
+def test_a_column_may_be_both_group_and_text() -> None:
     chosen = section(columns={"group": "instruction"})
     assert detect_format({"instruction", "response"}, chosen) == "dolly"
     row = to_row({"instruction": "Q", "response": "A"}, "x", "dolly", chosen)
@@ -129,7 +129,7 @@ def test_mapping_mistakes_are_explained() -> None:
         )
 
 
-def test_only_columns_that_are_read_are_wanted() -> None:
+def test_only_columns_that_are_read_are_decoded() -> None:
     columns = ["id", "seen", "instruction", "answer", "category", "topic"]
     assert columns_to_decode(
         columns, section(columns={"response": "answer", "group": "topic"})
@@ -161,7 +161,7 @@ def test_prompt_and_plain_text() -> None:
     assert to_row({"text": "T"}, "x", "text", AUTO).turns == (Turn("assistant", "T"),)
 
 
-def test_the_chat_spellings_agree() -> None:
+def test_alternative_chat_keys_give_equal_rows() -> None:
     expected = (Turn("system", "S"), Turn("user", "Q"), Turn("assistant", "A"))
     openai = [
         {"role": "system", "content": "S"},
@@ -182,7 +182,7 @@ def test_the_chat_spellings_agree() -> None:
         assert to_row(record, "x", "chat", AUTO).turns == expected
 
 
-def test_text_is_kept_exactly_but_for_line_ends() -> None:
+def test_text_is_unchanged_except_for_line_ends() -> None:
     text = "  a\tb \r\n c\u00a0\rd\u2028\ufeff\n"
     row = to_row({"instruction": text, "response": text}, "x", "dolly", AUTO)
     assert row.turns[0].content == row.turns[1].content == text.replace("\r\n", "\n")
@@ -264,7 +264,7 @@ def turns(*roles: str) -> list[dict[str, Any]]:
         ("system", "assistant", "user", "assistant"),
     ],
 )
-def test_orders_of_roles_that_are_taken(roles: tuple[str, ...]) -> None:
+def test_accepted_orders_of_roles(roles: tuple[str, ...]) -> None:
     row = to_row({"messages": turns(*roles)}, "x", "chat", AUTO)
     assert tuple(turn.role for turn in row.turns) == roles
 
@@ -313,12 +313,12 @@ def test_malformed_chats(messages: object, reason: str) -> None:
     assert str(caught.value) == reason
 
 
-def test_an_earlier_empty_answer_is_taken() -> None:
+def test_an_earlier_answer_may_be_empty() -> None:
     messages = [message("assistant", ""), message("user", "Q"), message("assistant", "A")]
     assert len(to_row({"messages": messages}, "x", "chat", AUTO).turns) == 3
 
 
-def test_a_chat_completion_must_answer() -> None:
+def test_a_completion_needs_an_assistant_turn() -> None:
     record = {"prompt": turns("user", "assistant"), "completion": turns("user")}
     with pytest.raises(RowError, match="completion has no assistant turn"):
         to_row(record, "x", "chat", AUTO)
@@ -359,7 +359,7 @@ EMPTY = [None, "", [], {}, [None], {"name": None, "arguments": None}, [{"id": No
 
 
 @pytest.mark.parametrize("value", EMPTY)
-def test_what_arrow_pads_messages_with_changes_nothing(value: object) -> None:
+def test_null_keys_of_arrow_have_no_effect(value: object) -> None:
     padding = dict.fromkeys(
         ("tool_calls", "function_call", "reasoning_content", "name", "weight", "train", "images"),
         value,
@@ -370,7 +370,7 @@ def test_what_arrow_pads_messages_with_changes_nothing(value: object) -> None:
     assert not list(unread_content(record, "chat", AUTO))
 
 
-def test_other_keys_and_columns_are_told() -> None:
+def test_unread_keys_and_columns_are_reported() -> None:
     messages = [
         {**message("user", "Q"), "name": "ann", "timestamp": 3, "train": True},
         {**message("assistant", "A"), "loss": 2.5, "finish_reason": "stop", "toxic": False},
@@ -390,7 +390,7 @@ def test_other_keys_and_columns_are_told() -> None:
 
 @pytest.mark.parametrize("key", ["weight", "train", "trainable", "loss"])
 @pytest.mark.parametrize("off", [False, 0, 0.0, "0", "false", "False"])
-def test_a_turn_that_is_marked_out_is_refused(key: str, off: object) -> None:
+def test_an_excluded_assistant_turn_is_refused(key: str, off: object) -> None:
     if key == "loss" and not isinstance(off, bool):
         return  # a number that was measured
     messages = [
@@ -402,21 +402,21 @@ def test_a_turn_that_is_marked_out_is_refused(key: str, off: object) -> None:
 
 
 @pytest.mark.parametrize("on", [True, 1, 1.0, "1", "true", None])
-def test_marks_that_everything_is_learnt_change_nothing(on: object) -> None:
+def test_marks_that_include_a_turn_have_no_effect(on: object) -> None:
     for key in ("weight", "train", "trainable"):
         messages = [{**message("user", "Q"), key: 0}, {**message("assistant", "A"), key: on}]
         assert len(to_row({"messages": messages}, "x", "chat", AUTO).turns) == 2
         assert not list(unread_content({"messages": messages}, "chat", AUTO))
 
 
-def test_a_weight_between_is_refused() -> None:
+def test_a_fractional_weight_is_refused() -> None:
     messages = [message("user", "Q"), {**message("assistant", "A"), "weight": 0.5}]
     with pytest.raises(RowError, match="has a weight other than 0 and 1"):
         to_row({"messages": messages}, "x", "chat", AUTO)
 
 
 @pytest.mark.parametrize("role", ["tool", "function_call", "observation", "ipython"])
-def test_roles_of_tools_are_named(role: str) -> None:
+def test_tool_roles_are_refused_by_name(role: str) -> None:
     messages = [message("user", "Q"), message(role, "x"), message("assistant", "A")]
     with pytest.raises(RowError, match=f"has the role {role}: tools are not trained on"):
         to_row({"messages": messages}, "x", "chat", AUTO)
@@ -450,7 +450,7 @@ def test_text_parts_are_joined() -> None:
         ([], "the last assistant turn is empty"),
     ],
 )
-def test_parts_that_are_no_text_are_named(content: object, reason: str) -> None:
+def test_parts_other_than_text_are_refused_by_name(content: object, reason: str) -> None:
     with pytest.raises(RowError, match=reason):
         to_row(
             {"messages": [message("user", "Q"), message("assistant", content)]}, "x", "chat", AUTO
@@ -487,7 +487,7 @@ def test_a_system_column_is_a_system_turn(column: str) -> None:
 
 
 @pytest.mark.parametrize("column", ["tools", "functions", "image", "images", "audio", "videos"])
-def test_columns_that_the_text_would_be_without(column: str) -> None:
+def test_columns_of_tools_and_media_are_refused(column: str) -> None:
     for name, record in (
         ("dolly", {"instruction": "Q", "response": "A"}),
         ("chat", {"messages": [message("user", "Q"), message("assistant", "A")]}),
@@ -499,7 +499,7 @@ def test_columns_that_the_text_would_be_without(column: str) -> None:
         to_row({**record, column: "x"}, "x", name, section(columns={column: None}))
 
 
-def test_rows_that_are_marked_as_bad_are_refused() -> None:
+def test_rows_excluded_from_training_are_refused() -> None:
     record = {"prompt": "Q", "completion": "A"}
     for mark in ({"label": False}, {"label": "False"}, {"kto_tag": False}, {"weight": 0},
                  {"train": False}):  # fmt: skip
@@ -529,7 +529,7 @@ def test_rows_that_are_marked_as_bad_are_refused() -> None:
         ({"chosen", "rejected"}, set(), {"text": "chosen"}),
     ],
 )  # fmt: skip
-def test_preference_data_are_named_with_what_works(
+def test_preference_data_are_explained_with_a_working_mapping(
     columns: set[str], lists: set[str], mapping: dict[str, str | None]
 ) -> None:
     with pytest.raises(DataError) as caught:
@@ -550,6 +550,6 @@ def test_preference_data_are_named_with_what_works(
         ({"question", "response"}, r"perhaps \{instruction: question\}"),
     ],
 )
-def test_other_data_are_named(columns: set[str], explanation: str) -> None:
+def test_unsupported_data_are_explained(columns: set[str], explanation: str) -> None:
     with pytest.raises(DataError, match=explanation):
         detect_format(columns, AUTO)

@@ -125,12 +125,12 @@ def test_rows_are_many_complete_and_sorted(rows: Rows) -> None:
     assert order == sorted(order)
 
 
-def test_no_question_is_asked_twice(rows: Rows) -> None:
+def test_questions_are_unique(rows: Rows) -> None:
     counts = Counter(_normalised(row["instruction"]) for row in rows)
     assert [question for question, count in counts.items() if count > 1] == []
 
 
-def test_no_answer_is_given_twice(rows: Rows) -> None:
+def test_answers_are_unique(rows: Rows) -> None:
     counts = Counter(_normalised(row["response"]) for row in rows)
     assert [answer for answer, count in counts.items() if count > 1] == []
 
@@ -200,7 +200,7 @@ def _lines(text: str) -> list[str]:
     return text.strip("\n").splitlines()
 
 
-def test_directives_are_taken_out_and_formulas_leave_a_mark() -> None:
+def test_directives_are_removed_and_formulas_leave_a_mark() -> None:
     text = """
 Speed of the wheel.
 
@@ -252,11 +252,11 @@ def test_inline_markup(marked: str, plain: str) -> None:
     "marked",
     ["As shown in [3]_.", r"Of size :math:`\frac{1}{2}`.", "From https://wheels.example.", "A `b."],
 )
-def test_what_leans_on_lost_markup_is_not_clean(marked: str) -> None:
+def test_text_that_depends_on_removed_markup_is_refused(marked: str) -> None:
     assert not is_self_contained(clean_inline(marked))
 
 
-def test_dots_that_end_no_sentence() -> None:
+def test_dots_inside_sentences() -> None:
     text = "Wheels, e.g. Steel ones, turn (cf. Rims). They cost 3.5 coins. `a.b. C` is code."
     assert split_sentences(text) == [
         "Wheels, e.g. Steel ones, turn (cf. Rims).",
@@ -330,7 +330,7 @@ def test_a_value_gets_a_subject(fragment: str, sentence: str) -> None:
         "a wheel that turns.",
     ],
 )
-def test_a_doubtful_value_is_refused(fragment: str) -> None:
+def test_an_ambiguous_value_is_refused(fragment: str) -> None:
     assert describe_value("w", fragment) is None
 
 
@@ -338,7 +338,7 @@ def test_several_values_are_plural() -> None:
     assert describe_value("a, b", "The wheels.") == "`a` and `b` are the wheels."
 
 
-def test_actions_are_told_in_the_third_person() -> None:
+def test_actions_are_in_the_third_person() -> None:
     assert describe_action("`f`", "Compute the speed.") == "`f` computes the speed."
     assert describe_action("`f`", "Randomly permute a row.") == "`f` randomly permutes a row."
     fit = describe_action("`f`", "Fit the wheel and return the speed.")
@@ -410,6 +410,6 @@ def test_repeated_facts_are_found_exactly() -> None:
     assert repeated_facts(facts) == {2: 0, 3: 1}
 
 
-def test_linked_names_share_the_first_of_them() -> None:
+def test_linked_names_map_to_the_first_of_them() -> None:
     groups = merge_linked(["a", "b", "c", "d"], [("c", "b"), ("a", "c")])
     assert groups == {"a": "a", "b": "a", "c": "a", "d": "d"}

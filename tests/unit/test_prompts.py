@@ -67,7 +67,7 @@ def test_only_a_newline_ends_a_line(tmp_path: Path) -> None:
     assert questions(read(tmp_path / "p.txt", f"{text}\n{text}")) == [text] * 2
 
 
-def test_what_stands_beside_a_question(tmp_path: Path) -> None:
+def test_other_columns_of_a_prompt(tmp_path: Path) -> None:
     parts = [{"type": "text", "text": "Q"}, {"type": "text", "text": "?"}]
     user, answer = {"role": "user", "content": parts}, {"role": "assistant", "content": "A"}
     system = {"role": "system", "content": "S"}
@@ -108,7 +108,7 @@ def test_what_stands_beside_a_question(tmp_path: Path) -> None:
         ({"other": "Q"}, "has none of instruction, prompt, question, messages"),
     ],
 )
-def test_what_is_no_prompt_is_named_by_its_place(
+def test_invalid_prompts_are_reported_with_their_location(
     tmp_path: Path, record: dict[str, object], fragment: str
 ) -> None:
     path = tmp_path / "p.jsonl"
@@ -122,7 +122,7 @@ def test_what_is_no_prompt_is_named_by_its_place(
     assert str(caught.value).endswith(" (and 1 more that are not prompts)")
 
 
-def test_files_that_are_no_prompts(tmp_path: Path) -> None:
+def test_files_without_prompts(tmp_path: Path) -> None:
     for name, content, fragment in (
         ("p.txt", b"\n \n", "no prompt in it"), ("p.json", b"[]", "no prompt in it"),
         ("p.txt", b"caf\xe9\n", "looks like Windows-1252, save the file as UTF-8"),

@@ -108,7 +108,7 @@ def test_malformed_line(tmp_path: Path, line: bytes, reason: str) -> None:
     assert refusal(path) == expected
 
 
-def test_a_row_too_long_is_a_bad_row_of_its_size(tmp_path: Path) -> None:
+def test_a_row_over_the_size_limit_is_malformed(tmp_path: Path) -> None:
     long = json.dumps({"instruction": "q", "response": "é" * 6_150_000}, ensure_ascii=False)
     path = jsonl(tmp_path, good_line(1), long.encode(), good_line(2))
     assert refusal(path).startswith("rows.jsonl:2: row of 12.3 MB (at most 10 MB). Fix")
@@ -124,7 +124,7 @@ def test_the_longest_row_that_is_read(tmp_path: Path, monkeypatch: pytest.Monkey
     assert [bad.source for bad in caught.value.bad_rows] == ["rows.jsonl:1", "rows.jsonl:2"]
 
 
-def test_one_kind_names_its_lines(tmp_path: Path) -> None:
+def test_rows_with_one_fault_are_listed_by_line(tmp_path: Path) -> None:
     empty = b'{"instruction": "q", "response": ""}'
     path = jsonl(tmp_path, good_line(1), empty, good_line(2), empty, empty)
     assert refusal(path) == ("rows.jsonl:2: response is empty (3 rows in all: 2, 4, 5). Fix them.")
@@ -361,7 +361,7 @@ def test_ids_do_not_depend_on_the_file_format(rows: list[dict[str, Any]]) -> Non
 
 
 @pytest.mark.parametrize("suffix", WRITERS)
-def test_text_arrives_whole(tmp_path: Path, suffix: str) -> None:
+def test_text_is_read_unchanged(tmp_path: Path, suffix: str) -> None:
     text = ' "quoted", é\u2028\u0085 漢字 🙂\r\nnext\rlast\x0b '
     path = tmp_path / f"rows{suffix}"
     WRITERS[suffix](path, [{"instruction": text, "response": text}])
@@ -447,7 +447,7 @@ def test_prompt_and_completion_as_messages_are_a_chat(tmp_path: Path, suffix: st
 
 
 @pytest.mark.parametrize("suffix", WRITERS)
-def test_rows_with_their_rendered_text_beside_them(tmp_path: Path, suffix: str) -> None:
+def test_a_column_of_rendered_text_is_ignored(tmp_path: Path, suffix: str) -> None:
     """Alpaca is published with a fourth column: a prompt rendered from the other three."""
     row = {"instruction": "Q", "input": "C", "output": "A", "text": "Below is: Q, C. Generation: A"}
     path = tmp_path / f"rows{suffix}"
@@ -501,7 +501,7 @@ def test_a_broken_json_list_is_refused_whole(tmp_path: Path, content: str, line:
     assert refusal(path, on_bad_row="skip") == f"rows.json:{line}: bad JSON; fix the file"
 
 
-def test_json_that_is_no_utf8(tmp_path: Path) -> None:
+def test_json_that_is_not_utf8(tmp_path: Path) -> None:
     path = tmp_path / "rows.json"
     path.write_bytes(b'[\n{"text": "xyzzy\xff"}]')
     assert "the file looks like Windows-1252; save it as UTF-8" in refusal(path)
@@ -537,9 +537,7 @@ JSON_LAYOUTS: dict[str, str] = {
 
 @pytest.mark.parametrize("suffix", [".json", ".jsonl", ".ndjson", ".json.gz", ".JSONL.GZ"])
 @pytest.mark.parametrize("shape", JSON_LAYOUTS)
-def test_json_is_read_in_the_shapes_that_tools_write(
-    tmp_path: Path, shape: str, suffix: str
-) -> None:
+def test_json_layouts_of_common_tools(tmp_path: Path, shape: str, suffix: str) -> None:
     if suffix not in (".json", ".json.gz") and shape in ("below any key", "one line"):
         return  # a line of JSON lines: an object without a column that is known
     path, content = tmp_path / f"rows{suffix}", JSON_LAYOUTS[shape].encode()
@@ -584,7 +582,7 @@ def test_bad_items_of_a_wrapped_list_are_named(tmp_path: Path) -> None:
         ('{"a": "xyzzy"}\n\n[3]', "rows.json"),
     ],
 )
-def test_json_in_no_shape_that_is_known(tmp_path: Path, content: str, fragment: str) -> None:
+def test_json_of_unknown_layout(tmp_path: Path, content: str, fragment: str) -> None:
     path = tmp_path / "rows.json"
     path.write_text(content)
     assert fragment in refusal(path)
@@ -616,7 +614,7 @@ def test_csv_rows_are_named_by_the_line_they_begin_on(tmp_path: Path) -> None:
     ]
 
 
-def test_csv_that_cannot_be_taken_apart_is_refused_whole(tmp_path: Path) -> None:
+def test_broken_csv_is_refused_as_a_whole(tmp_path: Path) -> None:
     path = tmp_path / "rows.csv"
     path.write_text('text\na\n"xyzzy\nb\n')
     assert refusal(path, on_bad_row="skip").startswith("rows.csv:3: broken CSV")
@@ -626,7 +624,7 @@ def test_csv_that_cannot_be_taken_apart_is_refused_whole(tmp_path: Path) -> None
     assert refusal(path) == "rows.csv:1: two columns have the same name"
 
 
-def test_a_long_csv_field_is_read_and_the_limit_put_back(tmp_path: Path) -> None:
+def test_a_long_csv_field_is_read_and_the_limit_restored(tmp_path: Path) -> None:
     before = csv.field_size_limit()
     path = tmp_path / "rows.csv"
     write_csv(path, [{"text": "a" * (before + 1)}])
@@ -680,7 +678,7 @@ def test_headers_and_quotes_that_are_wrong_are_named(
 
 
 @pytest.mark.parametrize("suffix", [".csv", ".jsonl", ".txt", ".json"])
-def test_windows_1252_is_named(tmp_path: Path, suffix: str) -> None:
+def test_windows_1252_is_detected(tmp_path: Path, suffix: str) -> None:
     path = tmp_path / f"rows{suffix}"
     rows = [{"text": f"Caf\xe9 {n}, “so”."} for n in range(12)]
     {".txt": lambda p, r: p.write_text("\n".join(e["text"] for e in r)),
@@ -720,7 +718,7 @@ def test_text_is_read_by_paragraphs_or_lines(tmp_path: Path) -> None:
     assert texts(path) == [("rows.txt:3", "One."), ("rows.txt:4", "Two.")]
 
 
-def test_a_folder_of_texts_is_read_one_way(tmp_path: Path) -> None:
+def test_all_texts_of_a_folder_are_divided_alike(tmp_path: Path) -> None:
     (tmp_path / "a.txt").write_text("One,\ntwo.\n\nThree.\n")
     (tmp_path / "b.txt").write_text("Four,\nfive.\n")
     row_set = read(tmp_path)
@@ -777,7 +775,7 @@ def test_a_folder_of_parquet_shards(tmp_path: Path) -> None:
     assert refusal(folder).startswith("b.parquet: broken, or not a Parquet file")
 
 
-def test_what_save_to_disk_wrote_is_named(tmp_path: Path) -> None:
+def test_the_output_of_save_to_disk_is_explained(tmp_path: Path) -> None:
     datasets.Dataset.from_list(ROWS).save_to_disk(tmp_path / "saved")
     assert "was written by save_to_disk of datasets (Arrow)" in refusal(tmp_path / "saved")
 
@@ -807,7 +805,7 @@ def test_compressed_files(tmp_path: Path, suffix: str) -> None:
         ("rows.gz", "not one of the suffixes"), ("rows", "not one of the suffixes"),
     ],
 )  # fmt: skip
-def test_other_files_are_named(tmp_path: Path, name: str, fragment: str) -> None:
+def test_unsupported_files_are_explained(tmp_path: Path, name: str, fragment: str) -> None:
     (tmp_path / name).write_bytes(b"xyzzy")
     assert fragment in refusal(tmp_path / name)
     with pytest.raises(DataError, match="no such file"):
@@ -822,7 +820,7 @@ def test_other_files_are_named(tmp_path: Path, name: str, fragment: str) -> None
         (b"ARROW1", "an Arrow file"), (b"version https://git-lfs.github.com", "Git LFS"),
     ],
 )  # fmt: skip
-def test_files_under_a_wrong_name_are_named(
+def test_files_with_a_wrong_suffix_are_explained(
     tmp_path: Path, suffix: str, head: bytes, fragment: str
 ) -> None:
     path = tmp_path / f"rows{suffix}"
@@ -833,7 +831,7 @@ def test_files_under_a_wrong_name_are_named(
 # --- unread content ------------------------------------------------------------------------------
 
 
-def test_columns_and_keys_that_are_not_read_are_told(tmp_path: Path) -> None:
+def test_columns_and_keys_that_are_not_read_are_reported(tmp_path: Path) -> None:
     path = tmp_path / "rows.jsonl"
     messages = [{"role": "user", "content": "Q", "name": "ann"}]
     write_jsonl(path, [
@@ -856,7 +854,7 @@ def test_columns_and_keys_that_are_not_read_are_told(tmp_path: Path) -> None:
     assert read(path).notes == ()
 
 
-def test_keys_of_hub_data_sets_are_told_where_they_do_nothing(tmp_path: Path) -> None:
+def test_hub_keys_without_effect_are_reported(tmp_path: Path) -> None:
     path = jsonl(tmp_path, good_line(1))
     assert read(path, split="test", revision="v1").notes == (
         "data.split is for hub data sets, and has no effect here",
@@ -864,7 +862,7 @@ def test_keys_of_hub_data_sets_are_told_where_they_do_nothing(tmp_path: Path) ->
     )
 
 
-def test_values_nested_deep_are_no_traceback(tmp_path: Path) -> None:
+def test_deeply_nested_values_are_read(tmp_path: Path) -> None:
     deep = "[" * 900 + "]" * 900
     path = tmp_path / "rows.jsonl"
     for more, column in ((f'"tools": {deep}', ""), (f'"tools": {deep[:900]}1{deep[900:]}', "tools"),
@@ -878,7 +876,7 @@ def test_values_nested_deep_are_no_traceback(tmp_path: Path) -> None:
             assert len(read(path).rows) == 3
 
 
-def test_pictures_in_parquet_are_refused_undecoded(tmp_path: Path) -> None:
+def test_images_in_parquet_are_refused_without_decoding(tmp_path: Path) -> None:
     path = tmp_path / "rows.parquet"
     picture = pa.struct([("bytes", pa.binary()), ("path", pa.string())])
     for column in (
@@ -914,7 +912,7 @@ def test_messages_that_arrow_pads_are_read(tmp_path: Path) -> None:
         )
 
 
-def test_rejected_rows_are_refused_or_left_out(tmp_path: Path) -> None:
+def test_excluded_rows_are_refused_or_skipped(tmp_path: Path) -> None:
     path = tmp_path / "rows.jsonl"
     rows = [{"prompt": f"Q{n}", "completion": "A", "label": n % 2 == 0} for n in range(300)]
     write_jsonl(path, rows)
@@ -948,7 +946,7 @@ def test_an_error_about_many_rows_is_one_short_line(tmp_path: Path) -> None:
 # --- Parquet -----------------------------------------------------------------------------------
 
 
-def test_parquet_types_that_are_no_text(tmp_path: Path) -> None:
+def test_parquet_types_other_than_text(tmp_path: Path) -> None:
     path = tmp_path / "rows.parquet"
     pq.write_table(pa.table({"instruction": ["a", "b"], "response": [1, None]}), path)
     assert refusal(path) == (
@@ -957,7 +955,7 @@ def test_parquet_types_that_are_no_text(tmp_path: Path) -> None:
     )
 
 
-def test_parquet_text_that_is_no_utf8_is_a_bad_row(tmp_path: Path) -> None:
+def test_parquet_text_that_is_not_utf8_is_a_bad_row(tmp_path: Path) -> None:
     values = pa.array([b"a", b"xyzzy\xff", b"c"], pa.binary())
     invalid = pa.StringArray.from_buffers(3, values.buffers()[1], values.buffers()[2])
     pq.write_table(pa.table({"text": invalid}), tmp_path / "rows.parquet")
@@ -1007,7 +1005,7 @@ def test_no_such_file(tmp_path: Path, monkeypatch: pytest.MonkeyPatch, name: str
         read_rows(DataSection(name=name))
 
 
-def test_names_that_are_no_row_files(tmp_path: Path) -> None:
+def test_names_without_rows(tmp_path: Path) -> None:
     assert "is a folder without files that are read" in refusal(tmp_path)
     (tmp_path / "rows.foo").write_bytes(b"")
     assert ".jsonl, .ndjson, .json, .csv" in refusal(tmp_path / "rows.foo")
@@ -1127,7 +1125,7 @@ def test_hub_data_that_cannot_be_read_is_a_data_error(monkeypatch: pytest.Monkey
     assert SECRET not in str(caught.value)
 
 
-def test_a_bug_is_not_explained_away(monkeypatch: pytest.MonkeyPatch) -> None:
+def test_an_unknown_error_is_raised_unchanged(monkeypatch: pytest.MonkeyPatch) -> None:
     fake_hub(monkeypatch, fail_if_called)
     with pytest.raises(AssertionError):
         read_rows(DataSection(name="owner/set"))
@@ -1202,7 +1200,7 @@ def test_ml_qa_is_built_once_and_read(builder: list[Path], tmp_path: Path) -> No
     assert [path.name for path in (tmp_path / "cache/data").iterdir()] == [ensure_ml_qa().name]
 
 
-def test_ml_qa_of_other_versions_is_built_anew(
+def test_ml_qa_is_rebuilt_for_other_versions(
     builder: list[Path], monkeypatch: pytest.MonkeyPatch
 ) -> None:
     first = ensure_ml_qa()

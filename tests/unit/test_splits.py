@@ -68,7 +68,7 @@ def test_the_sets_have_the_sizes_asked_for_and_share_no_row() -> None:
     assert len({*sets.test, *sets.validation, *sets.train}) == 420
 
 
-def test_no_group_stands_on_two_sides() -> None:
+def test_no_group_is_in_two_sets() -> None:
     for seed in range(20):
         sets = split(MIXED, split_seed=seed)
         sides = [
@@ -92,7 +92,7 @@ def test_a_data_set_of_size_n_trains_on_nine_tenths(size: int, rows: int) -> Non
     assert len(split(MIXED, size=15).train) == 14
 
 
-def test_the_held_out_rows_know_nothing_of_size_and_data_seed() -> None:
+def test_held_out_rows_do_not_depend_on_size_and_data_seed() -> None:
     plain = split(MIXED)
     for size in (None, 20, 200):
         for data_seed in (0, 1, 99):
@@ -106,7 +106,7 @@ def test_the_test_rows_do_not_depend_on_the_validation_rows() -> None:
     assert split(MIXED, validation_rows=1).test == split(MIXED, validation_rows=60).test
 
 
-def test_another_split_seed_holds_out_other_rows() -> None:
+def test_another_split_seed_gives_other_held_out_rows() -> None:
     tests = [set(split(MIXED, split_seed=seed).test) for seed in range(3)]
     assert all(len(a & b) < 20 for a, b in [(tests[0], tests[1]), (tests[1], tests[2])])
 
@@ -198,7 +198,7 @@ def test_rows_are_tied_through_one_another() -> None:
     assert len(groups(rows[::-1])) == 3
 
 
-def test_a_context_and_a_group_of_one_text_are_not_mistaken_for_each_other() -> None:
+def test_equal_text_in_different_columns_ties_nothing() -> None:
     rows = [row(BEES), row("other", context=BEES), row("third", group_hint=BEES)]
     assert len(groups(rows, GroupingRule(("group", "prompt", "context", "instruction")))) == 3
 
@@ -207,7 +207,7 @@ def test_no_context_and_no_hint_tie_nothing() -> None:
     assert len(groups([row("one", context=" \n"), row("two", context=""), row("three")])) == 3
 
 
-def test_a_chat_is_known_by_its_first_question() -> None:
+def test_chats_are_related_by_their_first_question() -> None:
     def chat(*contents: str) -> Row:
         roles = ("system", "user", "assistant", "user", "assistant")
         return Row(tuple(Turn(r, c) for r, c in zip(roles, contents, strict=False)))  # type: ignore[arg-type]
@@ -224,7 +224,7 @@ def test_texts_under_one_system_turn_are_not_one_group() -> None:
     assert len(groups(rows)) == 3
 
 
-def test_a_groups_name_is_its_smallest_row_id() -> None:
+def test_the_group_id_is_the_smallest_row_id() -> None:
     rows = in_groups([7])
     assert set(group_rows(rows).group_of.values()) == {min(each.row_id for each in rows)}
 
@@ -298,7 +298,7 @@ def test_too_many_validation_rows() -> None:
     assert message.endswith("data.validation_rows = 59 fits")
 
 
-def test_a_number_that_whole_groups_do_not_make_up() -> None:
+def test_a_number_that_whole_groups_cannot_reach() -> None:
     assert refusal(in_groups([2] * 100), test_rows=41).endswith("data.test_rows = 40 fits")
     assert refusal(in_groups([7] * 20), test_rows=5).endswith("data.test_rows = 7 fits")
 
@@ -312,7 +312,7 @@ def test_a_size_too_large() -> None:
     assert len(split(in_groups([1] * 100), size=44).train) == 40
 
 
-def test_one_row_left_is_no_data_set_of_any_size() -> None:
+def test_one_remaining_row_allows_no_size() -> None:
     rows = in_groups([1] * 61)
     assert refusal(rows, size=2).endswith("data.size = null fits")
     assert len(split(rows, size=None).train) == 1
@@ -346,7 +346,7 @@ def split_or_refusal(rows: list[Row], **changed: Any) -> Split | str:
     st.one_of(st.none(), st.integers(1, 120)),
     st.integers(0, 3),
 )
-def test_what_a_refusal_proposes_works(
+def test_the_proposal_of_a_refusal_works(
     sizes: list[int],
     size: int | None,
     test_rows: int | None,
@@ -459,7 +459,7 @@ def test_texts_without_spaces_are_near_by_pairs_of_characters() -> None:
     assert len(groups([row(word, context="無し") for word in ("犬", "猫", "鳥")])) == 3
 
 
-def test_rows_that_name_their_group_are_taken_at_their_word() -> None:
+def test_rows_with_a_group_are_not_compared() -> None:
     questions = ["What does the parameter axis of numpy.sum do in this function?"]
     questions.append(questions[0].replace("sum", "mean"))
     assert groups([row(q) for q in questions]) == {frozenset({0, 1})}
@@ -483,7 +483,7 @@ def test_one_instruction_with_other_contexts_is_many_prompts() -> None:
     assert len(groups([*rows, row("is the mood good, or bad", "bad", context=REMARKS[0])])) == 30
 
 
-def test_a_context_that_the_model_is_not_shown_tells_nothing_apart() -> None:
+def test_contexts_outside_the_prompts_do_not_distinguish_rows() -> None:
     rows = [row("Is the mood good or bad?", "good", context=text) for text in REMARKS]
     assert len(groups(rows, GroupingRule(with_context=False))) == 1
     message = refusal(rows, test_rows=4, validation_rows=2, rule=GroupingRule(with_context=False))
@@ -491,7 +491,7 @@ def test_a_context_that_the_model_is_not_shown_tells_nothing_apart() -> None:
     assert message.endswith("with data.include_context=true they are 30 groups")
 
 
-def test_the_same_instruction_ties_where_a_recipe_says_so() -> None:
+def test_equal_instructions_are_tied_on_request() -> None:
     rows = [row(f"Task {n % 5}.", "good", context=text) for n, text in enumerate(REMARKS)]
     assert len(groups(rows)) == 30
     assert len(groups(rows, GroupingRule(("instruction",)))) == 5
@@ -507,7 +507,7 @@ def test_questions_on_one_document_stay_together() -> None:
     assert len(groups(rows)) == 10
 
 
-def test_a_context_of_a_few_words_is_no_document() -> None:
+def test_a_context_of_a_few_words_ties_nothing() -> None:
     for context in ("<noinput>", "N/A", "French", "No input was given"):
         rows = [row(f"What does word {n} mean?", context=context) for n in range(30)]
         assert len(groups(rows)) == 30
@@ -515,7 +515,7 @@ def test_a_context_of_a_few_words_is_no_document() -> None:
         assert len(groups(same)) == 1
 
 
-def test_rows_that_name_their_groups_are_tied_by_that_alone() -> None:
+def test_rows_with_a_group_are_tied_by_it_alone() -> None:
     rows = [row(f"Is it good? {n}", context=BEES, group_hint=f"g{n // 2}") for n in range(6)]
     assert groups(rows) == {frozenset({0, 1}), frozenset({2, 3}), frozenset({4, 5})}
     assert len(groups(rows, GroupingRule(("prompt", "context")))) == 1, (
@@ -534,7 +534,7 @@ def conversation(*questions: str, system: str = "") -> Row:
     return Row(tuple(turns))
 
 
-def test_conversations_that_all_begin_alike_are_told_apart_by_what_follows() -> None:
+def test_conversations_with_a_common_opening_are_distinguished_by_later_turns() -> None:
     rows = [conversation("Hello!", text, system="Be kind.") for text in REMARKS]
     assert len(groups(rows)) == 30
     deeper = [conversation("Hello!", "An order.", text) for text in REMARKS]
@@ -602,7 +602,7 @@ def test_documents_inside_of_prompts_stay_together() -> None:
     assert len(groups(rows, GroupingRule(threshold=1.0))) == 120
 
 
-def test_what_a_split_refuses_names_a_relation_to_give_up() -> None:
+def test_a_refusal_names_a_relation_to_remove() -> None:
     rows = [row(f"What of {n}?", context=BEES) for n in range(20)]
     message = refusal(rows, test_rows=2, validation_rows=2)
     assert message.endswith("with 'data.group_by=[group, prompt, near]' they are 20 groups")

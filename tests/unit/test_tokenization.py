@@ -136,7 +136,7 @@ def test_the_text_is_tokenised_once_and_whole(tokenizer: Any, row: Row) -> None:
     assert encode_row(tokenizer, "chat", row).ids.tolist() == ids(tokenizer, text)
 
 
-def test_context_stands_where_it_was_asked_for(plain_tokenizer: Any) -> None:
+def test_the_context_is_part_of_the_prompt_if_included(plain_tokenizer: Any) -> None:
     row = pair("How long?", "Long.", context="Rivers are long.")
     eos = plain_tokenizer.eos_token_id
     kind: TemplateKind
@@ -289,7 +289,7 @@ def test_a_first_turn_without_a_question_begins_at_its_text(plain_tokenizer: Any
     assert responses(plain_tokenizer, example) == ["Welcome.<|im_end|>", "Hi.<|im_end|>"]
 
 
-def test_the_mark_at_a_turns_end_may_be_another_token_than_eos(plain_tokenizer: Any) -> None:
+def test_the_end_mark_of_a_turn_may_differ_from_eos(plain_tokenizer: Any) -> None:
     source = "{% for m in messages %}{{ m['content'] + '<|im_start|>\\n' }}{% endfor %}"
     row = chat(("user", "One?"), ("assistant", "1"), ("user", "Two?"), ("assistant", "2"))
     example = encode_row(plain_tokenizer, Template("jinja", source=source), row)
@@ -324,7 +324,7 @@ def test_special_tokens_in_row_text_stay_text(
 
 
 @pytest.mark.parametrize("kind", NAMED)
-def test_text_comes_back_from_its_tokens(plain_tokenizer: Any, kind: TemplateKind) -> None:
+def test_decoding_restores_the_text(plain_tokenizer: Any, kind: TemplateKind) -> None:
     row = pair("<|im_end|>\n<|im_start|>", "a <|im_start|>assistant\n<|endoftext|><|im_end|> b")
     question, answer = (turn.content for turn in row.turns)
     text = {
@@ -346,14 +346,14 @@ def test_a_special_token_that_joins_template_and_text_stays_text(plain_tokenizer
     assert example.ids.tolist().count(plain_tokenizer.eos_token_id) == 1
 
 
-def test_private_use_characters_that_stand_for_specials_are_refused(plain_tokenizer: Any) -> None:
+def test_private_use_characters_of_markers_are_refused(plain_tokenizer: Any) -> None:
     for row in (pair("\U000f0001", "A"), pair("Q", "\U00100000"), pair("Q", "A", "\U000f8000")):
         with pytest.raises(DataError, match=r"^rows\.jsonl:7: .*private-use.*remove the row"):
             encode_row(plain_tokenizer, "instruction_response", row)
     encode_row(plain_tokenizer, "instruction_response", pair("\ue000", "A"))
 
 
-def test_a_vocabulary_that_cannot_spell_a_special_token_is_found_out() -> None:
+def test_a_vocabulary_that_cannot_escape_special_tokens_is_refused() -> None:
     """Some word-level vocabularies contain their special tokens as ordinary words."""
     words = {"<unk>": 0, "</s>": 1, "salt": 2}
     backend = Tokenizer(models.WordLevel(words, unk_token="<unk>"))
@@ -479,7 +479,7 @@ def test_rows_that_fit_are_the_same_whether_long_ones_are_split(tokenizer: Any) 
 
 
 @pytest.mark.parametrize("kind", NAMED)
-def test_special_tokens_in_responses_are_these_where_asked_for(
+def test_special_tokens_in_responses_are_special_if_requested(
     tokenizer: Any, kind: TemplateKind
 ) -> None:
     chosen = Template(kind, special_in_responses=True)
@@ -499,7 +499,7 @@ def test_special_tokens_in_responses_are_these_where_asked_for(
 
 
 @pytest.mark.parametrize("kind", NAMED)
-def test_prompts_are_the_same_whatever_responses_may_hold(
+def test_special_tokens_in_responses_do_not_change_prompts(
     tokenizer: Any, kind: TemplateKind
 ) -> None:
     tokenize = RowTokenizer(tokenizer, Template(kind, special_in_responses=True))
@@ -512,7 +512,7 @@ def test_prompts_are_the_same_whatever_responses_may_hold(
     assert example.ids[: len(prompt)].tolist() == prompt
 
 
-def test_an_earlier_response_is_prompted_with_as_it_was_trained(plain_tokenizer: Any) -> None:
+def test_earlier_responses_have_the_training_tokens_in_prompts(plain_tokenizer: Any) -> None:
     row = chat(("user", "1?"), ("assistant", "<|endoftext|>a"), ("user", "2?"), ("assistant", "b"))
     tokenize = RowTokenizer(plain_tokenizer, Template("chat", special_in_responses=True))
     (example,), _ = tokenize.encode([row], {row.row_id: ""})
@@ -523,7 +523,7 @@ def test_an_earlier_response_is_prompted_with_as_it_was_trained(plain_tokenizer:
     assert prompt == list(expected["input_ids"]), "transformers reads specials everywhere"
 
 
-def test_a_response_that_spells_its_own_end_has_one(plain_tokenizer: Any) -> None:
+def test_a_response_with_an_end_mark_gets_no_second_one(plain_tokenizer: Any) -> None:
     example = encode_row(
         plain_tokenizer, Template("plain", special_in_responses=True), pair("Q", "A<|im_end|>")
     )
@@ -535,7 +535,7 @@ def test_a_response_that_spells_its_own_end_has_one(plain_tokenizer: Any) -> Non
 # --- prompts that end within a token -----------------------------------------------------------
 
 
-def test_rows_prompted_otherwise_than_trained_are_found(plain_tokenizer: Any) -> None:
+def test_rows_whose_prompt_has_other_tokens_alone_are_found(plain_tokenizer: Any) -> None:
     tokenize = RowTokenizer(plain_tokenizer, Template("plain"))
     rows = [
         pair("Tell me a fact about rivers.", " Rivers matter."),
@@ -610,7 +610,7 @@ ANY_TEXT = st.lists(
 @pytest.mark.parametrize("bos", [False, True])
 @settings(max_examples=60, deadline=None)
 @given(question=ANY_TEXT, answer=ANY_TEXT)
-def test_the_mask_is_the_response_and_nothing_else(
+def test_the_mask_covers_exactly_the_response(
     request: pytest.FixtureRequest, kind: TemplateKind, bos: bool, question: str, answer: str
 ) -> None:
     assume(question or answer)
@@ -664,7 +664,9 @@ def test_a_template_from_a_file(plain_tokenizer: Any, tmp_path: Path) -> None:
     assert example.ids.tolist().count(plain_tokenizer.eos_token_id) == 2
 
 
-def test_a_template_sees_what_chat_templates_see(plain_tokenizer: Any, tmp_path: Path) -> None:
+def test_a_jinja_template_has_the_variables_of_chat_templates(
+    plain_tokenizer: Any, tmp_path: Path
+) -> None:
     """Otherwise training and other programs would render different texts."""
     source = (
         "{%- if tools %}{{ raise_exception('no tools') }}{% endif %}\n"
@@ -692,7 +694,7 @@ def test_a_template_sees_what_chat_templates_see(plain_tokenizer: Any, tmp_path:
         ("{% include 'other.jinja' %}", "no loader"),
     ],
 )
-def test_templates_that_fail_are_explained(
+def test_failing_templates_are_explained(
     plain_tokenizer: Any, tmp_path: Path, source: str, fragment: str
 ) -> None:
     with pytest.raises(UsageError) as caught:
@@ -730,7 +732,7 @@ def test_a_row_that_the_models_own_template_refuses(tiny_folder: Path) -> None:
         encode_row(tokenizer, "chat", row)
 
 
-def test_chat_needs_a_chat_template(tiny_folder: Path) -> None:
+def test_template_chat_needs_a_chat_template(tiny_folder: Path) -> None:
     tokenizer = AutoTokenizer.from_pretrained(tiny_folder, local_files_only=True)
     tokenizer.chat_template = None
     with pytest.raises(UsageError, match=r"no chat template; use instruction_response"):
@@ -807,7 +809,7 @@ OWN_TEMPLATES = [
 
 @pytest.mark.parametrize("template", [*map(Template, NAMED), *OWN_TEMPLATES])
 @pytest.mark.parametrize("row", ROWS)
-def test_others_prompt_as_was_trained(
+def test_the_saved_template_prompts_as_in_training(
     bos_tokenizer: Any, plain_tokenizer: Any, template: Template, row: Row
 ) -> None:
     for tokenizer in (bos_tokenizer, plain_tokenizer):
@@ -823,14 +825,16 @@ def test_others_prompt_as_was_trained(
 
 
 @pytest.mark.parametrize("kind", NAMED)
-def test_the_prompt_is_what_stood_before_the_response(tokenizer: Any, kind: TemplateKind) -> None:
+def test_a_prompt_equals_the_training_text_before_the_response(
+    tokenizer: Any, kind: TemplateKind
+) -> None:
     row = pair("Tell me a fact about rivers.", "Rivers matter.")
     example = encode_row(tokenizer, kind, row)
     before = example.ids[~example.response].tolist()
     assert prompted(tokenizer, Template(kind), messages(row)[:1], prompt=True) == before
 
 
-def test_an_answer_in_a_prompt_may_hold_what_a_question_may_not(plain_tokenizer: Any) -> None:
+def test_an_answer_in_a_prompt_may_contain_nul(plain_tokenizer: Any) -> None:
     """A model may have generated it, and the conversation must be able to continue."""
     tokenize = RowTokenizer(plain_tokenizer, Template("chat"))
     turns = [Turn("user", "Why?"), Turn("assistant", "a\0b\r\nc"), Turn("user", "So?")]
@@ -841,20 +845,22 @@ def test_an_answer_in_a_prompt_may_hold_what_a_question_may_not(plain_tokenizer:
 
 
 @pytest.mark.parametrize("kind", NAMED)
-def test_a_conversation_is_pair_after_pair(plain_tokenizer: Any, kind: TemplateKind) -> None:
+def test_a_conversation_is_the_concatenation_of_its_pairs(
+    plain_tokenizer: Any, kind: TemplateKind
+) -> None:
     two = [*messages(ROWS[0]), *messages(ROWS[3])]
     prompted_ids = prompted(plain_tokenizer, Template(kind), two)
     once = [prompted(plain_tokenizer, Template(kind), messages(ROWS[n])) for n in (0, 3)]
     assert prompted_ids == once[0] + once[1]
 
 
-def test_a_text_row_comes_back_too(tokenizer: Any) -> None:
+def test_the_saved_template_gives_the_tokens_of_a_text_row(tokenizer: Any) -> None:
     row = chat(("assistant", "Rivers matter."))
     trained = encode_row(tokenizer, "plain", row).ids.tolist()
     assert prompted(tokenizer, Template("plain"), messages(row)) == trained
 
 
-def test_a_tokenizer_without_a_chat_template_has_none_to_hand_on() -> None:
+def test_a_tokenizer_without_a_chat_template_saves_none() -> None:
     assert as_chat_template(Template("chat"), True, None) is None
 
 
@@ -876,7 +882,7 @@ def tinyllama() -> Any:
 
 
 @pytest.mark.parametrize("limit", [2, 5, 16])
-def test_tinyllama_learns_every_token_of_a_long_text_once(tinyllama: Any, limit: int) -> None:
+def test_tinyllama_has_every_token_of_a_long_text_as_one_label(tinyllama: Any, limit: int) -> None:
     pieces, _ = encode(tinyllama, Template("plain"), TEXTS, limit, "split")
     labels = [
         label for example in pieces for label in collate([example], "all").labels[:-1].tolist()
@@ -901,7 +907,9 @@ def test_tinyllama_puts_bos_first_and_eos_last(tinyllama: Any) -> None:
 
 
 @pytest.mark.parametrize("kind", NAMED)
-def test_tinyllama_takes_end_marks_in_row_text_for_text(tinyllama: Any, kind: TemplateKind) -> None:
+def test_tinyllama_encodes_end_marks_in_row_text_as_text(
+    tinyllama: Any, kind: TemplateKind
+) -> None:
     example = encode_row(tinyllama, kind, pair("Is <s> a tag, </s> too?\n", "</s>No</s>, <unk>."))
     input_ids = example.ids.tolist()
     assert input_ids[0] == 1
@@ -958,7 +966,7 @@ HOSTILE = [
 
 @pytest.mark.parametrize("source", HOSTILE)
 @pytest.mark.parametrize("whose", ["the model's", "the user's"])
-def test_a_hostile_template_reaches_nothing(
+def test_a_malicious_template_is_sandboxed(
     plain_tokenizer: Any, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, source: str, whose: str
 ) -> None:
     monkeypatch.chdir(tmp_path)
@@ -976,7 +984,7 @@ def test_a_hostile_template_reaches_nothing(
     assert len(row.turns) == 2
 
 
-def test_a_template_that_writes_the_date_writes_the_same_one_every_day() -> None:
+def test_a_template_with_a_date_gives_the_same_text_every_day() -> None:
     tokenizer = tiny_tokenizer()
     tokenizer.chat_template = (
         "{{ strftime_now('%d %b %Y') }}{% for message in messages %}"

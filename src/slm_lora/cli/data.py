@@ -161,7 +161,7 @@ _RELATIONS = {
 
 
 def _say_facts(job: Job) -> None:
-    from slm_lora.data.checks import dataset_facts, text_role_marks
+    from slm_lora.data.checks import dataset_statistics, text_role_marks
     from slm_lora.data.collate import label_count
     from slm_lora.data.tokenization import RowTokenizer
     from slm_lora.model.loading import load_tokenizer
@@ -169,7 +169,7 @@ def _say_facts(job: Job) -> None:
     rows = job.rows.rows
     tokenize = RowTokenizer(load_tokenizer(job.source), job.data.template)
     whole, _ = tokenize.encode(rows, {row.row_id: row.row_id for row in rows})
-    found = dataset_facts(rows, [example.length for example in whole], job.data.rule)
+    found = dataset_statistics(rows, [example.length for example in whole], job.data.rule)
     out = console()
 
     def say(line: str) -> None:

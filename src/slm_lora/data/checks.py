@@ -50,7 +50,7 @@ class LengthCost:
 
 
 @dataclass(frozen=True, slots=True)
-class DatasetFacts:
+class DatasetStatistics:
     """Statistics of a data set.
 
     Attributes:
@@ -73,9 +73,9 @@ class DatasetFacts:
     costs: tuple[LengthCost, ...]
 
 
-def dataset_facts(
+def dataset_statistics(
     rows: Sequence[Row], lengths: Sequence[int], rule: GroupingRule | None = None
-) -> DatasetFacts:
+) -> DatasetStatistics:
     """Compute the statistics of rows.
 
     Args:
@@ -94,7 +94,7 @@ def dataset_facts(
     related = [entry for entry in by_relation if entry.groups]
     categories = Counter(row.category for row in rows if row.category)
     bins = Counter(1 << (length - 1).bit_length() for length in lengths)
-    return DatasetFacts(
+    return DatasetStatistics(
         related=(*related, _related(rows, rule, None)) if related else (),
         cross_group_prompts=count_cross_group_prompts(rows, rule),
         conflicts=_conflicts(rows),
