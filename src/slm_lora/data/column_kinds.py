@@ -20,7 +20,7 @@ CONTEXT_COLUMNS = ("input", "inputs", "context", "passage", "document", "knowled
 """Prompt columns that may be the context of an instruction."""
 
 REJECTION_MARKS = ("label", "kto_tag", "train", "trainable", "weight")
-"""Columns whose value false or 0 excludes a row from training."""
+"""Columns whose value false (or 0 for ``weight``) excludes a row from training."""
 
 _REFUSED = re.compile(r"tools|functions|(image|audio|video)s?(_(path|url|bytes)s?)?")
 
