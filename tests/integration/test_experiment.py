@@ -273,7 +273,7 @@ def test_of_named_templates_that_write_the_date_others_get_what_was_trained(
     one = ("grid.cells=[{data.size: 40}]", "training.max_steps=2")
     assert command("train", lab.recipe, *words, *one, *out) == 0
     said = capsys.readouterr()
-    assert (said.out + said.err).count("26 Jul 2024 stands in its place, in training and in") == 1
+    assert (said.out + said.err).count("26 Jul 2024 is used instead, in training and in") == 1
     folder = tmp_path / "adapter" / "tiny-40"
     tokenizer = AutoTokenizer.from_pretrained(folder if kind == "full" else base)
     if kind == "lora":

@@ -271,7 +271,7 @@ def test_a_conversation_goes_through_a_chat_template_only(tiny_source: ModelSour
     ]
     tokenizer = load_tokenizer(tiny_source)
     chat = RowTokenizer(tokenizer, Template("chat"))
-    assert chat.holds_conversations
+    assert chat.is_multi_turn
     messages = [{"role": turn.role, "content": turn.content} for turn in turns]
     wanted = tokenizer.apply_chat_template(messages, add_generation_prompt=True)["input_ids"]
     assert chat.prompt(turns) == list(wanted)

@@ -24,7 +24,7 @@ import yaml
 from huggingface_hub import ModelCard
 
 from slm_lora.cli import app, run_guarded
-from slm_lora.data.chat_templates import freeze
+from slm_lora.data.chat_templates import freeze_date
 from slm_lora.errors import IntegrityError, StorageError, UsageError
 from slm_lora.export.hub import dry_run, push
 from slm_lora.export.merge import merge
@@ -217,7 +217,10 @@ def test_the_card_is_made_from_the_run(adapter: Path, tmp_path: Path) -> None:
     ("template", "said"),
     [
         ("{{ 1 }}", "`chat_template.jinja` holds it."),
-        (freeze("{{ strftime_now('%Y') }}"), "jinja` holds it, with 26 Jul 2024 as today's date."),
+        (
+            freeze_date("{{ strftime_now('%Y') }}"),
+            "jinja` holds it, with 26 Jul 2024 as today's date.",
+        ),
         ("{{ strftime_now('%Y') }}", "it writes today's, training wrote 26 Jul 2024."),
         (None, "no chat template gives other programs the same tokens."),
     ],

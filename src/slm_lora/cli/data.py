@@ -21,7 +21,7 @@ from slm_lora.runtime.terminal import printable
 if TYPE_CHECKING:
     from collections.abc import Sequence
 
-    from slm_lora.data.checks import SpeltSpecials
+    from slm_lora.data.checks import SpecialTokensInRows
     from slm_lora.data.sources import BadRow
     from slm_lora.experiment.job import Job
 
@@ -161,7 +161,7 @@ _RELATIONS = {
 
 
 def _say_facts(job: Job) -> None:
-    from slm_lora.data.checks import facts, plain_marks
+    from slm_lora.data.checks import dataset_statistics, text_role_marks
     from slm_lora.data.collate import label_count
     from slm_lora.data.tokenization import RowTokenizer
     from slm_lora.model.loading import load_tokenizer
@@ -169,7 +169,7 @@ def _say_facts(job: Job) -> None:
     rows = job.rows.rows
     tokenize = RowTokenizer(load_tokenizer(job.source), job.data.template)
     whole, _ = tokenize.encode(rows, {row.row_id: row.row_id for row in rows})
-    found = facts(rows, [example.length for example in whole], job.data.rule)
+    found = dataset_statistics(rows, [example.length for example in whole], job.data.rule)
     out = console()
 
     def say(line: str) -> None:
@@ -182,11 +182,13 @@ def _say_facts(job: Job) -> None:
                 f"  {_RELATIONS[each.relation]:55} {each.rows:6} rows in {each.groups:5} groups  "
                 f"{each.leak:6.1%}"
             )
-    if found.parted:
-        say(f"  rows that ask exactly what a row of another group asks: {found.parted}")
+    if found.cross_group_prompts:
+        say(
+            f"  rows that ask exactly what a row of another group asks: {found.cross_group_prompts}"
+        )
     prompts, answered = found.conflicts
     say(f"\nprompts with different answers: {prompts} ({answered} rows)")
-    for mark in plain_marks(tokenize, rows):
+    for mark in text_role_marks(tokenize, rows):
         spelt = (
             f"{mark.rows} rows spell it, first {mark.first}" if mark.rows else "no row spells it"
         )
@@ -265,7 +267,7 @@ def _cut(job: Job) -> list[str]:
 
 def _odd_text(job: Job) -> list[str]:
     from slm_lora.data.chat_templates import default_template
-    from slm_lora.data.checks import names_not_set, spelt_specials
+    from slm_lora.data.checks import special_tokens_in_rows, undefined_names
     from slm_lora.data.placeholders import find_placeholders
     from slm_lora.data.tokenization import RowTokenizer
     from slm_lora.model.loading import load_tokenizer
@@ -275,12 +277,12 @@ def _odd_text(job: Job) -> list[str]:
     tokenize = RowTokenizer(tokenizer, template)
     lines = []
     if found := find_placeholders(rows):
-        spelt = ", ".join(found.spelt[:5]) + (", …" if len(found.spelt) > 5 else "")
+        spelt = ", ".join(found.placeholders[:5]) + (", …" if len(found.placeholders) > 5 else "")
         lines.append(
             f"{found.rows} rows hold what looks like a placeholder that was never filled in "
             f"({spelt}), first {found.first}"
         )
-    joined = [row for row, so in zip(rows, tokenize.joined(rows), strict=True) if so]
+    joined = [row for row, so in zip(rows, tokenize.differs_from_prompt(rows), strict=True) if so]
     if joined:
         lines.append(
             f"{len(joined)} of {len(rows)} rows are prompted otherwise than trained: the end of "
@@ -288,7 +290,7 @@ def _odd_text(job: Job) -> list[str]:
             f"(a space or line end between them, say), first {joined[0].source}; let prompts end "
             "without white space, and responses begin with it"
         )
-    in_responses, in_prompts = spelt_specials(tokenize, rows)
+    in_responses, in_prompts = special_tokens_in_rows(tokenize, rows)
     if in_responses:
         how = (
             "they are these tokens (data.special_tokens_in_responses = special)"
@@ -301,7 +303,7 @@ def _odd_text(job: Job) -> list[str]:
         lines.append(f"prompts of {_named(in_prompts)}: they are text there, always")
     source = template.source if template.kind == "jinja" else default_template(tokenizer)
     if template.kind in ("jinja", "chat") and source is not None:
-        unset = names_not_set(source, tokenizer.special_tokens_map.keys())
+        unset = undefined_names(source, tokenizer.special_tokens_map.keys())
         if unset:
             lines.append(
                 f"the chat template uses names that nothing sets: {', '.join(unset)}; each counts "
@@ -310,7 +312,7 @@ def _odd_text(job: Job) -> list[str]:
     return lines
 
 
-def _named(found: SpeltSpecials) -> str:
+def _named(found: SpecialTokensInRows) -> str:
     tokens = ", ".join(f"{token} ({many})" for token, many in found.tokens[:5])
     more = ", …" if len(found.tokens) > 5 else ""
     return f"{found.rows} rows spell special tokens ({tokens}{more}), first {found.first}"

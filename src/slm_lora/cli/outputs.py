@@ -57,12 +57,12 @@ def chat(
     Ctrl-C stops a reply, not the program; an empty line, /quit or Ctrl-D ends it; /new begins
     anew; /help lists what there is.
     """
-    from slm_lora.data.text import given
+    from slm_lora.data.text import prompt_text
     from slm_lora.errors import SlmLoraError
     from slm_lora.evaluation.generation import Sampling
     from slm_lora.records import Turn
 
-    system = given(system, "--system")
+    system = prompt_text(system, "--system")
     _check_stop(stop)
     variants = opened(base, [adapter] if adapter else [], device, precision)
     name = variants.names[-1]
@@ -72,7 +72,7 @@ def chat(
     )
     beginning = [Turn("system", system)] if system else []
     prompter.prompt([*beginning, Turn("user", "?")])  # refuses what the template has no place for
-    several = prompter.holds_conversations
+    several = prompter.is_multi_turn
     out = console()
     out.print(
         f"{variants.base.source.name} · {name} · template {prompter.template.kind}"
@@ -93,7 +93,7 @@ def chat(
         if not several:
             turns = list(beginning)
         try:
-            turns.append(Turn("user", given(asked, "the question")))
+            turns.append(Turn("user", prompt_text(asked, "the question")))
         except SlmLoraError as error:
             print(error)
             continue
@@ -164,7 +164,7 @@ def generate(
     import json
 
     from slm_lora.data.prompts import Prompt, read_prompts
-    from slm_lora.data.text import given
+    from slm_lora.data.text import prompt_text
     from slm_lora.evaluation.generation import Generation, Sampling, prompt_ids
     from slm_lora.records import Turn
     from slm_lora.runtime.progress import Reporter
@@ -177,7 +177,7 @@ def generate(
     _check_stop(stop)
     asked = read_prompts(prompts) if prompts else []
     if prompt is not None:
-        asked = [Prompt((Turn("user", given(prompt, "prompt")),))]
+        asked = [Prompt((Turn("user", prompt_text(prompt, "prompt")),))]
     variants = opened(base, [adapter] if adapter else [], device, precision)
     name = variants.names[-1]
     _say_contexts(asked, variants.row_tokenizers[name].template)
@@ -320,10 +320,10 @@ def opened(base: str | None, adapters: list[Path], device: str, precision: str) 
 
 
 def _check_stop(stop: list[str] | None) -> None:
-    from slm_lora.data.text import given
+    from slm_lora.data.text import prompt_text
 
     for text in stop or ():
-        given(text, "--stop")
+        prompt_text(text, "--stop")
 
 
 def _say_contexts(asked: list[Any], template: Any) -> None:

@@ -144,7 +144,7 @@ def _dataset_examples(adapters: list[Path]) -> list[Prompt]:
     """A few rows of what the first adapter was trained on, where it is on this machine."""
     from slm_lora.adapters.io import ABOUT
     from slm_lora.config.schema import DataSection
-    from slm_lora.data.prompts import from_rows
+    from slm_lora.data.prompts import prompts_from_rows
     from slm_lora.data.sources import read_rows
     from slm_lora.errors import SlmLoraError
 
@@ -157,6 +157,6 @@ def _dataset_examples(adapters: list[Path]) -> list[Prompt]:
     if section.name != "ml-qa" and not Path(section.name).is_file():
         return []
     try:
-        return from_rows(read_rows(section).rows, 12)
+        return prompts_from_rows(read_rows(section).rows, 12)
     except SlmLoraError:
         return []

@@ -267,7 +267,7 @@ def reference_loss(
     """
     if not prompt.reference:
         return None
-    row = prompt.answered
+    row = prompt.as_row
     examples, _ = variants.row_tokenizers[asked_as].encode(
         [row], {row.row_id: row.row_id}, variants.max_length
     )

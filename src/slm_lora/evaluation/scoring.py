@@ -12,7 +12,7 @@ from collections.abc import Callable, Sequence
 from contextlib import nullcontext
 from dataclasses import asdict, dataclass
 
-from slm_lora.data.collate import by_token_budget, collate
+from slm_lora.data.collate import collate, make_micro_batches
 from slm_lora.errors import DataError, IntegrityError, NumericError
 from slm_lora.model.base import Base
 from slm_lora.model.forward import score_documents
@@ -65,7 +65,7 @@ def score(
         IntegrityError: several processes were given different rows.
     """
     scores, stopped = [], False
-    batches = by_token_budget(examples, micro_batch_tokens)
+    batches = make_micro_batches(examples, micro_batch_tokens)
     shares = distributed.partition(
         batches, lambda batch: sum(example.length for example in batch), distributed.world_size()
     )

@@ -12,7 +12,7 @@ from slm_lora.config.schema import (
     TrainingSection,
 )
 from slm_lora.config.types import RunOptions
-from slm_lora.data.dataset import Prepared
+from slm_lora.data.dataset import PreparedData
 from slm_lora.data.sources import RowSet
 from slm_lora.model.resolve import ModelSource
 from slm_lora.ops import compilation
@@ -50,7 +50,7 @@ class Job:
     options: RunOptions
     resolved: dict[str, Any]
     source: ModelSource
-    data: Prepared
+    data: PreparedData
     rows: RowSet
     device: torch.device
     precision: PrecisionName
@@ -74,7 +74,7 @@ ComputedName = Literal["here", "elsewhere", "nowhere"]
 
 def tokens_per_micro_batch(
     config: CellConfig,
-    prepared: Prepared,
+    prepared: PreparedData,
     device: torch.device,
     precision: PrecisionName,
     budget: int,

@@ -13,7 +13,7 @@ import yaml
 
 from slm_lora.adapters.methods import METHODS
 from slm_lora.config.types import METHOD_LABELS, MethodName
-from slm_lora.data.chat_templates import TEMPLATE_DATE, is_frozen, read_template
+from slm_lora.data.chat_templates import TEMPLATE_DATE, has_frozen_date, read_template
 from slm_lora.errors import IntegrityError
 from slm_lora.export.trained import Trained
 from slm_lora.model.model_folder import CHAT_TEMPLATE
@@ -172,13 +172,13 @@ def _settings(trained: Trained) -> str:
     chat = trained.chat_template
     if chat is None:
         where = "no chat template gives other programs the same tokens."
-    elif is_frozen(chat) and chat != read_template(trained.folder / CHAT_TEMPLATE):
+    elif has_frozen_date(chat) and chat != read_template(trained.folder / CHAT_TEMPLATE):
         # As earlier versions wrote it.
         where = (
             "`chat_template.jinja` holds it, but for the date: it writes today's, training wrote "
             f"{TEMPLATE_DATE:%d %b %Y}."
         )
-    elif is_frozen(chat):
+    elif has_frozen_date(chat):
         where = f"`chat_template.jinja` holds it, with {TEMPLATE_DATE:%d %b %Y} as today's date."
     else:
         where = "`chat_template.jinja` holds it."

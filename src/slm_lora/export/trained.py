@@ -10,7 +10,7 @@ from typing import Any
 
 from slm_lora.adapters.io import ABOUT, WEIGHTS
 from slm_lora.config.schema import ModelSection
-from slm_lora.data.chat_templates import freeze, read_template
+from slm_lora.data.chat_templates import freeze_date, read_template
 from slm_lora.data.templates import Template
 from slm_lora.errors import IntegrityError, UsageError
 from slm_lora.model.model_folder import CHAT_TEMPLATE, MODEL_WEIGHTS
@@ -58,7 +58,7 @@ class Trained:
         """
         path = self.folder / CHAT_TEMPLATE
         text = read_template(path)
-        return None if text is None else freeze(text, str(path))
+        return None if text is None else freeze_date(text, str(path))
 
     def adapter_config(self) -> dict[str, Any]:
         """PEFT's configuration of an adapter."""

@@ -10,7 +10,7 @@ import numpy.typing as npt
 import torch
 from torch import Tensor
 
-from slm_lora.data.collate import IGNORED, MicroBatch
+from slm_lora.data.collate import IGNORE_INDEX, MicroBatch
 from slm_lora.model.base import trunk
 from slm_lora.model.head_form import output_head
 from slm_lora.ops.cross_entropy import summed_nll, token_nll
@@ -101,7 +101,7 @@ def document_logits(base: Base, documents: list[Tensor]) -> Tensor:
 
 def _scored(batch: MicroBatch) -> Tensor:
     # Computed in numpy: on a GPU, nonzero would synchronise.
-    return torch.from_numpy(np.flatnonzero(batch.labels != IGNORED))
+    return torch.from_numpy(np.flatnonzero(batch.labels != IGNORE_INDEX))
 
 
 def _labels(base: Base, batch: MicroBatch, scored: Tensor) -> Tensor:

@@ -11,7 +11,7 @@ from dataclasses import dataclass
 from typing import Any
 
 from slm_lora.adapters.methods import trains_all
-from slm_lora.data.collate import by_token_budget, epoch_order
+from slm_lora.data.collate import epoch_order, make_micro_batches
 from slm_lora.experiment.cell import scoring_compiles
 from slm_lora.experiment.job import Job
 from slm_lora.experiment.paths import BASE, ExperimentPaths
@@ -187,7 +187,7 @@ def _count(job: Job) -> _Counted:
 
 def _largest(drawn: Sequence[Sequence[Example]], budget: int) -> int:
     """Tokens of the largest micro-batch of some steps."""
-    divided = [micro for step in drawn for micro in by_token_budget(step, budget)]
+    divided = [micro for step in drawn for micro in make_micro_batches(step, budget)]
     return max(sum(row.length for row in micro) for micro in divided)
 
 

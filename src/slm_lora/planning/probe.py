@@ -19,7 +19,7 @@ import torch
 
 from slm_lora.adapters import attach
 from slm_lora.adapters.methods import trains_all
-from slm_lora.data.collate import by_token_budget, collate
+from slm_lora.data.collate import collate, make_micro_batches
 from slm_lora.errors import UsageError
 from slm_lora.evaluation.scoring import score
 from slm_lora.experiment.job import Job
@@ -206,7 +206,7 @@ def _kept(base: Base, peft_model: torch.nn.Module, job: Job, about: int) -> tupl
         return tensor.detach()
 
     section = job.config.training
-    batch = collate(by_token_budget(examples, 10**9)[0], section.loss_on)
+    batch = collate(make_micro_batches(examples, 10**9)[0], section.loss_on)
     peft_model.train()
     with (
         torch.autograd.graph.saved_tensors_hooks(noted, lambda tensor: tensor),

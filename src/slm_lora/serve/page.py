@@ -14,7 +14,7 @@ from fastapi import FastAPI
 
 from slm_lora.adapters.multi import BASE
 from slm_lora.data.prompts import Prompt
-from slm_lora.data.text import given
+from slm_lora.data.text import prompt_text
 from slm_lora.errors import SlmLoraError
 from slm_lora.evaluation.generation import Sampling, prompt_ids
 from slm_lora.records import Turn
@@ -179,9 +179,9 @@ def _asker(gradio: Any, engine: Engine) -> Any:
         asked_as = names[1] if len(names) > 1 else BASE
         try:
             prompt = Prompt(
-                (Turn("user", given(question, "question")),),
-                given(context or "", "context"),
-                given(reference or "", "reference").strip(),
+                (Turn("user", prompt_text(question, "question")),),
+                prompt_text(context or "", "context"),
+                prompt_text(reference or "", "reference").strip(),
             )
         except SlmLoraError as error:
             gradio.Warning(str(error))

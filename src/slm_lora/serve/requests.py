@@ -16,7 +16,7 @@ from pydantic import (
     field_validator,
 )
 
-from slm_lora.data.text import RowError, checked
+from slm_lora.data.text import RowError, require_text
 from slm_lora.evaluation.generation import Sampling
 from slm_lora.records import Role, Turn
 from slm_lora.serve.fields import unsupported, unsupported_in_message
@@ -205,6 +205,6 @@ def _content(content: Any, place: str) -> str:
 def checked_text(value: str, place: str) -> str:
     """As rows and prompt files are checked."""
     try:
-        return checked(value, "text")
+        return require_text(value, "text")
     except RowError as error:
         raise BadRequestError(place, str(error)) from None

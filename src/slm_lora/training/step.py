@@ -12,7 +12,7 @@ from typing import NamedTuple
 import torch
 from torch import Tensor
 
-from slm_lora.data.collate import by_token_budget, collate, label_count
+from slm_lora.data.collate import collate, label_count, make_micro_batches
 from slm_lora.errors import NumericError
 from slm_lora.model.activation_checkpointing import checkpointed_layers
 from slm_lora.model.base import Base
@@ -175,7 +175,7 @@ def _micro_batches(
     """This process's micro-batches of a step, with their weight: 1, or 0 for what is computed only
     because another process has more."""
     divided = [
-        by_token_budget(share, budget)
+        make_micro_batches(share, budget)
         for share in distributed.partition(examples, lambda e: e.length, distributed.world_size())
     ]
     own = [(micro, 1.0) for micro in divided[distributed.rank()]]
