@@ -75,9 +75,9 @@ def serve(
         ) from error
     chosen = list(adapter or last_experiment(adapters))
     examples = read_prompts(prompts) if prompts else _dataset_examples(chosen) if page else []
-    listening = listen(host, port)
+    listener = listen(host, port)
     variants = opened(base, chosen, device, precision)
-    engine = Engine(variants, most_tokens=max_tokens, most_waiting=max_waiting)
+    engine = Engine(variants, max_tokens=max_tokens, max_waiting=max_waiting)
     app = make_app(engine)
     if page:
         app = mount_page(app, engine, examples, best_adapter(chosen, results))
@@ -85,17 +85,17 @@ def serve(
     token = os.environ.get("SLM_LORA_TOKEN") or (secrets.token_urlsafe(24) if outside else None)
     shown = f"[{host}]" if ":" in host else host
     hosts = {*LOOPBACK, shown.lower(), *(name.lower() for name in allow_host or ())}
-    bound = listening.getsockname()[1]
+    bound_port = listener.getsockname()[1]
     out = console()
     for name in variants.names:
         out.print(f"model     {name}", soft_wrap=True)
-    url = f"http://{shown}:{bound}"
+    url = f"http://{shown}:{bound_port}"
     if page:
         out.print(f"page      {url}/" + (f"?token={token}" if token else ""), soft_wrap=True)
     out.print(f"API       {url}/v1" + (f"   key {token}" if token else ""), soft_wrap=True)
     out.print("Ctrl-C ends it")
     try:
-        run(Guard(app, hosts=hosts, token=token), listening)
+        run(Guard(app, hosts=hosts, token=token), listener)
     finally:
         engine.close()
 
