@@ -36,14 +36,14 @@ from slm_lora.evaluation.generation import (
     prompt_ids,
     reference_loss,
 )
-from slm_lora.export.trained import read as read_trained
+from slm_lora.export.trained import read_trained
 from slm_lora.model.loading import load_tokenizer
 from slm_lora.model.resolve import ModelSource, resolve
 from slm_lora.records import Row, Turn
 from slm_lora.runtime.checksums import FILES, SEAL
 
 from ..support.examples import save_model
-from ..support.exports import change_about, make_adapter
+from ..support.exports import change_metadata, make_adapter
 from ..support.tiny_model import tiny_tokenizer
 
 QUESTIONS = ("Tell me fact 3 about bread.", "What of <|im_end|> and tea?", "Maps?\nAnd clocks?")
@@ -362,7 +362,7 @@ def test_an_adapter_whose_template_writes_the_date(tiny_folder: Path, tmp_path: 
     assert found.row_tokenizers["one"].prompt([Turn("user", "Tea?")]) == asked
     assert found.notes == ()
     shipped.write_text(dated)
-    change_about(adapter)
+    change_metadata(adapter)
     found = load_adapter_set(str(base), [adapter], precision="fp32")
     assert found.row_tokenizers["one"].prompt([Turn("user", "Tea?")]) == asked
     (note,) = found.notes
@@ -372,7 +372,7 @@ def test_an_adapter_whose_template_writes_the_date(tiny_folder: Path, tmp_path: 
     )
     assert read_trained(adapter).chat_template == holder.chat_template  # what is handed on further
     shipped.write_text(dated.replace("%d", "%A"))
-    change_about(adapter)
+    change_metadata(adapter)
     with pytest.raises(IntegrityError, match="not the template that the adapter was trained"):
         load_adapter_set(str(base), [adapter], precision="fp32")
     (adapter / adapter_io.ABOUT).unlink()

@@ -31,14 +31,14 @@ def merge(
     prompts, and with the base's alone; if that fails, nothing is written.
     """
     from slm_lora.export.merge import merge as merge_adapter
-    from slm_lora.export.trained import read
+    from slm_lora.export.trained import read_trained
     from slm_lora.runtime.progress import Reporter
 
     quiet_libraries()
-    trained = read(folder)
+    trained = read_trained(folder)
     proof = merge_adapter(trained, out, dtype, base, Reporter())
-    console().print(f"{out}\n{proof.sentence()}", soft_wrap=True)
-    if quantization := trained.about["base"].get("quantization"):
+    console().print(f"{out}\n{proof.summary()}", soft_wrap=True)
+    if quantization := trained.metadata["base"].get("quantization"):
         console().print(
             f"It was trained on {trained.base_name} in {quantization}, and is merged into the "
             "unquantised weights: losses differ from those of the training by what that rounded.",
@@ -63,11 +63,11 @@ def export_gguf(
     The Llama family only; tokenizer, chat template and special tokens are in the model's file.
     """
     from slm_lora.export.llama_cpp import export
-    from slm_lora.export.trained import read
+    from slm_lora.export.trained import read_trained
     from slm_lora.runtime.progress import Reporter
 
     quiet_libraries()
-    for path in export(read(folder), out, form, kind, base, Reporter()):
+    for path in export(read_trained(folder), out, form, kind, base, Reporter()):
         console().print(f"{path}", soft_wrap=True)
 
 
@@ -85,13 +85,13 @@ def push(
 ) -> None:
     """Push an adapter or a merged model to the hub, with a model card made from its run."""
     from slm_lora.export import hub
-    from slm_lora.export.trained import read
+    from slm_lora.export.trained import read_trained
     from slm_lora.runtime.progress import Reporter
 
     quiet_libraries()
     reporter = Reporter()
     reporter.info(f"  reading {folder}, and writing its card from its run")
-    trained = read(folder)
+    trained = read_trained(folder)
     if dry_run is None:
         url = hub.push(trained, repository, results, private=private, reporter=reporter)
         console().print(url, soft_wrap=True)
