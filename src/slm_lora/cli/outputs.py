@@ -89,7 +89,7 @@ def chat(
         soft_wrap=True,
     )
     if isinstance(sys.stdin, io.TextIOWrapper):
-        # Invalid bytes become lone surrogates, which `given` refuses.
+        # Invalid bytes become lone surrogates, which are reported below.
         sys.stdin.reconfigure(errors="surrogateescape")
     turns = list(first_turns)
     while (question := _read_question()) is not None:

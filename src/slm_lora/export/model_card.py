@@ -310,8 +310,8 @@ def _python(trained: TrainedFolder, name: str) -> str:
         'messages = [{"role": "user", "content": "What is a bridge?"}]\n'
         "inputs = tokenizer.apply_chat_template(\n"
         '    messages, add_generation_prompt=True, return_tensors="pt", return_dict=True\n)\n'
-        "found = model.generate(**inputs, max_new_tokens=100)\n"
-        'print(tokenizer.decode(found[0, inputs["input_ids"].shape[1] :], '
+        "output = model.generate(**inputs, max_new_tokens=100)\n"
+        'print(tokenizer.decode(output[0, inputs["input_ids"].shape[1] :], '
         "skip_special_tokens=True))\nEND"
     )
 

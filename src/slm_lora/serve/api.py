@@ -90,7 +90,7 @@ def _model_entry(name: str, created: int) -> dict[str, Any]:
 class _ChatFormat:
     """Response format of chat completions."""
 
-    prefix, whole, part = "chatcmpl", "chat.completion", "chat.completion.chunk"
+    id_prefix, object_name, chunk_name = "chatcmpl", "chat.completion", "chat.completion.chunk"
 
     def choice(self, text: str, finish_reason: str) -> dict[str, Any]:
         message = {"role": "assistant", "content": text}
@@ -108,7 +108,7 @@ class _ChatFormat:
 class _TextFormat:
     """Response format of text completions."""
 
-    prefix, whole, part = "cmpl", "text_completion", "text_completion"
+    id_prefix, object_name, chunk_name = "cmpl", "text_completion", "text_completion"
 
     def choice(self, text: str, finish_reason: str) -> dict[str, Any]:
         return {"index": 0, "text": text, "finish_reason": finish_reason, "logprobs": None}
@@ -127,7 +127,7 @@ async def _respond(
     generation: GenerationRequest, body: CompletionBody, request: Request, fmt: _Format
 ) -> Response:
     header = {
-        "id": f"{fmt.prefix}-{secrets.token_hex(12)}",
+        "id": f"{fmt.id_prefix}-{secrets.token_hex(12)}",
         "created": int(time.time()),
         "model": body.model,
     }
@@ -140,7 +140,7 @@ async def _respond(
     return JSONResponse(
         {
             **header,
-            "object": fmt.whole,
+            "object": fmt.object_name,
             "choices": [fmt.choice(text, generation.finished)],
             "usage": _usage(generation),
         }
@@ -175,7 +175,7 @@ async def _stream(
 ) -> AsyncIterator[str]:
     def event(choice: dict[str, Any] | None, **fields: Any) -> str:
         choices = [] if choice is None else [choice]
-        payload = {**header, "object": fmt.part, "choices": choices, **fields}
+        payload = {**header, "object": fmt.chunk_name, "choices": choices, **fields}
         return f"data: {json.dumps(payload)}\n\n"
 
     if first := fmt.first():
