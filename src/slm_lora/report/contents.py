@@ -139,7 +139,7 @@ def sections(
         ),
         Section(
             "All comparisons",
-            "\n\n".join(filter(None, [note, comparisons_table(comparisons, names)])),
+            "\n\n".join(filter(None, [note, _LEGEND, comparisons_table(comparisons, names)])),
             _present(forests),
             anchor="comparisons",
             folded=True,
@@ -172,6 +172,13 @@ def sections(
     ]
 
 
+_LEGEND = (
+    "Lower, higher and equivalent are significant at 5 % after correction for all comparisons. By "
+    "seed: smallest to largest difference. Next seed: where one more would lie, on the same test "
+    "rows."
+)
+
+
 def question(analysis: Analysis) -> str:
     """The question of the experiment."""
     return sentences.question(analysis.runs, analysis.settings, analysis.comparisons)
@@ -201,11 +208,13 @@ def _training(settings: Sequence[Setting], names: SettingNames) -> str:
 def _pareto(settings: Sequence[Setting], names: SettingNames) -> str:
     if len(settings) < 2:
         return ""
-    best = "; ".join(names.of(setting) for setting in pareto_set(settings))
-    return (
-        " No other setting has at once a lower loss, fewer training tokens and fewer trained "
-        f"weights than: {plain(best)}."
+    best = pareto_set(settings)
+    listed = (
+        "all settings"
+        if len(best) == len(settings)
+        else plain("; ".join(names.of(setting) for setting in best))
     )
+    return f" Pareto-optimal in loss, training tokens and trained weights: {listed}."
 
 
 def _contrasts(analysis: Analysis) -> list[Section]:

@@ -185,6 +185,25 @@ def verdict_text(comparison: Comparison) -> str:
     return f"Inconclusive: {_reason(comparison)}{_needed_text(comparison)}{_added_text(comparison)}"
 
 
+def short_verdict(comparison: Comparison) -> str:
+    """The verdict for a table that shows interval and p beside it."""
+    difference = comparison.difference
+    count, unit = difference.units, difference.unit
+    many = f"{unit}s" if count > 1 else unit
+    scope = f"{count} {many}" if comparison.covers_seeds else "one seed"
+    if comparison.verdict == "inconclusive":
+        return verdict_text(comparison)
+    if comparison.verdict == "equivalent":
+        text = f"Equivalent within ±{difference.margin:g} ({scope})."
+    else:
+        direction = "Lower" if difference.value < 0 else "Higher"
+        if comparison.covers_seeds:
+            scope = f"in {difference.agreeing} of {count} {many}"
+        small = f", below the margin of {difference.margin:g}" if comparison.negligible else ""
+        text = f"{direction} ({scope}){small}."
+    return text + _added_text(comparison)
+
+
 def _scope(comparison: Comparison) -> str:
     difference = comparison.difference
     if not comparison.covers_seeds:

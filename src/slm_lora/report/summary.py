@@ -9,7 +9,7 @@ from collections.abc import Sequence
 from slm_lora.report.blocks import markdown_table, plain
 from slm_lora.report.card import Card, Gap, gap, interval_text
 from slm_lora.report.names import SettingNames, key_name
-from slm_lora.report.sentences import p_text, verdict_text
+from slm_lora.report.sentences import p_text, short_verdict
 from slm_lora.report.tables import loss_shown
 from slm_lora.runs.metrics import METRICS, Metric, mean_over_rows
 from slm_lora.runtime.progress import clock
@@ -104,13 +104,13 @@ def comparisons_table(comparisons: Sequence[Comparison], names: SettingNames) ->
                 _by_unit(pair),
                 _next_unit(pair),
                 p_text(pair).removeprefix("p = ").removeprefix("p "),
-                verdict_text(pair),
+                short_verdict(pair),
             ]
             for pair in pairs
         ]
         header = [
             "Comparison", "Loss difference, nats (95 %)",
-            *(["Perplexity"] if key == "base" else []), "By seed, min to max",
+            *(["Perplexity"] if key == "base" else []), "By seed",
             "Next seed (95 %)", "p, corrected", "Verdict",
         ]  # fmt: skip
         table = markdown_table(header, rows, left=(0, len(header) - 1))
@@ -129,14 +129,14 @@ def _by_unit(pair: Comparison) -> str:
     difference = pair.difference
     if difference.units == 1:
         return "one seed"
-    return f"{difference.units}: {difference.smallest:+.4f} to {difference.largest:+.4f}"
+    return f"{difference.smallest:+.3f} to {difference.largest:+.3f}"
 
 
 def _next_unit(pair: Comparison) -> str:
     difference = pair.difference
     if difference.next_low is None or difference.next_high is None:
         return "–"
-    return f"{difference.next_low:+.4f} to {difference.next_high:+.4f}"
+    return f"{difference.next_low:+.3f} to {difference.next_high:+.3f}"
 
 
 def contrasts_table(contrasts: Sequence[Contrast], names: SettingNames) -> str:
@@ -176,9 +176,7 @@ def contrast_text(contrast: Contrast, names: SettingNames) -> str:
 
 def _perplexity_change(pair: Comparison) -> str:
     # exp of a difference of losses is the ratio of perplexities.
-    before, after = (perplexity(setting.estimate().value) for setting in (pair.first, pair.second))
-    change = 100 * (perplexity(pair.difference.value) - 1)
-    return f"{before:.2f} → {after:.2f} ({change:+.1f} %)"
+    return f"{100 * (perplexity(pair.difference.value) - 1):+.1f} %"
 
 
 def metrics_table(
