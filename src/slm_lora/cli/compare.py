@@ -9,6 +9,7 @@ import typer
 
 from slm_lora.cli.options import console
 from slm_lora.errors import UsageError
+from slm_lora.runs.folder import RUN_FILE
 
 if TYPE_CHECKING:
     from slm_lora.runs.score_files import Columns
@@ -69,7 +70,8 @@ def compare(
     """
     if len(operands) < 2:
         raise UsageError("compare needs at least two: runs, experiments or score files")
-    files = [Path(operand) for operand in operands if Path(operand).is_file()]
+    paths = [Path(operand) for operand in operands]
+    files = [path for path in paths if path.is_file() and path.name != RUN_FILE]
     if not files:
         file_options = {
             "--id": row_id, "--value": value, "--group": group, "--weight": weight,
@@ -102,7 +104,7 @@ def _setting(operand: str) -> Setting:
     Raises:
         UsageError: no such setting, or several settings.
     """
-    from slm_lora.runs.folder import RUN_FILE, list_runs, read_run
+    from slm_lora.runs.folder import list_runs, read_run
     from slm_lora.runs.scored_run import read_scored_run, read_scored_runs
     from slm_lora.stats.settings import Setting, group_settings
 

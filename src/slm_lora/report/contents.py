@@ -2,11 +2,11 @@
 
 from __future__ import annotations
 
-from collections.abc import Sequence
-from dataclasses import dataclass
+from collections.abc import Iterator, Sequence
+from dataclasses import dataclass, replace
 from pathlib import Path
 
-from slm_lora.report import examples, figures, sentences
+from slm_lora.report import examples, figures, method, sentences
 from slm_lora.report.blocks import Picture, Section, plain
 from slm_lora.report.card import Card, make_card
 from slm_lora.report.names import SettingNames, key_name
@@ -19,7 +19,9 @@ from slm_lora.report.summary import (
     settings_table,
 )
 from slm_lora.report.tables import described_table, losses_table
-from slm_lora.runs.scored_run import ScoredRun
+from slm_lora.runs.folder import named
+from slm_lora.runs.metrics import METRICS
+from slm_lora.runs.scored_run import ScoredRun, has_metric
 from slm_lora.stats import learning_curve
 from slm_lora.stats.categories import by_category, p_alike
 from slm_lora.stats.comparisons import ALPHA, Comparison, all_comparisons
@@ -43,6 +45,8 @@ class Analysis:
         settings: trained ones, over their seeds.
         base: the base model; None where it was not scored.
         comparisons: of the experiment, corrected together.
+        other_metrics: comparisons in further metrics, a family each; a metric that not all runs
+            have compares those that have it.
         contrasts: ends of axes, main effects, interactions; a family of their own.
         curves: loss against data size.
         names: of the settings.
@@ -53,6 +57,7 @@ class Analysis:
     settings: tuple[Setting, ...]
     base: Setting | None
     comparisons: tuple[Comparison, ...]
+    other_metrics: tuple[tuple[Comparison, ...], ...]
     contrasts: tuple[Contrast, ...]
     curves: tuple[learning_curve.LearningCurve, ...]
     names: SettingNames
@@ -91,11 +96,21 @@ def analyse(runs: Sequence[ScoredRun], seen: frozenset[str] | None = None) -> An
         tuple(settings),
         base,
         tuple(comparisons),
+        tuple(_in_other_metrics(runs, seen)),
         tuple(contrasts(settings)),
         tuple(curves),
         names,
         card,
     )
+
+
+def _in_other_metrics(
+    runs: Sequence[ScoredRun], seen: frozenset[str] | None
+) -> Iterator[tuple[Comparison, ...]]:
+    for metric in METRICS.values():
+        scored = [replace(run, headline=metric.name) for run in runs if has_metric(run, metric)]
+        if metric.compared and metric.name != runs[0].headline and len(scored) > 1:
+            yield tuple(all_comparisons(scored, seen))
 
 
 def _same_tokens(first: ScoredRun, second: ScoredRun) -> bool:
@@ -111,7 +126,7 @@ def sections(
     """Everything below the card."""
     names, settings, comparisons = analysis.names, analysis.settings, analysis.comparisons
     between = [pair for pair in comparisons if pair.key != "base"]
-    note = sentences.untuned(comparisons)
+    note = method.untuned(comparisons)
     forests = [
         figures.forest(
             "against-base",
@@ -162,7 +177,7 @@ def sections(
         Section(
             "Method",
             "\n\n".join(
-                [sentences.method(analysis.runs, comparisons), sentences.confounds(comparisons)]
+                [method.description(analysis.runs, comparisons), method.confounds(comparisons)]
             ),
             anchor="method",
             folded=True,
@@ -181,7 +196,7 @@ _LEGEND = (
 
 def question(analysis: Analysis) -> str:
     """The question of the experiment."""
-    return sentences.question(analysis.runs, analysis.settings, analysis.comparisons)
+    return method.question(analysis.runs, analysis.settings, analysis.comparisons)
 
 
 def answer_picture(analysis: Analysis) -> Picture | None:
@@ -245,7 +260,30 @@ def _metrics(analysis: Analysis) -> list[Section]:
         "Means over seeds. Last row: paired difference with its 95 % interval, not corrected for "
         "the number of metrics. Mean over rows: short rows count as much as long ones."
     )
-    return [Section("All metrics", f"{table}\n{note}", anchor="metrics", folded=True)]
+    parts = [f"{table}\n{note}", *_unscored(analysis.runs)]
+    for pairs in analysis.other_metrics:
+        if pairs:
+            metric = pairs[0].metric
+            better = "higher" if metric.higher_is_better else "lower"
+            parts.append(
+                f"### {metric.title}\n\nOver {metric.scope}; {better} is better. p-values are "
+                f"corrected for the {len(pairs)} comparisons in this metric.\n\n"
+                f"{comparisons_table(pairs, analysis.names, level=4)}"
+            )
+    return [Section("All metrics", "\n\n".join(parts), anchor="metrics", folded=True)]
+
+
+def _unscored(runs: Sequence[ScoredRun]) -> list[str]:
+    """A line for each metric that some runs have and others, scored before it existed, lack."""
+    lines = []
+    for metric in METRICS.values():
+        lacking = [run.run.folder.name for run in runs if not has_metric(run, metric)]
+        if lacking and len(lacking) < len(runs):
+            lines.append(
+                f"{metric.title} is not in {plain(named(lacking))}, scored before it was computed: "
+                "remove these runs and run the experiment again to have it."
+            )
+    return lines
 
 
 def _categories(analysis: Analysis) -> list[Section]:

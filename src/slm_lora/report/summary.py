@@ -12,6 +12,7 @@ from slm_lora.report.names import SettingNames, key_name
 from slm_lora.report.sentences import p_text, short_verdict
 from slm_lora.report.tables import loss_shown
 from slm_lora.runs.metrics import METRICS, Metric, mean_over_rows
+from slm_lora.runs.scored_run import has_metric
 from slm_lora.runtime.progress import clock
 from slm_lora.stats.comparisons import Comparison
 from slm_lora.stats.estimates import perplexity
@@ -88,7 +89,9 @@ def settings_table(
     return markdown_table(SETTING_COLUMNS, rows)
 
 
-def comparisons_table(comparisons: Sequence[Comparison], names: SettingNames) -> str:
+def comparisons_table(
+    comparisons: Sequence[Comparison], names: SettingNames, level: int = 3
+) -> str:
     """One row per comparison, as Markdown; a table for the base and for each key."""
     parts = []
     for key in dict.fromkeys(pair.key for pair in comparisons):
@@ -96,11 +99,13 @@ def comparisons_table(comparisons: Sequence[Comparison], names: SettingNames) ->
         heading = (
             "Against the base" if key == "base" else f"Effect of {key_name(key, pairs[0].tied)}"
         )
+        metric = pairs[0].metric
+        shows_perplexity = key == "base" and metric.has_perplexity
         rows = [
             [
                 plain(f"{names.of(pair.second)} vs {names.of(pair.first)}"),
                 _gap_text(pair),
-                *([_perplexity_change(pair)] if key == "base" else []),
+                *([_perplexity_change(pair)] if shows_perplexity else []),
                 _by_unit(pair),
                 _next_unit(pair),
                 p_text(pair).removeprefix("p = ").removeprefix("p "),
@@ -109,12 +114,12 @@ def comparisons_table(comparisons: Sequence[Comparison], names: SettingNames) ->
             for pair in pairs
         ]
         header = [
-            "Comparison", "Loss difference, nats (95 %)",
-            *(["Perplexity"] if key == "base" else []), "By seed",
+            "Comparison", f"{metric.title} difference, {metric.unit} (95 %)",
+            *(["Perplexity"] if shows_perplexity else []), "By seed",
             "Next seed (95 %)", "p, corrected", "Verdict",
         ]  # fmt: skip
         table = markdown_table(header, rows, left=(0, len(header) - 1))
-        parts.append(f"### {heading}\n\n{table}")
+        parts.append(f"{'#' * level} {heading}\n\n{table}")
     return "\n".join(parts) or "No comparisons: one setting, and no base."
 
 
@@ -211,7 +216,7 @@ def metrics_table(
 
 def _has(metric: Metric, setting: Setting) -> bool:
     """Whether the rows of a setting's runs have a metric."""
-    return all(any(metric.parts(score)[1] for score in run.scores) for run in setting.runs)
+    return all(has_metric(run, metric) for run in setting.runs)
 
 
 def category_table(settings: Sequence[Setting], base: Setting | None, names: SettingNames) -> str:

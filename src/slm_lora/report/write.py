@@ -138,6 +138,11 @@ def _metrics(analysis: Analysis, first_report: Sequence[str]) -> dict[str, Any]:
             for name in category_names(setting)
         ],
         "contrasts": [pair.record() for pair in analysis.comparisons],
+        "other_metrics": {
+            pairs[0].metric.name: [pair.record() for pair in pairs]
+            for pairs in analysis.other_metrics
+            if pairs
+        },
         "grid_contrasts": [contrast.record() for contrast in analysis.contrasts],
         "learning_curves": [curve.record() for curve in analysis.curves],
     }

@@ -59,6 +59,11 @@ class Setting:
         return estimate(runs, self.metric)
 
     @property
+    def trainable_weights(self) -> int:
+        """Weights that were trained."""
+        return self.first_run.run.record.saved.trainable_parameters
+
+    @property
     def training_rows(self) -> int:
         """Rows that it was trained on."""
         return self.first_run.run.record.data.sets.train.rows
@@ -109,7 +114,9 @@ def series_along(key: str, settings: Sequence[Setting]) -> list[list[Setting]]:
 
 
 def equivalence_margin(run: ScoredRun) -> float:
-    """Margin of equivalence of a run's recipe, nats per token."""
+    """Margin of equivalence of a run's headline, in its unit."""
+    if run.metric.margin is not None:
+        return run.metric.margin
     # Runs of before there was the key have the default.
     default = EvaluationSection().equivalence_margin
     return float(run.resolved["evaluation"].get("equivalence_margin", default))
