@@ -24,6 +24,8 @@ from slm_lora.stats.inference import (
 )
 from slm_lora.stats.power import Needed, needed
 
+NONE = "–"
+"""Of lines that show another way, or a limit."""
 MARGIN = 0.01
 GROUPS = (10, 20, 30, 78, 210)
 
@@ -34,7 +36,7 @@ class Check:
 
     Attributes:
         name: of what was tested.
-        promise: rate that the report promises, as text; ``none`` for what it does not do.
+        promise: rate that the report promises, as text; `NONE` for what it does not promise.
         measured: the rate, or several of them over conditions.
         cases: simulated cases of each rate.
         low, high: bounds that the rates must keep; None: no bound.
@@ -59,7 +61,7 @@ class Check:
     def measured_text(self) -> str:
         """``4.1 %``, or ``1.9 to 5.4 %, mean 4.2``."""
         rates = [100 * rate for rate in self.measured]
-        if len(rates) == 1:
+        if f"{min(rates):.1f}" == f"{max(rates):.1f}":
             return f"{rates[0]:.1f} %"
         return f"{min(rates):.1f} to {max(rates):.1f} %, mean {sum(rates) / len(rates):.1f}"
 
@@ -107,8 +109,8 @@ def several_seeds(world: World, count: int) -> list[Check]:
     ]
     return [
         Check(
-            "equal settings called different: 2 to 10 seeds, 10 to 210 groups, rows from certain "
-            "to three times the variation of seeds",
+            "equal settings called different: 2 to 10 seeds, 10 to 210 groups, error over rows 0 "
+            "to 3 times the error over seeds",
             "5 %",
             tuple(share(d.p < 0.05 for d in found) for found in equal),
             count,
@@ -175,7 +177,7 @@ def few_groups(world: World, count: int) -> list[Check]:
             "95 %", tuple(sum(rates) / len(rates) for rates in pairs), count, low=0.93, high=0.97,
         ),
         Check(
-            "the same, each pair alone", "none",
+            "the same, each pair alone", NONE,
             tuple(rate for rates in pairs for rate in rates), count,
         ),
     ]  # fmt: skip
@@ -212,7 +214,7 @@ def draws_and_seeds(world: World, count: int) -> list[Check]:
             count,
             high=0.06,
         ),
-        Check("the same, counted as nine seeds", "none", tuple(as_nine), count),
+        Check("the same, counted as nine seeds", NONE, tuple(as_nine), count),
     ]
 
 
@@ -256,7 +258,7 @@ def families(world: World, count: int) -> list[Check]:
             "families of ten at the margin with a false equivalence", "5 %",
             (share(false["margin"]),), count, high=0.06,
         ),
-        Check("the same, not corrected", "none", (share(plain_margin),), count),
+        Check("the same, not corrected", NONE, (share(plain_margin),), count),
         Check(
             "families of five equal and five at the margin with any false verdict",
             "10 % (5 % of either kind)", (share(false["mixed"]),), count, high=0.1,
@@ -273,7 +275,7 @@ def large_family(world: World, count: int) -> list[Check]:
     ]
     return [
         Check(
-            "a difference of 0.05 nats found by 10 seeds among 500 comparisons", "none",
+            "a difference of 0.05 nats found by 10 seeds among 500 comparisons", NONE,
             (share(500 * p < 0.05 for p in found),), count, low=0.9,
         ),
         Check(
@@ -303,7 +305,7 @@ def prediction(world: World, count: int) -> list[Check]:
             "95 %", tuple(rates), count, low=0.93,
         ),
         Check(
-            "the next seed's difference within the interval of the mean, 10 seeds", "none",
+            "the next seed's difference within the interval of the mean, 10 seeds", NONE,
             (in_mean[-1],), count,
         ),
     ]  # fmt: skip
@@ -389,7 +391,7 @@ def selection(world: World, count: int) -> list[Check]:
             "gain of the lowest of twelve equal settings within its corrected interval", "95 %",
             (share(corrected),), count, low=0.95,
         ),
-        Check("the same within the interval of one comparison", "none", (share(plain),), count),
+        Check("the same within the interval of one comparison", NONE, (share(plain),), count),
     ]  # fmt: skip
 
 
@@ -408,7 +410,7 @@ def rare_failures(world: World, count: int) -> list[Check]:
         Check(
             f"the mean called lower from {seeds} seeds where one seed in ten fails and the mean "
             "is higher",
-            "none",
+            NONE,
             (called / count,),
             count,
         )
@@ -443,17 +445,17 @@ def ways_not_taken(world: World, count: int) -> list[Check]:
         added.append(p < 0.05)
     return [
         Check(
-            "equal settings called different from one seed and an interval over rows", "none",
+            "equal settings called different from one seed and an interval over rows", NONE,
             (share(alone),), count,
         ),
         Check(
-            "0.02 nats found by two losses of one seed compared as if on different rows", "none",
+            "0.02 nats found by two losses of one seed compared as if on different rows", NONE,
             (share(unpaired),), count,
         ),
         Check(
             "equal settings called different where seeds are added to two, one by one up to ten, "
             "until they differ",
-            "none",
+            NONE,
             (share(added),),
             count,
         ),

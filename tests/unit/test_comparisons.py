@@ -56,7 +56,7 @@ def test_keys_that_move_together_are_one_difference() -> None:
     assert (found.key, found.tied) == ("adapter.kind", ("training.learning_rate",))
     asked = method.question(lines, group_settings(lines), [found])
     assert "the method with its learning rate (LoRA, Full fine-tuning)" in asked
-    assert "also have another learning rate" in method.confounds([found])
+    assert "Method and learning rate change together" in method.confounds([found])
     # Once the rates cross, they are two differences again.
     lines.append(line("slow", 2.1, adapter__kind="lora", training__learning_rate=1e-4))
     assert compared(lines) == [
@@ -153,7 +153,7 @@ def test_verdicts_name_their_reason() -> None:
     assert verdicts[3] == "Equivalent within ±0.01 nats."
     assert verdicts[4] == "Significantly higher across test rows and 3 seeds, in each of them."
     note = method.untuned(all_comparisons(lines))
-    assert "Learning rates were not tuned per setting (2e-4 for all)" in note
+    assert "Settings are compared at equal learning rates (2e-4 for all)" in note
     rates = [
         line("r4-a", 2.0, adapter__r=4, training__learning_rate=1e-3),
         line("r4-b", 2.1, adapter__r=4, training__learning_rate=2e-3),

@@ -43,7 +43,7 @@ def test_seeds_of_a_later_report_are_marked_for_good(tmp_path: Path) -> None:
         assert added(later) == {1}
         assert later["first_report"] == first["first_report"]
         report = (tmp_path / "report.md").read_text()
-        assert "1 of 3 seeds were added after a report had shown the others" in report
+        assert "1 of 3 seeds were added after the first report" in report
         assert "**[Added seeds](#comparisons):** in 7 of 7 comparisons" in report
 
 

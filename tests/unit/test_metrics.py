@@ -189,7 +189,7 @@ def test_a_further_metric_is_compared_in_every_file(results: Path) -> None:
     assert [pair["verdict"] for pair in record] == [pair.verdict for pair in pairs]
     report = (results / "report.md").read_text()
     assert "### Exact match\n\nOver the replies; higher is better." in report
-    assert "| Comparison | Exact match difference, share of rows (95 %) |" in report
+    assert "| First minus second | Exact match difference, share of rows (95 %) |" in report
 
 
 def test_a_run_of_before_a_metric_is_named(results: Path) -> None:

@@ -41,7 +41,7 @@ def decides(truth: Paired, plan: Needed, rows: int, margin: float, family: int) 
     margin, and to show equivalence where there is none."""
     assert plan.seeds is not None
     rng = np.random.default_rng(0)
-    cases = 20_000
+    cases = 4_000
     error = truth.row_error / math.sqrt(plan.rows / rows)
     of_seeds = rng.standard_normal((cases, plan.seeds)) * truth.unit_deviation
     value = error * rng.standard_normal(cases) + of_seeds.mean(1)

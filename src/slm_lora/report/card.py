@@ -169,13 +169,15 @@ def _best_fact(
     """Settings that may be the best one, and the Pareto set of loss and cost."""
     if len(by_cost) < 2:
         return []
+    one_seed = max(len(setting.runs) for setting in by_cost) == 1
+    scope = " (for these trainings)" if one_seed else ""
     if len(best) == 1:
-        text = f"{names.of(best[0])} alone: all others are significantly worse."
+        text = f"only {names.of(best[0])}: all others are significantly worse{scope}."
     elif len(best) == len(by_cost):
-        text = f"all {len(best)}: none is significantly worse than another."
+        text = f"all {len(best)} settings: none is significantly worse than another{scope}."
     else:
         listed = "; ".join(map(names.of, best)) if len(best) < 5 else f"{len(best)} settings"
-        text = f"{listed}. The {len(by_cost) - len(best)} others are significantly worse."
+        text = f"{listed}. The {len(by_cost) - len(best)} others are significantly worse{scope}."
     return [Fact("May be the best", text, "settings")]
 
 
@@ -204,7 +206,8 @@ def _why(
     if given_up is None:
         return f"{name} ({numbers}): the {best} {metric.title.lower()} of {len(settings)} settings."
     return (
-        f"{name} ({numbers}): the cheapest of {len(settings)} settings equivalent to the one of "
+        f"{name} ({numbers}): the cheapest of {len(settings)} settings that is equivalent to the "
+        f"one with "
         f"the {best} {metric.title.lower()}, {names.of(lowest)} (difference {given_up.text()})."
     )
 
@@ -239,7 +242,7 @@ def _verdict_on_base(recommended: Setting, comparisons: Sequence[Comparison]) ->
                 f"; significantly {direction} across test rows and {seeds} "
                 f"{comparison.difference.unit}s"
                 if seeds > 1
-                else f"; significantly {direction} across test rows, for this one training"
+                else f"; significantly {direction} across test rows (one seed)"
             )
     return ""
 
@@ -261,13 +264,14 @@ def _seed_fact(settings: Sequence[Setting]) -> Fact:
     counts = sorted({len(setting.runs) for setting in settings})
     if counts[-1] == 1:
         text = (
-            "one: differences are between these trainings; whether other seeds repeat them is not "
-            "known (seeds: [0, 1, 2] in the recipe)."
+            "one: differences are between these trainings and may not repeat with other seeds "
+            "(to test: `seeds: [0, 1, 2]` in the recipe)."
         )
     else:
         number = str(counts[0]) if len(counts) == 1 else f"{counts[0]} to {counts[-1]}"
         text = (
-            f"{number}; a failure in up to {unseen_failures(counts[0])} of seeds is not excluded."
+            f"{number}; up to {unseen_failures(counts[0])} of all seeds may still go the other way "
+            "(95 % confidence)."
         )
     return Fact("Seeds", text, "method")
 
@@ -283,8 +287,8 @@ def _look_fact(comparisons: Sequence[Comparison]) -> list[Fact]:
     if not added:
         return []
     text = (
-        f"in {len(added)} of {len(comparisons)} comparisons some seeds were finished after a "
-        "report had shown the others: false differences are likelier than 5 %."
+        f"in {len(added)} of {len(comparisons)} comparisons seeds were added after the first "
+        "report: false differences are more likely than 5 %."
     )
     return [Fact("Added seeds", text, "comparisons")]
 
@@ -296,15 +300,15 @@ def _rate_fact(recommended: Setting, settings: Sequence[Setting]) -> Fact:
         text = f"{tried}, not tuned."
     elif len(rates) == 1:
         text = (
-            f"{tried} for all settings, not tuned: the order of the settings may change at other "
-            "rates."
+            f"{tried} for all settings, not tuned: at other rates the order of the settings may "
+            "change."
         )
     elif not series_along(RATE, settings):
         text = f"one per setting ({tried}), not tuned: the order may change at other rates."
     else:
         text = (
-            f"{rate_name(float(recommended.setting(RATE)))}, of {tried} tried; chosen on the test "
-            "rows, so its loss is slightly optimistic."
+            f"{rate_name(float(recommended.setting(RATE)))}, selected from {tried} on the test "
+            "rows, so its loss is optimistic."
         )
     return Fact("Learning rate", text, "method")
 
@@ -328,7 +332,7 @@ def _edge_fact(recommended: Setting, settings: Sequence[Setting]) -> list[Fact]:
     if not edges:
         return []
     return [
-        Fact("Edge of the grid", f"{'; '.join(edges)}: a better one may lie beyond.", "settings")
+        Fact("Edge of the grid", f"{'; '.join(edges)}: values beyond may be better.", "settings")
     ]
 
 
@@ -340,7 +344,7 @@ def _training_fact(settings: Sequence[Setting], names: SettingNames) -> list[Fac
     if few:
         counts = sorted({steps[name] for name in few})
         span = f"{counts[0]}" if len(counts) == 1 else f"{counts[0]} to {counts[-1]}"
-        parts.append(f"{span} optimizer steps in {_listed(few, len(settings))}")
+        parts.append(f"only {span} optimizer steps in {_listed(few, len(settings))}")
     if falling:
         parts.append(f"training loss still falling at the end in {_listed(falling, len(settings))}")
     if not parts:
@@ -368,7 +372,11 @@ def _still_falling(setting: Setting) -> bool:
 def _test_set_fact(recommended: Setting) -> Fact:
     run = recommended.first_run
     groups = recommended.estimate().groups
-    few = "; fewer than 300: small differences stay open" if len(run.scores) < 300 else ""
+    few = (
+        "; with fewer than 300 rows small differences are often inconclusive"
+        if len(run.scores) < 300
+        else ""
+    )
     return Fact("Test set", f"{len(run.scores)} rows in {groups} groups{few}.", "setup")
 
 

@@ -147,9 +147,10 @@ def sections(
         Section(
             "Settings",
             settings_table(analysis.card, settings, analysis.base, names)
-            + "\nMeans over seeds; loss in nats per token, lower is better. Time per training, "
-            "largest peak memory. Intervals are for one setting at a time; the base's holds "
-            "whichever setting was recommended." + _pareto(settings, names),
+            + "\nLoss in nats per token (lower is better), mean over seeds. Time: mean per "
+            "training. Memory: largest peak over seeds. Against the recommended: setting minus "
+            "recommended; intervals are for one setting at a time, that of the base allows for the "
+            "selection of the recommended setting." + _pareto(settings, names),
             anchor="settings",
         ),
         Section(
@@ -188,9 +189,9 @@ def sections(
 
 
 _LEGEND = (
-    "Lower, higher and equivalent are significant at 5 % after correction for all comparisons. By "
-    "seed: smallest to largest difference. Next seed: where one more would lie, on the same test "
-    "rows."
+    "Lower, higher, equivalent: significant at 5 % after correction for all comparisons. By seed: "
+    "smallest to largest difference. Next seed: 95 % prediction interval for one more seed on the "
+    "same test rows."
 )
 
 
@@ -238,7 +239,7 @@ def _contrasts(analysis: Analysis) -> list[Section]:
     text = (
         f"{contrasts_table(analysis.contrasts, analysis.names)}\nAn interaction is the effect at "
         "one value minus the effect at another. p-values are corrected for these "
-        f"{len(analysis.contrasts)} contrasts (Holm), apart from the comparisons above."
+        f"{len(analysis.contrasts)} contrasts (Holm), separately from the comparisons above."
     )
     return [Section("Main effects and interactions", text, anchor="contrasts", folded=True)]
 
@@ -257,8 +258,9 @@ def _metrics(analysis: Analysis) -> list[Section]:
     if not table:
         return []
     note = (
-        "Means over seeds. Last row: paired difference with its 95 % interval, not corrected for "
-        "the number of metrics. Mean over rows: short rows count as much as long ones."
+        "Means over seeds. Last row: paired difference, 95 % interval, not corrected for the "
+        "number of metrics. *Mean over rows* averages the loss of each row, so short rows count as "
+        "much as long ones."
     )
     parts = [f"{table}\n{note}", *_unscored(analysis.runs)]
     for pairs in analysis.other_metrics:
@@ -302,8 +304,8 @@ def _categories(analysis: Analysis) -> list[Section]:
         second, first = analysis.names.of(pair.second), analysis.names.of(pair.first)
         pictures.append(figures.categories(by_category(pair), second, first))
     text = (
-        "Held-out loss, nats per token, with unpaired 95 % intervals over the choice of test rows "
-        f"where a category has {LEAST_GROUPS} groups or more.{_alike(analysis)}"
+        "Held-out loss in nats per token. Unpaired 95 % intervals cover the choice of test rows; "
+        f"categories with fewer than {LEAST_GROUPS} groups have none.{_alike(analysis)}"
     )
     return [
         Section(
@@ -328,8 +330,8 @@ def _alike(analysis: Analysis) -> str:
         if p < ALPHA
     ]
     test = (
-        f" Wald's test of equal differences in all categories, for {len(tested)} comparisons "
-        "(Holm), over the test rows of these trainings:"
+        f" Wald test of equal differences in all categories ({len(tested)} comparisons, Holm; "
+        "these trainings only):"
     )
     if not unlike:
         return f"{test} no difference varies significantly between categories."
@@ -354,15 +356,14 @@ def runs_text(runs: Sequence[ScoredRun]) -> str:
         f"token included), in nats per token, on the same {data.sets.test.rows} test rows "
         "for every run; Perplexity is its exponential.",
         f"Base: {record.model.name}, {record.model.precision}; data: {data.origin}; "
-        f"template: {data.template.kind}; seed(s): {seeds}.",
+        f"template: {data.template.kind}; seeds: {seeds}.",
         f"Run on {machine.processor}, {machine.cores} cores, {machine.memory_gb} GB{gpu}. "
-        "Tokens/s counts real tokens of training, without the first two steps.",
+        "Tokens/s: training tokens without padding, first two steps excluded.",
     ]
     return (
         f"{described_table(runs)}\n"
         + "\n".join(f"- {note}" for note in notes)
         + f"\n\n### Whole text, with 95 % intervals\n\n{losses_table(runs, 'all')}"
         + f"\n### Response only, with 95 % intervals\n\n{losses_table(runs, 'response')}\n"
-        "Intervals cover the choice of test rows, not the training seed. Mean over rows: mean of "
-        "each row's own loss per token, so short rows count as much as long ones."
+        "Intervals cover the choice of test rows, not the training seed."
     )

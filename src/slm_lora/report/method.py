@@ -26,7 +26,8 @@ def question(
     data = plain(runs[0].run.record.data.origin.split(" ")[0])
     outcome = f"the held-out loss of {model} on {data}"
     keys = {pair.key for pair in comparisons}
-    factors = [_methods(settings)] if settings and "adapter.kind" not in keys else []
+    methods = f" ({_methods(settings)})" if settings and "adapter.kind" not in keys else ""
+    factors = []
     for key, tied in {pair.key: pair.tied for pair in comparisons if pair.key != "base"}.items():
         compared = [
             setting
@@ -35,13 +36,17 @@ def question(
             for setting in (pair.first, pair.second)
         ]
         ordered = sorted(compared, key=lambda setting: amount(setting, key) or 0)
-        values = dict.fromkeys(value_name(setting.setting(key)) for setting in ordered)
+        values = dict.fromkeys(_value(key, setting) for setting in ordered)
         factors.append(f"the {key_name(key, tied)} ({', '.join(values)})")
     if not factors:
-        return f"What is {outcome}?"
-    if len(factors) == 1:
-        return f"How does {factors[0]} change {outcome}?"
-    return f"How do {', '.join(factors[:-1])} and {factors[-1]} change {outcome}?"
+        return f"What is {outcome}{methods}?"
+    listed = " and ".join(filter(None, [", ".join(factors[:-1]), factors[-1]]))
+    return f"How does {outcome} depend on {listed}?{methods}"
+
+
+def _value(key: str, setting: Setting) -> str:
+    value = setting.setting(key)
+    return rate_name(float(value)) if key == RATE else value_name(value)
 
 
 def untuned(comparisons: Sequence[Comparison]) -> str:
@@ -63,8 +68,8 @@ def untuned(comparisons: Sequence[Comparison]) -> str:
         f"{rate_name(rates[0])} for all" if len(rates) == 1 else ", ".join(map(rate_name, rates))
     )
     return (
-        f"Learning rates were not tuned per setting ({shown}): at other rates these differences "
-        "can shrink, vanish or reverse."
+        f"Settings are compared at equal learning rates ({shown}), not each at its best one: at "
+        "other rates these differences can shrink, vanish or reverse."
     )
 
 
@@ -77,8 +82,8 @@ def description(runs: Sequence[ScoredRun], comparisons: Sequence[Comparison]) ->
     covered = "95 % intervals are Student's, clustered by groups of related rows (CR2)."
     if not several:
         covered += (
-            " They cover the choice of test rows; the variation between seeds is unknown with one "
-            "seed, so no setting is called better than another."
+            " They cover the choice of test rows, not the variation between seeds: verdicts hold "
+            "for these trainings, not for their settings."
         )
     else:
         if counts[0][0] < 2:
@@ -89,8 +94,8 @@ def description(runs: Sequence[ScoredRun], comparisons: Sequence[Comparison]) ->
         )
         least = min(count for count, _ in counts if count > 1)
         covered += (
-            f" {least} trainings that agree leave a failure in up to {unseen_failures(least)} of "
-            "trainings possible (95 % confidence)."
+            f" If {least} trainings agree, up to {unseen_failures(least)} of all trainings may "
+            "still go the other way (95 % confidence)."
         )
     if several:
         covered += _rows_text(runs)
@@ -102,7 +107,7 @@ def description(runs: Sequence[ScoredRun], comparisons: Sequence[Comparison]) ->
     )
     return (
         f"{_definition(first.metric)} computed on the same {len(first.scores)} test rows in "
-        f"{loss.groups} groups (as sure as {loss.effective_groups:.0f} groups of equal size) for "
+        f"{loss.groups} groups of related rows (effective number: {loss.effective_groups:.0f}) for "
         f"every run. Differences are paired by row. {covered}{family} "
         f"Base weights in {first.run.record.model.precision}."
     )
@@ -128,10 +133,7 @@ def _rows_text(runs: Sequence[ScoredRun]) -> str:
     if len(shares) > 1:
         span += f" to {100 * shares[-1]:.0f}"
     part = "" if shares[-1] <= MOST_SHARED else ", so their choice is covered only in part"
-    return (
-        " Each draw of training rows is random; two draws have "
-        f"{span} % of their rows in common on average{part}."
-    )
+    return f" Two draws of training rows share {span} % of their rows on average{part}."
 
 
 def confounds(comparisons: Sequence[Comparison]) -> str:
@@ -143,8 +145,8 @@ def confounds(comparisons: Sequence[Comparison]) -> str:
     if sizes := by_key.get("data.size"):
         same = all(_steps(pair.first) == _steps(pair.second) for pair in sizes)
         items.append(
-            f"Sizes are compared at the same number of optimizer steps ({_steps(sizes[0].first)}), "
-            "so a smaller set is repeated more often."
+            "Dataset sizes are compared at the same number of optimizer steps "
+            f"({_steps(sizes[0].first)}), so smaller sets are repeated more often."
             if same
             else "More rows also mean more optimizer steps; the two effects are not separated "
             f"(steps: {_per_setting(sizes, _steps)})."
@@ -156,14 +158,14 @@ def confounds(comparisons: Sequence[Comparison]) -> str:
             items.append(f"Ranks are compared at the same alpha/r ({ratio:g}) and learning rate.")
         items.append(f"A larger rank trains more weights ({_weights(ranks)}).")
     if modules := by_key.get("adapter.target_modules"):
-        items.append(f"More target modules are also more trainable weights ({_weights(modules)}).")
+        items.append(f"More target modules also mean more trainable weights ({_weights(modules)}).")
     if kinds := by_key.get("adapter.kind", []):
         rate = float(kinds[0].first.setting(RATE))
         items.append(
             f"Methods are compared at the same learning rate ({rate_name(rate)}); each may have a "
             "better one."
             if RATE not in kinds[0].tied
-            else "Each method is compared at one learning rate; each may have a better one."
+            else "Each method is trained at one learning rate; other rates may be better."
         )
         compared = [setting for pair in kinds for setting in (pair.first, pair.second)]
         if len({setting.trainable_weights for setting in compared}) > 1:
@@ -172,15 +174,19 @@ def confounds(comparisons: Sequence[Comparison]) -> str:
         precision = kinds[0].second.first_run.run.record.model.precision
         items.append(
             f"Full fine-tuning is saved and scored in {precision}, adapters in fp32 on a base in "
-            f"{precision}: small changes of a weight may be lost to rounding."
+            f"{precision}: rounding may remove small weight changes of full fine-tuning."
         )
     items += [
-        f"Settings with another {key_name(key)} also have another "
-        f"{' and '.join(map(key_name, tied))}; the two effects are not separated."
+        f"{_capital(' and '.join(map(key_name, (key, *tied))))} change together; their effects "
+        "are not separated."
         for key, tied in {key: pairs[0].tied for key, pairs in by_key.items()}.items()
         if tied
     ]
     return "\n".join(f"- {item}" for item in items)
+
+
+def _capital(text: str) -> str:
+    return text[:1].upper() + text[1:]
 
 
 def _steps(setting: Setting) -> int:

@@ -98,7 +98,7 @@ def _added_text(comparison: Comparison) -> str:
         return ""
     return (
         f" {comparison.added} of {comparison.difference.units} {comparison.difference.unit}s were "
-        "added after a report had shown the others."
+        "added after the first report."
     )
 
 
@@ -110,7 +110,7 @@ def _reason(comparison: Comparison) -> str:
         return f"p = {comparison.p_corrected:.2f}{correction}"
     if difference.p_equivalence < ALPHA:
         return f"equivalence has p = {comparison.p_equivalence_corrected:.2f}{correction}"
-    return "the interval includes zero and exceeds the equivalence margin"
+    return "the interval includes zero and extends beyond the equivalence margin"
 
 
 def _trainings(comparison: Comparison) -> str:
@@ -131,7 +131,8 @@ def _needed_text(comparison: Comparison) -> str:
     if needed.seeds is None:
         return (
             f"; about {needed.rows:,} test rows would decide it at ±{margin} for "
-            f"{_trainings(comparison)} (80 % power), several seeds for the settings."
+            f"{_trainings(comparison)} (80 % power). A verdict on the settings needs several "
+            "seeds."
         )
     return (
         f"; a new experiment with about {needed.rows:,} test rows and {needed.seeds} seeds would "
@@ -156,8 +157,8 @@ def scaling(
             if first is None or rows[0] == rows[1]:  # sizes may round to the same rows
                 continue
             items.append(
-                f"- {names.of(pair.second)}: the first {rows[0]} training rows change the loss by "
-                f"{difference_text(first)}; {rows[1]} instead of {rows[0]} change it by "
+                f"- {names.of(pair.second)}: from the base to {rows[0]} training rows "
+                f"{difference_text(first)}; from {rows[0]} to {rows[1]} "
                 f"{difference_text(difference)}{_per_doubling(difference, rows)}."
                 + _open_gain(pair)
             )
@@ -165,8 +166,9 @@ def scaling(
             weights = [setting.trainable_weights for setting in (pair.first, pair.second)]
             if weights[0] != weights[1]:
                 items.append(
-                    f"- {names.of(pair.second)}: {weights[1] / weights[0]:.1f} times the trainable "
-                    f"weights of {names.of(pair.first)}, for {difference_text(difference)}"
+                    f"- {names.of(pair.first)} → {names.of(pair.second)}: "
+                    f"{weights[1] / weights[0]:.1f} times the trainable weights, loss "
+                    f"{difference_text(difference)}"
                     f"{_per_doubling(difference, weights)}." + _open_gain(pair)
                 )
     items += [f"- {curve_text(curve)}" for curve in curves]
@@ -176,7 +178,7 @@ def scaling(
 def _per_doubling(difference: Difference, amounts: Sequence[float]) -> str:
     doublings = math.log2(amounts[1] / amounts[0])
     if abs(doublings - 1) < 0.005:  # 338 to 675 rows count as one
-        return ", one doubling"
+        return " (one doubling)"
     ends = sorted((difference.low / doublings, difference.high / doublings))
     span = f" ({ends[0]:+.4f} to {ends[1]:+.4f})" if math.isfinite(ends[0]) else ""
     return f", {difference.value / doublings:+.4f}{span} per doubling"
@@ -184,16 +186,14 @@ def _per_doubling(difference: Difference, amounts: Sequence[float]) -> str:
 
 def _open_gain(comparison: Comparison) -> str:
     if comparison.verdict == "different":
-        return (
-            "" if comparison.covers_seeds else " One pair of trainings; other seeds are untested."
-        )
-    return " Not significantly different from no gain."
+        return "" if comparison.covers_seeds else " (One seed.)"
+    return " Not significant."
 
 
 def curve_text(curve: LearningCurve) -> str:
     """The fit of a learning curve, or its rejection."""
     if not curve.falls:
-        return f"{curve.name}: over {len(curve.sizes)} sizes, loss does not fall with rows."
+        return f"{curve.name}: loss does not fall with dataset size ({len(curve.sizes)} sizes)."
     floor, exponent = curve.floor, curve.exponent
     covers = "test rows and seeds" if curve.seeds > 1 else "test rows, not seeds"
     if not curve.fits:
@@ -201,15 +201,15 @@ def curve_text(curve: LearningCurve) -> str:
             zip(curve.residuals, curve.sizes, strict=True), key=lambda point: abs(point[0])
         )
         return (
-            f"{curve.name}: E + A·N^(−β) does not fit these {len(curve.sizes)} sizes: the loss at "
-            f"{size:,} training rows is {residual:+.4f} nats from the best such curve, more than "
-            f"variation of {covers} explains (p = {curve.p_fits:.3f}). The fit is rejected, so "
-            "nothing is extrapolated."
+            f"{curve.name}: the curve E + A·N^(−β) (N training rows) is rejected for these "
+            f"{len(curve.sizes)} sizes (p = {curve.p_fits:.3f}, covers {covers}): the largest "
+            f"residual is {residual:+.4f} nats at N = {size:,}. No extrapolation."
         )
     return (
         f"{curve.name}: E + A·N^(−β) through {len(curve.sizes)} sizes has β = {exponent[0]:.2f} "
         f"({exponent[1]:.2f} to {exponent[2]:.2f}) and E = {floor[0]:.3f} ({floor[1]:.3f} to "
         f"{floor[2]:.3f}); extrapolated to {2 * curve.sizes[-1]:,} training rows: "
         f"{curve.middle[-1]:.4f} ({curve.low[-1]:.4f} to {curve.high[-1]:.4f}). The intervals "
-        f"cover {covers}, not the choice of this form. (Lack of fit: p = {curve.p_fits:.2f}.)"
+        f"cover {covers}, not the choice of this functional form (lack-of-fit test: "
+        f"p = {curve.p_fits:.2f})."
     )

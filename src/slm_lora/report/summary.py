@@ -114,7 +114,7 @@ def comparisons_table(
             for pair in pairs
         ]
         header = [
-            "Comparison", f"{metric.title} difference, {metric.unit} (95 %)",
+            "First minus second", f"{metric.title} difference, {metric.unit} (95 %)",
             *(["Perplexity"] if shows_perplexity else []), "By seed",
             "Next seed (95 %)", "p, corrected", "Verdict",
         ]  # fmt: skip
