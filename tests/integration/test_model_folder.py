@@ -20,7 +20,7 @@ from slm_lora.adapters import attach
 from slm_lora.adapters import io as adapter_io
 from slm_lora.config.schema import AdapterSection, ModelSection
 from slm_lora.export.merge import merge
-from slm_lora.export.trained import read
+from slm_lora.export.trained import read_trained
 from slm_lora.model.loading import load_base
 from slm_lora.model.model_folder import (
     TOKENIZER_FILES,
@@ -89,7 +89,7 @@ def older(tiny_folder: Path, tmp_path: Path) -> Path:
 def merged(base: Path, tmp_path: Path) -> Path:
     source = resolve(ModelSection(name=str(base)))
     folder = make_adapter(source, tmp_path / "adapter")
-    merge(read(folder), tmp_path / "merged", "bf16", base)
+    merge(read_trained(folder), tmp_path / "merged", "bf16", base)
     return tmp_path / "merged"
 
 
