@@ -13,8 +13,8 @@ import yaml
 from hypothesis import example, given, settings
 from hypothesis import strategies as st
 
-from slm_lora.config.aliases import MEANT, NO_KEY
-from slm_lora.config.grid import MOST_CELLS, Cell
+from slm_lora.config.aliases import ALIASES, NO_EQUIVALENT
+from slm_lora.config.grid import MAX_CELLS, Cell
 from slm_lora.config.load import load_recipe, parse_recipe
 from slm_lora.config.schema import LATER_KEYS, CellConfig, DataSection, Recipe
 from slm_lora.config.validation import known_keys
@@ -101,7 +101,7 @@ def test_all_mistakes_at_once() -> None:
         ("data: rows.jsonl", "did you mean 'data: {name: rows.jsonl}'?"),
         ("lr: 3", "unknown key 'lr' (line 2); did you mean 'training.learning_rate'?"),
         ("lora: {r: 8}", "unknown key 'lora' (line 2); did you mean 'adapter'?"),
-        ("packing: true", "unknown key 'packing' (line 2); there is none: rows are always packed"),
+        ("packing: true", "unknown key 'packing' (line 2); not an option: rows are always packed"),
         ("adapter: 5", "adapter = 5: must be a mapping of keys to values (line 2)"),
         ("data: {columns: [a]}", "data.columns = ['a']: must be a mapping of keys to values"),
         ("data: {columns: {float: 3}}", "data.columns.float = 3: must be text (line 2)"),
@@ -221,7 +221,7 @@ def test_the_last_override_of_a_key_counts() -> None:
         ("grid.axes.0=3", "override: unknown key 'grid.axes.0'; did you mean 'grid.axes'?"),
         (
             "data={size: 30}",
-            "override: 'data' is a section; set what is in it, such as 'data.name'",
+            "override: 'data' is a section; set a key of it, such as 'data.name'",
         ),
         ("lr=1e-3", "unknown key 'lr'; did you mean 'training.learning_rate'?"),
         ("training.lr=1e-3", "did you mean 'training.learning_rate'?"),
@@ -229,16 +229,16 @@ def test_the_last_override_of_a_key_counts() -> None:
         ("Epochs=3", "did you mean 'training.num_train_epochs'?"),
         ("max_seq_length=8", "did you mean 'data.max_length'?"),
         ("lora.rank=8", "did you mean 'adapter.r'?"),
-        ("batch_size=8", "did you mean 'training.effective_batch_size'? (examples a step"),
+        ("batch_size=8", "did you mean 'training.effective_batch_size'? (examples per step"),
         ("gradient_accumulation_steps=8", "did you mean 'training.effective_batch_size'?"),
         ("load_in_4bit=true", "did you mean 'model.quantization=nf4'?"),
-        ("training.optim=adamw_torch", "'training.optim'; there is none: it is always AdamW"),
+        ("training.optim=adamw_torch", "'training.optim'; not an option: it is always AdamW"),
         ("grid.cells=[{lr: 3}]", "unknown key 'lr'; did you mean 'training.learning_rate'?"),
-        ("adapter.r=[1", "override: adapter.r = [1: not a value in YAML"),
-        ("adapter.r=" + "[" * 1500, "not a value in YAML"),
-        ("adapter.r=!!timestamp x", "override: adapter.r = !!timestamp x: not a value in YAML"),
-        ("adapter.r=!!python/name:os.system", "not a value in YAML"),
-        ('description="\\ud800"', "not a value in YAML"),
+        ("adapter.r=[1", "override: adapter.r = [1: not valid YAML"),
+        ("adapter.r=" + "[" * 1500, "not valid YAML"),
+        ("adapter.r=!!timestamp x", "override: adapter.r = !!timestamp x: not valid YAML"),
+        ("adapter.r=!!python/name:os.system", "not valid YAML"),
+        ('description="\\ud800"', "not valid YAML"),
     ],
 )
 def test_a_wrong_override(override: str, said: str) -> None:
@@ -251,11 +251,11 @@ def test_a_wrong_override(override: str, said: str) -> None:
 def test_names_of_other_tools_lead_to_keys_that_are_there() -> None:
     known = set(known_keys())
     taken = {key.rsplit(".", 1)[-1] for key in known}
-    names = " ".join(MEANT.values()).split()
+    names = " ".join(ALIASES.values()).split()
     assert len(names) == len(set(names)), "a name that means two keys"
-    assert not taken & {*names, *NO_KEY}
-    assert not set(NO_KEY) & set(names)
-    for meant in MEANT:
+    assert not taken & {*names, *NO_EQUIVALENT}
+    assert not set(NO_EQUIVALENT) & set(names)
+    for meant in ALIASES:
         key, _, value = meant.split(" ")[0].partition("=")
         assert key in known
         if value:
@@ -429,7 +429,7 @@ def test_settings_are_the_values_not_their_spelling() -> None:
         ("axes: [{adapter.r: 8}]", "grid.axes.0.adapter.r = 8: must be a list"),
         ("cells: [{adapter.rr: 8}]", "grid cell 1: unknown key 'adapter.rr'; did you mean"),
         ("cells: [{seeds: [1]}]", "grid cell 1: unknown key 'seeds'; did you mean 'seed'?"),
-        ("cells: [{adapter: {r: 8}}]", "grid cell 1: 'adapter' is a section; set what is in it"),
+        ("cells: [{adapter: {r: 8}}]", "grid cell 1: 'adapter' is a section; set a key of it"),
         ("cells: [{data.size: 20}, {data.size: 1}]", "grid cell 2: data.size = 1: must be greater"),
         ("cells: [{training.keep_best: true}]", "grid cell 1: training.keep_best = true: needs"),
         ("cells: [{adapter.r: 8}, {adapter.r: 8.0}]", "the cell r8 more than once"),
@@ -464,7 +464,7 @@ def test_a_grid_beyond_reason_is_not_unfolded() -> None:
     values = list(range(1, 501))
     keys = ["adapter.r", "seed", "data.size", "training.max_steps"]
     text = yaml.safe_dump({"grid": {"axes": [{key: values} for key in keys]}})
-    assert f"at most {MOST_CELLS}" in mistake(text)
+    assert f"at most {MAX_CELLS}" in mistake(text)
 
 
 def test_cells_do_not_share_what_one_of_them_changes() -> None:
