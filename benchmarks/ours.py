@@ -8,7 +8,7 @@ import sys
 from slm_lora.runtime import hardware
 
 # As the command does, before anything is imported that takes its time.
-hardware.collect_garbage_rarely()
+hardware.reduce_gc_frequency()
 
 import torch
 from contender import DROPOUT, LEARNING_RATE, MAX_LENGTH, Clock, R, Work, work

@@ -135,7 +135,7 @@ with distributed.process_group():
         tensor = torch.zeros(size)
         times = []
         for _ in range(30):
-            distributed.wait()
+            distributed.barrier()
             began = time.perf_counter()
             distributed.all_reduce_sum(tensor)
             times.append(time.perf_counter() - began)

@@ -279,8 +279,8 @@ def test_a_cell_that_another_process_has_is_waited_for(tmp_path: Path, tiny_fold
     holder = (
         "import sys, time\n"
         "from pathlib import Path\n"
-        "from slm_lora.runtime.lock import after_other_processes\n"
-        "with after_other_processes(Path(sys.argv[1]), lambda: None):\n"
+        "from slm_lora.runtime.lock import wait_for_lock\n"
+        "with wait_for_lock(Path(sys.argv[1]), lambda: None):\n"
         "    print('held', flush=True); sys.stdin.read()\n"
     )
     lock = lab.results / "checkpoints" / ".r4-40.lock"

@@ -82,7 +82,7 @@ def test_a_finished_base_and_unfinished_cells(lab: Lab) -> None:
 def test_too_large_is_said_before_the_run(
     lab: Lab, capsys: pytest.CaptureFixture[str], monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    monkeypatch.setattr(hardware, "free_bytes", lambda device: 5_000_000)
+    monkeypatch.setattr(hardware, "available_bytes", lambda device: 5_000_000)
     assert command("experiment", lab.recipe, "--plan", "--results", lab.folder / "r") == 0
     shown = " ".join(capsys.readouterr().out.split())
     assert "warning: base, r2-40, r4-40, r4-80 will not fit: " in shown
@@ -93,7 +93,7 @@ def test_too_large_is_said_before_the_run(
 
 
 def test_what_the_machine_has() -> None:
-    assert 10**7 < hardware.resident_bytes() < hardware.free_bytes("cpu")
+    assert 10**7 < hardware.resident_bytes() < hardware.available_bytes("cpu")
 
 
 @pytest.mark.skipif(torch.cuda.is_available(), reason="there is a GPU")

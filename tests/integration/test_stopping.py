@@ -20,8 +20,8 @@ from slm_lora.errors import IntegrityError, StorageError
 from slm_lora.evaluation import scoring
 from slm_lora.experiment import cell, runner
 from slm_lora.runtime import lock, storage
-from slm_lora.runtime.lock import only_process
-from slm_lora.runtime.signals import StopRequested, gentle_stop
+from slm_lora.runtime.lock import exclusive_lock
+from slm_lora.runtime.signals import StopRequested, graceful_stop
 from slm_lora.training import step
 from slm_lora.training.checkpoint import generations
 
@@ -39,7 +39,7 @@ def test_the_first_signal_waits_and_the_second_does_not(which: signal.Signals) -
     before = signal.getsignal(which)
 
     def signalled(times: int) -> None:
-        with gentle_stop() as stop:
+        with graceful_stop() as stop:
             for _ in range(times):
                 assert not stop.requested or times > 1
                 signal.raise_signal(which)
@@ -55,9 +55,9 @@ def test_the_first_signal_waits_and_the_second_does_not(which: signal.Signals) -
 
 @posix
 def test_a_request_that_nobody_looked_at_counts_at_the_end() -> None:
-    with pytest.raises(StopRequested), gentle_stop():
+    with pytest.raises(StopRequested), graceful_stop():
         signal.raise_signal(signal.SIGINT)
-    with gentle_stop() as stop:
+    with graceful_stop() as stop:
         stop.check()
 
 
@@ -65,7 +65,7 @@ def test_a_request_that_nobody_looked_at_counts_at_the_end() -> None:
 def test_what_was_ignored_stays_ignored() -> None:
     before = signal.signal(signal.SIGINT, signal.SIG_IGN)
     try:
-        with gentle_stop() as stop:
+        with graceful_stop() as stop:
             signal.raise_signal(signal.SIGINT)
             assert not stop.requested
     finally:
@@ -76,7 +76,7 @@ def test_off_the_main_thread_nothing_breaks() -> None:
     found: list[bool] = []
 
     def work() -> None:
-        with gentle_stop() as stop:
+        with graceful_stop() as stop:
             found.append(stop.requested)
 
     thread = threading.Thread(target=work)
@@ -90,8 +90,8 @@ def test_off_the_main_thread_nothing_breaks() -> None:
 HOLD = (
     "import sys, time\n"
     "from pathlib import Path\n"
-    "from slm_lora.runtime.lock import only_process\n"
-    "with only_process(Path(sys.argv[1])):\n"
+    "from slm_lora.runtime.lock import exclusive_lock\n"
+    "with exclusive_lock(Path(sys.argv[1])):\n"
     "    print('held', flush=True)\n"
     "    time.sleep(60)\n"
 )
@@ -102,11 +102,14 @@ def test_a_second_process_is_refused_until_the_first_is_dead(tmp_path: Path) -> 
     holder = subprocess.Popen([sys.executable, "-c", HOLD, tmp_path], stdout=subprocess.PIPE)
     assert holder.stdout is not None
     assert holder.stdout.readline() == b"held\n"
-    with pytest.raises(IntegrityError, match="another process is at work"), only_process(tmp_path):
+    with (
+        pytest.raises(IntegrityError, match="another process is at work"),
+        exclusive_lock(tmp_path),
+    ):
         pass
     holder.kill()
     holder.wait()
-    with only_process(tmp_path):
+    with exclusive_lock(tmp_path):
         assert (tmp_path / lock.LOCK_FILE).exists()
     assert not list(tmp_path.iterdir())
 
@@ -179,7 +182,7 @@ def test_too_little_space_is_found_before_training(
     monkeypatch.setattr(storage.shutil, "disk_usage", lambda _: usage._replace(free=1000))
     monkeypatch.setattr(cell, "train", None)
     assert Lab(tmp_path, tiny_folder).run("grid.cells=[{data.size: 40}]") == 6
-    assert "are free; make room" in capsys.readouterr().err
+    assert "MB free; make room" in capsys.readouterr().err
 
 
 def test_a_full_disk_is_one_line(tmp_path: Path) -> None:

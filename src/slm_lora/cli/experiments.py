@@ -79,7 +79,7 @@ def experiment(
         reporter.info("  reading rows and model; a first time fetches or builds what is not there")
         here = executor is Executor.local
         computed: ComputedName = "nowhere" if plan else "here" if here else "elsewhere"
-        jobs = distributed.first_then_all(lambda: make_jobs(cells, computed))
+        jobs = distributed.main_process_first(lambda: make_jobs(cells, computed))
         _say_data(jobs[0], reporter)
         if plan:
             if distributed.is_main():
@@ -128,7 +128,7 @@ def train(
     paths = _places(read, results, adapters)
     with distributed.process_group():
         reporter = Reporter(quiet=not distributed.is_main())
-        jobs = distributed.first_then_all(lambda: make_jobs(chosen))
+        jobs = distributed.main_process_first(lambda: make_jobs(chosen))
         _say_data(jobs[0], reporter)
         _warn_if_too_large(jobs, paths, reporter)
         if cell == BASE:

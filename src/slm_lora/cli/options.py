@@ -33,7 +33,7 @@ def _in_processes(many: int) -> int:
     if many != 1:
         from slm_lora.launch.local import launch
 
-        if distributed.is_child():
+        if distributed.is_launched():
             raise UsageError(
                 f"--processes {many}: this process is already one of several (WORLD_SIZE is set)"
             )

@@ -367,7 +367,7 @@ class Recipe(CellConfig):
         pattern=r"^[a-z0-9][a-z0-9._-]*$",
         max_length=100,
     )
-    description: str = Field("", description="One line for the report.")
+    description: str = Field("", description="One line, printed when the experiment starts.")
     grid: GridSection = Field(
         default_factory=lambda: GridSection(), description="Cells; unset: one cell."
     )

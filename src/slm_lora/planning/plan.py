@@ -102,13 +102,13 @@ def plan(jobs: Sequence[Job], paths: ExperimentPaths) -> Plan:
         measured = slices[each.slice_key]
         bases.setdefault(each.job.base_identity, _base(each, measured, runtime, paths))
         cells.append(_cell(each, measured, runtime, paths))
-    return Plan((*bases.values(), *cells), hardware.free_bytes(jobs[0].device.type))
+    return Plan((*bases.values(), *cells), hardware.available_bytes(jobs[0].device.type))
 
 
 def will_not_fit(jobs: Sequence[Job], paths: ExperimentPaths) -> str:
     """One line, without any measuring, where unfinished cells cannot fit as their weights alone are
     more than there is; else empty."""
-    free = hardware.free_bytes(jobs[0].device.type)
+    free = hardware.available_bytes(jobs[0].device.type)
     runtime = _runtime(jobs)
     least = {job.name: runtime + held_bytes(job, adapter_weights=0) for job in jobs}
     large = [job for job in jobs if least[job.name] > free]
