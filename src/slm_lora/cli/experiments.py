@@ -330,7 +330,7 @@ def _say_data(job: Any, reporter: Any) -> None:
 
 
 def _warn_if_too_large(jobs: Any, paths: Any, reporter: Any) -> None:
-    from slm_lora.planning.plan import will_not_fit
+    from slm_lora.planning.plan import weights_warning
 
-    if line := will_not_fit(jobs, paths):
+    if line := weights_warning(jobs, paths):
         reporter.info(f"  warning: {line}")
