@@ -12,7 +12,8 @@ import pytest
 from slm_lora.report.card import Card, make_card, terminal_card
 from slm_lora.report.names import SettingNames, rate_name
 from slm_lora.runs.scored_run import ScoredRun
-from slm_lora.stats.comparisons import Setting, all_comparisons, group_settings
+from slm_lora.stats.comparisons import all_comparisons
+from slm_lora.stats.settings import Setting, group_settings
 
 from ..support.runs import line
 

@@ -11,7 +11,9 @@ from slm_lora.report import sentences
 from slm_lora.report.names import SettingNames
 from slm_lora.report.summary import category_table, comparisons_table
 from slm_lora.runs.scored_run import ScoredRun
-from slm_lora.stats.comparisons import Setting, all_comparisons, by_category, group_settings, varied
+from slm_lora.stats.categories import by_category
+from slm_lora.stats.comparisons import all_comparisons
+from slm_lora.stats.settings import Setting, group_settings, varied
 
 from ..support.runs import line
 
@@ -132,10 +134,10 @@ def test_arms_of_unequal_seeds_are_compared_on_those_of_both() -> None:
         ("r4", "base"), ("r8-seed0", "base"), ("r8-seed0", "r4-seed0"),
     ]  # fmt: skip
     method = sentences.method([*lines], found)
-    assert "the variation between seeds is unknown with one seed" in method
-    assert "Comparisons over several seeds (2) cover the seed as well" in method
+    assert "With one seed they cover the choice of test rows only" in method
+    assert "With several trainings (2 seeds) they cover rows and trainings" in method
     table = comparisons_table(found, SettingNames(group_settings(lines)))
-    assert "Significantly lower across test rows for this training; other seeds are" in table
+    assert "| Lower (one seed). |" in table
 
 
 def test_verdicts_name_their_reason() -> None:
@@ -146,9 +148,10 @@ def test_verdicts_name_their_reason() -> None:
         for r, loss in ((4, 2.0), (8, 2.0), (16, 2.5 + n / 10))
     ]
     verdicts = [sentences.verdict_text(pair) for pair in all_comparisons(lines)]
-    assert verdicts[:3] == ["Significantly lower across test rows and 3 seeds."] * 3
+    lower = "Significantly lower across test rows and 3 seeds, in each of them."
+    assert verdicts[:3] == [lower] * 3
     assert verdicts[3] == "Equivalent within ±0.01 nats."
-    assert verdicts[4] == "Significantly higher across test rows and 3 seeds."
+    assert verdicts[4] == "Significantly higher across test rows and 3 seeds, in each of them."
     note = sentences.untuned(all_comparisons(lines))
     assert "Learning rates were not tuned per setting (2e-4 for all)" in note
     rates = [

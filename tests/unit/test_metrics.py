@@ -19,9 +19,10 @@ from slm_lora.runs import metrics
 from slm_lora.runs.metrics import METRICS, Metric, row_value
 from slm_lora.runs.scored_run import ScoredRun
 from slm_lora.runs.scores import read_scores, write_scores
-from slm_lora.stats.comparisons import Setting, all_comparisons, group_settings
+from slm_lora.stats.comparisons import all_comparisons
 from slm_lora.stats.estimates import estimate, paired
 from slm_lora.stats.inference import difference
+from slm_lora.stats.settings import Setting, group_settings
 
 from ..support.runs import line
 
@@ -152,5 +153,5 @@ def test_bits_per_byte_is_nats_over_ln_2_and_bytes() -> None:
 
 def test_a_gap_is_measured_in_the_metric_that_is_asked_for(with_match: None) -> None:
     first, second = (matched(line(name, 2.0), share) for name, share in (("base", 2), ("r8", 6)))
-    found = gap(Setting((first,)), Setting((second,)), 0.01, MATCH)
+    found = gap(Setting((first,)), Setting((second,)), MATCH)
     assert found is not None and found.value == pytest.approx(0.4)

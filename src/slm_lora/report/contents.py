@@ -14,22 +14,24 @@ from slm_lora.report.setup import not_shown, setup
 from slm_lora.report.summary import (
     category_table,
     comparisons_table,
+    contrasts_table,
     metrics_table,
     settings_table,
 )
 from slm_lora.report.tables import described_table, losses_table
 from slm_lora.runs.scored_run import ScoredRun
 from slm_lora.stats import learning_curve
-from slm_lora.stats.comparisons import (
-    Comparison,
+from slm_lora.stats.categories import by_category, p_alike
+from slm_lora.stats.comparisons import ALPHA, Comparison, all_comparisons
+from slm_lora.stats.factorial import Contrast, contrasts
+from slm_lora.stats.inference import LEAST_GROUPS, holm
+from slm_lora.stats.selection import pareto_set
+from slm_lora.stats.settings import (
     Setting,
-    all_comparisons,
-    by_category,
     equivalence_margin,
     group_settings,
     series_along,
 )
-from slm_lora.stats.inference import LEAST_GROUPS
 
 
 @dataclass(frozen=True)
@@ -41,6 +43,7 @@ class Analysis:
         settings: trained ones, over their seeds.
         base: the base model; None where it was not scored.
         comparisons: of the experiment, corrected together.
+        contrasts: ends of axes, main effects, interactions; a family of their own.
         curves: loss against data size.
         names: of the settings.
         card: the result in a few lines.
@@ -50,18 +53,23 @@ class Analysis:
     settings: tuple[Setting, ...]
     base: Setting | None
     comparisons: tuple[Comparison, ...]
+    contrasts: tuple[Contrast, ...]
     curves: tuple[learning_curve.LearningCurve, ...]
     names: SettingNames
     card: Card
 
 
-def analyse(runs: Sequence[ScoredRun]) -> Analysis:
+def analyse(runs: Sequence[ScoredRun], seen: frozenset[str] | None = None) -> Analysis:
     """Statistics of runs on the same test rows.
+
+    Args:
+        runs: of one experiment.
+        seen: folders of the runs that its first report showed; None: this is the first.
 
     Raises:
         IntegrityError: they were scored on different rows.
     """
-    comparisons = all_comparisons(runs)
+    comparisons = all_comparisons(runs, seen)
     settings = group_settings(runs)
     base = next((Setting((run,)) for run in runs if run.is_base), None)
     names = SettingNames(settings)
@@ -79,7 +87,14 @@ def analyse(runs: Sequence[ScoredRun]) -> Analysis:
     ]
     card = make_card(comparable, base, comparisons, equivalence_margin(runs[0]), names)
     return Analysis(
-        tuple(runs), tuple(settings), base, tuple(comparisons), tuple(curves), names, card
+        tuple(runs),
+        tuple(settings),
+        base,
+        tuple(comparisons),
+        tuple(contrasts(settings)),
+        tuple(curves),
+        names,
+        card,
     )
 
 
@@ -118,16 +133,18 @@ def sections(
             "Settings",
             settings_table(analysis.card, settings, analysis.base, names)
             + "\nMeans over seeds; loss in nats per token, lower is better. Time per training, "
-            "largest peak memory.",
+            "largest peak memory. Intervals are for one setting at a time; the base's holds "
+            "whichever setting was recommended." + _pareto(settings, names),
             anchor="settings",
         ),
         Section(
             "All comparisons",
-            "\n\n".join(filter(None, [note, comparisons_table(comparisons, names)])),
+            "\n\n".join(filter(None, [note, _LEGEND, comparisons_table(comparisons, names)])),
             _present(forests),
             anchor="comparisons",
             folded=True,
         ),
+        *_contrasts(analysis),
         *_scaling(analysis, _present(effects)),
         *_metrics(analysis),
         Section("Every run", runs_text(analysis.runs), anchor="runs", folded=True),
@@ -155,6 +172,13 @@ def sections(
     ]
 
 
+_LEGEND = (
+    "Lower, higher and equivalent are significant at 5 % after correction for all comparisons. By "
+    "seed: smallest to largest difference. Next seed: where one more would lie, on the same test "
+    "rows."
+)
+
+
 def question(analysis: Analysis) -> str:
     """The question of the experiment."""
     return sentences.question(analysis.runs, analysis.settings, analysis.comparisons)
@@ -179,6 +203,29 @@ def _training(settings: Sequence[Setting], names: SettingNames) -> str:
             f"training loss {record.last_step_loss:.3f}{seeds}"
         )
     return "\n".join(items) or "Nothing was trained."
+
+
+def _pareto(settings: Sequence[Setting], names: SettingNames) -> str:
+    if len(settings) < 2:
+        return ""
+    best = pareto_set(settings)
+    listed = (
+        "all settings"
+        if len(best) == len(settings)
+        else plain("; ".join(names.of(setting) for setting in best))
+    )
+    return f" Pareto-optimal in loss, training tokens and trained weights: {listed}."
+
+
+def _contrasts(analysis: Analysis) -> list[Section]:
+    if not analysis.contrasts:
+        return []
+    text = (
+        f"{contrasts_table(analysis.contrasts, analysis.names)}\nAn interaction is the effect at "
+        "one value minus the effect at another. p-values are corrected for these "
+        f"{len(analysis.contrasts)} contrasts (Holm), apart from the comparisons above."
+    )
+    return [Section("Main effects and interactions", text, anchor="contrasts", folded=True)]
 
 
 def _scaling(analysis: Analysis, pictures: tuple[Picture, ...]) -> list[Section]:
@@ -218,7 +265,7 @@ def _categories(analysis: Analysis) -> list[Section]:
         pictures.append(figures.categories(by_category(pair), second, first))
     text = (
         "Held-out loss, nats per token, with unpaired 95 % intervals over the choice of test rows "
-        f"where a category has {LEAST_GROUPS} groups or more."
+        f"where a category has {LEAST_GROUPS} groups or more.{_alike(analysis)}"
     )
     return [
         Section(
@@ -229,6 +276,26 @@ def _categories(analysis: Analysis) -> list[Section]:
             folded=True,
         )
     ]
+
+
+def _alike(analysis: Analysis) -> str:
+    """Comparisons whose difference is not the same in all categories."""
+    tested = [(pair, p) for pair in analysis.comparisons if (p := p_alike(pair)) is not None]
+    if not tested:
+        return ""
+    corrected = holm([p for _, p in tested])
+    unlike = [
+        f"{analysis.names.of(pair.second)} vs {analysis.names.of(pair.first)}"
+        for (pair, _), p in zip(tested, corrected, strict=True)
+        if p < ALPHA
+    ]
+    test = (
+        f" Wald's test of equal differences in all categories, for {len(tested)} comparisons "
+        "(Holm), over the test rows of these trainings:"
+    )
+    if not unlike:
+        return f"{test} no difference varies significantly between categories."
+    return f"{test} the difference varies significantly for {plain('; '.join(unlike))}."
 
 
 def table_text(analysis: Analysis, results: Path) -> str:

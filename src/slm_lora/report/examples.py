@@ -17,7 +17,8 @@ from slm_lora.report.names import SettingNames
 from slm_lora.report.outputs import sections
 from slm_lora.runs import outputs
 from slm_lora.runs.folder import Run
-from slm_lora.stats.comparisons import Comparison, Setting
+from slm_lora.stats.comparisons import Comparison
+from slm_lora.stats.settings import Setting
 
 OUTPUTS_FILE = "outputs.json"
 """Beside the run folders: what `compare-outputs` wrote, if anybody asked."""

@@ -8,13 +8,15 @@ from collections.abc import Sequence
 from typing import TYPE_CHECKING
 
 from slm_lora.report.blocks import Picture
-from slm_lora.report.card import Card, cost
+from slm_lora.report.card import Card
 from slm_lora.report.drawing import INK, LIGHT, LINES, MARKERS, SHADE, new_axes, picture, styled
 from slm_lora.report.names import SettingNames
-from slm_lora.stats.comparisons import Comparison, Setting, amount
+from slm_lora.stats.comparisons import Comparison
 from slm_lora.stats.estimates import perplexity
 from slm_lora.stats.inference import LEAST_GROUPS, Difference
 from slm_lora.stats.learning_curve import LearningCurve
+from slm_lora.stats.selection import cost
+from slm_lora.stats.settings import Setting, amount
 
 if TYPE_CHECKING:
     from matplotlib.axes import Axes

@@ -11,13 +11,17 @@ from collections.abc import Callable, Sequence
 
 from slm_lora.config.types import METHOD_LABELS
 from slm_lora.report.blocks import plain
-from slm_lora.report.card import RATE, interval_text
+from slm_lora.report.card import RATE, interval_text, unseen_failures
 from slm_lora.report.names import SettingNames, key_name, rate_name, value_name
 from slm_lora.runs.scored_run import ScoredRun
-from slm_lora.stats.comparisons import Comparison, Setting, amount
+from slm_lora.stats.comparisons import ALPHA, Comparison
 from slm_lora.stats.estimates import estimate
 from slm_lora.stats.inference import Difference
 from slm_lora.stats.learning_curve import LearningCurve
+from slm_lora.stats.settings import Setting, amount, shared_rows
+
+MOST_SHARED = 0.2
+"""Share of training rows that two draws may have in common without a remark."""
 
 
 def question(
@@ -81,29 +85,31 @@ def method(runs: Sequence[ScoredRun], comparisons: Sequence[Comparison]) -> str:
     first = runs[0]
     loss = estimate([first.scores], first.metric)
     tokens = {"all": "all tokens of the text", "response": "the tokens of the response"}
-    counts = sorted({pair.difference.seeds for pair in comparisons} or {1})
-    covered = (
-        "95 % intervals are BCa bootstraps over groups of related rows. They cover the choice of "
-        "test rows; the variation between seeds is unknown with one seed, so no setting is called "
-        "better than another."
-        if counts[0] < 2
-        else "95 % intervals cover the choice of test rows and of the seed "
-        f"({' or '.join(map(str, counts))} seeds): the widest of Student's interval over seeds, "
-        "Satterthwaite's for rows and seeds, and a two-way bootstrap over groups of related rows "
-        "and seeds."
-    )
-    if counts[0] < 2 <= counts[-1]:
-        several = " or ".join(str(count) for count in counts if count > 1)
-        covered += f" Comparisons over several seeds ({several}) cover the seed as well."
-    if len({run.resolved["data_seed"] for run in runs if not run.is_base}) > 1:
-        covered += " Each seed also draws its own training rows."
-    elif counts[-1] > 1:
+    counts = sorted({(pair.difference.units, pair.difference.unit) for pair in comparisons})
+    several = [f"{count} {unit}s" for count, unit in counts if count > 1]
+    covered = "95 % intervals are Student's, clustered by groups of related rows (CR2)."
+    if not several:
         covered += (
-            " All seeds train on the same rows, so the choice of training rows is not covered."
+            " They cover the choice of test rows; the variation between seeds is unknown with one "
+            "seed, so no setting is called better than another."
         )
+    else:
+        if counts[0][0] < 2:
+            covered += " With one seed they cover the choice of test rows only."
+        covered += (
+            f" With several trainings ({' or '.join(several)}) they cover rows and trainings: the "
+            "wider of the interval over trainings and that over rows and trainings."
+        )
+        least = min(count for count, _ in counts if count > 1)
+        covered += (
+            f" {least} trainings that agree leave a failure in up to {unseen_failures(least)} of "
+            "trainings possible (95 % confidence)."
+        )
+    if several:
+        covered += _rows_text(runs)
     family = (
-        f" p-values are corrected for all {len(comparisons)} comparisons (Holm); equivalence "
-        "tests, categories and curves are not."
+        f" p-values of no difference, and p-values of equivalence, are each corrected for all "
+        f"{len(comparisons)} comparisons (Holm). Intervals are for one comparison at a time."
         if comparisons
         else ""
     )
@@ -111,8 +117,25 @@ def method(runs: Sequence[ScoredRun], comparisons: Sequence[Comparison]) -> str:
         "Held-out loss is the total negative log-likelihood divided by the number of "
         f"{tokens[first.headline].removeprefix('all ').removeprefix('the ')}; perplexity is its "
         f"exponential. Both are computed on the same {len(first.scores)} test rows in "
-        f"{loss.groups} groups for every run. Differences are paired by row. {covered}{family} "
+        f"{loss.groups} groups (as sure as {loss.effective_groups:.0f} groups of equal size) for "
+        f"every run. Differences are paired by row. {covered}{family} "
         f"Base weights in {first.run.record.model.precision}."
+    )
+
+
+def _rows_text(runs: Sequence[ScoredRun]) -> str:
+    """Whether the draw of training rows is covered, and how much of it seeds have in common."""
+    trained = [run for run in runs if not run.is_base]
+    if len({run.resolved["data_seed"] for run in trained}) < 2:
+        return " All seeds train on the same rows, so the choice of training rows is not covered."
+    shares = sorted({round(shared_rows(run), 2) for run in trained})
+    span = f"{100 * shares[0]:.0f}"
+    if len(shares) > 1:
+        span += f" to {100 * shares[-1]:.0f}"
+    part = "" if shares[-1] <= MOST_SHARED else ", so their choice is covered only in part"
+    return (
+        " Each draw of training rows is random; two draws have "
+        f"{span} % of their rows in common on average{part}."
     )
 
 
@@ -126,10 +149,7 @@ def p_text(comparison: Comparison) -> str:
     p = comparison.p_corrected
     if p < 0.001:
         return "p < 0.001"
-    digits = 4 if p < 0.01 else 3
-    if comparison.p_is_least:  # a bound, rounded up
-        return f"p ≤ {math.ceil(10**digits * p - 1e-9) / 10**digits:.{digits}f}"
-    return f"p = {p:.{digits}f}"
+    return f"p = {p:.{4 if p < 0.01 else 3}f}"
 
 
 def sentence(comparison: Comparison, names: SettingNames | None = None) -> str:
@@ -147,36 +167,72 @@ def sentence(comparison: Comparison, names: SettingNames | None = None) -> str:
 def verdict_text(comparison: Comparison) -> str:
     """The verdict with its reason, one sentence or two."""
     difference = comparison.difference
-    direction = "lower" if difference.value < 0 else "higher"
     if comparison.verdict == "different":
+        direction = "lower" if difference.value < 0 else "higher"
         small = (
             f" Below the equivalence margin of {difference.margin:g} nats."
-            if difference.equivalent
+            if comparison.negligible
             else ""
         )
-        if comparison.covers_seeds:
-            return (
-                f"Significantly {direction} across test rows and {difference.seeds} seeds.{small}"
-            )
-        return (
-            f"Significantly {direction} across test rows for {_trainings(comparison)}; other seeds "
-            f"are untested.{small}"
-        )
+        return f"Significantly {direction}{_scope(comparison)}.{small}{_added_text(comparison)}"
     if comparison.verdict == "equivalent":
         scope = (
-            "."
+            ""
             if comparison.covers_seeds
-            else f" for {_trainings(comparison)}; other seeds are untested."
+            else f" for {_trainings(comparison)}; other seeds are untested"
         )
-        return f"Equivalent within ±{difference.margin:g} nats{scope}"
-    return f"Inconclusive: {_reason(comparison)}{_needed_text(comparison)}"
+        return f"Equivalent within ±{difference.margin:g} nats{scope}.{_added_text(comparison)}"
+    return f"Inconclusive: {_reason(comparison)}{_needed_text(comparison)}{_added_text(comparison)}"
+
+
+def short_verdict(comparison: Comparison) -> str:
+    """The verdict for a table that shows interval and p beside it."""
+    difference = comparison.difference
+    count, unit = difference.units, difference.unit
+    many = f"{unit}s" if count > 1 else unit
+    scope = f"{count} {many}" if comparison.covers_seeds else "one seed"
+    if comparison.verdict == "inconclusive":
+        return verdict_text(comparison)
+    if comparison.verdict == "equivalent":
+        text = f"Equivalent within ±{difference.margin:g} ({scope})."
+    else:
+        direction = "Lower" if difference.value < 0 else "Higher"
+        if comparison.covers_seeds:
+            scope = f"in {difference.agreeing} of {count} {many}"
+        small = f", below the margin of {difference.margin:g}" if comparison.negligible else ""
+        text = f"{direction} ({scope}){small}."
+    return text + _added_text(comparison)
+
+
+def _scope(comparison: Comparison) -> str:
+    difference = comparison.difference
+    if not comparison.covers_seeds:
+        return f" across test rows for {_trainings(comparison)}; other seeds are untested"
+    count, unit = difference.units, f"{difference.unit}s"
+    if difference.agreeing == count:
+        return f" across test rows and {count} {unit}, in each of them"
+    opposite = count - difference.agreeing
+    return f" across test rows and {count} {unit} on average, but not in {opposite} of them"
+
+
+def _added_text(comparison: Comparison) -> str:
+    if not comparison.added:
+        return ""
+    return (
+        f" {comparison.added} of {comparison.difference.units} {comparison.difference.unit}s were "
+        "added after a report had shown the others."
+    )
 
 
 def _reason(comparison: Comparison) -> str:
-    if not comparison.difference.excludes_zero:
-        return "the interval includes zero and exceeds the equivalence margin"
-    correction = f" after correction for {comparison.family} comparisons"
-    return f"p = {comparison.p_corrected:.2f}{correction if comparison.family > 1 else ''}"
+    difference = comparison.difference
+    family = comparison.family
+    correction = f" after correction for {family} comparisons" if family > 1 else ""
+    if difference.excludes_zero:
+        return f"p = {comparison.p_corrected:.2f}{correction}"
+    if difference.p_equivalence < ALPHA:
+        return f"equivalence has p = {comparison.p_equivalence_corrected:.2f}{correction}"
+    return "the interval includes zero and exceeds the equivalence margin"
 
 
 def _trainings(comparison: Comparison) -> str:
@@ -184,17 +240,20 @@ def _trainings(comparison: Comparison) -> str:
 
 
 def _needed_text(comparison: Comparison) -> str:
+    if comparison.sample.groups < 2:
+        return "."
+    margin = f"{comparison.difference.margin:g} nats"
     needed = comparison.needed()
     if needed is None:
-        return "."
+        return f"; no practical number of seeds would decide it at ±{margin}."
     if needed.seeds is None:
         return (
-            f"; about {needed.rows:,} test rows would decide it for {_trainings(comparison)} "
-            "(80 % power), several seeds for the settings."
+            f"; about {needed.rows:,} test rows would decide it at ±{margin} for "
+            f"{_trainings(comparison)} (80 % power), several seeds for the settings."
         )
     return (
         f"; a new experiment with about {needed.rows:,} test rows and {needed.seeds} seeds would "
-        "decide it (80 % power)."
+        f"decide it at ±{margin} (80 % power)."
     )
 
 
