@@ -9,6 +9,7 @@ import typer
 
 from slm_lora.cli.options import console
 from slm_lora.errors import UsageError
+from slm_lora.runs.folder import RUN_FILE
 
 if TYPE_CHECKING:
     from slm_lora.runs.score_files import Columns
@@ -64,7 +65,7 @@ def compare(
     """
     if len(arms) < 2:
         raise UsageError("compare needs at least two: runs, experiments or score files")
-    files = [Path(arm) for arm in arms if Path(arm).is_file()]
+    files = [Path(arm) for arm in arms if Path(arm).is_file() and Path(arm).name != RUN_FILE]
     if not files:
         given = {
             "--id": row_id, "--value": value, "--group": group, "--weight": weight,
@@ -97,7 +98,7 @@ def _setting(arm: str) -> Setting:
     Raises:
         UsageError: it names none, or more than one setting.
     """
-    from slm_lora.runs.folder import RUN_FILE, list_runs, read_run
+    from slm_lora.runs.folder import list_runs, read_run
     from slm_lora.runs.scored_run import read_scored_run, read_scored_runs
     from slm_lora.stats.settings import Setting, group_settings
 
