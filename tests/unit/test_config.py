@@ -232,7 +232,10 @@ def test_the_last_override_of_a_key_counts() -> None:
         ("batch_size=8", "did you mean 'training.effective_batch_size'? (examples per step"),
         ("gradient_accumulation_steps=8", "did you mean 'training.effective_batch_size'?"),
         ("load_in_4bit=true", "did you mean 'model.quantization=nf4'?"),
-        ("training.optim=adamw_torch", "'training.optim'; not an option: it is always AdamW"),
+        (
+            "training.optim=adamw_torch",
+            "'training.optim'; not an option: the optimizer is always AdamW",
+        ),
         ("grid.cells=[{lr: 3}]", "unknown key 'lr'; did you mean 'training.learning_rate'?"),
         ("adapter.r=[1", "override: adapter.r = [1: not valid YAML"),
         ("adapter.r=" + "[" * 1500, "not valid YAML"),

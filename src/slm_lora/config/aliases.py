@@ -97,7 +97,7 @@ _KEY_BY_ALIAS = {name: key for key, names in ALIASES.items() for name in names.s
 
 NO_EQUIVALENT = {
     **dict.fromkeys(("packing", "sample_packing", "group_by_length"), "rows are always packed"),
-    **dict.fromkeys(("optim", "optimizer"), "it is always AdamW"),
+    **dict.fromkeys(("optim", "optimizer"), "the optimizer is always AdamW"),
     **dict.fromkeys(
         ("logging_steps", "log_every", "logging_strategy"), "every step is logged to steps.jsonl"
     ),
