@@ -24,6 +24,7 @@ import yaml
 from huggingface_hub import ModelCard
 
 from slm_lora.cli import app, run_guarded
+from slm_lora.data.chat_templates import freeze_date
 from slm_lora.errors import IntegrityError, StorageError, UsageError
 from slm_lora.export.hub import dry_run, push
 from slm_lora.export.merge import merge

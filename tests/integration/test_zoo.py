@@ -42,8 +42,8 @@ def test_a_family_gives_the_loss_of_transformers_and_peft(
     zoo: ModuleType, family: str, how: str
 ) -> None:
     outcome = zoo.try_family(family, in_process=True)
-    assert outcome.how == how, outcome
-    assert outcome.right, outcome
+    assert outcome.batches == how, outcome
+    assert outcome.passed, outcome
 
 
 def test_the_comparison_finds_a_wrong_loss(
@@ -56,5 +56,5 @@ def test_the_comparison_finds_a_wrong_loss(
     for module in ("attach", "io"):
         monkeypatch.setattr(f"slm_lora.adapters.{module}.check_forward", lambda *_: None)
     outcome = zoo.try_family("granite", in_process=True)
-    assert not outcome.right
+    assert not outcome.passed
     assert outcome.base_difference > 1e-3

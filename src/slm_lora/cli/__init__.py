@@ -83,11 +83,11 @@ def _root(
 
 def main() -> None:
     """Entry point: errors become one line and an exit code, Ctrl-C a resumable stop."""
-    terminal.make_safe()
+    terminal.configure_streams()
     # Schedulers stop jobs with SIGTERM; treat it like Ctrl-C.
     signal.signal(signal.SIGTERM, signal.default_int_handler)
-    local.watch_starter()
-    hardware.collect_garbage_rarely()
+    local.watch_parent()
+    hardware.reduce_gc_frequency()
     try:
         code = run_guarded(lambda: app(standalone_mode=False))
     except Exception as error:
@@ -121,9 +121,9 @@ def run_guarded(command: Callable[[], object]) -> int:
         print("stopped; the same command continues where it stopped", file=sys.stderr)
         return STOPPED_RESUMABLE
     except (SystemExit, BrokenPipeError) as error:
-        if not terminal.nobody_reads(error):
+        if not terminal.is_broken_pipe(error):
             raise
-        terminal.stop_writing()
+        terminal.discard_output()
         return terminal.BROKEN_PIPE
     except Exception as error:
         # Click's usage errors print themselves.

@@ -83,7 +83,7 @@ def experiment(
         reporter.info("  reading rows and model; what is missing is downloaded or built")
         runs_here = executor is Executor.local
         where_computed: ComputedName = "nowhere" if plan else "here" if runs_here else "elsewhere"
-        jobs = distributed.first_then_all(lambda: make_jobs(cells, where_computed))
+        jobs = distributed.main_process_first(lambda: make_jobs(cells, where_computed))
         _report_data(jobs[0], reporter)
         if plan:
             if distributed.is_main():
@@ -135,7 +135,7 @@ def train(
     paths = _experiment_paths(parsed_recipe, results, adapters)
     with distributed.process_group():
         reporter = Reporter(quiet=not distributed.is_main())
-        jobs = distributed.first_then_all(lambda: make_jobs(selected))
+        jobs = distributed.main_process_first(lambda: make_jobs(selected))
         _report_data(jobs[0], reporter)
         _warn_if_too_large(jobs, paths, reporter)
         if cell == BASE:
@@ -318,7 +318,7 @@ def _report_data(job: Any, reporter: Any) -> None:
 
 
 def _warn_if_too_large(jobs: Any, paths: Any, reporter: Any) -> None:
-    from slm_lora.planning.plan import will_not_fit
+    from slm_lora.planning.plan import weights_warning
 
-    if warning := will_not_fit(jobs, paths):
+    if warning := weights_warning(jobs, paths):
         reporter.info(f"  warning: {warning}")

@@ -64,7 +64,7 @@ def check_executor(executor: Executor, address: str, options: Sequence[str]) -> 
         if options:
             raise UsageError("--executor-option: needs --executor ray or slurm")
         return
-    if distributed.is_child():
+    if distributed.is_launched():
         raise UsageError(
             f"--executor {executor}: runs each cell in one process; leave --processes out"
         )

@@ -33,7 +33,7 @@ def _relaunch(count: int) -> int:
     if count != 1:
         from slm_lora.launch.local import launch
 
-        if distributed.is_child():
+        if distributed.is_launched():
             raise UsageError(
                 f"--processes {count}: WORLD_SIZE is set, so a launcher has already started the "
                 "processes; leave --processes out"

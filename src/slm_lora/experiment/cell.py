@@ -19,7 +19,7 @@ from slm_lora.ops.kernels import build
 from slm_lora.records import Example, LossOn, RowScore, Step
 from slm_lora.runtime import distributed
 from slm_lora.runtime.progress import Reporter
-from slm_lora.runtime.signals import gentle_stop
+from slm_lora.runtime.signals import graceful_stop
 from slm_lora.training.checkpoint import Checkpointer
 from slm_lora.training.loop import TrainingResult, train
 from slm_lora.training.schedule import total_steps, training_tokens, usable_examples
@@ -56,7 +56,10 @@ def train_cell(
     shown = 0
     if told := capped(job):
         reporter.info_once(f"  note: {told}")
-    with gentle_stop() as stop, reporter.task(job.name, total, "steps", training_cost(job)) as task:
+    with (
+        graceful_stop() as stop,
+        reporter.task(job.name, total, "steps", training_cost(job)) as task,
+    ):
 
         def on_step(step: Step) -> None:
             nonlocal shown
@@ -112,7 +115,7 @@ def evaluate(
         stop.check()
 
     with (
-        gentle_stop() as stop,
+        graceful_stop() as stop,
         reporter.task(label, tokens, "test tokens", scoring_cost(job)) as task,
     ):
         scores = score(

@@ -13,7 +13,7 @@ import yaml
 
 from slm_lora.adapters.methods import METHODS
 from slm_lora.config.types import METHOD_LABELS, MethodName
-from slm_lora.data.chat_templates import TEMPLATE_DATE, read_template
+from slm_lora.data.chat_templates import TEMPLATE_DATE, has_frozen_date, read_template
 from slm_lora.errors import IntegrityError
 from slm_lora.export.trained import TrainedFolder
 from slm_lora.model.model_folder import CHAT_TEMPLATE

@@ -165,7 +165,7 @@ def train(
         steps_ahead = int(device == "cuda" and single and not scaler.is_enabled())
 
     peft_model.train()
-    with hardware.returning_large_blocks(compiled and frozen and device == "cpu"):
+    with hardware.return_large_blocks(compiled and frozen and device == "cpu"):
         if state.history and validate is not None and state.should_validate(state.history[-1]):
             on_step(state.validate_last(validate))
         seconds, start = state.seconds, len(state.history)
