@@ -12,13 +12,15 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 from torch import Tensor
 
-from slm_lora.data.collate import collate
+from slm_lora.data.collate import IGNORE_INDEX, collate
 from slm_lora.errors import UsageError
+from slm_lora.evaluation.scoring import score
 from slm_lora.model.base import DTYPES, Base, PrecisionName
 from slm_lora.model.forward import batch_nll, score_documents
 from slm_lora.ops import attention, attention_bmm, attention_cpu, attention_flash
 from slm_lora.ops.cross_entropy import CHUNK, summed_nll, token_nll
 from slm_lora.ops.output_head import HeadForm, OutputHead
+from slm_lora.ops.token_metrics import TOKEN_METRICS
 
 from ..support.examples import LENGTHS, gradients, load, make_examples, save_model
 
@@ -282,3 +284,31 @@ def test_chunked_loss_equals_cross_entropy(positions: int, form: HeadForm, with_
         torch.testing.assert_close(one, other, rtol=1e-10, atol=1e-12)
     rows = token_nll(hidden, OutputHead(weight, bias, form), labels)
     assert rows.sum().item() == pytest.approx(reference.item(), rel=1e-6)
+
+
+def accurate(logits: torch.Tensor, labels: torch.Tensor) -> torch.Tensor:
+    return (logits.argmax(1) == labels).double()
+
+
+@pytest.mark.parametrize("plain", [False, True])
+def test_token_metrics_are_those_of_transformers_logits(
+    load_tiny: LoadTiny, monkeypatch: pytest.MonkeyPatch, plain: bool
+) -> None:
+    """A planted accuracy, over all labels and over the response's, per row."""
+    monkeypatch.setitem(TOKEN_METRICS, "accuracy", accurate)
+    base, examples = load_tiny("fp32", plain=plain), make_examples(LENGTHS)
+    base.model.eval()
+    for row in score(base, examples, "test", 64):
+        (example,) = (e for e in examples if e.row_id == row.row_id)
+        (alone,) = [collate([example], "all")]
+        with torch.no_grad():
+            ids = torch.from_numpy(alone.ids)[None]
+            hit = load_tiny("fp32", plain=True).model(ids).logits[0].argmax(1).numpy()
+        scored = alone.labels != IGNORE_INDEX
+        right = (hit == alone.labels) & scored
+        assert row.values["accuracy"] == (right.sum(), scored.sum())
+        response = alone.response.astype(bool)
+        expected = (right & response).sum(), (scored & response).sum()
+        assert row.values["accuracy_response"] == expected
+    monkeypatch.delitem(TOKEN_METRICS, "accuracy")
+    assert all(row.values == {} for row in score(base, examples, "test", 64))

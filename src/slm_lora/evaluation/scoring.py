@@ -15,7 +15,7 @@ from dataclasses import asdict, dataclass
 from slm_lora.data.collate import collate, make_micro_batches
 from slm_lora.errors import DataError, IntegrityError, NumericError
 from slm_lora.model.base import Base
-from slm_lora.model.forward import score_documents
+from slm_lora.model.forward import DocumentScores, score_documents
 from slm_lora.ops.compilation import run_with_compile_fallback
 from slm_lora.records import Example, LossOn, RowScore
 from slm_lora.runtime import distributed
@@ -96,6 +96,7 @@ def score(
                     nll_response=float(document_scores.nll_response[index]),
                     tokens_response=int(document_scores.tokens_response[index]),
                     bytes_response=example.bytes_response,
+                    values=_token_values(document_scores, index),
                 )
             )
         try:
@@ -112,6 +113,18 @@ def score(
             for _ in range(max(map(len, batches_by_rank)) - len(own_batches)):
                 score_documents(base, shortest)
     return sorted(_gather_scores(scores, examples, stopped), key=lambda score: score.row_id)
+
+
+def _token_values(scores: DocumentScores, index: int) -> dict[str, tuple[float, float]]:
+    """Sums and numbers of labels of a document's further values, by name."""
+    counts = int(scores.tokens_all[index]), int(scores.tokens_response[index])
+    values = {
+        name: (float(sums[index]), float(counts[0])) for name, sums in scores.values_all.items()
+    }
+    return values | {
+        f"{name}_response": (float(sums[index]), float(counts[1]))
+        for name, sums in scores.values_response.items()
+    }
 
 
 def _gather_scores(

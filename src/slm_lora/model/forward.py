@@ -13,9 +13,10 @@ from torch import Tensor
 from slm_lora.data.collate import IGNORE_INDEX, MicroBatch
 from slm_lora.model.base import trunk
 from slm_lora.model.head_form import output_head
-from slm_lora.ops.cross_entropy import summed_nll, token_nll
+from slm_lora.ops.cross_entropy import NLL, summed_nll, token_scores
 from slm_lora.ops.dropout import set_keys, token_keys
 from slm_lora.ops.output_head import OutputHead
+from slm_lora.ops.token_metrics import TOKEN_METRICS
 
 if TYPE_CHECKING:
     from transformers import PreTrainedModel
@@ -43,12 +44,15 @@ def batch_nll(base: Base, batch: MicroBatch, dropout_seed: str = "") -> Tensor:
 
 @dataclass(frozen=True, slots=True)
 class DocumentScores:
-    """Per document of a micro-batch: NLL in nats (float64) and numbers of tokens."""
+    """Per document of a micro-batch: NLL in nats (float64) and numbers of tokens; sums of further
+    values of tokens (`ops.token_metrics`) by name, over all labels and over the response's."""
 
     nll_all: npt.NDArray[np.float64]
     tokens_all: npt.NDArray[np.int64]
     nll_response: npt.NDArray[np.float64]
     tokens_response: npt.NDArray[np.int64]
+    values_all: dict[str, npt.NDArray[np.float64]]
+    values_response: dict[str, npt.NDArray[np.float64]]
 
 
 def score_documents(base: Base, batch: MicroBatch) -> DocumentScores:
@@ -56,8 +60,9 @@ def score_documents(base: Base, batch: MicroBatch) -> DocumentScores:
     scored = _scored(batch)
     with torch.no_grad():
         hidden = _hidden(base, batch)[scored.to(base.device)]
-        nll = token_nll(hidden, _head(base), _labels(base, batch, scored))
-    losses = nll.to("cpu", torch.float64).numpy()
+        scores = token_scores(hidden, _head(base), _labels(base, batch, scored), TOKEN_METRICS)
+    values = {name: value.to("cpu", torch.float64).numpy() for name, value in scores.items()}
+    losses = values.pop(NLL)
     document = batch.document[scored.numpy()]
     response = batch.response[scored.numpy()].astype(np.float64)
     n_documents = len(batch.lengths)
@@ -66,6 +71,14 @@ def score_documents(base: Base, batch: MicroBatch) -> DocumentScores:
         tokens_all=np.bincount(document, minlength=n_documents),
         nll_response=np.bincount(document, losses * response, n_documents).astype(np.float64),
         tokens_response=np.bincount(document, response, n_documents).astype(np.int64),
+        values_all={
+            name: np.bincount(document, value, n_documents).astype(np.float64)
+            for name, value in values.items()
+        },
+        values_response={
+            name: np.bincount(document, value * response, n_documents).astype(np.float64)
+            for name, value in values.items()
+        },
     )
 
 

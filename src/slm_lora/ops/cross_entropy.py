@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from collections.abc import Mapping
 from typing import Any
 
 import torch
@@ -10,6 +11,7 @@ from torch import Tensor
 from slm_lora.ops import compilation, linear
 from slm_lora.ops.kernels import build
 from slm_lora.ops.output_head import HeadForm, OutputHead
+from slm_lora.ops.token_metrics import TokenMetric
 
 CHUNK = 256
 """Positions per chunk of logits: 256 × a vocabulary of 49,152 is 50 MB in fp32."""
@@ -133,25 +135,40 @@ def _logits_buffer(weight: Tensor, positions: int) -> Tensor | None:
 
 
 def token_nll(hidden: Tensor, head: OutputHead, labels: Tensor) -> Tensor:
-    """NLL of each label, for scoring, without gradient.
+    """NLL of each label, float32 [positions], in nats: see `token_scores`."""
+    return token_scores(hidden, head, labels, {})[NLL]
+
+
+NLL = "nll"
+"""Name of the NLL among the scores of tokens."""
+
+
+def token_scores(
+    hidden: Tensor, head: OutputHead, labels: Tensor, metrics: Mapping[str, TokenMetric]
+) -> dict[str, Tensor]:
+    """NLL and further values of each label, for scoring, without gradient.
 
     Args:
         hidden: last hidden states [positions, hidden_size].
         head: the output layer.
         labels: int64 [positions].
+        metrics: computed on the logits of each chunk, by name.
 
     Returns:
-        float32 [positions], nats.
+        [positions] by name; `NLL` in float32, nats.
     """
+    chunks: dict[str, list[Tensor]] = {name: [] for name in (*metrics, NLL)}
     with torch.no_grad():
         buffer = _logits_buffer(head.weight, min(CHUNK, len(labels)))
-        losses = [
-            label_nll(head.chunk_logits(hidden_chunk, buffer)[0], label_chunk)
-            for hidden_chunk, label_chunk in zip(
-                torch.split(hidden, CHUNK), torch.split(labels, CHUNK), strict=True
-            )
-        ]
-        return torch.cat(losses) if losses else hidden.new_zeros(0, dtype=torch.float32)
+        for hidden_chunk, label_chunk in zip(
+            torch.split(hidden, CHUNK), torch.split(labels, CHUNK), strict=True
+        ):
+            logits = head.chunk_logits(hidden_chunk, buffer)[0]
+            for name, metric in metrics.items():
+                chunks[name].append(metric(logits, label_chunk))
+            chunks[NLL].append(label_nll(logits, label_chunk))  # last: overwrites the logits
+        empty = hidden.new_zeros(0, dtype=torch.float32)
+        return {name: torch.cat(values) if values else empty for name, values in chunks.items()}
 
 
 class _SummedNLL(torch.autograd.Function):
