@@ -215,10 +215,16 @@ def _adapter_row_tokenizer(
     return base_tokenizer
 
 
-def _unfrozen_template(tokenizer: PreTrainedTokenizerBase, made: RowTokenizer) -> str | None:
+def _unfrozen_template(
+    tokenizer: PreTrainedTokenizerBase, row_tokenizer: RowTokenizer
+) -> str | None:
     own = default_template(tokenizer)
     return as_chat_template(
-        made.template, made.bos_id is not None, own, made.space_after_bos, frozen=False
+        row_tokenizer.template,
+        row_tokenizer.bos_id is not None,
+        own,
+        row_tokenizer.space_after_bos,
+        frozen=False,
     )
 
 

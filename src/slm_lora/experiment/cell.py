@@ -54,8 +54,8 @@ def train_cell(
 
     total = total_steps(len(job.data.train), section)
     shown = 0
-    if told := capped(job):
-        reporter.info_once(f"  note: {told}")
+    if notice := capped(job):
+        reporter.info_once(f"  note: {notice}")
     with (
         graceful_stop() as stop,
         reporter.task(job.name, total, "steps", training_cost(job)) as task,

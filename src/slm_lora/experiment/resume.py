@@ -101,9 +101,9 @@ def differences(then: Mapping[str, Any], now: Mapping[str, Any]) -> list[str]:
         for key in sorted(before.keys() | after.keys())
         if before.get(key) != after.get(key)
     ]
-    for what, value in now.items():
-        if what != "recipe" and then.get(what) != value:
-            changed.append(f"{what}: {str(then.get(what))[:8]}… → {value[:8]}…")
+    for name, value in now.items():
+        if name != "recipe" and then.get(name) != value:
+            changed.append(f"{name}: {str(then.get(name))[:8]}… → {value[:8]}…")
     return changed
 
 

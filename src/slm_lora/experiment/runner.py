@@ -119,8 +119,8 @@ def _together(jobs: Sequence[Job]) -> Iterator[None]:
                 f"process {distributed.local_rank() + 1} of this machine has no GPU of its own; "
                 f"it has {torch.cuda.device_count()}: start at most so many, or training.device=cpu"
             )
-    told = distributed.all_gather([job.identity for job in jobs])
-    if any(each != told[0] for each in told):
+    identities = distributed.all_gather([job.identity for job in jobs])
+    if any(other != identities[0] for other in identities):
         raise IntegrityError(
             "the processes were given different recipes, rows or bases: start all with the same"
         )
@@ -153,8 +153,8 @@ def _try_adapters(
             continue
         tried.add((job.source, job.precision, job.device, trial))
         peft_model = attach.attach(loaded.for_job(job), trial, 0)
-        if told := attach.unadapted_note(peft_model):
-            reporter.info_once(f"  note: {told}")
+        if note := attach.unadapted_note(peft_model):
+            reporter.info_once(f"  note: {note}")
         attach.detach(peft_model)
 
 
@@ -210,7 +210,7 @@ def evaluate_adapter(
     Args:
         job: says base and rows.
         folder: of the adapter.
-        reporter: told how it goes, and where the score says little of the adapter.
+        reporter: for progress, and for warnings where the score says little of the adapter.
         with_base: score the base, too.
 
     Raises:
@@ -225,8 +225,8 @@ def evaluate_adapter(
     else:
         base = loaded.for_job(job)
         peft_model = adapter_io.load(base, folder)
-    for told in warnings_on(folder, job):
-        reporter.info(f"  warning: {told}")
+    for warning in warnings_on(folder, job):
+        reporter.info(f"  warning: {warning}")
     if not adapter_io.is_sealed(folder):
         reporter.info(
             f"  warning: {folder} does not say the SHA-256 of its files ({adapter_io.ABOUT}): "
@@ -265,8 +265,8 @@ def _run_cell(job: Job, loaded: LoadedBase, paths: ExperimentPaths, reporter: Re
     base = loaded.for_job(job)
     hardware.reset_peak_memory(job.device.type)
     peft_model = attach.attach(base, section, job.config.seed)
-    if told := attach.unadapted_note(peft_model):
-        reporter.info_once(f"  note: {told}")
+    if note := attach.unadapted_note(peft_model):
+        reporter.info_once(f"  note: {note}")
     stack = ExitStack()
     try:
         checkpointer = Checkpointer(

@@ -51,12 +51,15 @@ def warnings_on(folder: Path, job: Job) -> list[str]:
     try:
         about = read_sealed(folder / ABOUT)
         trained, recipe = Template(**about["template"]), about["recipe"]
-        told = [_other_template(trained, job), _other_split(recipe["data"], job.resolved["data"])]
+        warnings = [
+            _other_template(trained, job),
+            _other_split(recipe["data"], job.resolved["data"]),
+        ]
     except FileNotFoundError:
-        told = [_foreign_template(shipped, job)]
+        warnings = [_foreign_template(shipped, job)]
     except (KeyError, TypeError) as error:
         raise IntegrityError(f"{folder / ABOUT}: broken ({error})") from error
-    return [f"{folder} {each}" for each in told if each]
+    return [f"{folder} {warning}" for warning in warnings if warning]
 
 
 def _other_template(trained: Template, job: Job) -> str:

@@ -238,8 +238,8 @@ class PendingStep:
         return StepResult(loss, None if self._skipped else norm)
 
 
-def _not_finite(what: str, examples: Sequence[Example]) -> NumericError:
+def _not_finite(subject: str, examples: Sequence[Example]) -> NumericError:
     rows = ", ".join(example.row_id[:8] for example in examples)
     return NumericError(
-        f"{what}; rows {rows}; lower training.learning_rate, or use training.precision=fp32"
+        f"{subject}; rows {rows}; lower training.learning_rate, or use training.precision=fp32"
     )
