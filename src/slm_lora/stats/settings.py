@@ -151,7 +151,7 @@ def varied(settings: Sequence[Setting]) -> dict[str, tuple[str, ...]]:
     """Keys that differ between settings, and to each the keys that are tied to it.
 
     Rank and data size come first, then the rest by name. Keys are tied if every value of one
-    goes with one value of the other: a learning rate for each method, for example. They differ as one.
+    goes with one value of the other: a learning rate for each method, for example.
     """
     values: dict[str, list[str]] = {}
     for setting in settings:
