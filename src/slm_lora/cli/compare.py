@@ -20,7 +20,7 @@ def compare(
     operands: Annotated[
         list[str],
         typer.Argument(
-            metavar="FIRST SECOND …",
+            metavar="RUN",
             help="Runs (results/<experiment>/runs/…), experiments (results/<experiment>, or "
             "results/<experiment>:<setting> for all seeds of one), or score files (.jsonl, .json, "
             ".csv, .parquet). Each is compared with the first.",
