@@ -8,11 +8,14 @@ import shutil
 from dataclasses import replace
 from pathlib import Path
 
+import pyarrow as pa
+import pyarrow.parquet as pq
 import pytest
 from hypothesis import given, settings
 from hypothesis import strategies as st
 from scipy import stats
 
+from slm_lora.errors import IntegrityError
 from slm_lora.records import RowScore
 from slm_lora.report.card import gap, make_card
 from slm_lora.report.names import SettingNames
@@ -62,8 +65,6 @@ def test_values_are_written_and_read_back(tmp_path: Path) -> None:
 
 
 def test_scores_without_values_have_the_columns_of_before(tmp_path: Path) -> None:
-    import pyarrow.parquet as pq
-
     write_scores(line("r8", 2.0).scores, tmp_path / "scores.parquet")
     assert pq.read_schema(tmp_path / "scores.parquet").names == [
         "row_id", "group_id", "category", "split", "nll_all", "tokens_all", "bytes_all",
@@ -211,3 +212,24 @@ def test_a_further_metric_as_headline_is_reported(results: Path) -> None:
     best = max(analysis.settings, key=lambda setting: setting.estimate().value)
     assert analysis.card.lowest is best
     assert "Exact match (share of rows) is computed on" in (results / "report.md").read_text()
+
+
+@pytest.mark.parametrize(
+    ("change", "message"),
+    [
+        ({"nll_all": float("nan")}, "row 00 has a score that is no finite number"),
+        ({"nll_all": None}, "row 00 has a score that is no finite number"),
+        ({"tokens_all": None}, "row 00 has no counts of tokens and bytes"),
+        ({"row_id": "01"}, "row 01 is there twice"),
+    ],
+)
+def test_broken_scores_are_refused_by_row(
+    tmp_path: Path, change: dict[str, object], message: str
+) -> None:
+    path = tmp_path / "scores.parquet"
+    write_scores(line("r8", 2.0).scores, path)
+    rows = pq.read_table(path).to_pylist()
+    rows[0] |= change
+    pq.write_table(pa.Table.from_pylist(rows), path)
+    with pytest.raises(IntegrityError, match=message):
+        read_scores(path)

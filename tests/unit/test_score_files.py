@@ -79,7 +79,7 @@ def test_a_row_per_filter_is_chosen_by_where(tmp_path: Path) -> None:
     ("row", "message"),
     [
         ({"doc_id": 1}, r"row 1: no column acc \(columns: doc_id\)"),
-        ({"doc_id": 1, "acc": None}, "row 1: acc = None is no number"),
+        ({"doc_id": 1, "acc": None}, "row 1: acc = None is no number that can be summed"),
         ({"doc_id": 1, "acc": "yes"}, "row 1: acc = 'yes' is no number"),
         ({"doc_id": 1, "acc": float("nan")}, "row 1: acc = nan is no number"),
     ],
@@ -101,6 +101,13 @@ def test_what_is_no_number_is_refused_by_row(
         ("s.jsonl", "[1]\n", "row 1: not an object"),
         ("s.json", "{}", "neither a list of rows"),
         ("s.parquet", "x", "cannot be read"),
+        ("s.csv", "doc_id,acc,acc\n1,2,3\n", "two columns are named 'acc'"),
+        ("s.csv", "doc_id,acc\n1,1,234.5\n", "line 2 has more cells than the header"),
+        ("s.csv", "doc_id,acc\n,1\n", "row 1: doc_id is empty"),
+        ("s.csv", "doc_id,acc\n1,1_0\n", "acc = '1_0' is no number"),
+        ("s.jsonl", '{"doc_id": 1, "acc": 1}\n{"doc_id"', "line 2 is no JSON"),
+        ("s.jsonl", '{"doc_id": 1, "acc": ' + "9" * 400 + "}", "is no number that can be summed"),
+        ("s.json", "[" * 100_000, "cannot be read"),
     ],
 )
 def test_broken_files_are_refused_in_one_line(
@@ -146,7 +153,7 @@ def test_other_rows_are_refused_unless_the_common_ones_are_asked_for() -> None:
     _, (found,) = compare_files(common_rows(files), 0.0)
     assert found.difference.groups == 4
     files["b"] = {**files["a"], "0": Scored(0.0, 2.0, "0")}
-    with pytest.raises(UsageError, match="row 0 has another weight or group in b than in a"):
+    with pytest.raises(UsageError, match="row 0 has weight 2 and group 0 in b, 1 and 0 in a"):
         compare_files(files, 0.0)
 
 
@@ -172,6 +179,9 @@ def test_the_command_compares_files(tmp_path: Path, capsys: pytest.CaptureFixtur
         (["a.jsonl"], "at least two"),
         (["a.jsonl", "b.jsonl"], "--id COLUMN and --value COLUMN"),
         (["a.jsonl", "."], "not both at once"),
+        (["a.jsonl", "typo.jsonl", "--id", "doc_id", "--value", "acc"], "typo.jsonl: no such file"),
+        (["a.jsonl", "b.jsonl", "--id", "doc_id", "--value", "acc", "--margin", "nan"], "finite"),
+        (["x" * 300, "a.jsonl"], "no such file"),
         (["a.jsonl", "a.jsonl", "--id", "doc_id", "--value", "acc"], "given twice"),
         (["a.jsonl", "b.jsonl", "--id", "doc_id", "--value", "acc", "--where", "x"], "COLUMN=TEXT"),
         ([".", ".", "--id", "doc_id"], "--id: for score files only"),
@@ -199,3 +209,33 @@ def test_rows_that_all_agree_are_no_proof() -> None:
     assert found.p_equivalence_corrected == pytest.approx(0.95**10)
     _, (apart,) = compare_files({"a": scores(np.zeros(3)), "b": scores(np.ones(3))}, 0.0)
     assert apart.p_corrected == 2 * 0.5**3  # as the sign test
+
+
+def test_other_tasks_groups_and_conditions_are_told_apart(tmp_path: Path) -> None:
+    rows = [{"doc_id": n, "acc": 1.0, "doc_hash": f"a{n}", "group": "g"} for n in range(3)]
+    first = read_score_file(write(tmp_path / "a.jsonl", rows), COLUMNS)
+    other = [{**row, "doc_hash": f"b{row['doc_id']}"} for row in rows]
+    second = read_score_file(write(tmp_path / "b.jsonl", other), COLUMNS)
+    with pytest.raises(UsageError, match=r"another document than that of a \(doc_hash\)"):
+        compare_files({"a": first, "b": second}, 0.0)
+    empty = write(tmp_path / "c.jsonl", [{**rows[0], "group": None}])
+    with pytest.raises(UsageError, match="row 1: group is empty"):
+        read_score_file(empty, Columns("doc_id", "acc", "group"))
+    where = ["--where", "group=g", "--where", "group=h"]
+    words = [tmp_path / "a.jsonl", tmp_path / "b.jsonl", "--id", "doc_id", "--value", "acc"]
+    assert command("compare", *words, *where) == 2
+
+
+def test_rounding_is_no_difference() -> None:
+    first, second = scores(np.full(50, 0.3)), scores(np.full(50, 0.1 + 0.2))
+    _, (found,) = compare_files({"a": first, "b": second}, 0.0)
+    assert (found.difference.value, found.p_corrected) == (0.0, 1.0)
+
+
+def test_epochs_of_inspect_are_chosen_by_epoch(tmp_path: Path) -> None:
+    samples = [
+        {"uuid": f"u{n}", "id": "a", "epoch": n, "scores": {"f": {"value": "C"}}} for n in (1, 2)
+    ]
+    path = write(tmp_path / "log.json", samples)
+    with pytest.raises(UsageError, match="choose: --where epoch=1"):
+        read_score_file(path, Columns("id", "scores.f.value"))

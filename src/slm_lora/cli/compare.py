@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import math
+from dataclasses import replace
 from pathlib import Path
 from typing import TYPE_CHECKING, Annotated
 
@@ -10,6 +12,7 @@ import typer
 from slm_lora.cli.options import console
 from slm_lora.errors import UsageError
 from slm_lora.runs.folder import RUN_FILE
+from slm_lora.runs.score_files import SUFFIXES
 
 if TYPE_CHECKING:
     from slm_lora.runs.score_files import Columns
@@ -70,8 +73,13 @@ def compare(
     """
     if len(operands) < 2:
         raise UsageError("compare needs at least two: runs, experiments or score files")
+    if not (margin >= 0 and math.isfinite(margin)):
+        raise UsageError(f"--margin {margin:g}: must be zero or above, and finite")
     paths = [Path(operand) for operand in operands]
-    files = [path for path in paths if path.is_file() and path.name != RUN_FILE]
+    files = [path for path in paths if _exists(path) and path.is_file() and path.name != RUN_FILE]
+    for path in paths:
+        if not _exists(path) and path.suffix.lower() in SUFFIXES:
+            raise UsageError(f"{path}: no such file")
     if not files:
         file_options = {
             "--id": row_id, "--value": value, "--group": group, "--weight": weight,
@@ -82,7 +90,11 @@ def compare(
         _compare_settings([_setting(operand) for operand in operands], as_json)
         return
     if len(files) < len(operands):
-        raise UsageError("compare takes runs and experiments, or score files, not both at once")
+        other = next(path for path in paths if path not in files)
+        missing = "" if _exists(other) else f" ({other}: no such file)"
+        raise UsageError(
+            f"compare takes runs and experiments, or score files, not both at once{missing}"
+        )
     if not row_id or not value:
         raise UsageError("compare: score files need --id COLUMN and --value COLUMN")
     from slm_lora.runs.score_files import Columns
@@ -91,11 +103,21 @@ def compare(
     _compare_files(files, columns, common, margin, as_json)
 
 
+def _exists(path: Path) -> bool:
+    try:
+        return path.exists()
+    except OSError:  # a name that is too long for one
+        return False
+
+
 def _conditions(where: list[str]) -> dict[str, str]:
     for condition in where:
         if "=" not in condition:
             raise UsageError(f"--where {condition}: must be COLUMN=TEXT")
-    return dict(condition.split("=", 1) for condition in where)
+    conditions = dict(condition.split("=", 1) for condition in where)
+    if len(conditions) < len(where):
+        raise UsageError("--where: a column is named twice; one text per column")
+    return conditions
 
 
 def _setting(operand: str) -> Setting:
@@ -110,16 +132,23 @@ def _setting(operand: str) -> Setting:
 
     path = Path(operand)
     name = ""
-    if not path.exists() and ":" in operand:
+    if not _exists(path) and ":" in operand:
         folder, name = operand.rsplit(":", 1)
         path = Path(folder)
     if (path / RUN_FILE).exists() or not (path / "runs").is_dir():
         return Setting((read_scored_run(read_run(path)),))
     runs = read_scored_runs(list_runs(path))
     settings = group_settings(runs)
-    by_name = {setting.name: setting for setting in settings}
-    for base in (run for run in runs if run.is_base):
-        by_name["base"] = Setting((base,))
+    arms = [*settings, *(Setting((run,)) for run in runs if run.is_base)]
+    names = ["base" if arm.first_run.is_base else arm.name for arm in arms]
+    by_name = dict(zip(names, arms, strict=True))
+    if names.count(name) > 1:
+        folders = [
+            arm.first_run.run.folder for arm, own in zip(arms, names, strict=True) if own == name
+        ]
+        raise UsageError(
+            f"{path}: {len(folders)} settings are named {name}; name a run: {folders[0]}, …"
+        )
     if not name and len(settings) == 1:
         return settings[0]
     if name not in by_name:
@@ -132,13 +161,25 @@ def _compare_settings(settings: list[Setting], as_json: bool) -> None:
     from slm_lora.report.sentences import sentence
     from slm_lora.runs.folder import to_json
     from slm_lora.stats import comparisons
+    from slm_lora.stats.settings import Setting
 
+    headline = settings[0].first_run.headline
+    others = {run.headline for setting in settings for run in setting.runs} - {headline}
+    settings = [
+        Setting(tuple(replace(run, headline=headline) for run in setting.runs))
+        for setting in settings
+    ]
     results = comparisons.compare(settings)
     if as_json:
         records = [result.record() for result in results]
         print(to_json(records[0] if len(records) == 1 else records), end="")
         return
     out = console()
+    if others:
+        out.print(
+            f"All in the headline metric of the first, {headline}; others have "
+            f"{', '.join(sorted(others))}."
+        )
     for setting in settings:
         loss = setting.estimate()
         out.print(f"{setting.name}  loss {loss.value:.4f} ({loss.low:.4f} to {loss.high:.4f})")
@@ -167,7 +208,13 @@ def _compare_files(
             raise UsageError("--common: no row is in all files")
     first, results = compare_files(files, margin)
     if as_json:
-        print(to_json({"first": first.record(), "compared": [r.record() for r in results]}), end="")
+        record = {
+            "rows": len(files[str(paths[0])]),
+            "omitted": {name: row_counts[name] - len(rows) for name, rows in files.items()},
+            "first": {"name": str(paths[0]), **first.record()},
+            "compared": [result.record() for result in results],
+        }
+        print(to_json(record), end="")
         return
     out = console()
     for name, rows in files.items():

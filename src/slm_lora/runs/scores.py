@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import math
 from collections.abc import Sequence
 from dataclasses import asdict
 from pathlib import Path
@@ -42,10 +43,35 @@ def read_scores(path: Path) -> list[RowScore]:
     import pyarrow.parquet as pq
 
     try:
-        return [_row_score(row) for row in pq.read_table(path).to_pylist()]
+        scores = [_row_score(row) for row in pq.read_table(path).to_pylist()]
     except (pa.ArrowException, TypeError, KeyError, OSError) as error:
         reason = str(error).splitlines()[0]
         raise IntegrityError(f"{path}: cannot be read as scores: {reason}") from error
+    seen: set[str] = set()
+    for score in scores:
+        if reason := _fault(score, seen):
+            raise IntegrityError(
+                f"{path}: row {str(score.row_id)[:8]} {reason}; restore the file, or remove the "
+                "run's folder and run the experiment again"
+            )
+        seen.add(score.row_id)
+    return scores
+
+
+def _fault(score: RowScore, seen: set[str]) -> str:
+    """Why a score cannot be right; empty if it can."""
+    if score.row_id in seen:
+        return "is there twice"
+    counts = (score.tokens_all, score.tokens_response, score.bytes_all, score.bytes_response)
+    if not all(isinstance(count, int) and count >= 0 for count in counts):
+        return "has no counts of tokens and bytes"
+    numbers = [score.nll_all, score.nll_response]
+    numbers += [number for pair in score.values.values() for number in pair]
+    if not all(isinstance(number, float | int) and math.isfinite(number) for number in numbers):
+        return "has a score that is no finite number"
+    if not all(isinstance(text, str) for text in (score.row_id, score.group_id, score.category)):
+        return "has an id, group or category that is no text"
+    return ""
 
 
 _NUMERATOR, _DENOMINATOR = ".numerator", ".denominator"

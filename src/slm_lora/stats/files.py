@@ -9,7 +9,7 @@ from typing import Any
 import numpy as np
 
 from slm_lora.errors import UsageError
-from slm_lora.runs.score_files import Scored
+from slm_lora.runs.score_files import DOCUMENT_HASH, Scored
 from slm_lora.stats.clustered import Floats
 from slm_lora.stats.comparisons import ALPHA
 from slm_lora.stats.estimates import Estimate, Paired, estimate_of_sums
@@ -77,7 +77,8 @@ def compare_files(
     sums = {name: _sums(first, rows) for name, rows in files.items()}
     reference, weights = sums[first_name]
     results = [
-        difference(Paired((sums[name][0] - reference)[None], weights), margin) for name, _ in others
+        difference(Paired(_apart(sums[name][0], reference)[None], weights), margin)
+        for name, _ in others
     ]
     corrected = holm([result.p for result in results])
     equivalence = holm([_p_equivalence(result) for result in results])
@@ -87,6 +88,13 @@ def compare_files(
             others, results, corrected, equivalence, strict=True
         )
     ]
+
+
+def _apart(values: Floats, reference: Floats) -> Floats:
+    """Differences; those of rounding are none."""
+    apart = values - reference
+    apart[np.abs(apart) <= 1e-12 * np.maximum(np.abs(values), np.abs(reference))] = 0.0
+    return apart
 
 
 def _p_equivalence(result: Difference) -> float:
@@ -110,7 +118,13 @@ def _check_same_rows(
     for row_id, row in rows.items():
         if (row.weight, row.group) != (first[row_id].weight, first[row_id].group):
             raise UsageError(
-                f"row {row_id} has another weight or group in {name} than in {first_name}"
+                f"row {row_id} has weight {row.weight:g} and group {row.group} in {name}, "
+                f"{first[row_id].weight:g} and {first[row_id].group} in {first_name}"
+            )
+        if row.document and first[row_id].document not in ("", row.document):
+            raise UsageError(
+                f"row {row_id} of {name} is another document than that of {first_name} "
+                f"({DOCUMENT_HASH}): the files are of different tasks"
             )
 
 
