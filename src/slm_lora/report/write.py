@@ -17,7 +17,7 @@ from slm_lora.report.markdown import as_markdown
 from slm_lora.report.summary import category_names
 from slm_lora.runs.folder import METRICS_FILE, Run, to_json
 from slm_lora.runs.metrics import METRICS, mean_over_rows
-from slm_lora.runs.scored_run import ScoredRun, read_scored_runs
+from slm_lora.runs.scored_run import ScoredRun, has_metric, read_scored_runs
 from slm_lora.runtime.storage import atomic_write_text
 from slm_lora.stats.estimates import estimate
 from slm_lora.stats.settings import Setting
@@ -91,8 +91,12 @@ def _is_ours(path: Path) -> bool:
 
 
 def _scored(run: ScoredRun) -> list[str]:
-    """Losses that the run recorded."""
-    return [name for name in METRICS if run.run.record.evaluation.loss(name)]
+    """Losses that the run recorded, and further metrics of its rows."""
+    return [
+        name
+        for name, metric in METRICS.items()
+        if run.run.record.evaluation.loss(name) or (metric.compared and has_metric(run, metric))
+    ]
 
 
 def _first_report(path: Path) -> tuple[str, ...]:
