@@ -11,6 +11,7 @@ import pytest
 import torch
 
 from slm_lora.config.schema import ModelSection
+from slm_lora.export import merge, verify
 from slm_lora.model.base import Base
 from slm_lora.model.loading import load_base
 from slm_lora.model.resolve import ModelSource, resolve
@@ -88,6 +89,12 @@ def load_tiny(tiny_source: ModelSource) -> Callable[..., Base]:
         )
 
     return load
+
+
+@pytest.fixture
+def proof_in_this_process(monkeypatch: pytest.MonkeyPatch) -> None:
+    """Prove merged models by the same comparison, without the imports of a fresh process."""
+    monkeypatch.setattr(merge, "prove", verify._compare)
 
 
 @pytest.fixture

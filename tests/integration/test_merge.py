@@ -41,53 +41,79 @@ def logits(model: Any) -> torch.Tensor:
     return found
 
 
-@pytest.mark.parametrize("kind", ["lora", "rslora", "dora", "pissa"])
-def test_merged_is_base_with_adapter(kind: str, tiny_source: ModelSource, tmp_path: Path) -> None:
-    folder = make_adapter(tiny_source, tmp_path / "adapter", kind)
-    proof = merge(read(folder), tmp_path / "merged", "fp32", tiny_source.path)
+@pytest.fixture(scope="module")
+def adapter(tiny_source: ModelSource, tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """A LoRA adapter that no test changes."""
+    return make_adapter(tiny_source, tmp_path_factory.mktemp("adapters") / "adapter")
+
+
+@pytest.fixture(scope="module")
+def merged(
+    adapter: Path, tiny_source: ModelSource, tmp_path_factory: pytest.TempPathFactory
+) -> tuple[Path, Proof]:
+    """It, merged in fp32 and proven in a fresh process."""
+    folder = tmp_path_factory.mktemp("merged") / "merged"
+    return folder, merge(read(adapter), folder, "fp32", tiny_source.path)
+
+
+def check_merged(folder: Path, proof: Proof, adapter: Path, source: ModelSource) -> None:
     assert proof.prompts == proof.agree == len(set(PROMPTS)) == 80
     assert proof.worst_difference <= 1e-5 * proof.max_logit
-
-    base = AutoModelForCausalLM.from_pretrained(tiny_source.path, dtype=torch.float32)
+    base = AutoModelForCausalLM.from_pretrained(source.path, dtype=torch.float32)
     alone = logits(base)
-    peft_model = logits(PeftModel.from_pretrained(base, folder))
-    found = logits(AutoModelForCausalLM.from_pretrained(tmp_path / "merged"))
+    peft_model = logits(PeftModel.from_pretrained(base, adapter))
+    found = logits(AutoModelForCausalLM.from_pretrained(folder))
     assert (found - peft_model).abs().max() <= 1e-5 * peft_model.abs().max()
     # The negative control: what is compared could have told a difference.
     assert (found - alone).abs().max() > 0.05 * alone.abs().max()
 
 
-def test_a_merged_folder_is_whole(tiny_source: ModelSource, tmp_path: Path) -> None:
-    folder = make_adapter(tiny_source, tmp_path / "adapter")
-    merge(read(folder), tmp_path / "merged", "fp32", tiny_source.path)
-    merged = tmp_path / "merged"
-    assert {path.name for path in merged.iterdir()} == {
+def test_merged_is_base_with_adapter(
+    merged: tuple[Path, Proof], adapter: Path, tiny_source: ModelSource
+) -> None:
+    check_merged(*merged, adapter, tiny_source)
+
+
+@pytest.mark.usefixtures("proof_in_this_process")
+@pytest.mark.parametrize("kind", ["rslora", "dora", "pissa"])
+def test_merged_is_base_with_adapter_of_other_methods(
+    kind: str, tiny_source: ModelSource, tmp_path: Path
+) -> None:
+    folder = make_adapter(tiny_source, tmp_path / "adapter", kind)
+    proof = merge(read(folder), tmp_path / "merged", "fp32", tiny_source.path)
+    check_merged(tmp_path / "merged", proof, folder, tiny_source)
+
+
+def test_a_merged_folder_is_whole(
+    merged: tuple[Path, Proof], adapter: Path, tiny_source: ModelSource
+) -> None:
+    folder, _ = merged
+    assert {path.name for path in folder.iterdir()} == {
         "config.json", "generation_config.json", "model.safetensors", "tokenizer.json",
         "tokenizer_config.json", "chat_template.jinja", "slm_lora.json",
     }  # fmt: skip
-    template = (folder / "chat_template.jinja").read_bytes()
-    assert (merged / "chat_template.jinja").read_bytes() == template
-    prompt = AutoTokenizer.from_pretrained(merged).apply_chat_template(
+    template = (adapter / "chat_template.jinja").read_bytes()
+    assert (folder / "chat_template.jinja").read_bytes() == template
+    prompt = AutoTokenizer.from_pretrained(folder).apply_chat_template(
         [{"role": "user", "content": "Why?"}], tokenize=False
     )
     assert prompt == "Instruction:\nWhy?\nResponse:\n"
-    about = json.loads((merged / "slm_lora.json").read_text())
-    assert about["base"] == json.loads((folder / "slm_lora.json").read_text())["base"]
+    about = json.loads((folder / "slm_lora.json").read_text())
+    assert about["base"] == json.loads((adapter / "slm_lora.json").read_text())["base"]
     assert about["merged"]["dtype"] == "fp32"
-    assert str(tmp_path) not in "".join(p.read_text() for p in merged.glob("*.json"))
+    assert str(folder.parent.parent) not in "".join(p.read_text() for p in folder.glob("*.json"))
     # The base is not written to.
     assert hash_weights(tiny_source.path) == tiny_source.sha256
-    assert read(merged).whole
+    assert read(folder).whole
 
 
+@pytest.mark.usefixtures("proof_in_this_process")
 @pytest.mark.parametrize("dtype", ["fp16", "bf16"])
 def test_half_precision_is_the_fp32_merge_rounded_once(
-    dtype: Any, tiny_source: ModelSource, tmp_path: Path
+    dtype: Any, merged: tuple[Path, Proof], adapter: Path, tiny_source: ModelSource, tmp_path: Path
 ) -> None:
-    folder = make_adapter(tiny_source, tmp_path / "adapter")
-    merge(read(folder), tmp_path / "exact", "fp32", tiny_source.path)
-    merge(read(folder), tmp_path / "half", dtype, tiny_source.path)
-    exact = load_file(tmp_path / "exact" / "model.safetensors")
+    merge(read(adapter), tmp_path / "half", dtype, tiny_source.path)
+    exact = load_file(merged[0] / "model.safetensors")
     half = load_file(tmp_path / "half" / "model.safetensors")
     wanted = {"fp16": torch.float16, "bf16": torch.bfloat16}[dtype]
     assert exact.keys() == half.keys()
@@ -141,6 +167,7 @@ def test_what_is_there_is_not_replaced(tiny_source: ModelSource, tmp_path: Path)
     assert sorted(folder.iterdir()) == before
 
 
+@pytest.mark.usefixtures("proof_in_this_process")
 def test_every_stage_is_told(tiny_source: ModelSource, tmp_path: Path) -> None:
     folder = make_adapter(tiny_source, tmp_path / "adapter")
     told = io.StringIO()
@@ -153,6 +180,7 @@ def test_every_stage_is_told(tiny_source: ModelSource, tmp_path: Path) -> None:
     assert told.getvalue().splitlines()[3:] == ["  writing merged-f16.gguf"]
 
 
+@pytest.mark.usefixtures("proof_in_this_process")
 def test_a_failing_proof_leaves_nothing(
     tiny_source: ModelSource, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
@@ -172,6 +200,7 @@ def test_a_failing_proof_leaves_nothing(
     assert [path.name for path in tmp_path.iterdir()] == ["adapter"]
 
 
+@pytest.mark.usefixtures("proof_in_this_process")
 def test_an_adapter_without_effect_is_refused(tiny_source: ModelSource, tmp_path: Path) -> None:
     folder = make_adapter(tiny_source, tmp_path / "adapter", scale=0.0)
     with pytest.raises(IntegrityError, match="cannot be told from its base"):

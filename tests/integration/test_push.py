@@ -269,6 +269,7 @@ def test_the_cards_commands_run(adapter: Path, tiny_source: ModelSource, tmp_pat
     assert len(named) == 2 and all((tmp_path / name).is_file() for name in named)
 
 
+@pytest.mark.usefixtures("proof_in_this_process")
 def test_a_merged_model_is_pushed_as_one(
     adapter: Path, tiny_source: ModelSource, tmp_path: Path
 ) -> None:
