@@ -21,6 +21,7 @@ from transformers import AutoModelForCausalLM, AutoTokenizer, LlamaConfig, Llama
 from slm_lora.cli import app, run_guarded
 from slm_lora.config.schema import ModelSection
 from slm_lora.errors import UsageError
+from slm_lora.export import verify
 from slm_lora.export.gguf import check_adapter
 from slm_lora.export.gguf_tokenizer import LLAMA3_PATTERN, vocabulary
 from slm_lora.export.llama_cpp import export
@@ -171,6 +172,7 @@ def test_modelfile(exported: Path) -> None:
     ]
 
 
+@pytest.mark.usefixtures("proof_in_this_process")
 def test_dora_is_refused_with_a_way_out(tiny_source: ModelSource, tmp_path: Path) -> None:
     folder = make_adapter(tiny_source, tmp_path / "adapter", "dora")
     with pytest.raises(UsageError, match="no adapter with DoRA; export the merged model instead"):
@@ -181,6 +183,7 @@ def test_dora_is_refused_with_a_way_out(tiny_source: ModelSource, tmp_path: Path
     assert [path.name for path in files] == ["Modelfile", "adapter-f32.gguf"]
 
 
+@pytest.mark.usefixtures("proof_in_this_process")
 def test_a_merged_folder_gives_the_file_that_merging_on_the_way_gives(
     adapter: Path, tiny_source: ModelSource, tmp_path: Path
 ) -> None:
@@ -287,16 +290,16 @@ def test_the_command_says_what_it_wrote(
 # ---- llama.cpp itself ----
 
 
-def check_by_llama_cpp(base: Path, adapter: Path, folder: Path) -> None:
+def check_by_llama_cpp(base: Path, adapter: Path, folder: Path, tokens: int = 40) -> None:
     """Base, adapter on base, and merged model: greedy ids and text, and the tokens of texts."""
     export(read(adapter), folder / "two", "adapter", "f32", base)
     export(read(adapter), folder / "one", "merged", "f32", base)
     model, lora = (folder / "two" / f"{n}.gguf" for n in (f"{base.name}-f32", "toy-lora"))
     tokenizer = AutoTokenizer.from_pretrained(base)
     plain = AutoModelForCausalLM.from_pretrained(base, dtype=torch.float32).eval()
-    alone = [greedy(plain, tokenizer, prompt) for prompt in PROMPTS]
+    alone = [greedy(plain, tokenizer, prompt, tokens) for prompt in PROMPTS]
     peft_model = PeftModel.from_pretrained(plain, adapter)
-    wanted = [greedy(peft_model, tokenizer, prompt) for prompt in PROMPTS]
+    wanted = [greedy(peft_model, tokenizer, prompt, tokens) for prompt in PROMPTS]
     # The negative control: an adapter that llama.cpp ignores would be seen.
     differ = sum(one != other for one, other in zip(alone, wanted, strict=True))
     assert differ >= len(PROMPTS) / 2
@@ -307,13 +310,14 @@ def check_by_llama_cpp(base: Path, adapter: Path, folder: Path) -> None:
     ):
         for prompt, ids in zip(PROMPTS, expected, strict=True):
             assert client.tokenize(prompt) == tokenizer(prompt)["input_ids"]
-            found, text = client.greedy(prompt)
+            found, text = client.greedy(prompt, tokens)
             assert found == ids, prompt
             # Random models write broken UTF-8, for which everybody has another stand-in.
             if "\ufffd" not in (said := tokenizer.decode(ids)):
                 assert text.strip() == said.strip()
 
 
+@pytest.mark.usefixtures("proof_in_this_process")
 @pytest.mark.parametrize("kind", ["lora", "rslora", "pissa"])
 def test_llama_cpp_answers_as_transformers(
     kind: str, tiny_source: ModelSource, tmp_path: Path
@@ -323,6 +327,7 @@ def test_llama_cpp_answers_as_transformers(
     check_by_llama_cpp(tiny_source.path, adapter, tmp_path)
 
 
+@pytest.mark.usefixtures("proof_in_this_process")
 @pytest.mark.parametrize("rope", ["default", "linear", "llama3"])
 def test_llama_cpp_with_sentencepiece_and_scaled_rope(rope: str, tmp_path: Path) -> None:
     pytest.importorskip("xllamacpp", reason="xllamacpp is not installed")
@@ -367,15 +372,18 @@ def test_llama_cpp_with_sentencepiece_and_scaled_rope(rope: str, tmp_path: Path)
     assert client.tokenize(chat["prompt"], special=True) == trained
 
 
-@pytest.mark.timeout(900)  # three times 8 answers of a real model, and a proof
-def test_llama_cpp_with_the_embedded_model(tmp_path: Path) -> None:
+@pytest.mark.usefixtures("proof_in_this_process")
+def test_llama_cpp_with_the_embedded_model(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """Of a real model fewer tokens, and a fifth of the proof's prompts: each takes seconds."""
     pytest.importorskip("xllamacpp", reason="xllamacpp is not installed")
     embedded = EMBEDDED["smollm2-135m-instruct-q4_1"]
     if not is_fetched(embedded):
         pytest.skip("the embedded model is not fetched")
     source = resolve(ModelSection(name=embedded.name))
-    adapter = make_adapter(source, tmp_path / "toy", scale=0.03)
-    check_by_llama_cpp(source.path, adapter, tmp_path)
+    adapter = make_adapter(source, tmp_path / "toy", scale=0.15)
+    monkeypatch.setattr(verify, "PROMPTS", verify.PROMPTS[::5])
+    monkeypatch.setattr(verify, "ENOUGH", verify.ENOUGH / 5)
+    check_by_llama_cpp(source.path, adapter, tmp_path, tokens=12)
 
 
 @pytest.mark.parametrize(
