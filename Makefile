@@ -48,7 +48,7 @@ bench-generate: .venv/installed  ## Measure replies against transformers' genera
 
 calibration: .venv/installed  ## Train sixteen seeds of one cell, and test the statistics on planted truths over them.
 	$(BIN)/slm-lora experiment recipes/calibration.yaml $(ARGS)
-	$(BIN)/python benchmarks/calibration.py
+	$(BIN)/python benchmarks/calibration
 
 scaling: .venv/installed  ## Measure 1, 2 and 4 processes, and simulate more.
 	$(BIN)/python benchmarks/scaling.py $(ARGS)

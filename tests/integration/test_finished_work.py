@@ -229,7 +229,6 @@ def test_what_is_no_run_is_told_as_what_it_is(
     capsys.readouterr()
     (tmp_path / "empty").mkdir()
     for given, code, said in (
-        (lab.results, 2, f"{lab.results}: an experiment, not one run; name one in {runs}: base-"),
         (runs, 2, f"{runs}: all runs of an experiment, not one run; name one in {runs}: base-"),
         (lab.results.parent, 2, "the experiments tiny, not one run"),
         (lab.adapters / "tiny-r2-40", 2, "an adapter or a model, not a run"),
@@ -240,6 +239,10 @@ def test_what_is_no_run_is_told_as_what_it_is(
         assert command("compare", given, run) == code
         assert said in (error := capsys.readouterr().err)
         assert "delete" not in error and "remove" not in error
+    # An experiment of one setting stands for its runs.
+    assert command("compare", f"{lab.results}:base", lab.results) == 0
+    assert command("compare", f"{lab.results}:r3", run) == 2
+    assert f"has no setting r3; name one: {lab.results}:r2-40, base" in capsys.readouterr().err
     assert command("report", run) == 2
     assert "one run, not an experiment" in capsys.readouterr().err
     # A run of the last table that is gone is not left out of the next silently.

@@ -157,10 +157,13 @@ MERGE = r"merge it with PEFT \(merge_and_unload\), and name the merged folder in
             r"vocabulary was changed: its lm_head and embed_tokens have 437 rows, untied has 434; "
             rf"give the base that many \(resize_token_embeddings\), {MERGE}",
         ),
-        ({"config": IA3Config(task_type="CAUSAL_LM")}, f"of kind 'IA3'; only LoRA's .*{MERGE}"),
+        (
+            {"config": IA3Config(task_type="CAUSAL_LM")},
+            f"of kind 'IA3'; loaded are LORA; .*{MERGE}",
+        ),
         (
             {"config": PromptTuningConfig(task_type="CAUSAL_LM", num_virtual_tokens=3)},
-            r"of kind 'PROMPT_TUNING'; only LoRA's .* it cannot be merged",
+            r"of kind 'PROMPT_TUNING'; loaded are LORA; .* it cannot be merged",
         ),
     ],
 )

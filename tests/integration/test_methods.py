@@ -9,18 +9,19 @@ from typing import Any
 import pytest
 import torch
 import transformers
-from peft import LoraConfig, PeftModel, get_peft_model
+from peft import LoraConfig, PeftModel, VeraConfig, get_peft_model
 from transformers import AutoModelForCausalLM, Trainer
 
 from slm_lora.adapters import attach
 from slm_lora.adapters import io as adapter_io
 from slm_lora.adapters.check import check_forward, reached_modules
+from slm_lora.adapters.methods import METHODS, Method, peft_config
 from slm_lora.adapters.targets import resolve_targets
 from slm_lora.config.schema import AdapterSection, ModelSection, TrainingSection
 from slm_lora.data.collate import collate
 from slm_lora.errors import UsageError
 from slm_lora.model.base import DTYPES, Base
-from slm_lora.model.forward import batch_nll
+from slm_lora.model.forward import batch_nll, document_logits
 from slm_lora.model.resolve import resolve
 from slm_lora.training.loop import train
 from slm_lora.training.optimizer import adamw
@@ -263,3 +264,41 @@ def test_the_check_of_an_adapter_leaves_no_trace(load_tiny: LoadTiny) -> None:
     assert all(p.grad is None for p in peft_model.parameters())
     assert len(reached) == 4
     assert not unreached
+
+
+def vera(section: AdapterSection, source: Any, targets: Any, seed: int) -> VeraConfig:
+    """An entry of the registry for a PEFT type that is not among the project's."""
+    return VeraConfig(
+        r=section.r, vera_dropout=section.lora_dropout, projection_prng_key=seed,
+        target_modules=list(targets.modules), task_type="CAUSAL_LM",
+        base_model_name_or_path=source.name,
+    )  # fmt: skip
+
+
+@pytest.mark.parametrize("precision", ["fp32", "bf16"])
+@pytest.mark.parametrize("plain", [False, True])
+def test_another_peft_type_needs_one_entry_of_the_registry(
+    load_tiny: LoadTiny,
+    tmp_path: Path,
+    monkeypatch: pytest.MonkeyPatch,
+    precision: str,
+    plain: bool,
+) -> None:
+    """Attached, checked against PEFT, trained, saved, and loaded again, packed and padded."""
+    monkeypatch.setitem(METHODS, "lora", Method(vera, peft_type="VERA", loads_as_lora=False))
+    section = AdapterSection(r=4, target_modules=["q_proj", "o_proj"])
+    base = load_tiny(precision, plain=plain)
+    peft_model = attach.attach(base, section, seed=3)
+    other = peft_config(section, base.source, resolve_targets(base.source, section), 4)
+    assert other.projection_prng_key == 4
+    training = TrainingSection(max_steps=3, effective_batch_size=2, learning_rate=1e-2)
+    train(base, peft_model, make_examples(LENGTHS), training, seed=0)
+    documents = [torch.arange(1, 9), torch.arange(3, 6)]
+    peft_model.eval()
+    expected = document_logits(base, documents)
+    about = {"base": {"name": base.source.name, "sha256": base.source.sha256}}
+    adapter_io.save(base, peft_model, tmp_path / "adapter", about, None)
+    attach.detach(peft_model)
+    again = adapter_io.load(base, tmp_path / "adapter")
+    again.eval()
+    assert torch.equal(document_logits(base, documents), expected)

@@ -12,7 +12,8 @@ import pytest
 from slm_lora.report.card import Card, make_card, terminal_card
 from slm_lora.report.names import SettingNames, rate_name
 from slm_lora.runs.scored_run import ScoredRun
-from slm_lora.stats.comparisons import Setting, all_comparisons, group_settings
+from slm_lora.stats.comparisons import all_comparisons
+from slm_lora.stats.settings import Setting, group_settings
 
 from ..support.runs import line
 
@@ -75,7 +76,7 @@ def test_gain_is_the_ratio_of_perplexities_with_the_corrected_verdict(tmp_path: 
     runs = [run(tmp_path, "base", 3.0), run(tmp_path, "r8", 2.0)]
     gain = facts(card_of(runs))["Against the base"]
     assert gain.startswith("perplexity 20.09 → 7.39, -63.2 %")  # exp 3, exp 2, 1 - 1/e
-    assert "significantly lower across test rows, for this one training" in gain
+    assert "significantly lower across test rows (one seed)" in gain
 
 
 def test_a_worse_adapter_is_called_higher(tmp_path: Path) -> None:
@@ -97,7 +98,7 @@ def test_tried_rates_are_chosen_on_the_test_rows(tmp_path: Path) -> None:
         for rate in (1e-3, 2e-3)
     ]
     shown = facts(card_of(runs, margin=1e-6))
-    assert "1e-3, of 1e-3, 2e-3 tried; chosen on the test rows" in shown["Learning rate"]
+    assert "1e-3, selected from 1e-3, 2e-3 on the test rows" in shown["Learning rate"]
     tied = [
         run(tmp_path, "lora", 2.0, adapter__kind="lora", training__learning_rate=1e-3),
         run(tmp_path, "full", 1.9, adapter__kind="full", training__learning_rate=1e-4),

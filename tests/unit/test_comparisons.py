@@ -7,11 +7,13 @@ from dataclasses import replace
 
 import pytest
 
-from slm_lora.report import sentences
+from slm_lora.report import method, sentences
 from slm_lora.report.names import SettingNames
 from slm_lora.report.summary import category_table, comparisons_table
 from slm_lora.runs.scored_run import ScoredRun
-from slm_lora.stats.comparisons import Setting, all_comparisons, by_category, group_settings, varied
+from slm_lora.stats.categories import by_category
+from slm_lora.stats.comparisons import all_comparisons
+from slm_lora.stats.settings import Setting, group_settings, varied
 
 from ..support.runs import line
 
@@ -52,9 +54,9 @@ def test_keys_that_move_together_are_one_difference() -> None:
     ]
     (found,) = all_comparisons(lines)
     assert (found.key, found.tied) == ("adapter.kind", ("training.learning_rate",))
-    asked = sentences.question(lines, group_settings(lines), [found])
+    asked = method.question(lines, group_settings(lines), [found])
     assert "the method with its learning rate (LoRA, Full fine-tuning)" in asked
-    assert "also have another learning rate" in sentences.confounds([found])
+    assert "Method and learning rate change together" in method.confounds([found])
     # Once the rates cross, they are two differences again.
     lines.append(line("slow", 2.1, adapter__kind="lora", training__learning_rate=1e-4))
     assert compared(lines) == [
@@ -131,11 +133,11 @@ def test_arms_of_unequal_seeds_are_compared_on_those_of_both() -> None:
     assert [(c.second.name, c.first.name) for c in found] == [
         ("r4", "base"), ("r8-seed0", "base"), ("r8-seed0", "r4-seed0"),
     ]  # fmt: skip
-    method = sentences.method([*lines], found)
-    assert "the variation between seeds is unknown with one seed" in method
-    assert "Comparisons over several seeds (2) cover the seed as well" in method
+    shown = method.description([*lines], found)
+    assert "With one seed they cover the choice of test rows only" in shown
+    assert "With several trainings (2 seeds) they cover rows and trainings" in shown
     table = comparisons_table(found, SettingNames(group_settings(lines)))
-    assert "Significantly lower across test rows for this training; other seeds are" in table
+    assert "| Lower (one seed). |" in table
 
 
 def test_verdicts_name_their_reason() -> None:
@@ -146,16 +148,17 @@ def test_verdicts_name_their_reason() -> None:
         for r, loss in ((4, 2.0), (8, 2.0), (16, 2.5 + n / 10))
     ]
     verdicts = [sentences.verdict_text(pair) for pair in all_comparisons(lines)]
-    assert verdicts[:3] == ["Significantly lower across test rows and 3 seeds."] * 3
+    lower = "Significantly lower across test rows and 3 seeds, in each of them."
+    assert verdicts[:3] == [lower] * 3
     assert verdicts[3] == "Equivalent within ±0.01 nats."
-    assert verdicts[4] == "Significantly higher across test rows and 3 seeds."
-    note = sentences.untuned(all_comparisons(lines))
-    assert "Learning rates were not tuned per setting (2e-4 for all)" in note
+    assert verdicts[4] == "Significantly higher across test rows and 3 seeds, in each of them."
+    note = method.untuned(all_comparisons(lines))
+    assert "Settings are compared at equal learning rates (2e-4 for all)" in note
     rates = [
         line("r4-a", 2.0, adapter__r=4, training__learning_rate=1e-3),
         line("r4-b", 2.1, adapter__r=4, training__learning_rate=2e-3),
     ]
-    assert not sentences.untuned(all_comparisons([lines[0], *rates]))
+    assert not method.untuned(all_comparisons([lines[0], *rates]))
 
 
 def test_inconclusive_names_the_corrected_p() -> None:

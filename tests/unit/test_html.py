@@ -9,7 +9,7 @@ from slm_lora.report.card import Card, Fact
 from slm_lora.report.html import as_html
 from slm_lora.report.markdown import as_markdown
 
-CARD = Card(None, None, (), None, 0.01, (Fact("Recommended", "r=8 <b> *x*", "settings"),))
+CARD = Card(None, None, (), (), None, 0.01, (Fact("Recommended", "r=8 <b> *x*", "settings"),))
 PICTURE = Picture("settings", '<svg viewBox="0 0 1 1"></svg>', "a caption")
 
 

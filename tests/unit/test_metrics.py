@@ -2,7 +2,9 @@
 
 from __future__ import annotations
 
+import json
 import math
+import shutil
 from dataclasses import replace
 from pathlib import Path
 
@@ -15,16 +17,20 @@ from slm_lora.records import RowScore
 from slm_lora.report.card import gap, make_card
 from slm_lora.report.names import SettingNames
 from slm_lora.report.summary import metrics_table
+from slm_lora.report.write import write_report
 from slm_lora.runs import metrics
+from slm_lora.runs.folder import read_run, run_folders
 from slm_lora.runs.metrics import METRICS, Metric, row_value
 from slm_lora.runs.scored_run import ScoredRun
 from slm_lora.runs.scores import read_scores, write_scores
-from slm_lora.stats.comparisons import Setting, all_comparisons, group_settings
+from slm_lora.stats.comparisons import all_comparisons
 from slm_lora.stats.estimates import estimate, paired
 from slm_lora.stats.inference import difference
+from slm_lora.stats.settings import Setting, group_settings
 
 from ..support.runs import line
 
+COMMITTED = Path(__file__).parents[2] / "results" / "quickstart" / "runs"
 MATCH = Metric(
     name="exact_match",
     title="Exact match",
@@ -152,5 +158,56 @@ def test_bits_per_byte_is_nats_over_ln_2_and_bytes() -> None:
 
 def test_a_gap_is_measured_in_the_metric_that_is_asked_for(with_match: None) -> None:
     first, second = (matched(line(name, 2.0), share) for name, share in (("base", 2), ("r8", 6)))
-    found = gap(Setting((first,)), Setting((second,)), 0.01, MATCH)
+    found = gap(Setting((first,)), Setting((second,)), MATCH)
     assert found is not None and found.value == pytest.approx(0.4)
+
+
+@pytest.fixture
+def results(tmp_path: Path, with_match: None) -> Path:
+    """Committed runs whose rows also have an exact match: the loss below two nats."""
+    shutil.copytree(COMMITTED, tmp_path / "runs")
+    for folder in run_folders(tmp_path / "runs"):
+        path = folder / "scores.parquet"
+        rows = read_scores(path)
+        write_scores([replace(row, values={"exact_match": _match(row)}) for row in rows], path)
+    return tmp_path
+
+
+def _match(row: RowScore) -> tuple[float, float]:
+    return float(row.nll_all < 2 * row.tokens_all), 1.0
+
+
+def test_a_further_metric_is_compared_in_every_file(results: Path) -> None:
+    analysis = write_report([read_run(folder) for folder in run_folders(results / "runs")], results)
+    (pairs,) = analysis.other_metrics
+    assert [pair.key for pair in pairs] == [pair.key for pair in analysis.comparisons]
+    assert all(pair.metric is MATCH and pair.verdict != "equivalent" for pair in pairs)
+    scores = [read_scores(folder / "scores.parquet") for folder in run_folders(results / "runs")]
+    shares = [sum(_match(row)[0] for row in rows) / len(rows) for rows in scores]
+    assert pairs[0].second.estimate().value in shares
+    record = json.loads((results / "metrics.json").read_text())["other_metrics"]["exact_match"]
+    assert [pair["verdict"] for pair in record] == [pair.verdict for pair in pairs]
+    report = (results / "report.md").read_text()
+    assert "### Exact match\n\nOver the replies; higher is better." in report
+    assert "| First minus second | Exact match difference, share of rows (95 %) |" in report
+
+
+def test_a_run_of_before_a_metric_is_named(results: Path) -> None:
+    (base,) = (results / "runs").glob("base-*")
+    path = base / "scores.parquet"
+    write_scores([replace(row, values={}) for row in read_scores(path)], path)
+    runs = [read_run(folder) for folder in run_folders(results / "runs")]
+    analysis = write_report(runs, results)
+    assert {pair.key for pair in analysis.other_metrics[0]} == {"adapter.r", "data.size"}
+    assert (
+        f"Exact match is not in {base.name}, scored before" in (results / "report.md").read_text()
+    )
+
+
+def test_a_further_metric_as_headline_is_reported(results: Path) -> None:
+    runs = [read_run(folder) for folder in run_folders(results / "runs")]
+    analysis = write_report(runs, results, headline="exact_match")
+    assert analysis.card.recommended is not None
+    best = max(analysis.settings, key=lambda setting: setting.estimate().value)
+    assert analysis.card.lowest is best
+    assert "Exact match (share of rows) is computed on" in (results / "report.md").read_text()

@@ -104,7 +104,7 @@ def _add_adapter(base: Base, section: AdapterSection, seed: int, targets: Target
         try:
             peft_model = get_peft_model(
                 base.model,
-                peft_config(section, base.source, targets),
+                peft_config(section, base.source, targets, seed),
                 autocast_adapter_dtype=True,
             )
         except (ValueError, TypeError, NotImplementedError, AttributeError, KeyError) as error:

@@ -24,8 +24,11 @@ if TYPE_CHECKING:
 
 _LENGTHS = (29, 13)
 """Lengths of the two sample documents, in tokens."""
-_NOISE = 0.1
-"""Standard deviation of the noise on the adapter's weights."""
+_NOISES = (0.1, 0.3, 1.0)
+"""Standard deviations of the noise on the adapter's weights, tried in this order until the adapter
+changes the logits by `_LEAST_EFFECT`."""
+_LEAST_EFFECT = 0.05
+"""Effect of an adapter, relative to the base's logits, that rounding in bf16 does not hide."""
 _BOUND_FP32, _BOUND_LOW_PRECISION = 1e-3, 0.3
 """Largest distance to PEFT's logits, relative to the adapter's effect (1: no effect computed); in
 fp32, and in bf16 or fp16, where every layer rounds and the orders of summation differ."""
@@ -46,14 +49,17 @@ def check_forward(
         UsageError: they differ by more than rounding.
     """
     documents = [_sample(base, length) for length in _LENGTHS]
-    with _with_noise(peft_model), _named_errors(base, subject), torch.no_grad():
-        ours = document_logits(base, documents)
-        theirs = _peft_logits(base, peft_model, documents)
-        with peft_model.disable_adapter():
-            without = _peft_logits(base, peft_model, documents)
-    if not bool(torch.isfinite(theirs).all()):  # reported by the first loss, with its rows
-        return
-    changed = (theirs - without).float().norm()
+    for noise in _NOISES:
+        with _with_noise(peft_model, noise), _named_errors(base, subject), torch.no_grad():
+            ours = document_logits(base, documents)
+            theirs = _peft_logits(base, peft_model, documents)
+            with peft_model.disable_adapter():
+                without = _peft_logits(base, peft_model, documents)
+        if not bool(torch.isfinite(theirs).all()):  # reported by the first loss, with its rows
+            return
+        changed = (theirs - without).float().norm()
+        if changed > _LEAST_EFFECT * without.float().norm():
+            break
     distance = float((ours - theirs).float().norm() / changed)
     if not distance <= (_BOUND_LOW_PRECISION if base.low_precision else _BOUND_FP32):
         raise UsageError(
@@ -136,7 +142,9 @@ def _peft_logits(base: Base, peft_model: Any, documents: list[Tensor]) -> Tensor
 
 
 @contextmanager
-def _with_noise(peft_model: PeftModel) -> Iterator[dict[str, torch.nn.Parameter]]:
+def _with_noise(
+    peft_model: PeftModel, deviation: float = _NOISES[0]
+) -> Iterator[dict[str, torch.nn.Parameter]]:
     """Add noise to the active adapter's parameters, which are yielded by name and then restored."""
     active, prefix = set(peft_model.active_adapters), _prefix(peft_model)
     parameters = {
@@ -151,7 +159,7 @@ def _with_noise(peft_model: PeftModel) -> Iterator[dict[str, torch.nn.Parameter]
     generator = torch.Generator().manual_seed(0)
     with torch.no_grad():
         for parameter in parameters.values():
-            noise = torch.randn(parameter.shape, generator=generator) * _NOISE
+            noise = torch.randn(parameter.shape, generator=generator) * deviation
             parameter.add_(noise.to(parameter.device, parameter.dtype))
             parameter.requires_grad_(True)
     try:

@@ -11,7 +11,7 @@ from typing import Any
 import torch
 from safetensors import safe_open
 
-from slm_lora.adapters.methods import PEFT_TYPES
+from slm_lora.adapters.methods import peft_types
 from slm_lora.errors import IntegrityError, UsageError
 from slm_lora.model.base import Base
 
@@ -36,10 +36,12 @@ def check_config(path: Path, config: Mapping[str, Any]) -> None:
         UsageError: one is enabled; the message names it and the remedy.
     """
     peft_type = config["peft_type"]
-    if peft_type not in PEFT_TYPES:
+    known_types = peft_types()
+    if peft_type not in known_types:
         remedy = _PEFT_HINT if peft_type in _NOT_WEIGHTS else MERGE_HINT
         raise UsageError(
-            f"{path.parent}: an adapter of kind {peft_type!a:.40}; only LoRA's are loaded; {remedy}"
+            f"{path.parent}: an adapter of kind {peft_type!a:.40}; loaded are "
+            f"{', '.join(sorted(known_types))}; {remedy}"
         )
     if config.get("megatron_config") is not None:
         raise UsageError(f"{path}: megatron_config has PEFT import a module; not loaded")
@@ -67,9 +69,10 @@ def check_config(path: Path, config: Mapping[str, Any]) -> None:
 
 def _check_known(path: Path, config: Mapping[str, Any]) -> None:
     """PEFT ignores unknown keys of newer releases with a warning, and computes without them."""
-    from peft import LoraConfig
+    from peft import PEFT_TYPE_TO_CONFIG_MAPPING, PeftType
 
-    known = {field.name for field in dataclasses.fields(LoraConfig)}
+    config_class = PEFT_TYPE_TO_CONFIG_MAPPING[PeftType(config["peft_type"])]
+    known = {field.name for field in dataclasses.fields(config_class)}
     switched_on = [
         key
         for key, value in config.items()
@@ -104,7 +107,8 @@ def modules_outside_layers(names: Collection[str]) -> list[str]:
         .removeprefix(_PREFIX)
         .removesuffix(".weight")
         for name in names
-        if not re.search(r"\.\d+\.", name)
+        # Tensors that a method shares between layers are no modules of the base.
+        if name.startswith(_PREFIX) and not re.search(r"\.\d+\.", name)
     }
     return sorted({name.rsplit(".", 1)[-1] for name in modules})
 

@@ -12,6 +12,7 @@ from typing import TYPE_CHECKING, Any
 
 from slm_lora.config.schema import AdapterSection
 from slm_lora.config.types import MethodName
+from slm_lora.errors import UsageError
 from slm_lora.model.resolve import ModelSource
 
 if TYPE_CHECKING:
@@ -19,7 +20,8 @@ if TYPE_CHECKING:
 
     from slm_lora.adapters.targets import Targets
 
-ConfigFactory = Callable[[AdapterSection, ModelSource, "Targets"], "PeftConfig"]
+ConfigFactory = Callable[[AdapterSection, ModelSource, "Targets", int], "PeftConfig"]
+"""Section, base, resolved targets and seed; what is drawn at random must follow from the seed."""
 
 
 @dataclass(frozen=True, slots=True)
@@ -48,11 +50,12 @@ class Method:
 
 
 def _lora(
-    section: AdapterSection, source: ModelSource, targets: Targets, **options: Any
+    section: AdapterSection, source: ModelSource, targets: Targets, seed: int, **options: Any
 ) -> PeftConfig:
     from peft import LoraConfig
 
     alpha = section.alpha
+    # (PEFT draws A from torch's generator, which `attach` seeds.)
     return LoraConfig(
         r=section.r,
         # PEFT declares an integer, and other programs parse one; a fraction stays a fraction.
@@ -67,7 +70,6 @@ def _lora(
 def _common(source: ModelSource, targets: Targets) -> dict[str, Any]:
     """Arguments of every PEFT configuration."""
     modules = targets.modules
-    # Not every PEFT configuration has exclude_modules; PEFT's error is shown then.
     exclude = {"exclude_modules": list(targets.exclude)} if targets.exclude else {}
     return {
         **exclude,
@@ -93,8 +95,11 @@ METHODS: dict[MethodName, Method] = {
     ),
     "full": Method(None, peft_type="", modifies_base=True),
 }
-PEFT_TYPES = frozenset(method.peft_type for method in METHODS.values() if method.config)
-"""PEFT types that are trained here, and so can be loaded."""
+
+
+def peft_types() -> frozenset[str]:
+    """PEFT types that are trained here, and so can be loaded."""
+    return frozenset(method.peft_type for method in METHODS.values() if method.config)
 
 
 def method_of(section: AdapterSection) -> Method:
@@ -114,21 +119,32 @@ def trial_section(section: AdapterSection, rank: int | None = None) -> AdapterSe
     return section.model_copy(update=changes | ({} if rank is None else {"r": rank}))
 
 
-def peft_config(section: AdapterSection, source: ModelSource, targets: Targets) -> PeftConfig:
+def peft_config(
+    section: AdapterSection, source: ModelSource, targets: Targets, seed: int = 0
+) -> PeftConfig:
     """The PEFT configuration of a section for the resolved target modules of a model.
 
     Raises:
         ValueError: the method has no adapter.
+        UsageError: its configuration has no field that the model needs.
     """
     factory = method_of(section).config
     if factory is None:
         raise ValueError(f"adapter.kind = {section.kind} has no adapter")
-    return factory(section, source, targets)
+    try:
+        return factory(section, source, targets, seed)
+    except TypeError as error:
+        if not targets.exclude or "exclude_modules" not in str(error):
+            raise
+        raise UsageError(
+            f"adapter.kind = {section.kind}: PEFT cannot exclude modules with it, and "
+            f"{source.name} has some that must be ({targets.exclude[0]}, …); choose another method"
+        ) from error
 
 
 def unmergeable_reason(peft_type: str) -> str:
     """Why adapters of a `PeftType` cannot be merged; empty if they can."""
     methods = [method for method in METHODS.values() if method.peft_type == peft_type]
     if not methods:
-        return f"peft_type {peft_type} is none of {', '.join(sorted(PEFT_TYPES))}"
+        return f"peft_type {peft_type} is none of {', '.join(sorted(peft_types()))}"
     return next((method.unmergeable for method in methods if method.unmergeable), "")

@@ -13,7 +13,7 @@ from typing import Annotated
 import typer
 
 from slm_lora import __version__
-from slm_lora.cli import data, experiments, exports, models, outputs, serving
+from slm_lora.cli import compare, data, experiments, exports, models, outputs, serving
 from slm_lora.errors import STOPPED_RESUMABLE, SlmLoraError, StorageError
 from slm_lora.launch import local
 from slm_lora.runtime import hardware, terminal
@@ -29,7 +29,7 @@ for command in (
     experiments.train,
     experiments.evaluate,
     experiments.report,
-    experiments.compare,
+    compare.compare,
     outputs.chat,
     outputs.generate,
     outputs.compare_outputs,

@@ -284,32 +284,6 @@ def _answering(recipe: Any, paths: Any) -> Any:
     return answer
 
 
-def compare(
-    first: Annotated[Path, typer.Argument(metavar="RUN_A", help="results/<experiment>/runs/…")],
-    second: Annotated[Path, typer.Argument(metavar="RUN_B", help="The run compared with it.")],
-    as_json: Annotated[bool, typer.Option("--json", help="For programs.")] = False,
-) -> None:
-    """Compare two runs row by row: difference of their losses, interval, and what it shows.
-
-    Runs that were scored on different rows are refused.
-    """
-    from slm_lora.report.sentences import sentence
-    from slm_lora.runs.folder import read_run, to_json
-    from slm_lora.stats import comparisons
-    from slm_lora.stats.estimates import estimate
-
-    found = comparisons.compare(read_run(first), read_run(second))
-    out = console()
-    if as_json:
-        print(to_json(found.record()), end="")
-        return
-    for arm in (found.first, found.second):
-        loss = estimate([arm.first_run.scores], arm.first_run.metric)
-        out.print(f"{arm.name}  loss {loss.value:.4f} ({loss.low:.4f} to {loss.high:.4f})")
-    out.print(sentence(found))
-    out.print("Below zero the second has the lower loss; the intervals cover the test rows.")
-
-
 def _places(recipe: Any, results: Path, adapters: Path) -> Any:
     from slm_lora.experiment.paths import ExperimentPaths
     from slm_lora.experiment.tracking import check_installed

@@ -9,9 +9,18 @@ from typing import Any
 
 from slm_lora.report.names import SettingNames, key_name, rate_name
 from slm_lora.runs.metrics import Metric
-from slm_lora.stats.comparisons import Comparison, Setting, amount, series_along, varied
-from slm_lora.stats.estimates import paired, perplexity
-from slm_lora.stats.inference import LEAST_GROUPS, interval
+from slm_lora.stats.comparisons import Comparison
+from slm_lora.stats.estimates import perplexity
+from slm_lora.stats.inference import interval
+from slm_lora.stats.selection import best_set, cost, equivalent_to, selected_interval
+from slm_lora.stats.settings import (
+    Setting,
+    amount,
+    pair_runs,
+    sample_of,
+    series_along,
+    varied,
+)
 
 FEW_STEPS = 100
 """Fewer optimizer steps are pointed out."""
@@ -31,7 +40,6 @@ class Gap:
         value: mean over seeds, nats per token; above zero the recommended one is better.
         low, high: 95 % interval, paired; not corrected for the number of settings.
         seeds: seeds that both have.
-        equivalent: whether the 90 % interval lies within the margin.
     """
 
     setting: Setting
@@ -39,7 +47,6 @@ class Gap:
     low: float
     high: float
     seeds: int
-    equivalent: bool
 
     @property
     def excludes_zero(self) -> bool:
@@ -74,13 +81,16 @@ class Card:
         recommended: the setting to use; None where no adapter was trained.
         lowest: the setting of the lowest loss.
         gaps: every other trained setting against the recommended one, cheapest first.
-        base: the base against the recommended one; None without its scores.
+        best: settings not significantly worse than another, cheapest first.
+        base: the base against the recommended one, with an interval that holds whichever setting
+            was chosen; None without its scores.
         margin: of equivalence, nats per token.
         facts: the lines, in their order.
     """
 
     recommended: Setting | None
     lowest: Setting | None
+    best: tuple[Setting, ...]
     gaps: tuple[Gap, ...]
     base: Gap | None
     margin: float
@@ -94,44 +104,20 @@ class Card:
             "recommended": names.of(self.recommended),
             "cells": [run.run.cell for run in self.recommended.runs],
             "lowest": names.of(self.lowest),
+            "best_set": [names.of(setting) for setting in self.best],
             "margin": self.margin,
             "facts": {fact.label: fact.text for fact in self.facts},
         }
 
 
-def cost(setting: Setting) -> tuple[float, float]:
-    """Order of settings by cost: tokens computed in training, then weights trained.
-
-    Seconds are measured, and depend on what else the machine did.
-    """
-    records = [run.run.record for run in setting.runs]
-    tokens = sum(record.trained.tokens for record in records) / len(records)
-    return tokens, records[0].saved.trainable_parameters
-
-
-def gap(
-    reference: Setting, other: Setting, margin: float, metric: Metric | None = None
-) -> Gap | None:
+def gap(reference: Setting, other: Setting, metric: Metric | None = None) -> Gap | None:
     """``other`` against ``reference`` in a metric (the headline), over the seeds that both have;
     None without any."""
-    seeds = {_seeds(run): run for run in other.runs}
-    if other.first_run.is_base:
-        pairs = [(run.scores, other.first_run.scores) for run in reference.runs]
-    elif reference.first_run.is_base:
-        pairs = [(reference.first_run.scores, run.scores) for run in other.runs]
-    else:
-        pairs = [
-            (run.scores, seeds[_seeds(run)].scores)
-            for run in reference.runs
-            if _seeds(run) in seeds
-        ]
+    pairs = pair_runs(reference, other)
     if not pairs:
         return None
-    sample = paired(pairs, metric or reference.metric)
-    low, high = interval(sample, 0.95)
-    inner = interval(sample, 0.90)
-    equivalent = sample.groups >= LEAST_GROUPS and -margin < inner[0] and inner[1] < margin
-    return Gap(other, sample.value, low, high, sample.seeds, equivalent)
+    sample = sample_of(pairs, metric or reference.metric)
+    return Gap(other, sample.value, *interval(sample, 0.95), len(pairs))
 
 
 def make_card(
@@ -151,32 +137,48 @@ def make_card(
         names: of the settings.
     """
     if not settings:
-        return Card(None, None, (), None, margin, ())
+        return Card(None, None, (), (), None, margin, ())
     by_cost = sorted(settings, key=cost)
     lowest = min(by_cost, key=lambda setting: setting.metric.cost(setting.estimate().value))
-    recommended, given_up = lowest, None
-    for setting in by_cost:
-        if setting is lowest:
-            break
-        found = gap(lowest, setting, margin)
-        if found is not None and found.equivalent and found.seeds == len(lowest.runs):
-            recommended, given_up = setting, found
-            break
-    gaps = [gap(recommended, setting, margin) for setting in by_cost if setting is not recommended]
-    to_base = gap(recommended, base, margin) if base else None
+    cheaper = by_cost[: by_cost.index(lowest)]
+    recommended = next(
+        (other for other in cheaper if equivalent_to(lowest, other, margin, len(settings) - 1)),
+        lowest,
+    )
+    given_up = None if recommended is lowest else gap(lowest, recommended)
+    gaps = [gap(recommended, setting) for setting in by_cost if setting is not recommended]
+    to_base = None
+    if base:
+        value = sample_of(pair_runs(recommended, base), recommended.metric).value
+        span = selected_interval(recommended, base, len(settings))
+        to_base = Gap(base, value, *span, len(recommended.runs))
+    best = best_set(by_cost)
     facts = [
         Fact("Recommended", _why(recommended, lowest, given_up, settings, names), "settings"),
+        *_best_fact(best, by_cost, names),
         *([_gain(recommended, to_base, comparisons)] if to_base else []),
-        *_unknown(recommended, settings, names),
+        *_unknown(recommended, settings, comparisons, names),
     ]
-    return Card(
-        recommended,
-        lowest,
-        tuple(each for each in gaps if each is not None),
-        to_base,
-        margin,
-        tuple(facts),
-    )
+    shown = tuple(each for each in gaps if each is not None)
+    return Card(recommended, lowest, tuple(best), shown, to_base, margin, tuple(facts))
+
+
+def _best_fact(
+    best: Sequence[Setting], by_cost: Sequence[Setting], names: SettingNames
+) -> list[Fact]:
+    """Settings that may be the best one, and the Pareto set of loss and cost."""
+    if len(by_cost) < 2:
+        return []
+    one_seed = max(len(setting.runs) for setting in by_cost) == 1
+    scope = " (for these trainings)" if one_seed else ""
+    if len(best) == 1:
+        text = f"only {names.of(best[0])}: all others are significantly worse{scope}."
+    elif len(best) == len(by_cost):
+        text = f"all {len(best)} settings: none is significantly worse than another{scope}."
+    else:
+        listed = "; ".join(map(names.of, best)) if len(best) < 5 else f"{len(best)} settings"
+        text = f"{listed}. The {len(by_cost) - len(best)} others are significantly worse{scope}."
+    return [Fact("May be the best", text, "settings")]
 
 
 def interval_text(value: float, low: float, high: float, unit: str = " nats") -> str:
@@ -184,10 +186,6 @@ def interval_text(value: float, low: float, high: float, unit: str = " nats") ->
     if not math.isfinite(low):
         return f"{value:+.4f}{unit} (no interval from one group)"
     return f"{value:+.4f}{unit} ({low:+.4f} to {high:+.4f})"
-
-
-def _seeds(run: Any) -> tuple[int, int]:
-    return run.resolved["seed"], run.resolved["data_seed"]
 
 
 def _why(
@@ -208,7 +206,8 @@ def _why(
     if given_up is None:
         return f"{name} ({numbers}): the {best} {metric.title.lower()} of {len(settings)} settings."
     return (
-        f"{name} ({numbers}): the cheapest of {len(settings)} settings equivalent to the one of "
+        f"{name} ({numbers}): the cheapest of {len(settings)} settings that is equivalent to the "
+        f"one with "
         f"the {best} {metric.title.lower()}, {names.of(lowest)} (difference {given_up.text()})."
     )
 
@@ -233,22 +232,28 @@ def _gain(recommended: Setting, to_base: Gap, comparisons: Sequence[Comparison])
 def _verdict_on_base(recommended: Setting, comparisons: Sequence[Comparison]) -> str:
     for comparison in comparisons:
         if comparison.key == "base" and comparison.second.first_run is recommended.first_run:
-            seeds = comparison.difference.seeds
+            seeds = comparison.difference.units
             if comparison.verdict != "different":
                 return f"; {comparison.verdict} (corrected p = {comparison.p_corrected:.3f})"
             direction = "lower" if comparison.difference.value < 0 else "higher"
             if not comparison.metric.is_better(comparison.difference.value):
                 direction = direction.upper()
             return (
-                f"; significantly {direction} across test rows and {seeds} seeds"
+                f"; significantly {direction} across test rows and {seeds} "
+                f"{comparison.difference.unit}s"
                 if seeds > 1
-                else f"; significantly {direction} across test rows, for this one training"
+                else f"; significantly {direction} across test rows (one seed)"
             )
     return ""
 
 
-def _unknown(recommended: Setting, settings: Sequence[Setting], names: SettingNames) -> list[Fact]:
-    facts = [_seed_fact(settings), _rate_fact(recommended, settings)]
+def _unknown(
+    recommended: Setting,
+    settings: Sequence[Setting],
+    comparisons: Sequence[Comparison],
+    names: SettingNames,
+) -> list[Fact]:
+    facts = [_seed_fact(settings), *_look_fact(comparisons), _rate_fact(recommended, settings)]
     facts += _edge_fact(recommended, settings)
     facts += _training_fact(settings, names)
     facts.append(_test_set_fact(recommended))
@@ -259,13 +264,33 @@ def _seed_fact(settings: Sequence[Setting]) -> Fact:
     counts = sorted({len(setting.runs) for setting in settings})
     if counts[-1] == 1:
         text = (
-            "one: differences are between these trainings; whether other seeds repeat them is not "
-            "known (seeds: [0, 1, 2] in the recipe)."
+            "one: differences are between these trainings and may not repeat with other seeds "
+            "(to test: `seeds: [0, 1, 2]` in the recipe)."
         )
     else:
         number = str(counts[0]) if len(counts) == 1 else f"{counts[0]} to {counts[-1]}"
-        text = f"{number}; intervals cover the choice of test rows and of the seed."
+        text = (
+            f"{number}; up to {unseen_failures(counts[0])} of all seeds may still go the other way "
+            "(95 % confidence)."
+        )
     return Fact("Seeds", text, "method")
+
+
+def unseen_failures(seeds: int) -> str:
+    """Largest share of failing seeds that so many seeds without a failure leave possible, at 95 %
+    confidence: 1 - 0.05^(1/n)."""
+    return f"{100 * (1 - 0.05 ** (1 / seeds)):.0f} %"
+
+
+def _look_fact(comparisons: Sequence[Comparison]) -> list[Fact]:
+    added = [comparison for comparison in comparisons if comparison.added]
+    if not added:
+        return []
+    text = (
+        f"in {len(added)} of {len(comparisons)} comparisons seeds were added after the first "
+        "report: false differences are more likely than 5 %."
+    )
+    return [Fact("Added seeds", text, "comparisons")]
 
 
 def _rate_fact(recommended: Setting, settings: Sequence[Setting]) -> Fact:
@@ -275,15 +300,15 @@ def _rate_fact(recommended: Setting, settings: Sequence[Setting]) -> Fact:
         text = f"{tried}, not tuned."
     elif len(rates) == 1:
         text = (
-            f"{tried} for all settings, not tuned: the order of the settings may change at other "
-            "rates."
+            f"{tried} for all settings, not tuned: at other rates the order of the settings may "
+            "change."
         )
     elif not series_along(RATE, settings):
         text = f"one per setting ({tried}), not tuned: the order may change at other rates."
     else:
         text = (
-            f"{rate_name(float(recommended.setting(RATE)))}, of {tried} tried; chosen on the test "
-            "rows, so its loss is slightly optimistic."
+            f"{rate_name(float(recommended.setting(RATE)))}, selected from {tried} on the test "
+            "rows, so its loss is optimistic."
         )
     return Fact("Learning rate", text, "method")
 
@@ -307,7 +332,7 @@ def _edge_fact(recommended: Setting, settings: Sequence[Setting]) -> list[Fact]:
     if not edges:
         return []
     return [
-        Fact("Edge of the grid", f"{'; '.join(edges)}: a better one may lie beyond.", "settings")
+        Fact("Edge of the grid", f"{'; '.join(edges)}: values beyond may be better.", "settings")
     ]
 
 
@@ -319,7 +344,7 @@ def _training_fact(settings: Sequence[Setting], names: SettingNames) -> list[Fac
     if few:
         counts = sorted({steps[name] for name in few})
         span = f"{counts[0]}" if len(counts) == 1 else f"{counts[0]} to {counts[-1]}"
-        parts.append(f"{span} optimizer steps in {_listed(few, len(settings))}")
+        parts.append(f"only {span} optimizer steps in {_listed(few, len(settings))}")
     if falling:
         parts.append(f"training loss still falling at the end in {_listed(falling, len(settings))}")
     if not parts:
@@ -347,7 +372,11 @@ def _still_falling(setting: Setting) -> bool:
 def _test_set_fact(recommended: Setting) -> Fact:
     run = recommended.first_run
     groups = recommended.estimate().groups
-    few = "; fewer than 300: small differences stay open" if len(run.scores) < 300 else ""
+    few = (
+        "; with fewer than 300 rows small differences are often inconclusive"
+        if len(run.scores) < 300
+        else ""
+    )
     return Fact("Test set", f"{len(run.scores)} rows in {groups} groups{few}.", "setup")
 
 

@@ -2,11 +2,11 @@
 
 from __future__ import annotations
 
-from collections.abc import Sequence
-from dataclasses import dataclass
+from collections.abc import Iterator, Sequence
+from dataclasses import dataclass, replace
 from pathlib import Path
 
-from slm_lora.report import examples, figures, sentences
+from slm_lora.report import examples, figures, method, sentences
 from slm_lora.report.blocks import Picture, Section, plain
 from slm_lora.report.card import Card, make_card
 from slm_lora.report.names import SettingNames, key_name
@@ -14,22 +14,26 @@ from slm_lora.report.setup import not_shown, setup
 from slm_lora.report.summary import (
     category_table,
     comparisons_table,
+    contrasts_table,
     metrics_table,
     settings_table,
 )
 from slm_lora.report.tables import described_table, losses_table
-from slm_lora.runs.scored_run import ScoredRun
+from slm_lora.runs.folder import named
+from slm_lora.runs.metrics import METRICS
+from slm_lora.runs.scored_run import ScoredRun, has_metric
 from slm_lora.stats import learning_curve
-from slm_lora.stats.comparisons import (
-    Comparison,
+from slm_lora.stats.categories import by_category, p_alike
+from slm_lora.stats.comparisons import ALPHA, Comparison, all_comparisons
+from slm_lora.stats.factorial import Contrast, contrasts
+from slm_lora.stats.inference import LEAST_GROUPS, holm
+from slm_lora.stats.selection import pareto_set
+from slm_lora.stats.settings import (
     Setting,
-    all_comparisons,
-    by_category,
     equivalence_margin,
     group_settings,
     series_along,
 )
-from slm_lora.stats.inference import LEAST_GROUPS
 
 
 @dataclass(frozen=True)
@@ -41,6 +45,9 @@ class Analysis:
         settings: trained ones, over their seeds.
         base: the base model; None where it was not scored.
         comparisons: of the experiment, corrected together.
+        other_metrics: comparisons in further metrics, a family each; a metric that not all runs
+            have compares those that have it.
+        contrasts: ends of axes, main effects, interactions; a family of their own.
         curves: loss against data size.
         names: of the settings.
         card: the result in a few lines.
@@ -50,18 +57,24 @@ class Analysis:
     settings: tuple[Setting, ...]
     base: Setting | None
     comparisons: tuple[Comparison, ...]
+    other_metrics: tuple[tuple[Comparison, ...], ...]
+    contrasts: tuple[Contrast, ...]
     curves: tuple[learning_curve.LearningCurve, ...]
     names: SettingNames
     card: Card
 
 
-def analyse(runs: Sequence[ScoredRun]) -> Analysis:
+def analyse(runs: Sequence[ScoredRun], seen: frozenset[str] | None = None) -> Analysis:
     """Statistics of runs on the same test rows.
+
+    Args:
+        runs: of one experiment.
+        seen: folders of the runs that its first report showed; None: this is the first.
 
     Raises:
         IntegrityError: they were scored on different rows.
     """
-    comparisons = all_comparisons(runs)
+    comparisons = all_comparisons(runs, seen)
     settings = group_settings(runs)
     base = next((Setting((run,)) for run in runs if run.is_base), None)
     names = SettingNames(settings)
@@ -79,8 +92,25 @@ def analyse(runs: Sequence[ScoredRun]) -> Analysis:
     ]
     card = make_card(comparable, base, comparisons, equivalence_margin(runs[0]), names)
     return Analysis(
-        tuple(runs), tuple(settings), base, tuple(comparisons), tuple(curves), names, card
+        tuple(runs),
+        tuple(settings),
+        base,
+        tuple(comparisons),
+        tuple(_in_other_metrics(runs, seen)),
+        tuple(contrasts(settings)),
+        tuple(curves),
+        names,
+        card,
     )
+
+
+def _in_other_metrics(
+    runs: Sequence[ScoredRun], seen: frozenset[str] | None
+) -> Iterator[tuple[Comparison, ...]]:
+    for metric in METRICS.values():
+        scored = [replace(run, headline=metric.name) for run in runs if has_metric(run, metric)]
+        if metric.compared and metric.name != runs[0].headline and len(scored) > 1:
+            yield tuple(all_comparisons(scored, seen))
 
 
 def _same_tokens(first: ScoredRun, second: ScoredRun) -> bool:
@@ -96,7 +126,7 @@ def sections(
     """Everything below the card."""
     names, settings, comparisons = analysis.names, analysis.settings, analysis.comparisons
     between = [pair for pair in comparisons if pair.key != "base"]
-    note = sentences.untuned(comparisons)
+    note = method.untuned(comparisons)
     forests = [
         figures.forest(
             "against-base",
@@ -117,17 +147,20 @@ def sections(
         Section(
             "Settings",
             settings_table(analysis.card, settings, analysis.base, names)
-            + "\nMeans over seeds; loss in nats per token, lower is better. Time per training, "
-            "largest peak memory.",
+            + "\nLoss in nats per token (lower is better), mean over seeds. Time: mean per "
+            "training. Memory: largest peak over seeds. Against the recommended: setting minus "
+            "recommended; intervals are for one setting at a time, that of the base allows for the "
+            "selection of the recommended setting." + _pareto(settings, names),
             anchor="settings",
         ),
         Section(
             "All comparisons",
-            "\n\n".join(filter(None, [note, comparisons_table(comparisons, names)])),
+            "\n\n".join(filter(None, [note, _LEGEND, comparisons_table(comparisons, names)])),
             _present(forests),
             anchor="comparisons",
             folded=True,
         ),
+        *_contrasts(analysis),
         *_scaling(analysis, _present(effects)),
         *_metrics(analysis),
         Section("Every run", runs_text(analysis.runs), anchor="runs", folded=True),
@@ -145,7 +178,7 @@ def sections(
         Section(
             "Method",
             "\n\n".join(
-                [sentences.method(analysis.runs, comparisons), sentences.confounds(comparisons)]
+                [method.description(analysis.runs, comparisons), method.confounds(comparisons)]
             ),
             anchor="method",
             folded=True,
@@ -155,9 +188,16 @@ def sections(
     ]
 
 
+_LEGEND = (
+    "Lower, higher, equivalent: significant at 5 % after correction for all comparisons. By seed: "
+    "smallest to largest difference. Next seed: 95 % prediction interval for one more seed on the "
+    "same test rows."
+)
+
+
 def question(analysis: Analysis) -> str:
     """The question of the experiment."""
-    return sentences.question(analysis.runs, analysis.settings, analysis.comparisons)
+    return method.question(analysis.runs, analysis.settings, analysis.comparisons)
 
 
 def answer_picture(analysis: Analysis) -> Picture | None:
@@ -181,6 +221,29 @@ def _training(settings: Sequence[Setting], names: SettingNames) -> str:
     return "\n".join(items) or "Nothing was trained."
 
 
+def _pareto(settings: Sequence[Setting], names: SettingNames) -> str:
+    if len(settings) < 2:
+        return ""
+    best = pareto_set(settings)
+    listed = (
+        "all settings"
+        if len(best) == len(settings)
+        else plain("; ".join(names.of(setting) for setting in best))
+    )
+    return f" Pareto-optimal in loss, training tokens and trained weights: {listed}."
+
+
+def _contrasts(analysis: Analysis) -> list[Section]:
+    if not analysis.contrasts:
+        return []
+    text = (
+        f"{contrasts_table(analysis.contrasts, analysis.names)}\nAn interaction is the effect at "
+        "one value minus the effect at another. p-values are corrected for these "
+        f"{len(analysis.contrasts)} contrasts (Holm), separately from the comparisons above."
+    )
+    return [Section("Main effects and interactions", text, anchor="contrasts", folded=True)]
+
+
 def _scaling(analysis: Analysis, pictures: tuple[Picture, ...]) -> list[Section]:
     text = sentences.scaling(analysis.comparisons, analysis.curves, analysis.names)
     if not text and not pictures:
@@ -195,10 +258,34 @@ def _metrics(analysis: Analysis) -> list[Section]:
     if not table:
         return []
     note = (
-        "Means over seeds. Last row: paired difference with its 95 % interval, not corrected for "
-        "the number of metrics. Mean over rows: short rows count as much as long ones."
+        "Means over seeds. Last row: paired difference, 95 % interval, not corrected for the "
+        "number of metrics. *Mean over rows* averages the loss of each row, so short rows count as "
+        "much as long ones."
     )
-    return [Section("All metrics", f"{table}\n{note}", anchor="metrics", folded=True)]
+    parts = [f"{table}\n{note}", *_unscored(analysis.runs)]
+    for pairs in analysis.other_metrics:
+        if pairs:
+            metric = pairs[0].metric
+            better = "higher" if metric.higher_is_better else "lower"
+            parts.append(
+                f"### {metric.title}\n\nOver {metric.scope}; {better} is better. p-values are "
+                f"corrected for the {len(pairs)} comparisons in this metric.\n\n"
+                f"{comparisons_table(pairs, analysis.names, level=4)}"
+            )
+    return [Section("All metrics", "\n\n".join(parts), anchor="metrics", folded=True)]
+
+
+def _unscored(runs: Sequence[ScoredRun]) -> list[str]:
+    """A line for each metric that some runs have and others, scored before it existed, lack."""
+    lines = []
+    for metric in METRICS.values():
+        lacking = [run.run.folder.name for run in runs if not has_metric(run, metric)]
+        if lacking and len(lacking) < len(runs):
+            lines.append(
+                f"{metric.title} is not in {plain(named(lacking))}, scored before it was computed: "
+                "remove these runs and run the experiment again to have it."
+            )
+    return lines
 
 
 def _categories(analysis: Analysis) -> list[Section]:
@@ -217,8 +304,8 @@ def _categories(analysis: Analysis) -> list[Section]:
         second, first = analysis.names.of(pair.second), analysis.names.of(pair.first)
         pictures.append(figures.categories(by_category(pair), second, first))
     text = (
-        "Held-out loss, nats per token, with unpaired 95 % intervals over the choice of test rows "
-        f"where a category has {LEAST_GROUPS} groups or more."
+        "Held-out loss in nats per token. Unpaired 95 % intervals cover the choice of test rows; "
+        f"categories with fewer than {LEAST_GROUPS} groups have none.{_alike(analysis)}"
     )
     return [
         Section(
@@ -229,6 +316,26 @@ def _categories(analysis: Analysis) -> list[Section]:
             folded=True,
         )
     ]
+
+
+def _alike(analysis: Analysis) -> str:
+    """Comparisons whose difference is not the same in all categories."""
+    tested = [(pair, p) for pair in analysis.comparisons if (p := p_alike(pair)) is not None]
+    if not tested:
+        return ""
+    corrected = holm([p for _, p in tested])
+    unlike = [
+        f"{analysis.names.of(pair.second)} vs {analysis.names.of(pair.first)}"
+        for (pair, _), p in zip(tested, corrected, strict=True)
+        if p < ALPHA
+    ]
+    test = (
+        f" Wald test of equal differences in all categories ({len(tested)} comparisons, Holm; "
+        "these trainings only):"
+    )
+    if not unlike:
+        return f"{test} no difference varies significantly between categories."
+    return f"{test} the difference varies significantly for {plain('; '.join(unlike))}."
 
 
 def table_text(analysis: Analysis, results: Path) -> str:
@@ -249,15 +356,14 @@ def runs_text(runs: Sequence[ScoredRun]) -> str:
         f"token included), in nats per token, on the same {data.sets.test.rows} test rows "
         "for every run; Perplexity is its exponential.",
         f"Base: {record.model.name}, {record.model.precision}; data: {data.origin}; "
-        f"template: {data.template.kind}; seed(s): {seeds}.",
+        f"template: {data.template.kind}; seeds: {seeds}.",
         f"Run on {machine.processor}, {machine.cores} cores, {machine.memory_gb} GB{gpu}. "
-        "Tokens/s counts real tokens of training, without the first two steps.",
+        "Tokens/s: training tokens without padding, first two steps excluded.",
     ]
     return (
         f"{described_table(runs)}\n"
         + "\n".join(f"- {note}" for note in notes)
         + f"\n\n### Whole text, with 95 % intervals\n\n{losses_table(runs, 'all')}"
         + f"\n### Response only, with 95 % intervals\n\n{losses_table(runs, 'response')}\n"
-        "Intervals cover the choice of test rows, not the training seed. Mean over rows: mean of "
-        "each row's own loss per token, so short rows count as much as long ones."
+        "Intervals cover the choice of test rows, not the training seed."
     )

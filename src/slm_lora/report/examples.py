@@ -17,7 +17,8 @@ from slm_lora.report.names import SettingNames
 from slm_lora.report.outputs import sections
 from slm_lora.runs import outputs
 from slm_lora.runs.folder import Run
-from slm_lora.stats.comparisons import Comparison, Setting
+from slm_lora.stats.comparisons import Comparison
+from slm_lora.stats.settings import Setting
 
 OUTPUTS_FILE = "outputs.json"
 """Beside the run folders: what `compare-outputs` wrote, if anybody asked."""
@@ -165,7 +166,7 @@ def _text(rule: str, row: Row, answers: Sequence[outputs.Answer], context_seen: 
     said = [Column(turn.role, turn.content) for turn in row.turns]
     # Only what the model saw.
     context = [Column("context", row.context)] if row.context and context_seen else []
-    unseen = "Its context was no part of the text." if row.context and not context_seen else ""
+    unseen = "The context was not part of the text." if row.context and not context_seen else ""
     given = [Column(f"answer of {answer.variant}", answer.greedy) for answer in answers]
     title = f"{rule[0].upper()}{rule[1:]}: {row.row_id[:12]}"
     return Section(title, unseen, columns=(*context, *said, *given), level=3, folded=True)
@@ -183,7 +184,7 @@ def _chosen(best: Comparison) -> list[tuple[str, RowScore, float, float]]:
     picked = [
         *(("largest fall", row) for row in order[:2]),
         ("median change", order[middle]),
-        *(("largest rise, or least fall", row) for row in order[-2:]),
+        *(("largest rise or smallest fall", row) for row in order[-2:]),
     ]
     taken = {row for _, row in picked}
     left = [row for row in seeded_order(order, "report", 0) if row not in taken]

@@ -8,13 +8,15 @@ from collections.abc import Sequence
 from typing import TYPE_CHECKING
 
 from slm_lora.report.blocks import Picture
-from slm_lora.report.card import Card, cost
+from slm_lora.report.card import Card
 from slm_lora.report.drawing import INK, LIGHT, LINES, MARKERS, SHADE, new_axes, picture, styled
 from slm_lora.report.names import SettingNames
-from slm_lora.stats.comparisons import Comparison, Setting, amount
+from slm_lora.stats.comparisons import Comparison
 from slm_lora.stats.estimates import perplexity
 from slm_lora.stats.inference import LEAST_GROUPS, Difference
 from slm_lora.stats.learning_curve import LearningCurve
+from slm_lora.stats.selection import cost
+from slm_lora.stats.settings import Setting, amount
 
 if TYPE_CHECKING:
     from matplotlib.axes import Axes
@@ -74,8 +76,8 @@ def gaps(card: Card, names: SettingNames) -> Picture | None:
         f"Loss of each setting minus that of the recommended one, paired on the same test rows, "
         f"with 95 % intervals ({covers}), cheapest setting on top. Filled: the interval excludes "
         "zero. "
-        f"Grey band: ±{card.margin:g} nats, the equivalence margin.{base} Intervals are not "
-        "corrected for the number of settings; the tests in the table of comparisons are.",
+        f"Grey band: equivalence margin (±{card.margin:g} nats).{base} Intervals are not corrected "
+        "for the number of settings.",
     )
 
 
@@ -103,8 +105,8 @@ def training_curves(settings: Sequence[Setting], names: SettingNames) -> Picture
     return picture(
         "training",
         figure,
-        "Training loss by optimizer step: running mean over a twentieth of the steps, first seed "
-        "of every setting. Measured on training rows with dropout, unlike the tables.",
+        "Training loss by optimizer step (running mean over 5 % of the steps, first seed of each "
+        "setting), with dropout, so not comparable with the held-out losses.",
     )
 
 
@@ -144,8 +146,8 @@ def perplexity_along(
         f"perplexity-{key.rsplit('.', 1)[-1]}",
         figure,
         f"Perplexity against {label}, with unpaired 95 % intervals over the choice of test rows. "
-        "All points share these rows, so differences between points are known far better than the "
-        "intervals suggest: see the comparisons.",
+        "All points share these rows, so paired differences are more precise than the intervals "
+        "suggest (see the comparisons).",
     )
 
 
@@ -210,8 +212,8 @@ def categories(
         "categories",
         figure,
         f"{second} vs {first} by category (test rows in brackets; categories of {LEAST_GROUPS} "
-        "groups or more), with 95 % intervals, not corrected for their number. Filled: the "
-        "interval excludes zero, and p < 0.05.",
+        "groups or more), with 95 % intervals, not corrected for the number of "
+        "categories. Filled: the interval excludes zero and p < 0.05.",
     )
 
 
@@ -236,8 +238,8 @@ def time_and_loss(settings: Sequence[Setting], names: SettingNames) -> Picture |
     return picture(
         "time",
         figure,
-        "Held-out loss against training time, means over seeds. Time is measured, and includes "
-        "whatever else the machine did.",
+        "Held-out loss against training time, means over seeds. Other programs on the machine may "
+        "have increased the time.",
     )
 
 

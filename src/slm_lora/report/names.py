@@ -5,7 +5,7 @@ from __future__ import annotations
 from collections.abc import Sequence
 
 from slm_lora.config.types import METHOD_LABELS
-from slm_lora.stats.comparisons import Setting, varied
+from slm_lora.stats.settings import Setting, varied
 
 _KEYS = {
     "adapter.r": "rank",
@@ -67,9 +67,9 @@ class SettingNames:
             # All weights train: keys of an adapter have no effect.
             if full and key.startswith("adapter."):
                 continue
-            parts.append(self._part(key, setting))
+            parts.append(self.part(key, setting))
         if full and self._sizes and "data.size" not in self._keys:
-            parts.append(self._part("data.size", setting))
+            parts.append(self.part("data.size", setting))
         if not parts:
             parts = [
                 f"{METHOD_LABELS[setting.setting('adapter.kind')]} r={setting.setting('adapter.r')}"
@@ -78,13 +78,14 @@ class SettingNames:
 
     def series(self, key: str, setting: Setting) -> str:
         """The name without ``key``, for a series along it."""
-        others = [self._part(other, setting) for other in self._keys if other != key]
+        others = [self.part(other, setting) for other in self._keys if other != key]
         return ", ".join(others) or (
             "all settings" if key == "adapter.r" else f"r={setting.setting('adapter.r')}"
         )
 
     @staticmethod
-    def _part(key: str, setting: Setting) -> str:
+    def part(key: str, setting: Setting) -> str:
+        """``r=16``: one key of a setting."""
         value = setting.setting(key)
         if key == "adapter.kind":
             return METHOD_LABELS[value]

@@ -1,4 +1,4 @@
-"""Computed sentences: the question, the verdict on each comparison, and its limits.
+"""Computed sentences on comparisons: number, interval, p, verdict, scaling.
 
 Every sentence follows from a comparison and claims no more than its verdict: with one seed nothing
 about settings, only about these trainings.
@@ -7,113 +7,14 @@ about settings, only about these trainings.
 from __future__ import annotations
 
 import math
-from collections.abc import Callable, Sequence
+from collections.abc import Sequence
 
-from slm_lora.config.types import METHOD_LABELS
-from slm_lora.report.blocks import plain
-from slm_lora.report.card import RATE, interval_text
-from slm_lora.report.names import SettingNames, key_name, rate_name, value_name
-from slm_lora.runs.scored_run import ScoredRun
-from slm_lora.stats.comparisons import Comparison, Setting, amount
-from slm_lora.stats.estimates import estimate
+from slm_lora.report.card import interval_text
+from slm_lora.report.names import SettingNames
+from slm_lora.runs.metrics import Metric
+from slm_lora.stats.comparisons import ALPHA, Comparison
 from slm_lora.stats.inference import Difference
 from slm_lora.stats.learning_curve import LearningCurve
-
-
-def question(
-    runs: Sequence[ScoredRun], settings: Sequence[Setting], comparisons: Sequence[Comparison]
-) -> str:
-    """The question of the experiment, from what its comparisons vary."""
-    model = plain(runs[0].run.record.model.name)
-    data = plain(runs[0].run.record.data.origin.split(" ")[0])
-    outcome = f"the held-out loss of {model} on {data}"
-    keys = {pair.key for pair in comparisons}
-    factors = [_methods(settings)] if settings and "adapter.kind" not in keys else []
-    for key, tied in {pair.key: pair.tied for pair in comparisons if pair.key != "base"}.items():
-        compared = [
-            setting
-            for pair in comparisons
-            if pair.key == key
-            for setting in (pair.first, pair.second)
-        ]
-        ordered = sorted(compared, key=lambda setting: amount(setting, key) or 0)
-        values = dict.fromkeys(value_name(setting.setting(key)) for setting in ordered)
-        factors.append(f"the {key_name(key, tied)} ({', '.join(values)})")
-    if not factors:
-        return f"What is {outcome}?"
-    if len(factors) == 1:
-        return f"How does {factors[0]} change {outcome}?"
-    return f"How do {', '.join(factors[:-1])} and {factors[-1]} change {outcome}?"
-
-
-def _methods(settings: Sequence[Setting]) -> str:
-    return " or ".join(
-        dict.fromkeys(METHOD_LABELS[setting.setting("adapter.kind")] for setting in settings)
-    )
-
-
-def untuned(comparisons: Sequence[Comparison]) -> str:
-    """Where trainings are compared: learning rates were not tuned per setting.
-
-    With lora_alpha = 2r the first step of Adam in the weights grows with the rank, so a larger rank
-    learns faster at the same rate; more rows are more steps.
-    """
-    compared = [
-        setting
-        for pair in comparisons
-        if pair.key not in ("base", RATE)
-        for setting in (pair.first, pair.second)
-    ]
-    if not compared:
-        return ""
-    rates = sorted({float(setting.setting(RATE)) for setting in compared})
-    shown = (
-        f"{rate_name(rates[0])} for all" if len(rates) == 1 else ", ".join(map(rate_name, rates))
-    )
-    return (
-        f"Learning rates were not tuned per setting ({shown}): at other rates these differences "
-        "can shrink, vanish or reverse."
-    )
-
-
-def method(runs: Sequence[ScoredRun], comparisons: Sequence[Comparison]) -> str:
-    """How numbers and intervals were computed, and what they cover."""
-    first = runs[0]
-    loss = estimate([first.scores], first.metric)
-    tokens = {"all": "all tokens of the text", "response": "the tokens of the response"}
-    counts = sorted({pair.difference.seeds for pair in comparisons} or {1})
-    covered = (
-        "95 % intervals are BCa bootstraps over groups of related rows. They cover the choice of "
-        "test rows; the variation between seeds is unknown with one seed, so no setting is called "
-        "better than another."
-        if counts[0] < 2
-        else "95 % intervals cover the choice of test rows and of the seed "
-        f"({' or '.join(map(str, counts))} seeds): the widest of Student's interval over seeds, "
-        "Satterthwaite's for rows and seeds, and a two-way bootstrap over groups of related rows "
-        "and seeds."
-    )
-    if counts[0] < 2 <= counts[-1]:
-        several = " or ".join(str(count) for count in counts if count > 1)
-        covered += f" Comparisons over several seeds ({several}) cover the seed as well."
-    if len({run.resolved["data_seed"] for run in runs if not run.is_base}) > 1:
-        covered += " Each seed also draws its own training rows."
-    elif counts[-1] > 1:
-        covered += (
-            " All seeds train on the same rows, so the choice of training rows is not covered."
-        )
-    family = (
-        f" p-values are corrected for all {len(comparisons)} comparisons (Holm); equivalence "
-        "tests, categories and curves are not."
-        if comparisons
-        else ""
-    )
-    return (
-        "Held-out loss is the total negative log-likelihood divided by the number of "
-        f"{tokens[first.headline].removeprefix('all ').removeprefix('the ')}; perplexity is its "
-        f"exponential. Both are computed on the same {len(first.scores)} test rows in "
-        f"{loss.groups} groups for every run. Differences are paired by row. {covered}{family} "
-        f"Base weights in {first.run.record.model.precision}."
-    )
 
 
 def difference_text(difference: Difference) -> str:
@@ -126,10 +27,7 @@ def p_text(comparison: Comparison) -> str:
     p = comparison.p_corrected
     if p < 0.001:
         return "p < 0.001"
-    digits = 4 if p < 0.01 else 3
-    if comparison.p_is_least:  # a bound, rounded up
-        return f"p ≤ {math.ceil(10**digits * p - 1e-9) / 10**digits:.{digits}f}"
-    return f"p = {p:.{digits}f}"
+    return f"p = {p:.{4 if p < 0.01 else 3}f}"
 
 
 def sentence(comparison: Comparison, names: SettingNames | None = None) -> str:
@@ -147,123 +45,99 @@ def sentence(comparison: Comparison, names: SettingNames | None = None) -> str:
 def verdict_text(comparison: Comparison) -> str:
     """The verdict with its reason, one sentence or two."""
     difference = comparison.difference
-    direction = "lower" if difference.value < 0 else "higher"
     if comparison.verdict == "different":
+        direction = "lower" if difference.value < 0 else "higher"
         small = (
             f" Below the equivalence margin of {difference.margin:g} nats."
-            if difference.equivalent
+            if comparison.negligible
             else ""
         )
-        if comparison.covers_seeds:
-            return (
-                f"Significantly {direction} across test rows and {difference.seeds} seeds.{small}"
-            )
-        return (
-            f"Significantly {direction} across test rows for {_trainings(comparison)}; other seeds "
-            f"are untested.{small}"
-        )
+        return f"Significantly {direction}{_scope(comparison)}.{small}{_added_text(comparison)}"
     if comparison.verdict == "equivalent":
         scope = (
-            "."
+            ""
             if comparison.covers_seeds
-            else f" for {_trainings(comparison)}; other seeds are untested."
+            else f" for {_trainings(comparison)}; other seeds are untested"
         )
-        return f"Equivalent within ±{difference.margin:g} nats{scope}"
-    return f"Inconclusive: {_reason(comparison)}{_needed_text(comparison)}"
+        return f"Equivalent within ±{difference.margin:g} nats{scope}.{_added_text(comparison)}"
+    return f"Inconclusive: {_reason(comparison)}{_needed_text(comparison)}{_added_text(comparison)}"
+
+
+def short_verdict(comparison: Comparison) -> str:
+    """The verdict for a table that shows interval and p beside it."""
+    difference = comparison.difference
+    count, unit = difference.units, difference.unit
+    many = f"{unit}s" if count > 1 else unit
+    scope = f"{count} {many}" if comparison.covers_seeds else "one seed"
+    if comparison.verdict == "inconclusive":
+        return verdict_text(comparison)
+    if comparison.verdict == "equivalent":
+        text = f"Equivalent within ±{difference.margin:g} ({scope})."
+    else:
+        direction = "Lower" if difference.value < 0 else "Higher"
+        if comparison.covers_seeds:
+            scope = f"in {difference.agreeing} of {count} {many}"
+        small = f", below the margin of {difference.margin:g}" if comparison.negligible else ""
+        text = f"{direction} ({scope}){small}."
+    return text + _added_text(comparison)
+
+
+def _scope(comparison: Comparison) -> str:
+    difference = comparison.difference
+    if not comparison.covers_seeds:
+        return f" across test rows for {_trainings(comparison)}; other seeds are untested"
+    count, unit = difference.units, f"{difference.unit}s"
+    if difference.agreeing == count:
+        return f" across test rows and {count} {unit}, in each of them"
+    opposite = count - difference.agreeing
+    return f" across test rows and {count} {unit} on average, but not in {opposite} of them"
+
+
+def _added_text(comparison: Comparison) -> str:
+    if not comparison.added:
+        return ""
+    return (
+        f" {comparison.added} of {comparison.difference.units} {comparison.difference.unit}s were "
+        "added after the first report."
+    )
 
 
 def _reason(comparison: Comparison) -> str:
-    if not comparison.difference.excludes_zero:
-        return "the interval includes zero and exceeds the equivalence margin"
-    correction = f" after correction for {comparison.family} comparisons"
-    return f"p = {comparison.p_corrected:.2f}{correction if comparison.family > 1 else ''}"
+    difference = comparison.difference
+    family = comparison.family
+    correction = f" after correction for {family} comparisons" if family > 1 else ""
+    if difference.excludes_zero:
+        return f"p = {comparison.p_corrected:.2f}{correction}"
+    if difference.p_equivalence < ALPHA:
+        return f"equivalence has p = {comparison.p_equivalence_corrected:.2f}{correction}"
+    return "the interval includes zero and extends beyond the equivalence margin"
 
 
 def _trainings(comparison: Comparison) -> str:
     return "this training" if comparison.key == "base" else "this pair of trainings"
 
 
+def _unit(metric: Metric) -> str:
+    return "nats" if metric.has_perplexity else metric.unit
+
+
 def _needed_text(comparison: Comparison) -> str:
+    if comparison.sample.groups < 2 or not comparison.difference.margin:
+        return "."
+    margin = f"{comparison.difference.margin:g} {_unit(comparison.metric)}"
     needed = comparison.needed()
     if needed is None:
-        return "."
+        return f"; no practical number of seeds would decide it at ±{margin}."
     if needed.seeds is None:
         return (
-            f"; about {needed.rows:,} test rows would decide it for {_trainings(comparison)} "
-            "(80 % power), several seeds for the settings."
+            f"; about {needed.rows:,} test rows would decide it at ±{margin} for "
+            f"{_trainings(comparison)} (80 % power). A verdict on the settings needs several "
+            "seeds."
         )
     return (
         f"; a new experiment with about {needed.rows:,} test rows and {needed.seeds} seeds would "
-        "decide it (80 % power)."
+        f"decide it at ±{margin} (80 % power)."
     )
-
-
-def confounds(comparisons: Sequence[Comparison]) -> str:
-    """What changes along with the compared settings."""
-    by_key: dict[str, list[Comparison]] = {}
-    for comparison in comparisons:
-        by_key.setdefault(comparison.key, []).append(comparison)
-    items = []
-    if sizes := by_key.get("data.size"):
-        same = all(_steps(pair.first) == _steps(pair.second) for pair in sizes)
-        items.append(
-            f"Sizes are compared at the same number of optimizer steps ({_steps(sizes[0].first)}), "
-            "so a smaller set is repeated more often."
-            if same
-            else "More rows also mean more optimizer steps; the two effects are not separated "
-            f"(steps: {_per_setting(sizes, _steps)})."
-        )
-    if ranks := by_key.get("adapter.r"):
-        first = ranks[0].first
-        ratio = first.setting("adapter.lora_alpha") / first.setting("adapter.r")
-        if not ranks[0].tied:
-            items.append(f"Ranks are compared at the same alpha/r ({ratio:g}) and learning rate.")
-        items.append(f"A larger rank trains more weights ({_weights(ranks)}).")
-    if modules := by_key.get("adapter.target_modules"):
-        items.append(f"More target modules are also more trainable weights ({_weights(modules)}).")
-    if kinds := by_key.get("adapter.kind", []):
-        rate = float(kinds[0].first.setting(RATE))
-        items.append(
-            f"Methods are compared at the same learning rate ({rate_name(rate)}); each may have a "
-            "better one."
-            if RATE not in kinds[0].tied
-            else "Each method is compared at one learning rate; each may have a better one."
-        )
-        compared = [setting for pair in kinds for setting in (pair.first, pair.second)]
-        if len({_trainable(setting) for setting in compared}) > 1:
-            items.append(f"Methods train different numbers of weights ({_weights(kinds)}).")
-    if any(pair.second.is_full for pair in kinds):
-        precision = kinds[0].second.first_run.run.record.model.precision
-        items.append(
-            f"Full fine-tuning is saved and scored in {precision}, adapters in fp32 on a base in "
-            f"{precision}: small changes of a weight may be lost to rounding."
-        )
-    items += [
-        f"Settings with another {key_name(key)} also have another "
-        f"{' and '.join(map(key_name, tied))}; the two effects are not separated."
-        for key, tied in {key: pairs[0].tied for key, pairs in by_key.items()}.items()
-        if tied
-    ]
-    return "\n".join(f"- {item}" for item in items)
-
-
-def _steps(setting: Setting) -> int:
-    return setting.first_run.run.record.trained.steps
-
-
-def _trainable(setting: Setting) -> int:
-    return setting.first_run.run.record.saved.trainable_parameters
-
-
-def _weights(comparisons: Sequence[Comparison]) -> str:
-    return _per_setting(comparisons, _trainable)
-
-
-def _per_setting(comparisons: Sequence[Comparison], count: Callable[[Setting], int]) -> str:
-    settings = [setting for pair in comparisons for setting in (pair.first, pair.second)]
-    names = SettingNames(settings)
-    counts = {names.of(setting): count(setting) for setting in settings}
-    return "; ".join(f"{name}: {number:,}" for name, number in counts.items())
 
 
 def scaling(
@@ -283,17 +157,18 @@ def scaling(
             if first is None or rows[0] == rows[1]:  # sizes may round to the same rows
                 continue
             items.append(
-                f"- {names.of(pair.second)}: the first {rows[0]} training rows change the loss by "
-                f"{difference_text(first)}; {rows[1]} instead of {rows[0]} change it by "
+                f"- {names.of(pair.second)}: from the base to {rows[0]} training rows "
+                f"{difference_text(first)}; from {rows[0]} to {rows[1]} "
                 f"{difference_text(difference)}{_per_doubling(difference, rows)}."
                 + _open_gain(pair)
             )
         elif pair.key in ("adapter.r", "adapter.target_modules"):
-            weights = [_trainable(setting) for setting in (pair.first, pair.second)]
+            weights = [setting.trainable_weights for setting in (pair.first, pair.second)]
             if weights[0] != weights[1]:
                 items.append(
-                    f"- {names.of(pair.second)}: {weights[1] / weights[0]:.1f} times the trainable "
-                    f"weights of {names.of(pair.first)}, for {difference_text(difference)}"
+                    f"- {names.of(pair.first)} → {names.of(pair.second)}: "
+                    f"{weights[1] / weights[0]:.1f} times the trainable weights, loss "
+                    f"{difference_text(difference)}"
                     f"{_per_doubling(difference, weights)}." + _open_gain(pair)
                 )
     items += [f"- {curve_text(curve)}" for curve in curves]
@@ -303,7 +178,7 @@ def scaling(
 def _per_doubling(difference: Difference, amounts: Sequence[float]) -> str:
     doublings = math.log2(amounts[1] / amounts[0])
     if abs(doublings - 1) < 0.005:  # 338 to 675 rows count as one
-        return ", one doubling"
+        return " (one doubling)"
     ends = sorted((difference.low / doublings, difference.high / doublings))
     span = f" ({ends[0]:+.4f} to {ends[1]:+.4f})" if math.isfinite(ends[0]) else ""
     return f", {difference.value / doublings:+.4f}{span} per doubling"
@@ -311,16 +186,14 @@ def _per_doubling(difference: Difference, amounts: Sequence[float]) -> str:
 
 def _open_gain(comparison: Comparison) -> str:
     if comparison.verdict == "different":
-        return (
-            "" if comparison.covers_seeds else " One pair of trainings; other seeds are untested."
-        )
-    return " Not significantly different from no gain."
+        return "" if comparison.covers_seeds else " (One seed.)"
+    return " Not significant."
 
 
 def curve_text(curve: LearningCurve) -> str:
     """The fit of a learning curve, or its rejection."""
     if not curve.falls:
-        return f"{curve.name}: over {len(curve.sizes)} sizes, loss does not fall with rows."
+        return f"{curve.name}: loss does not fall with dataset size ({len(curve.sizes)} sizes)."
     floor, exponent = curve.floor, curve.exponent
     covers = "test rows and seeds" if curve.seeds > 1 else "test rows, not seeds"
     if not curve.fits:
@@ -328,15 +201,15 @@ def curve_text(curve: LearningCurve) -> str:
             zip(curve.residuals, curve.sizes, strict=True), key=lambda point: abs(point[0])
         )
         return (
-            f"{curve.name}: E + A·N^(−β) does not fit these {len(curve.sizes)} sizes: the loss at "
-            f"{size:,} training rows is {residual:+.4f} nats from the best such curve, more than "
-            f"variation of {covers} explains (p = {curve.p_fits:.3f}). The fit is rejected, so "
-            "nothing is extrapolated."
+            f"{curve.name}: the curve E + A·N^(−β) (N training rows) is rejected for these "
+            f"{len(curve.sizes)} sizes (p = {curve.p_fits:.3f}, covers {covers}): the largest "
+            f"residual is {residual:+.4f} nats at N = {size:,}. No extrapolation."
         )
     return (
         f"{curve.name}: E + A·N^(−β) through {len(curve.sizes)} sizes has β = {exponent[0]:.2f} "
         f"({exponent[1]:.2f} to {exponent[2]:.2f}) and E = {floor[0]:.3f} ({floor[1]:.3f} to "
         f"{floor[2]:.3f}); extrapolated to {2 * curve.sizes[-1]:,} training rows: "
         f"{curve.middle[-1]:.4f} ({curve.low[-1]:.4f} to {curve.high[-1]:.4f}). The intervals "
-        f"cover {covers}, not the choice of this form. (Lack of fit: p = {curve.p_fits:.2f}.)"
+        f"cover {covers}, not the choice of this functional form (lack-of-fit test: "
+        f"p = {curve.p_fits:.2f})."
     )

@@ -39,8 +39,8 @@ def setup(runs: Sequence[ScoredRun], results: Path) -> str:
     ]
     again = (
         "The resolved recipe, every hash and every number are in `metrics.json`, the loss of every "
-        "test row in `runs/*/scores.parquet`. The same recipe on the same rows and base gives the "
-        "same hashes, which end the names of the run folders. This file is made from them by:"
+        "test row in `runs/*/scores.parquet`. Run folders end in a hash of recipe, rows and "
+        "base. Command that writes this report from the run folders:"
     )
     command = f"slm-lora report results/{results.name}"
     if others := not_shown([run.run for run in runs], results):
@@ -59,7 +59,10 @@ def _relations(record: RunRecord) -> str:
     }
     chosen = record.recipe["data"].get("group_by")
     if chosen is not None:
-        return ", ".join(named[relation] for relation in chosen) or "none: every row by itself"
+        return (
+            ", ".join(named[relation] for relation in chosen)
+            or "no relation: each row is its own group"
+        )
     near = ", or nearly the same prompt" if record.data.split_version > 1 else ""
     return f"same instruction, context or named group{near}"
 
@@ -89,6 +92,6 @@ def not_shown(runs: Sequence[Run], results: Path) -> str:
         return ""
     return (
         f"{len(others)} other finished run{'s' * (len(others) > 1)} in {results.name}/runs, not "
-        f"in this table: {named(others)}. The recipe that made them makes their table again, "
+        f"in this table: {named(others)}. Running their recipe again writes their report, "
         "without training; slm-lora compare compares any two."
     )

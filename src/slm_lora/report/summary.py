@@ -7,14 +7,18 @@ from collections import Counter
 from collections.abc import Sequence
 
 from slm_lora.report.blocks import markdown_table, plain
-from slm_lora.report.card import Card, Gap, cost, gap
+from slm_lora.report.card import Card, Gap, gap, interval_text
 from slm_lora.report.names import SettingNames, key_name
-from slm_lora.report.sentences import p_text, verdict_text
+from slm_lora.report.sentences import p_text, short_verdict
 from slm_lora.report.tables import loss_shown
 from slm_lora.runs.metrics import METRICS, Metric, mean_over_rows
+from slm_lora.runs.scored_run import has_metric
 from slm_lora.runtime.progress import clock
-from slm_lora.stats.comparisons import Comparison, Setting
+from slm_lora.stats.comparisons import Comparison
 from slm_lora.stats.estimates import perplexity
+from slm_lora.stats.factorial import Contrast
+from slm_lora.stats.selection import cost
+from slm_lora.stats.settings import Setting
 
 SETTING_COLUMNS = (
     "Setting", "Seeds", "Loss", "Perplexity", "Against the recommended, 95 %", "Trainable", "Time",
@@ -85,7 +89,9 @@ def settings_table(
     return markdown_table(SETTING_COLUMNS, rows)
 
 
-def comparisons_table(comparisons: Sequence[Comparison], names: SettingNames) -> str:
+def comparisons_table(
+    comparisons: Sequence[Comparison], names: SettingNames, level: int = 3
+) -> str:
     """One row per comparison, as Markdown; a table for the base and for each key."""
     parts = []
     for key in dict.fromkeys(pair.key for pair in comparisons):
@@ -93,23 +99,27 @@ def comparisons_table(comparisons: Sequence[Comparison], names: SettingNames) ->
         heading = (
             "Against the base" if key == "base" else f"Effect of {key_name(key, pairs[0].tied)}"
         )
+        metric = pairs[0].metric
+        shows_perplexity = key == "base" and metric.has_perplexity
         rows = [
             [
                 plain(f"{names.of(pair.second)} vs {names.of(pair.first)}"),
                 _gap_text(pair),
-                *([_perplexity_change(pair)] if key == "base" else []),
+                *([_perplexity_change(pair)] if shows_perplexity else []),
+                _by_unit(pair),
+                _next_unit(pair),
                 p_text(pair).removeprefix("p = ").removeprefix("p "),
-                f"{pair.difference.seeds}",
-                verdict_text(pair),
+                short_verdict(pair),
             ]
             for pair in pairs
         ]
         header = [
-            "Comparison", "Loss difference, nats (95 %)",
-            *(["Perplexity"] if key == "base" else []), "p, corrected", "Seeds", "Verdict",
+            "First minus second", f"{metric.title} difference, {metric.unit} (95 %)",
+            *(["Perplexity"] if shows_perplexity else []), "By seed",
+            "Next seed (95 %)", "p, corrected", "Verdict",
         ]  # fmt: skip
         table = markdown_table(header, rows, left=(0, len(header) - 1))
-        parts.append(f"### {heading}\n\n{table}")
+        parts.append(f"{'#' * level} {heading}\n\n{table}")
     return "\n".join(parts) or "No comparisons: one setting, and no base."
 
 
@@ -120,11 +130,58 @@ def _gap_text(pair: Comparison) -> str:
     return f"{difference.value:+.4f} ({difference.low:+.4f}, {difference.high:+.4f})"
 
 
+def _by_unit(pair: Comparison) -> str:
+    difference = pair.difference
+    if difference.units == 1:
+        return "one seed"
+    return f"{difference.smallest:+.3f} to {difference.largest:+.3f}"
+
+
+def _next_unit(pair: Comparison) -> str:
+    difference = pair.difference
+    if difference.next_low is None or difference.next_high is None:
+        return "–"
+    return f"{difference.next_low:+.3f} to {difference.next_high:+.3f}"
+
+
+def contrasts_table(contrasts: Sequence[Contrast], names: SettingNames) -> str:
+    """Ends of axes, main effects and interactions, one row each, as Markdown."""
+    rows = []
+    for contrast in contrasts:
+        difference = contrast.difference
+        span = interval_text(difference.value, difference.low, difference.high, "")
+        verdict = "significant" if contrast.significant else "not significant"
+        p = contrast.p_corrected
+        shown = "< 0.001" if p < 0.001 else f"{p:.3f}"
+        rows.append([plain(contrast_text(contrast, names)), span, shown, verdict])
+    return markdown_table(
+        ["Contrast", "Loss difference, nats (95 %)", "p, corrected", "Verdict"], rows, left=(0, 3)
+    )
+
+
+def contrast_text(contrast: Contrast, names: SettingNames) -> str:
+    """``r=16 vs r=4``, over what it is averaged or along what it changes."""
+
+    def part(setting: Setting, key: str) -> str:
+        return names.part(key, setting)
+
+    effect = f"{part(contrast.high, contrast.key)} vs {part(contrast.low, contrast.key)}"
+    if contrast.kind == "ends":
+        rest = names.series(contrast.key, contrast.low)
+        return f"{effect} ({rest})" if rest != "all settings" else effect
+    if contrast.kind == "main effect":
+        return f"{effect}, mean over {len(contrast.over)} settings of the others"
+    assert contrast.by_low is not None
+    assert contrast.by_high is not None
+    return (
+        f"{effect}: at {part(contrast.by_high, contrast.by)} minus at "
+        f"{part(contrast.by_low, contrast.by)}"
+    )
+
+
 def _perplexity_change(pair: Comparison) -> str:
     # exp of a difference of losses is the ratio of perplexities.
-    before, after = (perplexity(setting.estimate().value) for setting in (pair.first, pair.second))
-    change = 100 * (perplexity(pair.difference.value) - 1)
-    return f"{before:.2f} → {after:.2f} ({change:+.1f} %)"
+    return f"{100 * (perplexity(pair.difference.value) - 1):+.1f} %"
 
 
 def metrics_table(
@@ -148,7 +205,7 @@ def metrics_table(
         for setting in columns
     ]
     if base and card.recommended:
-        gaps = [gap(base, card.recommended, card.margin, metric) for metric in metrics]
+        gaps = [gap(base, card.recommended, metric) for metric in metrics]
         rows.append([plain(f"{names.of(card.recommended)} vs base"), *map(_gap_cell, gaps)])
     titles = [
         f"{metric.title}, {metric.unit} {'↑' if metric.higher_is_better else '↓'}"
@@ -159,7 +216,7 @@ def metrics_table(
 
 def _has(metric: Metric, setting: Setting) -> bool:
     """Whether the rows of a setting's runs have a metric."""
-    return all(any(metric.parts(score)[1] for score in run.scores) for run in setting.runs)
+    return all(has_metric(run, metric) for run in setting.runs)
 
 
 def category_table(settings: Sequence[Setting], base: Setting | None, names: SettingNames) -> str:

@@ -2,11 +2,12 @@
 
 from __future__ import annotations
 
+import json
 from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
 
-from slm_lora.errors import UsageError
+from slm_lora.errors import IntegrityError, UsageError
 from slm_lora.report import contents, examples
 from slm_lora.report.blocks import Picture, Section
 from slm_lora.report.contents import Analysis, analyse
@@ -18,8 +19,8 @@ from slm_lora.runs.folder import METRICS_FILE, Run, to_json
 from slm_lora.runs.metrics import METRICS, mean_over_rows
 from slm_lora.runs.scored_run import ScoredRun, read_scored_runs
 from slm_lora.runtime.storage import atomic_write_text
-from slm_lora.stats.comparisons import Setting
 from slm_lora.stats.estimates import estimate
+from slm_lora.stats.settings import Setting
 
 TABLE_FILE, REPORT_FILE, PAGE_FILE = "experiment_table.md", "report.md", "report.html"
 WITH_ROWS_FILE = "report-with-rows.html"
@@ -51,14 +52,15 @@ def write_report(
     """
     if not runs:
         raise UsageError(f"{results}: no finished run in it")
-    analysis = analyse(read_scored_runs(runs, headline))
+    first = _first_report(results / METRICS_FILE) or tuple(run.folder.name for run in runs)
+    analysis = analyse(read_scored_runs(runs, headline), frozenset(first))
     title = analysis.runs[0].run.record.experiment
     question, answer = contents.question(analysis), contents.answer_picture(analysis)
     sections = contents.sections(analysis, results)
     # Numbers first, text and figures after them.
     table = contents.table_text(analysis, results)
     atomic_write_text(results / TABLE_FILE, f"# {title}\n\n{table}\n")
-    atomic_write_text(results / METRICS_FILE, to_json(_metrics(analysis)))
+    atomic_write_text(results / METRICS_FILE, to_json(_metrics(analysis, first)))
     _write_figures(results / FIGURES, _pictures(answer, sections))
     page = (title, question, analysis.card, answer)
     atomic_write_text(results / REPORT_FILE, as_markdown(*page, sections, FIGURES))
@@ -93,12 +95,29 @@ def _scored(run: ScoredRun) -> list[str]:
     return [name for name in METRICS if run.run.record.evaluation.loss(name)]
 
 
-def _metrics(analysis: Analysis) -> dict[str, Any]:
+def _first_report(path: Path) -> tuple[str, ...]:
+    """Run folders that the first report of an experiment showed, as its metrics.json keeps them;
+    of a metrics.json without that record, its own runs. Empty without the file."""
+    try:
+        metrics = json.loads(path.read_text(encoding="utf-8"))
+        folders = metrics.get("first_report") or [run["folder"] for run in metrics["runs"]]
+        return tuple(map(str, folders))
+    except FileNotFoundError:
+        return ()
+    except (OSError, ValueError, KeyError, TypeError, AttributeError) as error:
+        raise IntegrityError(
+            f"{path}: broken ({error}), and it lists the runs of the first report; restore it, or "
+            "remove it to start over"
+        ) from error
+
+
+def _metrics(analysis: Analysis, first_report: Sequence[str]) -> dict[str, Any]:
     runs = analysis.runs
     settings = [Setting((run,)) for run in runs if run.is_base] + [*analysis.settings]
     return {
         "experiment": runs[0].run.record.experiment,
         "card": analysis.card.record(analysis.names),
+        "first_report": sorted(first_report),
         "runs": [
             {
                 "folder": run.run.folder.name,
@@ -119,5 +138,11 @@ def _metrics(analysis: Analysis) -> dict[str, Any]:
             for name in category_names(setting)
         ],
         "contrasts": [pair.record() for pair in analysis.comparisons],
+        "other_metrics": {
+            pairs[0].metric.name: [pair.record() for pair in pairs]
+            for pairs in analysis.other_metrics
+            if pairs
+        },
+        "grid_contrasts": [contrast.record() for contrast in analysis.contrasts],
         "learning_curves": [curve.record() for curve in analysis.curves],
     }

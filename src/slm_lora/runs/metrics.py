@@ -29,6 +29,10 @@ class Metric:
         parts: numerator and denominator of a row; a denominator of 0 leaves the row out.
         higher_is_better: direction; a loss is better when lower.
         has_perplexity: whether its exponential is a perplexity.
+        margin: of equivalence, in the metric's unit; 0: equivalence is not tested; None: the
+            recipe's, which is in nats per token.
+        compared: whether reports compare settings in it even where it is not the headline; forms
+            of one loss are compared once.
     """
 
     name: str
@@ -38,6 +42,8 @@ class Metric:
     parts: Parts
     higher_is_better: bool = False
     has_perplexity: bool = False
+    margin: float | None = 0.0
+    compared: bool = True
 
     def cost(self, value: float) -> float:
         """The value, or its negative, so that lower is better."""
@@ -60,6 +66,8 @@ _ALL = Metric(
     unit="nats per token",
     parts=lambda row: (row.nll_all, row.tokens_all),
     has_perplexity=True,
+    margin=None,
+    compared=False,
 )
 
 METRICS: dict[str, Metric] = {
@@ -73,6 +81,8 @@ METRICS: dict[str, Metric] = {
             unit="nats per token",
             parts=lambda row: (row.nll_response, row.tokens_response),
             has_perplexity=True,
+            margin=None,
+            compared=False,
         ),
         Metric(
             name="bits_per_byte",
@@ -80,6 +90,7 @@ METRICS: dict[str, Metric] = {
             scope="the whole text",
             unit="bits per UTF-8 byte",
             parts=lambda row: (row.nll_all / math.log(2), row.bytes_all),
+            compared=False,
         ),
         Metric(
             name="response_bits_per_byte",
@@ -87,6 +98,7 @@ METRICS: dict[str, Metric] = {
             scope="the response",
             unit="bits per UTF-8 byte",
             parts=lambda row: (row.nll_response / math.log(2), row.bytes_response),
+            compared=False,
         ),
     )
 }

@@ -49,6 +49,11 @@ class ScoredRun:
         return setting_of(self.resolved, key)
 
 
+def has_metric(run: ScoredRun, metric: Metric) -> bool:
+    """Whether any row of a run has a metric."""
+    return any(metric.parts(score)[1] for score in run.scores)
+
+
 def read_scored_run(run: Run) -> ScoredRun:
     """A run with its scores.
 

@@ -10,31 +10,33 @@ import functools
 import math
 from collections.abc import Sequence
 from dataclasses import dataclass
+from typing import Literal, NamedTuple
 
 import numpy as np
-import numpy.typing as npt
 from scipy.special import stdtrit
 
 from slm_lora.errors import IntegrityError
 from slm_lora.records import RowScore
 from slm_lora.runs.metrics import Metric
+from slm_lora.stats.clustered import Clustered, Floats, clustered, effective_groups
 
-Floats = npt.NDArray[np.float64]
 _LARGEST_LOSS = 700.0
 
 
 @dataclass(frozen=True, slots=True)
 class Estimate:
-    """A loss in nats per token, with its clustered standard error.
+    """A metric with its clustered standard error.
 
-    The variance is that of a ratio, linearised over groups (Cochran, Sampling Techniques, 3rd
-    ed., ch. 6; recommended for evaluations by Miller 2024, arXiv 2411.00640). ``low`` and
-    ``high`` bound the 95 % interval over the choice of test rows, by Student's t.
+    ``low`` and ``high`` bound the 95 % interval over the choice of test rows: Student's t with the
+    degrees of freedom of `clustered`, as recommended for evaluations by Miller 2024
+    (arXiv 2411.00640) with the correction for few groups.
     """
 
     value: float
     standard_error: float
+    freedom: float
     groups: int
+    effective_groups: float
 
     @property
     def low(self) -> float:
@@ -50,10 +52,10 @@ class Estimate:
     def _half(self) -> float:
         if self.groups < 2:
             return math.inf
-        return float(stdtrit(self.groups - 1, 0.975)) * self.standard_error
+        return float(stdtrit(self.freedom, 0.975)) * self.standard_error
 
     def record(self) -> dict[str, float | int | None]:
-        """For JSON, which has no infinity: what is not known from one group is null."""
+        """For JSON, which has no infinity: unknown from one group is null."""
         known = math.isfinite(self.standard_error)
         return {
             "value": self.value,
@@ -61,24 +63,35 @@ class Estimate:
             "low": self.low if known else None,
             "high": self.high if known else None,
             "groups": self.groups,
+            "effective_groups": self.effective_groups,
         }
+
+
+UnitName = Literal["seed", "data draw"]
+"""Independent repetitions of a comparison: training seeds, or draws of training rows."""
 
 
 @dataclass(frozen=True, eq=False)
 class Paired:
-    """Differences between two arms on the same rows, summed by group.
+    """Differences between two settings on the same rows, summed by group.
 
     Attributes:
-        nats: loss of the second arm minus that of the first, float64 [seeds, groups].
-        tokens: label tokens, float64 [groups].
+        nats: numerator of the second setting minus that of the first, float64 [units, groups].
+        tokens: denominators, float64 [groups].
+        unit: what was drawn independently. Where several seeds train on each draw of training
+            rows, a unit is a draw, averaged over its seeds.
+        crossed: the difference by seed, averaged over draws, float64 [seeds], where the same seeds
+            train on several draws; else None.
     """
 
     nats: Floats
     tokens: Floats
+    unit: UnitName = "seed"
+    crossed: Floats | None = None
 
     @property
-    def seeds(self) -> int:
-        """Pairs of trainings."""
+    def units(self) -> int:
+        """Independent repetitions."""
         return len(self.nats)
 
     @property
@@ -87,25 +100,30 @@ class Paired:
         return len(self.tokens)
 
     @property
-    def by_seed(self) -> Floats:
-        """The difference in nats per token for every seed."""
-        found: Floats = self.nats.sum(1) / self.tokens.sum()
-        return found
+    def by_unit(self) -> Floats:
+        """The difference per unit, in the metric's unit, [units]."""
+        values: Floats = self.nats.sum(1) / self.tokens.sum()
+        return values
+
+    @functools.cached_property
+    def over_rows(self) -> Clustered:
+        """The mean difference with its standard error over the choice of test rows."""
+        return clustered(self.nats.mean(0), self.tokens)
 
     @property
     def value(self) -> float:
-        """The difference in nats per token; below zero, the second arm is better."""
-        return float(self.by_seed.mean())
+        """The mean difference; for a loss below zero the second setting is better."""
+        return self.over_rows.value
 
     @property
     def row_error(self) -> float:
         """Standard error over the choice of test rows."""
-        return estimate_of_sums(self.nats.mean(0), self.tokens).standard_error
+        return self.over_rows.standard_error
 
     @property
-    def seed_deviation(self) -> float:
-        """Standard deviation of the difference between seeds; not a number for one seed."""
-        return float(self.by_seed.std(ddof=1)) if self.seeds > 1 else math.nan
+    def unit_deviation(self) -> float:
+        """Standard deviation of the difference between units; not a number for one unit."""
+        return float(self.by_unit.std(ddof=1)) if self.units > 1 else math.nan
 
 
 def estimate(runs: Sequence[Sequence[RowScore]], metric: Metric) -> Estimate:
@@ -114,15 +132,16 @@ def estimate(runs: Sequence[Sequence[RowScore]], metric: Metric) -> Estimate:
     return estimate_of_sums(numerators.mean(0), denominators)
 
 
-def estimate_of_sums(nats: Floats, tokens: Floats) -> Estimate:
-    """Loss from the nats and the tokens of every group, with its clustered standard error."""
-    total = math.fsum(tokens)
-    value = math.fsum(nats) / total
-    groups = len(tokens)
-    if groups < 2:
-        return Estimate(value, math.inf, groups)
-    residual = math.fsum((nats - value * tokens) ** 2)
-    return Estimate(value, math.sqrt(residual * groups / (groups - 1)) / total, groups)
+def estimate_of_sums(numerators: Floats, denominators: Floats) -> Estimate:
+    """A metric from the sums of every group, with its clustered standard error."""
+    result = clustered(numerators, denominators)
+    return Estimate(
+        result.value,
+        result.standard_error,
+        result.freedom,
+        result.groups,
+        effective_groups(denominators),
+    )
 
 
 def perplexity(loss: float) -> float:
@@ -155,14 +174,54 @@ class _ById:
         return isinstance(other, _ById) and self.scores is other.scores
 
 
-def paired(arms: Sequence[tuple[Sequence[RowScore], Sequence[RowScore]]], metric: Metric) -> Paired:
-    """Differences between two arms, one pair of runs a seed.
+class Draw(NamedTuple):
+    """What a training drew at random."""
+
+    seed: int
+    data_seed: int
+
+
+def paired(
+    arms: Sequence[tuple[Sequence[RowScore], Sequence[RowScore]]],
+    metric: Metric,
+    draws: Sequence[Draw] | None = None,
+) -> Paired:
+    """Differences between two settings.
+
+    Args:
+        arms: scores of both, one pair per training.
+        metric: numerator and denominator of a row.
+        draws: seeds of each pair; None: every pair is a seed of its own.
 
     Raises:
         IntegrityError: runs were not scored on the same tokens of the same rows.
     """
-    nats, counts = group_sums([scores for pair in arms for scores in pair], metric)
-    return Paired(nats[1::2] - nats[0::2], counts)
+    sums, denominators = group_sums([scores for pair in arms for scores in pair], metric)
+    return paired_of_sums(sums[1::2] - sums[0::2], denominators, draws)
+
+
+def paired_of_sums(
+    numerators: Floats, denominators: Floats, draws: Sequence[Draw] | None = None
+) -> Paired:
+    """As `paired`, from differences of sums, [trainings, groups]."""
+    seeds = {draw.seed for draw in draws or ()}
+    data_seeds = {draw.data_seed for draw in draws or ()}
+    if draws is None or len(data_seeds) < 2 or len(seeds) == len(data_seeds) == len(draws):
+        return Paired(numerators, denominators)
+
+    def means(labels: Sequence[int]) -> Floats:
+        return np.stack(
+            [
+                numerators[[own == label for own in labels]].mean(0)
+                for label in dict.fromkeys(labels)
+            ]
+        )
+
+    by_draw = means([draw.data_seed for draw in draws])
+    # A seed that trains on several draws is one chance, not several.
+    shared = 1 < len(seeds) < len(draws)
+    by_seed = means([draw.seed for draw in draws]).sum(1) / denominators.sum()
+    return Paired(by_draw, denominators, "data draw", by_seed if shared else None)
 
 
 def _check_same_rows(first: Sequence[RowScore], second: Sequence[RowScore], metric: Metric) -> None:

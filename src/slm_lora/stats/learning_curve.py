@@ -16,7 +16,8 @@ import numpy as np
 
 from slm_lora.records import RowScore
 from slm_lora.runs.metrics import Metric
-from slm_lora.stats.estimates import Floats, group_sums
+from slm_lora.stats.clustered import Floats
+from slm_lora.stats.estimates import group_sums
 
 LEAST_SIZES = 4
 _EXPONENTS = np.geomspace(0.02, 4, 240)

@@ -1,0 +1,192 @@
+"""The command `compare`: runs, experiments, or score files of other programs."""
+
+from __future__ import annotations
+
+from pathlib import Path
+from typing import TYPE_CHECKING, Annotated
+
+import typer
+
+from slm_lora.cli.options import console
+from slm_lora.errors import UsageError
+from slm_lora.runs.folder import RUN_FILE
+
+if TYPE_CHECKING:
+    from slm_lora.runs.score_files import Columns
+    from slm_lora.stats.settings import Setting
+
+
+def compare(
+    arms: Annotated[
+        list[str],
+        typer.Argument(
+            metavar="FIRST SECOND …",
+            help="Runs (results/<experiment>/runs/…), experiments (results/<experiment>, or "
+            "results/<experiment>:<setting> for all seeds of one), or score files (.jsonl, .json, "
+            ".csv, .parquet). Each is compared with the first.",
+        ),
+    ],
+    as_json: Annotated[bool, typer.Option("--json", help="For programs.")] = False,
+    row_id: Annotated[
+        str, typer.Option("--id", metavar="COLUMN", help="Score files: id of a row.")
+    ] = "",
+    value: Annotated[
+        str, typer.Option("--value", metavar="COLUMN", help="Score files: the number.")
+    ] = "",
+    group: Annotated[
+        str,
+        typer.Option(
+            "--group", metavar="COLUMN", help="Score files: rows of one group are not independent."
+        ),
+    ] = "",
+    weight: Annotated[
+        str,
+        typer.Option(
+            "--weight",
+            metavar="COLUMN",
+            help="Score files: denominator; the metric is sum(value) / sum(weight).",
+        ),
+    ] = "",
+    where: Annotated[
+        list[str] | None,
+        typer.Option("--where", metavar="COLUMN=TEXT", help="Score files: only these rows."),
+    ] = None,
+    common: Annotated[
+        bool, typer.Option("--common", help="Score files: only rows that all of them have.")
+    ] = False,
+    margin: Annotated[
+        float,
+        typer.Option("--margin", help="Score files: differences below it are equivalent."),
+    ] = 0.0,
+) -> None:
+    """Compare runs, experiments or score files row by row: difference, interval, verdict.
+
+    Whatever was scored on different rows is refused.
+    """
+    if len(arms) < 2:
+        raise UsageError("compare needs at least two: runs, experiments or score files")
+    files = [Path(arm) for arm in arms if Path(arm).is_file() and Path(arm).name != RUN_FILE]
+    if not files:
+        given = {
+            "--id": row_id, "--value": value, "--group": group, "--weight": weight,
+            "--where": where, "--common": common, "--margin": margin,
+        }  # fmt: skip
+        if unused := [name for name, option in given.items() if option]:
+            raise UsageError(f"{', '.join(unused)}: for score files only")
+        _compare_settings([_setting(arm) for arm in arms], as_json)
+        return
+    if len(files) < len(arms):
+        raise UsageError("compare takes runs and experiments, or score files, not both at once")
+    if not row_id or not value:
+        raise UsageError("score files need --id COLUMN and --value COLUMN")
+    from slm_lora.runs.score_files import Columns
+
+    columns = Columns(row_id, value, group, weight, _conditions(where or []))
+    _compare_files(files, columns, common, margin, as_json)
+
+
+def _conditions(where: list[str]) -> dict[str, str]:
+    for condition in where:
+        if "=" not in condition:
+            raise UsageError(f"--where {condition}: must be COLUMN=TEXT")
+    return dict(condition.split("=", 1) for condition in where)
+
+
+def _setting(arm: str) -> Setting:
+    """The runs that an argument names.
+
+    Raises:
+        UsageError: it names none, or more than one setting.
+    """
+    from slm_lora.runs.folder import list_runs, read_run
+    from slm_lora.runs.scored_run import read_scored_run, read_scored_runs
+    from slm_lora.stats.settings import Setting, group_settings
+
+    path = Path(arm)
+    name = ""
+    if not path.exists() and ":" in arm:
+        folder, name = arm.rsplit(":", 1)
+        path = Path(folder)
+    if (path / RUN_FILE).exists() or not (path / "runs").is_dir():
+        return Setting((read_scored_run(read_run(path)),))
+    runs = read_scored_runs(list_runs(path))
+    settings = group_settings(runs)
+    by_name = {setting.name: setting for setting in settings}
+    for base in (run for run in runs if run.is_base):
+        by_name["base"] = Setting((base,))
+    if not name and len(settings) == 1:
+        return settings[0]
+    if name not in by_name:
+        problem = f"has no setting {name}" if name else f"has {len(settings)} settings"
+        raise UsageError(f"{path} {problem}; name one: {path}:{', '.join(by_name)}")
+    return by_name[name]
+
+
+def _compare_settings(settings: list[Setting], as_json: bool) -> None:
+    from slm_lora.report.sentences import sentence
+    from slm_lora.runs.folder import to_json
+    from slm_lora.stats import comparisons
+
+    results = comparisons.compare(settings)
+    if as_json:
+        records = [result.record() for result in results]
+        print(to_json(records[0] if len(records) == 1 else records), end="")
+        return
+    out = console()
+    for setting in settings:
+        loss = setting.estimate()
+        out.print(f"{setting.name}  loss {loss.value:.4f} ({loss.low:.4f} to {loss.high:.4f})")
+    for result in results:
+        out.print(sentence(result))
+    covers = "test rows and seeds" if results[0].covers_seeds else "test rows"
+    out.print(f"Below zero the second has the lower loss; the intervals cover the {covers}.")
+
+
+def _compare_files(
+    paths: list[Path], columns: Columns, common: bool, margin: float, as_json: bool
+) -> None:
+    from rich.table import Table
+
+    from slm_lora.runs.folder import to_json
+    from slm_lora.runs.score_files import read_score_file
+    from slm_lora.stats.files import common_rows, compare_files
+
+    files = {str(path): read_score_file(path, columns) for path in paths}
+    if len(files) < len(paths):
+        raise UsageError("the same file is given twice")
+    total = {name: len(rows) for name, rows in files.items()}
+    if common:
+        files = common_rows(files)
+        if not all(files.values()):
+            raise UsageError("no row is in all files")
+    first, results = compare_files(files, margin)
+    if as_json:
+        print(to_json({"first": first.record(), "compared": [r.record() for r in results]}), end="")
+        return
+    out = console()
+    for name, rows in files.items():
+        if len(rows) < total[name]:
+            out.print(
+                f"{name}: {total[name] - len(rows)} of {total[name]} rows left out (--common)"
+            )
+    table = Table(box=None, pad_edge=False, header_style="bold", padding=(0, 2, 0, 0))
+    for title in ("File", columns.value, "Difference, 95 %", "p, corrected", "Verdict"):
+        table.add_column(title, overflow="fold")
+    table.add_row(
+        str(paths[0]), f"{first.value:.4f} ({first.low:.4f}, {first.high:.4f})", "", "", ""
+    )
+    for result in results:
+        estimate, difference = result.estimate, result.difference
+        table.add_row(
+            result.name,
+            f"{estimate.value:.4f} ({estimate.low:.4f}, {estimate.high:.4f})",
+            f"{difference.value:+.4f} ({difference.low:+.4f}, {difference.high:+.4f})",
+            "< 0.001" if result.p_corrected < 0.001 else f"{result.p_corrected:.3f}",
+            result.verdict,
+        )
+    out.print(table)
+    groups = f"{first.groups} groups" if columns.group else "rows"
+    out.print(
+        f"{len(files[str(paths[0])])} rows, paired by {columns.id}; intervals cover the choice of "
+        f"{groups}, not the training seed."
+    )

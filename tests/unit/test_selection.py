@@ -1,0 +1,91 @@
+"""Choosing among settings: the best set, equivalence to the lowest, corrected gains."""
+
+from __future__ import annotations
+
+from dataclasses import replace
+
+import numpy as np
+import pytest
+
+from slm_lora.records import RowScore
+from slm_lora.runs.scored_run import ScoredRun
+from slm_lora.stats.selection import best_set, equivalent_to, pareto_set, selected_interval
+from slm_lora.stats.settings import Setting
+
+from ..support.runs import line
+
+
+def setting(rank: int, losses: np.ndarray) -> Setting:
+    """A setting of one run with a loss per row, [rows]."""
+    run = line(f"r{rank}", 2.0, adapter__r=rank)
+    scores = tuple(
+        RowScore(f"{i:03d}", f"{i:03d}", "", "test", 10 * loss, 10, 1, 0.0, 10, 1)
+        for i, loss in enumerate(losses)
+    )
+    return Setting((replace(run, scores=scores),))
+
+
+def settings_of(rng: np.random.Generator, means: list[float], spread: float) -> list[Setting]:
+    rows = rng.normal(0, 0.3, 60)
+    return [
+        setting(2 + index, mean + rows + spread * rng.standard_normal(60))
+        for index, mean in enumerate(means)
+    ]
+
+
+def test_the_truly_best_setting_is_in_the_best_set() -> None:
+    rng = np.random.default_rng(0)
+    missed = kept_bad = 0
+    for _ in range(200):
+        settings = settings_of(rng, [2.0, 2.0, 2.0, 2.0, 2.2], 0.1)
+        best = best_set(settings)
+        missed += settings[0] not in best  # one of four equal ones
+        kept_bad += settings[4] in best
+    assert missed / 200 <= 0.05
+    assert kept_bad == 0
+
+
+def test_the_gain_of_the_best_of_equal_settings_is_covered() -> None:
+    """The lowest of twelve equal settings looks better than it is; its corrected interval holds."""
+    rng = np.random.default_rng(1)
+    corrected = plain = 0
+    for _ in range(200):
+        base, *settings = settings_of(rng, [2.0] * 13, 0.1)
+        lowest = min(settings, key=lambda each: each.estimate().value)
+        low, high = selected_interval(base, lowest, 12)
+        corrected += low <= 0 <= high
+        low, high = selected_interval(base, lowest, 1)
+        plain += low <= 0 <= high
+    assert corrected / 200 >= 0.93
+    assert plain / 200 < 0.9
+
+
+def test_equivalence_to_the_lowest_counts_the_candidates() -> None:
+    settings = settings_of(np.random.default_rng(2), [2.0, 2.0], 0.02)
+    margins = [
+        next(m for m in np.arange(0.001, 0.1, 0.001) if equivalent_to(*settings, m, candidates))
+        for candidates in (1, 20)
+    ]
+    assert margins[0] < margins[1]
+
+
+def test_pareto_set_holds_what_nothing_beats() -> None:
+    def run(name: str, loss: float, tokens: int, rank: int) -> ScoredRun:
+        scored = line(name, loss, adapter__r=rank)
+        scored.run.raw["training"]["tokens"] = tokens
+        return scored
+
+    settings = [
+        Setting((run(*values),))
+        for values in (
+            ("cheap", 2.2, 100, 4), ("lowest", 2.0, 300, 8), ("beaten", 2.1, 400, 16),
+            ("between", 2.1, 200, 4),
+        )
+    ]  # fmt: skip
+    assert [each.name for each in pareto_set(settings)] == ["cheap", "between", "lowest"]
+
+
+@pytest.mark.parametrize("count", [1, 2])
+def test_few_settings_need_no_correction(count: int) -> None:
+    settings = settings_of(np.random.default_rng(3), [2.0] * count, 0.1)
+    assert len(best_set(settings)) == count
