@@ -1,7 +1,7 @@
-"""slm-lora against its peers and against the machine's limit, in turn, on the same rows.
+"""Benchmark of slm-lora, other libraries, and the machine's limit on the same rows.
 
-Every contender runs in a process of its own, the whole round again and again, so that a machine
-that grows slower or faster does so for all. Medians of the rounds are reported.
+Every contender runs in its own process, in repeated rounds, so that drift of the machine's speed
+affects all. Medians over the rounds are reported.
 """
 
 from __future__ import annotations
@@ -42,8 +42,8 @@ Figures = dict[str, Any]
 
 
 def run(contender: str, model: Path, rows: Path, options: list[str]) -> Figures:
-    """One process: what it measured, with its peak memory and the time to its first step."""
-    began = time.time()
+    """Figures of one process, with peak memory, time to the first step and tokens per second."""
+    start = time.time()
     process = subprocess.Popen(
         [sys.executable, HERE / f"{contender}.py", model, rows, *options],
         stdout=subprocess.PIPE,
@@ -53,34 +53,34 @@ def run(contender: str, model: Path, rows: Path, options: list[str]) -> Figures:
     output, errors = process.communicate()
     if process.returncode:
         sys.exit(f"{contender} failed:\n{errors[-2000:]}{output[-500:]}")
-    told = [line for line in output.splitlines() if line.startswith(PREFIX)]
-    figures: Figures = json.loads(told[-1].removeprefix(PREFIX))
+    lines = [line for line in output.splitlines() if line.startswith(PREFIX)]
+    figures: Figures = json.loads(lines[-1].removeprefix(PREFIX))
     if "first_step_at" in figures:
-        figures["first_step_seconds"] = figures.pop("first_step_at") - began
+        figures["first_step_seconds"] = figures.pop("first_step_at") - start
     if "tokens" in figures:
         figures["tokens_per_s"] = figures["tokens"] / figures["seconds"]
     return figures
 
 
-def write_rows(data: str, many: int, path: Path) -> None:
-    """The same rows for all: drawn by a seeded hash of their content."""
-    found = {row.row_id: row for row in read_rows(DataSection(name=data, format="dolly")).rows}
-    chosen = seeded_order(found, "bench", 0)[:many]
+def write_rows(data: str, n_rows: int, path: Path) -> None:
+    """Write the rows of all contenders, drawn by a seeded hash of their content."""
+    rows_by_id = {row.row_id: row for row in read_rows(DataSection(name=data, format="dolly")).rows}
+    row_ids = seeded_order(rows_by_id, "bench", 0)[:n_rows]
     with path.open("w", encoding="utf-8") as file:
-        for row_id in chosen:
-            instruction, response = (turn.content for turn in found[row_id].turns)
+        for row_id in row_ids:
+            instruction, response = (turn.content for turn in rows_by_id[row_id].turns)
             row = {"instruction": instruction, "context": "", "response": response}
             file.write(json.dumps(row) + "\n")
 
 
 def summary(rounds: list[dict[str, Figures]]) -> Figures:
-    """Medians, and ratios formed round by round."""
+    """Medians over rounds, and medians of the ratios within a round."""
 
     def median(contender: str, key: str) -> float:
-        return statistics.median(each[contender][key] for each in rounds)
+        return statistics.median(figures[contender][key] for figures in rounds)
 
-    def ratio(key: str, one: str, other: str, other_key: str = "") -> float:
-        return statistics.median(each[one][key] / each[other][other_key or key] for each in rounds)
+    def ratio(key: str, first: str, second: str, second_key: str = "") -> float:
+        return statistics.median(run[first][key] / run[second][second_key or key] for run in rounds)
 
     ours, full, trl, trainer = "train_slm_lora", "train_slm_lora_full", "train_trl", "train_trainer"
     return {
@@ -136,10 +136,10 @@ def summary(rounds: list[dict[str, Figures]]) -> Figures:
     }
 
 
-def show(found: Figures) -> None:
-    """The table on the terminal."""
+def show(figures: Figures) -> None:
+    """Print the table."""
     training, full, evaluation, memory, first = (
-        found[key] for key in ("training", "full_training", "evaluation", "memory", "first_step")
+        figures[key] for key in ("training", "full_training", "evaluation", "memory", "first_step")
     )
     table = Table("", "slm-lora", "TRL", "Trainer + PEFT", "padded fp32 loop", "of the limit")
     table.add_row(
@@ -181,61 +181,61 @@ def show(found: Figures) -> None:
     Console(width=120).print(table)
 
 
-def arguments_line(given: list[str]) -> str:
-    """What `make bench` was told, with folders of this machine left out."""
-    shown = (Path(each).name if Path(each).is_absolute() else each for each in given)
-    return f" ARGS='{' '.join(shown)}'" if given else ""
+def arguments_line(words: list[str]) -> str:
+    """Arguments of `make bench`, with absolute paths reduced to names."""
+    names = (Path(word).name if Path(word).is_absolute() else word for word in words)
+    return f" ARGS='{' '.join(names)}'" if words else ""
 
 
 def main() -> None:
-    arguments = argparse.ArgumentParser(description=__doc__)
-    arguments.add_argument("--data", default="databricks/databricks-dolly-15k")
-    arguments.add_argument("--model", default=ModelSection().name, help="name or folder")
-    add_options(arguments)
-    arguments.add_argument("--rows", type=int, default=304)
-    arguments.add_argument("--rounds", type=int, default=3)
-    arguments.add_argument("--out", type=Path, default=Path("results/bench/bench.json"))
-    given = arguments.parse_args()
-    source = resolve(ModelSection(name=given.model))
+    parser = argparse.ArgumentParser(description=__doc__)
+    parser.add_argument("--data", default="databricks/databricks-dolly-15k")
+    parser.add_argument("--model", default=ModelSection().name, help="name or folder")
+    add_options(parser)
+    parser.add_argument("--rows", type=int, default=304)
+    parser.add_argument("--rounds", type=int, default=3)
+    parser.add_argument("--out", type=Path, default=Path("results/bench/bench.json"))
+    args = parser.parse_args()
+    source = resolve(ModelSection(name=args.model))
     options = [
-        *("--device", given.device),
-        *("--precision", given.precision),
-        *("--batch", str(given.batch)),
+        *("--device", args.device),
+        *("--precision", args.precision),
+        *("--batch", str(args.batch)),
     ]
     rounds: list[dict[str, Figures]] = []
     with tempfile.TemporaryDirectory() as folder:
         rows = Path(folder) / "rows.jsonl"
-        write_rows(given.data, given.rows, rows)
-        # Once unrecorded: a compiler's cache is warm from the second run on.
+        write_rows(args.data, args.rows, rows)
+        # An unrecorded run fills the compile cache.
         run("train_slm_lora", source.path, rows, options)
-        for number in range(given.rounds):
+        for round_index in range(args.rounds):
             rounds.append({})
             for contender in CONTENDERS:
                 figures = rounds[-1][contender] = run(contender, source.path, rows, options)
                 rate = figures.get("tokens_per_s", figures.get("training_tokens_per_s"))
-                print(f"round {number + 1}  {contender:20} {rate:6.0f} tokens/s", flush=True)
-    found = summary(rounds)
+                print(f"round {round_index + 1}  {contender:20} {rate:6.0f} tokens/s", flush=True)
+    medians = summary(rounds)
     record = {
-        **found,
+        **medians,
         "command": f"make bench{arguments_line(sys.argv[1:])}",
         "work": {
             "model": source.name,
             "r": R,
-            "data": Path(given.data).name,
-            "rows": given.rows,
+            "data": Path(args.data).name,
+            "rows": args.rows,
             "max_length": MAX_LENGTH,
-            "effective_batch_size": given.batch,
-            "precision": given.precision,
+            "effective_batch_size": args.batch,
+            "precision": args.precision,
         },
-        "machine": hardware.describe(given.device),
+        "machine": hardware.describe(args.device),
         "versions": hardware.versions() | {"trl": version("trl")},
         "rounds": rounds,
     }
-    given.out.parent.mkdir(parents=True, exist_ok=True)
-    with atomic_path(given.out) as path:
+    args.out.parent.mkdir(parents=True, exist_ok=True)
+    with atomic_path(args.out) as path:
         path.write_text(json.dumps(record, indent=2) + "\n", encoding="utf-8")
-    show(found)
-    print(f"\n{given.out}")
+    show(medians)
+    print(f"\n{args.out}")
 
 
 main()

@@ -1,4 +1,4 @@
-"""What every contender shares: its rows, and how it tells what it measured."""
+"""Shared by all contenders: command line, rows, adapter, report of figures."""
 
 from __future__ import annotations
 
@@ -28,8 +28,8 @@ class Work:
         model: folder of the base model.
         rows: JSON lines with ``instruction`` and ``response``.
         device: ``cpu`` or ``cuda``.
-        precision: of the base's weights and of the products.
-        batch: examples of an optimizer step.
+        precision: precision of the base's weights and of matrix products.
+        batch: examples per optimizer step.
     """
 
     model: Path
@@ -40,28 +40,28 @@ class Work:
 
     @property
     def dtype(self) -> torch.dtype:
-        """Of the base's weights."""
+        """dtype of the base's weights."""
         return DTYPES[self.precision]
 
     @property
     def on_gpu(self) -> bool:
-        """Whether a GPU computes: its micro-batches are large."""
+        """Whether to run on a GPU, with large micro-batches."""
         return self.device == "cuda"
 
     def read(self) -> list[dict[str, str]]:
-        """The rows, in their order."""
+        """The rows, in file order."""
         return [json.loads(line) for line in self.rows.read_text(encoding="utf-8").splitlines()]
 
 
 def add_options(parser: argparse.ArgumentParser) -> None:
-    """What `bench` and each contender are told alike."""
+    """Add the options shared by `bench` and the contenders."""
     parser.add_argument("--device", choices=["cpu", "cuda"], default="cpu")
     parser.add_argument("--precision", choices=["bf16", "fp32"], default="bf16")
-    parser.add_argument("--batch", type=int, default=16, help="examples a step")
+    parser.add_argument("--batch", type=int, default=16, help="examples per step")
 
 
-def work() -> Work:
-    """From the command line: MODEL ROWS, and `add_options`."""
+def parse_work() -> Work:
+    """Parse the command line: MODEL ROWS, and `add_options`."""
     parser = argparse.ArgumentParser()
     parser.add_argument("model", type=Path)
     parser.add_argument("rows", type=Path)
@@ -70,13 +70,12 @@ def work() -> Work:
 
 
 def text(row: dict[str, str], eos: str) -> str:
-    """A row in the template that all contenders train on."""
+    """A row in the template of all contenders."""
     return f"Instruction:\n{row['instruction']}\nResponse:\n{row['response']}{eos}"
 
 
-def tell(device: str, **figures: Any) -> None:
-    """Print the figures, and the peak memory of this process or its GPU, for the one who started
-    it."""
+def report(device: str, **figures: Any) -> None:
+    """Print the figures and the peak memory of this process or its GPU for the parent."""
     figures["peak_memory_bytes"] = hardware.peak_memory_bytes(device)
     print(PREFIX + json.dumps(figures), flush=True)
 
@@ -93,35 +92,35 @@ def lora() -> LoraConfig:
 
 
 class Clock:
-    """Times of finished optimizer steps, by the clock that the starting process also reads."""
+    """Times of finished optimizer steps, by the wall clock shared with the parent."""
 
     def __init__(self, device: str) -> None:
         """
         Args:
-            device: that trains.
+            device: training device.
         """
         self._device = device
         self.began = time.time()
         self.steps: list[float] = []
 
     def begin(self) -> None:
-        """The training loop begins now."""
+        """Mark the start of the training loop."""
         self.began = time.time()
 
     def step(self, wait: bool = True) -> None:
-        """An optimizer step is finished; ``wait`` if the GPU may still be at it."""
+        """Mark the end of an optimizer step; ``wait`` to synchronise with the GPU first."""
         if wait and self._device == "cuda":
             torch.cuda.synchronize()
         self.steps.append(time.time())
 
-    def tell_training(self, tokens: list[int], warm_up: int) -> None:
-        """Print tokens and seconds, those of the first ``warm_up`` steps apart.
+    def report_training(self, tokens: list[int], warm_up: int) -> None:
+        """Report tokens and seconds, with the first ``warm_up`` steps separate.
 
         Args:
-            tokens: real tokens (no padding) of every optimizer step.
-            warm_up: steps that start caches and compilers.
+            tokens: tokens without padding per optimizer step.
+            warm_up: number of steps that fill caches and compile.
         """
-        tell(
+        report(
             self._device,
             first_step_at=self.steps[0],
             warm_up_steps=warm_up,

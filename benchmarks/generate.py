@@ -1,6 +1,6 @@
-"""Replies against transformers' own `generate`: first token and tokens a second, in turn.
+"""Generation compared to transformers' `generate`: time to first token, tokens per second.
 
-Both run the base with an adapter on it, greedy, with a key-value cache, on the same prompts.
+Both run the base with an adapter, greedy, with a key-value cache, on the same prompts in turn.
 """
 
 from __future__ import annotations
@@ -25,74 +25,74 @@ from slm_lora.runtime.storage import atomic_write_text
 
 TOKENS = 64
 Timing = tuple[float, float]
-"""Seconds to the first text, and tokens a second over the whole reply."""
+"""Seconds to the first text, and tokens per second over the whole generation."""
 
 
-def ours(variants: AdapterSet, ids: list[int]) -> Timing:
-    """A `Generation`."""
-    began = time.perf_counter()
+def time_slm_lora(variants: AdapterSet, ids: list[int]) -> Timing:
+    """Time a `Generation`."""
+    start = time.perf_counter()
     reply = Generation(variants, variants.names[-1], ids, Sampling(TOKENS))
     pieces = reply.pieces()
     next(pieces)
-    first = time.perf_counter() - began
+    first = time.perf_counter() - start
     for _ in pieces:
         pass
-    return first, len(reply.ids) / (time.perf_counter() - began)
+    return first, len(reply.ids) / (time.perf_counter() - start)
 
 
-def theirs(variants: AdapterSet, ids: list[int]) -> Timing:
-    """`generate` with its streamer, which is how servers use it."""
+def time_transformers(variants: AdapterSet, ids: list[int]) -> Timing:
+    """Time `generate` with a streamer, as servers use it."""
     variants.activate(variants.names[-1])
     streamer = TextIteratorStreamer(variants.tokenizer, skip_prompt=True)
-    given = torch.tensor([ids])
-    made: list[torch.Tensor] = []
+    prompt = torch.tensor([ids])
+    outputs: list[torch.Tensor] = []
 
     def run() -> None:
-        made.append(
+        outputs.append(
             variants.base.model.generate(  # type: ignore[operator]
-                input_ids=given,
-                attention_mask=torch.ones_like(given),
+                input_ids=prompt,
+                attention_mask=torch.ones_like(prompt),
                 max_new_tokens=TOKENS,
                 do_sample=False,
                 streamer=streamer,
             )
         )
 
-    began = time.perf_counter()
+    start = time.perf_counter()
     thread = threading.Thread(target=run)
     thread.start()
     pieces = iter(streamer)
-    while not next(pieces):  # it yields what it cannot show yet, too
+    while not next(pieces):  # it also yields empty texts
         pass
-    first = time.perf_counter() - began
+    first = time.perf_counter() - start
     for _ in pieces:
         pass
     thread.join()
-    return first, (made[0].shape[1] - len(ids)) / (time.perf_counter() - began)
+    return first, (outputs[0].shape[1] - len(ids)) / (time.perf_counter() - start)
 
 
 def main() -> None:
     """Measure, print, write."""
-    arguments = argparse.ArgumentParser(description=__doc__)
-    arguments.add_argument("--adapter", type=Path, action="append", default=[])
-    arguments.add_argument("--prompts", type=Path, default=Path("recipes/prompts.jsonl"))
-    arguments.add_argument("--rounds", type=int, default=3)
-    arguments.add_argument("--out", type=Path, default=Path("results/bench/generate.json"))
-    given = arguments.parse_args()
-    variants = load_adapter_set(None, given.adapter)
-    asked = [prompt_ids(variants, variants.names[-1], p) for p in read_prompts(given.prompts)]
-    found: dict[str, list[Timing]] = {"slm_lora": [], "transformers": []}
-    for contender in (ours, theirs):  # not counted: the first run warms up
-        contender(variants, asked[0])
-    for _ in range(given.rounds):
-        for ids in asked:
-            found["slm_lora"].append(ours(variants, ids))
-            found["transformers"].append(theirs(variants, ids))
+    parser = argparse.ArgumentParser(description=__doc__)
+    parser.add_argument("--adapter", type=Path, action="append", default=[])
+    parser.add_argument("--prompts", type=Path, default=Path("recipes/prompts.jsonl"))
+    parser.add_argument("--rounds", type=int, default=3)
+    parser.add_argument("--out", type=Path, default=Path("results/bench/generate.json"))
+    args = parser.parse_args()
+    variants = load_adapter_set(None, args.adapter)
+    prompts = [prompt_ids(variants, variants.names[-1], p) for p in read_prompts(args.prompts)]
+    timings: dict[str, list[Timing]] = {"slm_lora": [], "transformers": []}
+    for contender in (time_slm_lora, time_transformers):  # warm-up
+        contender(variants, prompts[0])
+    for _ in range(args.rounds):
+        for ids in prompts:
+            timings["slm_lora"].append(time_slm_lora(variants, ids))
+            timings["transformers"].append(time_transformers(variants, ids))
 
-    pairs = list(zip(found["slm_lora"], found["transformers"], strict=True))
+    pairs = list(zip(timings["slm_lora"], timings["transformers"], strict=True))
     record = {
-        "first_token_seconds": {k: statistics.median(f for f, _ in v) for k, v in found.items()},
-        "tokens_per_s": {k: statistics.median(r for _, r in v) for k, v in found.items()},
+        "first_token_seconds": {k: statistics.median(f for f, _ in v) for k, v in timings.items()},
+        "tokens_per_s": {k: statistics.median(r for _, r in v) for k, v in timings.items()},
         "ratio_first_token": statistics.median(a[0] / b[0] for a, b in pairs),
         "ratio_tokens_per_s": statistics.median(a[1] / b[1] for a, b in pairs),
         "command": f"make bench-generate ARGS='{shlex.join(sys.argv[1:])}'",
@@ -104,7 +104,7 @@ def main() -> None:
         "machine": hardware.describe(variants.base.device.type),
         "versions": hardware.versions(),
     }
-    atomic_write_text(given.out, json.dumps(record, indent=2) + "\n")
+    atomic_write_text(args.out, json.dumps(record, indent=2) + "\n")
     print(json.dumps(record, indent=2))
 
 

@@ -1,9 +1,9 @@
-"""What only a GPU can show, checked on one: TinyLlama's architecture with random weights.
+"""Checks on a GPU, with TinyLlama's architecture and random weights.
 
-Losses against those of a CPU in fp32, in every precision that the device has; two runs of one seed;
-a base in 4 bits; speed, use of the device and memory of the described run (16 examples of up to 512
-tokens a step, r=16 on q and v). On a machine without a GPU what can run runs smaller, and the file
-says so. Fails if a check does.
+Losses compared to a CPU in fp32, in every precision of the device; bitwise equality of two runs
+with one seed; a 4-bit base; speed, FLOP/s and memory of the described run (16 examples of up to 512
+tokens per step, r=16 on q and v). Without a GPU a smaller version runs, and the record is marked as
+incomplete. Exits with an error if a check fails.
 """
 
 from __future__ import annotations
@@ -43,12 +43,12 @@ ARCHITECTURE = {  # config.json of TinyLlama/TinyLlama-1.1B-Chat-v1.0
     "tie_word_embeddings": False,
 }  # fmt: skip
 TOLERANCES: dict[PrecisionName, float] = {"fp32": 1e-4, "bf16": 2e-2, "fp16": 5e-3}
-"""Largest relative distance of a loss from the CPU's in fp32."""
+"""Largest relative difference between a loss and the CPU's in fp32."""
 
 
 @dataclass(frozen=True)
-class Trained:
-    """One training, and what it left."""
+class TrainedRun:
+    """A training and its results."""
 
     result: TrainingResult
     loss: float
@@ -57,7 +57,7 @@ class Trained:
 
 
 class Check:
-    """The model, its rows, and the trainings that are compared."""
+    """The model, its rows, and the checks."""
 
     def __init__(self, source: ModelSource, device: torch.device) -> None:
         self.source, self.device = source, device
@@ -71,98 +71,98 @@ class Check:
         self,
         device: torch.device,
         precision: PrecisionName,
-        many: int,
+        n_rows: int,
         *,
         quantization: str | None = None,
         micro_batch_tokens: int = 2048,
         compiled: bool = False,
         plain: bool = False,
-    ) -> Trained:
-        """One epoch over the first rows; the loss after it on the next sixteen."""
+    ) -> TrainedRun:
+        """Train one epoch on the first rows, and score the next sixteen."""
         base = load_base(
-            self.source, device=device, precision=precision, quantization=quantization, plain=plain
+            self.source, device=device, precision=precision, quantization=quantization, padded=plain
         )
         hardware.reset_peak_memory(device.type)
         peft_model = attach.attach(base, AdapterSection(r=16, lora_dropout=0.05), seed=0)
-        section = TrainingSection(
+        config = TrainingSection(
             num_train_epochs=1,
             effective_batch_size=16 if self.device.type == "cuda" else 4,
             learning_rate=1e-3,
             micro_batch_tokens=micro_batch_tokens,
             compile=compiled,
         )
-        result = train(base, peft_model, self.examples[:many], section, seed=0)
+        result = train(base, peft_model, self.examples[:n_rows], config, seed=0)
         peak = hardware.peak_memory_bytes(device.type)
-        scores = score(base, self.examples[many : many + 16], "test", micro_batch_tokens)
+        scores = score(base, self.examples[n_rows : n_rows + 16], "test", micro_batch_tokens)
         weights = {n: p.detach().cpu() for n, p in peft_model.named_parameters() if p.requires_grad}
-        return Trained(result, held_out_loss(scores, "all").loss, weights, peak)
+        return TrainedRun(result, held_out_loss(scores, "all").loss, weights, peak)
 
     def precisions(self) -> Iterator[PrecisionName]:
-        """That the device computes fast."""
+        """Precisions that the device computes fast."""
         yield "fp32"
         if self.device.type == "cuda":
             yield from ("bf16", "fp16")
         elif choose_precision("auto", self.device) == "bf16":
             yield "bf16"
 
-    def agreement(self, many: int) -> dict[str, Any]:
-        """Losses of the device against those of a CPU in fp32 with transformers' own attention on
-        padded batches, step by step and after training."""
-        wanted = self.train(torch.device("cpu"), "fp32", many, plain=True)
-        found: dict[str, Any] = {}
+    def agreement(self, n_rows: int) -> dict[str, Any]:
+        """Compare losses of every step and after training to a CPU's in fp32, with transformers'
+        attention on padded batches."""
+        reference = self.train(torch.device("cpu"), "fp32", n_rows, plain=True)
+        results: dict[str, Any] = {}
         for precision in self.precisions():
-            got = self.train(self.device, precision, many)
-            steps = zip(got.result.history, wanted.result.history, strict=True)
-            apart = max(
-                abs(got.loss / wanted.loss - 1), *(abs(a.loss / b.loss - 1) for a, b in steps)
+            run = self.train(self.device, precision, n_rows)
+            steps = zip(run.result.history, reference.result.history, strict=True)
+            distance = max(
+                abs(run.loss / reference.loss - 1), *(abs(a.loss / b.loss - 1) for a, b in steps)
             )
-            found[precision] = {
-                "largest_relative_distance": apart,
+            results[precision] = {
+                "largest_relative_distance": distance,
                 "tolerance": TOLERANCES[precision],
-                "skipped_steps": sum(step.skipped for step in got.result.history),
-                "holds": apart <= TOLERANCES[precision],
+                "skipped_steps": sum(step.skipped for step in run.result.history),
+                "holds": distance <= TOLERANCES[precision],
             }
-        return found
+        return results
 
-    def repeats(self, precision: PrecisionName, many: int) -> dict[str, Any]:
-        """Two runs of one seed."""
-        one, other = (self.train(self.device, precision, many) for _ in range(2))
-        same = all(torch.equal(one.weights[name], other.weights[name]) for name in one.weights)
+    def repeats(self, precision: PrecisionName, n_rows: int) -> dict[str, Any]:
+        """Compare the weights of two runs with one seed."""
+        first, second = (self.train(self.device, precision, n_rows) for _ in range(2))
+        same = all(torch.equal(first.weights[name], second.weights[name]) for name in first.weights)
         return {"precision": precision, "same_bits": same, "holds": same}
 
-    def quantized(self, precision: PrecisionName, many: int) -> dict[str, Any]:
-        """A base in 4 bits: it trains, and takes less memory than the whole one."""
+    def quantized(self, precision: PrecisionName, n_rows: int) -> dict[str, Any]:
+        """Train on a 4-bit base, and record its memory beside that of the full-precision one."""
         if importlib.util.find_spec("bitsandbytes") is None:
             return {"left_out": "bitsandbytes is not installed (extra nf4)"}
-        whole = self.train(self.device, precision, many)
-        four = self.train(self.device, precision, many, quantization="nf4")
+        full_precision = self.train(self.device, precision, n_rows)
+        quantized = self.train(self.device, precision, n_rows, quantization="nf4")
         return {
-            "loss": four.loss,
-            "loss_of_the_whole_base": whole.loss,
-            "peak_bytes": four.peak_bytes,
-            "peak_bytes_of_the_whole_base": whole.peak_bytes,
-            # Random weights are no worse for being rounded; that it learns is what counts.
-            "holds": four.result.history[-1].loss < four.result.history[0].loss,
+            "loss": quantized.loss,
+            "loss_of_the_whole_base": full_precision.loss,
+            "peak_bytes": quantized.peak_bytes,
+            "peak_bytes_of_the_whole_base": full_precision.peak_bytes,
+            # Rounding does not hurt random weights, so only the fall of the loss is checked.
+            "holds": quantized.result.history[-1].loss < quantized.result.history[0].loss,
         }
 
-    def speed(self, precision: PrecisionName, many: int, weights: int) -> dict[str, Any]:
-        """The described run: tokens a second, and FLOP a second at 4·N a token."""
+    def speed(self, precision: PrecisionName, n_rows: int, weights: int) -> dict[str, Any]:
+        """Tokens per second of the described run, and FLOP/s at 4·N FLOP per token."""
         on_gpu = self.device.type == "cuda"
-        done = self.train(
+        trained = self.train(
             self.device,
             precision,
-            many,
+            n_rows,
             micro_batch_tokens=16_384 if on_gpu else 2048,
             compiled=on_gpu,
         )
-        rate = done.result.tokens_per_s
+        rate = trained.result.tokens_per_s
         return {
             "precision": precision,
             "tokens_per_s": rate,
             "tflop_per_s": 4 * weights * rate / 1e12,
-            "peak_bytes": done.peak_bytes,
-            "steps": len(done.result.history),
-            "first_step_seconds": done.result.first_step_seconds,
+            "peak_bytes": trained.peak_bytes,
+            "steps": len(trained.result.history),
+            "first_step_seconds": trained.result.first_step_seconds,
         }
 
 
@@ -170,7 +170,7 @@ def random_model(folder: Path, layers: int) -> int:
     """TinyLlama's architecture with random weights and the embedded model's tokenizer.
 
     Returns:
-        Weights that every token is multiplied with.
+        Number of weights that multiply every token.
     """
     tokenizer = AutoTokenizer.from_pretrained(resolve(ModelSection(name=EMBEDDED)).path)
     config = LlamaConfig(
@@ -185,41 +185,41 @@ def random_model(folder: Path, layers: int) -> int:
 
 
 def main() -> None:
-    arguments = argparse.ArgumentParser(description=__doc__)
-    arguments.add_argument("--device", choices=["cuda", "cpu"], default=None)
-    arguments.add_argument("--out", type=Path, default=Path("results/gpu/gpu-check.json"))
-    given = arguments.parse_args()
+    parser = argparse.ArgumentParser(description=__doc__)
+    parser.add_argument("--device", choices=["cuda", "cpu"], default=None)
+    parser.add_argument("--out", type=Path, default=Path("results/gpu/gpu-check.json"))
+    args = parser.parse_args()
     console = Console(highlight=False)
-    name = given.device or ("cuda" if torch.cuda.is_available() else "cpu")
+    name = args.device or ("cuda" if torch.cuda.is_available() else "cpu")
     device = torch.device(name)
-    whole = name == "cuda"
-    layers, many = (ARCHITECTURE["num_hidden_layers"], 64) if whole else (2, 8)
+    on_gpu = name == "cuda"
+    layers, n_rows = (ARCHITECTURE["num_hidden_layers"], 64) if on_gpu else (2, 8)
     with tempfile.TemporaryDirectory() as folder:
         console.print(f"TinyLlama's architecture, {layers} layers, random weights, on {name}")
         weights = random_model(Path(folder), int(layers))
         check = Check(resolve(ModelSection(name=folder)), device)
         precision = choose_precision("auto", device)
-        half: PrecisionName = "fp16" if whole else precision
-        found: dict[str, Any] = {
-            "complete": whole,
+        low_precision: PrecisionName = "fp16" if on_gpu else precision
+        record: dict[str, Any] = {
+            "complete": on_gpu,
             "layers": layers,
             "machine": hardware.describe(name),
             "versions": hardware.versions(),
         }
-        if not whole:
-            found["left_out"] = "no GPU: two layers, no fp16, and none of this is about one"
-        for what, work in (
-            ("agreement", lambda: check.agreement(many)),
-            ("repeats", lambda: check.repeats(half, many)),
-            ("quantized", lambda: check.quantized(precision, many)),
-            ("speed", lambda: check.speed(half, 1600 if whole else 3 * many, weights)),
+        if not on_gpu:
+            record["left_out"] = "no GPU: two layers, no fp16, and none of this is about one"
+        for check_name, work in (
+            ("agreement", lambda: check.agreement(n_rows)),
+            ("repeats", lambda: check.repeats(low_precision, n_rows)),
+            ("quantized", lambda: check.quantized(precision, n_rows)),
+            ("speed", lambda: check.speed(low_precision, 1600 if on_gpu else 3 * n_rows, weights)),
         ):
-            found[what] = work()
-            console.print(f"  {what}: {found[what]}", soft_wrap=True)
-    atomic_write_text(given.out, to_json(found))
-    console.print(f"{given.out}")
-    checks = [*found["agreement"].values(), found["repeats"], found["quantized"]]
-    if not all(each.get("holds", True) for each in checks):
+            record[check_name] = work()
+            console.print(f"  {check_name}: {record[check_name]}", soft_wrap=True)
+    atomic_write_text(args.out, to_json(record))
+    console.print(f"{args.out}")
+    checks = [*record["agreement"].values(), record["repeats"], record["quantized"]]
+    if not all(result.get("holds", True) for result in checks):
         sys.exit("a check does not hold")
 
 

@@ -1,7 +1,7 @@
-"""What `--plan` predicts against what runs then took: time, and peak memory of training.
+"""Predictions of `--plan` compared to runs: time, and peak memory of training.
 
-Six configurations on a CPU, none of which its constants were fitted on; the fitted ones with
---fitted. Each is planned and then run, one after the other, in processes of their own.
+Six configurations on a CPU that the constants were not fitted on; with --fitted, those of the fit.
+Each is planned and then run, in separate processes.
 
     make plan-check            # writes results/plan/plan.json
 """
@@ -28,9 +28,9 @@ ALWAYS = (
     "data.size=96",
 )
 OTHER = "another architecture"
-"""Stands for the folder of a model made here."""
+"""Placeholder for the folder of a synthetic model."""
 
-UNSEEN: dict[str, tuple[str, ...]] = {
+HELD_OUT: dict[str, tuple[str, ...]] = {
     "LoRA r=4 on q, k, v, o; batch 8": (
         "adapter.r=4",
         "adapter.target_modules=[q_proj,k_proj,v_proj,o_proj]",
@@ -67,8 +67,8 @@ FITTED: dict[str, tuple[str, ...]] = {
 }
 
 
-def planned(overrides: list[str]) -> dict[str, float]:
-    """In this process; the cell's figures."""
+def predict(overrides: list[str]) -> dict[str, float]:
+    """The plan's figures of the cell, computed in this process."""
     from slm_lora.config.load import load_recipe
     from slm_lora.experiment.paths import ExperimentPaths
     from slm_lora.experiment.resolve_jobs import make_jobs
@@ -88,11 +88,11 @@ def planned(overrides: list[str]) -> dict[str, float]:
     }
 
 
-def measured(overrides: list[str], folder: Path) -> dict[str, float]:
-    """Run it, and read what its run says."""
-    words = [sys.executable, "-m", "slm_lora", "experiment", str(RECIPE), *overrides]
-    paths = ["--results", str(folder / "results"), "--adapters", str(folder / "adapter")]
-    subprocess.run([*words, *paths], check=True, capture_output=True)
+def measure(overrides: list[str], folder: Path) -> dict[str, float]:
+    """Run the cell; the figures of its record."""
+    command = [sys.executable, "-m", "slm_lora", "experiment", str(RECIPE), *overrides]
+    folders = ["--results", str(folder / "results"), "--adapters", str(folder / "adapter")]
+    subprocess.run([*command, *folders], check=True, capture_output=True)
     [record] = (folder / "results").glob("*/runs/r*/run.json")
     run = json.loads(record.read_text(encoding="utf-8"))
     training, scoring = run["training"]["seconds"], run["evaluation"]["seconds"]
@@ -106,7 +106,7 @@ def measured(overrides: list[str], folder: Path) -> dict[str, float]:
 
 
 def other_architecture(folder: Path) -> Path:
-    """A Qwen2 of other widths at random, with the embedded model's tokenizer."""
+    """A Qwen2 with other dimensions, random weights, and the embedded model's tokenizer."""
     import torch
     from transformers import AutoTokenizer, Qwen2Config, Qwen2ForCausalLM
 
@@ -132,46 +132,47 @@ def other_architecture(folder: Path) -> Path:
 def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
     parser.add_argument("--out", type=Path, default=Path("results/plan/plan.json"))
-    parser.add_argument("--fitted", action="store_true", help="those that constants come from")
+    parser.add_argument("--fitted", action="store_true", help="the configurations of the fit")
     parser.add_argument(
         "--only",
         default="",
-        help="those with this in their name; others stay as they are in the file",
+        help="configurations whose name contains this; others are kept from the file",
     )
     parser.add_argument("--planned", nargs="*", help=argparse.SUPPRESS)
     args = parser.parse_args()
     if args.planned is not None:
-        print(json.dumps(planned(args.planned)))
+        print(json.dumps(predict(args.planned)))
         return
-    found: dict[str, Any] = {}
+    runs: dict[str, Any] = {}
     if args.only and args.out.exists():
-        found = json.loads(args.out.read_text(encoding="utf-8"))["runs"]
+        runs = json.loads(args.out.read_text(encoding="utf-8"))["runs"]
     with tempfile.TemporaryDirectory() as folder:
         model = other_architecture(Path(folder) / "model")
-        for name, own in (FITTED if args.fitted else UNSEEN).items():
+        for name, settings in (FITTED if args.fitted else HELD_OUT).items():
             if args.only not in name:
                 continue
-            overrides = [word.replace(OTHER, str(model)) for word in (*ALWAYS, *own)]
-            # (A later word of the same key wins.)
+            overrides = [word.replace(OTHER, str(model)) for word in (*ALWAYS, *settings)]
+            # A later override of the same key wins.
             plan = [sys.executable, __file__, "--planned", *overrides]
-            shown = subprocess.run(plan, check=True, capture_output=True, text=True).stdout
-            found[name] = {
-                "settings": own,
-                "predicted": json.loads(shown.splitlines()[-1]),
-                "measured": measured(overrides, Path(tempfile.mkdtemp(dir=folder))),
+            output = subprocess.run(plan, check=True, capture_output=True, text=True).stdout
+            runs[name] = {
+                "settings": settings,
+                "predicted": json.loads(output.splitlines()[-1]),
+                "measured": measure(overrides, Path(tempfile.mkdtemp(dir=folder))),
             }
-            print(line(name, found[name]), flush=True)
+            print(line(name, runs[name]), flush=True)
     args.out.parent.mkdir(parents=True, exist_ok=True)
-    record = {"machine": hardware.describe("cpu"), "versions": hardware.versions(), "runs": found}
+    record = {"machine": hardware.describe("cpu"), "versions": hardware.versions(), "runs": runs}
     args.out.write_text(json.dumps(record, indent=2) + "\n", encoding="utf-8")
 
 
 def line(name: str, run: dict[str, dict[str, float]]) -> str:
-    """Predicted, measured and how far off, of time and memory."""
+    """Predicted and measured time and memory, with relative errors."""
     parts = []
     for key, unit in (("seconds", "s"), ("memory_gb", "GB")):
-        guess, truth = run["predicted"][key], run["measured"][key]
-        parts.append(f"{guess:.2f} for {truth:.2f} {unit} ({100 * (guess / truth - 1):+.0f} %)")
+        predicted, measured = run["predicted"][key], run["measured"][key]
+        error = 100 * (predicted / measured - 1)
+        parts.append(f"{predicted:.2f} for {measured:.2f} {unit} ({error:+.0f} %)")
     return f"{name}: {', '.join(parts)}"
 
 

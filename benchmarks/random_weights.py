@@ -1,6 +1,6 @@
-"""A model of a true architecture with random weights: FOLDER (config and tokenizer) → OUT.
+"""A real architecture with random weights: FOLDER (config and tokenizer) → OUT.
 
-Its losses mean nothing; its speed, memory and files are those of the real one.
+Speed, memory and files equal those of the real model; losses are meaningless.
 """
 
 from __future__ import annotations
@@ -13,14 +13,14 @@ from transformers import AutoConfig, AutoModelForCausalLM, AutoTokenizer
 
 
 def main() -> None:
-    arguments = argparse.ArgumentParser(description=__doc__)
-    arguments.add_argument("folder", type=Path)
-    arguments.add_argument("out", type=Path)
-    given = arguments.parse_args()
+    parser = argparse.ArgumentParser(description=__doc__)
+    parser.add_argument("folder", type=Path)
+    parser.add_argument("out", type=Path)
+    args = parser.parse_args()
     with torch.device("meta"):
-        model = AutoModelForCausalLM.from_config(AutoConfig.from_pretrained(given.folder))
+        model = AutoModelForCausalLM.from_config(AutoConfig.from_pretrained(args.folder))
     model = model.to(torch.bfloat16).to_empty(device="cpu")
-    # One normal draw, repeated: billions of their own would take minutes.
+    # One block of noise, repeated: drawing billions of values takes minutes.
     noise = torch.randn(1 << 22, generator=torch.Generator().manual_seed(0)).to(torch.bfloat16)
     with torch.no_grad():
         for parameter in model.parameters():
@@ -30,8 +30,8 @@ def main() -> None:
                 part.copy_(noise[: len(part)] * 0.02)
             if parameter.ndim == 1:
                 parameter.fill_(1)
-    model.save_pretrained(given.out)
-    AutoTokenizer.from_pretrained(given.folder).save_pretrained(given.out)
+    model.save_pretrained(args.out)
+    AutoTokenizer.from_pretrained(args.folder).save_pretrained(args.out)
 
 
 main()

@@ -1,9 +1,9 @@
-"""How far one run and one grid scale: constants measured here, a simulation, and its check.
+"""Scaling of a run and of a grid: measured constants, a simulation, and its validation.
 
-Measured: seconds a token and a step of one process with one thread, an all-reduce of the adapter's
-gradients, the start of a process, the size of a checkpoint. Simulated: the steps of one run over
-1 to 16 processes (a step has 16 examples), and a grid of 1,000 cells over 1 to 1,024 workers.
-Checked: 1, 2 and 4 processes really run on this machine, against what the simulation says of them.
+Measured: seconds per token and per step of one process with one thread, an all-reduce of the
+adapter's gradients, the start of a process, the size of a checkpoint. Simulated: the steps of a run
+on 1 to 16 processes (16 examples per step), and a grid of 1,000 cells on 1 to 1,024 workers.
+Validated: runs with 1, 2 and 4 processes on this machine, compared to the simulation.
 """
 
 from __future__ import annotations
@@ -43,16 +43,16 @@ CELLS, WORKERS = 1000, (1, 4, 16, 64, 256, 1024)
 
 @dataclass(frozen=True)
 class Constants:
-    """What the simulation is made of; seconds and bytes.
+    """Constants of the simulation, in seconds and bytes.
 
     Attributes:
-        step: of a step, whatever it holds: optimizer, clipping, bookkeeping.
-        token: of a training token, one thread.
-        test_token: of a scored token, one thread.
+        step: fixed cost of a step: optimizer, clipping, bookkeeping.
+        token: cost of a training token, one thread.
+        test_token: cost of a scored token, one thread.
         start: from the command to the first step.
-        latency: of one message of an all-reduce.
-        bandwidth: bytes a second of one link.
-        gradient_bytes: that an all-reduce sums.
+        latency: of a message in an all-reduce.
+        bandwidth: bytes per second of a link.
+        gradient_bytes: size of an all-reduce.
     """
 
     step: float
@@ -64,7 +64,7 @@ class Constants:
     gradient_bytes: int
 
     def all_reduce(self, ranks: int) -> float:
-        """A ring: 2(n-1) messages, each of an nth of the bytes."""
+        """Seconds of a ring all-reduce: 2(n-1) messages of 1/n of the bytes."""
         if ranks == 1:
             return 0.0
         messages = 2 * (ranks - 1)
@@ -74,28 +74,32 @@ class Constants:
 def simulated_steps(
     constants: Constants, steps: Sequence[Sequence[int]], ranks: int, cores: int
 ) -> float:
-    """Seconds of a run's steps; ``steps`` are the lengths of each one's examples.
+    """Seconds of a run's steps; ``steps`` holds the lengths of each step's examples.
 
-    A step takes as long as the process with the most tokens; where there are more processes than
-    cores, they take turns.
+    A step takes as long as the process with the most tokens; processes beyond the number of cores
+    share them.
     """
-    crowd = max(1.0, ranks / cores)
+    contention = max(1.0, ranks / cores)
     seconds = 0.0
     for lengths in steps:
-        most = max(map(sum, distributed.partition(lengths, lambda length: length, ranks)))
-        seconds += constants.step + crowd * constants.token * most + constants.all_reduce(ranks)
+        most_tokens = max(map(sum, distributed.partition(lengths, lambda length: length, ranks)))
+        seconds += (
+            constants.step
+            + contention * constants.token * most_tokens
+            + constants.all_reduce(ranks)
+        )
     return seconds
 
 
 def simulated_grid(cell_seconds: Sequence[float], workers: int, dispatch: float) -> float:
-    """Seconds of a grid whose cells go to whoever is free, one dispatch after the other."""
-    free = [0.0] * workers
-    heapq.heapify(free)
+    """Seconds of a grid whose cells are dispatched in order to the next free worker."""
+    free_at = [0.0] * workers
+    heapq.heapify(free_at)
     end = 0.0
-    for number, seconds in enumerate(cell_seconds):
-        begin = max(heapq.heappop(free), number * dispatch)
-        heapq.heappush(free, begin + seconds)
-        end = max(end, begin + seconds)
+    for index, seconds in enumerate(cell_seconds):
+        start = max(heapq.heappop(free_at), index * dispatch)
+        heapq.heappush(free_at, start + seconds)
+        end = max(end, start + seconds)
     return end
 
 
@@ -103,18 +107,18 @@ def simulated_grid(cell_seconds: Sequence[float], workers: int, dispatch: float)
 
 
 def run(ranks: int, folder: Path) -> dict[str, Any]:
-    """One real training; seconds of its steps, of its scoring, and of all."""
-    where = ("--results", folder / "results", "--adapters", folder / "adapter")
-    words = [sys.executable, "-m", "slm_lora", "train", RECIPE, *WORK, *where]
+    """Run a training; seconds of its steps, of scoring, and in total."""
+    folders = ("--results", folder / "results", "--adapters", folder / "adapter")
+    command = [sys.executable, "-m", "slm_lora", "train", RECIPE, *WORK, *folders]
     if ranks > 1:
-        words += ["--processes", ranks]
-    began = time.monotonic()
+        command += ["--processes", ranks]
+    start = time.monotonic()
     environment = {**os.environ, "OMP_NUM_THREADS": "1"}
-    subprocess.run(list(map(str, words)), check=True, capture_output=True, env=environment)
-    total = time.monotonic() - began
-    made = next((folder / "results").rglob("run.json")).parent
-    record = json.loads((made / "run.json").read_text(encoding="utf-8"))
-    lines = (made / "steps.jsonl").read_text(encoding="utf-8").splitlines()
+    subprocess.run(list(map(str, command)), check=True, capture_output=True, env=environment)
+    total = time.monotonic() - start
+    run_folder = next((folder / "results").rglob("run.json")).parent
+    record = json.loads((run_folder / "run.json").read_text(encoding="utf-8"))
+    lines = (run_folder / "steps.jsonl").read_text(encoding="utf-8").splitlines()
     ends = [json.loads(line)["seconds"] for line in lines]
     return {
         "steps": np.diff(ends, prepend=0.0).tolist(),
@@ -135,7 +139,7 @@ with distributed.process_group():
         tensor = torch.zeros(size)
         times = []
         for _ in range(30):
-            distributed.wait()
+            distributed.barrier()
             began = time.perf_counter()
             distributed.all_reduce_sum(tensor)
             times.append(time.perf_counter() - began)
@@ -145,8 +149,8 @@ with distributed.process_group():
 
 
 def measured_all_reduce(parameters: int, folder: Path) -> tuple[float, float]:
-    """Latency and bandwidth of two processes here, from an empty and a real all-reduce."""
-    started = [
+    """Latency and bandwidth between two local processes, from a tiny and a full all-reduce."""
+    processes = [
         subprocess.Popen(
             [sys.executable, "-c", ALL_REDUCE, "1", str(parameters)],
             env={
@@ -158,13 +162,13 @@ def measured_all_reduce(parameters: int, folder: Path) -> tuple[float, float]:
         )
         for rank in range(2)
     ]  # fmt: skip
-    told, _ = [each.communicate()[0] for each in started]
-    small, large = (float(line.split()[1]) for line in told.splitlines())
+    output, _ = [process.communicate()[0] for process in processes]
+    small, large = (float(line.split()[1]) for line in output.splitlines())
     return small / 2, 4 * parameters / max(1e-9, large - small)
 
 
 def measure() -> tuple[Constants, dict[int, dict[str, Any]]]:
-    """Constants, and the runs that they and the check come from."""
+    """Constants, and the runs for constants and validation."""
     runs = {}
     for ranks in CHECKED:
         with tempfile.TemporaryDirectory() as folder:
@@ -173,9 +177,9 @@ def measure() -> tuple[Constants, dict[int, dict[str, Any]]]:
     alone = runs[1]
     with tempfile.TemporaryDirectory() as folder:
         latency, bandwidth = measured_all_reduce(alone["trainable"], Path(folder))
-    # The first step warms up; of the others, seconds against tokens.
+    # Fit seconds on tokens, without the first step, a warm-up.
     token, step = np.polyfit(alone["tokens"][1:], alone["steps"][1:], 1)
-    if step < 0:  # within the noise of so few steps
+    if step < 0:  # noise of few steps
         token, step = statistics.mean(alone["steps"][1:]) / statistics.mean(alone["tokens"][1:]), 0
     return Constants(
         step=float(step),
@@ -189,7 +193,7 @@ def measure() -> tuple[Constants, dict[int, dict[str, Any]]]:
 
 
 def lengths_of_steps() -> list[list[int]]:
-    """Lengths of the examples of every step of the measured work."""
+    """Lengths of the examples in every step of the measured run."""
     _, cells = load_recipe(RECIPE, list(WORK))
     job = make_jobs(cells)[0]
     section = job.config.training
@@ -199,9 +203,9 @@ def lengths_of_steps() -> list[list[int]]:
 
 
 def main() -> None:
-    arguments = argparse.ArgumentParser(description=__doc__)
-    arguments.add_argument("--out", type=Path, default=Path("results/scaling/scaling.json"))
-    given = arguments.parse_args()
+    parser = argparse.ArgumentParser(description=__doc__)
+    parser.add_argument("--out", type=Path, default=Path("results/scaling/scaling.json"))
+    args = parser.parse_args()
     constants, runs = measure()
     cores = os.cpu_count() or 1
     steps = lengths_of_steps()
@@ -213,20 +217,20 @@ def main() -> None:
         }
         for ranks in CHECKED
     ]
-    one = simulated_steps(constants, steps, 1, 1)
+    single_process = simulated_steps(constants, steps, 1, 1)
     run_table = [
         {
             "processes": ranks,
             "seconds": (seconds := simulated_steps(constants, steps, ranks, ranks)),
-            "speedup": one / seconds,
-            "efficiency": one / seconds / ranks,
+            "speedup": single_process / seconds,
+            "efficiency": single_process / seconds / ranks,
             "all_reduce_share": len(steps) * constants.all_reduce(ranks) / seconds,
         }
         for ranks in RANKS
     ]
-    # Cells of a grid differ: sizes in doublings, as in recipes/data-size.yaml.
+    # Sizes of cells in doublings, as in recipes/data-size.yaml.
     test = constants.test_token * runs[1]["test_tokens"]
-    cells = [constants.start + test + one * 2 ** (n % 4 - 1) for n in range(CELLS)]
+    cells = [constants.start + test + single_process * 2 ** (n % 4 - 1) for n in range(CELLS)]
     cells.sort(reverse=True)
     dispatch = 0.01
     grid_table = [
@@ -247,8 +251,8 @@ def main() -> None:
         "machine": hardware.describe("cpu"),
         "versions": hardware.versions(),
     }
-    given.out.parent.mkdir(parents=True, exist_ok=True)
-    atomic_write_text(given.out, json.dumps(record, indent=2) + "\n")
+    args.out.parent.mkdir(parents=True, exist_ok=True)
+    atomic_write_text(args.out, json.dumps(record, indent=2) + "\n")
     for title, rows in (("check", check), ("one run", run_table), ("grid", grid_table)):
         table = Table(*rows[0], title=title)
         for row in rows:

@@ -1,7 +1,7 @@
-"""TRL at its best here: documents packed to 512 tokens, no activation checkpointing.
+"""TRL with its fastest settings: documents packed to 512 tokens, no activation checkpointing.
 
-On two CPU cores one packed row a micro-batch is faster than four; a GPU gets a whole step at
-once, or as much as 32 rows. Three rows hold about 16 examples.
+On two CPU cores micro-batches of one packed row are faster than of four; a GPU gets a whole step,
+up to 32 rows. Three rows hold about 16 examples.
 """
 
 from __future__ import annotations
@@ -9,22 +9,22 @@ from __future__ import annotations
 import tempfile
 
 import torch
-from contender import LEARNING_RATE, MAX_LENGTH, Clock, lora, text, work
+from contender import LEARNING_RATE, MAX_LENGTH, Clock, lora, parse_work, text
 from datasets import Dataset
 from transformers import AutoModelForCausalLM, AutoTokenizer, TrainerCallback
 from trl import SFTConfig, SFTTrainer
 
-EXAMPLES_A_ROW = 16 / 3
+EXAMPLES_PER_ROW = 16 / 3
 
 
 def main() -> None:
-    given = work()
-    clock = Clock(given.device)
-    step_rows = max(1, round(given.batch / EXAMPLES_A_ROW))
-    accumulated = -(-step_rows // 32) if given.on_gpu else step_rows
-    tokenizer = AutoTokenizer.from_pretrained(given.model)
-    model = AutoModelForCausalLM.from_pretrained(given.model, dtype=given.dtype)
-    rows = Dataset.from_list([{"text": text(row, "")} for row in given.read()])
+    args = parse_work()
+    clock = Clock(args.device)
+    step_rows = max(1, round(args.batch / EXAMPLES_PER_ROW))
+    accumulation_steps = -(-step_rows // 32) if args.on_gpu else step_rows
+    tokenizer = AutoTokenizer.from_pretrained(args.model)
+    model = AutoModelForCausalLM.from_pretrained(args.model, dtype=args.dtype)
+    rows = Dataset.from_list([{"text": text(row, "")} for row in args.read()])
     with tempfile.TemporaryDirectory() as folder:
         trainer = SFTTrainer(
             model=model,
@@ -33,14 +33,14 @@ def main() -> None:
             peft_config=lora(),
             args=SFTConfig(
                 output_dir=folder, max_length=MAX_LENGTH, packing=True,
-                bf16=given.precision == "bf16", gradient_checkpointing=False,
-                per_device_train_batch_size=step_rows // accumulated,
-                gradient_accumulation_steps=accumulated, num_train_epochs=1,
-                learning_rate=LEARNING_RATE, use_cpu=not given.on_gpu, report_to="none",
+                bf16=args.precision == "bf16", gradient_checkpointing=False,
+                per_device_train_batch_size=step_rows // accumulation_steps,
+                gradient_accumulation_steps=accumulation_steps, num_train_epochs=1,
+                learning_rate=LEARNING_RATE, use_cpu=not args.on_gpu, report_to="none",
                 save_strategy="no", logging_strategy="no", disable_tqdm=True,
             ),
         )  # fmt: skip
-        tokens = counted(trainer)
+        tokens = count_tokens(trainer)
 
         class Steps(TrainerCallback):
             def on_step_end(self, *_: object, **__: object) -> None:
@@ -49,12 +49,13 @@ def main() -> None:
         trainer.add_callback(Steps())
         clock.begin()
         trainer.train()
-    per_step = [sum(tokens[i : i + accumulated]) for i in range(0, len(tokens), accumulated)]
-    clock.tell_training(per_step, warm_up=1)
+    starts = range(0, len(tokens), accumulation_steps)
+    per_step = [sum(tokens[i : i + accumulation_steps]) for i in starts]
+    clock.report_training(per_step, warm_up=1)
 
 
-def counted(trainer: SFTTrainer) -> list[int]:
-    """Let the trainer's collator count the tokens of every micro-batch (none is padding)."""
+def count_tokens(trainer: SFTTrainer) -> list[int]:
+    """Make the trainer's collator count the tokens of every micro-batch, which has no padding."""
     tokens: list[int] = []
     collate = trainer.data_collator
 

@@ -1,12 +1,12 @@
-"""Every model family with small random weights: is the loss that of transformers and PEFT?
+"""Correctness for every model family: losses of small random models match transformers and PEFT.
 
-Makes a small model of each family, runs the real command on it (LoRA on all linear layers, four
-steps), and computes the loss of base and adapter again with transformers and PEFT alone, row by
-row and without padding. A family is right to `BOUND` nats a token in fp32, or refused before any
-work with its reason; there is no third outcome.
+Makes a small model of each family, runs the command on it (LoRA on all linear layers, four steps),
+and recomputes the losses of base and adapter with transformers and PEFT alone, row by row without
+padding. A family passes if losses agree to `BOUND` nats per token in fp32, or if it is refused
+before any work, with the reason.
 
     make zoo                      all families; writes the table in docs/models.md
-    make zoo ARGS='llama gpt2'    some; prints only
+    make zoo ARGS='llama gpt2'    a selection; only prints
 """
 
 from __future__ import annotations
@@ -20,12 +20,13 @@ import subprocess
 import sys
 import tempfile
 import time
+from collections import Counter
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
 BOUND = 2e-6
-"""Nats per token by which a loss may differ in fp32: rounding of sums in another order."""
+"""Allowed difference in nats per token in fp32: rounding of sums in another order."""
 
 PAGE = Path(__file__).parents[1] / "docs" / "models.md"
 
@@ -53,7 +54,7 @@ MAMBA2: dict[str, Any] = {
 }  # fmt: skip
 
 FAMILIES: dict[str, dict[str, Any]] = {
-    # Of which small models are tuned today.
+    # Families with small models in common use.
     "llama": {},
     "mistral": {"sliding_window": None},
     "ministral": WINDOWS,
@@ -171,45 +172,45 @@ FAMILIES: dict[str, dict[str, Any]] = {
     "bart": {"d_model": 64, "decoder_ffn_dim": 96, "decoder_layers": 2,
              "decoder_attention_heads": 4},
 }  # fmt: skip
-"""Model type → configuration beside `COMMON`."""
+"""Model type → configuration in addition to `COMMON`."""
 
 
 @dataclass(frozen=True)
-class Outcome:
-    """Of one family.
+class FamilyResult:
+    """Result of one family.
 
     Attributes:
-        family: model type of transformers.
-        how: ``packed``, ``padded`` or ``refused``; ``failed`` otherwise.
-        base_difference: nats per token between our loss of the base and transformers' own.
-        adapter_difference: the same of the adapter, against PEFT.
-        replies: whether a greedy reply of the adapter has the tokens that PEFT finds most likely.
-        says: reason, or what went wrong.
+        family: model type in transformers.
+        batches: ``packed``, ``padded`` or ``refused``; ``failed`` otherwise.
+        base_difference: difference to transformers' loss of the base, nats per token.
+        adapter_difference: difference to PEFT's loss of the adapter, nats per token.
+        same_reply: whether a greedy reply of the adapter has the most likely tokens under PEFT.
+        reason: of the refusal or failure; else notes.
     """
 
     family: str
-    how: str
+    batches: str
     base_difference: float = math.nan
     adapter_difference: float = math.nan
-    replies: bool = False
-    says: str = ""
+    same_reply: bool = False
+    reason: str = ""
 
     @property
-    def right(self) -> bool:
+    def passed(self) -> bool:
         """Refused, or equal to rounding."""
-        if self.how == "refused":
+        if self.batches == "refused":
             return True
-        # (Written so that a NaN fails.)
+        # `<=` is false for NaN.
         return (
-            self.how in ("packed", "padded")
+            self.batches in ("packed", "padded")
             and self.base_difference <= BOUND
             and self.adapter_difference <= BOUND
-            and self.replies
+            and self.same_reply
         )
 
 
 def make_tokenizer() -> Any:
-    """Byte-level BPE over the rows' words."""
+    """Byte-level BPE trained on the rows."""
     from tokenizers import Tokenizer, decoders, models, pre_tokenizers, trainers
     from transformers import PreTrainedTokenizerFast
 
@@ -231,18 +232,18 @@ def make_tokenizer() -> Any:
 
 
 def texts() -> list[str]:
-    """Short distinct texts of unlike lengths."""
-    things = ("rivers", "bread", "glass", "bees", "maps", "clocks", "tea", "salt")
+    """Short distinct texts of various lengths."""
+    topics = ("rivers", "bread", "glass", "bees", "maps", "clocks", "tea", "salt")
     return [
-        f"Note {number} on {things[number % 8]}: "
-        + f"{things[(3 * number) % 8]} and {things[(5 * number + 1) % 8]} differ. "
+        f"Note {number} on {topics[number % 8]}: "
+        + f"{topics[(3 * number) % 8]} and {topics[(5 * number + 1) % 8]} differ. "
         * (1 + number * 7 % 5)
         for number in range(48)
     ]
 
 
 def make_model(family: str, folder: Path) -> None:
-    """A small model with random weights, saved as users have them."""
+    """Save a small model with random weights."""
     import torch
     from transformers import AutoConfig, AutoModelForCausalLM
 
@@ -253,17 +254,19 @@ def make_model(family: str, folder: Path) -> None:
         "bos_token_id": tokenizer.bos_token_id,
         "pad_token_id": tokenizer.pad_token_id,
     }
-    own = FAMILIES[family]
+    settings = FAMILIES[family]
     torch.manual_seed(0)
     config = vision_config(ids) if family == "gemma3" else None
     if config is None:
-        settings = {k: v for k, v in (COMMON | ids | own).items() if (k, v) != ("head_dim", None)}
+        settings = COMMON | ids | settings
+        if settings["head_dim"] is None:
+            del settings["head_dim"]
         config = AutoConfig.for_model(family, **settings)
-    made: Any = AutoModelForCausalLM
-    model = made.from_config(config, dtype=torch.float32)
+    model_class: Any = AutoModelForCausalLM
+    model = model_class.from_config(config, dtype=torch.float32)
     generator = torch.Generator().manual_seed(1)
     for parameter in model.parameters():
-        # Biases and norms are zeros and ones at first: wrong uses of them would not show.
+        # Initial biases and norms are 0 and 1, which would hide their wrong use.
         if parameter.ndim <= 1:
             parameter.data += 0.1 * torch.randn(parameter.shape, generator=generator)
     model.save_pretrained(folder)
@@ -271,7 +274,7 @@ def make_model(family: str, folder: Path) -> None:
 
 
 def vision_config(ids: dict[str, Any]) -> Any:
-    """Gemma 3 with its vision tower, which has modules of the decoder's names."""
+    """Gemma 3 with its vision tower, whose modules share names with the decoder's."""
     from transformers import Gemma3Config, Gemma3TextConfig, SiglipVisionConfig
 
     text = Gemma3TextConfig(**(COMMON | ids | WINDOWS | {"query_pre_attn_scalar": 16}))
@@ -294,8 +297,8 @@ training:
 """
 
 
-def try_family(family: str, in_process: bool = False) -> Outcome:
-    """Make, run, compare."""
+def try_family(family: str, in_process: bool = False) -> FamilyResult:
+    """Make a model, run the command on it, compare losses and reply."""
     with tempfile.TemporaryDirectory() as name:
         folder = Path(name)
         model, rows = folder / "model", folder / "rows.jsonl"
@@ -303,29 +306,29 @@ def try_family(family: str, in_process: bool = False) -> Outcome:
         rows.write_text("".join(json.dumps({"text": t}) + "\n" for t in texts()), "utf-8")
         recipe = folder / "zoo.yaml"
         recipe.write_text(RECIPE.format(model=model, rows=rows), encoding="utf-8")
-        words = ["experiment", str(recipe), "--results", str(folder / "results")]
-        words += ["--adapters", str(folder / "adapter")]
-        code, said = (run_here if in_process else run_command)(words)
+        args = ["experiment", str(recipe), "--results", str(folder / "results")]
+        args += ["--adapters", str(folder / "adapter")]
+        code, output = (run_here if in_process else run_command)(args)
         runs = folder / "results" / "zoo" / "runs"
-        lines = [line for line in said.splitlines() if line.strip()]
-        last = lines[-1] if lines else ""
-        if code == 2 and "Traceback" not in said and not runs.exists():
-            return Outcome(family, "refused", says=last.replace(name, ""))
+        lines = [line for line in output.splitlines() if line.strip()]
+        last_line = lines[-1] if lines else ""
+        if code == 2 and "Traceback" not in output and not runs.exists():
+            return FamilyResult(family, "refused", reason=last_line.replace(name, ""))
         if code != 0:
-            return Outcome(family, "failed", says=f"exit {code}: {last}")
-        return compare(family, model, folder, runs, said)
+            return FamilyResult(family, "failed", reason=f"exit {code}: {last_line}")
+        return compare(family, model, folder, runs, output)
 
 
-def run_command(words: list[str]) -> tuple[int, str]:
-    """The command as a user runs it."""
+def run_command(args: list[str]) -> tuple[int, str]:
+    """Run the command in a process; exit code and output."""
     environment = dict(os.environ, OMP_NUM_THREADS="1", TOKENIZERS_PARALLELISM="false")
-    command = [sys.executable, "-c", "from slm_lora.cli import main; main()", *words]
-    done = subprocess.run(command, env=environment, capture_output=True, text=True, check=False)
-    return done.returncode, done.stdout + done.stderr
+    command = [sys.executable, "-c", "from slm_lora.cli import main; main()", *args]
+    process = subprocess.run(command, env=environment, capture_output=True, text=True, check=False)
+    return process.returncode, process.stdout + process.stderr
 
 
-def run_here(words: list[str]) -> tuple[int, str]:
-    """The same in this process, for whoever waits for it."""
+def run_here(args: list[str]) -> tuple[int, str]:
+    """Run the command in this process, which is faster; exit code and output."""
     import contextlib
     import io
     import traceback
@@ -333,10 +336,10 @@ def run_here(words: list[str]) -> tuple[int, str]:
     from slm_lora.cli import app
     from slm_lora.errors import SlmLoraError
 
-    said = io.StringIO()
-    with contextlib.redirect_stdout(said), contextlib.redirect_stderr(said):
+    output = io.StringIO()
+    with contextlib.redirect_stdout(output), contextlib.redirect_stderr(output):
         try:
-            app(words, standalone_mode=False)
+            app(args, standalone_mode=False)
             code = 0
         except SlmLoraError as error:
             print(error)
@@ -345,11 +348,11 @@ def run_here(words: list[str]) -> tuple[int, str]:
             traceback.print_exc()
             print(f"{type(error).__name__}: {error}")
             code = 1
-    return code, said.getvalue()
+    return code, output.getvalue()
 
 
-def compare(family: str, model: Path, folder: Path, runs: Path, said: str) -> Outcome:
-    """Our losses against those of transformers and PEFT."""
+def compare(family: str, model: Path, folder: Path, runs: Path, output: str) -> FamilyResult:
+    """Compare losses to those of transformers and PEFT."""
     import pyarrow.parquet as pq
     import torch
     from peft import PeftModel
@@ -363,23 +366,23 @@ def compare(family: str, model: Path, folder: Path, runs: Path, said: str) -> Ou
     (adapter,) = (folder / "adapter").iterdir()
     tokenizer = AutoTokenizer.from_pretrained(model)
     lengths = {}
-    plain = AutoModelForCausalLM.from_pretrained(model, dtype=torch.float32).eval()
+    base_model = AutoModelForCausalLM.from_pretrained(model, dtype=torch.float32).eval()
     peft_model = None
     differences = {}
     for cell in sorted(records, key=lambda cell: cell != "base"):
-        where, record = records[cell]
+        run_folder, record = records[cell]
         if cell != "base":
-            peft_model = PeftModel.from_pretrained(plain, str(adapter)).eval()
-        known = {row["row_id"] for row in pq.read_table(where / "scores.parquet").to_pylist()}
+            peft_model = PeftModel.from_pretrained(base_model, str(adapter)).eval()
+        scores = pq.read_table(run_folder / "scores.parquet")
+        row_ids = set(scores.column("row_id").to_pylist())
         total = tokens = 0.0
         for text in texts():
-            if row_id(text) not in known:
+            if row_id(text) not in row_ids:
                 continue
             ids = torch.tensor([[*tokenizer(text)["input_ids"], tokenizer.eos_token_id]])
             with torch.no_grad():
-                logits = (
-                    (peft_model or plain)(input_ids=ids, use_cache=False).logits[0, :-1].double()
-                )
+                prediction = (peft_model or base_model)(input_ids=ids, use_cache=False)
+            logits = prediction.logits[0, :-1].double()
             total += float(torch.nn.functional.cross_entropy(logits, ids[0, 1:], reduction="sum"))
             tokens += ids.shape[1] - 1
             lengths[text] = ids.shape[1]
@@ -387,18 +390,18 @@ def compare(family: str, model: Path, folder: Path, runs: Path, said: str) -> Ou
         assert ours["tokens"] == tokens, (ours["tokens"], tokens)
         differences[cell] = abs(total / tokens - ours["loss"])
     base = differences.pop("base")
-    (tuned,) = differences.values()
+    (adapter_difference,) = differences.values()
     packed = records["base"][1]["model"]["packed"]
-    notes = [line.strip() for line in said.splitlines() if "note:" in line]
-    return Outcome(
-        family, "packed" if packed else "padded", base, tuned,
+    notes = [line.strip() for line in output.splitlines() if "note:" in line]
+    return FamilyResult(
+        family, "packed" if packed else "padded", base, adapter_difference,
         same_reply(model, adapter, tokenizer, peft_model),
         "; ".join(re.sub(r"^note: ", "", note) for note in notes),
     )  # fmt: skip
 
 
 def same_reply(model: Path, adapter: Path, tokenizer: Any, peft_model: Any) -> bool:
-    """A greedy reply of ours, token by token against PEFT's own logits of the whole text."""
+    """Whether a greedy reply has the most likely tokens under PEFT's logits of the whole text."""
     import torch
 
     from slm_lora.adapters.multi import load_adapter_set
@@ -406,12 +409,12 @@ def same_reply(model: Path, adapter: Path, tokenizer: Any, peft_model: Any) -> b
 
     ids = list(tokenizer(texts()[0])["input_ids"])
     variants = load_adapter_set(str(model), [adapter], device="cpu", precision="fp32")
-    reply = Generation(variants, variants.names[-1], ids, Sampling(10))
-    list(reply.pieces())
-    for token in reply.ids:
+    generation = Generation(variants, variants.names[-1], ids, Sampling(10))
+    list(generation.pieces())
+    for token in generation.ids:
         with torch.no_grad():
             logits = peft_model(input_ids=torch.tensor([ids]), use_cache=False).logits[0, -1]
-        # (Of two that are equally likely to rounding either may come.)
+        # Tokens that are equally likely up to rounding are equivalent.
         if float(logits.max() - logits[token]) > 1e-4 * float(logits.abs().max()):
             return False
         ids.append(token)
@@ -419,7 +422,7 @@ def same_reply(model: Path, adapter: Path, tokenizer: Any, peft_model: Any) -> b
 
 
 def row_id(text: str) -> str:
-    """How rows are known in scores: SHA-256 of their canonical content."""
+    """Row id in scores: SHA-256 of the canonical content."""
     import hashlib
 
     content = json.dumps(["", [["assistant", text]]], ensure_ascii=False, separators=(",", ":"))
@@ -428,42 +431,42 @@ def row_id(text: str) -> str:
 
 def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__)
-    parser.add_argument("families", nargs="*", help="some families; all, and the page, if none")
-    parser.add_argument("--in-process", action="store_true", help="faster, less like a user")
-    asked = parser.parse_args()
-    began, outcomes = time.time(), []
-    for family in asked.families or FAMILIES:
+    parser.add_argument("families", nargs="*", help="families; without any, all, and the page")
+    parser.add_argument("--in-process", action="store_true", help="faster, but unlike real use")
+    args = parser.parse_args()
+    start, outcomes = time.time(), []
+    for family in args.families or FAMILIES:
         try:
-            outcome = try_family(family, asked.in_process)
+            outcome = try_family(family, args.in_process)
         except Exception as error:
             first = (str(error).strip().splitlines() or [""])[0]
-            outcome = Outcome(family, "failed", says=f"{type(error).__name__}: {first}")
+            outcome = FamilyResult(family, "failed", reason=f"{type(error).__name__}: {first}")
         outcomes.append(outcome)
-        mark = "ok   " if outcome.right else "WRONG"
+        mark = "ok   " if outcome.passed else "WRONG"
         print(
-            f"{mark} {family:20} {outcome.how:8} {outcome.base_difference:8.1e} "
-            f"{outcome.adapter_difference:8.1e} {'same' if outcome.replies else '-':4}  "
-            f"{outcome.says[:300]}",
+            f"{mark} {family:20} {outcome.batches:8} {outcome.base_difference:8.1e} "
+            f"{outcome.adapter_difference:8.1e} {'same' if outcome.same_reply else '-':4}  "
+            f"{outcome.reason[:300]}",
             flush=True,
         )
-    wrong = [outcome.family for outcome in outcomes if not outcome.right]
-    print(f"{len(outcomes)} families in {time.time() - began:.0f} s; wrong: {wrong or 'none'}")
-    if not asked.families:
-        PAGE.write_text(page(outcomes, asked.in_process), encoding="utf-8")
+    wrong = [outcome.family for outcome in outcomes if not outcome.passed]
+    print(f"{len(outcomes)} families in {time.time() - start:.0f} s; wrong: {wrong or 'none'}")
+    if not args.families:
+        PAGE.write_text(page(outcomes, args.in_process), encoding="utf-8")
     sys.exit(bool(wrong))
 
 
 PACKED = "packed"
 
 
-def page(outcomes: list[Outcome], in_process: bool) -> str:
+def page(outcomes: list[FamilyResult], in_process: bool) -> str:
     """docs/models.md."""
     from slm_lora.runtime import hardware
 
     versions = hardware.versions()
-    counts = {how: sum(o.how == how for o in outcomes) for how in (PACKED, "padded", "refused")}
+    counts = Counter(outcome.batches for outcome in outcomes)
     largest = max(
-        max(o.base_difference, o.adapter_difference) for o in outcomes if o.how != "refused"
+        max(o.base_difference, o.adapter_difference) for o in outcomes if o.batches != "refused"
     )
     lines = [
         "# Model families",
@@ -500,18 +503,18 @@ def page(outcomes: list[Outcome], in_process: bool) -> str:
     for o in sorted(outcomes, key=lambda o: o.family):
         numbers = (
             ("–", "–")
-            if o.how == "refused"
+            if o.batches == "refused"
             else (f"{o.base_difference:.0e}", f"{o.adapter_difference:.0e}")
         )
-        lines.append(f"| `{o.family}` | {o.how} | {numbers[0]} | {numbers[1]} | {remark(o)} |")
+        lines.append(f"| `{o.family}` | {o.batches} | {numbers[0]} | {numbers[1]} | {remark(o)} |")
     return "\n".join(lines) + "\n"
 
 
-def remark(outcome: Outcome) -> str:
-    """What the command said, without what the column beside it says already."""
-    said = outcome.says.replace("model model: ", "").replace(" of model", "")
-    said = said.replace(f"{outcome.family} computes padded batches: ", "")
-    return said.replace("|", "\\|")
+def remark(outcome: FamilyResult) -> str:
+    """The command's message, without what other columns of the table contain."""
+    reason = outcome.reason.replace("model model: ", "").replace(" of model", "")
+    reason = reason.replace(f"{outcome.family} computes padded batches: ", "")
+    return reason.replace("|", "\\|")
 
 
 if __name__ == "__main__":

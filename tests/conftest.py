@@ -93,16 +93,16 @@ def load_tiny(tiny_source: ModelSource) -> Callable[..., Base]:
             tiny_source,
             device=torch.device("cpu"),
             precision=precision,  # type: ignore[arg-type]
-            plain=plain,
+            padded=plain,
         )
 
     return load
 
 
 @pytest.fixture
-def proof_in_this_process(monkeypatch: pytest.MonkeyPatch) -> None:
-    """Prove merged models by the same comparison, without the imports of a fresh process."""
-    monkeypatch.setattr(merge, "prove", verify._compare)
+def verify_in_process(monkeypatch: pytest.MonkeyPatch) -> None:
+    """Verify merged models by the same comparison, without the imports of a new process."""
+    monkeypatch.setattr(merge, "verify", verify._compare)
 
 
 @pytest.fixture

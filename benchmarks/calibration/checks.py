@@ -1,4 +1,4 @@
-"""Checks of the statistics on planted truths: a promise, and the rate that was measured."""
+"""Checks of the statistics on planted differences: promised and measured rates."""
 
 from __future__ import annotations
 
@@ -32,14 +32,14 @@ GROUPS = (10, 20, 30, 78, 210)
 
 @dataclass(frozen=True)
 class Check:
-    """One line of the table.
+    """A row of the table.
 
     Attributes:
-        name: of what was tested.
-        promise: rate that the report promises, as text; `NONE` for what it does not promise.
-        measured: the rate, or several of them over conditions.
-        cases: simulated cases of each rate.
-        low, high: bounds that the rates must keep; None: no bound.
+        name: description of the check.
+        promise: the report's promised rate, as text; `NONE` for methods that it does not use.
+        measured: the rate, or one per condition.
+        cases: number of simulated cases per rate.
+        low, high: bounds of the rates; None: no bound.
     """
 
     name: str
@@ -66,25 +66,25 @@ class Check:
         return f"{min(rates):.1f} to {max(rates):.1f} %, mean {sum(rates) / len(rates):.1f}"
 
 
-def share(found: Iterable[bool]) -> float:
-    """Of those that are true."""
-    values = list(found)
+def fraction(outcomes: Iterable[bool]) -> float:
+    """Fraction of true values."""
+    values = list(outcomes)
     return sum(values) / len(values)
 
 
-def covers(found: Difference, truth: float) -> bool:
-    """Whether the 95 % interval holds the truth."""
-    return found.low <= truth <= found.high
+def covers(result: Difference, truth: float) -> bool:
+    """Whether the 95 % interval contains the truth."""
+    return result.low <= truth <= result.high
 
 
 def differences(world: World, plan: Plan, count: int) -> list[Difference]:
-    """What the program finds in the cases of a plan."""
+    """The program's results for the cases of a plan."""
     return [
         difference(Paired(case.nats, case.tokens), MARGIN) for case in cases(world, plan, count)
     ]
 
 
-def several_seeds(world: World, count: int) -> list[Check]:
+def check_several_seeds(world: World, count: int) -> list[Check]:
     """Equal settings, planted differences, and differences of the margin, over several seeds."""
     plans = [
         Plan(0.0, seeds, ratio, groups)
@@ -112,7 +112,7 @@ def several_seeds(world: World, count: int) -> list[Check]:
             "equal settings called different: 2 to 10 seeds, 10 to 210 groups, error over rows 0 "
             "to 3 times the error over seeds",
             "5 %",
-            tuple(share(d.p < 0.05 for d in found) for found in equal),
+            tuple(fraction(d.p < 0.05 for d in results) for results in equal),
             count,
             high=0.07,
         ),
@@ -120,28 +120,28 @@ def several_seeds(world: World, count: int) -> list[Check]:
             "equal settings called different, where both settings share 50 or 95 % of a seed's "
             "deviation",
             "5 %",
-            tuple(share(d.p < 0.05 for d in found) for found in paired),
+            tuple(fraction(d.p < 0.05 for d in results) for results in paired),
             count,
             high=0.07,
         ),
         Check(
             "planted differences of 0.005, 0.01 and 0.02 nats within the 95 % interval, 3 seeds",
             "95 %",
-            tuple(map(share, planted)),
+            tuple(map(fraction, planted)),
             count,
             low=0.93,
         ),
         Check(
             "equivalence declared at a true difference of the margin, 2 to 10 seeds",
             "5 %",
-            tuple(share(d.p_equivalence < 0.05 for d in found) for found in at_margin),
+            tuple(fraction(d.p_equivalence < 0.05 for d in results) for results in at_margin),
             count,
             high=0.06,
         ),
     ]
 
 
-def few_groups(world: World, count: int) -> list[Check]:
+def check_few_groups(world: World, count: int) -> list[Check]:
     """Intervals over test rows alone, from few groups of very unequal size."""
     rng = np.random.default_rng(0)
     values = {
@@ -155,17 +155,17 @@ def few_groups(world: World, count: int) -> list[Check]:
     losses: list[float] = []
     pairs: list[list[float]] = []
     for groups in GROUPS:
-        of_pairs: list[float] = []
+        pair_rates: list[float] = []
         for name, nats in values.items():
             truth = nats.sum() / world.tokens.sum()
             hits = []
             for _ in range(count):
                 rows = rng.integers(0, len(world.tokens), groups)
-                found = clustered(nats[rows], world.tokens[rows])
-                half = stats.t.isf(0.025, found.freedom) * found.standard_error
-                hits.append(abs(found.value - truth) <= half)
-            (losses if name == "losses" else of_pairs).append(share(hits))
-        pairs.append(of_pairs)
+                estimate = clustered(nats[rows], world.tokens[rows])
+                half_length = stats.t.isf(0.025, estimate.freedom) * estimate.standard_error
+                hits.append(abs(estimate.value - truth) <= half_length)
+            (losses if name == "losses" else pair_rates).append(fraction(hits))
+        pairs.append(pair_rates)
     return [
         Check(
             "losses within their own 95 % interval, 10 to 210 unequal groups",
@@ -183,28 +183,28 @@ def few_groups(world: World, count: int) -> list[Check]:
     ]  # fmt: skip
 
 
-def draws_and_seeds(world: World, count: int) -> list[Check]:
+def check_draws_and_seeds(world: World, count: int) -> list[Check]:
     """Three seeds on each of three draws of training rows, equal settings."""
     draws = [Draw(seed, data) for data in range(3) for seed in range(3)]
     rates, as_nine = [], []
-    for of_draw in (1.0, 0.5, 0.0):
-        rng = np.random.default_rng(round(10 * of_draw))
-        ours, naive = [], []
+    for draw_share in (1.0, 0.5, 0.0):
+        rng = np.random.default_rng(round(10 * draw_share))
+        crossed, naive = [], []
         for _ in range(count):
             rows = rng.integers(0, len(world.tokens), len(world.tokens))
-            data = math.sqrt(of_draw) * world.noise(rng, 3, rows)
-            seeds = math.sqrt(1 - of_draw) * world.noise(rng, 3, rows)
-            own = 0.2 * world.noise(rng, 9, rows)
+            data = math.sqrt(draw_share) * world.noise(rng, 3, rows)
+            seeds = math.sqrt(1 - draw_share) * world.noise(rng, 3, rows)
+            cell_noise = 0.2 * world.noise(rng, 9, rows)
             nats = np.stack(
                 [
                     data[draw.data_seed] + seeds[draw.seed] + noise
-                    for draw, noise in zip(draws, own, strict=True)
+                    for draw, noise in zip(draws, cell_noise, strict=True)
                 ]
             )
-            ours.append(p_value(paired_of_sums(nats, world.tokens[rows], draws)) < 0.05)
+            crossed.append(p_value(paired_of_sums(nats, world.tokens[rows], draws)) < 0.05)
             naive.append(p_value(Paired(nats, world.tokens[rows])) < 0.05)
-        rates.append(share(ours))
-        as_nine.append(share(naive))
+        rates.append(fraction(crossed))
+        as_nine.append(fraction(naive))
     return [
         Check(
             "equal settings called different, three draws of training rows with three seeds each, "
@@ -218,11 +218,16 @@ def draws_and_seeds(world: World, count: int) -> list[Check]:
     ]
 
 
-def families(world: World, count: int) -> list[Check]:
-    """Comparisons that are corrected together, and share their runs."""
+def check_families(world: World, count: int) -> list[Check]:
+    """Families of comparisons, corrected together, that share runs."""
     rng = np.random.default_rng(7)
     size, seeds = 10, 3
-    false: dict[str, list[bool]] = {"base": [], "neighbours": [], "margin": [], "mixed": []}
+    false_findings: dict[str, list[bool]] = {
+        "base": [],
+        "neighbours": [],
+        "margin": [],
+        "mixed": [],
+    }
     plain_margin = []
     row_error = math.sqrt(2 / seeds) * world.seed_deviation
     shift = world.tokens / world.tokens.sum() * world.tokens.sum() * MARGIN
@@ -230,45 +235,45 @@ def families(world: World, count: int) -> list[Check]:
         rows = rng.integers(0, len(world.tokens), len(world.tokens))
         tokens = world.tokens[rows]
         arms = [world.noise(rng, seeds, rows) for _ in range(size + 1)]
-        against_base = [arm + row_error * world.unlike[rows] for arm in arms[1:]]
+        against_base = [arm + row_error * world.row_effect[rows] for arm in arms[1:]]
         neighbours = [after - before for before, after in itertools.pairwise(arms)]
         for name, family in (("base", against_base), ("neighbours", neighbours)):
             ps = holm([p_value(Paired(nats, tokens)) for nats in family])
-            false[name].append(min(ps) < 0.05)
-        found = [difference(Paired(nats + shift[rows], tokens), MARGIN) for nats in neighbours]
-        equivalences = [d.p_equivalence for d in found]
+            false_findings[name].append(min(ps) < 0.05)
+        at_margin = [difference(Paired(nats + shift[rows], tokens), MARGIN) for nats in neighbours]
+        equivalences = [d.p_equivalence for d in at_margin]
         plain_margin.append(min(equivalences) < 0.05)
-        false["margin"].append(min(holm(equivalences)) < 0.05)
+        false_findings["margin"].append(min(holm(equivalences)) < 0.05)
         half = size // 2
         mixed = [difference(Paired(nats, tokens), MARGIN) for nats in neighbours[:half]]
-        mixed += found[half:]
+        mixed += at_margin[half:]
         different = holm([d.p for d in mixed])[:half]
         equivalent = holm([d.p_equivalence for d in mixed])[half:]
-        false["mixed"].append(min(different) < 0.05 or min(equivalent) < 0.05)
+        false_findings["mixed"].append(min(different) < 0.05 or min(equivalent) < 0.05)
     return [
         Check(
             "families of ten equal settings against one base with a false difference", "5 %",
-            (share(false["base"]),), count, high=0.06,
+            (fraction(false_findings["base"]),), count, high=0.06,
         ),
         Check(
             "families of ten equal neighbours with a false difference", "5 %",
-            (share(false["neighbours"]),), count, high=0.06,
+            (fraction(false_findings["neighbours"]),), count, high=0.06,
         ),
         Check(
             "families of ten at the margin with a false equivalence", "5 %",
-            (share(false["margin"]),), count, high=0.06,
+            (fraction(false_findings["margin"]),), count, high=0.06,
         ),
-        Check("the same, not corrected", NONE, (share(plain_margin),), count),
+        Check("the same, not corrected", NONE, (fraction(plain_margin),), count),
         Check(
             "families of five equal and five at the margin with any false verdict",
-            "10 % (5 % of either kind)", (share(false["mixed"]),), count, high=0.1,
+            "10 % (5 % of either kind)", (fraction(false_findings["mixed"]),), count, high=0.1,
         ),
     ]  # fmt: skip
 
 
-def large_family(world: World, count: int) -> list[Check]:
+def check_large_family(world: World, count: int) -> list[Check]:
     """A difference of 0.05 nats among five hundred comparisons, and equal ones."""
-    found = [d.p for d in differences(world, Plan(0.05, 10), count)]
+    p_values = [d.p for d in differences(world, Plan(0.05, 10), count)]
     equal = [
         [d.p for d in differences(world, Plan(0.0, 10, 0.5, None, index / 1e4), 500)]
         for index in range(max(count // 25, 1))
@@ -276,29 +281,29 @@ def large_family(world: World, count: int) -> list[Check]:
     return [
         Check(
             "a difference of 0.05 nats found by 10 seeds among 500 comparisons", NONE,
-            (share(500 * p < 0.05 for p in found),), count, low=0.9,
+            (fraction(500 * p < 0.05 for p in p_values),), count, low=0.9,
         ),
         Check(
             "families of 500 equal comparisons with a false difference", "5 %",
-            (share(min(holm(ps)) < 0.05 for ps in equal),), len(equal), high=0.15,
+            (fraction(min(holm(ps)) < 0.05 for ps in equal),), len(equal), high=0.15,
         ),
     ]  # fmt: skip
 
 
-def prediction(world: World, count: int) -> list[Check]:
-    """Whether one more seed's difference, on the same rows, lies in its interval."""
+def check_prediction(world: World, count: int) -> list[Check]:
+    """Coverage of the prediction interval of one more seed on the same rows."""
     rates, in_mean = [], []
     for seeds in (2, 3, 5, 10):
         hits, mean_hits = [], []
         for case in cases(world, Plan(0.005, seeds + 1, 1.0), count):
-            found = difference(Paired(case.nats[:seeds], case.tokens), MARGIN)
-            following = float(case.nats[seeds].sum() / case.tokens.sum())
-            assert found.next_low is not None
-            assert found.next_high is not None
-            hits.append(found.next_low <= following <= found.next_high)
-            mean_hits.append(covers(found, following))
-        rates.append(share(hits))
-        in_mean.append(share(mean_hits))
+            result = difference(Paired(case.nats[:seeds], case.tokens), MARGIN)
+            next_value = float(case.nats[seeds].sum() / case.tokens.sum())
+            assert result.next_low is not None
+            assert result.next_high is not None
+            hits.append(result.next_low <= next_value <= result.next_high)
+            mean_hits.append(covers(result, next_value))
+        rates.append(fraction(hits))
+        in_mean.append(fraction(mean_hits))
     return [
         Check(
             "the next seed's difference within its 95 % prediction interval, 2 to 10 seeds",
@@ -311,53 +316,56 @@ def prediction(world: World, count: int) -> list[Check]:
     ]  # fmt: skip
 
 
-def power(world: World, count: int) -> list[Check]:
-    """Whether plans from pilots have the power that they promise."""
-    held = []
+def check_power(world: World, count: int) -> list[Check]:
+    """Power of plans from pilots."""
+    rates = []
     for seeds in (2, 3, 5):
         truth = _Truth(
             math.sqrt(2) * world.seed_deviation,
             math.sqrt(2 / seeds) * world.seed_deviation,
             len(world.tokens),
         )
-        kept = []
+        sufficient = []
         for case in cases(world, Plan(0.0, seeds, 1.0), count):
             plan = needed(Paired(case.nats, case.tokens), truth.rows, MARGIN)
-            kept.append(plan is None or truth.power(plan) >= 0.8)
-        held.append(share(kept))
+            sufficient.append(plan is None or truth.power(plan) >= 0.8)
+        rates.append(fraction(sufficient))
     return [
         Check(
             "plans from pilots of 2, 3 and 5 seeds that have at least their 80 % power", "75 %",
-            tuple(held), count, low=0.75,
+            tuple(rates), count, low=0.75,
         )
     ]  # fmt: skip
 
 
 @dataclass(frozen=True)
 class _Truth:
-    """The deviation of a difference between seeds, its error over so many rows."""
+    """True standard deviation of a difference over seeds, and its error over ``rows`` rows."""
 
     seed_deviation: float
     row_error: float
     rows: int
 
     def power(self, plan: Needed) -> float:
-        """The lesser chance, with normal errors: to show a difference of the margin, or
-        equivalence where there is none."""
+        """The lower of two powers, with normal errors: for a difference of the margin, and for
+        equivalence at a difference of zero."""
         seeds = plan.seeds
         assert seeds is not None
         rng = np.random.default_rng(0)
         draws = 4_000
         error = self.row_error * math.sqrt(self.rows / plan.rows)
         spread = self.seed_deviation / math.sqrt(seeds)
-        seen = spread * np.sqrt(rng.chisquare(seeds - 1, draws) / (seeds - 1))
+        sample_spread = spread * np.sqrt(rng.chisquare(seeds - 1, draws) / (seeds - 1))
         value = math.hypot(error, spread) * rng.standard_normal(draws)
-        both = np.hypot(error, seen)
-        freedom = both**4 / (seen**4 / (seeds - 1) + error**4 / plan.rows)
+        total_error = np.hypot(error, sample_spread)
+        degrees_of_freedom = total_error**4 / (
+            sample_spread**4 / (seeds - 1) + error**4 / plan.rows
+        )
 
         def p(distance: Floats) -> Floats:
             return np.maximum(
-                stats.t.sf(distance / seen, seeds - 1), stats.t.sf(distance / both, freedom)
+                stats.t.sf(distance / sample_spread, seeds - 1),
+                stats.t.sf(distance / total_error, degrees_of_freedom),
             )
 
         different = (2 * p(np.abs(value + MARGIN)) < 0.05).mean()
@@ -365,8 +373,8 @@ class _Truth:
         return float(min(different, equivalent))
 
 
-def selection(world: World, count: int) -> list[Check]:
-    """Twelve equal settings: whether the best set holds a given one, and the chosen one's gain."""
+def check_selection(world: World, count: int) -> list[Check]:
+    """Twelve equal settings: coverage of the best set, and of the gain of the chosen one."""
     rng = np.random.default_rng(11)
     size, seeds = 12, 3
     kept, corrected, plain = [], [], []
@@ -378,24 +386,24 @@ def selection(world: World, count: int) -> list[Check]:
         kept.append(not any(p_below(s, s.value) < 0.05 / (size - 1) for s in against))
         lowest = min(arms, key=lambda arm: float(arm.sum()))
         sample = Paired(lowest - base, tokens)
-        half = half_width(sample, 0.025 / size)
-        corrected.append(abs(sample.value) <= half)
+        half_length = half_width(sample, 0.025 / size)
+        corrected.append(abs(sample.value) <= half_length)
         low, high = interval(sample, 0.95)
         plain.append(low <= 0 <= high)
     return [
         Check(
             "a setting as good as the best of twelve is in the best set", "95 %",
-            (share(kept),), count, low=0.95,
+            (fraction(kept),), count, low=0.95,
         ),
         Check(
             "gain of the lowest of twelve equal settings within its corrected interval", "95 %",
-            (share(corrected),), count, low=0.95,
+            (fraction(corrected),), count, low=0.95,
         ),
-        Check("the same within the interval of one comparison", NONE, (share(plain),), count),
+        Check("the same within the interval of one comparison", NONE, (fraction(plain),), count),
     ]  # fmt: skip
 
 
-def rare_failures(world: World, count: int) -> list[Check]:
+def check_rare_failures(world: World, count: int) -> list[Check]:
     """One seed in ten fails by 0.3 nats, the others gain 0.01: the mean is 0.02 worse."""
     rng = np.random.default_rng(13)
     claims: dict[int, list[float]] = {seeds: [0, 0] for seeds in (3, 10)}
@@ -403,8 +411,8 @@ def rare_failures(world: World, count: int) -> list[Check]:
         for case in cases(world, Plan(-0.01, seeds, 0.0, None, 0.9), count):
             failed = rng.random(seeds) < 0.1
             nats = case.nats + 0.3 * failed[:, None] * case.tokens
-            found = difference(Paired(nats, case.tokens), MARGIN)
-            claims[seeds][0] += bool(found.p < 0.05 and found.value < 0)
+            result = difference(Paired(nats, case.tokens), MARGIN)
+            claims[seeds][0] += bool(result.p < 0.05 and result.value < 0)
             claims[seeds][1] += bool(1 - 0.05 ** (1 / seeds) >= 0.1 or failed.any())
     return [
         Check(
@@ -426,17 +434,17 @@ def rare_failures(world: World, count: int) -> list[Check]:
     ]
 
 
-def ways_not_taken(world: World, count: int) -> list[Check]:
-    """Usual ways, on the same cases."""
+def check_common_practice(world: World, count: int) -> list[Check]:
+    """Methods of common practice, on the same cases."""
     alone, unpaired, added = [], [], []
     for case in cases(world, Plan(0.0), count):
         alone.append(p_value(Paired(case.nats[:1], case.tokens)) < 0.05)
     for case in cases(world, Plan(0.02), count):
         losses = [clustered(arm[0], case.tokens) for arm in (case.first, case.second)]
-        half = 1.96 * math.hypot(*(loss.standard_error for loss in losses))
-        unpaired.append(abs(losses[1].value - losses[0].value) > half)
-    most = 60
-    for case in cases(world, Plan(0.0, most), count):
+        half_length = 1.96 * math.hypot(*(loss.standard_error for loss in losses))
+        unpaired.append(abs(losses[1].value - losses[0].value) > half_length)
+    max_seeds = 60
+    for case in cases(world, Plan(0.0, max_seeds), count):
         p = p_value(Paired(case.nats[:2], case.tokens))
         for seeds in range(3, 11):
             if p < 0.05:
@@ -446,23 +454,24 @@ def ways_not_taken(world: World, count: int) -> list[Check]:
     return [
         Check(
             "equal settings called different from one seed and an interval over rows", NONE,
-            (share(alone),), count,
+            (fraction(alone),), count,
         ),
         Check(
             "0.02 nats found by two losses of one seed compared as if on different rows", NONE,
-            (share(unpaired),), count,
+            (fraction(unpaired),), count,
         ),
         Check(
             "equal settings called different where seeds are added to two, one by one up to ten, "
             "until they differ",
             NONE,
-            (share(added),),
+            (fraction(added),),
             count,
         ),
     ]  # fmt: skip
 
 
 CHECKS: Sequence[Callable[[World, int], list[Check]]] = (
-    several_seeds, few_groups, draws_and_seeds, families, large_family, prediction, power,
-    selection, rare_failures, ways_not_taken,
+    check_several_seeds, check_few_groups, check_draws_and_seeds, check_families,
+    check_large_family, check_prediction, check_power, check_selection, check_rare_failures,
+    check_common_practice,
 )  # fmt: skip

@@ -1,11 +1,10 @@
-"""Planted truths over real scores: test rows, seeds and draws of cases whose truth is known.
+"""Simulated cases with planted differences in real scores.
 
-The scores are those of `recipes/calibration.yaml`: a base and sixteen seeds of one cell on 1,000
-test rows in groups of very unequal size. A case draws groups from the real ones, and seeds whose
-deviations, group by group, have the covariance of the sixteen real seeds. To one of two settings it
-adds a difference that varies over groups as the real change from base to adapter does and, in some
-plans, one that varies like it and is zero on average: there the choice of rows is as uncertain as
-that of seeds, or more so.
+The scores come from `recipes/calibration.yaml`: a base and sixteen seeds of one cell on 1,000 test
+rows, in groups of very unequal size. A case resamples groups, and draws seeds whose deviations per
+group have the covariance of the real seeds. It adds to one of two settings a difference that varies
+over groups as the real change from base to adapter does and, in some plans, a row effect of mean
+zero, so that the sampling of rows contributes as much variance as the seeds, or more.
 """
 
 from __future__ import annotations
@@ -25,19 +24,19 @@ from slm_lora.stats.clustered import Floats, clustered
 from slm_lora.stats.estimates import group_sums
 
 Indices = npt.NDArray[np.intp]
-"""Which real groups a case draws."""
+"""Indices of the groups of a case."""
 
 
 @dataclass(frozen=True)
 class World:
-    """What cases are drawn from.
+    """Distribution of cases.
 
     Attributes:
         base: nats of the base, [groups].
         mean: nats, mean over the real seeds, [groups].
-        deviations: of the real seeds from it, [seeds, groups].
-        effect: nats that make a difference of one nat a token, [groups].
-        unlike: nats that are zero in sum, of a standard error of one nat a token, [groups].
+        deviations: nats, deviations of the real seeds from the mean, [seeds, groups].
+        effect: nats that add up to a difference of one nat per token, [groups].
+        row_effect: nats of sum zero, with a standard error of one nat per token, [groups].
         tokens: label tokens, [groups].
     """
 
@@ -45,49 +44,49 @@ class World:
     mean: Floats
     deviations: Floats
     effect: Floats
-    unlike: Floats
+    row_effect: Floats
     tokens: Floats
 
     @property
     def seed_deviation(self) -> float:
-        """Standard deviation of the loss between seeds, nats a token."""
+        """Standard deviation of the loss between seeds, nats per token."""
         return float(self.deviations.sum(1).std(ddof=1) / self.tokens.sum())
 
     def noise(self, rng: np.random.Generator, count: int, rows: Indices) -> Floats:
         """Deviations of new seeds on the drawn groups, [count, groups]."""
-        real = len(self.deviations)
-        weights = rng.standard_normal((count, real)) / math.sqrt(real - 1)
+        n_real = len(self.deviations)
+        weights = rng.standard_normal((count, n_real)) / math.sqrt(n_real - 1)
         deviations: Floats = weights @ self.deviations[:, rows]
         return deviations
 
 
 def read_world(results: Path) -> World:
-    """From the runs of the calibration recipe."""
+    """The world of the runs of the calibration recipe."""
     runs = read_scored_runs(list_runs(results))
     metric = METRICS["all"]
     base = group_sums([run.scores for run in runs if run.is_base], metric)[0][0]
     nats, tokens = group_sums([run.scores for run in runs if not run.is_base], metric)
     change = base - nats.mean(0)
-    unlike = change - tokens * change.sum() / tokens.sum()
+    row_effect = change - tokens * change.sum() / tokens.sum()
     return World(
         base=base,
         mean=nats.mean(0),
         deviations=nats - nats.mean(0),
         effect=change * tokens.sum() / change.sum(),
-        unlike=unlike / clustered(unlike, tokens).standard_error,
+        row_effect=row_effect / clustered(row_effect, tokens).standard_error,
         tokens=tokens,
     )
 
 
 @dataclass(frozen=True)
 class Plan:
-    """What a case is to be.
+    """Parameters of a case.
 
     Attributes:
-        planted: difference of the second setting, nats a token.
-        seeds: of both settings.
-        row_ratio: error over rows, as a multiple of the error over seeds.
-        groups: of test rows; unset: as many as are real.
+        planted: difference of the second setting, nats per token.
+        seeds: number of seeds of both settings.
+        row_ratio: ratio of the standard error over rows to that over seeds.
+        groups: number of groups of test rows; unset: as many as the real ones.
         common: share of a seed's variance that both settings of a pair have in common.
     """
 
@@ -98,14 +97,20 @@ class Plan:
     common: float = 0.0
 
     def generator(self, salt: int = 0) -> np.random.Generator:
-        """The same for the same plan."""
+        """Random generator, seeded by the plan and ``salt``."""
         numbers = (self.planted, self.seeds, self.row_ratio, self.groups or 0, self.common)
         return np.random.default_rng([salt, *(round((1 + number) * 1e6) for number in numbers)])
 
 
 @dataclass(frozen=True)
 class Case:
-    """Differences of two settings, second minus first, [seeds, groups], and what they come from."""
+    """Two settings and their difference, second minus first.
+
+    Attributes:
+        nats: differences, [seeds, groups].
+        tokens: label tokens, [groups].
+        first, second: nats of the settings, [seeds, groups].
+    """
 
     nats: Floats
     tokens: Floats
@@ -117,12 +122,12 @@ def cases(world: World, plan: Plan, count: int) -> Iterator[Case]:
     """Cases of a plan."""
     rng = plan.generator()
     row_error = plan.row_ratio * math.sqrt(2 / plan.seeds) * world.seed_deviation
-    change = plan.planted * world.effect + row_error * world.unlike
+    change = plan.planted * world.effect + row_error * world.row_effect
     for _ in range(count):
         rows = rng.integers(0, len(world.tokens), plan.groups or len(world.tokens))
         shared = math.sqrt(plan.common) * world.noise(rng, plan.seeds, rows)
-        own = math.sqrt(1 - plan.common)
-        first: Floats = world.mean[rows] + shared + own * world.noise(rng, plan.seeds, rows)
-        second: Floats = world.mean[rows] + shared + own * world.noise(rng, plan.seeds, rows)
+        own_share = math.sqrt(1 - plan.common)
+        first: Floats = world.mean[rows] + shared + own_share * world.noise(rng, plan.seeds, rows)
+        second: Floats = world.mean[rows] + shared + own_share * world.noise(rng, plan.seeds, rows)
         second = second + change[rows]
         yield Case(second - first, world.tokens[rows], first, second)

@@ -1,7 +1,7 @@
-"""The fault campaign: break a tiny experiment in every way that can be thought of, hundreds of
-times, and compare what it ends with to the run that was left alone.
+"""Fault campaign: inject hundreds of faults into a tiny experiment, resume it, and compare its
+results to those of an undisturbed run.
 
-Two workers, forked from one process that has the imports done, fork a child for every sitting.
+Two workers, forked from a process with all imports done, fork a child for every process of a case.
 """
 
 from __future__ import annotations
@@ -35,15 +35,15 @@ Verdicts = list[dict[str, Any]]
 _WORKERS = 2
 
 
-def in_workers(work: Callable[[Any], dict[str, Any]], cases: Sequence[Any], what: str) -> Verdicts:
-    """All cases, two at a time; forked, so that they need not be pickled on the way there."""
+def in_workers(work: Callable[[Any], dict[str, Any]], cases: Sequence[Any], title: str) -> Verdicts:
+    """Verdicts of all cases, two at a time; workers are forked, so that cases are not pickled."""
     global _work
     _work = work
-    began = time.monotonic()
+    start = time.monotonic()
     with multiprocessing.get_context("fork").Pool(_WORKERS) as pool:
-        found = list(pool.imap_unordered(_do, cases))
-    print(f"{what:34} {len(found):4} cases  {time.monotonic() - began:6.1f} s", flush=True)
-    return found
+        verdicts = list(pool.imap_unordered(_do, cases))
+    print(f"{title:34} {len(verdicts):4} cases  {time.monotonic() - start:6.1f} s", flush=True)
+    return verdicts
 
 
 _work: Callable[[Any], dict[str, Any]]
@@ -53,116 +53,129 @@ def _do(case: Any) -> dict[str, Any]:
     return _work(case)
 
 
-def campaign(folder: Path, keep: int | None) -> dict[str, Any]:
-    """All of it.
+def campaign(folder: Path, every: int | None) -> dict[str, Any]:
+    """Run all cases.
 
     Args:
-        folder: for everything; nothing else is written.
-        keep: only every so manieth case, to try the campaign itself.
+        folder: for all files.
+        every: run every n-th case only, to test the campaign itself.
     """
     lab = make_lab(folder)
-    began = time.monotonic()
+    start = time.monotonic()
     operations = count_operations(lab, folder / "whole")
-    wanted = outcome(folder / "whole")
-    again, seconds = _alone(lab)
-    if outcome(again) != wanted:
-        sys.exit("two undisturbed runs differ: nothing can be compared")
+    expected = outcome(folder / "whole")
+    second_run, seconds = _run_undisturbed(lab)
+    if outcome(second_run) != expected:
+        sys.exit("two undisturbed runs differ, so there is no reference")
 
-    def some(cases: Sequence[Any]) -> list[Any]:
-        return list(cases[keep - 1 :: keep]) if keep else list(cases)
+    def sample(cases: Sequence[Any]) -> list[Any]:
+        return list(cases[every - 1 :: every]) if every else list(cases)
 
     def killed(case: Any) -> dict[str, Any]:
-        return kills.verdict(lab, case, wanted, operations, seconds)
+        return kills.verdict(lab, case, expected, operations, seconds)
 
     def damaged(case: Any) -> dict[str, Any]:
-        return corruptions.damaged_checkpoint(lab, case[0], case[1], wanted)
+        return corruptions.damaged_checkpoint(lab, case[0], case[1], expected)
 
-    mounting = disks.can_mount(_new(folder / "mount"))
+    mounting = disks.can_mount(_make_folder(folder / "mount"))
 
     def filled(case: Any) -> dict[str, Any]:
-        return disks.verdict(lab, case, wanted, mounting)
+        return disks.verdict(lab, case, expected, mounting)
 
-    kill = in_workers(killed, some(kills.kill_cases(operations)), "kill -9")
-    stop = in_workers(killed, some(kills.stop_cases()), "SIGTERM")
-    disk = in_workers(filled, some(disks.disk_cases()), "disk full or read-only")
+    kill_cases = in_workers(killed, sample(kills.kill_cases(operations)), "kill -9")
+    stop_cases = in_workers(killed, sample(kills.stop_cases()), "SIGTERM")
+    disk_cases = in_workers(filled, sample(disks.disk_cases()), "disk full or read-only")
     template = corruptions.newest(corruptions.interrupted(lab))[0]
-    hits = corruptions.damages(template)
-    both = [each for each in hits if each[1] != "flipped"]
-    cases = [*((each, False) for each in hits), *((each, True) for each in both)]
-    points = in_workers(damaged, some(cases), "damaged checkpoints")
-    adapters = corruptions.damaged_adapters(lab, next((again / "adapter").iterdir()))
-    number = in_workers(
+    damages = corruptions.damages(template)
+    damages_of_both = [damage for damage in damages if damage[1] != "flipped"]
+    cases = [
+        *((damage, False) for damage in damages),
+        *((damage, True) for damage in damages_of_both),
+    ]
+    checkpoint_cases = in_workers(damaged, sample(cases), "damaged checkpoints")
+    adapter_cases = corruptions.damaged_adapters(lab, next((second_run / "adapter").iterdir()))
+    number_cases = in_workers(
         lambda name: spoilt_numbers.verdict(lab, name), [*spoilt_numbers.NUMBERS], "NaN, inf"
     )
     kinds = [kind for kind in rows.KINDS if rows.detected(kind, folder)]
-    real = [each for each in kill if each["first"] == kills.KILLED]
-    asked = [each for each in stop if each["first"] == 75]
-    damage = [*points, *adapters]
+    killed_runs = [verdict for verdict in kill_cases if verdict["first"] == kills.KILLED]
+    stopped = [verdict for verdict in stop_cases if verdict["first"] == 75]
+    damage_cases = [*checkpoint_cases, *adapter_cases]
     return {
-        "kills": len(real),
-        "kills_equal": sum(each["equal"] for each in real),
-        "kills_by_kind": dict(Counter(each["kind"] for each in real)),
-        "sigterms": len(asked),
-        "sigterms_equal": sum(each["equal"] for each in asked),
-        "sigterms_by_kind": dict(Counter(each["kind"] for each in asked)),
-        "disk_faults": len(disk),
-        "disk_faults_held": sum(each["held"] for each in disk),
+        "kills": len(killed_runs),
+        "kills_equal": sum(verdict["equal"] for verdict in killed_runs),
+        "kills_by_kind": dict(Counter(verdict["kind"] for verdict in killed_runs)),
+        "sigterms": len(stopped),
+        "sigterms_equal": sum(verdict["equal"] for verdict in stopped),
+        "sigterms_by_kind": dict(Counter(verdict["kind"] for verdict in stopped)),
+        "disk_faults": len(disk_cases),
+        "disk_faults_held": sum(verdict["held"] for verdict in disk_cases),
         "disk": "a tmpfs" if mounting else "limits on file size, and rights taken away",
-        "corruptions": len(damage),
-        "corruptions_detected": sum(each["detected"] for each in damage),
-        "corruptions_of_checkpoints_equal": sum(each["equal"] for each in points),
+        "corruptions": len(damage_cases),
+        "corruptions_detected": sum(verdict["detected"] for verdict in damage_cases),
+        "corruptions_of_checkpoints_equal": sum(verdict["equal"] for verdict in checkpoint_cases),
         "corruptions_by_kind": dict(
-            Counter(f"{each['of']} {each['damage'][1]}" for each in damage)
+            Counter(f"{verdict['of']} {verdict['damage'][1]}" for verdict in damage_cases)
         ),
-        "numbers": len(number),
-        "numbers_held": sum(each["held"] for each in number),
+        "numbers": len(number_cases),
+        "numbers_held": sum(verdict["held"] for verdict in number_cases),
         "bad_rows_kinds": len(kinds),
         "bad_rows_kinds_tried": len(rows.KINDS),
-        "done_before_the_fault": len(kill) + len(stop) - len(real) - len(asked),
-        "seconds": time.monotonic() - began,
+        "done_before_the_fault": len(kill_cases)
+        + len(stop_cases)
+        - len(killed_runs)
+        - len(stopped),
+        "seconds": time.monotonic() - start,
         "file_operations_of_a_run": operations,
         "failed": [
-            each
-            for each in (*kill, *stop, *disk, *damage, *number)
-            if not each.get("held", each.get("equal", True)) or not each.get("detected", True)
+            verdict
+            for verdict in (
+                *kill_cases,
+                *stop_cases,
+                *disk_cases,
+                *damage_cases,
+                *number_cases,
+            )
+            if not verdict.get("held", verdict.get("equal", True))
+            or not verdict.get("detected", True)
         ],
     }
 
 
-def _alone(lab: Lab) -> tuple[Path, float]:
-    began = time.monotonic()
+def _run_undisturbed(lab: Lab) -> tuple[Path, float]:
+    start = time.monotonic()
     folder = lab.folder / "again"
     run(lab, folder)
-    return folder, time.monotonic() - began
+    return folder, time.monotonic() - start
 
 
-def _new(folder: Path) -> Path:
+def _make_folder(folder: Path) -> Path:
     folder.mkdir()
     return folder
 
 
 def main() -> None:
-    arguments = argparse.ArgumentParser(description=__doc__)
-    arguments.add_argument("--every", type=int, help="Only every so manieth case; not recorded.")
-    arguments.add_argument("--out", type=Path, default=Path("results/faults/faults.json"))
-    given = arguments.parse_args()
+    parser = argparse.ArgumentParser(description=__doc__)
+    parser.add_argument("--every", type=int, help="run every n-th case only; not recorded")
+    parser.add_argument("--out", type=Path, default=Path("results/faults/faults.json"))
+    args = parser.parse_args()
     folder = Path(tempfile.mkdtemp(prefix="faults-"))
-    found = campaign(folder, given.every)
+    results = campaign(folder, args.every)
     record = {
-        **found,
+        **results,
         "command": "make faults",
         "machine": hardware.describe("cpu"),
         "versions": hardware.versions(),
     }
     text = json.dumps(record, indent=2) + "\n"
-    if given.every:
+    if args.every:
         print(text)
     else:
-        given.out.parent.mkdir(parents=True, exist_ok=True)
-        atomic_write_text(given.out, text)
-        print(given.out)
-    if found["failed"]:
-        sys.exit(f"{len(found['failed'])} cases failed; what they left is in {folder}")
+        args.out.parent.mkdir(parents=True, exist_ok=True)
+        atomic_write_text(args.out, text)
+        print(args.out)
+    if results["failed"]:
+        sys.exit(f"{len(results['failed'])} cases failed; their files are in {folder}")
     shutil.rmtree(folder)
 
 

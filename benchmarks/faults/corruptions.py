@@ -1,7 +1,7 @@
-"""Every file of a checkpoint and of an adapter folder: cut short, removed, one bit flipped.
+"""Damage to every file of a checkpoint and of an adapter folder: truncated, removed, a bit flipped.
 
-Damage to a checkpoint must be named and lead to the same result; damage to an adapter must be
-refused, and one that lost its list of hashes must be told from one that has it."""
+Damage to a checkpoint must be reported, and the result must not change; a damaged adapter must be
+refused, and one without its list of hashes must load with a warning."""
 
 from __future__ import annotations
 
@@ -22,21 +22,21 @@ from slm_lora.model.loading import load_base
 from slm_lora.training.step import StepRunner
 
 Damage = tuple[str, str, int]
-"""File, what is done to it, and how far in: tenths, or the number of the flip."""
+"""File, kind of damage, and its position: tenths of the file, or the number of the flip."""
 CUTS, FLIPS = 10, 100
 
 
 def damages(folder: Path) -> list[Damage]:
-    """All that is done to the files of a folder."""
+    """All damages to the files of a folder."""
     names = sorted(path.name for path in folder.iterdir())
-    cut = [(name, "cut", tenth) for name in names for tenth in range(CUTS)]
-    gone = [(name, "removed", 0) for name in names]
-    flipped = [(names[number % len(names)], "flipped", number) for number in range(FLIPS)]
-    return cut + gone + flipped
+    cuts = [(name, "cut", tenth) for name in names for tenth in range(CUTS)]
+    removals = [(name, "removed", 0) for name in names]
+    flips = [(names[number % len(names)], "flipped", number) for number in range(FLIPS)]
+    return cuts + removals + flips
 
 
 def inflict(folder: Path, damage: Damage) -> None:
-    """Do it."""
+    """Damage a file."""
     name, kind, number = damage
     path = folder / name
     if kind == "removed":
@@ -46,13 +46,13 @@ def inflict(folder: Path, damage: Damage) -> None:
     if kind == "cut":
         del content[len(content) * number // CUTS :]
     else:
-        draw = random.Random(f"{name} {number}")
-        content[draw.randrange(len(content))] ^= 1 << draw.randrange(8)
+        rng = random.Random(f"{name} {number}")
+        content[rng.randrange(len(content))] ^= 1 << rng.randrange(8)
     path.write_bytes(content)
 
 
 def interrupted(lab: Lab) -> Path:
-    """A case that was killed in its fourth step: two checkpoints are there."""
+    """A case killed in its fourth step, with two checkpoints."""
     folder = lab.folder / "interrupted"
     run(lab, folder, at_call(StepRunner, "step", 4, die))
     return folder
@@ -63,40 +63,46 @@ def newest(case: Path) -> list[Path]:
     return sorted((case / "results" / NAME).glob("checkpoints/*/step-*"), reverse=True)
 
 
-def damaged_checkpoint(lab: Lab, damage: Damage, both: bool, wanted: Any) -> dict[str, Any]:
-    """Go on from a checkpoint that was damaged (and, if ``both``, so was the one before)."""
+def damaged_checkpoint(lab: Lab, damage: Damage, both: bool, expected: Any) -> dict[str, Any]:
+    """Resume after damage to the newest checkpoint, or to ``both`` checkpoints."""
     folder = lab.folder / f"checkpoint-{'-'.join(map(str, damage))}-{both}"
     shutil.copytree(lab.folder / "interrupted", folder)
-    hit = newest(folder)[: 2 if both else 1]
-    for each in hit:
-        inflict(each, damage)
+    damaged = newest(folder)[: 2 if both else 1]
+    for checkpoint in damaged:
+        inflict(checkpoint, damage)
     code = run(lab, folder)
-    said = log_of(lab, folder)
-    named = all(f"checkpoint passed over: {each}" in said for each in hit)
-    named = named and ("from the beginning" in said) == both
-    equal = code == 0 and outcome(folder) == wanted
-    found = {"of": "checkpoint", "damage": damage, "both": both, "detected": named, "equal": equal}
-    if named and equal:
+    log = log_of(lab, folder)
+    detected = all(f"checkpoint passed over: {checkpoint}" in log for checkpoint in damaged)
+    detected = detected and ("from the beginning" in log) == both
+    equal = code == 0 and outcome(folder) == expected
+    verdict = {
+        "of": "checkpoint",
+        "damage": damage,
+        "both": both,
+        "detected": detected,
+        "equal": equal,
+    }
+    if detected and equal:
         clean(lab, folder)
     else:
-        found["said"] = said[-2000:]
-    return found
+        verdict["said"] = log[-2000:]
+    return verdict
 
 
 def damaged_adapters(lab: Lab, folder: Path) -> list[dict[str, Any]]:
-    """Load the adapter after each damage, all in one child, as the model stays as it is."""
-    told = lab.folder / "adapters.json"
+    """Load the adapter after each damage, in a single child, as the model does not change."""
+    results_file = lab.folder / "adapters.json"
     child = os.fork()
     if not child:
         try:
             job = lab.jobs[0]
             base = load_base(job.source, device=job.device, precision=job.precision)
-            found = [_damaged_adapter(lab, base, folder, each) for each in damages(folder)]
-            told.write_text(json.dumps(found), encoding="utf-8")
+            results = [_damaged_adapter(lab, base, folder, damage) for damage in damages(folder)]
+            results_file.write_text(json.dumps(results), encoding="utf-8")
         finally:
             os._exit(0)
     finish(child)
-    verdicts: list[dict[str, Any]] = json.loads(told.read_text(encoding="utf-8"))
+    verdicts: list[dict[str, Any]] = json.loads(results_file.read_text(encoding="utf-8"))
     return verdicts
 
 
@@ -104,13 +110,13 @@ def _damaged_adapter(lab: Lab, base: Any, folder: Path, damage: Damage) -> dict[
     copy = lab.folder / "damaged-adapter"
     shutil.copytree(folder, copy)
     inflict(copy, damage)
-    detected, how = False, "loaded"
+    detected, reaction = False, "loaded"
     try:
         attach.detach(adapter_io.load(base, copy))
         if not adapter_io.is_sealed(copy):
-            detected, how = True, "loaded with a warning: nothing says its hashes"
+            detected, reaction = True, "loaded with a warning: no hashes"
     except IntegrityError as error:
-        detected, how = True, str(error).replace(str(copy), "…")
+        detected, reaction = True, str(error).replace(str(copy), "…")
     with contextlib.suppress(OSError):
         shutil.rmtree(copy)
-    return {"of": "adapter", "damage": damage, "detected": detected, "how": how}
+    return {"of": "adapter", "damage": damage, "detected": detected, "how": reaction}

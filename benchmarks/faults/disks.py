@@ -1,7 +1,7 @@
-"""A full disk, at twenty levels, and one that may only be read: exit 6, and what was there stays.
+"""Disk full at twenty levels, and read-only: exit 6, and existing checkpoints remain intact.
 
-As root the disk is a small tmpfs of its own. Elsewhere files are limited in size, which fails
-like a full disk while a file is written, and the folder's rights are taken away."""
+As root the disk is a small tmpfs. Otherwise the size of files is limited, which fails like a full
+disk during a write, and the folder's write permission is removed."""
 
 from __future__ import annotations
 
@@ -25,46 +25,46 @@ LEVELS_BEFORE, LEVELS_WITHIN = 10, 10
 
 
 def can_mount(folder: Path) -> bool:
-    """Whether this process may make a disk of its own."""
+    """Whether this process can mount a tmpfs."""
     if os.name != "posix" or os.geteuid() != 0 or shutil.which("mount") is None:
         return False
-    done = subprocess.run(
+    process = subprocess.run(
         ["mount", "-t", "tmpfs", "-o", "size=1m", "tmpfs", folder], check=False, capture_output=True
     )
-    if done.returncode == 0:
+    if process.returncode == 0:
         subprocess.run(["umount", folder], check=True)
-    return done.returncode == 0
+    return process.returncode == 0
 
 
 def disk_cases() -> list[tuple[str, int]]:
-    """Full before training, full within it, read-only."""
+    """Disk full before training, full during it, read-only."""
     before = [("full before", level) for level in range(LEVELS_BEFORE)]
-    within = [("full within", level) for level in range(LEVELS_WITHIN)]
-    return [*before, *within, ("read-only", 0)]
+    during = [("full within", level) for level in range(LEVELS_WITHIN)]
+    return [*before, *during, ("read-only", 0)]
 
 
-def verdict(lab: Lab, case: tuple[str, int], wanted: Any, mounting: bool) -> dict[str, Any]:
-    """Do one case: fill, run, look, make room, run again."""
+def verdict(lab: Lab, case: tuple[str, int], expected: Any, mounting: bool) -> dict[str, Any]:
+    """Run a case: fill the disk, run, check, free the disk, run again."""
     kind, level = case
     folder = lab.folder / f"{kind.replace(' ', '-')}-{level}"
     folder.mkdir()
     if mounting:
         _mount(folder, "-t", "tmpfs", "-o", f"size={DISK}", "tmpfs")
     try:
-        # What a killed sitting left: two checkpoints, of which the newest must stay as it is.
+        # Two checkpoints of a killed process; the newest must remain intact.
         run(lab, folder, at_call(StepRunner, "step", 4, die))
-        before = [each.name for each in newest(folder)]
+        before = [checkpoint.name for checkpoint in newest(folder)]
         filler = folder / "filler"
-        code, steps = _on_a_bad_disk(lab, folder, kind, level, filler, mounting)
+        code, steps = _run_on_bad_disk(lab, folder, kind, level, filler, mounting)
         filler.unlink(missing_ok=True)
-        after = [each for each in newest(folder) if _whole(each)]
+        after = [checkpoint for checkpoint in newest(folder) if _is_intact(checkpoint)]
         kept = bool(after) and after[0].name >= before[0]
-        ended = run(lab, folder)
-        equal = ended == 0 and outcome(folder) == wanted
+        second_code = run(lab, folder)
+        equal = second_code == 0 and outcome(folder) == expected
     finally:
         if mounting:
             subprocess.run(["umount", folder], check=True)
-    found = {
+    result = {
         "kind": kind,
         "level": level,
         "code": code,
@@ -73,20 +73,20 @@ def verdict(lab: Lab, case: tuple[str, int], wanted: Any, mounting: bool) -> dic
         "equal": equal,
         "held": code == 6 and kept and equal and (kind == "full within" or steps == 0),
     }
-    if not found["held"]:
-        found["said"] = log_of(lab, folder)[-2000:]
+    if not result["held"]:
+        result["said"] = log_of(lab, folder)[-2000:]
     clean(lab, folder)
-    return found
+    return result
 
 
-def _on_a_bad_disk(
+def _run_on_bad_disk(
     lab: Lab, folder: Path, kind: str, level: int, filler: Path, mounting: bool
 ) -> tuple[int, int]:
-    """Exit code of the sitting, and the optimizer steps that it did."""
+    """Exit code of the process, and its number of optimizer steps."""
     steps = lab.folder / f"{folder.name}.steps"
     steps.write_bytes(b"")
 
-    def counted() -> None:
+    def count_steps() -> None:
         function = StepRunner.step
 
         def step(*arguments: Any) -> Any:
@@ -96,48 +96,49 @@ def _on_a_bad_disk(
 
         StepRunner.step = step  # type: ignore[method-assign, assignment]
 
-    def hooked(*more: Hook) -> int:
+    def run_with(*hooks: Hook) -> int:
         def prepare() -> None:
-            for hook in (counted, *more):
+            for hook in (count_steps, *hooks):
                 hook()
 
         return run(lab, folder, prepare)
 
     if kind == "read-only":
-        code = _read_only(folder, hooked, mounting)
+        code = _read_only(folder, run_with, mounting)
     elif kind == "full before":
-        # Up to a little below what a training of this size asks for.
-        room = 120_000 * level
-        code = hooked(lambda: _fill(filler, room, mounting, said=True))
+        # Up to just below the space that a training of this size requires.
+        free_bytes = 120_000 * level
+        code = run_with(lambda: _fill(filler, free_bytes, mounting, simulated=True))
     else:
-        # Nine pages are enough for all that is left to write; without any, once earlier, once
-        # later.
-        room, when = 4096 * max(0, level - 1), 2 if level == 0 else 1
-        code = hooked(at_call(StepRunner, "step", when, lambda: _fill(filler, room, mounting)))
+        # Nine pages suffice for the remaining writes; zero pages at two different steps.
+        free_bytes, call = 4096 * max(0, level - 1), 2 if level == 0 else 1
+        code = run_with(
+            at_call(StepRunner, "step", call, lambda: _fill(filler, free_bytes, mounting))
+        )
     return code, len(steps.read_bytes())
 
 
-def _fill(filler: Path, room: int, mounting: bool, said: bool = False) -> None:
-    """Leave ``room`` bytes; where the disk is not ours, say so to who asks, or limit files."""
+def _fill(filler: Path, free_bytes: int, mounting: bool, simulated: bool = False) -> None:
+    """Leave ``free_bytes``; without a mount, simulate `disk_usage` or limit the size of files."""
     usage = shutil.disk_usage(filler.parent)
     if mounting:
         with filler.open("wb") as file:
-            file.write(b"\0" * max(0, usage.free - room))
-    elif said:
-        shutil.disk_usage = lambda _: usage._replace(free=room)  # type: ignore[assignment]
+            file.write(b"\0" * max(0, usage.free - free_bytes))
+    elif simulated:
+        shutil.disk_usage = lambda _: usage._replace(free=free_bytes)  # type: ignore[assignment]
     else:
         signal.signal(signal.SIGXFSZ, signal.SIG_IGN)
-        resource.setrlimit(resource.RLIMIT_FSIZE, (min(room, 4096), resource.RLIM_INFINITY))
+        resource.setrlimit(resource.RLIMIT_FSIZE, (min(free_bytes, 4096), resource.RLIM_INFINITY))
 
 
-def _read_only(folder: Path, sitting: Any, mounting: bool) -> int:
+def _read_only(folder: Path, process: Any, mounting: bool) -> int:
     if mounting:
         _mount(folder, "-o", "remount,ro")
     folders = [path for path in (folder, *folder.rglob("*")) if path.is_dir()]
     if not mounting:
         for path in folders:
             path.chmod(0o555)
-    code: int = sitting()
+    code: int = process()
     if mounting:
         _mount(folder, "-o", "remount,rw")
     else:
@@ -146,11 +147,11 @@ def _read_only(folder: Path, sitting: Any, mounting: bool) -> int:
     return code
 
 
-def _mount(folder: Path, *words: str) -> None:
-    subprocess.run(["mount", *words, folder], check=True)
+def _mount(folder: Path, *args: str) -> None:
+    subprocess.run(["mount", *args, folder], check=True)
 
 
-def _whole(generation: Path) -> bool:
+def _is_intact(generation: Path) -> bool:
     try:
         read_manifest(generation)
     except IntegrityError:

@@ -1,5 +1,5 @@
-"""kill -9: at every file operation, at random times, while scoring, twice in a row; and through
-the real command line. What the next sitting ends with must equal the run that was left alone."""
+"""kill -9 at every file operation, at random times, during scoring, twice in a row, and through
+the command line. The results of the resumed process must equal those of an undisturbed run."""
 
 from __future__ import annotations
 
@@ -18,12 +18,12 @@ from lab import (
     Lab,
     at_call,
     at_operation,
-    be_asked_to_stop,
     clean,
     die,
     finish,
     log_of,
     outcome,
+    request_stop,
     run,
     start,
 )
@@ -33,7 +33,7 @@ from slm_lora.evaluation import scoring
 from slm_lora.training import step
 
 Case = tuple[str, int]
-"""Kind and number; the number decides where exactly."""
+"""Kind and number; the number determines the position."""
 Verdict = dict[str, Any]
 
 KILLED = -signal.SIGKILL
@@ -42,7 +42,7 @@ STEPS, VALIDATIONS, OPERATIONS_STOPPED, COMMANDS_STOPPED = 11, 4, 4, 2
 
 
 def kill_cases(operations: int) -> list[Case]:
-    """All kills; those through the command line first, as they take longest."""
+    """All kills, the slowest first: those through the command line."""
     kinds = [
         ("command", THROUGH_COMMAND),
         ("operation", operations),
@@ -50,68 +50,68 @@ def kill_cases(operations: int) -> list[Case]:
         ("scoring", SCORING),
         ("twice", TWICE),
     ]
-    return [(kind, number) for kind, many in kinds for number in range(1, many + 1)]
+    return [(kind, number) for kind, count in kinds for number in range(1, count + 1)]
 
 
 def stop_cases() -> list[Case]:
-    """All requests to stop: within a step, in validation and scoring, in a save, by command."""
+    """All stop requests: in a step, in validation and scoring, in a save, by command."""
     kinds = [
         ("stopped command", COMMANDS_STOPPED),
         ("step", STEPS),
         ("validation or scoring", VALIDATIONS),
         ("save", OPERATIONS_STOPPED),
     ]
-    return [(kind, number) for kind, many in kinds for number in range(1, many + 1)]
+    return [(kind, number) for kind, count in kinds for number in range(1, count + 1)]
 
 
-def verdict(lab: Lab, case: Case, wanted: Any, operations: int, seconds: float) -> Verdict:
-    """Do one case.
+def verdict(lab: Lab, case: Case, expected: Any, operations: int, seconds: float) -> Verdict:
+    """Run a case.
 
     Args:
-        lab: what to run.
-        case: what to do to it.
-        wanted: outcome of the run that was left alone.
+        lab: the experiment.
+        case: the fault.
+        expected: outcome of the undisturbed run.
         operations: file operations of that run.
-        seconds: that it took.
+        seconds: duration of that run.
     """
     kind, number = case
     folder = lab.folder / f"{kind.replace(' ', '-')}-{number}"
     folder.mkdir()
-    draw = random.Random(f"{kind} {number}")
-    begun = {
-        "random": lambda: _kill_after(lab, folder, draw.uniform(0, seconds)),
+    rng = random.Random(f"{kind} {number}")
+    first_code = {
+        "random": lambda: _kill_after(lab, folder, rng.uniform(0, seconds)),
         "operation": lambda: run(lab, folder, at_operation(folder, number, die)),
         "scoring": lambda: run(lab, folder, at_call(scoring, "score_documents", number, die)),
-        "twice": lambda: _kill_twice(lab, folder, draw, operations),
+        "twice": lambda: _kill_twice(lab, folder, rng, operations),
         "command": lambda: _command(lab, folder, number, KILLED),
         "step": lambda: run(
-            lab, folder, at_call(step, "batch_nll", 1 + number * 3 // 2, be_asked_to_stop)
+            lab, folder, at_call(step, "batch_nll", 1 + number * 3 // 2, request_stop)
         ),
         "validation or scoring": lambda: run(
-            lab, folder, at_call(scoring, "score_documents", number * 5, be_asked_to_stop)
+            lab, folder, at_call(scoring, "score_documents", number * 5, request_stop)
         ),
         "save": lambda: run(
             lab,
             folder,
-            at_operation(folder, draw.randint(1, operations), be_asked_to_stop),
+            at_operation(folder, rng.randint(1, operations), request_stop),
         ),
         "stopped command": lambda: _command(lab, folder, number, STOPPED_RESUMABLE),
     }[kind]()
     through_command = "command" in kind
-    ended = _launch(lab, folder).wait() if through_command else run(lab, folder)
-    found = {"kind": kind, "number": number, "first": begun, "second": ended}
-    if ended == 0:
-        left = outcome(folder)
-        # Some are done before the fault comes; none may end in another way.
-        expected = (KILLED, STOPPED_RESUMABLE, 0)
-        found["equal"] = left == wanted and begun in expected
+    second_code = _launch(lab, folder).wait() if through_command else run(lab, folder)
+    result = {"kind": kind, "number": number, "first": first_code, "second": second_code}
+    if second_code == 0:
+        actual = outcome(folder)
+        # Some finish before the fault; no other exit code is allowed.
+        allowed_codes = (KILLED, STOPPED_RESUMABLE, 0)
+        result["equal"] = actual == expected and first_code in allowed_codes
     else:
-        found["equal"] = False
-    if found["equal"]:
+        result["equal"] = False
+    if result["equal"]:
         clean(lab, folder)
     else:
-        found["said"] = log_of(lab, folder)[-2000:] if not through_command else ""
-    return found
+        result["said"] = log_of(lab, folder)[-2000:] if not through_command else ""
+    return result
 
 
 def _kill_after(lab: Lab, folder: Path, seconds: float) -> int:
@@ -121,29 +121,29 @@ def _kill_after(lab: Lab, folder: Path, seconds: float) -> int:
     return finish(child)
 
 
-def _kill_twice(lab: Lab, folder: Path, draw: random.Random, operations: int) -> int:
-    first = run(lab, folder, at_operation(folder, draw.randint(1, operations), die))
-    second = run(lab, folder, at_operation(folder, draw.randint(1, operations // 2), die))
-    # The second sitting may be done before it is killed: it has fewer operations left.
+def _kill_twice(lab: Lab, folder: Path, rng: random.Random, operations: int) -> int:
+    first = run(lab, folder, at_operation(folder, rng.randint(1, operations), die))
+    second = run(lab, folder, at_operation(folder, rng.randint(1, operations // 2), die))
+    # The second process has fewer operations left, and may finish before the kill.
     return first if second in (KILLED, 0) else second
 
 
 def _launch(lab: Lab, folder: Path) -> subprocess.Popen[bytes]:
-    words = ["experiment", str(lab.folder / "faults.yaml")]
-    where = ["--results", str(folder / "results"), "--adapters", str(folder / "adapter")]
+    args = ["experiment", str(lab.folder / "faults.yaml")]
+    folders = ["--results", str(folder / "results"), "--adapters", str(folder / "adapter")]
     main = "from slm_lora.cli import main; main()"
     return subprocess.Popen(
-        [sys.executable, "-c", main, *words, *where],
+        [sys.executable, "-c", main, *args, *folders],
         stdout=subprocess.DEVNULL,
         stderr=subprocess.DEVNULL,
         env=os.environ | {"OMP_NUM_THREADS": "1"},
     )
 
 
-def _command(lab: Lab, folder: Path, number: int, wanted: int) -> int:
-    """Start the command, and end it once a certain file appears."""
+def _command(lab: Lab, folder: Path, number: int, code: int) -> int:
+    """Start the command, and end it once the trigger's file appears."""
     results = folder / "results" / NAME
-    signs: list[Callable[[], bool]] = [
+    triggers: list[Callable[[], bool]] = [
         lambda: any(results.glob("runs/base-*")),
         lambda: any(results.glob("checkpoints/*/step-000001")),
         lambda: any(results.glob("checkpoints/*/step-000002")),
@@ -155,9 +155,9 @@ def _command(lab: Lab, folder: Path, number: int, wanted: int) -> int:
         lambda: any(results.glob("runs/r2-*")),
         lambda: (results / "experiment_table.md").exists(),
     ]
-    sign = signs[number - 1] if wanted == KILLED else signs[number]
+    trigger = triggers[number - 1] if code == KILLED else triggers[number]
     process = _launch(lab, folder)
-    while process.poll() is None and not sign():
+    while process.poll() is None and not trigger():
         time.sleep(0.001)
-    process.send_signal(signal.SIGKILL if wanted == KILLED else signal.SIGTERM)
+    process.send_signal(signal.SIGKILL if code == KILLED else signal.SIGTERM)
     return process.wait()

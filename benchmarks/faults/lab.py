@@ -1,7 +1,7 @@
-"""A tiny experiment, run again and again in children of one process that has the imports done.
+"""A tiny experiment, run in forked children of a process with all imports done.
 
-The model is a random Llama made here, the rows are made here; an experiment is the base, one cell
-of five optimizer steps with a checkpoint after each, two validations and scoring.
+Model (a random Llama) and rows are synthetic; an experiment is the base and one cell of five
+optimizer steps, with a checkpoint after each, two validations, and scoring.
 """
 
 from __future__ import annotations
@@ -53,7 +53,7 @@ evaluation: {{micro_batch_tokens: 128}}
 checkpoint_seconds: 0
 """
 TIMES = {"seconds", "tokens_per_s", "first_step_seconds", "peak_memory_bytes"}
-"""Keys of a record that differ from run to run."""
+"""Keys of a record whose values vary between runs."""
 
 _IMPORTED_LATE = ("pandas", "peft", "pyarrow.compute", "pyarrow.parquet")
 
@@ -61,7 +61,7 @@ Hook = Callable[[], None]
 
 
 def make_model(folder: Path, seed: int = 7, **shape: int) -> Path:
-    """A Llama of random weights with a tokenizer of bytes."""
+    """A Llama with random weights and a byte-level tokenizer."""
     alphabet = sorted(pre_tokenizers.ByteLevel.alphabet())
     vocabulary = {token: index for index, token in enumerate(["<eos>", *alphabet])}
     raw = Tokenizer(models.BPE(vocabulary, []))
@@ -93,18 +93,18 @@ def make_model(folder: Path, seed: int = 7, **shape: int) -> Path:
 
 @dataclass(frozen=True)
 class Lab:
-    """What every case starts from.
+    """The experiment of all cases.
 
     Attributes:
-        folder: of recipe, rows and model; cases get folders of their own beside them.
-        jobs: ready to run: children inherit them.
+        folder: contains recipe, rows, model, and a folder per case.
+        jobs: resolved jobs, inherited by forked children.
     """
 
     folder: Path
     jobs: list[Job]
 
     def paths(self, case: Path) -> ExperimentPaths:
-        """Where a case writes."""
+        """Output folders of a case."""
         return ExperimentPaths(NAME, case / "results" / NAME, case / "adapter")
 
 
@@ -119,13 +119,13 @@ def make_lab(folder: Path) -> Lab:
     model = make_model(folder / "tiny-llama")
     rows = folder / "rows.jsonl"
     with rows.open("w", encoding="utf-8") as file:
-        for number in range(80):
-            row = {"instruction": f"Fact {number}?", "response": f"It is {number * 7}. " * 2}
+        for index in range(80):
+            row = {"instruction": f"Fact {index}?", "response": f"It is {index * 7}. " * 2}
             file.write(json.dumps(row) + "\n")
     recipe = folder / "faults.yaml"
     recipe.write_text(RECIPE.format(name=NAME, model=model, rows=rows), encoding="utf-8")
     lab = Lab(folder, make_jobs(load_recipe(recipe)[1]))
-    # What is here by now is not looked through again by every child's collector.
+    # Children's garbage collectors skip the objects that exist by now.
     gc.collect()
     gc.freeze()
     return lab
@@ -145,7 +145,7 @@ def start(lab: Lab, case: Path, hook: Hook = lambda: None) -> int:
         os.dup2(log.fileno(), 2)
         signal.signal(signal.SIGINT, signal.default_int_handler)
         signal.signal(signal.SIGTERM, signal.default_int_handler)
-        # A stream of its own: what the parent had in its buffers is the parent's.
+        # A new stream, without the parent's buffered output.
         sys.stderr = os.fdopen(2, "w", buffering=1, encoding="utf-8", closefd=False)
         reporter = Reporter(Console(file=sys.stderr, highlight=False, width=200))
         hook()
@@ -162,34 +162,34 @@ def finish(child: int) -> int:
 
 
 def run(lab: Lab, case: Path, hook: Hook = lambda: None) -> int:
-    """One sitting, to its end."""
+    """Run the experiment in a child; its exit code."""
     return finish(start(lab, case, hook))
 
 
 def log_of(lab: Lab, case: Path) -> str:
-    """What all sittings of a case said."""
+    """Output of all processes of a case."""
     return (lab.folder / f"{case.name}.log").read_text(encoding="utf-8")
 
 
 def outcome(case: Path) -> dict[str, Any]:
-    """What a finished experiment left, times aside: adapter bytes, records, steps, scores."""
-    left: dict[str, Any] = {}
+    """Results of a finished experiment without times: adapter hashes, records, steps, scores."""
+    results: dict[str, Any] = {}
     for path in sorted((case / "adapter").rglob("*")):
         if path.is_file():
-            left[path.relative_to(case).as_posix()] = digest(path)
+            results[path.relative_to(case).as_posix()] = digest(path)
     for run_folder in sorted((case / "results" / NAME / "runs").iterdir()):
         record = json.loads((run_folder / "run.json").read_text(encoding="utf-8"))
         steps = run_folder / "steps.jsonl"
         lines = steps.read_text(encoding="utf-8").splitlines() if steps.exists() else []
-        left[run_folder.name] = {
+        results[run_folder.name] = {
             "record": without_times(record),
             "steps": [without_times(json.loads(line)) for line in lines],
             "scores": digest(run_folder / "scores.parquet"),
         }
     hidden = [path for path in case.rglob(".*") if path.name != ".lock"]
-    left["leftovers"] = sorted(path.name for path in hidden)
-    left["checkpoints"] = sorted(p.name for p in (case / "results" / NAME).glob("checkpoints/*"))
-    return left
+    results["leftovers"] = sorted(path.name for path in hidden)
+    results["checkpoints"] = sorted(p.name for p in (case / "results" / NAME).glob("checkpoints/*"))
+    return results
 
 
 def without_times(value: Any) -> Any:
@@ -204,69 +204,71 @@ def digest(path: Path) -> str:
 
 
 def clean(lab: Lab, case: Path) -> None:
-    """Remove a case that went well."""
+    """Remove the files of a case."""
     shutil.rmtree(case, ignore_errors=True)
     with contextlib.suppress(OSError):
         (lab.folder / f"{case.name}.log").unlink()
 
 
-# --- hooks: what happens in the child ------------------------------------------------------------
+# --- hooks: run in the child ---------------------------------------------------------------------
 
 _CHANGES = {"os.rename", "os.mkdir", "os.remove", "os.rmdir", "os.chmod"}
 _WRITES = os.O_WRONLY | os.O_RDWR | os.O_CREAT
 
 
-def each_operation(folder: Path, seen: Callable[[], None]) -> None:
-    """Have ``seen`` called right before every file operation of this process: a file in
-    ``folder`` opened to be written, synced, renamed, removed, a folder made or removed."""
+def on_each_operation(folder: Path, callback: Callable[[], None]) -> None:
+    """Call ``callback`` right before every file operation of this process: opening a file in
+    ``folder`` for writing, fsync, rename, remove, making or removing a folder."""
 
     def audit(event: str, arguments: tuple[Any, ...]) -> None:
         if event == "open":
             path, _, flags = arguments
             if isinstance(path, str | Path) and flags & _WRITES and str(folder) in str(path):
-                seen()
+                callback()
         elif event in _CHANGES:
-            seen()
+            callback()
 
     sync = os.fsync
 
     def fsync(descriptor: int) -> None:
-        seen()
+        callback()
         sync(descriptor)
 
     sys.addaudithook(audit)
     os.fsync = fsync  # type: ignore[assignment]
 
 
-def at_operation(folder: Path, number: int, act: Callable[[], None]) -> Hook:
-    """``act`` right before the file operation ``number`` (from 1)."""
-    done = itertools.count(1)
-    return lambda: each_operation(folder, lambda: act() if next(done) == number else None)
+def at_operation(folder: Path, number: int, action: Callable[[], None]) -> Hook:
+    """Call ``action`` right before file operation ``number`` (from 1)."""
+    counter = itertools.count(1)
+    return lambda: on_each_operation(folder, lambda: action() if next(counter) == number else None)
 
 
 def count_operations(lab: Lab, case: Path) -> int:
-    """File operations of a whole, undisturbed experiment."""
+    """File operations of an undisturbed experiment."""
     reader, writer = os.pipe()
-    code = run(lab, case, lambda: each_operation(case, lambda: (os.write(writer, b"."), None)[1]))
+    code = run(
+        lab, case, lambda: on_each_operation(case, lambda: (os.write(writer, b"."), None)[1])
+    )
     os.close(writer)
     if code:
         sys.exit(f"the undisturbed experiment ended with {code}:\n{log_of(lab, case)}")
-    with os.fdopen(reader, "rb") as told:
-        return len(told.read())
+    with os.fdopen(reader, "rb") as operations:
+        return len(operations.read())
 
 
-def at_call(module: Any, name: str, number: int, act: Callable[[], None]) -> Hook:
-    """``act`` right before call ``number`` (from 1) of a function."""
+def at_call(module: Any, name: str, number: int, action: Callable[[], None]) -> Hook:
+    """Call ``action`` right before call ``number`` (from 1) of a function."""
 
     def hook() -> None:
-        function, done = getattr(module, name), 0
+        function, calls = getattr(module, name), 0
 
-        def counted(*arguments: Any, **more: Any) -> Any:
-            nonlocal done
-            done += 1
-            if done == number:
-                act()
-            return function(*arguments, **more)
+        def counted(*arguments: Any, **options: Any) -> Any:
+            nonlocal calls
+            calls += 1
+            if calls == number:
+                action()
+            return function(*arguments, **options)
 
         setattr(module, name, counted)
 
@@ -274,10 +276,10 @@ def at_call(module: Any, name: str, number: int, act: Callable[[], None]) -> Hoo
 
 
 def die() -> None:
-    """As the kernel's out-of-memory killer, or a power cut, would have it."""
+    """SIGKILL, as from the kernel's out-of-memory killer."""
     os.kill(os.getpid(), signal.SIGKILL)
 
 
-def be_asked_to_stop() -> None:
-    """As a scheduler does it."""
+def request_stop() -> None:
+    """SIGTERM, as from a scheduler."""
     os.kill(os.getpid(), signal.SIGTERM)

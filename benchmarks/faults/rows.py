@@ -1,4 +1,4 @@
-"""Fifteen kinds of malformed rows: each is refused with its line, and counted when skipped."""
+"""Fifteen kinds of malformed rows: each must be refused with its line, and counted if skipped."""
 
 from __future__ import annotations
 
@@ -33,11 +33,11 @@ LINES: dict[str, bytes] = {
 }
 KINDS = (*LINES, "CSV type drift", "Parquet type drift")
 AT = 12
-"""Line, or item, of the bad row."""
+"""Line or item of the malformed row."""
 
 
 def detected(kind: str, folder: Path) -> bool:
-    """Whether a file with one row of that kind is refused by its line, and skipped when asked."""
+    """Whether a file with such a row is refused with the line, and the row skipped on request."""
     path = _WRITERS.get(kind, _jsonl)(kind, folder)
     section = DataSection(name=str(path))
     try:
@@ -46,11 +46,11 @@ def detected(kind: str, folder: Path) -> bool:
     except MalformedRowsError as error:
         reason = error.bad_rows[0].reason
         place = f"{path.name} row {AT}" if path.suffix == ".parquet" else f"{path.name}:{AT}"
-        wanted = (BadRow(place, reason),)
-        if error.bad_rows != wanted or f"{place}: {reason}" not in str(error):
+        expected = (BadRow(place, reason),)
+        if error.bad_rows != expected or f"{place}: {reason}" not in str(error):
             return False
     skipped = read_rows(section.model_copy(update={"on_bad_row": "skip"}))
-    return skipped.bad_rows == wanted
+    return skipped.bad_rows == expected
 
 
 def _jsonl(kind: str, folder: Path) -> Path:
@@ -62,7 +62,7 @@ def _jsonl(kind: str, folder: Path) -> Path:
 
 
 def _csv(kind: str, folder: Path) -> Path:
-    """A row with one field too many, as a comma without quotes makes it."""
+    """A row with an additional field, from an unquoted comma."""
     path = folder / "rows.csv"
     rows: list[list[Any]] = [["instruction", "response"]]
     rows += [[f"Count {n}.", "One."] for n in range(20)]
@@ -73,7 +73,7 @@ def _csv(kind: str, folder: Path) -> Path:
 
 
 def _parquet(kind: str, folder: Path) -> Path:
-    """Messages of which one lost its content, in a column that is typed."""
+    """Messages in a typed column, one with null content."""
     path = folder / "rows.parquet"
     chats = [
         [{"role": "user", "content": f"{n}?"}, {"role": "assistant", "content": "One."}]

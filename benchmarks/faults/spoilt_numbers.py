@@ -1,5 +1,5 @@
-"""NaN and infinity in loss, gradient, weights, validation and scoring: exit 5, step or row named,
-nothing that is not finite saved."""
+"""NaN and infinity in loss, gradient, weights, validation and scoring: exit 5, a message with the
+step or row, and no saved file with non-finite values."""
 
 from __future__ import annotations
 
@@ -26,13 +26,13 @@ def _spoil_loss(value: float) -> Hook:
 
 def _spoil_gradient() -> None:
     function = step.StepRunner._backward
-    done = 0
+    calls = 0
 
     def backward(self: step.StepRunner, *arguments: Any) -> Any:
-        nonlocal done
-        done += 1
+        nonlocal calls
+        calls += 1
         loss = function(self, *arguments)
-        if done == 2:
+        if calls == 2:
             gradient = self.parameters[0].grad
             assert gradient is not None
             gradient[0, 0] = math.nan
@@ -43,13 +43,13 @@ def _spoil_gradient() -> None:
 
 def _spoil_weights() -> None:
     function = torch.optim.AdamW.step
-    done = 0
+    calls = 0
 
     def update(self: torch.optim.AdamW, *arguments: Any) -> Any:
-        nonlocal done
-        done += 1
+        nonlocal calls
+        calls += 1
         result = function(self, *arguments)
-        if done == 2:
+        if calls == 2:
             with torch.no_grad():
                 self.param_groups[0]["params"][0][0, 0] = math.inf
         return result
@@ -58,21 +58,21 @@ def _spoil_weights() -> None:
 
 
 def _spoil_scores(call: int) -> Hook:
-    def spoiled(found: Any) -> Any:
-        found.nll_all[0] = math.nan
-        return found
+    def spoiled(scores: Any) -> Any:
+        scores.nll_all[0] = math.nan
+        return scores
 
     return lambda: _spoil(scoring, "score_documents", call, spoiled)
 
 
 def _spoil(module: Any, name: str, call: int, change: Callable[[Any], Any]) -> None:
-    function, done = getattr(module, name), 0
+    function, calls = getattr(module, name), 0
 
     def spoiled(*arguments: Any) -> Any:
-        nonlocal done
-        done += 1
-        found = function(*arguments)
-        return change(found) if done == call else found
+        nonlocal calls
+        calls += 1
+        result = function(*arguments)
+        return change(result) if calls == call else result
 
     setattr(module, name, spoiled)
 
@@ -92,20 +92,20 @@ NUMBERS: dict[str, tuple[Hook, re.Pattern[str]]] = {
 
 
 def verdict(lab: Lab, name: str) -> dict[str, Any]:
-    """Spoil one number, and look at what is said and what is saved."""
-    hook, wanted = NUMBERS[name]
+    """Inject one number; check exit code, message and saved files."""
+    hook, message = NUMBERS[name]
     folder = lab.folder / name.replace(" ", "-")
     code = run(lab, folder, hook)
-    said = log_of(lab, folder)
+    log = log_of(lab, folder)
     saved = sorted(folder.rglob("*.safetensors"))
     finite = all(_finite(path) for path in saved)
-    named = wanted.search(said) is not None
-    found = {"name": name, "code": code, "named": named, "saved": len(saved), "all_finite": finite}
-    found["held"] = code == 5 and named and finite
-    if not found["held"]:
-        found["said"] = said[-2000:]
+    named = message.search(log) is not None
+    result = {"name": name, "code": code, "named": named, "saved": len(saved), "all_finite": finite}
+    result["held"] = code == 5 and named and finite
+    if not result["held"]:
+        result["said"] = log[-2000:]
     clean(lab, folder)
-    return found
+    return result
 
 
 def _finite(path: Path) -> bool:

@@ -1,44 +1,44 @@
-"""The errors a user can meet; each kind is one exit code of the command.
+"""Errors for the user; each class has its exit code.
 
-A message is one line: what is wrong, where, and how to mend it.
+A message is one line: the place, the problem, and the way out.
 """
 
 
 class SlmLoraError(Exception):
-    """An error that is explained to the user without a traceback."""
+    """An error that is reported as its message, without a traceback."""
 
     exit_code = 1
 
 
 class UsageError(SlmLoraError):
-    """The command, the recipe or the installation asks for something that cannot be."""
+    """Invalid command line, recipe or installation."""
 
     exit_code = 2
 
 
 class DataError(SlmLoraError):
-    """Rows are malformed, missing or too few."""
+    """Malformed, missing or too few rows."""
 
     exit_code = 3
 
 
 class IntegrityError(SlmLoraError):
-    """A file is broken, or two things do not belong together (adapter and base, say)."""
+    """A broken file, or files that do not match (such as adapter and base)."""
 
     exit_code = 4
 
 
 class NumericError(SlmLoraError):
-    """A loss, a gradient or a weight is not finite."""
+    """A loss, gradient or weight that is not finite."""
 
     exit_code = 5
 
 
 class StorageError(SlmLoraError):
-    """The disk or the network failed."""
+    """Failure of disk, network or cluster."""
 
     exit_code = 6
 
 
 STOPPED_RESUMABLE = 75
-"""Exit code of a run that was stopped on request; the same command continues it."""
+"""Exit code after a stop on request; the same command resumes the run."""

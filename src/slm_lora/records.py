@@ -1,4 +1,4 @@
-"""Small frozen values that pass between the stages."""
+"""Immutable records passed between the stages: rows, examples, scores, steps."""
 
 from __future__ import annotations
 
@@ -19,7 +19,7 @@ Mask = npt.NDArray[np.bool_]
 
 @dataclass(frozen=True, slots=True)
 class Turn:
-    """One message; ``content`` is plain text, whatever special tokens it may spell."""
+    """One message; special tokens spelt in ``content`` are plain text."""
 
     role: Role
     content: str
@@ -27,14 +27,17 @@ class Turn:
 
 @dataclass(frozen=True, slots=True)
 class Row:
-    """One example in the canonical form that every format is read into.
+    """One row of a data set, in a form common to all formats.
 
-    An instruction with a response is a user turn and an assistant turn; a chat has as many as
-    it has; plain text is a single assistant turn (all of it is response).
-
-    ``group_hint`` ties rows that must not be parted by a split (say, questions on one object);
-    ``source`` is ``file:line`` or ``hub id:index``, for messages only. ``row_id`` is the
-    SHA-256 of the canonical content: the same wherever the row was read from.
+    Attributes:
+        turns: user and assistant turn of an instruction with response; all turns of a chat; a
+            single assistant turn of plain text (all of it is response).
+        context: document that the instruction refers to.
+        category: for breakdowns in the report.
+        group_hint: rows with the same value stay on one side of the split (such as questions
+            about one object).
+        source: ``file:line`` or ``hub id:index``, for messages.
+        row_id: SHA-256 of the canonical content, independent of the source.
     """
 
     turns: tuple[Turn, ...]
@@ -52,17 +55,17 @@ class Row:
 
 
 PIECE = "."
-"""Between the id of a row and the number of its piece, in the id of a piece (``….2of3``)."""
+"""Separator of a row's id and the number of its piece, in ids of pieces (``….2of3``)."""
 
 
 @dataclass(frozen=True, slots=True)
 class Example:
-    """A tokenised row, or a piece of one that was too long.
+    """A tokenised row, or a piece of a longer one.
 
-    ``ids`` is the whole sequence, BOS first where the tokenizer adds one, EOS last unless cut.
-    ``response`` marks the response tokens; position 0 is never scored (nothing predicts it).
-    ``bytes_all`` and ``bytes_response`` are UTF-8 bytes of the scored text; special tokens
-    count none.
+    Attributes:
+        ids: int32 [length]: BOS first if the tokenizer adds it, EOS last unless truncated.
+        response: bool [length]: response tokens. Position 0 has no prediction, and no score.
+        bytes_all, bytes_response: UTF-8 bytes of the scored text, without special tokens.
     """
 
     row_id: str
@@ -75,7 +78,7 @@ class Example:
 
     @property
     def length(self) -> int:
-        """Tokens in the sequence, the unscored first one included."""
+        """Number of tokens, including the first, which is not scored."""
         return len(self.ids)
 
 
@@ -84,10 +87,10 @@ class RowScore:
     """Scores of one row under one model.
 
     Attributes:
-        nll_all, nll_response: negative log-likelihood, nats (float64).
-        tokens_all, tokens_response: that it is summed over.
-        bytes_all, bytes_response: of the scored text, UTF-8.
-        values: numerators and denominators of further metrics, by name.
+        nll_all, nll_response: sum of the negative log-likelihood, nats (float64).
+        tokens_all, tokens_response: number of tokens in the sum.
+        bytes_all, bytes_response: UTF-8 bytes of the scored text.
+        values: numerator and denominator of further metrics, by name.
     """
 
     row_id: str
@@ -105,13 +108,16 @@ class RowScore:
 
 @dataclass(frozen=True, slots=True)
 class Step:
-    """What is known after one optimizer step.
+    """Measurements of one optimizer step.
 
-    ``loss`` is nats per label token, of this step's examples, before its update; ``tokens``
-    are all real tokens computed (no padding is), ``seconds`` since the loop began, validation
-    left out. ``validation_loss`` is set on steps where the validation set was scored; ``skipped``
-    means that an fp16 gradient overflowed and nothing was updated (``grad_norm`` is None then).
-    ``peak_memory_bytes`` is the largest peak of any process of the training up to this step.
+    Attributes:
+        loss: nats per label token over the step's examples, before the update.
+        grad_norm: L2 norm before clipping; None if ``skipped``.
+        tokens: tokens computed, without padding (there is none).
+        seconds: since the start of training, without validation.
+        validation_loss: nats per label token, if the validation set was scored at this step.
+        skipped: whether an fp16 gradient overflowed, so that nothing was updated.
+        peak_memory_bytes: largest peak of any process since the start of training.
     """
 
     step: int

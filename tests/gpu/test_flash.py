@@ -1,4 +1,4 @@
-"""FlashAttention on a CUDA GPU against batched products, and a training that takes it."""
+"""FlashAttention on a CUDA GPU against `attention_bmm`, and a training run with it."""
 
 from __future__ import annotations
 

@@ -1,4 +1,4 @@
-"""Compiled code: it runs, it computes what the plain code does, and it is compiled once."""
+"""torch.compile: same results as in eager mode, one compilation for all shapes, fallback."""
 
 from __future__ import annotations
 
@@ -16,7 +16,7 @@ from slm_lora.errors import DataError
 from slm_lora.model.base import DTYPES, Base
 from slm_lora.model.forward import batch_nll, score_documents
 from slm_lora.ops import compilation
-from slm_lora.ops.cross_entropy import BLOCK, label_nll, nll_and_gradient
+from slm_lora.ops.cross_entropy import EAGER_BLOCK, label_nll, nll_and_gradient
 from slm_lora.ops.dropout import TokenDropout
 from slm_lora.ops.kernels import build
 from slm_lora.training.loop import train
@@ -26,7 +26,7 @@ from ..support.examples import LENGTHS, gradients, make_examples
 LoadTiny = Callable[..., Base]
 
 pytestmark = pytest.mark.skipif(
-    not compilation.wanted("auto", 10**9, torch.device("cpu"), low_precision=False),
+    not compilation.should_compile("auto", 10**9, torch.device("cpu"), low_precision=False),
     reason="no C++ compiler here",
 )
 
@@ -48,7 +48,7 @@ def test_compiled_gradients_are_those_of_fp64(
     reference = gradients(load_tiny("fp64", plain=True), examples, double=True, dropout=dropout)
 
     def error(precision: str, plain: bool, on: bool) -> float:
-        with compilation.fusion(on):
+        with compilation.enabled(on):
             found = gradients(load_tiny(precision, plain=plain), examples, dropout=dropout)
         return ((found - reference).norm() / reference.norm()).item()
 
@@ -60,7 +60,7 @@ def test_compiled_scores_equal_plain_ones(load_tiny: LoadTiny) -> None:
     base, batch = load_tiny(), collate(make_examples(LENGTHS), "all")
     plain = score_documents(base, batch).nll_all
     torch._dynamo.reset()
-    with compilation.fusion(True):
+    with compilation.enabled(True):
         compiled = score_documents(base, batch).nll_all
     assert counters["stats"]["unique_graphs"] > 0
     assert compiled == pytest.approx(plain, rel=1e-6)
@@ -72,12 +72,12 @@ def test_loss_and_gradient_are_those_of_the_logits(
     dtype: torch.dtype, rounding: float, on: bool
 ) -> None:
     torch.manual_seed(0)
-    logits = (torch.randn(2 * BLOCK + 3, 5_000) * 8 + 50).to(dtype)
+    logits = (torch.randn(2 * EAGER_BLOCK + 3, 5_000) * 8 + 50).to(dtype)
     labels = torch.randint(0, 5_000, (len(logits),))
     exact = logits.double().requires_grad_()
     wanted = torch.nn.functional.cross_entropy(exact, labels, reduction="none")
     gradient = torch.autograd.grad(wanted.sum(), exact)[0]
-    with compilation.fusion(on):
+    with compilation.enabled(on):
         scored = label_nll(logits.clone(), labels)
         nll, found = nll_and_gradient(logits.clone(), labels)
     assert found.dtype == dtype and nll.dtype == torch.float32
@@ -88,7 +88,7 @@ def test_loss_and_gradient_are_those_of_the_logits(
 
 @pytest.mark.parametrize("p", [0.05, 0.3, 0.6])
 def test_compiled_dropout_has_the_same_mask(p: float) -> None:
-    # One shape for all p: code with another p's threshold must not be taken from a cache.
+    # The same shape for every p, to detect reuse of cached code with another p's threshold.
     dropout = TokenDropout(p, "a", 96)
     dropout.keys = torch.randint(-(2**31), 2**31, (1, 37), dtype=torch.int64).to(torch.int32)
     weight = torch.ones(3, 96)
@@ -106,7 +106,7 @@ def test_compiled_dropout_has_the_same_mask(p: float) -> None:
         assert torch.equal(one, other)
 
 
-# (The first shapes are those that code is made for; other seeds, other shapes.)
+# Code is compiled for the first shapes, so seeds vary these.
 @pytest.mark.parametrize(("precision", "seed"), [("fp32", 0), ("fp32", 1), ("bf16", 2)])
 def test_new_shapes_compile_nothing_new(load_tiny: LoadTiny, precision: str, seed: int) -> None:
     base = load_tiny(precision)
@@ -120,11 +120,11 @@ def test_new_shapes_compile_nothing_new(load_tiny: LoadTiny, precision: str, see
         batch_nll(base, collate(make_examples(lengths, seed=number), "all")).backward()
 
     torch._dynamo.reset()
-    with compilation.fusion(True):
+    with compilation.enabled(True):
         for number in range(20):
             step(number)
-    # A layer, the two softmaxes of attention by products (heads of 8 values never are computed in
-    # C++), and the loss, unless a kernel computes it: all layers share them, and all shapes.
+    # One graph for all layers, two for the softmax of `attention_bmm` and its gradient (the C++
+    # does not support a head dimension of 8), and one for the loss unless a kernel computes it.
     in_cpp = precision == "bf16" and build.available()
     assert counters["stats"]["unique_graphs"] == (3 if in_cpp else 4)
 
@@ -135,7 +135,7 @@ def test_every_rank_of_a_grid_is_compiled(load_tiny: LoadTiny) -> None:
     compiled = 0
     for r in (1, 2, 3, 4, 5):
         peft_model = attach.attach(base, AdapterSection(r=r), seed=0)
-        with compilation.fusion(True):
+        with compilation.enabled(True):
             batch_nll(base, batch).backward()
             peft_model.eval()
             score_documents(base, batch)
@@ -172,20 +172,20 @@ def test_where_compiling_fails_it_is_done_without() -> None:
     tried = []
 
     def work() -> str:
-        tried.append(compilation.is_on())
-        if compilation.is_on():
+        tried.append(compilation.is_enabled())
+        if compilation.is_enabled():
             raise RuntimeError("no such instruction\nand much more")
         return "done"
 
     assert compilation.run_with_compile_fallback(True, work) == "done"
     assert compilation.failure() == "no such instruction"
-    # From then on nothing tries again.
+    # Compilation is not attempted again.
     assert compilation.run_with_compile_fallback(True, work) == "done"
     assert tried == [True, False, False]
 
 
 def test_too_many_variants_are_told() -> None:
-    @compilation.fused
+    @compilation.compilable
     def doubled(x: torch.Tensor) -> torch.Tensor:
         return x * 2
 
@@ -194,7 +194,7 @@ def test_too_many_variants_are_told() -> None:
             True, lambda: doubled(torch.ones(3, dtype=dtype))
         )
 
-    work(torch.float16)  # sets the compiler up
+    work(torch.float16)  # configures torch.compile
     with torch._dynamo.config.patch(recompile_limit=2):
         for dtype in (torch.float32, torch.float64, torch.bfloat16):
             assert work(dtype).tolist() == [2, 2, 2]
@@ -215,11 +215,11 @@ def test_what_is_not_the_compilers_fault_is_not_blamed_on_it(error: Exception) -
 
 def test_short_runs_do_not_compile(monkeypatch: pytest.MonkeyPatch) -> None:
     cpu = torch.device("cpu")
-    for low_precision, least in zip((True, False), compilation.PAYS_FROM["cpu"], strict=True):
-        assert not compilation.wanted("auto", least - 1, cpu, low_precision)
-        assert compilation.wanted("auto", least, cpu, low_precision)
-    assert compilation.wanted(True, 1, cpu, low_precision=True)
-    assert not compilation.wanted(False, 10**9, cpu, low_precision=True)
+    for low_precision, least in zip((True, False), compilation.MIN_TOKENS["cpu"], strict=True):
+        assert not compilation.should_compile("auto", least - 1, cpu, low_precision)
+        assert compilation.should_compile("auto", least, cpu, low_precision)
+    assert compilation.should_compile(True, 1, cpu, low_precision=True)
+    assert not compilation.should_compile(False, 10**9, cpu, low_precision=True)
     monkeypatch.delenv("CXX", raising=False)
     monkeypatch.setattr(shutil, "which", lambda name: None)
-    assert not compilation.wanted("auto", 10**9, cpu, low_precision=True)
+    assert not compilation.should_compile("auto", 10**9, cpu, low_precision=True)

@@ -1,4 +1,4 @@
-"""Several processes at one run: the same numbers, one voice, one end, and nobody left behind."""
+"""Data-parallel runs: same results as one process, one log, joint exit, no orphans."""
 
 from __future__ import annotations
 
@@ -37,10 +37,10 @@ def environment(**more: str) -> dict[str, str]:
 
 
 @given(costs=st.lists(st.integers(1, 500), max_size=40), many=st.integers(1, 6))
-def test_every_item_is_somebodys_and_loads_are_even(costs: list[int], many: int) -> None:
+def test_partition_is_complete_and_balanced(costs: list[int], n_processes: int) -> None:
     items = list(enumerate(costs))
-    shares = distributed.partition(items, lambda item: item[1], many)
-    assert len(shares) == many
+    shares = distributed.partition(items, lambda item: item[1], n_processes)
+    assert len(shares) == n_processes
     assert sorted(item for share in shares for item in share) == items
     loads = [sum(cost for _, cost in share) for share in shares]
     assert max(loads) - min(loads) <= max(costs, default=0)
@@ -61,16 +61,16 @@ def ranks(tmp_path_factory: pytest.TempPathFactory, tiny_folder: Path) -> Path:
 @pytest.mark.parametrize(
     ("precision", "bound"), [("double", 1e-12), ("single", 1e-5), ("sharded", 1e-5)]
 )
-def test_gradients_and_scores_are_those_of_one_process(
+def test_gradients_and_scores_match_a_single_process(
     ranks: Path, precision: str, bound: float
 ) -> None:
-    """Dropout is on: its masks do not depend on who has a row."""
+    """With dropout, whose masks must not depend on the process of a row."""
     results = [load_file(ranks / f"{precision}-{n}.safetensors") for n in (1, 2, 4)]
     for other in results[1:]:
-        for name, wanted in results[0].items():
-            distance = ((other[name] - wanted).norm() / wanted.norm()).item()
+        for name, expected in results[0].items():
+            distance = ((other[name] - expected).norm() / expected.norm()).item()
             assert distance < (bound if name != "nll" else 1e-6), name
-            assert wanted.norm() > 0
+            assert expected.norm() > 0
 
 
 def loss_and_adapter(lab: Lab) -> tuple[list[float], dict[str, torch.Tensor]]:
@@ -89,7 +89,7 @@ def train_here(lab: Lab, *options: object) -> int:
     return command(*train(lab, *options)[len(SLM_LORA) :])
 
 
-def same(one: Lab, other: Lab) -> None:
+def assert_same_results(one: Lab, other: Lab) -> None:
     losses, adapters = zip(loss_and_adapter(one), loss_and_adapter(other), strict=True)
     assert losses[0] == pytest.approx(losses[1], rel=1e-5)
     for name, tensor in adapters[0].items():
@@ -97,24 +97,24 @@ def same(one: Lab, other: Lab) -> None:
 
 
 @pytest.fixture(scope="module")
-def straight(tmp_path_factory: pytest.TempPathFactory, tiny_folder: Path) -> Lab:
+def undisturbed(tmp_path_factory: pytest.TempPathFactory, tiny_folder: Path) -> Lab:
     """One process, never stopped."""
     lab = Lab(tmp_path_factory.mktemp("straight"), tiny_folder)
     assert train_here(lab) == 0
     return lab
 
 
-def test_the_command_in_two_processes(straight: Lab, tmp_path: Path, tiny_folder: Path) -> None:
+def test_the_command_in_two_processes(undisturbed: Lab, tmp_path: Path, tiny_folder: Path) -> None:
     lab = Lab(tmp_path / "two", tiny_folder)
     done = subprocess.run(
         train(lab, "--processes", 2), env=environment(), capture_output=True, text=True
     )
     assert done.returncode == 0, done.stderr
     assert done.stderr.count("trained 10 steps") == 1, "one voice"
-    same(straight, lab)
+    assert_same_results(undisturbed, lab)
     run = json.loads(next(lab.results.rglob("run.json")).read_text())
     assert run["machine"]["processes"] == 2
-    wanted = json.loads(next(straight.results.rglob("run.json")).read_text())
+    wanted = json.loads(next(undisturbed.results.rglob("run.json")).read_text())
     assert run["evaluation"]["all"]["rows"] == 20
     assert run["evaluation"]["all"]["loss"] == pytest.approx(
         wanted["evaluation"]["all"]["loss"], rel=1e-6
@@ -122,24 +122,24 @@ def test_the_command_in_two_processes(straight: Lab, tmp_path: Path, tiny_folder
 
 
 @slow
-def test_a_sharded_base_trains_to_the_same(
-    straight: Lab, tmp_path: Path, tiny_folder: Path
+def test_sharded_base_trains_to_the_same_adapter(
+    undisturbed: Lab, tmp_path: Path, tiny_folder: Path
 ) -> None:
     lab = Lab(tmp_path / "sharded", tiny_folder)
     words = train(lab, "--processes", 2, "training.fsdp=true")
     done = subprocess.run(words, env=environment(), capture_output=True, text=True)
     assert done.returncode == 0, done.stderr
-    same(straight, lab)
+    assert_same_results(undisturbed, lab)
 
 
 @slow
-def test_torchrun(straight: Lab, tmp_path: Path, tiny_folder: Path) -> None:
+def test_torchrun(undisturbed: Lab, tmp_path: Path, tiny_folder: Path) -> None:
     lab = Lab(tmp_path / "torchrun", tiny_folder)
     torchrun = [sys.executable, "-m", "torch.distributed.run", "--standalone"]
     words = [*torchrun, "--nproc-per-node", "2", *train(lab)[1:]]
     done = subprocess.run(words, env=environment(), capture_output=True, text=True, timeout=200)
     assert done.returncode == 0, done.stderr
-    same(straight, lab)
+    assert_same_results(undisturbed, lab)
 
 
 # --- stops, deaths and mistakes ----------------------------------------------------------------
@@ -159,7 +159,7 @@ def workers_of(starter: int) -> list[int]:
     return [int(word) for word in listing.stdout.split()]
 
 
-def gone(pids: list[int]) -> bool:
+def all_exited(pids: list[int]) -> bool:
     def is_gone(pid: int) -> bool:
         try:
             return Path(f"/proc/{pid}/stat").read_text().rpartition(")")[2].split()[0] == "Z"
@@ -169,21 +169,23 @@ def gone(pids: list[int]) -> bool:
     return all(is_gone(pid) for pid in pids)
 
 
-def until(what: Callable[[], bool], seconds: float = 90.0) -> None:
+def wait_until(condition: Callable[[], bool], seconds: float = 90.0) -> None:
     end = time.monotonic() + seconds
-    while not what():
+    while not condition():
         assert time.monotonic() < end, "waited in vain"
         time.sleep(0.05)
 
 
 @pytest.fixture
-def under_way(tmp_path: Path, tiny_folder: Path) -> Iterator[tuple[Lab, subprocess.Popen[str]]]:
+def running_training(
+    tmp_path: Path, tiny_folder: Path
+) -> Iterator[tuple[Lab, subprocess.Popen[str]]]:
     """A long training in two processes that has saved a checkpoint."""
     lab = Lab(tmp_path / "under-way", tiny_folder)
     started = subprocess.Popen(
         train(lab, "--processes", 2, *LONG), env=environment(), stderr=subprocess.PIPE, text=True
     )
-    until(lambda: newest_step(lab) >= 10)
+    wait_until(lambda: newest_step(lab) >= 10)
     yield lab, started
     pids = workers_of(started.pid)
     started.kill()
@@ -198,8 +200,8 @@ def newest_step(lab: Lab) -> int:
 
 
 @pytest.fixture(scope="module")
-def long_straight(tmp_path_factory: pytest.TempPathFactory, tiny_folder: Path) -> Lab:
-    """What `under_way` would come to in one process."""
+def undisturbed_long(tmp_path_factory: pytest.TempPathFactory, tiny_folder: Path) -> Lab:
+    """The result of `running_training` in one process."""
     lab = Lab(tmp_path_factory.mktemp("long-straight"), tiny_folder)
     assert train_here(lab, *LONG[:-1]) == 0
     return lab
@@ -207,47 +209,49 @@ def long_straight(tmp_path_factory: pytest.TempPathFactory, tiny_folder: Path) -
 
 @slow
 @pytest.mark.parametrize("whom", ["starter", "a worker"])
-def test_a_request_to_stop_stops_all_and_another_number_goes_on(
-    under_way: tuple[Lab, subprocess.Popen[str]],
+def test_stop_of_all_and_resume_with_another_number(
+    running_training: tuple[Lab, subprocess.Popen[str]],
     whom: str,
-    long_straight: Lab,
+    undisturbed_long: Lab,
     capsys: pytest.CaptureFixture[str],
 ) -> None:
-    lab, started = under_way
+    lab, started = running_training
     pids = workers_of(started.pid)
     os.kill(started.pid if whom == "starter" else max(pids), signal.SIGTERM)
     assert started.wait(timeout=60) == 75
-    until(lambda: gone(pids))
+    wait_until(lambda: all_exited(pids))
     stopped = newest_step(lab)
     assert 10 <= stopped < LONG_STEPS
     assert train_here(lab, *LONG) == 0
     log = capsys.readouterr().err
     assert f"going on from step-{stopped:06d}" in log
     assert "processes 2 → 1" in log
-    losses, wanted = loss_and_adapter(lab)[0], loss_and_adapter(long_straight)[0]
+    losses, wanted = loss_and_adapter(lab)[0], loss_and_adapter(undisturbed_long)[0]
     assert losses == pytest.approx(wanted, rel=1e-4)
 
 
 @slow
-def test_one_that_is_killed_ends_the_run_with_its_reason(
-    under_way: tuple[Lab, subprocess.Popen[str]],
+def test_killed_process_is_reported_as_the_cause(
+    running_training: tuple[Lab, subprocess.Popen[str]],
 ) -> None:
-    lab, started = under_way
+    lab, started = running_training
     pids = workers_of(started.pid)
     os.kill(max(pids), signal.SIGKILL)
     assert started.wait(timeout=60) == 128 + signal.SIGKILL
     assert started.stderr is not None
     assert "process 2 of 2 was ended by SIGKILL" in started.stderr.read()
-    until(lambda: gone(pids))
+    wait_until(lambda: all_exited(pids))
     assert newest_step(lab) >= 10
 
 
 @slow
-def test_nobody_outlives_the_starter(under_way: tuple[Lab, subprocess.Popen[str]]) -> None:
-    lab, started = under_way
+def test_workers_stop_when_the_launcher_dies(
+    running_training: tuple[Lab, subprocess.Popen[str]],
+) -> None:
+    lab, started = running_training
     pids = workers_of(started.pid)
     started.kill()
-    until(lambda: gone(pids))
+    wait_until(lambda: all_exited(pids))
     assert newest_step(lab) >= 10
 
 
@@ -263,16 +267,16 @@ if os.environ.get("RANK", "") in os.environ["SPOILT"]:
 
 
 @slow
-def test_an_error_is_told_once_by_whoever_has_it(tmp_path: Path, tiny_folder: Path) -> None:
+def test_error_is_reported_once_by_its_process(tmp_path: Path, tiny_folder: Path) -> None:
     """The first waits for the second in vain; the reason is the second's, and so is the exit code.
     Where all have the same, the first tells it."""
     lab = Lab(tmp_path / "spoilt", tiny_folder)
     (tmp_path / "sitecustomize.py").write_text(SPOILT)
-    told = {
+    last_lines = {
         "1": "process 2 of 2: rows.jsonl:7: response is empty",
         "0 1": "rows.jsonl:7: response is empty",
     }
-    for spoilt, last in told.items():
+    for spoilt, last in last_lines.items():
         done = subprocess.run(
             train(lab, "--processes", 2), capture_output=True, text=True, timeout=120,
             env=environment(PYTHONPATH=str(tmp_path), SPOILT=spoilt),
@@ -284,17 +288,17 @@ def test_an_error_is_told_once_by_whoever_has_it(tmp_path: Path, tiny_folder: Pa
 
 
 @slow
-def test_a_signal_to_everybody_is_one_request(
-    under_way: tuple[Lab, subprocess.Popen[str]], capsys: pytest.CaptureFixture[str]
+def test_signal_to_all_processes_is_one_request(
+    running_training: tuple[Lab, subprocess.Popen[str]], capsys: pytest.CaptureFixture[str]
 ) -> None:
-    """A scheduler signals starter and workers alike, and the starter passes it on."""
-    lab, started = under_way
+    """A scheduler signals launcher and workers, and the launcher forwards the signal."""
+    lab, started = running_training
     for pid in (*workers_of(started.pid), started.pid):
         os.kill(pid, signal.SIGTERM)
     assert started.wait(timeout=60) == 75
     assert started.stderr is not None
-    said = started.stderr.read()
-    assert "once more stops at once" in said and "Traceback" not in said
+    output = started.stderr.read()
+    assert "a second signal stops at once" in output and "Traceback" not in output
     stopped = newest_step(lab)
     assert train_here(lab, *LONG) == 0
     log = capsys.readouterr().err
@@ -325,13 +329,13 @@ def test_unequal_recipes(tmp_path: Path, tiny_folder: Path) -> None:
         )
         for n in range(2)
     ]
-    for each in started:
-        _, said = each.communicate(timeout=120)
-        assert each.returncode == 4
-        assert "the processes were given different recipes, rows or bases" in said
+    for process in started:
+        _, output = process.communicate(timeout=120)
+        assert process.returncode == 4
+        assert "the processes were given different recipes, rows or bases" in output
 
 
-def test_a_port_that_is_taken(tmp_path: Path, tiny_folder: Path) -> None:
+def test_port_in_use(tmp_path: Path, tiny_folder: Path) -> None:
     lab = Lab(tmp_path / "port", tiny_folder)
     with socket.socket() as taken:
         taken.bind(("127.0.0.1", 0))

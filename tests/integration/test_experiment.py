@@ -273,7 +273,7 @@ def test_of_named_templates_that_write_the_date_others_get_what_was_trained(
     one = ("grid.cells=[{data.size: 40}]", "training.max_steps=2")
     assert command("train", lab.recipe, *words, *one, *out) == 0
     said = capsys.readouterr()
-    assert (said.out + said.err).count("26 Jul 2024 stands in its place, in training and in") == 1
+    assert (said.out + said.err).count("26 Jul 2024 is used instead, in training and in") == 1
     folder = tmp_path / "adapter" / "tiny-40"
     tokenizer = AutoTokenizer.from_pretrained(folder if kind == "full" else base)
     if kind == "lora":
@@ -625,15 +625,17 @@ def test_data_check_warns_of_what_may_not_be_meant(
     assert len(said) == 6
     assert said[0].startswith("warning: 8 test rows: fewer than 30 give wide ")
     assert "1 of 48 training rows have no label token (loss on response)" in said[1]
-    assert said[2].startswith("warning: 1 rows are longer than data.max_length = 128 and are cut")
-    assert "1 rows hold what looks like a placeholder" in said[3]
+    assert said[2].startswith(
+        "warning: 1 rows are longer than data.max_length = 128 and are truncated"
+    )
+    assert "1 rows contain what looks like an unfilled placeholder" in said[3]
     assert "({{name}}), first odd.jsonl:5" in said[3]
-    assert "rows are prompted otherwise than trained" in said[4]
-    assert "responses of 1 rows spell special tokens (<|im_" in said[5]
+    assert "rows are tokenised differently in training and in generation" in said[4]
+    assert "responses: 1 rows contain special tokens (<|im_" in said[5]
     assert "data.special_tokens_in_responses=special makes them" in said[5]
     special = "data.special_tokens_in_responses=special"
     assert command("data", "check", lab.recipe, *plain, special) == 0
-    assert "they are these tokens (data.special_tokens_in" in capsys.readouterr().out
+    assert "tokenised as special tokens (data.special_tokens_in" in capsys.readouterr().out
 
 
 def test_long_texts_are_trained_on_and_scored_whole_in_pieces(
@@ -651,11 +653,11 @@ def test_long_texts_are_trained_on_and_scored_whole_in_pieces(
     words = (f"data.name={path}", "data.test_rows=6", "data.validation_rows=2")
     one = (*words, "grid.cells=[{adapter.r: 2}]", "training.num_train_epochs=1")
     assert command("data", "check", lab.recipe, *one) == 0
-    assert "data.on_long_row=split trains on and scores all of it" in capsys.readouterr().out
+    assert "data.on_long_row=split uses the whole text" in capsys.readouterr().out
     split = (*one, "data.on_long_row=split", "data.max_length=50")
     assert command("data", "check", lab.recipe, *split) == 0
     checked = capsys.readouterr().out
-    assert "warning: 6 test rows" in checked and "are cut off there" not in checked
+    assert "warning: 6 test rows" in checked and "are truncated" not in checked
     assert re.search(r"test +\d+ pieces +\d+ tokens; 6 rows over 50 tokens \(split\)", checked)
     assert lab.run(*split) == 0
     tokenizer = AutoTokenizer.from_pretrained(tiny_folder)
@@ -689,8 +691,8 @@ def test_data_commands(lab: Lab, capsys: pytest.CaptureFixture[str]) -> None:
     assert command("data", "check", lab.recipe) == 0
     checked = capsys.readouterr().out
     assert "120 rows in" in checked
-    for part in ("would leak", "prompts with different answers: 0", "labels a training row (all)",
-                 "length in tokens", "related as data.group_by says", "<|im_end|>]"):  # fmt: skip
+    for part in ("would leak", "prompts with conflicting answers: 0", "related by data.group_by",
+                 "labels per training row (all)", "length in tokens", "<|im_end|>]"):  # fmt: skip
         assert part in checked
     notes = [line for line in checked.splitlines() if line.startswith("note:")]
     assert len(notes) == 1 and notes[0].startswith("note: near-duplicate prompts keep 40 rows")

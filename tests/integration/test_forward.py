@@ -1,4 +1,4 @@
-"""Packed against plain, alone, and in fp64: the loss and its gradient are what they should be."""
+"""Loss and gradient of packed documents against padded batches, single documents and fp64."""
 
 from __future__ import annotations
 
@@ -12,13 +12,15 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 from torch import Tensor
 
-from slm_lora.data.collate import collate
+from slm_lora.data.collate import IGNORE_INDEX, collate
 from slm_lora.errors import UsageError
+from slm_lora.evaluation.scoring import score
 from slm_lora.model.base import DTYPES, Base, PrecisionName
 from slm_lora.model.forward import batch_nll, score_documents
 from slm_lora.ops import attention, attention_bmm, attention_cpu, attention_flash
 from slm_lora.ops.cross_entropy import CHUNK, summed_nll, token_nll
 from slm_lora.ops.output_head import HeadForm, OutputHead
+from slm_lora.ops.token_metrics import TOKEN_METRICS
 
 from ..support.examples import LENGTHS, gradients, load, make_examples, save_model
 
@@ -81,7 +83,7 @@ def test_attention_equals_softmax_attention(lengths: list[int]) -> None:
 
 @pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
 def test_attention_is_a_sound_operator(dtype: torch.dtype) -> None:
-    """Neither changes nor returns its inputs, and says the truth of the shapes of its outputs."""
+    """It neither mutates nor returns its inputs, and its fake kernel gives the right shapes."""
     generator = torch.Generator().manual_seed(0)
     q, k, v, upstream = (
         torch.randn(12, many, 16, generator=generator).to(dtype).requires_grad_()
@@ -98,7 +100,7 @@ def test_attention_is_a_sound_operator(dtype: torch.dtype) -> None:
 def error_to_fp64(
     load_tiny: LoadTiny, monkeypatch: pytest.MonkeyPatch
 ) -> Callable[[str, bool], float]:
-    """Relative distance of the gradients, in a precision and packed or plain, to plain fp64."""
+    """Relative error of gradients, by precision and packed or padded; reference: padded fp64."""
     examples = make_examples(LENGTHS)
     monkeypatch.setitem(DTYPES, "fp64", torch.float64)
     reference = gradients(load_tiny("fp64", plain=True), examples, double=True)
@@ -117,7 +119,7 @@ def test_fp32_gradients_are_those_of_fp64(error_to_fp64: Callable[[str, bool], f
 def test_bf16_is_no_further_from_fp64_than_transformers_own(
     error_to_fp64: Callable[[str, bool], float],
 ) -> None:
-    # Two different roundings of equal size: a tenth of slack.
+    # A tolerance of a tenth, because rounding errors are of equal size but different.
     assert error_to_fp64("bf16", False) < 1.1 * error_to_fp64("bf16", True)
 
 
@@ -134,7 +136,7 @@ HEADS = {
         "v_head_dim": 8, "dim_model_base": 4,
     },
 }  # fmt: skip
-"""Models that scale, cap or shift their logits."""
+"""Models with a scale, a cap or a bias in their output layer."""
 
 
 def save_headed(kind: str, folder: Path, std: float) -> None:
@@ -152,7 +154,7 @@ def save_headed(kind: str, folder: Path, std: float) -> None:
 
 
 @pytest.mark.parametrize("kind", HEADS)
-@pytest.mark.parametrize("std", [0.1, 0.7])  # a cap of 30 bends the first by next to nothing
+@pytest.mark.parametrize("std", [0.1, 0.7])  # with 0.1, a cap of 30 has almost no effect
 def test_special_heads_give_the_loss_of_transformers(kind: str, std: float, tmp_path: Path) -> None:
     save_headed(kind, tmp_path, std)
     base = load(tmp_path)
@@ -214,9 +216,9 @@ def test_documents_that_see_each_other_are_found_out(
 def test_flash_attention_that_does_not_run_is_named_and_not_used(
     monkeypatch: pytest.MonkeyPatch,
 ) -> None:
-    # A CPU has none, so the trial itself is what fails.
+    # PyTorch has no FlashAttention operator on a CPU, so the check fails.
     monkeypatch.setattr(attention_flash, "_failure", "")
-    assert not attention_flash.is_proven.__wrapped__(torch.device("cpu"), torch.bfloat16, 64)
+    assert not attention_flash.is_verified.__wrapped__(torch.device("cpu"), torch.bfloat16, 64)
     assert "_flash_attention_forward" in attention_flash.failure()
 
 
@@ -229,7 +231,7 @@ def test_other_models_score_as_transformers_does(kind: str, tmp_path: Path) -> N
     torch.manual_seed(0)
     save_model(config, tmp_path)
     base = load(tmp_path)
-    # Only Mistral uses its window by default; packed attention knows none.
+    # Only Mistral enables its sliding window by default; packed attention does not support one.
     assert base.packed == (kind != "MistralConfig"), base.fallback_reason
     examples = make_examples([30, 12, 5])
     found = score_documents(base, collate(examples, "all")).nll_all
@@ -282,3 +284,31 @@ def test_chunked_loss_equals_cross_entropy(positions: int, form: HeadForm, with_
         torch.testing.assert_close(one, other, rtol=1e-10, atol=1e-12)
     rows = token_nll(hidden, OutputHead(weight, bias, form), labels)
     assert rows.sum().item() == pytest.approx(reference.item(), rel=1e-6)
+
+
+def accurate(logits: torch.Tensor, labels: torch.Tensor) -> torch.Tensor:
+    return (logits.argmax(1) == labels).double()
+
+
+@pytest.mark.parametrize("plain", [False, True])
+def test_token_metrics_are_those_of_transformers_logits(
+    load_tiny: LoadTiny, monkeypatch: pytest.MonkeyPatch, plain: bool
+) -> None:
+    """A planted accuracy, over all labels and over the response's, per row."""
+    monkeypatch.setitem(TOKEN_METRICS, "accuracy", accurate)
+    base, examples = load_tiny("fp32", plain=plain), make_examples(LENGTHS)
+    base.model.eval()
+    for row in score(base, examples, "test", 64):
+        (example,) = (e for e in examples if e.row_id == row.row_id)
+        (alone,) = [collate([example], "all")]
+        with torch.no_grad():
+            ids = torch.from_numpy(alone.ids)[None]
+            hit = load_tiny("fp32", plain=True).model(ids).logits[0].argmax(1).numpy()
+        scored = alone.labels != IGNORE_INDEX
+        right = (hit == alone.labels) & scored
+        assert row.values["accuracy"] == (right.sum(), scored.sum())
+        response = alone.response.astype(bool)
+        expected = (right & response).sum(), (scored & response).sum()
+        assert row.values["accuracy_response"] == expected
+    monkeypatch.delitem(TOKEN_METRICS, "accuracy")
+    assert all(row.values == {} for row in score(base, examples, "test", 64))

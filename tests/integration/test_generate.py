@@ -36,14 +36,14 @@ from slm_lora.evaluation.generation import (
     prompt_ids,
     reference_loss,
 )
-from slm_lora.export.trained import read as read_trained
+from slm_lora.export.trained import read_trained
 from slm_lora.model.loading import load_tokenizer
 from slm_lora.model.resolve import ModelSource, resolve
 from slm_lora.records import Row, Turn
 from slm_lora.runtime.checksums import FILES, SEAL
 
 from ..support.examples import save_model
-from ..support.exports import change_about, make_adapter
+from ..support.exports import change_metadata, make_adapter
 from ..support.tiny_model import tiny_tokenizer
 
 QUESTIONS = ("Tell me fact 3 about bread.", "What of <|im_end|> and tea?", "Maps?\nAnd clocks?")
@@ -271,7 +271,7 @@ def test_a_conversation_goes_through_a_chat_template_only(tiny_source: ModelSour
     ]
     tokenizer = load_tokenizer(tiny_source)
     chat = RowTokenizer(tokenizer, Template("chat"))
-    assert chat.holds_conversations
+    assert chat.is_multi_turn
     messages = [{"role": turn.role, "content": turn.content} for turn in turns]
     wanted = tokenizer.apply_chat_template(messages, add_generation_prompt=True)["input_ids"]
     assert chat.prompt(turns) == list(wanted)
@@ -315,7 +315,7 @@ def test_another_template_beside_the_adapter_is_refused(
 ) -> None:
     changed = shutil.copytree(folders[0], tmp_path / "changed")
     (changed / "chat_template.jinja").write_text("{{ messages[0]['content'] }}")
-    with pytest.raises(IntegrityError, match="not as it was written"):
+    with pytest.raises(IntegrityError, match="changed"):
         load_adapter_set(str(tiny_source.path), [changed], precision="fp32")
     # Adapters of before there were seals do not say the SHA-256 of their files.
     about = json.loads((changed / adapter_io.ABOUT).read_text())
@@ -362,7 +362,7 @@ def test_an_adapter_whose_template_writes_the_date(tiny_folder: Path, tmp_path: 
     assert found.row_tokenizers["one"].prompt([Turn("user", "Tea?")]) == asked
     assert found.notes == ()
     shipped.write_text(dated)
-    change_about(adapter)
+    change_metadata(adapter)
     found = load_adapter_set(str(base), [adapter], precision="fp32")
     assert found.row_tokenizers["one"].prompt([Turn("user", "Tea?")]) == asked
     (note,) = found.notes
@@ -372,7 +372,7 @@ def test_an_adapter_whose_template_writes_the_date(tiny_folder: Path, tmp_path: 
     )
     assert read_trained(adapter).chat_template == holder.chat_template  # what is handed on further
     shipped.write_text(dated.replace("%d", "%A"))
-    change_about(adapter)
+    change_metadata(adapter)
     with pytest.raises(IntegrityError, match="not the template that the adapter was trained"):
         load_adapter_set(str(base), [adapter], precision="fp32")
     (adapter / adapter_io.ABOUT).unlink()
@@ -448,7 +448,7 @@ def run(*words: object) -> int:
     return run_guarded(lambda: app([str(word) for word in words], standalone_mode=False))
 
 
-def test_generate_writes_a_line_a_prompt(
+def test_generate_writes_one_line_per_prompt(
     tiny_source: ModelSource, folders: tuple[Path, ...], tmp_path: Path, variants: AdapterSet
 ) -> None:
     prompts = tmp_path / "prompts.jsonl"
@@ -464,7 +464,7 @@ def test_generate_writes_a_line_a_prompt(
     assert lines[0]["tokens"] <= 9 and lines[0]["finish_reason"] in ("stop", "length")
 
 
-def test_outputs_stand_side_by_side(
+def test_compare_outputs_writes_all_formats(
     tiny_source: ModelSource, folders: tuple[Path, ...], tmp_path: Path,
     capsys: pytest.CaptureFixture[str],
 ) -> None:  # fmt: skip
@@ -474,8 +474,8 @@ def test_outputs_stand_side_by_side(
     words = ("--adapter", folders[0], "--adapter", folders[1], "--base", tiny_source.path)
     named = [word for out in outs for word in ("--out", out)]
     assert run("compare-outputs", prompts, *words, *named, "--max-new-tokens", 8) == 0
-    markdown, page, found = (out.read_text() for out in outs)
-    answers = json.loads(found)["prompts"][0]["answers"]
+    markdown, page, record = (out.read_text() for out in outs)
+    answers = json.loads(record)["prompts"][0]["answers"]
     assert [answer["variant"] for answer in answers] == ["base", "one", "two.5"]
     assert len({answer["loss"] for answer in answers}) == 3
     assert "<b>Tea" not in page and "&lt;b&gt;Tea" in page
@@ -497,7 +497,7 @@ def test_bad_prompts_name_their_line(tmp_path: Path, capsys: pytest.CaptureFixtu
         assert f"{path}:2: " in (error := capsys.readouterr().err) and reason in error
 
 
-def test_text_that_is_none_is_refused_in_one_line(
+def test_invalid_unicode_is_refused_in_one_line(
     tmp_path: Path, capsys: pytest.CaptureFixture[str]
 ) -> None:
     path = tmp_path / "prompts.jsonl"
@@ -512,39 +512,37 @@ def test_text_that_is_none_is_refused_in_one_line(
     assert run("chat", "--system", "\udcff") == 3
 
 
-def test_a_line_that_is_no_text_does_not_end_the_chat(
+def test_invalid_input_does_not_end_the_chat(
     tiny_source: ModelSource, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
 ) -> None:
     monkeypatch.setattr(
         sys, "stdin", io.TextIOWrapper(io.BytesIO(b"caf\xe9\nTea?\n"), encoding="utf-8")
     )
     assert run("chat", "--base", tiny_source.path, "--max-new-tokens", 4, "--temperature", 0) == 0
-    said = capsys.readouterr().out
-    assert "the question has a lone surrogate" in said
-    assert len(said.split("> ")) >= 3, "asked on"
+    output = capsys.readouterr().out
+    assert "the question has a lone surrogate" in output
+    assert len(output.split("> ")) >= 3, "the chat continues"
 
 
-def test_chat_knows_its_commands_and_sends_no_other(
-    tiny_source: ModelSource, folders: tuple[Path, ...]
-) -> None:
-    asked = b"/help\n/hlep me\n/etc/hosts?\n\xff\xfe\n/new\n/quit\nTea?\n"
-    done = subprocess.run(
+def test_chat_commands_are_not_sent(tiny_source: ModelSource, folders: tuple[Path, ...]) -> None:
+    lines = b"/help\n/hlep me\n/etc/hosts?\n\xff\xfe\n/new\n/quit\nTea?\n"
+    completed = subprocess.run(
         [
             sys.executable, "-m", "slm_lora", "chat", "--adapter", folders[1],
             "--base", tiny_source.path, "--max-new-tokens", "1", "--precision", "fp32",
         ],
-        input=asked, capture_output=True, check=False, env={**os.environ, "PYTHONUTF8": "1"},
+        input=lines, capture_output=True, check=False, env={**os.environ, "PYTHONUTF8": "1"},
     )  # fmt: skip
-    assert done.returncode == 0, done.stderr
-    first, *said = done.stdout.decode().split("\n> ")
-    assert "template chat" in first and len(said) == 6, said
-    assert said[0].startswith(
+    assert completed.returncode == 0, completed.stderr
+    first, *replies = completed.stdout.decode().split("\n> ")
+    assert "template chat" in first and len(replies) == 6, replies
+    assert replies[0].startswith(
         "/new starts a new conversation, /help shows this, /quit or an empty line ends"
     )
-    assert said[1].startswith("/hlep: no command, and not sent; /new starts a new conversation")
-    assert "command" not in said[2], "a path is a question"
-    assert said[3].startswith(("not text in utf-8", "the question has a lone surrogate"))
-    assert said[4].startswith("new conversation") and not said[5].strip()
+    assert replies[1].startswith("/hlep: unknown command, not sent; /new starts a new conversation")
+    assert "command" not in replies[2], "a path is a question"
+    assert replies[3].startswith(("not valid utf-8 text", "the question has a lone surrogate"))
+    assert replies[4].startswith("new conversation") and not replies[5].strip()
 
 
 def test_ctrl_c_stops_a_reply_and_not_the_chat(
@@ -562,7 +560,7 @@ def test_ctrl_c_stops_a_reply_and_not_the_chat(
     assert "template chat" in process.stdout.readline()
     process.stdin.write("Tea?\n")
     process.stdin.flush()
-    for _ in range(8):  # the prompt, and the first of the reply
+    for _ in range(8):  # the prompt and the beginning of the reply
         process.stdout.read(1)
     process.send_signal(signal.SIGINT)
     process.stdin.write("Salt?\n\n")

@@ -1,4 +1,4 @@
-"""GGUF: what is written is read back, and llama.cpp says the same with it as transformers."""
+"""GGUF: files are read back, and llama.cpp generates the same tokens as transformers."""
 
 from __future__ import annotations
 
@@ -23,10 +23,10 @@ from slm_lora.config.schema import ModelSection
 from slm_lora.errors import UsageError
 from slm_lora.export import verify
 from slm_lora.export.gguf import check_adapter
-from slm_lora.export.gguf_tokenizer import LLAMA3_PATTERN, vocabulary
+from slm_lora.export.gguf_tokenizer import LLAMA3_PATTERN, describe_tokenizer
 from slm_lora.export.llama_cpp import export
 from slm_lora.export.merge import merge
-from slm_lora.export.trained import read
+from slm_lora.export.trained import read_trained
 from slm_lora.model.bundled import EMBEDDED, is_fetched
 from slm_lora.model.resolve import ModelSource, resolve
 
@@ -55,14 +55,14 @@ def exported(
     adapter: Path, tiny_source: ModelSource, tmp_path_factory: pytest.TempPathFactory
 ) -> Path:
     out = tmp_path_factory.mktemp("gguf") / "out"
-    export(read(adapter), out, "adapter", "f32", tiny_source.path)
+    export(read_trained(adapter), out, "adapter", "f32", tiny_source.path)
     return out
 
 
-def test_what_is_said_of_the_model(exported: Path, adapter: Path) -> None:
-    said = values(GGUFReader(exported / "tiny-llama-f32.gguf"))
+def test_model_metadata(exported: Path, adapter: Path) -> None:
+    fields = values(GGUFReader(exported / "tiny-llama-f32.gguf"))
     tokenizer = tiny_tokenizer()
-    wanted = {
+    expected = {
         "general.architecture": "llama",
         "general.type": "model",
         "general.name": "tiny-llama",
@@ -87,58 +87,56 @@ def test_what_is_said_of_the_model(exported: Path, adapter: Path) -> None:
         "tokenizer.ggml.add_eos_token": False,
         "tokenizer.chat_template": (adapter / "chat_template.jinja").read_text(),
     }
-    assert {key: said.get(key) for key in wanted} == wanted
-    assert said["llama.attention.layer_norm_rms_epsilon"] == pytest.approx(1e-6)
+    assert {key: fields.get(key) for key in expected} == expected
+    assert fields["llama.attention.layer_norm_rms_epsilon"] == pytest.approx(1e-6)
     count = len(tokenizer)
-    assert said["tokenizer.ggml.tokens"] == tokenizer.convert_ids_to_tokens(list(range(count)))
-    assert said["tokenizer.ggml.token_type"] == [3, 3, 3] + [1] * (count - 3)
+    assert fields["tokenizer.ggml.tokens"] == tokenizer.convert_ids_to_tokens(list(range(count)))
+    assert fields["tokenizer.ggml.token_type"] == [3, 3, 3] + [1] * (count - 3)
     merges = json.loads(tokenizer.backend_tokenizer.to_str())["model"]["merges"]
-    assert said["tokenizer.ggml.merges"] == [" ".join(pair) for pair in merges]
+    assert fields["tokenizer.ggml.merges"] == [" ".join(pair) for pair in merges]
 
 
-def test_weights_are_the_models_with_rotated_pairs_side_by_side(
-    exported: Path, tiny_source: ModelSource
-) -> None:
-    found = tensors(GGUFReader(exported / "tiny-llama-f32.gguf"))
-    own = load_file(tiny_source.path / "model.safetensors")
-    # Tied: one matrix, written once.
-    assert "output.weight" not in found
-    assert len(found) == len(own) - ("lm_head.weight" in own)
-    assert np.array_equal(found["token_embd.weight"], own["model.embed_tokens.weight"])
+def test_q_and_k_rows_are_interleaved(exported: Path, tiny_source: ModelSource) -> None:
+    written = tensors(GGUFReader(exported / "tiny-llama-f32.gguf"))
+    weights = load_file(tiny_source.path / "model.safetensors")
+    # Tied embeddings are written once.
+    assert "output.weight" not in written
+    assert len(written) == len(weights) - ("lm_head.weight" in weights)
+    assert np.array_equal(written["token_embd.weight"], weights["model.embed_tokens.weight"])
     layer = "model.layers.1.self_attn."
-    assert np.array_equal(found["blk.1.attn_v.weight"], own[f"{layer}v_proj.weight"])
-    q, moved = own[f"{layer}q_proj.weight"].numpy(), found["blk.1.attn_q.weight"]
+    assert np.array_equal(written["blk.1.attn_v.weight"], weights[f"{layer}v_proj.weight"])
+    q, permuted = weights[f"{layer}q_proj.weight"].numpy(), written["blk.1.attn_q.weight"]
     for head in range(6):
         for i in range(4):
-            assert np.array_equal(moved[8 * head + 2 * i], q[8 * head + i])
-            assert np.array_equal(moved[8 * head + 2 * i + 1], q[8 * head + i + 4])
+            assert np.array_equal(permuted[8 * head + 2 * i], q[8 * head + i])
+            assert np.array_equal(permuted[8 * head + 2 * i + 1], q[8 * head + i + 4])
 
 
-def test_the_adapter_is_as_peft_has_it(exported: Path, adapter: Path) -> None:
+def test_adapter_tensors_and_metadata(exported: Path, adapter: Path) -> None:
     reader = GGUFReader(exported / "toy-lora.gguf")
-    said, found = values(reader), tensors(reader)
-    assert said["general.type"] == "adapter"
-    assert said["general.architecture"] == "llama"
-    assert said["adapter.type"] == "lora"
-    assert said["adapter.lora.alpha"] == 8.0
-    own = load_file(adapter / "adapter_model.safetensors")
-    assert len(found) == len(own)
+    fields, written = values(reader), tensors(reader)
+    assert fields["general.type"] == "adapter"
+    assert fields["general.architecture"] == "llama"
+    assert fields["adapter.type"] == "lora"
+    assert fields["adapter.lora.alpha"] == 8.0
+    weights = load_file(adapter / "adapter_model.safetensors")
+    assert len(written) == len(weights)
     prefix = "base_model.model.model.layers.0."
-    wanted = own[f"{prefix}mlp.down_proj.lora_B.weight"]
-    assert np.array_equal(found["blk.0.ffn_down.weight.lora_b"], wanted)
-    a, b = (own[f"{prefix}self_attn.k_proj.lora_{side}.weight"].numpy() for side in "AB")
-    assert np.array_equal(found["blk.0.attn_k.weight.lora_a"], a)
+    expected = weights[f"{prefix}mlp.down_proj.lora_B.weight"]
+    assert np.array_equal(written["blk.0.ffn_down.weight.lora_b"], expected)
+    a, b = (weights[f"{prefix}self_attn.k_proj.lora_{side}.weight"].numpy() for side in "AB")
+    assert np.array_equal(written["blk.0.attn_k.weight.lora_a"], a)
     order = [0, 4, 1, 5, 2, 6, 3, 7]
     assert np.array_equal(
-        found["blk.0.attn_k.weight.lora_b"], b[[8 * head + i for head in (0, 1) for i in order]]
+        written["blk.0.attn_k.weight.lora_b"], b[[8 * head + i for head in (0, 1) for i in order]]
     )
 
 
 @pytest.mark.parametrize(("kind", "bound"), [("f16", 1e-3), ("q8_0", 5e-3)])
-def test_smaller_types_are_the_same_weights_rounded(
+def test_f16_and_q8_0_round_the_weights(
     kind: Any, bound: float, exported: Path, adapter: Path, tiny_source: ModelSource, tmp_path: Path
 ) -> None:
-    export(read(adapter), tmp_path / "out", "adapter", kind, tiny_source.path)
+    export(read_trained(adapter), tmp_path / "out", "adapter", kind, tiny_source.path)
     exact = tensors(GGUFReader(exported / "tiny-llama-f32.gguf"))
     reader = GGUFReader(tmp_path / "out" / f"tiny-llama-{kind}.gguf")
     rounded = tensors(reader)
@@ -155,10 +153,10 @@ def test_smaller_types_are_the_same_weights_rounded(
 
 def test_rslora_keeps_its_scale(tiny_source: ModelSource, tmp_path: Path) -> None:
     folder = make_adapter(tiny_source, tmp_path / "adapter", "rslora", r=8)
-    export(read(folder), tmp_path / "out", "adapter", "f32", tiny_source.path)
-    said = values(GGUFReader(tmp_path / "out" / "adapter-lora.gguf"))
+    export(read_trained(folder), tmp_path / "out", "adapter", "f32", tiny_source.path)
+    fields = values(GGUFReader(tmp_path / "out" / "adapter-lora.gguf"))
     # llama.cpp multiplies by alpha/r.
-    assert said["adapter.lora.alpha"] / 8 == pytest.approx(16 / math.sqrt(8))
+    assert fields["adapter.lora.alpha"] / 8 == pytest.approx(16 / math.sqrt(8))
 
 
 def test_modelfile(exported: Path) -> None:
@@ -172,45 +170,45 @@ def test_modelfile(exported: Path) -> None:
     ]
 
 
-@pytest.mark.usefixtures("proof_in_this_process")
-def test_dora_is_refused_with_a_way_out(tiny_source: ModelSource, tmp_path: Path) -> None:
+@pytest.mark.usefixtures("verify_in_process")
+def test_dora_is_refused_and_exports_merged(tiny_source: ModelSource, tmp_path: Path) -> None:
     folder = make_adapter(tiny_source, tmp_path / "adapter", "dora")
-    with pytest.raises(UsageError, match="no adapter with DoRA; export the merged model instead"):
-        export(read(folder), tmp_path / "out", "adapter", "f32", tiny_source.path)
+    with pytest.raises(UsageError, match="adapters with DoRA; export the merged model instead"):
+        export(read_trained(folder), tmp_path / "out", "adapter", "f32", tiny_source.path)
     assert [path.name for path in tmp_path.iterdir()] == ["adapter"]
-    # The way out is one.
-    files = export(read(folder), tmp_path / "out", "merged", "f32", tiny_source.path)
+    # The suggested alternative works.
+    files = export(read_trained(folder), tmp_path / "out", "merged", "f32", tiny_source.path)
     assert [path.name for path in files] == ["Modelfile", "adapter-f32.gguf"]
 
 
-@pytest.mark.usefixtures("proof_in_this_process")
-def test_a_merged_folder_gives_the_file_that_merging_on_the_way_gives(
+@pytest.mark.usefixtures("verify_in_process")
+def test_exporting_a_merged_folder_equals_exporting_merged(
     adapter: Path, tiny_source: ModelSource, tmp_path: Path
 ) -> None:
-    merge(read(adapter), tmp_path / "merged", "fp32", tiny_source.path)
-    with pytest.raises(UsageError, match="a whole model, not an adapter; use --as merged"):
-        export(read(tmp_path / "merged"), tmp_path / "out", "adapter", "f32")
-    export(read(tmp_path / "merged"), tmp_path / "out", "merged", "f32")
-    export(read(adapter), tmp_path / "direct", "merged", "f32", tiny_source.path)
+    merge(read_trained(adapter), tmp_path / "merged", "fp32", tiny_source.path)
+    with pytest.raises(UsageError, match="a full model, not an adapter; use --as merged"):
+        export(read_trained(tmp_path / "merged"), tmp_path / "out", "adapter", "f32")
+    export(read_trained(tmp_path / "merged"), tmp_path / "out", "merged", "f32")
+    export(read_trained(adapter), tmp_path / "direct", "merged", "f32", tiny_source.path)
     one = GGUFReader(tmp_path / "out" / "merged-f32.gguf")
     other = GGUFReader(tmp_path / "direct" / "toy-f32.gguf")
     for name, weights in tensors(one).items():
         assert np.array_equal(weights, tensors(other)[name]), name
-    said = values(one), values(other)
-    assert {k for k in said[0] if said[0][k] != said[1][k]} <= {"general.name"}
-    assert said[0]["tokenizer.chat_template"] == (adapter / "chat_template.jinja").read_text()
+    fields = values(one), values(other)
+    assert {k for k in fields[0] if fields[0][k] != fields[1][k]} <= {"general.name"}
+    assert fields[0]["tokenizer.chat_template"] == (adapter / "chat_template.jinja").read_text()
 
 
 def test_other_adapters_are_refused() -> None:
-    plain = {"peft_type": "LORA", "r": 4, "lora_alpha": 8, "bias": "none"}
-    check_adapter(Path("it"), plain)
-    for more in (
+    settings = {"peft_type": "LORA", "r": 4, "lora_alpha": 8, "bias": "none"}
+    check_adapter(Path("it"), settings)
+    for unsupported in (
         {"bias": "all"},
         {"rank_pattern": {"q_proj": 2}},
         {"modules_to_save": ["lm_head"]},
     ):
-        with pytest.raises(UsageError, match="applies no adapter with"):
-            check_adapter(Path("it"), {**plain, **more})
+        with pytest.raises(UsageError, match="does not support adapters with"):
+            check_adapter(Path("it"), {**settings, **unsupported})
 
 
 def test_other_families_are_refused(tiny_source: ModelSource, tmp_path: Path) -> None:
@@ -226,8 +224,8 @@ def test_other_families_are_refused(tiny_source: ModelSource, tmp_path: Path) ->
     tokenizer.save_pretrained(folder)
     adapter = make_adapter(resolve(ModelSection(name=str(folder))), tmp_path / "adapter")
     for form in ("merged", "adapter"):
-        with pytest.raises(UsageError, match=r"not qwen2; merge it .* llama\.cpp's own script"):
-            export(read(adapter), tmp_path / "out", form, "f32", folder)  # type: ignore[arg-type]
+        with pytest.raises(UsageError, match=r"not qwen2; merge it .* llama\.cpp's script"):
+            export(read_trained(adapter), tmp_path / "out", form, "f32", folder)  # type: ignore[arg-type]
 
 
 def byte_level(use_regex: bool = True, add_prefix_space: bool = False) -> Any:
@@ -251,29 +249,29 @@ def split(pattern: str) -> Any:
         ([byte_level(), pre_tokenizers.Digits(individual_digits=True)], False, None),
     ],
 )
-def test_the_pre_tokenizer_is_named_by_what_it_does(
+def test_the_pre_tokenizer_is_named_by_its_specification(
     steps: list[Any], ignore_merges: bool, name: str | None
 ) -> None:
     tokenizer = tiny_tokenizer()
     tokenizer.backend_tokenizer.pre_tokenizer = pre_tokenizers.Sequence(steps)
     tokenizer.backend_tokenizer.model.ignore_merges = ignore_merges
     if name is not None:
-        assert vocabulary(tokenizer, len(tokenizer), False, "it").pre == name
+        assert describe_tokenizer(tokenizer, len(tokenizer), False, "it").pre == name
         return
-    with pytest.raises(UsageError, match="pre-tokenizer is none that is known here"):
-        vocabulary(tokenizer, len(tokenizer), False, "it")
+    with pytest.raises(UsageError, match="unknown pre-tokenizer"):
+        describe_tokenizer(tokenizer, len(tokenizer), False, "it")
 
 
-def test_ids_without_a_token_are_filled() -> None:
+def test_ids_without_a_token_get_placeholders() -> None:
     tokenizer = tiny_tokenizer()
-    words = vocabulary(tokenizer, len(tokenizer) + 3, False, "it")
-    assert words.types[-3:] == (5, 5, 5)
-    assert len(set(words.tokens)) == len(tokenizer) + 3
-    with pytest.raises(UsageError, match="and an embedding of 7 rows"):
-        vocabulary(tokenizer, 7, False, "it")
+    vocab = describe_tokenizer(tokenizer, len(tokenizer) + 3, False, "it")
+    assert vocab.types[-3:] == (5, 5, 5)
+    assert len(set(vocab.tokens)) == len(tokenizer) + 3
+    with pytest.raises(UsageError, match="tokens for an embedding of 7 rows"):
+        describe_tokenizer(tokenizer, 7, False, "it")
 
 
-def test_the_command_says_what_it_wrote(
+def test_the_command_prints_the_files(
     adapter: Path, tiny_source: ModelSource, tmp_path: Path, capsys: pytest.CaptureFixture[str]
 ) -> None:
     out = tmp_path / "out"
@@ -284,50 +282,50 @@ def test_the_command_says_what_it_wrote(
         str(out / name) for name in ("Modelfile", "tiny-llama-q8_0.gguf", "toy-lora.gguf")
     ]
     assert run_guarded(lambda: app(command, standalone_mode=False)) == 2
-    assert "exists, and nothing is replaced; choose another name" in capsys.readouterr().err
+    assert "exists and is not replaced; choose another name" in capsys.readouterr().err
 
 
 # ---- llama.cpp itself ----
 
 
-def check_by_llama_cpp(base: Path, adapter: Path, folder: Path, tokens: int = 40) -> None:
-    """Base, adapter on base, and merged model: greedy ids and text, and the tokens of texts."""
-    export(read(adapter), folder / "two", "adapter", "f32", base)
-    export(read(adapter), folder / "one", "merged", "f32", base)
+def check_with_llama_cpp(base: Path, adapter: Path, folder: Path, tokens: int = 40) -> None:
+    """Compare greedy ids, text and tokenisation of base, base+adapter and merged model."""
+    export(read_trained(adapter), folder / "two", "adapter", "f32", base)
+    export(read_trained(adapter), folder / "one", "merged", "f32", base)
     model, lora = (folder / "two" / f"{n}.gguf" for n in (f"{base.name}-f32", "toy-lora"))
     tokenizer = AutoTokenizer.from_pretrained(base)
     plain = AutoModelForCausalLM.from_pretrained(base, dtype=torch.float32).eval()
     alone = [greedy(plain, tokenizer, prompt, tokens) for prompt in PROMPTS]
     peft_model = PeftModel.from_pretrained(plain, adapter)
-    wanted = [greedy(peft_model, tokenizer, prompt, tokens) for prompt in PROMPTS]
-    # The negative control: an adapter that llama.cpp ignores would be seen.
-    differ = sum(one != other for one, other in zip(alone, wanted, strict=True))
+    adapted = [greedy(peft_model, tokenizer, prompt, tokens) for prompt in PROMPTS]
+    # Negative control: an adapter that llama.cpp ignored would be noticed.
+    differ = sum(one != other for one, other in zip(alone, adapted, strict=True))
     assert differ >= len(PROMPTS) / 2
     for client, expected in (
         (LlamaCpp(model), alone),
-        (LlamaCpp(model, lora), wanted),
-        (LlamaCpp(folder / "one" / f"{adapter.name}-f32.gguf"), wanted),
+        (LlamaCpp(model, lora), adapted),
+        (LlamaCpp(folder / "one" / f"{adapter.name}-f32.gguf"), adapted),
     ):
         for prompt, ids in zip(PROMPTS, expected, strict=True):
             assert client.tokenize(prompt) == tokenizer(prompt)["input_ids"]
-            found, text = client.greedy(prompt, tokens)
-            assert found == ids, prompt
-            # Random models write broken UTF-8, for which everybody has another stand-in.
-            if "\ufffd" not in (said := tokenizer.decode(ids)):
-                assert text.strip() == said.strip()
+            generated, text = client.greedy(prompt, tokens)
+            assert generated == ids, prompt
+            # Random models generate broken UTF-8, which programs replace differently.
+            if "\ufffd" not in (decoded := tokenizer.decode(ids)):
+                assert text.strip() == decoded.strip()
 
 
-@pytest.mark.usefixtures("proof_in_this_process")
+@pytest.mark.usefixtures("verify_in_process")
 @pytest.mark.parametrize("kind", ["lora", "rslora", "pissa"])
 def test_llama_cpp_answers_as_transformers(
     kind: str, tiny_source: ModelSource, tmp_path: Path
 ) -> None:
     pytest.importorskip("xllamacpp", reason="xllamacpp is not installed")
     adapter = make_adapter(tiny_source, tmp_path / "toy", kind)
-    check_by_llama_cpp(tiny_source.path, adapter, tmp_path)
+    check_with_llama_cpp(tiny_source.path, adapter, tmp_path)
 
 
-@pytest.mark.usefixtures("proof_in_this_process")
+@pytest.mark.usefixtures("verify_in_process")
 @pytest.mark.parametrize("rope", ["default", "linear", "llama3"])
 def test_llama_cpp_with_sentencepiece_and_scaled_rope(rope: str, tmp_path: Path) -> None:
     pytest.importorskip("xllamacpp", reason="xllamacpp is not installed")
@@ -363,7 +361,7 @@ def test_llama_cpp_with_sentencepiece_and_scaled_rope(rope: str, tmp_path: Path)
     model.save_pretrained(base)
     tokenizer.save_pretrained(base)
     adapter = make_adapter(resolve(ModelSection(name=str(base))), tmp_path / "toy")
-    check_by_llama_cpp(base, adapter, tmp_path)
+    check_with_llama_cpp(base, adapter, tmp_path)
 
     # What llama.cpp makes of a chat is what was trained: one BOS, one space.
     client = LlamaCpp(tmp_path / "two" / "spm-f32.gguf")
@@ -372,9 +370,9 @@ def test_llama_cpp_with_sentencepiece_and_scaled_rope(rope: str, tmp_path: Path)
     assert client.tokenize(chat["prompt"], special=True) == trained
 
 
-@pytest.mark.usefixtures("proof_in_this_process")
+@pytest.mark.usefixtures("verify_in_process")
 def test_llama_cpp_with_the_embedded_model(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    """Of a real model fewer tokens, and a fifth of the proof's prompts: each takes seconds."""
+    """Of a real model fewer tokens, and a fifth of the prompts of a merge: each is slow."""
     pytest.importorskip("xllamacpp", reason="xllamacpp is not installed")
     embedded = EMBEDDED["smollm2-135m-instruct-q4_1"]
     if not is_fetched(embedded):
@@ -382,27 +380,27 @@ def test_llama_cpp_with_the_embedded_model(tmp_path: Path, monkeypatch: pytest.M
     source = resolve(ModelSection(name=embedded.name))
     adapter = make_adapter(source, tmp_path / "toy", scale=0.15)
     monkeypatch.setattr(verify, "PROMPTS", verify.PROMPTS[::5])
-    monkeypatch.setattr(verify, "ENOUGH", verify.ENOUGH / 5)
-    check_by_llama_cpp(source.path, adapter, tmp_path, tokens=12)
+    monkeypatch.setattr(verify, "MIN_AGREEING", verify.MIN_AGREEING / 5)
+    check_with_llama_cpp(source.path, adapter, tmp_path, tokens=12)
 
 
 @pytest.mark.parametrize(
-    ("asked", "said"),
+    ("expression", "date"),
     [
         ("strftime_now('%d %b %Y') ~ ', ' ~ strftime_now('%B')", "26 Jul 2024, July"),
         ("strftime_now('%-d.' ~ '%m.%Y')", "26.07.2024"),
     ],
 )
-def test_llama_cpp_writes_the_date_of_the_training(
-    asked: str, said: str, tiny_folder: Path, tmp_path: Path
+def test_llama_cpp_renders_the_date_of_the_training(
+    expression: str, date: str, tiny_folder: Path, tmp_path: Path
 ) -> None:
     base = shutil.copytree(tiny_folder, tmp_path / "dated")
     template = base / "chat_template.jinja"
-    template.write_text(f"{{{{ {asked} ~ '\\n' }}}}" + template.read_text())
+    template.write_text(f"{{{{ {expression} ~ '\\n' }}}}" + template.read_text())
     source = resolve(ModelSection(name=str(base)))
     adapter = make_adapter(source, tmp_path / "toy", template="chat")
-    export(read(adapter), tmp_path / "out", "adapter", "f32", base)
+    export(read_trained(adapter), tmp_path / "out", "adapter", "f32", base)
     client = LlamaCpp(tmp_path / "out" / "dated-f32.gguf")
     chat = client.post("/apply-template", {"messages": [{"role": "user", "content": "Why?"}]})
-    wanted = f"{said}\n<|im_start|>user\nWhy?<|im_end|>\n<|im_start|>assistant\n"
-    assert chat["prompt"] == wanted
+    expected = f"{date}\n<|im_start|>user\nWhy?<|im_end|>\n<|im_start|>assistant\n"
+    assert chat["prompt"] == expected

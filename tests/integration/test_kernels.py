@@ -1,4 +1,4 @@
-"""The C++ kernels against the same in fp64: outputs, gradients, every shape, any threads."""
+"""The C++ kernels against fp64: outputs and gradients, by shape and number of threads."""
 
 from __future__ import annotations
 
@@ -23,7 +23,7 @@ pytestmark = pytest.mark.skipif(
 
 
 def tensors(lengths: list[int], heads: int, kv_heads: int, width: int) -> Tensors:
-    """Queries, keys, values and a gradient of the output, in bf16."""
+    """Queries, keys, values, and the gradient of the output, in bf16."""
     generator = torch.Generator().manual_seed(sum(lengths) + width)
     return tuple(
         torch.randn(sum(lengths), many, width, generator=generator).to(torch.bfloat16)
@@ -32,12 +32,12 @@ def tensors(lengths: list[int], heads: int, kv_heads: int, width: int) -> Tensor
 
 
 def computed(given: Tensors, lengths: list[int], scale: float) -> Tensors:
-    """Output, logarithms of the sums, and gradients of queries, keys and values."""
+    """Output, log-sum-exp, and gradients of queries, keys and values."""
     q, k, v, upstream = given
     at = torch.tensor(lengths)
-    out, log_total = attention.packed_attention(q, k, v, at, scale)
-    gradients = attention.packed_attention_backward(upstream, q, k, v, out, log_total, at, scale)
-    return out, log_total, *gradients
+    out, logsumexp = attention.packed_attention(q, k, v, at, scale)
+    gradients = attention.packed_attention_backward(upstream, q, k, v, out, logsumexp, at, scale)
+    return out, logsumexp, *gradients
 
 
 def distances(found: Tensors, wanted: Tensors) -> list[float]:
@@ -92,7 +92,7 @@ def test_extreme_scores_stay_finite() -> None:
     assert distances(found, wanted)[0] < 1e-2
 
 
-tiled = pytest.mark.skipif(not build.has_tiles(), reason="no CPU with AMX here")
+tiled = pytest.mark.skipif(not build.has_amx(), reason="no CPU with AMX here")
 
 
 def matrix(rows: int, columns: int, seed: int) -> torch.Tensor:
@@ -106,19 +106,21 @@ def matrix(rows: int, columns: int, seed: int) -> torch.Tensor:
     m=st.integers(1, 200),
     n=st.sampled_from([1, 8, 32, 50, 192, 576, 1536]),
     k=st.sampled_from([1, 8, 31, 64, 576, 1536, 1600, 3200]),
-    a_turned=st.booleans(),
-    b_turned=st.booleans(),
+    transpose_a=st.booleans(),
+    transpose_b=st.booleans(),
 )
-def test_products_are_rounded_once(m: int, n: int, k: int, a_turned: bool, b_turned: bool) -> None:
+def test_products_are_rounded_once(
+    m: int, n: int, k: int, transpose_a: bool, transpose_b: bool
+) -> None:
     a, b = matrix(m, k, m + k), matrix(k, n, n)
     wanted = a.double() @ b.double()
     found = linear.product(
-        a.t().contiguous() if a_turned else a,
-        b.t().contiguous() if b_turned else b,
-        a_turned,
-        b_turned,
+        a.t().contiguous() if transpose_a else a,
+        b.t().contiguous() if transpose_b else b,
+        transpose_a,
+        transpose_b,
     )
-    # bf16 has eight bits: half a unit of the last one, and the sum in fp32.
+    # Half a unit in the last place of bf16 (8 bits), and the error of the fp32 sum.
     bound = 2**-8 * wanted.abs() + 1e-5 * (a.double().abs() @ b.double().abs())
     assert ((found.double() - wanted).abs() <= bound).all()
 
@@ -155,7 +157,7 @@ def test_a_tiled_layer_is_a_linear_one_gradients_included(bias: bool) -> None:
     reference.load_state_dict(plain.state_dict())
     layer = torch.nn.Sequential(plain)
     linear.patch_linears(layer, torch.device("cpu"))
-    assert type(layer[0]) is linear.TiledLinear
+    assert type(layer[0]) is linear.AmxLinear
     x = matrix(100, 96, 3)
     ours, wanted = x.clone().requires_grad_(), x.double().requires_grad_()
     upstream = matrix(100, 64, 4)
@@ -199,7 +201,7 @@ def test_the_loss_and_its_gradient_equal_fp64(positions: int, vocabulary: int) -
     for_loss, for_gradient = logits.clone(), logits.clone()
     nll = cross_entropy.label_nll(for_loss, labels)
     also, gradient = cross_entropy.nll_and_gradient(for_gradient, labels)
-    assert torch.equal(for_loss, logits), "a loss alone leaves the logits"
+    assert torch.equal(for_loss, logits), "without gradient the logits are unchanged"
     assert torch.equal(nll, also)
     assert (nll.double() - wanted).abs().max() < 1e-5
     assert ((gradient.double() - reference.grad).abs() <= 2**-8 * reference.grad.abs() + 1e-6).all()

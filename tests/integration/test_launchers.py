@@ -29,7 +29,7 @@ LONG = (
 SLURM = ("--executor", "slurm", "--executor-option", "cluster=local")
 
 
-def words(lab: Lab, *options: object) -> list[str]:
+def arguments(lab: Lab, *options: object) -> list[str]:
     where = ("--results", lab.results.parent, "--adapters", lab.adapters)
     experiment = (lab.recipe, *where, *options)
     return [sys.executable, "-m", "slm_lora", "experiment", *map(str, experiment)]
@@ -37,7 +37,7 @@ def words(lab: Lab, *options: object) -> list[str]:
 
 def start(lab: Lab, *options: object) -> subprocess.Popen[str]:
     return subprocess.Popen(
-        words(lab, *options),
+        arguments(lab, *options),
         stdout=subprocess.PIPE,
         stderr=subprocess.STDOUT,
         text=True,
@@ -45,17 +45,17 @@ def start(lab: Lab, *options: object) -> subprocess.Popen[str]:
     )
 
 
-def ended(process: subprocess.Popen[str], code: int) -> str:
+def wait_for_exit(process: subprocess.Popen[str], code: int) -> str:
     try:
-        said, _ = process.communicate(timeout=240)
+        output, _ = process.communicate(timeout=240)
     except BaseException:
         process.kill()
         raise
-    assert process.returncode == code, said
-    return said
+    assert process.returncode == code, output
+    return output
 
 
-def found(lab: Lab) -> dict[str, Any]:
+def run_results(lab: Lab) -> dict[str, Any]:
     """Hash, scores and losses of every run."""
     return {
         folder.name: (
@@ -69,7 +69,7 @@ def found(lab: Lab) -> dict[str, Any]:
     }
 
 
-def until(condition: Any, seconds: float = 120) -> None:
+def wait_until(condition: Any, seconds: float = 120) -> None:
     began = time.monotonic()
     while not condition():
         assert time.monotonic() - began < seconds
@@ -81,17 +81,17 @@ def checkpoints(lab: Lab) -> list[Path]:
 
 
 @pytest.fixture(scope="module")
-def straight(tmp_path_factory: pytest.TempPathFactory, tiny_folder: Path) -> Lab:
+def undisturbed(tmp_path_factory: pytest.TempPathFactory, tiny_folder: Path) -> Lab:
     """By this process, which has its imports already."""
     lab = Lab(tmp_path_factory.mktemp("straight"), tiny_folder)
     assert lab.run(*LONG) == 0
     return lab
 
 
-def beside(straight: Lab, folder: Path, tiny_folder: Path) -> Lab:
+def copy_of(undisturbed: Lab, folder: Path, tiny_folder: Path) -> Lab:
     """Another place for the results of the same rows and model."""
     lab = Lab(folder, tiny_folder)
-    lab.recipe, lab.rows = straight.recipe, straight.rows
+    lab.recipe, lab.rows = undisturbed.recipe, undisturbed.rows
     return lab
 
 
@@ -99,39 +99,39 @@ def beside(straight: Lab, folder: Path, tiny_folder: Path) -> Lab:
 
 
 @slow
-def test_jobs_give_what_one_process_gives_and_outlive_their_driver(
-    straight: Lab, tmp_path: Path, tiny_folder: Path
+def test_jobs_match_a_single_process_and_outlive_the_driver(
+    undisturbed: Lab, tmp_path: Path, tiny_folder: Path
 ) -> None:
     pytest.importorskip("submitit")
-    lab = beside(straight, tmp_path / "slurm", tiny_folder)
+    lab = copy_of(undisturbed, tmp_path / "slurm", tiny_folder)
     driver = start(lab, *LONG, *SLURM)
-    until(lambda: checkpoints(lab))
+    wait_until(lambda: checkpoints(lab))
     driver.kill()
     driver.wait()
-    # Those that are still at work are waited for, not run beside. (The next driver is this
+    # Those that are still at work are waited for, not run twice. (The next driver is this
     # process: it begins before they end.)
     assert lab.run(*LONG, *SLURM) == 0
-    assert found(lab) == found(straight)
+    assert run_results(lab) == run_results(undisturbed)
     assert not list((lab.results / "checkpoints").iterdir())
 
 
 @slow
-def test_a_stop_reaches_the_jobs_and_the_same_command_goes_on(
-    straight: Lab, tmp_path: Path, tiny_folder: Path
+def test_stop_reaches_the_jobs_and_the_same_command_resumes(
+    undisturbed: Lab, tmp_path: Path, tiny_folder: Path
 ) -> None:
     pytest.importorskip("submitit")
-    lab = beside(straight, tmp_path / "stopped", tiny_folder)
+    lab = copy_of(undisturbed, tmp_path / "stopped", tiny_folder)
     driver = start(lab, *LONG, *SLURM)
-    until(lambda: checkpoints(lab))
+    wait_until(lambda: checkpoints(lab))
     driver.send_signal(signal.SIGINT)
-    assert "stopped; the same command continues" in ended(driver, 75)
+    assert "stopped; the same command continues" in wait_for_exit(driver, 75)
     assert checkpoints(lab)
     assert lab.run(*LONG) == 0  # by this process alone: an engine is no part of a run
-    assert found(lab) == found(straight)
+    assert run_results(lab) == run_results(undisturbed)
 
 
 @slow
-def test_a_cell_that_fails_is_named_and_the_others_are_run(
+def test_failed_cell_is_reported_and_others_run(
     tmp_path: Path, tiny_folder: Path, capsys: pytest.CaptureFixture[str]
 ) -> None:
     pytest.importorskip("submitit")
@@ -140,7 +140,7 @@ def test_a_cell_that_fails_is_named_and_the_others_are_run(
     assert lab.run(f"grid.cells={cells}", *SLURM) == 5
     log = capsys.readouterr().err
     assert log.splitlines()[-1].startswith("40-lr1e+38: step 1 of 10")
-    assert sorted(name[:-9] for name in found(lab)) == ["base", "r4-40"], log
+    assert sorted(name[:-9] for name in run_results(lab)) == ["base", "r4-40"], log
 
 
 # --- Ray ---------------------------------------------------------------------------------------
@@ -165,9 +165,9 @@ def at_work_on(checkpoint: str, nodes: list[Any]) -> Any:
     cell = checkpoint.rpartition("-")[0]
     command_line = ("-m", "slm_lora", "train")
     (process,) = (
-        each
-        for each in psutil.process_iter(["cmdline"])
-        if each.info["cmdline"][1:4] == [*command_line] and cell in each.info["cmdline"]
+        process
+        for process in psutil.process_iter(["cmdline"])
+        if process.info["cmdline"][1:4] == [*command_line] and cell in process.info["cmdline"]
     )
     above = {parent.pid for parent in process.parents()}
     (node,) = (n for n in nodes if n.all_processes["raylet"][0].process.pid in above)
@@ -175,30 +175,30 @@ def at_work_on(checkpoint: str, nodes: list[Any]) -> Any:
 
 
 @slow
-def test_a_cluster_that_has_not_what_a_cell_takes_is_refused(
+def test_cluster_without_the_resources_of_a_cell_is_refused(
     tmp_path: Path, tiny_folder: Path, two_nodes: Any
 ) -> None:
     cluster, _ = two_nodes
     lab = Lab(tmp_path / "none", tiny_folder)
     ray = ("--executor", "ray", "--address", cluster.address)
-    said = ended(start(lab, *ray, "--executor-option", "num_gpus=1"), 6)
-    assert "no node with a CPU and 1 GPUs" in said
-    said = ended(start(lab, *ray, "--executor-option", "colour=red"), 2)
-    assert "--executor-option" in said and "colour" in said
+    output = wait_for_exit(start(lab, *ray, "--executor-option", "num_gpus=1"), 6)
+    assert "no node with a CPU and 1 GPUs" in output
+    output = wait_for_exit(start(lab, *ray, "--executor-option", "colour=red"), 2)
+    assert "--executor-option" in output and "colour" in output
 
 
 @slow
-def test_a_node_that_dies_loses_nothing(
-    straight: Lab, tmp_path: Path, tiny_folder: Path, two_nodes: Any
+def test_lost_node_loses_no_results(
+    undisturbed: Lab, tmp_path: Path, tiny_folder: Path, two_nodes: Any
 ) -> None:
     cluster, nodes = two_nodes
-    lab = beside(straight, tmp_path / "ray", tiny_folder)
+    lab = copy_of(undisturbed, tmp_path / "ray", tiny_folder)
     driver = start(lab, *LONG, "--executor", "ray", "--address", cluster.address)
-    until(lambda: checkpoints(lab))
+    wait_until(lambda: checkpoints(lab))
     cluster.remove_node(at_work_on(checkpoints(lab)[0].parent.name, nodes), allow_graceful=False)
-    said = ended(driver, 0)
-    assert "again from its last checkpoint" in said
-    assert found(lab) == found(straight)
+    output = wait_for_exit(driver, 0)
+    assert "again from its last checkpoint" in output
+    assert run_results(lab) == run_results(undisturbed)
 
 
 # --- bad input ---------------------------------------------------------------------------------
@@ -214,7 +214,7 @@ def test_a_node_that_dies_loses_nothing(
         (("--executor", "ray", "training.device=cuda"), 2, "name bf16, fp16 or fp32"),
     ],
 )
-def test_options_that_do_not_go_together(
+def test_conflicting_options(
     tmp_path: Path,
     tiny_folder: Path,
     capsys: pytest.CaptureFixture[str],
@@ -231,7 +231,7 @@ def test_options_that_do_not_go_together(
     assert not (lab.results / "runs").exists()
 
 
-def test_a_cluster_that_does_not_answer(
+def test_unreachable_cluster(
     tmp_path: Path, tiny_folder: Path, capsys: pytest.CaptureFixture[str]
 ) -> None:
     pytest.importorskip("ray")
@@ -244,7 +244,7 @@ def test_a_cluster_that_does_not_answer(
 
 
 @pytest.mark.parametrize(("engine", "library"), [("ray", "ray"), ("slurm", "submitit")])
-def test_an_engine_that_is_not_installed_names_its_extra(
+def test_missing_engine_names_its_extra(
     tmp_path: Path,
     tiny_folder: Path,
     monkeypatch: pytest.MonkeyPatch,
@@ -258,7 +258,7 @@ def test_an_engine_that_is_not_installed_names_its_extra(
     assert f"pip install '.[{engine}]'" in capsys.readouterr().err
 
 
-def test_slurm_that_is_not_here(
+def test_machine_without_slurm(
     tmp_path: Path, tiny_folder: Path, capsys: pytest.CaptureFixture[str]
 ) -> None:
     pytest.importorskip("submitit")
@@ -270,21 +270,21 @@ def test_slurm_that_is_not_here(
 # --- by hand -----------------------------------------------------------------------------------
 
 
-def test_the_base_is_a_cell_that_can_be_run_alone(tmp_path: Path, tiny_folder: Path) -> None:
+def test_base_can_be_run_alone(tmp_path: Path, tiny_folder: Path) -> None:
     lab = Lab(tmp_path / "lab", tiny_folder)
     where = ("--results", lab.results.parent, "--adapters", lab.adapters)
     assert command("train", lab.recipe, "--cell", "base", *where) == 0
-    (base,) = found(lab)
+    (base,) = run_results(lab)
     assert base.startswith("base-")
 
 
-def test_a_cell_that_another_process_has_is_waited_for(tmp_path: Path, tiny_folder: Path) -> None:
+def test_waits_for_a_cell_of_another_process(tmp_path: Path, tiny_folder: Path) -> None:
     lab = Lab(tmp_path / "lab", tiny_folder)
     holder = (
         "import sys, time\n"
         "from pathlib import Path\n"
-        "from slm_lora.runtime.lock import after_other_processes\n"
-        "with after_other_processes(Path(sys.argv[1]), lambda: None):\n"
+        "from slm_lora.runtime.lock import wait_for_lock\n"
+        "with wait_for_lock(Path(sys.argv[1]), lambda: None):\n"
         "    print('held', flush=True); sys.stdin.read()\n"
     )
     lock = lab.results / "checkpoints" / ".r4-40.lock"
@@ -295,19 +295,19 @@ def test_a_cell_that_another_process_has_is_waited_for(tmp_path: Path, tiny_fold
         text=True,
     ) as other:
         assert other.stdout is not None and other.stdout.readline() == "held\n"
-        line = words(lab, "--cell", "r4-40")
+        line = arguments(lab, "--cell", "r4-40")
         line[3] = "train"
         with subprocess.Popen(line, stderr=subprocess.PIPE, text=True) as waiting:
             assert waiting.stderr is not None
-            said = next(each for each in waiting.stderr if "waiting for that one" in each)
-            assert "r4-40" in said
+            output = next(line for line in waiting.stderr if "waiting for that one" in line)
+            assert "r4-40" in output
             time.sleep(1.5)
-            assert not found_any(lab)
+            assert not has_any_run(lab)
             other.communicate()  # lets go
             waiting.communicate()
         assert waiting.returncode == 0
-    assert found_any(lab)
+    assert has_any_run(lab)
 
 
-def found_any(lab: Lab) -> bool:
+def has_any_run(lab: Lab) -> bool:
     return any(lab.results.glob("runs/r4-40-*"))

@@ -1,4 +1,4 @@
-"""What a process holds does not grow with the work it has done."""
+"""Memory of a process does not grow with its work."""
 
 from __future__ import annotations
 
@@ -7,7 +7,7 @@ import sys
 
 import pytest
 
-# Products of ever other shapes, as micro-batches bring them; prints MB in use by the C library.
+# Matrix products of varying shapes, as in micro-batches; prints MB allocated by the C library.
 PRODUCTS = """
 import ctypes, sys
 import torch
@@ -29,10 +29,10 @@ for rows in range(100, 700):
 
 
 @pytest.mark.skipif(sys.platform != "linux", reason="of the GNU C library")
-def test_products_of_many_shapes_are_forgotten() -> None:
+def test_primitive_cache_is_capped() -> None:
     ended = subprocess.run(
         [sys.executable, "-c", PRODUCTS], capture_output=True, text=True, check=True
     )
     early, late = map(float, ended.stdout.split())
-    # (On a CPU with AVX512-BF16 254 MB more if all are kept.)
+    # With AVX512-BF16, 254 MB more if all primitives are kept.
     assert late - early < 30

@@ -1,4 +1,4 @@
-"""Merged models: what plain transformers loads is base+adapter, or nothing is written."""
+"""Merged models equal base+adapter in plain transformers, or are not written."""
 
 from __future__ import annotations
 
@@ -23,13 +23,13 @@ from slm_lora.errors import IntegrityError, UsageError
 from slm_lora.export import merge as merging
 from slm_lora.export.llama_cpp import export
 from slm_lora.export.merge import merge
-from slm_lora.export.trained import read
-from slm_lora.export.verify import BOUNDS, PROMPTS, Proof, judge
+from slm_lora.export.trained import read_trained
+from slm_lora.export.verify import BOUNDS, PROMPTS, Verification, check_bounds
 from slm_lora.model.base import Base
 from slm_lora.model.resolve import ModelSource, hash_weights
 from slm_lora.runtime.progress import Reporter
 
-from ..support.exports import change_about, make_adapter
+from ..support.exports import change_metadata, make_adapter
 
 LoadTiny = Callable[..., Base]
 IDS = torch.randint(0, 400, (3, 17), generator=torch.Generator().manual_seed(5))
@@ -37,8 +37,8 @@ IDS = torch.randint(0, 400, (3, 17), generator=torch.Generator().manual_seed(5))
 
 def logits(model: Any) -> torch.Tensor:
     with torch.no_grad():
-        found: torch.Tensor = model.eval()(input_ids=IDS).logits
-    return found
+        values: torch.Tensor = model.eval()(input_ids=IDS).logits
+    return values
 
 
 @pytest.fixture(scope="module")
@@ -50,42 +50,44 @@ def adapter(tiny_source: ModelSource, tmp_path_factory: pytest.TempPathFactory) 
 @pytest.fixture(scope="module")
 def merged(
     adapter: Path, tiny_source: ModelSource, tmp_path_factory: pytest.TempPathFactory
-) -> tuple[Path, Proof]:
-    """It, merged in fp32 and proven in a fresh process."""
+) -> tuple[Path, Verification]:
+    """It, merged in fp32 and verified in a new process."""
     folder = tmp_path_factory.mktemp("merged") / "merged"
-    return folder, merge(read(adapter), folder, "fp32", tiny_source.path)
+    return folder, merge(read_trained(adapter), folder, "fp32", tiny_source.path)
 
 
-def check_merged(folder: Path, proof: Proof, adapter: Path, source: ModelSource) -> None:
-    assert proof.prompts == proof.agree == len(set(PROMPTS)) == 80
-    assert proof.worst_difference <= 1e-5 * proof.max_logit
+def check_merged(
+    folder: Path, verification: Verification, adapter: Path, source: ModelSource
+) -> None:
+    assert verification.prompts == verification.agree == len(set(PROMPTS)) == 80
+    assert verification.worst_difference <= 1e-5 * verification.max_logit
     base = AutoModelForCausalLM.from_pretrained(source.path, dtype=torch.float32)
-    alone = logits(base)
-    peft_model = logits(PeftModel.from_pretrained(base, adapter))
-    found = logits(AutoModelForCausalLM.from_pretrained(folder))
-    assert (found - peft_model).abs().max() <= 1e-5 * peft_model.abs().max()
-    # The negative control: what is compared could have told a difference.
-    assert (found - alone).abs().max() > 0.05 * alone.abs().max()
+    base_logits = logits(base)
+    expected = logits(PeftModel.from_pretrained(base, adapter))
+    merged = logits(AutoModelForCausalLM.from_pretrained(folder))
+    assert (merged - expected).abs().max() <= 1e-5 * expected.abs().max()
+    # Negative control: the adapter has a visible effect.
+    assert (merged - base_logits).abs().max() > 0.05 * base_logits.abs().max()
 
 
 def test_merged_is_base_with_adapter(
-    merged: tuple[Path, Proof], adapter: Path, tiny_source: ModelSource
+    merged: tuple[Path, Verification], adapter: Path, tiny_source: ModelSource
 ) -> None:
     check_merged(*merged, adapter, tiny_source)
 
 
-@pytest.mark.usefixtures("proof_in_this_process")
+@pytest.mark.usefixtures("verify_in_process")
 @pytest.mark.parametrize("kind", ["rslora", "dora", "pissa"])
 def test_merged_is_base_with_adapter_of_other_methods(
     kind: str, tiny_source: ModelSource, tmp_path: Path
 ) -> None:
     folder = make_adapter(tiny_source, tmp_path / "adapter", kind)
-    proof = merge(read(folder), tmp_path / "merged", "fp32", tiny_source.path)
-    check_merged(tmp_path / "merged", proof, folder, tiny_source)
+    verification = merge(read_trained(folder), tmp_path / "merged", "fp32", tiny_source.path)
+    check_merged(tmp_path / "merged", verification, folder, tiny_source)
 
 
-def test_a_merged_folder_is_whole(
-    merged: tuple[Path, Proof], adapter: Path, tiny_source: ModelSource
+def test_a_merged_folder_is_complete(
+    merged: tuple[Path, Verification], adapter: Path, tiny_source: ModelSource
 ) -> None:
     folder, _ = merged
     assert {path.name for path in folder.iterdir()} == {
@@ -98,27 +100,31 @@ def test_a_merged_folder_is_whole(
         [{"role": "user", "content": "Why?"}], tokenize=False
     )
     assert prompt == "Instruction:\nWhy?\nResponse:\n"
-    about = json.loads((folder / "slm_lora.json").read_text())
-    assert about["base"] == json.loads((adapter / "slm_lora.json").read_text())["base"]
-    assert about["merged"]["dtype"] == "fp32"
+    metadata = json.loads((folder / "slm_lora.json").read_text())
+    assert metadata["base"] == json.loads((adapter / "slm_lora.json").read_text())["base"]
+    assert metadata["merged"]["dtype"] == "fp32"
     assert str(folder.parent.parent) not in "".join(p.read_text() for p in folder.glob("*.json"))
-    # The base is not written to.
+    # The base is unchanged.
     assert hash_weights(tiny_source.path) == tiny_source.sha256
-    assert read(folder).whole
+    assert read_trained(folder).is_full_model
 
 
-@pytest.mark.usefixtures("proof_in_this_process")
+@pytest.mark.usefixtures("verify_in_process")
 @pytest.mark.parametrize("dtype", ["fp16", "bf16"])
 def test_half_precision_is_the_fp32_merge_rounded_once(
-    dtype: Any, merged: tuple[Path, Proof], adapter: Path, tiny_source: ModelSource, tmp_path: Path
+    dtype: Any,
+    merged: tuple[Path, Verification],
+    adapter: Path,
+    tiny_source: ModelSource,
+    tmp_path: Path,
 ) -> None:
-    merge(read(adapter), tmp_path / "half", dtype, tiny_source.path)
+    merge(read_trained(adapter), tmp_path / "half", dtype, tiny_source.path)
     exact = load_file(merged[0] / "model.safetensors")
     half = load_file(tmp_path / "half" / "model.safetensors")
-    wanted = {"fp16": torch.float16, "bf16": torch.bfloat16}[dtype]
+    dtype_ = {"fp16": torch.float16, "bf16": torch.bfloat16}[dtype]
     assert exact.keys() == half.keys()
     for name, tensor in exact.items():
-        assert torch.equal(half[name], tensor.to(wanted)), name
+        assert torch.equal(half[name], tensor.to(dtype_)), name
 
 
 def test_another_base_is_refused(tiny_source: ModelSource, tmp_path: Path) -> None:
@@ -129,22 +135,22 @@ def test_another_base_is_refused(tiny_source: ModelSource, tmp_path: Path) -> No
     model.save_pretrained(other)
     AutoTokenizer.from_pretrained(tiny_source.path).save_pretrained(other)
     with pytest.raises(IntegrityError, match="was trained on tiny-llama with weights"):
-        merge(read(folder), tmp_path / "merged", "fp32", other)
-    with pytest.raises(UsageError, match="not found by that name; name its folder: --base PATH"):
-        merge(read(folder), tmp_path / "merged", "fp32")
+        merge(read_trained(folder), tmp_path / "merged", "fp32", other)
+    with pytest.raises(UsageError, match="not found; give its folder: --base PATH"):
+        merge(read_trained(folder), tmp_path / "merged", "fp32")
     assert not (tmp_path / "merged").exists()
 
 
-def test_a_whole_model_is_refused(load_tiny: LoadTiny, tmp_path: Path) -> None:
+def test_a_full_model_is_refused(load_tiny: LoadTiny, tmp_path: Path) -> None:
     base = load_tiny("fp32")
     trained = attach.attach(base, AdapterSection(kind="full"), seed=0)
-    about = {
+    metadata = {
         "base": {"name": "tiny-llama", "revision": None, "sha256": base.source.sha256},
         "template": {"kind": "plain"},
     }
-    adapter_io.save(base, trained, tmp_path / "model", about, None)
-    with pytest.raises(UsageError, match="already a whole model; nothing to merge"):
-        merge(read(tmp_path / "model"), tmp_path / "merged", "fp32")
+    adapter_io.save(base, trained, tmp_path / "model", metadata, None)
+    with pytest.raises(UsageError, match="a full model, not an adapter; nothing to merge"):
+        merge(read_trained(tmp_path / "model"), tmp_path / "merged", "fp32")
 
 
 @pytest.mark.parametrize("target", ["embed_tokens", "lm_head"])
@@ -153,69 +159,69 @@ def test_tied_embeddings_are_refused(target: str, tiny_source: ModelSource, tmp_
     base = AutoModelForCausalLM.from_pretrained(tiny_source.path)
     config = LoraConfig(task_type="CAUSAL_LM", r=4, target_modules=["q_proj", target])
     get_peft_model(base, config).save_pretrained(folder, save_embedding_layers=False)
-    change_about(folder)
-    with pytest.raises(UsageError, match=r"put embedding of tiny-llama, whose input and output"):
-        merge(read(folder), tmp_path / "merged", "fp32", tiny_source.path)
+    change_metadata(folder)
+    with pytest.raises(UsageError, match=r"put embedding of tiny-llama, which are tied"):
+        merge(read_trained(folder), tmp_path / "merged", "fp32", tiny_source.path)
     assert not (tmp_path / "merged").exists()
 
 
-def test_what_is_there_is_not_replaced(tiny_source: ModelSource, tmp_path: Path) -> None:
+def test_existing_folders_are_not_replaced(tiny_source: ModelSource, tmp_path: Path) -> None:
     folder = make_adapter(tiny_source, tmp_path / "adapter")
     before = sorted(folder.iterdir())
-    with pytest.raises(UsageError, match="exists, and nothing is replaced; choose another name"):
-        merge(read(folder), folder, "fp32", tiny_source.path)
+    with pytest.raises(UsageError, match="exists and is not replaced; choose another name"):
+        merge(read_trained(folder), folder, "fp32", tiny_source.path)
     assert sorted(folder.iterdir()) == before
 
 
-@pytest.mark.usefixtures("proof_in_this_process")
-def test_every_stage_is_told(tiny_source: ModelSource, tmp_path: Path) -> None:
+@pytest.mark.usefixtures("verify_in_process")
+def test_progress_lines(tiny_source: ModelSource, tmp_path: Path) -> None:
     folder = make_adapter(tiny_source, tmp_path / "adapter")
-    told = io.StringIO()
-    reporter = Reporter(Console(file=told, width=200))
-    merge(read(folder), tmp_path / "merged", "fp32", tiny_source.path, reporter)
-    assert [line.split()[0] for line in told.getvalue().splitlines()] == [
-        "looking", "merging", "proving"
+    output = io.StringIO()
+    reporter = Reporter(Console(file=output, width=200))
+    merge(read_trained(folder), tmp_path / "merged", "fp32", tiny_source.path, reporter)
+    assert [line.split()[0] for line in output.getvalue().splitlines()] == [
+        "locating", "merging", "verifying"
     ]  # fmt: skip
-    export(read(tmp_path / "merged"), tmp_path / "gguf", "merged", "f16", None, reporter)
-    assert told.getvalue().splitlines()[3:] == ["  writing merged-f16.gguf"]
+    export(read_trained(tmp_path / "merged"), tmp_path / "gguf", "merged", "f16", None, reporter)
+    assert output.getvalue().splitlines()[3:] == ["  writing merged-f16.gguf"]
 
 
-@pytest.mark.usefixtures("proof_in_this_process")
-def test_a_failing_proof_leaves_nothing(
+@pytest.mark.usefixtures("verify_in_process")
+def test_a_failed_verification_leaves_nothing(
     tiny_source: ModelSource, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     folder = make_adapter(tiny_source, tmp_path / "adapter")
     write = merging.write_merged
 
-    def spoilt(trained: Any, source: Any, target: Path, dtype: Any) -> None:
+    def write_corrupted(trained: Any, source: Any, target: Path, dtype: Any) -> None:
         write(trained, source, target, dtype)
         weights = load_file(target / "model.safetensors")
         name = next(name for name in weights if "q_proj" in name)
         weights[name] = weights[name] * 1.001
         save_file(weights, target / "model.safetensors", metadata={"format": "pt"})
 
-    monkeypatch.setattr(merging, "write_merged", spoilt)
-    with pytest.raises(IntegrityError, match=r"is not base\+adapter: on 80 of 80 prompts"):
-        merge(read(folder), tmp_path / "merged", "fp32", tiny_source.path)
+    monkeypatch.setattr(merging, "write_merged", write_corrupted)
+    with pytest.raises(IntegrityError, match=r"differs from base\+adapter: on 80 of 80 prompts"):
+        merge(read_trained(folder), tmp_path / "merged", "fp32", tiny_source.path)
     assert [path.name for path in tmp_path.iterdir()] == ["adapter"]
 
 
-@pytest.mark.usefixtures("proof_in_this_process")
+@pytest.mark.usefixtures("verify_in_process")
 def test_an_adapter_without_effect_is_refused(tiny_source: ModelSource, tmp_path: Path) -> None:
     folder = make_adapter(tiny_source, tmp_path / "adapter", scale=0.0)
-    with pytest.raises(IntegrityError, match="cannot be told from its base"):
-        merge(read(folder), tmp_path / "merged", "fp32", tiny_source.path)
+    with pytest.raises(IntegrityError, match="too close to its base"):
+        merge(read_trained(folder), tmp_path / "merged", "fp32", tiny_source.path)
     assert not (tmp_path / "merged").exists()
 
 
 @pytest.mark.parametrize("dtype", BOUNDS)
-def test_what_is_no_proof(dtype: str) -> None:
-    good = Proof(80, 70, 900, 1.0, 1e-6, 2e-5, 3.0, 1.0)
-    judge(good, dtype, "it")
+def test_bounds_of_the_verification(dtype: str) -> None:
+    passing = Verification(80, 70, 900, 1.0, 1e-6, 2e-5, 3.0, 1.0)
+    check_bounds(passing, dtype, "it")
     nan = float("nan")
     for change in (
         {"agree": 63}, {"worst_by_noise": 11.0}, {"worst_by_noise": nan}, {"base_difference": nan},
         {"worst_difference": nan}, {"base_difference": 2e-5},
     ):  # fmt: skip
         with pytest.raises(IntegrityError):
-            judge(replace(good, **change), dtype, "it")  # type: ignore[arg-type]
+            check_bounds(replace(passing, **change), dtype, "it")  # type: ignore[arg-type]

@@ -1,4 +1,4 @@
-"""Whole models in folders: the base's own files, and such that transformers 4 reads them right."""
+"""Model folders: files of the base, and configurations that transformers 4 reads correctly."""
 
 from __future__ import annotations
 
@@ -20,15 +20,19 @@ from slm_lora.adapters import attach
 from slm_lora.adapters import io as adapter_io
 from slm_lora.config.schema import AdapterSection, ModelSection
 from slm_lora.export.merge import merge
-from slm_lora.export.trained import read
+from slm_lora.export.trained import read_trained
 from slm_lora.model.loading import load_base
-from slm_lora.model.model_folder import TOKENIZER_FILES, older_tokenizer, spell_as_before
+from slm_lora.model.model_folder import (
+    TOKENIZER_FILES,
+    add_transformers4_format,
+    transformers4_tokenizer_config,
+)
 from slm_lora.model.resolve import hash_config, resolve
 
 from ..support.exports import make_adapter
 from ..support.tiny_model import CHAT_TEMPLATE, tiny_tokenizer
 
-pytestmark = pytest.mark.usefixtures("proof_in_this_process")
+pytestmark = pytest.mark.usefixtures("verify_in_process")
 SPECIAL = ("<|endoftext|>", "<|im_start|>", "<|im_end|>")
 OLDER_TOKENIZER: dict[str, Any] = {
     "add_prefix_space": False,
@@ -62,7 +66,7 @@ def put(path: Path, **keys: Any) -> None:
 
 @pytest.fixture
 def older(tiny_folder: Path, tmp_path: Path) -> Path:
-    """The tiny model in files as transformers 4 wrote them, and as most on the hub are."""
+    """The tiny model in the files of transformers 4, as for most models on the hub."""
     folder = tmp_path / "models" / "older"
     shutil.copytree(tiny_folder, folder)
     config = written(folder / "config.json")
@@ -75,7 +79,7 @@ def older(tiny_folder: Path, tmp_path: Path) -> Path:
     (folder / "vocab.json").write_text(json.dumps(raw["vocab"]))
     (folder / "merges.txt").write_text("\n".join(" ".join(pair) for pair in raw["merges"]))
     (folder / "special_tokens_map.json").write_text('{"eos_token": "<|im_end|>"}')
-    # What transformers 5 would not write, as it contradicts itself.
+    # An inconsistent configuration, which transformers 5 refuses to write.
     (folder / "generation_config.json").write_text(
         '{"do_sample": false, "temperature": 0.6, "eos_token_id": [2, 0]}'
     )
@@ -86,7 +90,7 @@ def older(tiny_folder: Path, tmp_path: Path) -> Path:
 def merged(base: Path, tmp_path: Path) -> Path:
     source = resolve(ModelSection(name=str(base)))
     folder = make_adapter(source, tmp_path / "adapter")
-    merge(read(folder), tmp_path / "merged", "bf16", base)
+    merge(read_trained(folder), tmp_path / "merged", "bf16", base)
     return tmp_path / "merged"
 
 
@@ -116,7 +120,7 @@ def test_the_bases_own_files_with_what_must_change(older: Path, tmp_path: Path, 
     assert len(copied) == 5
     for name in {*copied, "generation_config.json"} - {"tokenizer_config.json"}:
         assert (folder / name).read_bytes() == (older / name).read_bytes(), name
-    # One template, wherever a program looks for it.
+    # The same template in every file that may contain one.
     assert template != CHAT_TEMPLATE
     tokenizer = {**OLDER_TOKENIZER, "chat_template": template}
     assert written(folder / "tokenizer_config.json") == tokenizer
@@ -165,7 +169,7 @@ def test_what_transformers_5_wrote_is_spelt_as_before_besides(
 def test_a_template_that_cannot_be_written(
     kind: str, several: bool, older: Path, tmp_path: Path
 ) -> None:
-    """It leaves none; but the model's own one is what it was trained with, and is prompted by."""
+    """The folder has the base's own template if the rows were rendered with it, else none."""
     if several:
         names = {"default": CHAT_TEMPLATE, "tool_use": "{{ 'tools' }}"}
         listed = [{"name": name, "template": template} for name, template in names.items()]
@@ -184,7 +188,7 @@ def test_two_matrices_though_the_base_says_one(older: Path, tmp_path: Path) -> N
     weights["lm_head.weight"] = weights["model.embed_tokens.weight"] * 1.01
     save_file(weights, older / "model.safetensors", {"format": "pt"})
     folder = trained_whole(older, tmp_path)
-    # transformers 5 sees that they differ; 4 would take the input's for both.
+    # transformers 5 detects different embeddings; 4 would use the input embedding for both.
     assert written(folder / "config.json")["tie_word_embeddings"] is False
     found = load_file(folder / "model.safetensors")
     assert not torch.equal(found["lm_head.weight"], found["model.embed_tokens.weight"])
@@ -234,7 +238,7 @@ BY_LAYERS = {
             {**BY_LAYERS, "full_attention": {"rope_type": "default", "rope_theta": 2e6}},
             {"global_rope_theta": 2e6, "local_rope_theta": 3e4},
         ),
-        # Without a word it would be transformers 4's own default, yarn.
+        # Without the key transformers 4 defaults to yarn.
         ("gpt_oss", {"rope_type": "default", "rope_theta": 2e4}, {"rope_theta": 2e4}),
         (
             "qwen3_moe",
@@ -251,7 +255,7 @@ def test_rotary_frequencies_in_older_words(
     AutoConfig.for_model(kind, **more).save_pretrained(tmp_path)
     before, digest = written(tmp_path / "config.json"), hash_config(tmp_path)
     read_before = AutoConfig.from_pretrained(tmp_path).to_dict()
-    spell_as_before(tmp_path)
+    add_transformers4_format(tmp_path)
     after = written(tmp_path / "config.json")
     assert before.items() <= after.items()
     added = {key: value for key, value in after.items() if key not in before}
@@ -262,17 +266,17 @@ def test_rotary_frequencies_in_older_words(
     found = AutoConfig.from_pretrained(tmp_path).to_dict()
     assert {**found, **read_before} == found
     assert found.get("rope_parameters") == read_before.get("rope_parameters")
-    # It is the same base as before to every run that was made on it.
+    # The hash of the configuration, part of run identities, is unchanged.
     assert hash_config(tmp_path) == digest
     put(tmp_path / "config.json", rope_theta=11.0)
     assert hash_config(tmp_path) != digest
 
 
 def test_the_tokenizers_configuration_in_older_words() -> None:
-    assert older_tokenizer(OLDER_TOKENIZER) == OLDER_TOKENIZER
+    assert transformers4_tokenizer_config(OLDER_TOKENIZER) == OLDER_TOKENIZER
     named = {"extra_special_tokens": {"image_token": "<image>"}, "tokenizer_class": "Own"}
-    assert older_tokenizer(named) == named
-    assert older_tokenizer(
+    assert transformers4_tokenizer_config(named) == named
+    assert transformers4_tokenizer_config(
         {
             "tokenizer_class": "TokenizersBackend",
             "extra_special_tokens": ["<a>", "<b>"],
@@ -308,14 +312,14 @@ FAMILIES: dict[str, tuple[str, dict[str, Any], dict[str, Any]]] = {
 
 
 def family(name: str, folder: Path) -> Path:
-    """A small model of a family, as transformers 5 writes it, and then spelt as before."""
+    """A small model of a family as transformers 5 writes it, with transformers 4's keys added."""
     kind, rope, more = FAMILIES[name]
     parameters = rope if "full_attention" in rope else {"rope_type": "default", **rope}
     torch.manual_seed(0)
     config = AutoConfig.for_model(kind, **SIZES, rope_parameters=parameters, **more)
     AutoModelForCausalLM.from_config(config, dtype=torch.float32).save_pretrained(folder / name)
     tiny_tokenizer().save_pretrained(folder / name)
-    spell_as_before(folder / name)
+    add_transformers4_format(folder / name)
     return folder / name
 
 

@@ -1,7 +1,7 @@
-"""Pushing: what is sent, what the card says, and that its commands are true.
+"""Push: uploaded files, model card, and the commands in the card.
 
-The hub here is a stand-in on the loopback that speaks as much of the hub's API as
-huggingface_hub asks of it; the hub itself is not reached in tests.
+The hub is a fake server on the loopback interface that implements the part of the hub's API which
+huggingface_hub uses. Tests do not reach the real hub.
 """
 
 from __future__ import annotations
@@ -24,14 +24,14 @@ import yaml
 from huggingface_hub import ModelCard
 
 from slm_lora.cli import app, run_guarded
-from slm_lora.data.chat_templates import freeze
+from slm_lora.data.chat_templates import freeze_date
 from slm_lora.errors import IntegrityError, StorageError, UsageError
 from slm_lora.export.hub import dry_run, push
 from slm_lora.export.merge import merge
-from slm_lora.export.trained import read
+from slm_lora.export.trained import read_trained
 from slm_lora.model.resolve import ModelSource
 
-from ..support.exports import change_about, make_adapter
+from ..support.exports import change_metadata, make_adapter
 
 REPOSITORY = "somebody/toy-adapter"
 SENT = {"README.md", "adapter_config.json", "adapter_model.safetensors", "chat_template.jinja",
@@ -43,25 +43,25 @@ def adapter(tiny_source: ModelSource, tmp_path: Path) -> Path:
     return make_adapter(tiny_source, tmp_path / "adapter" / "toy")
 
 
-def set_about(folder: Path, **changes: Any) -> None:
-    def change(about: dict[str, Any]) -> None:
+def set_metadata(folder: Path, **changes: Any) -> None:
+    def change(metadata: dict[str, Any]) -> None:
         for key, value in changes.items():
-            place = about
+            section = metadata
             *parts, last = key.split("__")
             for part in parts:
-                place = place[part]
-            place[last] = value
+                section = section[part]
+            section[last] = value
 
-    change_about(folder, change)
+    change_metadata(folder, change)
 
 
 def front(readme: str) -> dict[str, Any]:
-    found: dict[str, Any] = yaml.safe_load(readme.split("---")[1])
-    return found
+    metadata: dict[str, Any] = yaml.safe_load(readme.split("---")[1])
+    return metadata
 
 
 class Hub(BaseHTTPRequestHandler):
-    """Repositories in memory: their files, weights by the way of large ones."""
+    """Repositories in memory; weights are uploaded by LFS."""
 
     files: dict[str, bytes]
     large: dict[str, bytes]
@@ -79,13 +79,13 @@ class Hub(BaseHTTPRequestHandler):
 
     def do_POST(self) -> None:
         body = self.rfile.read(int(self.headers["Content-Length"]))
-        own, here = type(self), f"http://127.0.0.1:{self.server.server_address[1]}"
-        own.tokens.add(self.headers.get("Authorization"))
-        if own.refuses:
+        state, url = type(self), f"http://127.0.0.1:{self.server.server_address[1]}"
+        state.tokens.add(self.headers.get("Authorization"))
+        if state.refuses:
             return self.answer({"error": "Forbidden"}, 403)
         if self.path == "/api/repos/create":
-            own.created.append(json.loads(body))
-            return self.answer({"url": f"{here}/{REPOSITORY}"})
+            state.created.append(json.loads(body))
+            return self.answer({"url": f"{url}/{REPOSITORY}"})
         if self.path == "/api/validate-yaml":
             return self.answer({"errors": [], "warnings": []})
         if self.path == f"/api/models/{REPOSITORY}/preupload/main":
@@ -93,18 +93,18 @@ class Hub(BaseHTTPRequestHandler):
                 {
                     "files": [
                         {
-                            "path": each["path"],
-                            "uploadMode": "lfs" if each["path"].endswith("tensors") else "regular",
+                            "path": file["path"],
+                            "uploadMode": "lfs" if file["path"].endswith("tensors") else "regular",
                             "shouldIgnore": False,
                         }
-                        for each in json.loads(body)["files"]
+                        for file in json.loads(body)["files"]
                     ]
                 }
             )
         if self.path == f"/{REPOSITORY}.git/info/lfs/objects/batch":
             objects = [
-                {**each, "actions": {"upload": {"href": f"{here}/put/{each['oid']}"}}}
-                for each in json.loads(body)["objects"]
+                {**file, "actions": {"upload": {"href": f"{url}/put/{file['oid']}"}}}
+                for file in json.loads(body)["objects"]
             ]
             return self.answer({"transfer": "basic", "objects": objects})
         assert self.path == f"/api/models/{REPOSITORY}/commit/main", self.path
@@ -112,11 +112,11 @@ class Hub(BaseHTTPRequestHandler):
             entry = json.loads(line)
             value = entry["value"]
             if entry["key"] == "file":
-                own.files[value["path"]] = base64.b64decode(value["content"])
+                state.files[value["path"]] = base64.b64decode(value["content"])
             elif entry["key"] == "lfsFile":
-                own.files[value["path"]] = own.large[value["oid"]]
+                state.files[value["path"]] = state.large[value["oid"]]
         return self.answer(
-            {"success": True, "commitOid": "0" * 40, "commitUrl": f"{here}/{REPOSITORY}/commit/0"}
+            {"success": True, "commitOid": "0" * 40, "commitUrl": f"{url}/{REPOSITORY}/commit/0"}
         )
 
     def do_PUT(self) -> None:
@@ -137,7 +137,7 @@ def hub(monkeypatch: pytest.MonkeyPatch) -> Iterator[tuple[type[Hub], str]]:
         tokens, refuses = set(), False
 
     monkeypatch.setenv("HF_TOKEN", "a-token-of-the-test")
-    # Xet, the hub's newer way for large files, is a service of its own: the stand-in has LFS.
+    # Xet, the newer protocol for large files, is a separate service; the fake has LFS only.
     monkeypatch.setattr("huggingface_hub.constants.HF_HUB_DISABLE_XET", True)
     monkeypatch.setattr("huggingface_hub.constants.HF_HUB_DISABLE_TELEMETRY", True)
     server = ThreadingHTTPServer(("127.0.0.1", 0), Own)
@@ -149,50 +149,50 @@ def hub(monkeypatch: pytest.MonkeyPatch) -> Iterator[tuple[type[Hub], str]]:
     server.server_close()
 
 
-def test_what_the_hub_gets(adapter: Path, tmp_path: Path, hub: tuple[type[Hub], str]) -> None:
-    there, endpoint = hub
+def test_uploaded_files(adapter: Path, tmp_path: Path, hub: tuple[type[Hub], str]) -> None:
+    uploaded, endpoint = hub
     (adapter / "notes.txt").write_text("not for others")
     (adapter / "optimizer.pt").write_bytes(b"nor this")
-    url = push(read(adapter), REPOSITORY, tmp_path, private=True, endpoint=endpoint)
+    url = push(read_trained(adapter), REPOSITORY, tmp_path, private=True, endpoint=endpoint)
     assert url == f"{endpoint}/{REPOSITORY}"
-    assert there.tokens == {"Bearer a-token-of-the-test"}
-    assert [(made["name"], made["organization"]) for made in there.created] == [
+    assert uploaded.tokens == {"Bearer a-token-of-the-test"}
+    assert [(made["name"], made["organization"]) for made in uploaded.created] == [
         ("toy-adapter", "somebody")
     ]
-    assert "private" in json.dumps(there.created[0])
-    assert there.files.keys() == SENT
+    assert "private" in json.dumps(uploaded.created[0])
+    assert uploaded.files.keys() == SENT
     for name in SENT - {"README.md"}:
-        assert there.files[name] == (adapter / name).read_bytes()
-    # A dry run writes the very same.
-    dry_run(read(adapter), REPOSITORY, tmp_path, tmp_path / "dry")
-    assert {p.name: p.read_bytes() for p in (tmp_path / "dry").iterdir()} == there.files
+        assert uploaded.files[name] == (adapter / name).read_bytes()
+    # A dry run writes the same files.
+    dry_run(read_trained(adapter), REPOSITORY, tmp_path, tmp_path / "dry")
+    assert {p.name: p.read_bytes() for p in (tmp_path / "dry").iterdir()} == uploaded.files
 
 
-def test_a_hub_that_refuses_or_is_away(
+def test_rejected_and_unreachable_uploads(
     adapter: Path, tmp_path: Path, hub: tuple[type[Hub], str], monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    there, endpoint = hub
-    there.refuses = True
-    with pytest.raises(StorageError, match="the hub does not take somebody/toy-adapter") as caught:
-        push(read(adapter), REPOSITORY, tmp_path, endpoint=endpoint)
+    server, endpoint = hub
+    server.refuses = True
+    with pytest.raises(StorageError, match="uploading somebody/toy-adapter failed") as caught:
+        push(read_trained(adapter), REPOSITORY, tmp_path, endpoint=endpoint)
     assert "\n" not in str(caught.value)
     with pytest.raises(StorageError, match="check network, token and name"):
-        push(read(adapter), REPOSITORY, tmp_path, endpoint="http://127.0.0.1:9")
+        push(read_trained(adapter), REPOSITORY, tmp_path, endpoint="http://127.0.0.1:9")
     monkeypatch.setattr("huggingface_hub.get_token", lambda: None)
     with pytest.raises(UsageError, match="not logged in"):
-        push(read(adapter), REPOSITORY, tmp_path, endpoint=endpoint)
+        push(read_trained(adapter), REPOSITORY, tmp_path, endpoint=endpoint)
     with pytest.raises(UsageError, match="give owner/name"):
-        push(read(adapter), "toy-adapter", tmp_path, endpoint=endpoint)
+        push(read_trained(adapter), "toy-adapter", tmp_path, endpoint=endpoint)
 
 
-def test_the_card_is_made_from_the_run(adapter: Path, tmp_path: Path) -> None:
+def test_the_card_has_settings_and_losses_of_the_run(adapter: Path, tmp_path: Path) -> None:
     results = Path(__file__).parents[2] / "results"
     record = json.loads((results / "quickstart" / "metrics.json").read_text())
     base, *_, run = record["runs"]
     assert base["cell"] == "base"
-    set_about(adapter, experiment="quickstart", run=run["hash"], recipe=run["recipe"])
-    set_about(adapter, base__name="smollm2-135m-instruct-q4_1")
-    dry_run(read(adapter), REPOSITORY, results, tmp_path / "dry")
+    set_metadata(adapter, experiment="quickstart", run=run["hash"], recipe=run["recipe"])
+    set_metadata(adapter, base__name="smollm2-135m-instruct-q4_1")
+    dry_run(read_trained(adapter), REPOSITORY, results, tmp_path / "dry")
     readme = (tmp_path / "dry" / "README.md").read_text()
     assert front(readme) == {
         "base_model": "HuggingFaceTB/SmolLM2-135M-Instruct",
@@ -202,10 +202,10 @@ def test_the_card_is_made_from_the_run(adapter: Path, tmp_path: Path) -> None:
         "license": "apache-2.0",
         "tags": ["slm-lora", "lora"],
     }
-    # As the hub's own library reads it.
+    # Parsed by the hub's own library.
     assert ModelCard(readme).data.license == "apache-2.0"
-    found = run["intervals"]["all"]
-    assert f"| this | {found['value']:.4f} | {found['low']:.4f} – {found['high']:.4f} |" in readme
+    loss = run["intervals"]["all"]
+    assert f"| this | {loss['value']:.4f} | {loss['low']:.4f} – {loss['high']:.4f} |" in readme
     assert f"| base | {base['intervals']['all']['value']:.4f} | " in readme
     assert "BSD-3-Clause" in readme and "Apache-2.0" in readme
     assert "| training.learning_rate | 0.001 |" in readme
@@ -214,22 +214,25 @@ def test_the_card_is_made_from_the_run(adapter: Path, tmp_path: Path) -> None:
 
 
 @pytest.mark.parametrize(
-    ("template", "said"),
+    ("template", "sentence"),
     [
         ("{{ 1 }}", "`chat_template.jinja` holds it."),
-        (freeze("{{ strftime_now('%Y') }}"), "jinja` holds it, with 26 Jul 2024 as today's date."),
-        ("{{ strftime_now('%Y') }}", "it writes today's, training wrote 26 Jul 2024."),
+        (
+            freeze_date("{{ strftime_now('%Y') }}"),
+            "jinja` holds it, with 26 Jul 2024 as today's date.",
+        ),
+        ("{{ strftime_now('%Y') }}", "it inserts today's, training used 26 Jul 2024."),
         (None, "no chat template gives other programs the same tokens."),
     ],
 )
-def test_the_card_says_what_holds_the_prompt(
-    template: str | None, said: str, adapter: Path, tmp_path: Path
+def test_the_card_describes_the_chat_template(
+    template: str | None, sentence: str, adapter: Path, tmp_path: Path
 ) -> None:
     path = adapter / "chat_template.jinja"
     path.unlink() if template is None else path.write_text(template)
-    change_about(adapter)
-    dry_run(read(adapter), REPOSITORY, tmp_path, tmp_path / "dry")
-    assert said in (tmp_path / "dry" / "README.md").read_text()
+    change_metadata(adapter)
+    dry_run(read_trained(adapter), REPOSITORY, tmp_path, tmp_path / "dry")
+    assert sentence in (tmp_path / "dry" / "README.md").read_text()
 
 
 @pytest.mark.parametrize(
@@ -242,22 +245,22 @@ def test_the_card_says_what_holds_the_prompt(
         ("tiny-llama", "ml-qa", "other", None),
     ],
 )  # fmt: skip
-def test_no_licence_and_no_id_is_made_up(
+def test_unknown_licences_and_ids_are_omitted(
     base: str, data: str, licence: str, dataset: list[str] | None, adapter: Path, tmp_path: Path
 ) -> None:
-    set_about(adapter, base__name=base, recipe__data__name=data)
-    dry_run(read(adapter), REPOSITORY, tmp_path, tmp_path / "dry")
-    found = front((tmp_path / "dry" / "README.md").read_text())
-    assert found["license"] == licence
-    assert found.get("datasets") == dataset
-    assert found.get("base_model") == (base if "/" in base else None)
+    set_metadata(adapter, base__name=base, recipe__data__name=data)
+    dry_run(read_trained(adapter), REPOSITORY, tmp_path, tmp_path / "dry")
+    metadata = front((tmp_path / "dry" / "README.md").read_text())
+    assert metadata["license"] == licence
+    assert metadata.get("datasets") == dataset
+    assert metadata.get("base_model") == (base if "/" in base else None)
     assert "Held-out loss" not in (tmp_path / "dry" / "README.md").read_text()
 
 
 def test_the_cards_commands_run(adapter: Path, tiny_source: ModelSource, tmp_path: Path) -> None:
-    dry_run(read(adapter), REPOSITORY, tmp_path, tmp_path / "toy-adapter")
+    dry_run(read_trained(adapter), REPOSITORY, tmp_path, tmp_path / "toy-adapter")
     readme = (tmp_path / "toy-adapter" / "README.md").read_text()
-    # In place of the download.
+    # The folder stands in for the download.
     run_python(readme, tmp_path, BASE=str(tiny_source.path))
     gguf = next(line for line in readme.splitlines() if line.startswith("slm-lora export gguf"))
     assert gguf == 'slm-lora export gguf toy-adapter toy-adapter-gguf --as adapter --base "$BASE"'
@@ -269,12 +272,12 @@ def test_the_cards_commands_run(adapter: Path, tiny_source: ModelSource, tmp_pat
     assert len(named) == 2 and all((tmp_path / name).is_file() for name in named)
 
 
-@pytest.mark.usefixtures("proof_in_this_process")
-def test_a_merged_model_is_pushed_as_one(
+@pytest.mark.usefixtures("verify_in_process")
+def test_a_merged_model_is_pushed_as_a_full_model(
     adapter: Path, tiny_source: ModelSource, tmp_path: Path
 ) -> None:
-    merge(read(adapter), tmp_path / "merged", "fp32", tiny_source.path)
-    dry_run(read(tmp_path / "merged"), "somebody/whole", tmp_path, tmp_path / "whole")
+    merge(read_trained(adapter), tmp_path / "merged", "fp32", tiny_source.path)
+    dry_run(read_trained(tmp_path / "merged"), "somebody/whole", tmp_path, tmp_path / "whole")
     assert {path.name for path in (tmp_path / "whole").iterdir()} == {
         "README.md", "config.json", "generation_config.json", "model.safetensors",
         "tokenizer.json", "tokenizer_config.json", "chat_template.jinja", "slm_lora.json",
@@ -301,12 +304,17 @@ def run_python(readme: str, folder: Path, **environment: str) -> None:
 
 @pytest.mark.parametrize(
     ("secret", "message"),
-    [("{home}/models/base", "names a path of this machine"), ("hf_" + "a" * 34, "a token")],
+    [
+        ("{home}/models/base", "contains a path of this machine"),
+        ("hf_" + "a" * 34, "looks like a hub token"),
+    ],
 )
-def test_nothing_private_is_sent(secret: str, message: str, adapter: Path, tmp_path: Path) -> None:
-    set_about(adapter, recipe__data__name=secret.format(home=Path.home()))
+def test_paths_and_tokens_are_not_sent(
+    secret: str, message: str, adapter: Path, tmp_path: Path
+) -> None:
+    set_metadata(adapter, recipe__data__name=secret.format(home=Path.home()))
     with pytest.raises(IntegrityError, match=message):
-        dry_run(read(adapter), REPOSITORY, tmp_path, tmp_path / "dry")
+        dry_run(read_trained(adapter), REPOSITORY, tmp_path, tmp_path / "dry")
     assert not (tmp_path / "dry").exists()
 
 

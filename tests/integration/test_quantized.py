@@ -1,4 +1,4 @@
-"""Training on a base in 4 bits, and what becomes of the adapter afterwards."""
+"""Training on a base in 4 bits, and later use of its adapter."""
 
 from __future__ import annotations
 
@@ -52,7 +52,7 @@ def test_weights_are_in_four_bits_and_packed_scores_are_right(tiny_folder: Path)
     found = {}
     for kind in ("nf4", None):
         for plain in (False, True):
-            base = load_base(source, device=cpu, precision="fp32", plain=plain, quantization=kind)
+            base = load_base(source, device=cpu, precision="fp32", padded=plain, quantization=kind)
             assert base.packed != plain, base.fallback_reason
             scores = score(base, examples, "test", 100)
             found[kind, plain] = [each.nll_all for each in scores]
@@ -157,7 +157,7 @@ assert kernels.fetched == [], kernels.fetched
     not torch.cpu._is_avx512_bf16_supported(), reason="only CPUs with AVX512-BF16 are asked"
 )
 def test_an_adapter_fetches_no_code_and_says_nothing(tmp_path: Path, tiny_folder: Path) -> None:
-    package = tmp_path / "kernels.py"  # stands for the one that fetches from the hub
+    package = tmp_path / "kernels.py"  # in place of the package that downloads from the hub
     package.write_text(
         "fetched = []\ndef get_kernel(*a, **k):\n    fetched.append(a)\n    raise OSError\n"
     )

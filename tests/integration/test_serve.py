@@ -1,4 +1,4 @@
-"""The server, asked by clients of others: OpenAI's package, a browser, plain sockets."""
+"""The server as seen by the openai package, a browser and plain sockets."""
 
 from __future__ import annotations
 
@@ -31,9 +31,9 @@ from slm_lora.serve import server as serving  # noqa: E402
 from slm_lora.serve.api import make_app  # noqa: E402
 from slm_lora.serve.engine import BusyError, Engine  # noqa: E402
 from slm_lora.serve.guard import LOOPBACK, Guard  # noqa: E402
-from slm_lora.serve.page import GENERAL, mount_page  # noqa: E402
+from slm_lora.serve.page import GENERAL_QUESTIONS, mount_page  # noqa: E402
 
-MOST_BYTES, PATIENCE, MOST_TOKENS = 100_000, 1.5, 200
+MAX_BODY_BYTES, TIMEOUT_S, MAX_TOKENS = 100_000, 1.5, 200
 
 
 @pytest.fixture(scope="module")
@@ -47,7 +47,7 @@ def variants(tiny_source: ModelSource, tmp_path_factory: pytest.TempPathFactory)
 
 
 class Served:
-    """A server on a free port, in a thread of this process."""
+    """A server on a free port, in a thread of the test process."""
 
     def __init__(
         self,
@@ -55,17 +55,19 @@ class Served:
         token: str | None = None,
         page: bool = False,
         examples: Sequence[Prompt] = (Prompt((Turn("user", "Tea?"),), reference="Of leaves."),),
-        chosen: str | None = None,
+        default_adapter: str | None = None,
     ) -> None:
-        self.engine = Engine(variants, most_tokens=MOST_TOKENS, most_waiting=70)
+        self.engine = Engine(variants, max_tokens=MAX_TOKENS, max_waiting=70)
         app = make_app(self.engine)
         if page:
-            app = mount_page(app, self.engine, examples, chosen)
-        guarded = Guard(app, hosts=LOOPBACK, token=token, most_bytes=MOST_BYTES, patience=PATIENCE)
-        listening = serving.listen("127.0.0.1", 0)
-        self.port = listening.getsockname()[1]
+            app = mount_page(app, self.engine, examples, default_adapter)
+        guarded = Guard(
+            app, hosts=LOOPBACK, token=token, max_body_bytes=MAX_BODY_BYTES, timeout_s=TIMEOUT_S
+        )
+        listener = serving.listen("127.0.0.1", 0)
+        self.port = listener.getsockname()[1]
         self.url = f"http://127.0.0.1:{self.port}"
-        threading.Thread(target=serving.serve, args=(guarded, listening), daemon=True).start()
+        threading.Thread(target=serving.serve, args=(guarded, listener), daemon=True).start()
 
     def client(self, key: str = "none") -> Any:
         return openai.OpenAI(base_url=f"{self.url}/v1", api_key=key, max_retries=0, timeout=120)
@@ -84,16 +86,16 @@ class Served:
 @pytest.fixture(scope="module")
 def served(variants: AdapterSet) -> Iterator[Served]:
     with pytest.MonkeyPatch.context() as patch:
-        patch.setattr(serving, "REQUEST_HEAD_TIMEOUT_S", PATIENCE)
-        made = Served(variants)
-        yield made
-        made.engine.close()
+        patch.setattr(serving, "REQUEST_HEAD_TIMEOUT_S", TIMEOUT_S)
+        server = Served(variants)
+        yield server
+        server.engine.close()
 
 
 QUESTION = [{"role": "user", "content": "Tell me fact 3 about bread."}]
 
 
-def wanted(
+def reference(
     variants: AdapterSet, name: str, question: str, sampling: Sampling
 ) -> tuple[str, Generation]:
     prompt = Prompt((Turn("user", question),))
@@ -101,36 +103,41 @@ def wanted(
     return "".join(reply.pieces()), reply
 
 
-def test_the_openai_client_gets_what_the_model_says(served: Served, variants: AdapterSet) -> None:
+def test_openai_client_gets_the_models_replies(served: Served, variants: AdapterSet) -> None:
     client = served.client()
     assert [model.id for model in client.models.list()] == ["base", "single", "talker"]
     assert client.models.retrieve("single").id == "single"
     texts = set()
     for name in variants.names:
-        text, reply = wanted(variants, name, QUESTION[0]["content"], Sampling(25))
-        asked = {"model": name, "messages": QUESTION, "max_tokens": 25, "temperature": 0}
-        found = client.chat.completions.create(**asked)
-        assert found.choices[0].message.content == text
-        assert found.choices[0].finish_reason == reply.finished
-        assert found.usage.completion_tokens == len(reply.ids)
+        text, reply = reference(variants, name, QUESTION[0]["content"], Sampling(25))
+        parameters = {"model": name, "messages": QUESTION, "max_tokens": 25, "temperature": 0}
+        completion = client.chat.completions.create(**parameters)
+        assert completion.choices[0].message.content == text
+        assert completion.choices[0].finish_reason == reply.finished
+        assert completion.usage.completion_tokens == len(reply.ids)
         streamed = list(
             client.chat.completions.create(
-                **asked, stream=True, stream_options={"include_usage": True}
+                **parameters, stream=True, stream_options={"include_usage": True}
             )
         )
-        assert "".join(c.choices[0].delta.content or "" for c in streamed if c.choices) == text
+        assert (
+            "".join(chunk.choices[0].delta.content or "" for chunk in streamed if chunk.choices)
+            == text
+        )
         assert streamed[-2].choices[0].finish_reason == reply.finished
-        assert streamed[-1].usage == found.usage
+        assert streamed[-1].usage == completion.usage
         texts.add(text)
     assert len(texts) == 3
 
 
-def test_completions_take_text_as_it_is(served: Served, variants: AdapterSet) -> None:
+def test_completions_use_the_raw_prompt(served: Served, variants: AdapterSet) -> None:
     client = served.client()
     raw = "Instruction:\nTea?\nResponse:\n"
-    found = client.completions.create(model="single", prompt=raw, max_tokens=12, temperature=0)
-    text, reply = wanted(variants, "single", "Tea?", Sampling(12))
-    assert found.choices[0].text == text and found.usage.completion_tokens == len(reply.ids)
+    completion = client.completions.create(model="single", prompt=raw, max_tokens=12, temperature=0)
+    text, reply = reference(variants, "single", "Tea?", Sampling(12))
+    assert completion.choices[0].text == text and completion.usage.completion_tokens == len(
+        reply.ids
+    )
     pieces = client.completions.create(
         model="single", prompt=raw, max_tokens=12, temperature=0, stream=True
     )
@@ -140,37 +147,37 @@ def test_completions_take_text_as_it_is(served: Served, variants: AdapterSet) ->
 def test_seed_stop_and_conversations(served: Served, variants: AdapterSet) -> None:
     client = served.client()
 
-    def said(**more: Any) -> str:
-        asked = {"model": "base", "messages": QUESTION, "max_tokens": 20, **more}
-        content: str = client.chat.completions.create(**asked).choices[0].message.content
+    def reply(**overrides: Any) -> str:
+        parameters = {"model": "base", "messages": QUESTION, "max_tokens": 20, **overrides}
+        content: str = client.chat.completions.create(**parameters).choices[0].message.content
         return content
 
-    assert said(seed=7) == said(seed=7) != said(seed=8)
-    whole = said(temperature=0)
+    assert reply(seed=7) == reply(seed=7) != reply(seed=8)
+    whole = reply(temperature=0)
     stop = whole[5:7]
-    assert said(temperature=0, stop=stop) == whole[: whole.index(stop)]
+    assert reply(temperature=0, stop=stop) == whole[: whole.index(stop)]
     turns = [
         {"role": "system", "content": "Be short."}, *QUESTION,
         {"role": "assistant", "content": "It rises."}, {"role": "user", "content": "Why?"},
     ]  # fmt: skip
-    assert said(model="talker", messages=turns) is not None
+    assert reply(model="talker", messages=turns) is not None
     with pytest.raises(openai.BadRequestError, match="one instruction at a time"):
-        said(model="single", messages=turns)
+        reply(model="single", messages=turns)
 
 
-def test_errors_are_those_that_clients_know(served: Served) -> None:
+def test_errors_have_openais_format(served: Served) -> None:
     client = served.client()
     with pytest.raises(openai.NotFoundError) as missing:
         client.chat.completions.create(model="../../etc", messages=QUESTION)
     assert missing.value.code == "model_not_found" and missing.value.param == "model"
-    for more, name in (
+    for overrides, name in (
         ({"temperature": -1}, "temperature"), ({"n": 2}, "n"), ({"max_tokens": 0}, "max_tokens"),
         ({"messages": []}, "messages"), ({"logprobs": True}, "logprobs"),
         ({"frequency_penalty": 3}, "frequency_penalty"), ({"stop": [""]}, "stop"),
         ({"messages": [{"role": "user", "content": [{"type": "image_url"}]}]}, "messages"),
     ):  # fmt: skip
         with pytest.raises(openai.BadRequestError) as bad:
-            client.chat.completions.create(**{"model": "base", "messages": QUESTION, **more})
+            client.chat.completions.create(**{"model": "base", "messages": QUESTION, **overrides})
         assert bad.value.param.startswith(name) and bad.value.type == "invalid_request_error"
     long = [{"role": "user", "content": "bread " * 2000}]
     with pytest.raises(openai.BadRequestError, match="shorten"):
@@ -180,8 +187,8 @@ def test_errors_are_those_that_clients_know(served: Served) -> None:
 
 
 @pytest.mark.parametrize("text", ["half a \\ud83d", "\\u0000", "\\udb80\\udc00"])
-def test_text_that_is_none_is_a_bad_request(served: Served, text: str) -> None:
-    one = '{"model": "base", "max_tokens": 2, '
+def test_invalid_unicode_is_rejected(served: Served, text: str) -> None:
+    head = '{"model": "base", "max_tokens": 2, '
     for path, body in (
         ("chat/completions", f'"messages": [{{"role": "user", "content": "{text}"}}]'),
         ("chat/completions", '"messages": [{"role": "user", "content": [{"type": "text", '
@@ -189,7 +196,7 @@ def test_text_that_is_none_is_a_bad_request(served: Served, text: str) -> None:
         ("completions", f'"prompt": "{text}"'),
         ("completions", f'"prompt": "Tea?", "stop": ["{text}"]'),
     ):  # fmt: skip
-        status, answer = served.ask(f"/v1/{path}", (one + body + "}").encode())
+        status, answer = served.ask(f"/v1/{path}", (head + body + "}").encode())
         assert status == 400, answer
         assert json.loads(answer)["error"]["param"].startswith(("messages", "prompt", "stop"))
 
@@ -202,7 +209,7 @@ def test_text_that_is_none_is_a_bad_request(served: Served, text: str) -> None:
         b'{"model": "base", "messages": [{"role": "user", "content": "Q", "tool\\ud83d": "x"}]}',
     ],
 )  # fmt: skip
-def test_bodies_that_are_no_requests_are_refused(served: Served, body: bytes) -> None:
+def test_malformed_bodies_are_rejected(served: Served, body: bytes) -> None:
     for path in ("chat/completions", "completions"):
         status, answer = served.ask(f"/v1/{path}", body)
         assert status in (400, 404) and json.loads(answer)["error"]["message"]
@@ -211,29 +218,29 @@ def test_bodies_that_are_no_requests_are_refused(served: Served, body: bytes) ->
 CHAT = "/v1/chat/completions"
 
 
-def posted(served: Served, path: str, text: str | None = None, **more: Any) -> tuple[int, Any]:
-    asked: dict[str, Any] = {"model": "base", "max_tokens": 8, "temperature": 0}
-    asked |= {"messages": QUESTION} if path == CHAT else {"prompt": "Tea?"}
-    body = json.dumps({**asked, **more}) if text is None else text
+def post(served: Served, path: str, text: str | None = None, **overrides: Any) -> tuple[int, Any]:
+    parameters: dict[str, Any] = {"model": "base", "max_tokens": 8, "temperature": 0}
+    parameters |= {"messages": QUESTION} if path == CHAT else {"prompt": "Tea?"}
+    body = json.dumps({**parameters, **overrides}) if text is None else text
     status, answer = served.ask(path, body.encode())
-    found = json.loads(answer)
+    answered = json.loads(answer)
     if status != 200:
-        assert found["error"]["type"] == "invalid_request_error", found
-        return status, found["error"]
-    choice = found["choices"][0]
+        assert answered["error"]["type"] == "invalid_request_error", answered
+        return status, answered["error"]
+    choice = answered["choices"][0]
     return status, choice["message"]["content"] if path == CHAT else choice["text"]
 
 
 @pytest.mark.parametrize("path", [CHAT, "/v1/completions"])
-def test_null_and_what_asks_for_nothing_is_unset(served: Served, path: str) -> None:
-    plain = posted(served, path)
+def test_null_and_neutral_values_are_unset(served: Served, path: str) -> None:
+    plain = post(served, path)
     for name in (
         "stream", "stream_options", "top_p", "top_k", "min_p", "repetition_penalty", "seed", "stop",
         "frequency_penalty", "presence_penalty", "n", "logprobs", "logit_bias", "tools", "user",
         "tool_choice", "response_format", "suffix", "echo", "best_of", "min_tokens", "ignore_eos",
         "stop_token_ids", "max_completion_tokens", "reasoning_effort", "guided_json", "unknown",
     ):  # fmt: skip
-        assert posted(served, path, **{name: None}) == plain, name
+        assert post(served, path, **{name: None}) == plain, name
     neutral: dict[str, Any] = {
         "stop": [], "logit_bias": {}, "tools": [], "n": 1, "logprobs": False, "top_k": -1,
         "response_format": {"type": "text"}, "tool_choice": "none", "functions": [], "suffix": "",
@@ -242,14 +249,14 @@ def test_null_and_what_asks_for_nothing_is_unset(served: Served, path: str) -> N
         "skip_special_tokens": True, "chat_template_kwargs": {}, "some_new_field": [1],
     }  # fmt: skip
     for name, value in neutral.items():
-        assert posted(served, path, **{name: value}) == plain, name
-    assert posted(served, path, **neutral) == plain
-    # Unset is the default, not zero.
-    assert posted(served, path, temperature=None, max_tokens=None)[0] == 200
+        assert post(served, path, **{name: value}) == plain, name
+    assert post(served, path, **neutral) == plain
+    # Unset means the default, not zero.
+    assert post(served, path, temperature=None, max_tokens=None)[0] == 200
 
 
 @pytest.mark.parametrize("path", [CHAT, "/v1/completions"])
-def test_what_is_not_done_is_refused_by_name(served: Served, path: str) -> None:
+def test_unsupported_fields_are_rejected_by_name(served: Served, path: str) -> None:
     for name, value in {
         "response_format": {"type": "json_object"}, "tools": [{"type": "function"}], "n": 2,
         "tool_choice": "auto", "functions": [{}], "logit_bias": {"5": 1}, "logprobs": True,
@@ -263,33 +270,33 @@ def test_what_is_not_done_is_refused_by_name(served: Served, path: str) -> None:
     }.items():  # fmt: skip
         if value == {}:
             continue
-        status, error = posted(served, path, **{name: value})
+        status, error = post(served, path, **{name: value})
         assert (status, error["param"]) == (400, name), error
         assert error["message"].startswith(f"{name}: not supported: ")
     for wrong in (
         {"min_p": 2}, {"top_k": -2}, {"stop_token_ids": [10**6]}, {"stop": 3},
         {"min_tokens": 30, "max_tokens": 20}, {"repetition_penalty": 0}, {"seed": 2**64},
     ):  # fmt: skip
-        status, error = posted(served, path, **wrong)
+        status, error = post(served, path, **wrong)
         assert (status, error["param"].split(".")[0]) == (400, next(iter(wrong)))
-    status, error = posted(served, path, n=0)
+    status, error = post(served, path, n=0)
     assert (status, error["param"]) == (400, "n")
-    assert posted(served, path, logprobs=0)[0] == 400
+    assert post(served, path, logprobs=0)[0] == 400
 
 
-def test_messages_are_text_in_any_form(served: Served) -> None:
+def test_message_content_formats(served: Served) -> None:
     text = QUESTION[0]["content"]
-    plain = posted(served, CHAT)
+    plain = post(served, CHAT)
     parts = [{"type": "text", "text": text[:9]}, {"type": "text", "text": text[9:]}]
     for content in (parts, [text]):
-        assert posted(served, CHAT, messages=[{"role": "user", "content": content}]) == plain
+        assert post(served, CHAT, messages=[{"role": "user", "content": content}]) == plain
     harmless = {"name": "me", "tool_calls": None, "refusal": None, "audio": None}
-    assert posted(served, CHAT, messages=[{**QUESTION[0], **harmless}]) == plain
-    told = [
-        posted(served, CHAT, messages=[{"role": role, "content": "Be short."}, *QUESTION])
+    assert post(served, CHAT, messages=[{**QUESTION[0], **harmless}]) == plain
+    replies = [
+        post(served, CHAT, messages=[{"role": role, "content": "Be short."}, *QUESTION])
         for role in ("system", "developer")
     ]
-    assert told[0] == told[1] and told[0][0] == 200
+    assert replies[0] == replies[1] and replies[0][0] == 200
     for messages, where in (
         ([{"role": "tool", "content": "x"}], "messages.0.role"),
         ([*QUESTION, {"role": "assistant", "content": None}], "messages.1.content"),
@@ -307,12 +314,12 @@ def test_messages_are_text_in_any_form(served: Served) -> None:
             "messages.1.reasoning_content",
         ),
     ):
-        status, error = posted(served, CHAT, messages=messages)
+        status, error = post(served, CHAT, messages=messages)
         assert (status, error["param"]) == (400, where), error
 
 
 @pytest.mark.parametrize("path", [CHAT, "/v1/completions"])
-def test_a_body_that_is_no_request_is_400(served: Served, path: str) -> None:
+def test_invalid_json_bodies_are_rejected(served: Served, path: str) -> None:
     half = json.dumps({"model": "base", "messages": QUESTION, "prompt": "Tea?"})
     for text in (
         "[]", "3", "null", "", "{", "[" * 100_00, '{"model": "base"}', '{"a": ' + "9" * 5000 + "}",
@@ -322,80 +329,81 @@ def test_a_body_that_is_no_request_is_400(served: Served, path: str) -> None:
         half.replace('"model"', '"max_tokens": 1e400, "model"'),
         half.replace('"model"', '"stop": ["\\udc00"], "model"'),
     ):  # fmt: skip
-        assert posted(served, path, text)[0] == 400, text[:80]
+        assert post(served, path, text)[0] == 400, text[:80]
     status, _ = served.ask(path, b'{"model": "\xff"}')
     assert status == 400
 
 
 def test_sampling_fields_reach_the_sampler(served: Served, variants: AdapterSet) -> None:
-    given: dict[str, Any] = {
+    fields: dict[str, Any] = {
         "temperature": 0.4, "top_p": 0.9, "top_k": 40, "min_p": 0.02, "repetition_penalty": 1.1,
         "frequency_penalty": -0.4, "presence_penalty": -0.3, "seed": 5, "min_tokens": 12,
         "stop_token_ids": [7], "ignore_eos": True,
     }  # fmt: skip
-    how = Sampling(20, **{**given, "stop_token_ids": (7,)})
-    text = wanted(variants, "base", QUESTION[0]["content"], how)[0]
-    assert posted(served, CHAT, max_tokens=20, **given) == (200, text)
+    sampling = Sampling(20, **{**fields, "stop_token_ids": (7,)})
+    text = reference(variants, "base", QUESTION[0]["content"], sampling)[0]
+    assert post(served, CHAT, max_tokens=20, **fields) == (200, text)
     for name in ("min_p", "frequency_penalty", "presence_penalty"):
-        other = Sampling(20, **{**given, "stop_token_ids": (7,), name: 1.0})
-        assert wanted(variants, "base", QUESTION[0]["content"], other)[0] != text, name
+        other = Sampling(20, **{**fields, "stop_token_ids": (7,), name: 1.0})
+        assert reference(variants, "base", QUESTION[0]["content"], other)[0] != text, name
 
 
 def test_max_tokens_is_clamped(served: Served) -> None:
-    asked = {"model": "base", "messages": QUESTION, "max_tokens": 10**9, "temperature": 1}
-    found = served.client().chat.completions.create(**asked, seed=3)
-    assert found.usage.completion_tokens <= MOST_TOKENS
+    parameters = {"model": "base", "messages": QUESTION, "max_tokens": 10**9, "temperature": 1}
+    completion = served.client().chat.completions.create(**parameters, seed=3)
+    assert completion.usage.completion_tokens <= MAX_TOKENS
 
 
-def test_sixty_four_at_once_get_what_each_would_get_alone(
+def test_64_concurrent_requests_get_their_sequential_replies(
     served: Served, variants: AdapterSet
 ) -> None:
-    asked = [
+    requests = [
         (variants.names[i % 3], f"Tell me fact {i} about tea.", Sampling(12, float(i % 2), seed=i))
         for i in range(64)
     ]
-    alone = [wanted(variants, *each)[0] for each in asked]
+    alone = [reference(variants, *request)[0] for request in requests]
 
-    async def all_at_once() -> list[str]:
+    async def concurrently() -> list[str]:
         client = openai.AsyncOpenAI(base_url=f"{served.url}/v1", api_key="x", max_retries=0)
 
-        async def one(name: str, question: str, how: Sampling) -> str:
-            found = await client.chat.completions.create(
+        async def ask(name: str, question: str, sampling: Sampling) -> str:
+            completion = await client.chat.completions.create(
                 model=name, messages=[{"role": "user", "content": question}],
-                max_tokens=how.max_new_tokens, temperature=how.temperature, seed=how.seed,
+                max_tokens=sampling.max_new_tokens, temperature=sampling.temperature,
+                seed=sampling.seed,
             )  # fmt: skip
-            content: str = found.choices[0].message.content
+            content: str = completion.choices[0].message.content
             return content
 
-        return await asyncio.gather(*(one(*each) for each in asked))
+        return await asyncio.gather(*(ask(*request) for request in requests))
 
-    assert asyncio.run(all_at_once()) == alone
+    assert asyncio.run(concurrently()) == alone
 
 
-def test_a_full_queue_says_so_and_recovers(variants: AdapterSet) -> None:
-    engine = Engine(variants, at_once=1, most_waiting=2)
+def test_a_full_queue_rejects_and_recovers(variants: AdapterSet) -> None:
+    engine = Engine(variants, max_active=1, max_waiting=2)
 
     async def crowd() -> tuple[int, int]:
         ids = variants.row_tokenizers[BASE].prompt([Turn("user", "Tea?")])
-        text = wanted(variants, BASE, "Tea?", Sampling(50))[0]
-        tickets, refused = [], 0
+        text = reference(variants, BASE, "Tea?", Sampling(50))[0]
+        requests, rejected = [], 0
         for _ in range(10):
             try:
-                tickets.append(engine.submit(BASE, ids, Sampling(50)))
+                requests.append(engine.submit(BASE, ids, Sampling(50)))
             except BusyError:
-                refused += 1
-        for generation in tickets:
-            assert "".join([piece async for piece in generation.pieces()]) == text
+                rejected += 1
+        for request in requests:
+            assert "".join([piece async for piece in request.pieces()]) == text
         last = engine.submit(BASE, ids, Sampling(50))
         assert "".join([piece async for piece in last.pieces()]) == text
-        return len(tickets), refused
+        return len(requests), rejected
 
-    done, refused = asyncio.run(crowd())
-    assert refused >= 6 and done + refused == 10
+    done, rejected = asyncio.run(crowd())
+    assert rejected >= 6 and done + rejected == 10
     engine.close()
 
 
-def test_who_goes_away_is_not_computed_for(served: Served, variants: AdapterSet) -> None:
+def test_disconnected_clients_stop_the_computation(served: Served, variants: AdapterSet) -> None:
     body = (
         b'{"model": "base", "max_tokens": 200, "temperature": 1, "seed": 3, "stream": %s, '
         b'"messages": [{"role": "user", "content": "Tea?"}]}'
@@ -409,12 +417,14 @@ def test_who_goes_away_is_not_computed_for(served: Served, variants: AdapterSet)
                 client.sendall(f"POST /v1/chat/completions HTTP/1.1\r\n{head}".encode() + data)
                 if stream == b"true":
                     client.recv(10)
-    # Twenty whole replies each way would take many times as long as this one.
+    # Computing all forty replies would take many times as long as this one.
     began = time.monotonic()
-    found = served.client().chat.completions.create(model="base", messages=QUESTION, max_tokens=5)
-    assert found.choices[0].message.content is not None
+    completion = served.client().chat.completions.create(
+        model="base", messages=QUESTION, max_tokens=5
+    )
+    assert completion.choices[0].message.content is not None
     alone = time.monotonic()
-    wanted(variants, BASE, "Tea?", Sampling(200, 1.0, seed=3))
+    reference(variants, BASE, "Tea?", Sampling(200, 1.0, seed=3))
     assert alone - began < 20 * (time.monotonic() - alone) + 1
 
 
@@ -434,40 +444,38 @@ def test_who_goes_away_is_not_computed_for(served: Served, variants: AdapterSet)
         ({"Origin": "file://"}, 403),
     ],
 )
-def test_only_our_own_names_and_pages_may_ask(
-    served: Served, headers: dict[str, str], status: int
-) -> None:
+def test_host_and_origin_are_checked(served: Served, headers: dict[str, str], status: int) -> None:
     assert served.ask(**headers)[0] == status
 
 
-def test_other_origins_may_not_read(served: Served) -> None:
+def test_no_cors_header_is_sent(served: Served) -> None:
     connection = http.client.HTTPConnection("127.0.0.1", served.port)
     connection.request("GET", "/v1/models", headers={"Origin": "http://localhost:1"})
     assert connection.getresponse().getheader("access-control-allow-origin") is None
 
 
-def test_a_token_is_asked_for_where_there_is_one(variants: AdapterSet) -> None:
-    made = Served(variants, token="a-secret", page=True)
-    assert made.ask()[0] == 401 and made.ask("/")[0] == 401
-    assert made.ask(Authorization="Bearer a-secret")[0] == 200
+def test_a_configured_token_is_required(variants: AdapterSet) -> None:
+    server = Served(variants, token="a-secret", page=True)
+    assert server.ask()[0] == 401 and server.ask("/")[0] == 401
+    assert server.ask(Authorization="Bearer a-secret")[0] == 200
     for wrong in ("Bearer a-secre", "Bearer ", "a-secret", "Basic a-secret"):
-        assert made.ask(Authorization=wrong)[0] == 401
-    assert made.ask("/?token=wrong")[0] == 401
-    connection = http.client.HTTPConnection("127.0.0.1", made.port)
+        assert server.ask(Authorization=wrong)[0] == 401
+    assert server.ask("/?token=wrong")[0] == 401
+    connection = http.client.HTTPConnection("127.0.0.1", server.port)
     connection.request("GET", "/?token=a-secret")
     answer = connection.getresponse()
     assert answer.status == 303 and answer.getheader("location") == "/"
     cookie = answer.getheader("set-cookie") or ""
     assert "HttpOnly" in cookie and "SameSite=Strict" in cookie
-    assert made.ask("/", Cookie=cookie.split(";")[0])[0] == 200
+    assert server.ask("/", Cookie=cookie.split(";")[0])[0] == 200
     with pytest.raises(openai.AuthenticationError):
-        made.client("wrong").models.list()
-    assert len(list(made.client("a-secret").models.list())) == 3
-    made.engine.close()
+        server.client("wrong").models.list()
+    assert len(list(server.client("a-secret").models.list())) == 3
+    server.engine.close()
 
 
-def test_a_body_of_50_mb_is_refused(served: Served) -> None:
-    with contextlib.suppress(ConnectionError):  # it may close before all is sent
+def test_a_body_of_50_mb_is_rejected(served: Served) -> None:
+    with contextlib.suppress(ConnectionError):  # the server may close before the end
         assert served.ask("/v1/completions", b"x" * 50_000_000)[0] == 413
     with socket.create_connection(("127.0.0.1", served.port), timeout=30) as client:
         head = "Host: localhost\r\nTransfer-Encoding: chunked\r\n\r\n"
@@ -480,7 +488,7 @@ def test_a_body_of_50_mb_is_refused(served: Served) -> None:
     assert served.ask()[0] == 200
 
 
-def test_two_hundred_slow_clients_are_closed_and_others_served(served: Served) -> None:
+def test_200_slow_clients_are_closed_while_others_are_served(served: Served) -> None:
     slow = [socket.create_connection(("127.0.0.1", served.port)) for _ in range(200)]
     for number, client in enumerate(slow):
         if number % 3 == 0:
@@ -489,8 +497,8 @@ def test_two_hundred_slow_clients_are_closed_and_others_served(served: Served) -
             client.sendall(
                 b"POST /v1/completions HTTP/1.1\r\nHost: localhost\r\nContent-Length: 90\r\n\r\n{"
             )
-    assert served.ask()[0] == 200, "while they wait"
-    deadline = time.monotonic() + 20 * PATIENCE
+    assert served.ask()[0] == 200, "blocked by slow clients"
+    deadline = time.monotonic() + 20 * TIMEOUT_S
     for client in slow:
         client.settimeout(max(0.1, deadline - time.monotonic()))
         with contextlib.suppress(ConnectionError):
@@ -501,18 +509,21 @@ def test_two_hundred_slow_clients_are_closed_and_others_served(served: Served) -
     assert served.ask()[0] == 200
 
 
-def test_a_template_in_a_request_is_text(served: Served, variants: AdapterSet) -> None:
+def test_a_template_in_a_request_is_not_rendered(served: Served, variants: AdapterSet) -> None:
     attack = "{{ 7 * 7 }}{% for x in ().__class__.__base__.__subclasses__() %}{% endfor %}"
     for name in variants.names:
-        found = served.client().chat.completions.create(
+        completion = served.client().chat.completions.create(
             model=name, messages=[{"role": "user", "content": attack}], max_tokens=4, temperature=0
         )
-        assert found.choices[0].message.content == wanted(variants, name, attack, Sampling(4))[0]
+        assert (
+            completion.choices[0].message.content
+            == reference(variants, name, attack, Sampling(4))[0]
+        )
         prompter = variants.row_tokenizers[name]
         assert attack in variants.tokenizer.decode(prompter.prompt([Turn("user", attack)]))
 
 
-def test_a_port_that_is_taken_is_explained() -> None:
+def test_a_port_in_use_is_reported() -> None:
     with socket.create_server(("127.0.0.1", 0)) as taken:
         port = taken.getsockname()[1]
         with pytest.raises(UsageError, match=f"--port {port}: .*choose another"):
@@ -524,8 +535,8 @@ def letters(text: str) -> str:
 
 
 @contextlib.contextmanager
-def browsed(url: str) -> Iterator[Any]:
-    """A page of headless Chromium."""
+def browser_page(url: str) -> Iterator[Any]:
+    """Open a page in headless Chromium."""
     playwright = pytest.importorskip("playwright.sync_api", reason="needs playwright")
     browser_path = Path("/usr/bin/chromium")
     if not browser_path.exists():
@@ -542,39 +553,39 @@ def browsed(url: str) -> Iterator[Any]:
         browser.close()
 
 
-def until(page: Any, holds: Callable[[], bool]) -> None:
+def wait_until(page: Any, holds: Callable[[], bool]) -> None:
     deadline = time.monotonic() + 60
     while not holds():
         assert time.monotonic() < deadline, page.locator("body").inner_text()
         page.wait_for_timeout(50)
 
 
-def test_the_page_helps_with_any_adapter(variants: AdapterSet, tmp_path: Path) -> None:
-    made = Served(variants, page=True, examples=(), chosen="single")
-    with browsed(made.url) as page:
+def test_page_for_adapters_without_examples(variants: AdapterSet, tmp_path: Path) -> None:
+    server = Served(variants, page=True, examples=(), default_adapter="single")
+    with browser_page(server.url) as page:
         question, base = page.get_by_label("Question"), page.locator("#base textarea")
         stop = page.get_by_role("button", name="Stop")
-        assert GENERAL[0] in (question.get_attribute("placeholder") or "")
+        assert GENERAL_QUESTIONS[0] in (question.get_attribute("placeholder") or "")
         assert "Enter asks" in (question.get_attribute("placeholder") or "")
         assert page.get_by_label("Adapter", exact=True).input_value() == "single"
-        page.get_by_text(GENERAL[1]).first.wait_for()
+        page.get_by_text(GENERAL_QUESTIONS[1]).first.wait_for()
         assert stop.count() == 0
         page.screenshot(path=tmp_path / "before.png")
 
-        # Shift+Enter is a new line, Enter asks; Stop is there while it is answered.
+        # Shift+Enter inserts a line break, Enter asks; Stop is visible during the reply.
         question.fill("Tea?")
         question.press("Shift+Enter")
         assert question.input_value() == "Tea?\n" and not base.input_value()
         question.fill("Tea?")
         question.press("Enter")
-        until(page, lambda: stop.count() == 1)
-        until(page, lambda: bool(base.input_value()))
+        wait_until(page, lambda: stop.count() == 1)
+        wait_until(page, lambda: bool(base.input_value()))
         page.screenshot(path=tmp_path / "while.png")
-        until(page, lambda: stop.count() == 0)
+        wait_until(page, lambda: stop.count() == 0)
         answers = [base.input_value(), page.locator("#first textarea").input_value()]
         assert all(answers)
 
-        # Nothing asked: a hint, and the answers stay.
+        # An empty question gives a hint and keeps the answers.
         question.fill("  ")
         page.get_by_role("button", name="Ask").click()
         page.get_by_text("Write a question first.").wait_for()
@@ -582,41 +593,41 @@ def test_the_page_helps_with_any_adapter(variants: AdapterSet, tmp_path: Path) -
         assert [base.input_value(), page.locator("#first textarea").input_value()] == answers
         assert stop.count() == 0
 
-        # A question that cannot be answered is a warning, and can be mended.
+        # A question that is too long gives a warning and stays in its field.
         question.fill("bread " * 600)
         question.press("Enter")
         page.get_by_text("shorten it").wait_for()
-        until(page, lambda: stop.count() == 0)
+        wait_until(page, lambda: stop.count() == 0)
         assert question.input_value().startswith("bread")
 
-        # Stopped, it is at rest.
+        # After Stop the page accepts the next question.
         page.get_by_role("button", name="Sampling").click()
         question.fill("Salt?")
         question.press("Enter")
-        until(page, lambda: stop.count() == 1)
+        wait_until(page, lambda: stop.count() == 1)
         stop.click()
-        until(page, lambda: stop.count() == 0)
+        wait_until(page, lambda: stop.count() == 0)
         question.fill("Tea?")
         question.press("Enter")
-        until(page, lambda: stop.count() == 1)
-        until(page, lambda: stop.count() == 0 and base.input_value() == answers[0])
-    made.engine.close()
+        wait_until(page, lambda: stop.count() == 1)
+        wait_until(page, lambda: stop.count() == 0 and base.input_value() == answers[0])
+    server.engine.close()
 
 
 def test_the_page_shows_base_and_adapter_side_by_side(variants: AdapterSet, tmp_path: Path) -> None:
     pytest.importorskip("playwright.sync_api", reason="needs playwright")
-    # All are asked as the first chosen adapter was trained to be. (Computed before the server
-    # is, as both use the same model.)
+    # All use the template of the first selected adapter. The references are computed before the
+    # server starts, because both use the same model.
     ids = prompt_ids(variants, "talker", Prompt((Turn("user", "Tea?"),)))
     texts = {
         name: "".join(Generation(variants, name, ids, Sampling(160)).pieces())
         for name in variants.names
     }
-    made = Served(variants, page=True)
+    server = Served(variants, page=True)
     outside: list[str] = []
-    with browsed("about:blank") as page:
+    with browser_page("about:blank") as page:
         page.on("request", lambda request: outside.append(request.url))
-        page.goto(made.url, wait_until="domcontentloaded")
+        page.goto(server.url, wait_until="domcontentloaded")
         page.get_by_label("Question").fill("Tea?")
         page.get_by_label("Second adapter").click()
         page.get_by_role("option", name="single").click()
@@ -628,12 +639,12 @@ def test_the_page_shows_base_and_adapter_side_by_side(variants: AdapterSet, tmp_
             text = texts[name]
             box = page.locator(f"#{place} textarea")
             deadline = time.monotonic() + 60
-            # Browsers turn control characters, of which this model makes many, into others.
+            # Browsers replace control characters, of which this model generates many.
             while letters(box.input_value()) != letters(text):
                 assert time.monotonic() < deadline, box.input_value()
                 page.wait_for_timeout(100)
             shown[name] = page.locator(f"#{place}").inner_text()
         assert all("loss" in label for label in shown.values())
         page.screenshot(path=tmp_path / "page.png")
-    assert not [url for url in outside if not url.startswith((made.url, "data:", "blob:"))]
-    made.engine.close()
+    assert not [url for url in outside if not url.startswith((server.url, "data:", "blob:"))]
+    server.engine.close()

@@ -1,4 +1,4 @@
-"""Stops, kills, locks and full disks: what is on the disk afterwards is whole, and continues."""
+"""Stops, kills, locks and full disks: files remain intact, and the run can be resumed."""
 
 from __future__ import annotations
 
@@ -20,8 +20,8 @@ from slm_lora.errors import IntegrityError, StorageError
 from slm_lora.evaluation import scoring
 from slm_lora.experiment import cell, runner
 from slm_lora.runtime import lock, storage
-from slm_lora.runtime.lock import only_process
-from slm_lora.runtime.signals import StopRequested, gentle_stop
+from slm_lora.runtime.lock import exclusive_lock
+from slm_lora.runtime.signals import StopRequested, graceful_stop
 from slm_lora.training import step
 from slm_lora.training.checkpoint import generations
 
@@ -39,7 +39,7 @@ def test_the_first_signal_waits_and_the_second_does_not(which: signal.Signals) -
     before = signal.getsignal(which)
 
     def signalled(times: int) -> None:
-        with gentle_stop() as stop:
+        with graceful_stop() as stop:
             for _ in range(times):
                 assert not stop.requested or times > 1
                 signal.raise_signal(which)
@@ -54,35 +54,35 @@ def test_the_first_signal_waits_and_the_second_does_not(which: signal.Signals) -
 
 
 @posix
-def test_a_request_that_nobody_looked_at_counts_at_the_end() -> None:
-    with pytest.raises(StopRequested), gentle_stop():
+def test_unchecked_request_takes_effect_at_the_end() -> None:
+    with pytest.raises(StopRequested), graceful_stop():
         signal.raise_signal(signal.SIGINT)
-    with gentle_stop() as stop:
+    with graceful_stop() as stop:
         stop.check()
 
 
 @posix
-def test_what_was_ignored_stays_ignored() -> None:
+def test_ignored_signals_stay_ignored() -> None:
     before = signal.signal(signal.SIGINT, signal.SIG_IGN)
     try:
-        with gentle_stop() as stop:
+        with graceful_stop() as stop:
             signal.raise_signal(signal.SIGINT)
             assert not stop.requested
     finally:
         signal.signal(signal.SIGINT, before)
 
 
-def test_off_the_main_thread_nothing_breaks() -> None:
-    found: list[bool] = []
+def test_no_signals_outside_of_the_main_thread() -> None:
+    requested: list[bool] = []
 
     def work() -> None:
-        with gentle_stop() as stop:
-            found.append(stop.requested)
+        with graceful_stop() as stop:
+            requested.append(stop.requested)
 
     thread = threading.Thread(target=work)
     thread.start()
     thread.join()
-    assert found == [False]
+    assert requested == [False]
 
 
 # --- the lock ----------------------------------------------------------------------------------
@@ -90,23 +90,26 @@ def test_off_the_main_thread_nothing_breaks() -> None:
 HOLD = (
     "import sys, time\n"
     "from pathlib import Path\n"
-    "from slm_lora.runtime.lock import only_process\n"
-    "with only_process(Path(sys.argv[1])):\n"
+    "from slm_lora.runtime.lock import exclusive_lock\n"
+    "with exclusive_lock(Path(sys.argv[1])):\n"
     "    print('held', flush=True)\n"
     "    time.sleep(60)\n"
 )
 
 
 @posix
-def test_a_second_process_is_refused_until_the_first_is_dead(tmp_path: Path) -> None:
+def test_lock_is_released_when_its_process_dies(tmp_path: Path) -> None:
     holder = subprocess.Popen([sys.executable, "-c", HOLD, tmp_path], stdout=subprocess.PIPE)
     assert holder.stdout is not None
     assert holder.stdout.readline() == b"held\n"
-    with pytest.raises(IntegrityError, match="another process is at work"), only_process(tmp_path):
+    with (
+        pytest.raises(IntegrityError, match="another process is at work"),
+        exclusive_lock(tmp_path),
+    ):
         pass
     holder.kill()
     holder.wait()
-    with only_process(tmp_path):
+    with exclusive_lock(tmp_path):
         assert (tmp_path / lock.LOCK_FILE).exists()
     assert not list(tmp_path.iterdir())
 
@@ -151,7 +154,7 @@ def test_killed_while_a_folder_is_replaced(tmp_path: Path, renames: int, left: s
     assert (target / "a").read_text() == left
 
 
-def test_two_writers_of_one_folder_leave_each_other_alone(tmp_path: Path) -> None:
+def test_concurrent_writers_of_a_folder(tmp_path: Path) -> None:
     with storage.atomic_folder(tmp_path / "model") as slower:
         (slower / "a").write_text("slower")
         write(tmp_path / "model", "faster")
@@ -160,7 +163,7 @@ def test_two_writers_of_one_folder_leave_each_other_alone(tmp_path: Path) -> Non
     assert [path.name for path in tmp_path.iterdir()] == ["model"]
 
 
-def test_only_our_own_leftovers_are_removed(tmp_path: Path) -> None:
+def test_recover_removes_only_its_own_temporary_files(tmp_path: Path) -> None:
     for name in (".run.abcdefgh", ".run.short", ".run.2.abcdefgh", ".git", ".other.abcdefgh"):
         (tmp_path / name).mkdir()
     storage.recover(tmp_path / "run")
@@ -171,7 +174,7 @@ def test_only_our_own_leftovers_are_removed(tmp_path: Path) -> None:
 # --- the disk ----------------------------------------------------------------------------------
 
 
-def test_too_little_space_is_found_before_training(
+def test_too_little_space_is_reported_before_training(
     tmp_path: Path, tiny_folder: Path, monkeypatch: pytest.MonkeyPatch,
     capsys: pytest.CaptureFixture[str],
 ) -> None:  # fmt: skip
@@ -179,10 +182,10 @@ def test_too_little_space_is_found_before_training(
     monkeypatch.setattr(storage.shutil, "disk_usage", lambda _: usage._replace(free=1000))
     monkeypatch.setattr(cell, "train", None)
     assert Lab(tmp_path, tiny_folder).run("grid.cells=[{data.size: 40}]") == 6
-    assert "are free; make room" in capsys.readouterr().err
+    assert "MB free; make room" in capsys.readouterr().err
 
 
-def test_a_full_disk_is_one_line(tmp_path: Path) -> None:
+def test_full_disk_is_reported_in_one_line(tmp_path: Path) -> None:
     full = "No space left on device"
     for error in (OSError(28, full), SafetensorError(f"I/O error: {full} (os error 28)")):
         with (
@@ -198,37 +201,37 @@ def test_a_full_disk_is_one_line(tmp_path: Path) -> None:
 ONE = "grid.cells=[{data.size: 40, adapter.r: 2}]"
 
 
-def final(made: Lab) -> tuple[bytes, object, list[float]]:
-    run = next((made.results / "runs").glob("r2-40-*"))
+def final(lab: Lab) -> tuple[bytes, object, list[float]]:
+    run = next((lab.results / "runs").glob("r2-40-*"))
     record = json.loads((run / "run.json").read_text())
     steps = [json.loads(line)["loss"] for line in (run / "steps.jsonl").read_text().splitlines()]
-    weights = next(made.adapters.rglob("adapter_model.safetensors")).read_bytes()
+    weights = next(lab.adapters.rglob("adapter_model.safetensors")).read_bytes()
     return weights, record["evaluation"]["all"]["loss"], steps
 
 
 @pytest.fixture(scope="module")
-def straight(
+def undisturbed(
     tmp_path_factory: pytest.TempPathFactory, tiny_folder: Path
 ) -> tuple[bytes, object, list[float]]:
-    made = Lab(tmp_path_factory.mktemp("straight"), tiny_folder)
-    assert made.run(ONE) == 0
-    return final(made)
+    lab = Lab(tmp_path_factory.mktemp("straight"), tiny_folder)
+    assert lab.run(ONE) == 0
+    return final(lab)
 
 
 @posix
 @pytest.mark.parametrize("moment", ["in a step", "in scoring"])
-def test_a_stopped_experiment_ends_with_the_same_bits(
+def test_stopped_and_resumed_experiment_has_the_same_bits(
     tmp_path: Path, tiny_folder: Path, moment: str, monkeypatch: pytest.MonkeyPatch,
     capsys: pytest.CaptureFixture[str],
 ) -> None:  # fmt: skip
-    made, whole = (Lab(tmp_path / name, tiny_folder) for name in ("made", "whole"))
+    lab, whole = (Lab(tmp_path / name, tiny_folder) for name in ("made", "whole"))
     # Small micro-batches, so that a step and a scoring have many.
     small = ("training.micro_batch_tokens=60", "evaluation.micro_batch_tokens=200", ONE)
     calls = {"in a step": 0, "in scoring": 0}
 
     def counted(key: str, function: Callable[..., object]) -> Callable[..., object]:
         def call(*arguments: object) -> object:
-            trained = bool(list(made.results.glob("checkpoints/*/step-000010")))
+            trained = bool(list(lab.results.glob("checkpoints/*/step-000010")))
             calls[key] += key == "in a step" or trained
             if key == moment and calls[key] == 3:
                 os.kill(os.getpid(), signal.SIGTERM)
@@ -239,21 +242,21 @@ def test_a_stopped_experiment_ends_with_the_same_bits(
     monkeypatch.setattr(step, "batch_nll", counted("in a step", step.batch_nll))
     monkeypatch.setattr(scoring, "score_documents", counted("in scoring", scoring.score_documents))
     before = signal.signal(signal.SIGTERM, signal.default_int_handler)
-    assert made.run(*small) == 75
+    assert lab.run(*small) == 75
     signal.signal(signal.SIGTERM, before)
     assert "the same command continues" in capsys.readouterr().err
-    assert not list(made.results.glob("runs/r2-40-*"))
-    (folder,) = (made.results / "checkpoints").iterdir()
+    assert not list(lab.results.glob("runs/r2-40-*"))
+    (folder,) = (lab.results / "checkpoints").iterdir()
     (left,) = generations(folder)
     assert left.name == ("step-000001" if moment == "in a step" else "step-000010")
     if moment == "in scoring":
         assert calls["in scoring"] == 3
     done = calls["in a step"]
-    assert made.run(*small) == 0
+    assert lab.run(*small) == 0
     if moment == "in scoring":
         assert calls["in a step"] == done, "trained again"
     assert whole.run(*small) == 0
-    assert final(made) == final(whole)
+    assert final(lab) == final(whole)
 
 
 @posix
@@ -261,51 +264,51 @@ def test_a_changed_recipe_is_refused_beside_an_unfinished_training(
     tmp_path: Path, tiny_folder: Path, monkeypatch: pytest.MonkeyPatch,
     capsys: pytest.CaptureFixture[str],
 ) -> None:  # fmt: skip
-    made = Lab(tmp_path, tiny_folder)
+    lab = Lab(tmp_path, tiny_folder)
 
     def stopped(*_: object) -> None:
         raise KeyboardInterrupt
 
     with monkeypatch.context() as patch:
         patch.setattr(runner.adapter_io, "save", stopped)
-        assert made.run(ONE) == 75
+        assert lab.run(ONE) == 75
     capsys.readouterr()
-    assert made.run(ONE, "training.learning_rate=2e-2") == 4
-    said = capsys.readouterr().err
-    assert "training.learning_rate: 0.01 → 0.02: go back" in said and "(step 10)" in said
-    lines = made.rows.read_text().splitlines()
-    other = made.rows.with_name("rows2.jsonl")
+    assert lab.run(ONE, "training.learning_rate=2e-2") == 4
+    output = capsys.readouterr().err
+    assert "training.learning_rate: 0.01 → 0.02: go back" in output and "(step 10)" in output
+    lines = lab.rows.read_text().splitlines()
+    other = lab.rows.with_name("rows2.jsonl")
     other.write_text("\n".join(lines[:110]))
-    assert made.run(ONE, f"data.name={other}") == 4
-    said = capsys.readouterr().err
-    assert "data.name: rows.jsonl → rows2.jsonl; " in said
-    assert "training rows: " in said and "learning_rate" not in said
+    assert lab.run(ONE, f"data.name={other}") == 4
+    output = capsys.readouterr().err
+    assert "data.name: rows.jsonl → rows2.jsonl; " in output
+    assert "training rows: " in output and "learning_rate" not in output
     monkeypatch.setattr(cell, "train", None)  # what is trained is not trained again
     with pytest.raises(TypeError):
-        made.run(ONE, "training.learning_rate=2e-2", "--discard-checkpoints")
-    assert not (made.results / "checkpoints").exists() or not list(
-        (made.results / "checkpoints").iterdir()
+        lab.run(ONE, "training.learning_rate=2e-2", "--discard-checkpoints")
+    assert not (lab.results / "checkpoints").exists() or not list(
+        (lab.results / "checkpoints").iterdir()
     )
 
 
 @posix
 def test_killed_through_the_command_line(
-    tmp_path: Path, tiny_folder: Path, straight: tuple[bytes, object, list[float]]
+    tmp_path: Path, tiny_folder: Path, undisturbed: tuple[bytes, object, list[float]]
 ) -> None:
-    made = Lab(tmp_path, tiny_folder)
+    lab = Lab(tmp_path, tiny_folder)
     words = [
         sys.executable, "-c", "import torch; torch.set_num_threads(1)\n"
-        "from slm_lora.cli import main; main()", "experiment", str(made.recipe), ONE,
-        "checkpoint_seconds=0", "--results", str(made.results.parent),
-        "--adapters", str(made.adapters),
+        "from slm_lora.cli import main; main()", "experiment", str(lab.recipe), ONE,
+        "checkpoint_seconds=0", "--results", str(lab.results.parent),
+        "--adapters", str(lab.adapters),
     ]  # fmt: skip
     killed = subprocess.Popen(words, stderr=subprocess.DEVNULL, stdout=subprocess.DEVNULL)
     until = time.monotonic() + 120
-    while not list(made.results.glob("checkpoints/*/step-*")) and time.monotonic() < until:
+    while not list(lab.results.glob("checkpoints/*/step-*")) and time.monotonic() < until:
         time.sleep(0.005)
     killed.kill()
     assert killed.wait() == -signal.SIGKILL
-    assert not list(made.results.glob("runs/r2-40*"))
-    assert made.run(ONE) == 0
-    assert final(made) == straight
-    assert not list(made.results.rglob(".*")) and not list(made.adapters.rglob(".*"))
+    assert not list(lab.results.glob("runs/r2-40*"))
+    assert lab.run(ONE) == 0
+    assert final(lab) == undisturbed
+    assert not list(lab.results.rglob(".*")) and not list(lab.adapters.rglob(".*"))

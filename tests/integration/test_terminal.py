@@ -1,4 +1,4 @@
-"""The command as a process: consoles that lack characters, readers that go, and our own bugs."""
+"""The command as a process: console encodings, closed pipes, internal errors."""
 
 from __future__ import annotations
 
@@ -26,9 +26,9 @@ def lab(tmp_path: Path, tiny_folder: Path) -> Lab:
     return made
 
 
-def run(*words: object, **environment: str) -> subprocess.CompletedProcess[bytes]:
+def run(*arguments: object, **environment: str) -> subprocess.CompletedProcess[bytes]:
     return subprocess.run(
-        [sys.executable, "-m", "slm_lora", *map(str, words)],
+        [sys.executable, "-m", "slm_lora", *map(str, arguments)],
         capture_output=True,
         check=False,
         stdin=subprocess.DEVNULL,
@@ -104,8 +104,8 @@ def test_answers_are_shown_on_any_console(lab: Lab, tmp_path: Path, tiny_folder:
 
 @pytest.mark.skipif(os.name == "nt", reason="pipes of POSIX")
 @pytest.mark.parametrize("lines", [0, 1])
-def test_a_reader_that_goes_is_no_bug(lab: Lab, lines: int) -> None:
-    rows = 100  # more than a pipe holds
+def test_a_closed_pipe_ends_silently(lab: Lab, lines: int) -> None:
+    rows = 100  # more than the buffer of a pipe
     process = subprocess.Popen(
         [sys.executable, "-m", "slm_lora", "data", "show", str(lab.recipe), "--rows", str(rows)],
         stdout=subprocess.PIPE, stderr=subprocess.PIPE, bufsize=0,
@@ -114,12 +114,12 @@ def test_a_reader_that_goes_is_no_bug(lab: Lab, lines: int) -> None:
     if lines:
         process.stdout.read(10)
     process.stdout.close()
-    said = process.stderr.read()
+    errors = process.stderr.read()
     assert process.wait() == 141
-    assert said == b""
+    assert errors == b""
 
 
-def test_a_bug_of_ours_is_one_line_before_its_traceback(tmp_path: Path) -> None:
+def test_an_internal_error_is_one_line_before_its_traceback(tmp_path: Path) -> None:
     script = (
         "import sys; from slm_lora import cli\n"
         "from slm_lora.config import load\n"
@@ -127,20 +127,20 @@ def test_a_bug_of_ours_is_one_line_before_its_traceback(tmp_path: Path) -> None:
         "load.load_recipe = broken\n"
         "sys.argv = ['slm-lora', 'experiment', 'x.yaml']; cli.main()"
     )
-    done = subprocess.run([sys.executable, "-c", script], capture_output=True, text=True)
-    assert done.returncode == 1
-    first = done.stderr.splitlines()[0]
-    assert first.startswith("a bug of ours: KeyError: 'zebra'; please report it")
-    assert "Traceback" in done.stderr
+    completed = subprocess.run([sys.executable, "-c", script], capture_output=True, text=True)
+    assert completed.returncode == 1
+    first = completed.stderr.splitlines()[0]
+    assert first.startswith("internal error: KeyError: 'zebra'; please report it")
+    assert "Traceback" in completed.stderr
 
 
 @pytest.mark.skipif(os.name == "nt" or os.geteuid() == 0, reason="root may read everything")
-def test_what_may_not_be_read_is_one_line(lab: Lab) -> None:
+def test_an_unreadable_file_is_reported_in_one_line(lab: Lab) -> None:
     lab.rows.chmod(0)
-    done = run("data", "show", lab.recipe)
-    assert done.returncode in (3, 6) and b"Traceback" not in done.stderr
+    completed = run("data", "show", lab.recipe)
+    assert completed.returncode in (3, 6) and b"Traceback" not in completed.stderr
 
 
 def test_the_version() -> None:
-    for word in ("--version", "version"):
-        assert run(word).stdout.decode().strip() == f"slm-lora {__version__}"
+    for argument in ("--version", "version"):
+        assert run(argument).stdout.decode().strip() == f"slm-lora {__version__}"

@@ -22,7 +22,7 @@ from slm_lora.adapters import io as adapter_io
 from slm_lora.adapters.attach import trainable_state
 from slm_lora.config.load import load_recipe
 from slm_lora.config.schema import AdapterSection, ModelSection
-from slm_lora.data.dataset import prepare
+from slm_lora.data.dataset import prepare_data
 from slm_lora.data.sources import read_rows
 from slm_lora.experiment.resolve_jobs import make_jobs
 from slm_lora.model.base import Base
@@ -126,8 +126,8 @@ def test_dolly_has_the_described_sizes() -> None:
     _, cells = load_recipe(RECIPE, [f"data.name={dolly}"])
     rows = read_rows(cells[0].config.data)
     tokenizer = AutoTokenizer.from_pretrained(SHARED)
-    small = prepare(rows, cells[0].config.data, 0, tokenizer)
-    large = prepare(rows, cells[2].config.data, 0, tokenizer)
+    small = prepare_data(rows, cells[0].config.data, 0, tokenizer)
+    large = prepare_data(rows, cells[2].config.data, 0, tokenizer)
     assert (len(small.train), len(large.train)) == (1350, 2700)
     assert (len(small.test), len(small.validation)) == (1000, 300)
     assert [e.row_id for e in small.test] == [e.row_id for e in large.test]

@@ -1,4 +1,4 @@
-"""Adapters with a visible effect, made without training, for the tests of what is handed on."""
+"""Adapters with a visible effect, created without training, for the tests of exports."""
 
 from __future__ import annotations
 
@@ -32,8 +32,8 @@ def make_adapter(
     template: str = "instruction_response",
     seed: int = 3,
 ) -> Path:
-    """An adapter as training saves it, its B drawn at random instead of trained."""
-    base = load_base(source, device=torch.device("cpu"), precision="fp32", plain=True)
+    """An adapter in the format of training, with random instead of trained B."""
+    base = load_base(source, device=torch.device("cpu"), precision="fp32", padded=True)
     section = AdapterSection(kind=kind, r=r, target_modules=TARGETS)
     peft_model = attach.attach(base, section, seed=1)
     generator = torch.Generator().manual_seed(seed)
@@ -42,12 +42,12 @@ def make_adapter(
             parameter.data += scale * torch.randn(parameter.shape, generator=generator)
         elif "magnitude" in name:
             parameter.data *= 1.1
-    chosen = Template(template)  # type: ignore[arg-type]
-    about: dict[str, Any] = {
+    template_ = Template(template)  # type: ignore[arg-type]
+    metadata: dict[str, Any] = {
         "experiment": "toy",
         "cell": kind,
         "base": {"name": source.name, "revision": None, "sha256": source.sha256},
-        "template": asdict(chosen),
+        "template": asdict(template_),
         "recipe": {
             "model": {"name": source.name, "revision": None},
             "data": {"name": "ml-qa"},
@@ -57,19 +57,19 @@ def make_adapter(
         "run": "0" * 64,
         "versions": {},
     }
-    chat_template = RowTokenizer(load_tokenizer(source), chosen).chat_template
-    adapter_io.save(base, peft_model, folder, about, chat_template)
+    chat_template = RowTokenizer(load_tokenizer(source), template_).chat_template
+    adapter_io.save(base, peft_model, folder, metadata, chat_template)
     return folder
 
 
-def change_about(
-    folder: Path, change: Callable[[dict[str, Any]], None] = lambda about: None
+def change_metadata(
+    folder: Path, change: Callable[[dict[str, Any]], None] = lambda metadata: None
 ) -> None:
-    """Change what a folder says of itself, sealed as if it had been written that way."""
+    """Edit the metadata of a folder and renew its checksums."""
     path = folder / adapter_io.ABOUT
-    about = json.loads(path.read_text())
+    metadata = json.loads(path.read_text())
     for key in (FILES, SEAL):
-        del about[key]
-    change(about)
+        del metadata[key]
+    change(metadata)
     path.unlink()
-    path.write_text(json.dumps(sealed(about, folder)))
+    path.write_text(json.dumps(sealed(metadata, folder)))

@@ -1,5 +1,5 @@
-"""Chat templates render as in transformers, at a date that stands still, and so do the copies of
-them that are handed on. The other renderer is always transformers alone."""
+"""Chat templates, and the copies saved with adapters, render as in transformers, at a fixed date.
+The reference is always transformers alone."""
 
 from __future__ import annotations
 
@@ -18,15 +18,15 @@ from slm_lora.config.schema import DataSection
 from slm_lora.data import template_check
 from slm_lora.data.chat_templates import (
     TEMPLATE_DATE,
-    clock,
+    date_macro,
     default_template,
-    freeze,
-    is_frozen,
+    freeze_date,
+    has_frozen_date,
     jinja_renderer,
 )
-from slm_lora.data.dataset import prepare
+from slm_lora.data.dataset import prepare_data
 from slm_lora.data.sources import read_rows
-from slm_lora.data.template_check import difference, notes_on_template
+from slm_lora.data.template_check import first_difference, template_notes
 from slm_lora.data.templates import Template
 from slm_lora.data.tokenization import RowTokenizer
 from slm_lora.errors import UsageError
@@ -44,7 +44,7 @@ ROW = Row((Turn("user", "Which day?"), Turn("assistant", "That one.")), source="
 
 
 def rendered(source: str, *messages: dict[str, str]) -> str:
-    """By transformers alone, at its own clock."""
+    """Render with transformers alone, at today's date."""
     text: Any = tiny_tokenizer().apply_chat_template(
         list(messages or (ASKED, ANSWERED)), chat_template=source, tokenize=False
     )
@@ -53,7 +53,7 @@ def rendered(source: str, *messages: dict[str, str]) -> str:
 
 @pytest.fixture
 def on_template_date(monkeypatch: pytest.MonkeyPatch) -> Any:
-    """The clock of transformers stands at `TEMPLATE_DATE`."""
+    """Set the date of transformers to `TEMPLATE_DATE`."""
 
     class Still(datetime.datetime):
         @classmethod
@@ -68,7 +68,7 @@ def on_template_date(monkeypatch: pytest.MonkeyPatch) -> Any:
 
 
 def bos_tokenizer(source: str | None = None) -> PreTrainedTokenizerFast:
-    """Puts BOS before every text, which its chat template does not write."""
+    """A tokenizer that adds BOS to every text; its chat template does not write BOS."""
     plain = tiny_tokenizer()
     backend = plain.backend_tokenizer
     bos = "<|endoftext|>"
@@ -116,13 +116,13 @@ LIKE_SMOLLM3 = (
     ],
 )
 @pytest.mark.usefixtures("on_template_date")
-def test_it_renders_as_transformers_does(source: str) -> None:
-    said = [ASKED | {"content": "Grüße <'>?"}, ANSWERED]
+def test_rendering_equals_transformers(source: str) -> None:
+    messages = [ASKED | {"content": "Grüße <'>?"}, ANSWERED]
     render = jinja_renderer(source, tiny_tokenizer().special_tokens_map)
-    assert render(said, False) == rendered(source, *said) != ""
+    assert render(messages, False) == rendered(source, *messages) != ""
 
 
-def test_a_template_that_is_no_jinja_is_named_with_its_line() -> None:
+def test_invalid_jinja_is_reported_with_its_line() -> None:
     with pytest.raises(UsageError, match=r"^data\.template: line 2: Encountered unknown tag 'x'"):
         jinja_renderer("a\n{% x %}", {})
     tokenizer = tiny_tokenizer()
@@ -131,7 +131,7 @@ def test_a_template_that_is_no_jinja_is_named_with_its_line() -> None:
         RowTokenizer(tokenizer, Template("chat"))
 
 
-def test_what_a_template_says_against_a_row_names_the_row() -> None:
+def test_template_errors_name_the_row() -> None:
     template = Template("jinja", source="{{ raise_exception('users only') }}")
     with pytest.raises(UsageError, match=r"^data\.template: users only \(rows\.jsonl:7\)$"):
         RowTokenizer(tiny_tokenizer(), template).render(ROW)
@@ -142,15 +142,15 @@ def test_what_a_template_says_against_a_row_names_the_row() -> None:
 # --- the date ----------------------------------------------------------------------------------
 
 DIRECTIVES = [
-    *(f"%{each}" for each in "aAwdbBmyYHIpMSfzZjUWcxXGuVCDeFhRTr%"),
-    *(f"%-{each}" for each in "dmHIMSjUWyw"),
+    *(f"%{directive}" for directive in "aAwdbBmyYHIpMSfzZjUWcxXGuVCDeFhRTr%"),
+    *(f"%-{directive}" for directive in "dmHIMSjUWyw"),
 ]
 
 
 @pytest.mark.parametrize("spelt", [True, False])
 @settings(max_examples=60, deadline=None)
 @given(st.lists(st.one_of(st.sampled_from(DIRECTIVES), st.sampled_from(list(" ,\"'\\/é{}Y-\n")))))
-def test_a_frozen_template_writes_the_date_whatever_the_clock(spelt: bool, parts: Any) -> None:
+def test_a_frozen_template_writes_the_fixed_date(spelt: bool, parts: Any) -> None:
     form = "".join(parts)
     quoted = '"' + form.replace("\\", "\\\\").replace('"', '\\"').replace("\n", "\\n") + '"'
     source = (
@@ -158,8 +158,8 @@ def test_a_frozen_template_writes_the_date_whatever_the_clock(spelt: bool, parts
         if spelt
         else f"{{% set form = {quoted} %}}[{{{{ strftime_now(form) }}}}]"
     )
-    assert is_frozen(freeze(source))
-    assert rendered(freeze(source)) == f"[{TEMPLATE_DATE.strftime(form)}]"
+    assert has_frozen_date(freeze_date(source))
+    assert rendered(freeze_date(source)) == f"[{TEMPLATE_DATE.strftime(form)}]"
 
 
 @pytest.mark.parametrize(
@@ -176,12 +176,12 @@ def test_a_frozen_template_writes_the_date_whatever_the_clock(spelt: bool, parts
     ],
 )
 @pytest.mark.usefixtures("on_template_date")
-def test_wherever_it_asks_for_the_date(source: str, monkeypatch: pytest.MonkeyPatch) -> None:
+def test_the_date_is_fixed_in_every_construct(source: str, monkeypatch: pytest.MonkeyPatch) -> None:
     wanted = rendered(source)
     monkeypatch.undo()  # the clock goes on
     chat_template_utils._compile_jinja_template.cache_clear()
-    assert rendered(freeze(source)) == wanted
-    assert freeze(freeze(source)) == freeze(source)
+    assert rendered(freeze_date(source)) == wanted
+    assert freeze_date(freeze_date(source)) == freeze_date(source)
 
 
 @settings(max_examples=100, deadline=None)
@@ -194,31 +194,31 @@ def test_wherever_it_asks_for_the_date(source: str, monkeypatch: pytest.MonkeyPa
         max_size=8,
     )
 )  # fmt: skip
-def test_nothing_else_of_the_text_changes(parts: list[str]) -> None:
+def test_fixing_the_date_changes_no_other_text(parts: list[str]) -> None:
     ends = "{% endif %}" * sum("if true" in part for part in parts)
     source = "".join(parts) + ends + "{% if false %}{{ strftime_now('%Y') }}{% endif %}\n \n"
-    assert is_frozen(freeze(source))
-    assert rendered(freeze(source)) == rendered(source)
-    # So, too, behind a BOS that is written before it.
-    for tokenizer in (bos_tokenizer(source), bos_tokenizer(freeze(source))):
+    assert has_frozen_date(freeze_date(source))
+    assert rendered(freeze_date(source)) == rendered(source)
+    # The same after a BOS that is written first.
+    for tokenizer in (bos_tokenizer(source), bos_tokenizer(freeze_date(source))):
         handed = RowTokenizer(tokenizer, Template("chat")).chat_template
-        found: Any = tokenizer.apply_chat_template([ASKED], chat_template=handed, tokenize=False)
-        assert found == "<|endoftext|>" + rendered(source)
+        text: Any = tokenizer.apply_chat_template([ASKED], chat_template=handed, tokenize=False)
+        assert text == "<|endoftext|>" + rendered(source)
 
 
 @pytest.mark.parametrize("source", [CHAT_TEMPLATE, "strftime_now", "{# strftime_now() #}", ""])
-def test_a_template_without_a_clock_stays_as_it_is(source: str) -> None:
-    assert freeze(source) == source
-    assert clock(source) == ""
+def test_a_template_without_a_date_is_unchanged(source: str) -> None:
+    assert freeze_date(source) == source
+    assert date_macro(source) == ""
 
 
-# --- handed on ---------------------------------------------------------------------------------
+# --- saved templates -----------------------------------------------------------------------------
 
 
 @pytest.mark.parametrize("source", [DATED, LIKE_SMOLLM3, CHAT_TEMPLATE])
 @pytest.mark.parametrize("kind", ["chat", "jinja"])
 @pytest.mark.parametrize("bos", [False, True])
-def test_others_get_the_tokens_of_the_training(source: str, kind: Any, bos: bool) -> None:
+def test_the_saved_template_gives_the_training_tokens(source: str, kind: Any, bos: bool) -> None:
     tokenizer = bos_tokenizer(source) if bos else tiny_tokenizer()
     tokenizer.chat_template = source if kind == "chat" else "{{ 'another' }}"
     template = Template(kind, source=source if kind == "jinja" else "")
@@ -228,29 +228,29 @@ def test_others_get_the_tokens_of_the_training(source: str, kind: Any, bos: bool
     for turns in template_check.SAMPLES:
         messages = [{"role": turn.role, "content": turn.content} for turn in turns]
         (example,), _ = tokenize.encode([Row(turns)], {Row(turns).row_id: ""})
-        found: Any = holder.apply_chat_template(messages, return_dict=False)
-        assert found[: example.length] == example.ids.tolist()
+        ids: Any = holder.apply_chat_template(messages, return_dict=False)
+        assert ids[: example.length] == example.ids.tolist()
         asked: Any = holder.apply_chat_template(
             messages[:-1], add_generation_prompt=True, return_dict=False
         )
         assert asked == tokenize.prompt(turns[:-1])
-    assert difference(tokenizer, tokenize, [ROW]) == ""
+    assert first_difference(tokenizer, tokenize, [ROW]) == ""
 
 
 @pytest.mark.parametrize("kind", ["instruction_response", "plain", "chat"])
 @pytest.mark.parametrize("bos", [False, True])
-def test_the_proof_holds_for_every_template(kind: Any, bos: bool, dolly_file: Path) -> None:
+def test_no_difference_for_any_template(kind: Any, bos: bool, dolly_file: Path) -> None:
     tokenizer = bos_tokenizer() if bos else tiny_tokenizer()
     section = DataSection(
         name=str(dolly_file), template=kind, include_context=kind == "chat", test_rows=30
     )
-    prepared = prepare(read_rows(section), section, 0, tokenizer)
+    prepared = prepare_data(read_rows(section), section, 0, tokenizer)
     assert prepared.chat_template is not None
     assert not [note for note in prepared.notes if "chat template" in note]
 
 
 @pytest.mark.parametrize(
-    ("other", "told"),
+    ("other", "difference"),
     [
         (CHAT_TEMPLATE.replace("'\\n' + m", "' ' + m"), "of a text of 2 turns"),
         ("{{ strftime_now('%Y') }}" + CHAT_TEMPLATE, "from token 1 of a text of 2 turns"),
@@ -261,33 +261,33 @@ def test_the_proof_holds_for_every_template(kind: Any, bos: bool, dolly_file: Pa
         (CHAT_TEMPLATE.replace("for message in messages", "for message in messages[:3]"), "of 4"),
     ],
 )
-def test_a_difference_is_found_and_nothing_wrong_is_handed_on(other: str, told: str) -> None:
+def test_a_template_with_other_tokens_is_not_saved(other: str, difference: str) -> None:
     assert other != CHAT_TEMPLATE
     tokenizer = tiny_tokenizer()
     tokenize = RowTokenizer(tokenizer, Template("chat"))
     spaced = Row((Turn("user", " Which day? "), Turn("assistant", "That one.")))
-    assert difference(tokenizer, tokenize, [spaced]) == ""
+    assert first_difference(tokenizer, tokenize, [spaced]) == ""
     tokenize.chat_template = other
-    assert told in difference(tokenizer, tokenize, [spaced])
-    (note,) = notes_on_template(tokenizer, tokenize, [spaced])
-    assert note.startswith("no chat_template.jinja is handed on: ")
+    assert difference in first_difference(tokenizer, tokenize, [spaced])
+    (note,) = template_notes(tokenizer, tokenize, [spaced])
+    assert note.startswith("no chat_template.jinja is saved: ")
     assert "\n" not in note
     assert tokenize.chat_template is None
 
 
-def test_it_is_told_that_a_date_stands_still(dolly_file: Path) -> None:
+def test_a_note_reports_the_fixed_date(dolly_file: Path) -> None:
     tokenizer = tiny_tokenizer()
     tokenizer.chat_template = DATED
     section = DataSection(name=str(dolly_file), template="chat", test_rows=30)
-    prepared = prepare(read_rows(section), section, 0, tokenizer)
+    prepared = prepare_data(read_rows(section), section, 0, tokenizer)
     assert prepared.chat_template is not None
     assert "Today Date: 26 Jul 2024" in rendered(prepared.chat_template)
     assert "Today Date: 26 Jul 2024" not in rendered(DATED)
-    assert [n for n in prepared.notes if "26 Jul 2024 stands in its place, in training and" in n]
+    assert [n for n in prepared.notes if "26 Jul 2024 is used instead, in training and" in n]
 
 
 @pytest.mark.parametrize(
-    ("marked", "told"),
+    ("marked", "noted"),
     [
         ("{% generation %}{{ m.content + '<|im_end|>' }}{% endgeneration %}\n", False),
         ("{%- generation -%}{{ m.content + '<|im_end|>\\n' }}{%- endgeneration -%}", False),
@@ -295,7 +295,7 @@ def test_it_is_told_that_a_date_stands_still(dolly_file: Path) -> None:
         ("{% generation %}{{ m.content }}{% endgeneration %}", False),  # training ends it
     ],
 )
-def test_tags_that_mark_other_answers_are_told(marked: str, told: bool) -> None:
+def test_a_note_reports_other_generation_tags(marked: str, noted: bool) -> None:
     source = (
         "{% for m in messages %}{% if m.role == 'assistant' %}{{ '<|im_start|>assistant\\n' }}"
         f"{marked}{{% else %}}{{{{ m.content }}}}{{% endif %}}{{% endfor %}}"
@@ -303,14 +303,14 @@ def test_tags_that_mark_other_answers_are_told(marked: str, told: bool) -> None:
     )
     for tokenizer in (tiny_tokenizer(), bos_tokenizer()):
         tokenize = RowTokenizer(tokenizer, Template("jinja", source=source))
-        notes = notes_on_template(tokenizer, tokenize, [ROW])
-        assert [("{% generation %} tags" in note) for note in notes] == [True] * told
+        notes = template_notes(tokenizer, tokenize, [ROW])
+        assert [("{% generation %} tags" in note) for note in notes] == [True] * noted
 
 
 # --- several templates -------------------------------------------------------------------------
 
 
-def test_of_several_templates_the_default_is_used_and_handed_on() -> None:
+def test_of_several_templates_the_default_is_used_and_saved() -> None:
     tokenizer = tiny_tokenizer()
     tokenizer.chat_template = {"tool_use": "{{ 'tools' }}", "default": CHAT_TEMPLATE}  # type: ignore[assignment]
     assert default_template(tokenizer) == CHAT_TEMPLATE
@@ -318,10 +318,10 @@ def test_of_several_templates_the_default_is_used_and_handed_on() -> None:
     alone = RowTokenizer(tiny_tokenizer(), Template("chat"))
     assert tokenize.chat_template == alone.chat_template == CHAT_TEMPLATE
     assert tokenize.render(ROW) == alone.render(ROW)
-    assert difference(tokenizer, tokenize, [ROW]) == ""
+    assert first_difference(tokenizer, tokenize, [ROW]) == ""
 
 
-def test_several_templates_without_a_default_are_named() -> None:
+def test_several_templates_without_a_default_are_refused() -> None:
     tokenizer = tiny_tokenizer()
     tokenizer.chat_template = {"tool_use": "{{ 1 }}", "rag": "{{ 2 }}"}  # type: ignore[assignment]
     with pytest.raises(UsageError, match=r"has the chat templates rag, tool_use, and none named"):

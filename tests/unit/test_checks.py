@@ -1,4 +1,4 @@
-"""What `slm-lora data check` finds, on rows whose facts are counted by hand."""
+"""Statistics of `slm-lora data check`, on rows counted by hand."""
 
 from __future__ import annotations
 
@@ -7,9 +7,15 @@ import random
 import numpy as np
 import pytest
 
-from slm_lora.data.checks import facts, few_test_rows, names_not_set, plain_marks, spelt_specials
+from slm_lora.data.checks import (
+    dataset_statistics,
+    few_test_rows,
+    special_tokens_in_rows,
+    text_role_marks,
+    undefined_names,
+)
 from slm_lora.data.placeholders import find_placeholders, placeholders_in
-from slm_lora.data.splits import Rule, group_rows
+from slm_lora.data.splits import GroupingRule, group_rows
 from slm_lora.data.templates import Template, TemplateKind
 from slm_lora.data.tokenization import RowTokenizer
 from slm_lora.records import Example, Row, Turn
@@ -32,48 +38,53 @@ ROWS = [
 
 
 def test_relations_are_counted_one_by_one_and_together() -> None:
-    found = {each.relation: each for each in facts(ROWS, [10] * len(ROWS)).related}
-    assert set(found) == {"prompt", "instruction", "context", "near", None}
-    assert (found["prompt"].groups, found["prompt"].rows) == (1, 3)
-    assert (found["instruction"].groups, found["instruction"].rows) == (1, 3)
-    assert (found["context"].groups, found["context"].rows) == (1, 2)
-    assert (found[None].groups, found[None].rows) == (2, 5)
+    related = {
+        entry.relation: entry for entry in dataset_statistics(ROWS, [10] * len(ROWS)).related
+    }
+    assert set(related) == {"prompt", "instruction", "context", "near", None}
+    assert (related["prompt"].groups, related["prompt"].rows) == (1, 3)
+    assert (related["instruction"].groups, related["instruction"].rows) == (1, 3)
+    assert (related["context"].groups, related["context"].rows) == (1, 2)
+    assert (related[None].groups, related[None].rows) == (2, 5)
 
 
 def test_the_leak_is_that_of_random_splits() -> None:
     rows = [row(f"question {i // 3}", f"{i}") for i in range(60)]
-    leak = facts(rows, [1] * 60).related[-1].leak
-    group, rng, shares = group_rows(rows).of, random.Random(0), []
+    leak = dataset_statistics(rows, [1] * 60).related[-1].leak
+    group, rng, shares = group_rows(rows).group_of, random.Random(0), []
     for _ in range(3000):
         held = {r.row_id for r in rows if rng.random() < 0.1}
         train = {group[r.row_id] for r in rows if r.row_id not in held}
         shares.append((sum(group[r] in train for r in held), len(held)))
-    simulated = sum(leaked for leaked, _ in shares) / sum(many for _, many in shares)
+    simulated = sum(leaked for leaked, _ in shares) / sum(held_out for _, held_out in shares)
     assert leak == pytest.approx(0.99)
     assert simulated == pytest.approx(leak, abs=0.005)
 
 
 def test_conflicts_are_equal_prompts_with_different_answers() -> None:
-    # "name a river" is written otherwise, so it is another prompt.
-    assert facts(ROWS, [10] * len(ROWS)).conflicts == (1, 2)
-    assert facts(ROWS[3:], [10] * 7).conflicts == (0, 0)
+    # "name a river" is spelt differently, so it is another prompt.
+    assert dataset_statistics(ROWS, [10] * len(ROWS)).conflicts == (1, 2)
+    assert dataset_statistics(ROWS[3:], [10] * 7).conflicts == (0, 0)
 
 
 def test_lengths_fall_into_bins_and_limits_have_a_cost() -> None:
-    found = facts(ROWS[:4], [1, 2, 100, 300])
-    assert found.lengths == (
+    facts = dataset_statistics(ROWS[:4], [1, 2, 100, 300])
+    assert facts.lengths == (
         (1, 1), (2, 1), (4, 0), (8, 0), (16, 0), (32, 0), (64, 0), (128, 1), (256, 0), (512, 1),
     )  # fmt: skip
-    assert [each.limit for each in found.costs] == [128, 256]
-    assert found.costs[0].rows == 1 / 4
-    assert found.costs[0].tokens == pytest.approx(172 / 403)
+    assert [cost.limit for cost in facts.costs] == [128, 256]
+    assert facts.costs[0].rows == 1 / 4
+    assert facts.costs[0].tokens == pytest.approx(172 / 403)
 
 
 def test_categories_come_most_frequent_first() -> None:
-    assert facts(ROWS, [1] * len(ROWS)).categories == (("geography", 3), ("summary", 1))
+    assert dataset_statistics(ROWS, [1] * len(ROWS)).categories == (
+        ("geography", 3),
+        ("summary", 1),
+    )
 
 
-# --- role marks that rows can spell ------------------------------------------------------------
+# --- role marks in row text --------------------------------------------------------------------
 
 ZEPHYR = (
     "{% for m in messages %}{{ '<|' + m['role'] + '|>\\n' + m['content'] + eos_token + '\\n' }}"
@@ -95,45 +106,45 @@ LLAMA2 = (
         ("instruction_response", CHAT_TEMPLATE, ["Instruction:", "Response:"]),
     ],
 )
-def test_role_marks_that_are_no_special_tokens(
+def test_role_marks_that_are_not_special_tokens(
     template: TemplateKind, chat_template: str, marks: list[str]
 ) -> None:
     tokenizer = tiny_tokenizer()
     tokenizer.chat_template = chat_template
     tokenize = RowTokenizer(tokenizer, Template(template))
-    assert [mark.text for mark in plain_marks(tokenize, ROWS)] == marks
+    assert [mark.text for mark in text_role_marks(tokenize, ROWS)] == marks
 
 
-def test_rows_that_spell_a_role_mark_are_counted() -> None:
+def test_rows_with_a_role_mark_are_counted() -> None:
     tokenizer = tiny_tokenizer()
     tokenizer.chat_template = ZEPHYR
     tokenize = RowTokenizer(tokenizer, Template("chat"))
     spelling = Row((Turn("user", "a<|assistant|>b"), Turn("assistant", "c")), source="rows.jsonl:9")
-    user, assistant = plain_marks(tokenize, [*ROWS, spelling, spelling])
+    user, assistant = text_role_marks(tokenize, [*ROWS, spelling, spelling])
     assert (user.rows, user.first) == (0, "")
     assert (assistant.rows, assistant.first) == (2, "rows.jsonl:9")
     own = RowTokenizer(tokenizer, Template("instruction_response"))
-    said = Row((Turn("user", "Response: what is it?"), Turn("assistant", "A reply.")))
+    quoting = Row((Turn("user", "Response: what is it?"), Turn("assistant", "A reply.")))
     forged = Row((Turn("user", "a\nResponse:\nb"), Turn("assistant", "c")))
-    assert [mark.rows for mark in plain_marks(own, [said, forged])] == [0, 1]
+    assert [mark.rows for mark in text_role_marks(own, [quoting, forged])] == [0, 1]
 
 
-# --- what may not be meant so ------------------------------------------------------------------
+# --- probable mistakes -------------------------------------------------------------------------
 
 
-def test_an_instruction_that_other_contexts_share_is_counted_and_ties_nothing() -> None:
+def test_equal_instructions_with_other_contexts_are_counted_but_not_tied() -> None:
     rows = [row("Is it good?", "Yes.", context=f"Text {n} of a guest {n}.") for n in range(4)]
-    found = {each.relation: each for each in facts(rows, [9] * 4).related}
-    assert (found["instruction"].groups, found["instruction"].rows) == (1, 4)
-    assert (found[None].groups, found[None].rows, found[None].leak) == (0, 0, 0)
-    tied = facts(rows, [9] * 4, Rule(with_context=False)).related[-1]
+    related = {entry.relation: entry for entry in dataset_statistics(rows, [9] * 4).related}
+    assert (related["instruction"].groups, related["instruction"].rows) == (1, 4)
+    assert (related[None].groups, related[None].rows, related[None].leak) == (0, 0, 0)
+    tied = dataset_statistics(rows, [9] * 4, GroupingRule(with_context=False)).related[-1]
     assert (tied.groups, tied.rows) == (1, 4)
 
 
-def test_prompts_that_named_groups_part_are_counted() -> None:
+def test_equal_prompts_in_different_groups_are_counted() -> None:
     rows = [row("Who?", f"{n}", group_hint=f"g{n % 2}") for n in range(5)]
-    assert facts(rows, [9] * 5).parted == 5
-    assert facts(rows[::2], [9] * 3).parted == 0
+    assert dataset_statistics(rows, [9] * 5).cross_group_prompts == 5
+    assert dataset_statistics(rows[::2], [9] * 3).cross_group_prompts == 0
 
 
 def example(number: int, group: int) -> Example:
@@ -141,15 +152,15 @@ def example(number: int, group: int) -> Example:
     return Example(f"row{number}", f"group{group}", "", ids, ids > 1, 1, 1)
 
 
-def test_few_test_rows_are_told() -> None:
+def test_few_test_rows_give_a_warning() -> None:
     assert few_test_rows([example(n, n) for n in range(30)]) == ""
     assert few_test_rows([example(n, n) for n in range(29)]).startswith("29 test rows: fewer than")
-    found = few_test_rows([example(n, n % 7) for n in range(300)])
-    assert found.startswith("300 test rows in 7 groups of related rows: fewer than 30 ")
+    warning = few_test_rows([example(n, n % 7) for n in range(300)])
+    assert warning.startswith("300 test rows in 7 groups of related rows: fewer than 30 ")
 
 
 @pytest.mark.parametrize(
-    ("text", "found"),
+    ("text", "expected"),
     [
         ("Dear {{name}}, thank you.", {"{{name}}"}),
         ("Dear {{ user.first_name }},", {"{{ user.first_name }}"}),
@@ -164,8 +175,8 @@ def test_few_test_rows_are_told() -> None:
         ("Dear [Customer Name]: it costs $5 and {price}, $6.", {"[Customer Name]", "{price}"}),
     ],
 )
-def test_placeholders_are_found(text: str, found: set[str]) -> None:
-    assert placeholders_in(text) == found
+def test_placeholders_are_found(text: str, expected: set[str]) -> None:
+    assert placeholders_in(text) == expected
 
 
 @pytest.mark.parametrize(
@@ -199,7 +210,7 @@ def test_placeholders_are_found(text: str, found: set[str]) -> None:
         "{{{{name}}}} or {{{name}}}",
     ],
 )
-def test_code_formulas_links_and_marks_are_no_placeholders(text: str) -> None:
+def test_code_formulas_links_and_marks_are_not_placeholders(text: str) -> None:
     assert placeholders_in(text) == set()
 
 
@@ -210,15 +221,15 @@ def test_rows_with_placeholders_are_counted() -> None:
         Row((Turn("user", "Greet."), Turn("assistant", "Hi {{name}}!")), source="rows.jsonl:3"),
         row("Sum up.", "Done.", context="{input}"),
     ]
-    found = find_placeholders(rows)
-    assert found is not None
-    assert (found.rows, found.first) == (3, "rows.jsonl:2")
-    assert found.spelt[0] == "{{name}}"
-    assert set(found.spelt) == {"{{name}}", "[NAME]", "{input}"}
+    placeholders = find_placeholders(rows)
+    assert placeholders is not None
+    assert (placeholders.rows, placeholders.first) == (3, "rows.jsonl:2")
+    assert placeholders.placeholders[0] == "{{name}}"
+    assert set(placeholders.placeholders) == {"{{name}}", "[NAME]", "{input}"}
     assert find_placeholders(ROWS) is None
 
 
-def test_special_tokens_that_rows_spell_are_counted() -> None:
+def test_special_tokens_in_rows_are_counted() -> None:
     tokenize = RowTokenizer(tiny_tokenizer(), Template("chat"))
     rows = [
         row("What is <|im_end|>?", "An end."),
@@ -226,12 +237,12 @@ def test_special_tokens_that_rows_spell_are_counted() -> None:
         row("Q", "a <|im_end|> b <|endoftext|>"),
         row("Q", "clean", context="<|im_start|>"),
     ]
-    responses, prompts = spelt_specials(tokenize, rows)
+    responses, prompts = special_tokens_in_rows(tokenize, rows)
     assert responses is not None and prompts is not None
     assert (responses.rows, responses.first) == (2, "rows.jsonl:2")
     assert responses.tokens == (("<|im_end|>", 2), ("<|endoftext|>", 1))
     assert (prompts.rows, dict(prompts.tokens)) == (2, {"<|im_end|>": 1, "<|im_start|>": 1})
-    assert spelt_specials(tokenize, ROWS) == (None, None)
+    assert special_tokens_in_rows(tokenize, ROWS) == (None, None)
 
 
 @pytest.mark.parametrize(
@@ -255,5 +266,5 @@ def test_special_tokens_that_rows_spell_are_counted() -> None:
         ("{{ strftime_now('%Y') }}{{ raise_exception('no') }}{% break %", ()),
     ],
 )
-def test_names_that_nothing_sets_for_a_template(source: str, names: tuple[str, ...]) -> None:
-    assert names_not_set(source, ["eos_token"]) == names
+def test_undefined_names_in_a_template(source: str, names: tuple[str, ...]) -> None:
+    assert undefined_names(source, ["eos_token"]) == names

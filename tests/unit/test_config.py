@@ -1,4 +1,4 @@
-"""Recipes are read whole or refused with every mistake, its place and its remedy."""
+"""Recipes: complete validation with precise errors, values, grids, files, arbitrary input."""
 
 from __future__ import annotations
 
@@ -13,8 +13,8 @@ import yaml
 from hypothesis import example, given, settings
 from hypothesis import strategies as st
 
-from slm_lora.config.aliases import MEANT, NO_KEY
-from slm_lora.config.grid import MOST_CELLS, Cell
+from slm_lora.config.aliases import ALIASES, NO_EQUIVALENT
+from slm_lora.config.grid import MAX_CELLS, Cell
 from slm_lora.config.load import load_recipe, parse_recipe
 from slm_lora.config.schema import LATER_KEYS, CellConfig, DataSection, Recipe
 from slm_lora.config.validation import known_keys
@@ -36,22 +36,22 @@ def names(text: str, *overrides: str) -> list[str]:
     return [cell.name for cell in cells(text, *overrides)]
 
 
-def mistakes(text: str, *overrides: str) -> list[str]:
+def error_lines(text: str, *overrides: str) -> list[str]:
     with pytest.raises(UsageError) as caught:
         read(text, *overrides)
     return str(caught.value).split("\n")
 
 
-def mistake(text: str, *overrides: str) -> str:
-    """The only mistake of a recipe that has a name."""
-    (found,) = mistakes(f"name: x\n{text}", *overrides)
-    return found
+def error_message(text: str, *overrides: str) -> str:
+    """The only error of a recipe that has a name."""
+    (message,) = error_lines(f"name: x\n{text}", *overrides)
+    return message
 
 
-# --- explaining --------------------------------------------------------------------------------
+# --- error messages ----------------------------------------------------------------------------
 
 
-def test_all_mistakes_at_once() -> None:
+def test_all_errors_at_once() -> None:
     text = (
         "name: Big Words\n"
         "data:\n"
@@ -64,7 +64,7 @@ def test_all_mistakes_at_once() -> None:
         "  learning_rate: fast\n"
         "seeds: [0, one]\n"
     )
-    assert mistakes(text, "adapter.rr=16", "training.num_train_epochs=-1") == [
+    assert error_lines(text, "adapter.rr=16", "training.num_train_epochs=-1") == [
         "my.yaml: data.max_length = 1: must be greater than or equal to 2 (line 4)",
         "my.yaml: unknown key 'data.formt' (line 3); did you mean 'data.format'?",
         "my.yaml: adapter.kind = loar: must be 'lora', 'rslora', 'dora', 'pissa' or 'full' "
@@ -80,7 +80,7 @@ def test_all_mistakes_at_once() -> None:
 
 
 @pytest.mark.parametrize(
-    ("text", "said"),
+    ("text", "expected"),
     [
         ("adaptr: {r: 8}", "unknown key 'adaptr' (line 2); did you mean 'adapter'?"),
         ("data: {colums: {}}", "unknown key 'data.colums' (line 2); did you mean 'data.columns'?"),
@@ -101,7 +101,7 @@ def test_all_mistakes_at_once() -> None:
         ("data: rows.jsonl", "did you mean 'data: {name: rows.jsonl}'?"),
         ("lr: 3", "unknown key 'lr' (line 2); did you mean 'training.learning_rate'?"),
         ("lora: {r: 8}", "unknown key 'lora' (line 2); did you mean 'adapter'?"),
-        ("packing: true", "unknown key 'packing' (line 2); there is none: rows are always packed"),
+        ("packing: true", "unknown key 'packing' (line 2); not an option: rows are always packed"),
         ("adapter: 5", "adapter = 5: must be a mapping of keys to values (line 2)"),
         ("data: {columns: [a]}", "data.columns = ['a']: must be a mapping of keys to values"),
         ("data: {columns: {float: 3}}", "data.columns.float = 3: must be text (line 2)"),
@@ -120,47 +120,47 @@ def test_all_mistakes_at_once() -> None:
         (f"data: {{name: [{'word, ' * 99}]}}", "data.name = ['word', 'word', 'word', 'word', "),
     ],
 )
-def test_one_mistake(text: str, said: str) -> None:
-    found = mistake(text)
-    assert found.startswith("my.yaml: ")
-    assert said in found
-    assert len(found) < 200
+def test_single_error(text: str, expected: str) -> None:
+    message = error_message(text)
+    assert message.startswith("my.yaml: ")
+    assert expected in message
+    assert len(message) < 200
 
 
-def test_a_wrong_eval_steps_is_the_only_mistake() -> None:
-    assert "eval_steps = 0" in mistake("training: {eval_steps: 0, keep_best: true}")
+def test_invalid_eval_steps_is_reported_alone() -> None:
+    assert "eval_steps = 0" in error_message("training: {eval_steps: 0, keep_best: true}")
 
 
-def test_a_key_written_twice() -> None:
-    found = mistakes("name: x\ndata:\n  size: 30\n  name: a\n  size: 40\nname: x\n")
-    assert found == [
+def test_duplicate_keys() -> None:
+    errors = error_lines("name: x\ndata:\n  size: 30\n  name: a\n  size: 40\nname: x\n")
+    assert errors == [
         "my.yaml: 'data.size' is written twice (line 5)",
         "my.yaml: 'name' is written twice (line 6)",
     ]
 
 
-def test_the_name_is_missing() -> None:
-    assert mistakes("") == mistakes("# nothing\n") == ["my.yaml: 'name' is missing"]
+def test_missing_name() -> None:
+    assert error_lines("") == error_lines("# nothing\n") == ["my.yaml: 'name' is missing"]
     assert read("", "name=x")[0].name == "x"
 
 
-def test_what_is_no_mapping_or_no_yaml() -> None:
+def test_not_a_mapping_or_not_yaml() -> None:
     for text in ("- a", "a", "3", "[]"):
-        assert mistakes(text) == ["my.yaml: must be a mapping of keys to values"]
-    assert mistakes("name: x\ndata: [1\n") == [
+        assert error_lines(text) == ["my.yaml: must be a mapping of keys to values"]
+    assert error_lines("name: x\ndata: [1\n") == [
         "my.yaml: not valid YAML: expected ',' or ']', but got '<stream end>' (line 3)"
     ]
-    assert mistakes("name: x\n\tdata: 3")[0].endswith("(line 2)")
-    assert "undefined alias" in mistakes("name: *x")[0]
+    assert error_lines("name: x\n\tdata: 3")[0].endswith("(line 2)")
+    assert "undefined alias" in error_lines("name: *x")[0]
 
 
-def test_a_message_stays_one_printable_line() -> None:
+def test_messages_are_single_printable_lines() -> None:
     text = 'name: "a\\nb\\e[31m\\u2028"\n"k\\nk": 1\n!<!%0A> x: 1\n'
-    assert len(mistakes(text)) == 1
-    found = mistakes('name: "a\\nb\\e[31m\\u2028"\n"k\\nk": 1\n')
-    assert len(found) == 2
-    assert all(line.isprintable() for line in found)
-    assert r"name = a\nb\x1b[31m\u2028: must be" in found[0]
+    assert len(error_lines(text)) == 1
+    errors = error_lines('name: "a\\nb\\e[31m\\u2028"\n"k\\nk": 1\n')
+    assert len(errors) == 2
+    assert all(line.isprintable() for line in errors)
+    assert r"name = a\nb\x1b[31m\u2028: must be" in errors[0]
 
 
 # --- overrides ---------------------------------------------------------------------------------
@@ -196,7 +196,7 @@ def test_the_last_override_of_a_key_counts() -> None:
 
 
 @pytest.mark.parametrize(
-    ("override", "said"),
+    ("override", "expected"),
     [
         ("adapter.r=0", "override: adapter.r = 0: must be greater than or equal to 1"),
         ("adapter.r=", "override: adapter.r = : must be a whole number"),
@@ -221,7 +221,7 @@ def test_the_last_override_of_a_key_counts() -> None:
         ("grid.axes.0=3", "override: unknown key 'grid.axes.0'; did you mean 'grid.axes'?"),
         (
             "data={size: 30}",
-            "override: 'data' is a section; set what is in it, such as 'data.name'",
+            "override: 'data' is a section; set a key of it, such as 'data.name'",
         ),
         ("lr=1e-3", "unknown key 'lr'; did you mean 'training.learning_rate'?"),
         ("training.lr=1e-3", "did you mean 'training.learning_rate'?"),
@@ -229,90 +229,93 @@ def test_the_last_override_of_a_key_counts() -> None:
         ("Epochs=3", "did you mean 'training.num_train_epochs'?"),
         ("max_seq_length=8", "did you mean 'data.max_length'?"),
         ("lora.rank=8", "did you mean 'adapter.r'?"),
-        ("batch_size=8", "did you mean 'training.effective_batch_size'? (examples a step"),
+        ("batch_size=8", "did you mean 'training.effective_batch_size'? (examples per step"),
         ("gradient_accumulation_steps=8", "did you mean 'training.effective_batch_size'?"),
         ("load_in_4bit=true", "did you mean 'model.quantization=nf4'?"),
-        ("training.optim=adamw_torch", "'training.optim'; there is none: it is always AdamW"),
+        (
+            "training.optim=adamw_torch",
+            "'training.optim'; not an option: the optimizer is always AdamW",
+        ),
         ("grid.cells=[{lr: 3}]", "unknown key 'lr'; did you mean 'training.learning_rate'?"),
-        ("adapter.r=[1", "override: adapter.r = [1: not a value in YAML"),
-        ("adapter.r=" + "[" * 1500, "not a value in YAML"),
-        ("adapter.r=!!timestamp x", "override: adapter.r = !!timestamp x: not a value in YAML"),
-        ("adapter.r=!!python/name:os.system", "not a value in YAML"),
-        ('description="\\ud800"', "not a value in YAML"),
+        ("adapter.r=[1", "override: adapter.r = [1: not valid YAML"),
+        ("adapter.r=" + "[" * 1500, "not valid YAML"),
+        ("adapter.r=!!timestamp x", "override: adapter.r = !!timestamp x: not valid YAML"),
+        ("adapter.r=!!python/name:os.system", "not valid YAML"),
+        ('description="\\ud800"', "not valid YAML"),
     ],
 )
-def test_a_wrong_override(override: str, said: str) -> None:
-    found = mistake("", override)
-    assert said in found
-    assert found.startswith("override: ")
-    assert len(found) < 200
+def test_invalid_override(override: str, expected: str) -> None:
+    message = error_message("", override)
+    assert expected in message
+    assert message.startswith("override: ")
+    assert len(message) < 200
 
 
-def test_names_of_other_tools_lead_to_keys_that_are_there() -> None:
+def test_aliases_name_existing_keys() -> None:
     known = set(known_keys())
     taken = {key.rsplit(".", 1)[-1] for key in known}
-    names = " ".join(MEANT.values()).split()
+    names = " ".join(ALIASES.values()).split()
     assert len(names) == len(set(names)), "a name that means two keys"
-    assert not taken & {*names, *NO_KEY}
-    assert not set(NO_KEY) & set(names)
-    for meant in MEANT:
-        key, _, value = meant.split(" ")[0].partition("=")
+    assert not taken & {*names, *NO_EQUIVALENT}
+    assert not set(NO_EQUIVALENT) & set(names)
+    for key_and_remark in ALIASES:
+        key, _, value = key_and_remark.split(" ")[0].partition("=")
         assert key in known
         if value:
             cells("", f"{key}={value}")
 
 
-def test_what_an_override_does_not_cause_is_the_files() -> None:
+def test_errors_name_their_source() -> None:
     text = "name: x\ndata: {size: 1}\nadapter: 8\n"
-    assert mistakes(text, "data.test_rows=0", "adapter.r=8") == [
+    assert error_lines(text, "data.test_rows=0", "adapter.r=8") == [
         "my.yaml: data.size = 1: must be greater than or equal to 2 (line 2)",
         "override: data.test_rows = 0: must be greater than or equal to 1",
         "my.yaml: adapter = 8: must be a mapping of keys to values (line 3)",
     ]
 
 
-def test_an_override_that_the_grid_would_undo_is_refused() -> None:
+def test_override_without_effect_is_refused() -> None:
     grid = "grid: {cells: [{adapter.r: 8, data.size: 20}, {adapter.r: 16}]}"
-    assert "adapter.r has no effect: 'grid' sets it" in mistake(grid, "adapter.r=4")
+    assert "adapter.r has no effect: 'grid' sets it" in error_message(grid, "adapter.r=4")
     assert [cell.config.data.size for cell in cells(grid, "data.size=30")] == [20, 30]
-    assert "seed has no effect: 'seeds' sets it" in mistake("seeds: [1, 2]", "seed=4")
+    assert "seed has no effect: 'seeds' sets it" in error_message("seeds: [1, 2]", "seed=4")
     assert [cell.config.seed for cell in cells("", "seed=4")] == [4]
 
 
 # --- values ------------------------------------------------------------------------------------
 
 
-def test_numbers_however_yaml_takes_them() -> None:
-    for written in ("2e-4", "2.0e-4", "0.0002", "'2e-4'"):
-        recipe, _ = read(f"name: x\ntraining: {{learning_rate: {written}}}")
+def test_spellings_of_numbers() -> None:
+    for value_text in ("2e-4", "2.0e-4", "0.0002", "'2e-4'"):
+        recipe, _ = read(f"name: x\ntraining: {{learning_rate: {value_text}}}")
         assert recipe.training.learning_rate == 0.0002
-        assert read("name: x", f"training.learning_rate={written}")[0] == recipe
+        assert read("name: x", f"training.learning_rate={value_text}")[0] == recipe
     assert read("name: x\ntraining: {num_train_epochs: 0.5}")[0].training.num_train_epochs == 0.5
 
 
 @pytest.mark.parametrize(
     "key", ["data.size", "adapter.r", "training.max_steps", "seed", "adapter.lora_dropout"]
 )
-@pytest.mark.parametrize("written", ["true", "yes", "off"])
-def test_a_boolean_is_no_number(key: str, written: str) -> None:
-    assert "must be a number, not true or false" in mistake("", f"{key}={written}")
+@pytest.mark.parametrize("value_text", ["true", "yes", "off"])
+def test_booleans_are_not_numbers(key: str, value_text: str) -> None:
+    assert "must be a number, not true or false" in error_message("", f"{key}={value_text}")
 
 
 def test_a_boolean_among_the_seeds() -> None:
-    assert "seeds.1 = true: must be a number" in mistake("seeds: [0, yes]")
+    assert "seeds.1 = true: must be a number" in error_message("seeds: [0, yes]")
 
 
 @pytest.mark.parametrize(
-    ("written", "alpha"),
+    ("value_text", "alpha"),
     [("2r", 32), ("1.5r", 24), ("16", 16), ("'16'", 16), ("0.5", 0.5), ("1e1", 10)],
 )
-def test_alpha_is_a_number_or_a_multiple_of_the_rank(written: str, alpha: float) -> None:
-    recipe, _ = read(f"name: x\nadapter: {{r: 16, lora_alpha: {written}}}")
+def test_alpha_is_a_number_or_a_multiple_of_the_rank(value_text: str, alpha: float) -> None:
+    recipe, _ = read(f"name: x\nadapter: {{r: 16, lora_alpha: {value_text}}}")
     assert recipe.adapter.alpha == alpha
 
 
 @pytest.mark.parametrize(
-    ("written", "said"),
+    ("value_text", "expected"),
     [
         ("3x", "must be a number or a multiple of the rank such as 2r"),
         ("r", "must be a number or a multiple of the rank such as 2r"),
@@ -328,33 +331,35 @@ def test_alpha_is_a_number_or_a_multiple_of_the_rank(written: str, alpha: float)
         ("null", "must be a number"),
     ],
 )
-def test_no_alpha(written: str, said: str) -> None:
-    found = mistake("", f"adapter.lora_alpha={written}")
-    assert found.startswith("override: adapter.lora_alpha = ")
-    assert said in found
+def test_invalid_alpha(value_text: str, expected: str) -> None:
+    message = error_message("", f"adapter.lora_alpha={value_text}")
+    assert message.startswith("override: adapter.lora_alpha = ")
+    assert expected in message
 
 
-@pytest.mark.parametrize("written", [".nan", ".inf", "-.inf", "1e999", "nan"])
-def test_no_number_is_infinite(written: str) -> None:
-    assert "must be finite" in mistake("", f"training.max_grad_norm={written}")
+@pytest.mark.parametrize("value_text", [".nan", ".inf", "-.inf", "1e999", "nan"])
+def test_infinite_numbers_are_refused(value_text: str) -> None:
+    assert "must be finite" in error_message("", f"training.max_grad_norm={value_text}")
 
 
-@pytest.mark.parametrize("written", [str(2**63), "9" * 400, "0x" + "f" * 9000, "-0x" + "f" * 9000])
-def test_no_seed_is_longer_than_64_bits(written: str) -> None:
-    found = mistake("", f"seed={written}")
-    assert "must be" in found
-    assert len(found) < 200
+@pytest.mark.parametrize(
+    "value_text", [str(2**63), "9" * 400, "0x" + "f" * 9000, "-0x" + "f" * 9000]
+)
+def test_seeds_beyond_64_bits_are_refused(value_text: str) -> None:
+    message = error_message("", f"seed={value_text}")
+    assert "must be" in message
+    assert len(message) < 200
     assert read("name: x", f"seed={2**63 - 1}")[0].seed == 2**63 - 1
 
 
-def test_one_module_may_stand_alone() -> None:
+def test_single_target_module() -> None:
     recipe, _ = read("name: x\nadapter: {target_modules: q_proj}")
     assert recipe.adapter.target_modules == ("q_proj",)
     recipe, _ = read("name: x\nadapter: {target_modules: all-linear}")
     assert recipe.adapter.target_modules == "all-linear"
 
 
-def test_the_hash_is_of_the_settings_not_of_their_spelling() -> None:
+def test_equal_settings_serialise_equally() -> None:
     once = read("name: x\ntraining: {learning_rate: 2e-4}\nadapter: {r: 8}")[0]
     again = read("adapter:\n  r: 8.0\nname: 'x'\n")[0]
     assert once.model_dump_json() == again.model_dump_json()
@@ -364,37 +369,37 @@ def test_the_hash_is_of_the_settings_not_of_their_spelling() -> None:
 # --- the grid ----------------------------------------------------------------------------------
 
 
-def test_without_a_grid_there_is_one_cell() -> None:
+def test_one_cell_without_a_grid() -> None:
     (cell,) = cells("adapter: {r: 4}\nseed: 3")
     assert (cell.name, cell.settings) == ("r4", {})
     assert cell.config == CellConfig.model_validate({"adapter": {"r": 4}, "seed": 3})
 
 
-def test_cells_are_as_listed_and_share_the_rest() -> None:
-    found = cells(
+def test_listed_cells_share_other_settings() -> None:
+    expanded = cells(
         "adapter: {lora_dropout: 0.2, r: 2}\n"
         "grid: {cells: [{data.size: 1500, adapter.r: 8}, {adapter.r: 16}, {}]}"
     )
-    assert [cell.name for cell in found] == ["r8-1500", "r16", "r2"]
-    assert [cell.config.adapter.r for cell in found] == [8, 16, 2]
-    assert [cell.config.data.size for cell in found] == [1500, None, None]
-    assert {cell.config.adapter.lora_dropout for cell in found} == {0.2}
-    assert found[0].settings == {"data.size": 1500, "adapter.r": 8}
+    assert [cell.name for cell in expanded] == ["r8-1500", "r16", "r2"]
+    assert [cell.config.adapter.r for cell in expanded] == [8, 16, 2]
+    assert [cell.config.data.size for cell in expanded] == [1500, None, None]
+    assert {cell.config.adapter.lora_dropout for cell in expanded} == {0.2}
+    assert expanded[0].settings == {"data.size": 1500, "adapter.r": 8}
 
 
-def test_axes_multiply_and_tied_keys_move_together() -> None:
-    found = cells(
+def test_product_of_axes_with_tied_keys() -> None:
+    expanded = cells(
         "grid:\n"
         "  axes:\n"
         "    - {data.size: [100, 200, 300]}\n"
         "    - {adapter.r: [8, 16], adapter.lora_alpha: [32, 2r]}\n"
     )
-    values = [(c.config.data.size, c.config.adapter.r, c.config.adapter.alpha) for c in found]
+    values = [(c.config.data.size, c.config.adapter.r, c.config.adapter.alpha) for c in expanded]
     assert values == [(size, r, 32.0) for size, r in itertools.product((100, 200, 300), (8, 16))]
-    assert [c.name for c in found[:2]] == ["r8-100-alpha32", "r16-100"]
+    assert [c.name for c in expanded[:2]] == ["r8-100-alpha32", "r16-100"]
 
 
-def test_seeds_go_over_the_whole_grid_one_after_the_other() -> None:
+def test_seed_major_order() -> None:
     text = "seeds: [3, 1]\ngrid: {axes: [{adapter.r: [8, 16]}]}"
     assert names(text) == ["r8-seed3", "r16-seed3", "r8-seed1", "r16-seed1"]
     assert [cell.config.seed for cell in cells(text)] == [3, 3, 1, 1]
@@ -419,7 +424,7 @@ def test_settings_are_the_values_not_their_spelling() -> None:
 
 
 @pytest.mark.parametrize(
-    ("grid", "said"),
+    ("grid", "expected"),
     [
         ("cells: [{adapter.r: 8}], axes: [{adapter.r: [8]}]", "give cells or axes, not both"),
         ("axes: [{adapter.r: [8, 16], data.size: [20]}]", "one axis need equally many values"),
@@ -429,7 +434,7 @@ def test_settings_are_the_values_not_their_spelling() -> None:
         ("axes: [{adapter.r: 8}]", "grid.axes.0.adapter.r = 8: must be a list"),
         ("cells: [{adapter.rr: 8}]", "grid cell 1: unknown key 'adapter.rr'; did you mean"),
         ("cells: [{seeds: [1]}]", "grid cell 1: unknown key 'seeds'; did you mean 'seed'?"),
-        ("cells: [{adapter: {r: 8}}]", "grid cell 1: 'adapter' is a section; set what is in it"),
+        ("cells: [{adapter: {r: 8}}]", "grid cell 1: 'adapter' is a section; set a key of it"),
         ("cells: [{data.size: 20}, {data.size: 1}]", "grid cell 2: data.size = 1: must be greater"),
         ("cells: [{training.keep_best: true}]", "grid cell 1: training.keep_best = true: needs"),
         ("cells: [{adapter.r: 8}, {adapter.r: 8.0}]", "the cell r8 more than once"),
@@ -440,41 +445,47 @@ def test_settings_are_the_values_not_their_spelling() -> None:
         ("cell: []", "unknown key 'grid.cell' (line 2); did you mean 'grid.cells'?"),
     ],
 )
-def test_a_wrong_grid(grid: str, said: str) -> None:
-    found = mistakes(f"name: x\ngrid: {{{grid}}}")
-    assert said in found[0]
-    assert all(line.startswith("my.yaml: ") for line in found)
+def test_invalid_grid(grid: str, expected: str) -> None:
+    errors = error_lines(f"name: x\ngrid: {{{grid}}}")
+    assert expected in errors[0]
+    assert all(line.startswith("my.yaml: ") for line in errors)
 
 
-def test_seeds_in_the_grid_and_beside_it() -> None:
-    assert "leave one out" in mistake("seeds: [1, 2]\ngrid: {cells: [{seed: 3}, {adapter.r: 4}]}")
-    assert "r8-seed1 more than once" in mistake("seeds: [1, 1]\ngrid: {cells: [{adapter.r: 8}]}")
+def test_conflicting_seeds() -> None:
+    assert "leave one out" in error_message(
+        "seeds: [1, 2]\ngrid: {cells: [{seed: 3}, {adapter.r: 4}]}"
+    )
+    assert "r8-seed1 more than once" in error_message(
+        "seeds: [1, 1]\ngrid: {cells: [{adapter.r: 8}]}"
+    )
 
 
-def test_mistakes_of_all_cells_once_each() -> None:
+def test_errors_of_cells_are_reported_once() -> None:
     grid = "grid: {cells: [{adapter.r: 0}, {data.size: 1, adapter.r: x}]}\nseeds: [1, 2, 3]"
-    assert [line.removeprefix("my.yaml: grid cell ") for line in mistakes(f"name: x\n{grid}")] == [
+    assert [
+        line.removeprefix("my.yaml: grid cell ") for line in error_lines(f"name: x\n{grid}")
+    ] == [
         "1: adapter.r = 0: must be greater than or equal to 1",
         "2: data.size = 1: must be greater than or equal to 2",
         "2: adapter.r = x: must be a whole number",
     ]
 
 
-def test_a_grid_beyond_reason_is_not_unfolded() -> None:
+def test_limit_of_cells() -> None:
     values = list(range(1, 501))
     keys = ["adapter.r", "seed", "data.size", "training.max_steps"]
     text = yaml.safe_dump({"grid": {"axes": [{key: values} for key in keys]}})
-    assert f"at most {MOST_CELLS}" in mistake(text)
+    assert f"at most {MAX_CELLS}" in error_message(text)
 
 
-def test_cells_do_not_share_what_one_of_them_changes() -> None:
-    found = cells(
+def test_cells_do_not_share_changed_sections() -> None:
+    expanded = cells(
         "data: {columns: {category: topic}}\n"
         "grid: {cells: [{data.columns.response: answer}, {adapter.r: 4}]}"
     )
-    assert found[0].config.data.columns == {"category": "topic", "response": "answer"}
-    assert found[1].config.data.columns == {"category": "topic"}
-    assert found[0].name == "responseanswer"
+    assert expanded[0].config.data.columns == {"category": "topic", "response": "answer"}
+    assert expanded[1].config.data.columns == {"category": "topic"}
+    assert expanded[0].name == "responseanswer"
 
 
 VALUES: Mapping[str, st.SearchStrategy[Any]] = {
@@ -493,36 +504,36 @@ VALUES: Mapping[str, st.SearchStrategy[Any]] = {
 
 @settings(max_examples=100, deadline=None)
 @given(st.lists(st.fixed_dictionaries({}, optional=VALUES), min_size=1, max_size=5))
-def test_names_are_distinct_and_fit_every_file_system(listed: list[dict[str, Any]]) -> None:
+def test_cell_names_are_distinct_and_portable(listed: list[dict[str, Any]]) -> None:
     text = yaml.safe_dump({"name": "x", "grid": {"cells": listed}})
     try:
-        _, found = read(text)
+        _, expanded = read(text)
     except UsageError as error:
         refused = str(error)
-        found = []
-    if not found:
+        expanded = []
+    if not expanded:
         assert all(line.endswith("more than once") for line in refused.split("\n"))
         return
-    shown = [cell.name for cell in found]
-    assert len({name.casefold() for name in shown}) == len(listed)
-    for name in shown:
+    cell_names = [cell.name for cell in expanded]
+    assert len({name.casefold() for name in cell_names}) == len(listed)
+    for name in cell_names:
         assert re.fullmatch(r"[A-Za-z0-9][A-Za-z0-9._+-]{0,119}", name)
 
 
 # --- files -------------------------------------------------------------------------------------
 
 
-def test_a_recipe_from_a_file(tmp_path: Path) -> None:
+def test_load_recipe_from_file(tmp_path: Path) -> None:
     path = tmp_path / "mine.yaml"
     path.write_text("\ufeffname: x\ndescription: Größe\n", encoding="utf-8")
-    recipe, found = load_recipe(path, ["adapter.r=4"])
-    assert (recipe.description, [cell.name for cell in found]) == ("Größe", ["r4"])
+    recipe, expanded = load_recipe(path, ["adapter.r=4"])
+    assert (recipe.description, [cell.name for cell in expanded]) == ("Größe", ["r4"])
     path.write_text("name: X!\n")
     with pytest.raises(UsageError, match=r"^mine\.yaml: name = X!: must be .*\(line 1\)$"):
         load_recipe(path)
 
 
-def test_files_that_cannot_be_read(tmp_path: Path) -> None:
+def test_unreadable_files(tmp_path: Path) -> None:
     (tmp_path / "mine.yaml").write_text("name: x")
     with pytest.raises(UsageError, match=r"no such recipe; did you mean .*mine\.yaml\?$"):
         load_recipe(tmp_path / "mime.yaml")
@@ -541,28 +552,28 @@ RECIPES = sorted((Path(__file__).resolve().parents[2] / "recipes").glob("*.yaml"
 
 
 @pytest.mark.parametrize("path", RECIPES, ids=lambda path: path.stem)
-def test_the_recipes_that_come_along(path: Path) -> None:
-    recipe, found = load_recipe(path)
+def test_shipped_recipes_load(path: Path) -> None:
+    recipe, expanded = load_recipe(path)
     assert recipe.name == path.stem
-    assert found
+    assert expanded
 
 
-# --- whatever is written -----------------------------------------------------------------------
+# --- arbitrary input ----------------------------------------------------------------------------
 
 
-def loads_or_explains(text: str, overrides: list[str]) -> None:
-    """Nothing else may happen; and what loads can be hashed and written down."""
+def assert_loads_or_explains(text: str, overrides: list[str]) -> None:
+    """A recipe loads and can be serialised, or is refused with valid error lines."""
     try:
-        recipe, found = parse_recipe(text, FILE, overrides)
+        recipe, expanded = parse_recipe(text, FILE, overrides)
     except UsageError as error:
         for line in str(error).split("\n"):
             assert line.startswith((f"{FILE}: ", "override: "))
             assert line.isprintable()
             assert len(line) < 500
     else:
-        assert found
-        for each in (recipe, *(cell.config for cell in found)):
-            each.model_dump_json().encode()
+        assert expanded
+        for config in (recipe, *(cell.config for cell in expanded)):
+            config.model_dump_json().encode()
 
 
 KEYS = list(known_keys())
@@ -688,17 +699,17 @@ LIST_BOMB = "a: &a [1]\n" + "".join(
 @example(LIST_BOMB + "seeds: *j\ndata: {name: *j}\ngrid: {axes: *j, cells: [*j]}", [])
 @example("1: 1\nnull: 2\n2024-01-01: 3\n[1]: 4\n? {a: b}\n: 5\n.nan: 6\n.nan: 7", [])
 def test_any_text_loads_or_is_explained(text: str, overrides: list[str]) -> None:
-    loads_or_explains(text, overrides)
-    loads_or_explains(f"name: x\n{text}", overrides)
+    assert_loads_or_explains(text, overrides)
+    assert_loads_or_explains(f"name: x\n{text}", overrides)
 
 
 @settings(max_examples=200, deadline=None)
 @given(st.one_of(RECIPE_TREES, NEARLY_RIGHT), OVERRIDES)
 def test_any_tree_loads_or_is_explained(tree: dict[str, Any], overrides: list[str]) -> None:
-    loads_or_explains(yaml.safe_dump(tree, sort_keys=False, allow_unicode=True), overrides)
+    assert_loads_or_explains(yaml.safe_dump(tree, sort_keys=False, allow_unicode=True), overrides)
 
 
-def test_a_column_is_left_out_by_null_and_contexts_are_automatic() -> None:
+def test_null_columns_and_automatic_context() -> None:
     recipe, _ = parse_recipe(
         "name: x\ndata: {columns: {category: null, response: a}}\n", "x.yaml",
         ["data.columns.group=null"],
@@ -712,7 +723,7 @@ def test_a_column_is_left_out_by_null_and_contexts_are_automatic() -> None:
         parse_recipe("name: x\ndata: {include_context: sometimes}\n", "x.yaml")
 
 
-def test_records_of_before_compare_with_those_of_now() -> None:
+def test_records_without_later_keys() -> None:
     then = {"data": {"name": "rows.jsonl", "include_context": False}}
     now = {**LATER_KEYS, "data": {**then["data"], **LATER_KEYS["data"]}}
     assert differences({"recipe": then}, {"recipe": now}) == []
@@ -720,11 +731,11 @@ def test_records_of_before_compare_with_those_of_now() -> None:
     assert differences({"recipe": then}, {"recipe": now}) == ["data.include_context: False → True"]
 
 
-def test_what_relates_rows_is_a_set_of_names() -> None:
-    def of(*overrides: str) -> object:
+def test_group_by_is_an_unordered_set() -> None:
+    def group_by(*overrides: str) -> object:
         return read("name: x", *overrides)[1][0].config.data.group_by
 
-    assert of() == ("group", "prompt", "context", "near")
-    assert of("data.group_by=near") == ("near",)
-    assert of("data.group_by=[near, group]") == ("group", "near")
-    assert of("data.group_by=[]") == ()
+    assert group_by() == ("group", "prompt", "context", "near")
+    assert group_by("data.group_by=near") == ("near",)
+    assert group_by("data.group_by=[near, group]") == ("group", "near")
+    assert group_by("data.group_by=[]") == ()

@@ -1,4 +1,4 @@
-"""Dropout by hash: the share it promises, and a mask that nothing but its keys decides."""
+"""Hash-based dropout: its rate, and a mask that depends only on keys and columns."""
 
 from __future__ import annotations
 
@@ -23,7 +23,7 @@ def examples(lengths: list[int]) -> list[Example]:
 
 
 def mask(p: float, name: str, keys: torch.Tensor, width: int) -> torch.Tensor:
-    """Which values are kept, bool [tokens, width]."""
+    """Mask of the kept values, bool [tokens, width]."""
     dropout = TokenDropout(p, name, width)
     dropout.keys = keys.unsqueeze(0)
     return dropout(torch.ones(1, len(keys), width))[0] != 0
@@ -34,7 +34,7 @@ def keys(seed: str = "s", tokens: int = 2000) -> torch.Tensor:
 
 
 def assert_share(kept: torch.Tensor, share: float) -> None:
-    """Within five standard deviations of a binomial draw."""
+    """The share of True is within five standard deviations of a binomial draw."""
     spread = math.sqrt(share * (1 - share) / kept.numel())
     assert abs(kept.double().mean().item() - share) < 5 * spread
 
@@ -44,7 +44,7 @@ def test_the_share_is_as_asked_overall_by_token_and_by_column(p: float) -> None:
     kept = mask(p, "layers.3.q_proj", keys(), 512)
     assert_share(kept, 1 - p)
     for part in (kept.double().mean(0), kept.double().mean(1)):
-        # Shares of columns and of tokens spread as independent draws do, neither more nor less.
+        # The variance of shares between columns or tokens is that of independent draws.
         draws = kept.numel() / len(part)
         ratio = part.var().item() / (p * (1 - p) / draws)
         assert abs(ratio - 1) < 6 * math.sqrt(2 / len(part))

@@ -1,4 +1,4 @@
-"""No turn of a row or of a prompt is lost silently in a chat template."""
+"""Turns that a chat template drops are refused, in rows and in prompts."""
 
 from __future__ import annotations
 
@@ -8,7 +8,7 @@ import pytest
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
-from slm_lora.data.dropped_turns import LeftOut
+from slm_lora.data.dropped_turns import DroppedTurns
 from slm_lora.data.templates import Template
 from slm_lora.data.tokenization import RowTokenizer
 from slm_lora.errors import DataError, UsageError
@@ -43,10 +43,12 @@ def rendered(source: str, turns: tuple[Turn, ...], kind: Any = "jinja") -> str:
         (EACH.replace("in messages", "in messages[:3]"), FOUR, "4 of 4 (assistant"),
     ],
 )  # fmt: skip
-def test_rows_lose_no_turn(source: str, turns: tuple[Turn, ...], lost: str, kind: Any) -> None:
+def test_rows_with_a_dropped_turn_are_refused(
+    source: str, turns: tuple[Turn, ...], lost: str, kind: Any
+) -> None:
     with pytest.raises(DataError) as caught:
         rendered(source, turns, kind)
-    assert str(caught.value).startswith("rows.jsonl:7: the chat template writes nothing of turn ")
+    assert str(caught.value).startswith("rows.jsonl:7: the chat template drops turn ")
     assert lost in str(caught.value)
     assert "\n" not in str(caught.value)
 
@@ -62,39 +64,39 @@ def test_rows_lose_no_turn(source: str, turns: tuple[Turn, ...], lost: str, kind
     ],
 )
 @pytest.mark.parametrize("turns", [PAIR, SYSTEM, FOUR])
-def test_templates_that_write_a_turn_in_another_way(source: str, turns: tuple[Turn, ...]) -> None:
+def test_templates_that_change_a_turn_are_accepted(source: str, turns: tuple[Turn, ...]) -> None:
     rendered(source, turns)
 
 
-def test_a_turn_without_text_cannot_be_lost() -> None:
+def test_an_empty_turn_is_never_reported_as_dropped() -> None:
     source = EACH.replace("in messages", "in messages if m.role != 'system'")
     assert "Two days." in rendered(source, (Turn("system", " \n"), *PAIR))
 
 
-def test_a_template_may_want_other_contents() -> None:
+def test_a_template_that_refuses_the_marks_is_accepted() -> None:
     source = "{% if messages[0].content != 'Is it far?' %}{{ raise_exception('no') }}{% endif %}"
     assert "Two days." in rendered(source + EACH, PAIR)
 
 
-def test_prompts_lose_no_turn() -> None:
+def test_prompts_with_a_dropped_turn_are_refused() -> None:
     source = EACH.replace("in messages", "in messages if m.role != 'system'")
     tokenize = RowTokenizer(tiny_tokenizer(), Template("jinja", source=source))
     assert tokenize.prompt(PAIR[:1])
-    with pytest.raises(UsageError, match=r"writes nothing of turn 1 of 2 \(system\); leave it out"):
+    with pytest.raises(UsageError, match=r"drops turn 1 of 2 \(system\); leave it out"):
         tokenize.prompt(SYSTEM[:2])
 
 
 @settings(max_examples=50, deadline=None)
 @given(st.lists(st.sampled_from(("system", "user", "assistant")), min_size=1, max_size=40))
-def test_what_is_left_out_is_found(roles: list[Role]) -> None:
+def test_dropped_turns_are_detected(roles: list[Role]) -> None:
     def render(messages: list[dict[str, str]], prompt: bool) -> str:
         kept = [m["content"] for m in messages if m["role"] != "system"]
         return "".join(kept) + "?" * prompt
 
-    wanted = tuple(number for number, role in enumerate(roles) if role == "system")
-    found = LeftOut(render)
+    expected = tuple(number for number, role in enumerate(roles) if role == "system")
+    dropped_turns = DroppedTurns(render)
     for _ in range(2):
-        assert found.turns(roles, False) == found.turns(roles, True) == wanted
+        assert dropped_turns.turns(roles, False) == dropped_turns.turns(roles, True) == expected
 
 
 def test_a_conversation_longer_than_the_marks() -> None:

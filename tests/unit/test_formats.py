@@ -1,4 +1,4 @@
-"""Which format the columns are, what a record becomes, and which records are refused."""
+"""Detection of row formats, conversion of records, and refused records."""
 
 from __future__ import annotations
 
@@ -8,7 +8,7 @@ import pytest
 
 from slm_lora.config.schema import DataSection
 from slm_lora.config.types import FormatName
-from slm_lora.data.formats import FORMATS, left_out, recognise, to_row, wanted
+from slm_lora.data.formats import FORMATS, columns_to_decode, detect_format, to_row, unread_content
 from slm_lora.data.text import RowError
 from slm_lora.errors import DataError, UsageError
 from slm_lora.records import Turn
@@ -42,19 +42,19 @@ def test_recipes_name_every_format() -> None:
         ({"messages", "text"}, "chat"),
     ],
 )
-def test_the_columns_tell_the_format(columns: set[str], expected: str) -> None:
-    assert recognise(columns, AUTO) == expected
+def test_the_format_is_detected_by_columns(columns: set[str], expected: str) -> None:
+    assert detect_format(columns, AUTO) == expected
 
 
 def test_lists_of_messages_make_prompt_and_completion_a_chat() -> None:
     both = {"prompt", "completion"}
-    assert recognise(both, AUTO, lists=both) == "chat"
-    assert recognise(both, AUTO, lists=set()) == "prompt_completion"
+    assert detect_format(both, AUTO, lists=both) == "chat"
+    assert detect_format(both, AUTO, lists=set()) == "prompt_completion"
 
 
 def test_no_format_fits_lists_columns_and_formats() -> None:
     with pytest.raises(DataError) as caught:
-        recognise({"problem", "solution"}, AUTO)
+        detect_format({"problem", "solution"}, AUTO)
     message = str(caught.value)
     assert "columns seen: problem, solution" in message
     for name in ("dolly", "alpaca", "prompt_completion", "chat", "text"):
@@ -65,21 +65,21 @@ def test_no_format_fits_lists_columns_and_formats() -> None:
 def test_several_formats_fit_is_an_error_until_one_is_named() -> None:
     columns = {"instruction", "output", "response", "text"}
     with pytest.raises(DataError, match=r"several formats, dolly and alpaca; .*data\.format"):
-        recognise(columns, AUTO)
-    assert recognise(columns, section(format="alpaca")) == "alpaca"
+        detect_format(columns, AUTO)
+    assert detect_format(columns, section(format="alpaca")) == "alpaca"
 
 
-def test_text_beside_another_format_is_taken_when_asked_for() -> None:
+def test_text_beside_another_format_is_read_when_requested() -> None:
     columns = {"instruction", "input", "output", "text"}
-    assert recognise(columns, section(format="text")) == "text"
-    # mapped, but the format that is recognised would drop it in silence
+    assert detect_format(columns, section(format="text")) == "text"
+    # mapped, but the detected format would drop it silently
     with pytest.raises(UsageError, match=r"format alpaca has no field 'text'.*output"):
-        recognise(columns | {"body"}, section(columns={"text": "body"}))
+        detect_format(columns | {"body"}, section(columns={"text": "body"}))
 
 
 def test_a_column_name_cannot_break_the_message() -> None:
     with pytest.raises(DataError) as caught:
-        recognise({"a\nb", "\ud800", "c" * 1000}, AUTO)
+        detect_format({"a\nb", "\ud800", "c" * 1000}, AUTO)
     message = str(caught.value)
     assert "\n" not in message
     assert "c" * 41 not in message
@@ -88,13 +88,13 @@ def test_a_column_name_cannot_break_the_message() -> None:
 
 def test_named_format_without_its_columns_is_an_error() -> None:
     with pytest.raises(DataError, match=r"format alpaca needs instruction \+ output; .*response"):
-        recognise({"instruction", "response"}, section(format="alpaca"))
+        detect_format({"instruction", "response"}, section(format="alpaca"))
 
 
-def test_mapped_columns_answer_to_their_field_alone() -> None:
+def test_a_mapped_column_loses_its_own_name() -> None:
     chosen = section(columns={"response": "output", "context": "input"})
     columns = {"instruction", "input", "output"}
-    assert recognise(columns, chosen) == "dolly"
+    assert detect_format(columns, chosen) == "dolly"
     row = to_row({"instruction": "Q", "input": "C", "output": "A"}, "x", "dolly", chosen)
     assert row.context == "C"
     assert row.turns == (Turn("user", "Q"), Turn("assistant", "A"))
@@ -108,9 +108,9 @@ def test_a_mapped_field_hides_the_column_of_its_name() -> None:
         to_row({"instruction": "Q", "response": "A"}, "x", "dolly", chosen)
 
 
-def test_one_may_group_by_a_column_that_is_also_read() -> None:
+def test_a_column_may_be_both_group_and_text() -> None:
     chosen = section(columns={"group": "instruction"})
-    assert recognise({"instruction", "response"}, chosen) == "dolly"
+    assert detect_format({"instruction", "response"}, chosen) == "dolly"
     row = to_row({"instruction": "Q", "response": "A"}, "x", "dolly", chosen)
     assert (row.turns[0].content, row.group_hint) == ("Q", "Q")
 
@@ -118,20 +118,22 @@ def test_one_may_group_by_a_column_that_is_also_read() -> None:
 def test_mapping_mistakes_are_explained() -> None:
     columns = {"instruction", "answer"}
     with pytest.raises(UsageError, match=r"unknown field 'respnse'.*response"):
-        recognise(columns, section(columns={"respnse": "answer"}))
+        detect_format(columns, section(columns={"respnse": "answer"}))
     with pytest.raises(DataError, match=r"takes 'response' from anwser.*columns seen: answer"):
-        recognise(columns, section(columns={"response": "anwser"}))
-    # alpaca calls its context input: mapped to context it would be dropped in silence
+        detect_format(columns, section(columns={"response": "anwser"}))
+    # the context of alpaca is named input: mapped to context it would be dropped silently
     with pytest.raises(UsageError, match=r"format alpaca has no field 'context'.*input"):
-        recognise(
+        detect_format(
             {"instruction", "passage", "output"},
             section(format="alpaca", columns={"context": "passage"}),
         )
 
 
-def test_only_columns_that_are_read_are_wanted() -> None:
+def test_only_columns_that_are_read_are_decoded() -> None:
     columns = ["id", "seen", "instruction", "answer", "category", "topic"]
-    assert wanted(columns, section(columns={"response": "answer", "group": "topic"})) == [
+    assert columns_to_decode(
+        columns, section(columns={"response": "answer", "group": "topic"})
+    ) == [
         "instruction",
         "answer",
         "category",
@@ -159,7 +161,7 @@ def test_prompt_and_plain_text() -> None:
     assert to_row({"text": "T"}, "x", "text", AUTO).turns == (Turn("assistant", "T"),)
 
 
-def test_the_chat_spellings_agree() -> None:
+def test_alternative_chat_keys_give_equal_rows() -> None:
     expected = (Turn("system", "S"), Turn("user", "Q"), Turn("assistant", "A"))
     openai = [
         {"role": "system", "content": "S"},
@@ -180,7 +182,7 @@ def test_the_chat_spellings_agree() -> None:
         assert to_row(record, "x", "chat", AUTO).turns == expected
 
 
-def test_text_is_kept_exactly_but_for_line_ends() -> None:
+def test_text_is_unchanged_except_for_line_ends() -> None:
     text = "  a\tb \r\n c\u00a0\rd\u2028\ufeff\n"
     row = to_row({"instruction": text, "response": text}, "x", "dolly", AUTO)
     assert row.turns[0].content == row.turns[1].content == text.replace("\r\n", "\n")
@@ -210,15 +212,15 @@ def test_labels_of_any_type_are_text(value: object, written: str) -> None:
 def test_a_column_is_left_out_by_null() -> None:
     chosen = section(columns={"category": None, "tools": None})
     record = {"instruction": "Q", "response": "A", "category": "c", "tools": ["t"], "group": "g"}
-    assert recognise(record.keys(), chosen) == "dolly"
+    assert detect_format(record.keys(), chosen) == "dolly"
     row = to_row(record, "x", "dolly", chosen)
     assert (row.category, row.group_hint) == ("", "g")
-    assert not list(left_out(record, "dolly", chosen))
-    assert wanted(record, chosen) == ["instruction", "response", "group"]
-    with pytest.raises(DataError, match="leaves typo out, a column that is not there"):
-        recognise(record.keys(), section(columns={"typo": None}))
+    assert not list(unread_content(record, "dolly", chosen))
+    assert columns_to_decode(record, chosen) == ["instruction", "response", "group"]
+    with pytest.raises(DataError, match="leaves typo out, which is not a column"):
+        detect_format(record.keys(), section(columns={"typo": None}))
     with pytest.raises(DataError, match="no format fits"):
-        recognise(record.keys(), section(columns={"response": None}))
+        detect_format(record.keys(), section(columns={"response": None}))
 
 
 @pytest.mark.parametrize(
@@ -262,12 +264,12 @@ def turns(*roles: str) -> list[dict[str, Any]]:
         ("system", "assistant", "user", "assistant"),
     ],
 )
-def test_orders_of_roles_that_are_taken(roles: tuple[str, ...]) -> None:
+def test_accepted_orders_of_roles(roles: tuple[str, ...]) -> None:
     row = to_row({"messages": turns(*roles)}, "x", "chat", AUTO)
     assert tuple(turn.role for turn in row.turns) == roles
 
 
-def said(role: str, content: object) -> dict[str, object]:
+def message(role: str, content: object) -> dict[str, object]:
     return {"role": role, "content": content}
 
 
@@ -276,8 +278,8 @@ def said(role: str, content: object) -> dict[str, object]:
     [
         (turns("user", "user", "assistant"), "two user turns in a row"),
         (turns("user", "assistant", "assistant"), "two assistant turns in a row"),
-        (turns("user", "system", "assistant"), "a system turn stands after another turn"),
-        (turns("system", "system", "assistant"), "a system turn stands after another turn"),
+        (turns("user", "system", "assistant"), "a system turn after another turn"),
+        (turns("system", "system", "assistant"), "a system turn after another turn"),
         (turns("system", "user"), "no assistant turn"),
         (turns("user", "assistant", "user"), "the last turn is not the assistant's"),
         ([], "messages is empty"),
@@ -285,21 +287,21 @@ def said(role: str, content: object) -> dict[str, object]:
         ("user: hello", "messages must be a list of messages, is text"),
         (["hello"], "a message in messages must be an object, is text"),
         ([{"role": "user"}], "a message in messages lacks role and content, or from and value"),
-        ([said("user", "Q"), said("assistant", " ")], "the last assistant turn is empty"),
-        ([said("user", " "), said("assistant", "A")], "a user turn is empty"),
-        ([said("assistant", None)], "content of a message in messages is null"),
+        ([message("user", "Q"), message("assistant", " ")], "the last assistant turn is empty"),
+        ([message("user", " "), message("assistant", "A")], "a user turn is empty"),
+        ([message("assistant", None)], "content of a message in messages is null"),
         (
-            [said("assistant", ["A"])],
+            [message("assistant", ["A"])],
             "a part of content of a message in messages must be an object, is text",
         ),
-        ([said("assistant", "\0")], "content of a message in messages has a NUL character"),
+        ([message("assistant", "\0")], "content of a message in messages has a NUL character"),
         (
-            [said("robot", "A")],
+            [message("robot", "A")],
             "a message in messages has the unknown role robot "
             "(known: system, user, human, assistant, gpt)",
         ),
         (
-            [said([], "A")],  # type: ignore[arg-type]
+            [message([], "A")],  # type: ignore[arg-type]
             "a message in messages has an unknown role "
             "(known: system, user, human, assistant, gpt)",
         ),
@@ -311,12 +313,12 @@ def test_malformed_chats(messages: object, reason: str) -> None:
     assert str(caught.value) == reason
 
 
-def test_an_earlier_empty_answer_is_taken() -> None:
-    messages = [said("assistant", ""), said("user", "Q"), said("assistant", "A")]
+def test_an_earlier_answer_may_be_empty() -> None:
+    messages = [message("assistant", ""), message("user", "Q"), message("assistant", "A")]
     assert len(to_row({"messages": messages}, "x", "chat", AUTO).turns) == 3
 
 
-def test_a_chat_completion_must_answer() -> None:
+def test_a_completion_needs_an_assistant_turn() -> None:
     record = {"prompt": turns("user", "assistant"), "completion": turns("user")}
     with pytest.raises(RowError, match="completion has no assistant turn"):
         to_row(record, "x", "chat", AUTO)
@@ -357,65 +359,65 @@ EMPTY = [None, "", [], {}, [None], {"name": None, "arguments": None}, [{"id": No
 
 
 @pytest.mark.parametrize("value", EMPTY)
-def test_what_arrow_pads_messages_with_changes_nothing(value: object) -> None:
+def test_null_keys_of_arrow_have_no_effect(value: object) -> None:
     padding = dict.fromkeys(
         ("tool_calls", "function_call", "reasoning_content", "name", "weight", "train", "images"),
         value,
     )
-    messages = [{**said("user", "Q"), **padding}, {**said("assistant", "A"), **padding}]
+    messages = [{**message("user", "Q"), **padding}, {**message("assistant", "A"), **padding}]
     record = {"messages": messages, "tools": value, "images": value, "system": value}
     assert to_row(record, "x", "chat", AUTO).turns == (Turn("user", "Q"), Turn("assistant", "A"))
-    assert not list(left_out(record, "chat", AUTO))
+    assert not list(unread_content(record, "chat", AUTO))
 
 
-def test_other_keys_and_columns_are_told() -> None:
+def test_unread_keys_and_columns_are_reported() -> None:
     messages = [
-        {**said("user", "Q"), "name": "ann", "timestamp": 3, "train": True},
-        {**said("assistant", "A"), "loss": 2.5, "finish_reason": "stop", "toxic": False},
+        {**message("user", "Q"), "name": "ann", "timestamp": 3, "train": True},
+        {**message("assistant", "A"), "loss": 2.5, "finish_reason": "stop", "toxic": False},
     ]
     record = {"messages": messages, "context": "C", "documents": [], "id": 1, "prompt": "Q"}
-    assert set(left_out(record, "chat", AUTO)) == {
+    assert set(unread_content(record, "chat", AUTO)) == {
         ("key", "name"), ("key", "timestamp"), ("key", "train"), ("key", "loss"),
         ("key", "finish_reason"), ("key", "toxic"), ("column", "context"), ("column", "prompt"),
     }  # fmt: skip
     record = {"instruction": "Q", "input": "C", "response": "A"}
-    assert list(left_out(record, "dolly", AUTO)) == [("column", "input")]
-    assert not list(left_out(record, "dolly", section(columns={"context": "input"})))
+    assert list(unread_content(record, "dolly", AUTO)) == [("column", "input")]
+    assert not list(unread_content(record, "dolly", section(columns={"context": "input"})))
     record = {"instruction": "Be kind.", "question": "Q", "response": "A"}
     mapped = section(columns={"instruction": "question"})
-    assert list(left_out(record, "dolly", mapped)) == [("column", "instruction")]
+    assert list(unread_content(record, "dolly", mapped)) == [("column", "instruction")]
 
 
 @pytest.mark.parametrize("key", ["weight", "train", "trainable", "loss"])
 @pytest.mark.parametrize("off", [False, 0, 0.0, "0", "false", "False"])
-def test_a_turn_that_is_marked_out_is_refused(key: str, off: object) -> None:
+def test_an_excluded_assistant_turn_is_refused(key: str, off: object) -> None:
     if key == "loss" and not isinstance(off, bool):
         return  # a number that was measured
     messages = [
-        said("user", "Q"), {**said("assistant", "Never."), key: off},
-        said("user", "Q"), said("assistant", "A"),
+        message("user", "Q"), {**message("assistant", "Never."), key: off},
+        message("user", "Q"), message("assistant", "A"),
     ]  # fmt: skip
-    with pytest.raises(RowError, match=rf"marked not to be learnt \({key}\), and would be"):
+    with pytest.raises(RowError, match=rf"excluded from training by {key}, which is not supported"):
         to_row({"messages": messages}, "x", "chat", AUTO)
 
 
 @pytest.mark.parametrize("on", [True, 1, 1.0, "1", "true", None])
-def test_marks_that_everything_is_learnt_change_nothing(on: object) -> None:
+def test_marks_that_include_a_turn_have_no_effect(on: object) -> None:
     for key in ("weight", "train", "trainable"):
-        messages = [{**said("user", "Q"), key: 0}, {**said("assistant", "A"), key: on}]
+        messages = [{**message("user", "Q"), key: 0}, {**message("assistant", "A"), key: on}]
         assert len(to_row({"messages": messages}, "x", "chat", AUTO).turns) == 2
-        assert not list(left_out({"messages": messages}, "chat", AUTO))
+        assert not list(unread_content({"messages": messages}, "chat", AUTO))
 
 
-def test_a_weight_between_is_refused() -> None:
-    messages = [said("user", "Q"), {**said("assistant", "A"), "weight": 0.5}]
+def test_a_fractional_weight_is_refused() -> None:
+    messages = [message("user", "Q"), {**message("assistant", "A"), "weight": 0.5}]
     with pytest.raises(RowError, match="has a weight other than 0 and 1"):
         to_row({"messages": messages}, "x", "chat", AUTO)
 
 
 @pytest.mark.parametrize("role", ["tool", "function_call", "observation", "ipython"])
-def test_roles_of_tools_are_named(role: str) -> None:
-    messages = [said("user", "Q"), said(role, "x"), said("assistant", "A")]
+def test_tool_roles_are_refused_by_name(role: str) -> None:
+    messages = [message("user", "Q"), message(role, "x"), message("assistant", "A")]
     with pytest.raises(RowError, match=f"has the role {role}: tools are not trained on"):
         to_row({"messages": messages}, "x", "chat", AUTO)
 
@@ -426,12 +428,12 @@ def part(text: object, **more: object) -> dict[str, object]:
 
 def test_text_parts_are_joined() -> None:
     messages = [
-        said("user", [part("a", image_url=None), part(" b\r\n", cache_control={"type": "x"})]),
-        said("assistant", [part("A")]),
+        message("user", [part("a", image_url=None), part(" b\r\n", cache_control={"type": "x"})]),
+        message("assistant", [part("A")]),
     ]
     row = to_row({"messages": messages}, "x", "chat", AUTO)
     assert row.turns == (Turn("user", "a b\n"), Turn("assistant", "A"))
-    assert list(left_out({"messages": messages}, "chat", AUTO)) == [("key", "cache_control")]
+    assert list(unread_content({"messages": messages}, "chat", AUTO)) == [("key", "cache_control")]
 
 
 @pytest.mark.parametrize(
@@ -448,43 +450,47 @@ def test_text_parts_are_joined() -> None:
         ([], "the last assistant turn is empty"),
     ],
 )
-def test_parts_that_are_no_text_are_named(content: object, reason: str) -> None:
+def test_parts_other_than_text_are_refused_by_name(content: object, reason: str) -> None:
     with pytest.raises(RowError, match=reason):
-        to_row({"messages": [said("user", "Q"), said("assistant", content)]}, "x", "chat", AUTO)
+        to_row(
+            {"messages": [message("user", "Q"), message("assistant", content)]}, "x", "chat", AUTO
+        )
 
 
 def test_messages_may_be_json_text() -> None:
     row = to_row({"messages": '[{"role": "assistant", "content": "A"}]'}, "x", "chat", AUTO)
     assert row.turns == (Turn("assistant", "A"),)
-    with pytest.raises(RowError, match="is text that is no JSON"):
+    with pytest.raises(RowError, match="is text, but not JSON"):
         to_row({"messages": "[{'role': 'assistant', 'content': 'A'}]"}, "x", "chat", AUTO)
 
 
 @pytest.mark.parametrize("column", ["system", "system_prompt"])
 def test_a_system_column_is_a_system_turn(column: str) -> None:
     system, rest = Turn("system", "S"), (Turn("user", "Q"), Turn("assistant", "A"))
-    messages = [said("user", "Q"), said("assistant", "A")]
+    messages = [message("user", "Q"), message("assistant", "A")]
     for name, record in (
         ("dolly", {"instruction": "Q", "response": "A"}),
         ("alpaca", {"instruction": "Q", "output": "A"}),
         ("prompt_completion", {"prompt": "Q", "completion": "A"}),
         ("chat", {"messages": messages}),
-        ("chat", {"messages": [said("system", "S"), *messages]}),
+        ("chat", {"messages": [message("system", "S"), *messages]}),
     ):
         assert to_row({**record, column: "S"}, "x", name, AUTO).turns == (system, *rest)
-    with pytest.raises(RowError, match=f"a system turn beside the column {column}"):
-        to_row({"messages": [said("system", "other"), *messages], column: "S"}, "x", "chat", AUTO)
-    assert list(left_out({"text": "T", column: "S"}, "text", AUTO)) == [("column", column)]
+    with pytest.raises(RowError, match=f"the system turn differs from the column {column}"):
+        to_row(
+            {"messages": [message("system", "other"), *messages], column: "S"}, "x", "chat", AUTO
+        )
+    assert list(unread_content({"text": "T", column: "S"}, "text", AUTO)) == [("column", column)]
     both = {"system": "S", "system_prompt": "other"}
-    with pytest.raises(RowError, match="a system turn beside the column system_prompt"):
+    with pytest.raises(RowError, match="the system turn differs from the column system_prompt"):
         to_row({"instruction": "Q", "response": "A", **both}, "x", "dolly", AUTO)
 
 
 @pytest.mark.parametrize("column", ["tools", "functions", "image", "images", "audio", "videos"])
-def test_columns_that_the_text_would_be_without(column: str) -> None:
+def test_columns_of_tools_and_media_are_refused(column: str) -> None:
     for name, record in (
         ("dolly", {"instruction": "Q", "response": "A"}),
-        ("chat", {"messages": [said("user", "Q"), said("assistant", "A")]}),
+        ("chat", {"messages": [message("user", "Q"), message("assistant", "A")]}),
     ):
         for nothing in (None, [], "", "[]", "null", [None], {"bytes": None, "path": None}):
             to_row({**record, column: nothing}, "x", name, AUTO)
@@ -493,15 +499,15 @@ def test_columns_that_the_text_would_be_without(column: str) -> None:
         to_row({**record, column: "x"}, "x", name, section(columns={column: None}))
 
 
-def test_rows_that_are_marked_as_bad_are_refused() -> None:
+def test_rows_excluded_from_training_are_refused() -> None:
     record = {"prompt": "Q", "completion": "A"}
     for mark in ({"label": False}, {"label": "False"}, {"kto_tag": False}, {"weight": 0},
                  {"train": False}):  # fmt: skip
-        with pytest.raises(RowError, match="the row is marked not to be learnt"):
+        with pytest.raises(RowError, match="the row is excluded from training"):
             to_row({**record, **mark}, "x", "prompt_completion", AUTO)
     for mark in ({"label": True}, {"label": 0}, {"label": None}, {"label": "no"}, {"weight": 2}):
         to_row({**record, **mark}, "x", "prompt_completion", AUTO)
-    # a class of a text, not a verdict on an answer
+    # a class label of a text, not a rating of an answer
     to_row({"text": "T", "label": False}, "x", "text", AUTO)
     to_row({**record, "label": False}, "x", "prompt_completion", section(columns={"label": None}))
     by_label = section(columns={"category": "label"})
@@ -523,19 +529,19 @@ def test_rows_that_are_marked_as_bad_are_refused() -> None:
         ({"chosen", "rejected"}, set(), {"text": "chosen"}),
     ],
 )  # fmt: skip
-def test_preference_data_are_named_with_what_works(
+def test_preference_data_are_explained_with_a_working_mapping(
     columns: set[str], lists: set[str], mapping: dict[str, str | None]
 ) -> None:
     with pytest.raises(DataError) as caught:
-        recognise(columns, AUTO, lists)
-    told = ", ".join(f"{field}: {column}" for field, column in mapping.items())
+        detect_format(columns, AUTO, lists)
+    suggestion = ", ".join(f"{field}: {column}" for field, column in mapping.items())
     assert "preference data (columns chosen and rejected)" in str(caught.value)
-    assert f"data.columns={{{told}}}" in str(caught.value)
-    recognise(columns, section(columns=mapping), lists)
+    assert f"data.columns={{{suggestion}}}" in str(caught.value)
+    detect_format(columns, section(columns=mapping), lists)
 
 
 @pytest.mark.parametrize(
-    ("columns", "said"),
+    ("columns", "explanation"),
     [
         ({"prompt", "completions", "labels"}, "several answers a row"),
         ({"input_ids", "attention_mask"}, "the rows are tokens already"),
@@ -544,6 +550,6 @@ def test_preference_data_are_named_with_what_works(
         ({"question", "response"}, r"perhaps \{instruction: question\}"),
     ],
 )
-def test_other_data_are_named(columns: set[str], said: str) -> None:
-    with pytest.raises(DataError, match=said):
-        recognise(columns, AUTO)
+def test_unsupported_data_are_explained(columns: set[str], explanation: str) -> None:
+    with pytest.raises(DataError, match=explanation):
+        detect_format(columns, AUTO)

@@ -1,4 +1,4 @@
-"""Commands that read finished runs load none of the libraries that compute."""
+"""Commands that only read finished runs do not import torch and similar libraries."""
 
 from __future__ import annotations
 
@@ -22,14 +22,14 @@ finally:
 """
 
 
-def loaded(*words: object) -> str:
-    """The heavy libraries that a command loaded, as its last line on standard error."""
+def loaded(*arguments: object) -> str:
+    """Heavy libraries that a command imported: its last line on standard error."""
     script = RUN.format(heavy=HEAVY)
-    done = subprocess.run(
-        [sys.executable, "-c", script, *map(str, words)], capture_output=True, text=True
+    completed = subprocess.run(
+        [sys.executable, "-c", script, *map(str, arguments)], capture_output=True, text=True
     )
-    assert done.returncode == 0, done.stderr
-    return done.stderr.splitlines()[-1]
+    assert completed.returncode == 0, completed.stderr
+    return completed.stderr.splitlines()[-1]
 
 
 @pytest.fixture(scope="module")
@@ -37,16 +37,16 @@ def results(tmp_path_factory: pytest.TempPathFactory) -> Path:
     return Path(shutil.copytree(RESULTS, tmp_path_factory.mktemp("results") / "quickstart"))
 
 
-def test_report_loads_nothing_that_computes(results: Path) -> None:
+def test_report_imports_no_heavy_library(results: Path) -> None:
     assert loaded("report", results) == "loaded []"
-    # (Figures depend on matplotlib's version.)
+    # Not the figures: they depend on the version of matplotlib.
     assert (results / "report.md").read_text() == (RESULTS / "report.md").read_text()
 
 
-def test_compare_loads_nothing_that_computes(results: Path) -> None:
+def test_compare_imports_no_heavy_library(results: Path) -> None:
     first, second = sorted((results / "runs").glob("r*"))[:2]
     assert loaded("compare", first, second) == "loaded []"
 
 
-def test_help_loads_nothing_that_computes() -> None:
+def test_help_imports_no_heavy_library() -> None:
     assert loaded("--help") == "loaded []"

@@ -1,4 +1,4 @@
-"""The embedded data set: its rows as a whole, and the cleaning on docstrings of our own."""
+"""The embedded data set: all its rows, and the cleaning of sample docstrings."""
 
 from __future__ import annotations
 
@@ -19,12 +19,12 @@ from slm_lora.ml_qa.blocks import split_blocks
 from slm_lora.ml_qa.cleaning import (
     MAX_SENTENCES,
     clean_inline,
-    is_clean,
+    is_self_contained,
     split_sentences,
     usable_sentences,
 )
-from slm_lora.ml_qa.drafts import listed
-from slm_lora.ml_qa.duplicates import repeated_facts, united
+from slm_lora.ml_qa.drafts import join_list
+from slm_lora.ml_qa.duplicates import merge_linked, repeated_facts
 from slm_lora.ml_qa.english import (
     has_main_verb,
     lower_first,
@@ -46,7 +46,7 @@ Rows = list[dict[str, str]]
 
 @pytest.fixture(scope="module")
 def built(tmp_path_factory: pytest.TempPathFactory) -> tuple[Path, Manifest, str]:
-    """The file, its manifest, and what the build printed: built once, in a fresh process."""
+    """The file, its manifest and the output of the build, which runs once in a new process."""
     pytest.importorskip("numpydoc")
     pytest.importorskip("sklearn")
     path = tmp_path_factory.mktemp("ml-qa") / "rows.jsonl"
@@ -125,12 +125,12 @@ def test_rows_are_many_complete_and_sorted(rows: Rows) -> None:
     assert order == sorted(order)
 
 
-def test_no_question_is_asked_twice(rows: Rows) -> None:
+def test_questions_are_unique(rows: Rows) -> None:
     counts = Counter(_normalised(row["instruction"]) for row in rows)
     assert [question for question, count in counts.items() if count > 1] == []
 
 
-def test_no_answer_is_given_twice(rows: Rows) -> None:
+def test_answers_are_unique(rows: Rows) -> None:
     counts = Counter(_normalised(row["response"]) for row in rows)
     assert [answer for answer, count in counts.items() if count > 1] == []
 
@@ -168,7 +168,7 @@ def test_an_object_and_its_methods_share_a_group(rows: Rows) -> None:
     ],
 )  # fmt: skip
 def test_no_markup_is_left(rows: Rows, markup: str) -> None:
-    # Python's ** and the type names of the libraries may stand inside code.
+    # Python's ** and the type names of the libraries may occur in code.
     texts = [re.sub(r"`[^`]*`", "`x`", row["response"]) for row in rows]
     assert [text for text in texts if re.search(markup, text)] == []
 
@@ -200,7 +200,7 @@ def _lines(text: str) -> list[str]:
     return text.strip("\n").splitlines()
 
 
-def test_directives_are_taken_out_and_formulas_leave_a_mark() -> None:
+def test_directives_are_removed_and_formulas_leave_a_mark() -> None:
     text = """
 Speed of the wheel.
 
@@ -252,11 +252,11 @@ def test_inline_markup(marked: str, plain: str) -> None:
     "marked",
     ["As shown in [3]_.", r"Of size :math:`\frac{1}{2}`.", "From https://wheels.example.", "A `b."],
 )
-def test_what_leans_on_lost_markup_is_not_clean(marked: str) -> None:
-    assert not is_clean(clean_inline(marked))
+def test_text_that_depends_on_removed_markup_is_refused(marked: str) -> None:
+    assert not is_self_contained(clean_inline(marked))
 
 
-def test_dots_that_end_no_sentence() -> None:
+def test_dots_inside_sentences() -> None:
     text = "Wheels, e.g. Steel ones, turn (cf. Rims). They cost 3.5 coins. `a.b. C` is code."
     assert split_sentences(text) == [
         "Wheels, e.g. Steel ones, turn (cf. Rims).",
@@ -268,17 +268,17 @@ def test_dots_that_end_no_sentence() -> None:
 @pytest.mark.parametrize(
     ("text", "kept"),
     [
-        # What follows a lost formula, an example or a reference is lost with it.
+        # Text after a removed formula, example or reference is dropped.
         ("A wheel.\n\n.. math::\n\n   a\n\nIt turns.", ["A wheel."]),
         ("A wheel.\n\n>>> turn()\n1\n\nIt turns.", ["A wheel."]),
         ("A wheel. It is drawn below. It turns.", ["A wheel."]),
-        # A pointer is skipped: nothing leans on it.
+        # A cross-reference is skipped: later text does not depend on it.
         ("A wheel. See the User Guide for more. It turns.", ["A wheel.", "It turns."]),
-        # A short list is told, a head that announces a lost one is not.
+        # A short list is kept; the announcement of a removed list is not.
         ("The rims:\n\n- steel\n- wood", ["The rims: steel; wood."]),
         ("Allowed values are:\n\n- one. Two.\n- three", []),
         ("The rim to use:\n\n- one. Two.\n- three", ["The rim to use."]),
-        # A paragraph that breaks off into a list says nothing.
+        # A paragraph that ends in a list is incomplete.
         ("The speed is\n\n.. math:: a", []),
         ("The speed of turning", ["The speed of turning."]),
         ("", []),
@@ -330,7 +330,7 @@ def test_a_value_gets_a_subject(fragment: str, sentence: str) -> None:
         "a wheel that turns.",
     ],
 )
-def test_a_doubtful_value_is_refused(fragment: str) -> None:
+def test_an_ambiguous_value_is_refused(fragment: str) -> None:
     assert describe_value("w", fragment) is None
 
 
@@ -338,7 +338,7 @@ def test_several_values_are_plural() -> None:
     assert describe_value("a, b", "The wheels.") == "`a` and `b` are the wheels."
 
 
-def test_actions_are_told_in_the_third_person() -> None:
+def test_actions_are_in_the_third_person() -> None:
     assert describe_action("`f`", "Compute the speed.") == "`f` computes the speed."
     assert describe_action("`f`", "Randomly permute a row.") == "`f` randomly permutes a row."
     fit = describe_action("`f`", "Fit the wheel and return the speed.")
@@ -392,8 +392,8 @@ def test_small_grammar() -> None:
     assert noun_phrase("Weights of the wheels.") == ("the weights of the wheels.", True)
     assert has_main_verb("The wheel is round.")
     assert not has_main_verb("The wheel that is round.")
-    assert listed(["a"]) == "a"
-    assert listed(["a", "b", "c"], "or") == "a, b or c"
+    assert join_list(["a"]) == "a"
+    assert join_list(["a", "b", "c"], "or") == "a, b or c"
 
 
 # --- repetition ---------------------------------------------------------------------------------
@@ -410,6 +410,6 @@ def test_repeated_facts_are_found_exactly() -> None:
     assert repeated_facts(facts) == {2: 0, 3: 1}
 
 
-def test_linked_names_share_the_first_of_them() -> None:
-    groups = united(["a", "b", "c", "d"], [("c", "b"), ("a", "c")])
+def test_linked_names_map_to_the_first_of_them() -> None:
+    groups = merge_linked(["a", "b", "c", "d"], [("c", "b"), ("a", "c")])
     assert groups == {"a": "a", "b": "a", "c": "a", "d": "d"}

@@ -1,4 +1,4 @@
-"""The training template in Ollama's words."""
+"""The training template as an Ollama template."""
 
 from __future__ import annotations
 
@@ -25,19 +25,19 @@ def test_instruction_and_response() -> None:
 
 
 @pytest.mark.parametrize("kind", ["chat", "jinja"])
-def test_chatml_is_known_by_what_it_renders(kind: str) -> None:
+def test_chatml_is_recognised_by_its_output(kind: str) -> None:
     template = Template(kind)  # type: ignore[arg-type]
     assert go_template(template, CHAT_TEMPLATE, TOKENS) == CHATML
     other = CHAT_TEMPLATE.replace("message['role'] +", "message.role ~")
     assert go_template(template, other, TOKENS) == CHATML
 
 
-def test_a_system_turn_of_the_templates_own_is_kept() -> None:
-    own = (
+def test_a_default_system_turn_is_kept() -> None:
+    default_system = (
         "{% if messages[0]['role'] != 'system' %}"
         "{{ '<|im_start|>system\\nBe \"kind\".<|im_end|>\\n' }}{% endif %}"
     )
-    assert go_template(Template("chat"), own + CHAT_TEMPLATE, TOKENS) == (
+    assert go_template(Template("chat"), default_system + CHAT_TEMPLATE, TOKENS) == (
         '{{ if ne (index .Messages 0).Role "system" }}'
         '{{ "<|im_start|>system\\nBe \\"kind\\".<|im_end|>\\n" }}{{ end }}' + CHATML
     )
@@ -52,7 +52,7 @@ def test_a_system_turn_of_the_templates_own_is_kept() -> None:
         + CHAT_TEMPLATE,
     ],
 )
-def test_what_is_not_known_is_not_guessed(chat: str) -> None:
+def test_unknown_templates_are_not_converted(chat: str) -> None:
     assert go_template(Template("chat"), chat, TOKENS) is None
     text = modelfile("it.gguf", None, Template("chat"), chat, TOKENS)
     assert text.startswith("FROM ./it.gguf\n# No TEMPLATE")

@@ -1,4 +1,4 @@
-"""What is said of how far it is, on a terminal and off one."""
+"""Progress on a terminal and in log lines."""
 
 import io
 
@@ -9,22 +9,22 @@ from rich.text import Text
 from slm_lora.runtime import progress
 
 
-def test_time_left_rests_on_this_sitting_alone(monkeypatch: pytest.MonkeyPatch) -> None:
-    now = [0.0]  # not a call count: other threads ask for the time, too
+def test_time_left_uses_units_of_this_process_only(monkeypatch: pytest.MonkeyPatch) -> None:
+    now = [0.0]  # not a call count: other threads read the clock as well
     monkeypatch.setattr(progress.time, "monotonic", lambda: now[0])
-    said = io.StringIO()
-    task = progress.Task(Console(file=said, width=100), "r8", 100, "steps")
+    output = io.StringIO()
+    task = progress.Task(Console(file=output, width=100), "r8", 100, "steps")
     now[0] = 20.0
     task.advance(1, tokens=200, earlier=49)
     now[0] = 40.0
     task.advance(1, tokens=200)
-    assert said.getvalue().splitlines() == [
+    assert output.getvalue().splitlines() == [
         "  r8  50/100 steps  10 tok/s  16:40 left",
         "  r8  51/100 steps  10 tok/s  16:20 left",
     ]
 
 
-def test_a_terminal_shows_time_left_from_the_first_slow_step_on(
+def test_live_table_shows_time_left_from_the_first_step(
     monkeypatch: pytest.MonkeyPatch,
 ) -> None:
     now = [0.0]
@@ -32,29 +32,29 @@ def test_a_terminal_shows_time_left_from_the_first_slow_step_on(
     console = Console(file=io.StringIO(), width=78, force_terminal=True)
     task = progress.Task(console, "r16-3000-seed0", 10, "steps")
 
-    def shown() -> str:
-        # On a console of its own: the live one puts its table around whatever is printed.
+    def table_text() -> str:
+        # A separate console: the live one adds its table to all output.
         page = io.StringIO()
         Console(file=page, width=78, force_terminal=True).print(task.table())
         return " ".join(Text.from_ansi(page.getvalue()).plain.split())
 
     now[0] = 30.0
-    assert "0/10" in shown() and "0:30 —" in shown()
+    assert "0/10" in table_text() and "0:30 —" in table_text()
     now[0] = 60.0  # the first step, which compiles
     task.advance(1, 4000, "loss 2.345")
-    assert "1/10 2.345 67 1:00 9:00" in shown()
-    now[0] = 100.0  # the second takes 40 seconds: that is what the others will take
+    assert "1/10 2.345 67 1:00 9:00" in table_text()
+    now[0] = 100.0  # the second takes 40 seconds, the estimate for the others
     task.advance(1, 4000, "loss 2.300")
-    assert "2/10 2.300 80 1:40 5:20" in shown()
-    now[0] = 110.0  # counted down meanwhile
-    assert "1:50 5:10" in shown()
-    # Cut where it is too long, never wrapped: what is last matters least.
+    assert "2/10 2.300 80 1:40 5:20" in table_text()
+    now[0] = 110.0  # counted down
+    assert "1:50 5:10" in table_text()
+    # Long lines are truncated, not wrapped.
     task.advance(1, 4000, "loss 2.300  validation 2.200")
-    assert "r16-3000-seed0 3/10" in shown() and "…" in shown()
+    assert "r16-3000-seed0 3/10" in table_text() and "…" in table_text()
     task.close("done")
 
 
-def test_the_experiment_has_a_time_left_of_its_own(monkeypatch: pytest.MonkeyPatch) -> None:
+def test_time_left_for_the_experiment(monkeypatch: pytest.MonkeyPatch) -> None:
     now = [0.0]
     monkeypatch.setattr(progress.time, "monotonic", lambda: now[0])
     overall = progress.Overall(400.0)

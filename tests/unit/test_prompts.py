@@ -1,4 +1,4 @@
-"""Files of prompts: read as rows are, one question each."""
+"""Prompt files: one question a row, read as data files are."""
 
 from __future__ import annotations
 
@@ -23,7 +23,7 @@ def read(path: Path, content: str | bytes) -> list[Prompt]:
     return read_prompts(path)
 
 
-def asked(prompts: list[Prompt]) -> list[str]:
+def questions(prompts: list[Prompt]) -> list[str]:
     return [prompt.turns[-1].content for prompt in prompts]
 
 
@@ -50,24 +50,24 @@ def asked(prompts: list[Prompt]) -> list[str]:
     ],
 )
 def test_kinds_of_files(tmp_path: Path, name: str, content: str | bytes) -> None:
-    assert asked(read(tmp_path / name, content)) == ["One?", "Two?"]
+    assert questions(read(tmp_path / name, content)) == ["One?", "Two?"]
 
 
 def test_parquet(tmp_path: Path) -> None:
     pq.write_table(pa.table({"prompt": ["One?"], "completion": ["Yes."]}), tmp_path / "p.parquet")
     (prompt,) = read_prompts(tmp_path / "p.parquet")
-    assert (asked([prompt]), prompt.reference) == (["One?"], "Yes.")
+    assert (questions([prompt]), prompt.reference) == (["One?"], "Yes.")
 
 
 def test_only_a_newline_ends_a_line(tmp_path: Path) -> None:
     text = "a\u2028b\u0085c\u2029d\x0be\x0cf\x1cg"
     lines = "".join(json.dumps({"prompt": text}, ensure_ascii=False) + "\n" for _ in range(3))
-    # (control characters are escaped in JSON, the separators of Unicode are not)
-    assert asked(read(tmp_path / "p.jsonl", lines)) == [text] * 3
-    assert asked(read(tmp_path / "p.txt", f"{text}\n{text}")) == [text] * 2
+    # (JSON escapes control characters, but not Unicode separators)
+    assert questions(read(tmp_path / "p.jsonl", lines)) == [text] * 3
+    assert questions(read(tmp_path / "p.txt", f"{text}\n{text}")) == [text] * 2
 
 
-def test_what_stands_beside_a_question(tmp_path: Path) -> None:
+def test_other_columns_of_a_prompt(tmp_path: Path) -> None:
     parts = [{"type": "text", "text": "Q"}, {"type": "text", "text": "?"}]
     user, answer = {"role": "user", "content": parts}, {"role": "assistant", "content": "A"}
     system = {"role": "system", "content": "S"}
@@ -89,7 +89,7 @@ def test_what_stands_beside_a_question(tmp_path: Path) -> None:
 
 
 @pytest.mark.parametrize(
-    ("record", "said"),
+    ("record", "fragment"),
     [
         ({"prompt": "half \ud83d"}, "prompt has a lone surrogate"),
         ({"prompt": "a\0b"}, "prompt has a NUL character"),
@@ -108,28 +108,28 @@ def test_what_stands_beside_a_question(tmp_path: Path) -> None:
         ({"other": "Q"}, "has none of instruction, prompt, question, messages"),
     ],
 )
-def test_what_is_no_prompt_is_named_by_its_place(
-    tmp_path: Path, record: dict[str, object], said: str
+def test_invalid_prompts_are_reported_with_their_location(
+    tmp_path: Path, record: dict[str, object], fragment: str
 ) -> None:
     path = tmp_path / "p.jsonl"
     with pytest.raises(DataError) as caught:
         read(path, f'{{"prompt": "Q"}}\n{json.dumps(record)}\n')
-    assert str(caught.value).startswith(f"{path}:2: ") and said in str(caught.value)
+    assert str(caught.value).startswith(f"{path}:2: ") and fragment in str(caught.value)
     path = tmp_path / "p.json"
     with pytest.raises(DataError) as caught:
         read(path, json.dumps([{"prompt": "Q"}, record, record]))
     assert str(caught.value).startswith(f"{path} item 2: ")
-    assert str(caught.value).endswith(" (and 1 more that are no prompts)")
+    assert str(caught.value).endswith(" (and 1 more that are not prompts)")
 
 
-def test_files_that_are_no_prompts(tmp_path: Path) -> None:
-    for name, content, said in (
+def test_files_without_prompts(tmp_path: Path) -> None:
+    for name, content, fragment in (
         ("p.txt", b"\n \n", "no prompt in it"), ("p.json", b"[]", "no prompt in it"),
         ("p.txt", b"caf\xe9\n", "looks like Windows-1252, save the file as UTF-8"),
         ("p.xlsx", b"x", "a spreadsheet, which is not read"),
         ("p.txt", b"PK\x03\x04", "a ZIP archive"),
     ):  # fmt: skip
-        with pytest.raises(DataError, match=said):
+        with pytest.raises(DataError, match=fragment):
             read(tmp_path / name, content)
     with pytest.raises(UsageError, match="No such file"):
         read_prompts(tmp_path / "none.txt")

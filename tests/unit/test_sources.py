@@ -1,4 +1,4 @@
-"""Rows from files, the hub and the embedded set; every malformed row is named by its line."""
+"""Rows from files, the hub and the embedded set; malformed rows are reported by line."""
 
 from __future__ import annotations
 
@@ -33,7 +33,7 @@ from slm_lora.errors import DataError, SlmLoraError, StorageError, UsageError
 from slm_lora.runtime import checksums
 
 SECRET = "xyzzy"
-"""Stands in the text of malformed rows; no message may show it."""
+"""Text of malformed rows, which must not appear in messages."""
 
 
 def good(number: int) -> dict[str, str]:
@@ -62,7 +62,7 @@ def refusal(path: Path, **options: Any) -> str:
     return str(caught.value)
 
 
-# --- malformed rows, one kind at a time ------------------------------------------------------
+# --- malformed rows, by kind -------------------------------------------------------------------
 
 KINDS: list[tuple[bytes, str]] = [
     (b'{"instruction": "xyzzy', "bad JSON"),
@@ -99,7 +99,7 @@ KINDS: list[tuple[bytes, str]] = [
 @pytest.mark.parametrize(("line", "reason"), KINDS)
 def test_malformed_line(tmp_path: Path, line: bytes, reason: str) -> None:
     path = jsonl(tmp_path, good_line(1), line, *[good_line(n) for n in range(2, 11)])
-    expected = f"rows.jsonl:2: {reason}. Mend it, or set data.on_bad_row=skip."
+    expected = f"rows.jsonl:2: {reason}. Fix it, or set data.on_bad_row=skip."
     if b"\xff" in line:
         expected = (
             "rows.jsonl:2: invalid UTF-8, in 1 of 11 rows: the file looks like Windows-1252; "
@@ -108,10 +108,10 @@ def test_malformed_line(tmp_path: Path, line: bytes, reason: str) -> None:
     assert refusal(path) == expected
 
 
-def test_a_row_too_long_is_a_bad_row_of_its_size(tmp_path: Path) -> None:
+def test_a_row_over_the_size_limit_is_malformed(tmp_path: Path) -> None:
     long = json.dumps({"instruction": "q", "response": "é" * 6_150_000}, ensure_ascii=False)
     path = jsonl(tmp_path, good_line(1), long.encode(), good_line(2))
-    assert refusal(path).startswith("rows.jsonl:2: row of 12.3 MB (at most 10 MB). Mend")
+    assert refusal(path).startswith("rows.jsonl:2: row of 12.3 MB (at most 10 MB). Fix")
 
 
 def test_the_longest_row_that_is_read(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
@@ -124,10 +124,10 @@ def test_the_longest_row_that_is_read(tmp_path: Path, monkeypatch: pytest.Monkey
     assert [bad.source for bad in caught.value.bad_rows] == ["rows.jsonl:1", "rows.jsonl:2"]
 
 
-def test_one_kind_names_its_lines(tmp_path: Path) -> None:
+def test_rows_with_one_fault_are_listed_by_line(tmp_path: Path) -> None:
     empty = b'{"instruction": "q", "response": ""}'
     path = jsonl(tmp_path, good_line(1), empty, good_line(2), empty, empty)
-    assert refusal(path) == ("rows.jsonl:2: response is empty (3 rows in all: 2, 4, 5). Mend them.")
+    assert refusal(path) == ("rows.jsonl:2: response is empty (3 rows in all: 2, 4, 5). Fix them.")
 
 
 def test_several_kinds_are_counted(tmp_path: Path) -> None:
@@ -135,7 +135,7 @@ def test_several_kinds_are_counted(tmp_path: Path) -> None:
     path = jsonl(tmp_path, empty, *[good_line(n) for n in range(9)], *[broken] * 4, empty)
     assert refusal(path) == (
         "rows.jsonl: 6 malformed rows: response is empty (2 rows: 1, 15); "
-        "bad JSON (4 rows: 11, 12, 13, 14). Mend them."
+        "bad JSON (4 rows: 11, 12, 13, 14). Fix them."
     )
 
 
@@ -151,18 +151,18 @@ def test_the_error_survives_a_process_boundary(tmp_path: Path) -> None:
 def test_skip_counts_what_it_skips(tmp_path: Path) -> None:
     lines = [good_line(n) for n in range(9)]
     path = jsonl(tmp_path, *lines[:4], b"{", *lines[4:])
-    found = read(path, on_bad_row="skip")
-    assert [row.turns[0].content for row in found.rows] == [
+    row_set = read(path, on_bad_row="skip")
+    assert [row.turns[0].content for row in row_set.rows] == [
         good(n)["instruction"] for n in range(9)
     ]
-    assert found.bad_rows == (BadRow("rows.jsonl:5", "bad JSON"),)
+    assert row_set.bad_rows == (BadRow("rows.jsonl:5", "bad JSON"),)
 
 
 def test_skip_gives_up_above_a_tenth(tmp_path: Path) -> None:
     path = jsonl(tmp_path, *[good_line(n) for n in range(8)], b"{")
     assert refusal(path, on_bad_row="skip") == (
         "rows.jsonl: 1 of 9 rows are malformed, more than the 10% that data.on_bad_row=skip "
-        "lets pass: bad JSON (1 row: 9). Mend it."
+        "lets pass: bad JSON (1 row: 9). Fix it."
     )
 
 
@@ -174,8 +174,8 @@ LINES = st.sampled_from([None, b"", b"  ", LONG, *[line for line, _ in SHORT]])
 @settings(max_examples=600, deadline=None)
 @given(st.lists(LINES, min_size=1, max_size=40))
 def test_exactly_the_bad_lines_are_reported(lines: list[bytes | None]) -> None:
-    """None stands for a good line; blank lines are neither good nor bad, yet count as lines."""
-    # A byte order mark is allowed on the first line, so that line is always a good one.
+    """None is a good line; blank lines are neither good nor bad, but count as lines."""
+    # A byte order mark is allowed on the first line, so that line is always good.
     content = [good_line(0)] + [
         good_line(n) if line is None else line for n, line in enumerate(lines, start=1)
     ]
@@ -192,7 +192,7 @@ def test_exactly_the_bad_lines_are_reported(lines: list[bytes | None]) -> None:
 
 
 def check_bad_rows(path: Path, expected: tuple[BadRow, ...], total: int) -> None:
-    """Under either policy exactly these rows are reported; no more than a tenth is skipped."""
+    """Check that both policies report exactly these rows, and skip at most a tenth."""
     for policy, fails in (("fail", bool(expected)), ("skip", 10 * len(expected) > total)):
         if fails:
             with pytest.raises(MalformedRowsError) as caught:
@@ -201,9 +201,9 @@ def check_bad_rows(path: Path, expected: tuple[BadRow, ...], total: int) -> None
             assert caught.value.exit_code == 3
             assert SECRET not in str(caught.value) and "\n" not in str(caught.value)
         else:
-            found = read(path, format="dolly", on_bad_row=policy)
-            assert found.bad_rows == expected
-            assert len(found.rows) + found.duplicates == total - len(expected)
+            row_set = read(path, format="dolly", on_bad_row=policy)
+            assert row_set.bad_rows == expected
+            assert len(row_set.rows) + row_set.duplicates == total - len(expected)
 
 
 CSV_KINDS: dict[bytes, str] = {
@@ -249,13 +249,13 @@ def test_exactly_the_bad_rows_of_a_parquet_file_are_reported(answers: list[str |
     )
     with tempfile.TemporaryDirectory() as folder:
         path = Path(folder) / "rows.parquet"
-        asked = [f"xyzzy {n}" for n in range(len(answers))]
-        pq.write_table(pa.table({"instruction": asked, "response": answers}), path)
+        questions = [f"xyzzy {n}" for n in range(len(answers))]
+        pq.write_table(pa.table({"instruction": questions, "response": answers}), path)
         check_bad_rows(path, expected, len(answers))
 
 
 @pytest.mark.parametrize(
-    ("values", "said"),
+    ("values", "fragment"),
     [
         (pa.array([1, 2]), "response must be text, is a number"),
         (pa.array([1.5, 2.5]), "response must be text, is a number"),
@@ -265,10 +265,10 @@ def test_exactly_the_bad_rows_of_a_parquet_file_are_reported(answers: list[str |
         (pa.array([b"a", b"b"]), "response must be text, is of type bytes"),
     ],
 )
-def test_a_parquet_column_of_another_type(tmp_path: Path, values: Any, said: str) -> None:
+def test_a_parquet_column_of_another_type(tmp_path: Path, values: Any, fragment: str) -> None:
     path = tmp_path / "rows.parquet"
     pq.write_table(pa.table({"instruction": ["a", "b"], "response": values}), path)
-    assert f"{said} (2 rows in all: 1, 2)" in refusal(path)
+    assert f"{fragment} (2 rows in all: 1, 2)" in refusal(path)
 
 
 @settings(max_examples=300, deadline=None)
@@ -348,20 +348,20 @@ ROW = st.fixed_dictionaries(
 @given(st.lists(ROW, min_size=1, max_size=8))
 def test_ids_do_not_depend_on_the_file_format(rows: list[dict[str, Any]]) -> None:
     with tempfile.TemporaryDirectory() as folder:
-        found = []
+        row_sets = []
         for suffix, write in WRITERS.items():
             write(Path(folder) / f"rows{suffix}", rows)
-            found.append(read(Path(folder) / f"rows{suffix}"))
+            row_sets.append(read(Path(folder) / f"rows{suffix}"))
         write_jsonl(Path(folder) / "rows.jsonl", rows[::-1])
         reversed_rows = read(Path(folder) / "rows.jsonl")
-    ids = [[row.row_id for row in each.rows] for each in found]
+    ids = [[row.row_id for row in row_set.rows] for row_set in row_sets]
     assert ids[0] == ids[1] == ids[2] == ids[3]
     assert set(ids[0]) == {row.row_id for row in reversed_rows.rows}
-    assert {each.duplicates for each in found} == {len(rows) - len(ids[0])}
+    assert {row_set.duplicates for row_set in row_sets} == {len(rows) - len(ids[0])}
 
 
 @pytest.mark.parametrize("suffix", WRITERS)
-def test_text_arrives_whole(tmp_path: Path, suffix: str) -> None:
+def test_text_is_read_unchanged(tmp_path: Path, suffix: str) -> None:
     text = ' "quoted", é\u2028\u0085 漢字 🙂\r\nnext\rlast\x0b '
     path = tmp_path / f"rows{suffix}"
     WRITERS[suffix](path, [{"instruction": text, "response": text}])
@@ -398,9 +398,9 @@ def test_no_rows(tmp_path: Path, suffix: str) -> None:
 
 def test_exact_duplicates_are_left_out_and_counted(tmp_path: Path) -> None:
     path = jsonl(tmp_path, good_line(1), good_line(2), good_line(1), good_line(1))
-    found = read(path)
-    assert [row.source for row in found.rows] == ["rows.jsonl:1", "rows.jsonl:2"]
-    assert found.duplicates == 2
+    row_set = read(path)
+    assert [row.source for row in row_set.rows] == ["rows.jsonl:1", "rows.jsonl:2"]
+    assert row_set.duplicates == 2
 
 
 def test_origin_is_the_same_on_every_machine(tmp_path: Path) -> None:
@@ -421,16 +421,16 @@ def test_line_ends_and_a_mark_at_the_start(tmp_path: Path) -> None:
 def test_a_stray_row_does_not_change_the_format(tmp_path: Path) -> None:
     stray = b'{"text": "a"}'
     path = jsonl(tmp_path, stray, *[good_line(n) for n in range(10)])
-    found = read(path, on_bad_row="skip")
-    assert found.format == "dolly"
-    assert found.bad_rows == (BadRow("rows.jsonl:1", "instruction is missing"),)
+    row_set = read(path, on_bad_row="skip")
+    assert row_set.format == "dolly"
+    assert row_set.bad_rows == (BadRow("rows.jsonl:1", "instruction is missing"),)
 
 
 def test_a_rare_label_may_be_mapped(tmp_path: Path) -> None:
     labelled = json.dumps(good(0) | {"topic": "sums"}).encode()
     path = jsonl(tmp_path, labelled, *[good_line(n) for n in range(1, 5)])
-    found = read(path, columns={"category": "topic"})
-    assert [row.category for row in found.rows] == ["sums", "", "", "", ""]
+    row_set = read(path, columns={"category": "topic"})
+    assert [row.category for row in row_set.rows] == ["sums", "", "", "", ""]
 
 
 @pytest.mark.parametrize("suffix", [".jsonl", ".json", ".parquet"])
@@ -441,21 +441,21 @@ def test_prompt_and_completion_as_messages_are_a_chat(tmp_path: Path, suffix: st
     }
     path = tmp_path / f"rows{suffix}"
     WRITERS[suffix](path, [row])
-    found = read(path)
-    assert found.format == "chat"
-    assert [turn.content for turn in found.rows[0].turns] == ["Q", "A"]
+    row_set = read(path)
+    assert row_set.format == "chat"
+    assert [turn.content for turn in row_set.rows[0].turns] == ["Q", "A"]
 
 
 @pytest.mark.parametrize("suffix", WRITERS)
-def test_rows_with_their_rendered_text_beside_them(tmp_path: Path, suffix: str) -> None:
-    """Alpaca is published with a fourth column, the other three put into a prompt."""
+def test_a_column_of_rendered_text_is_ignored(tmp_path: Path, suffix: str) -> None:
+    """Alpaca is published with a fourth column: a prompt rendered from the other three."""
     row = {"instruction": "Q", "input": "C", "output": "A", "text": "Below is: Q, C. Generation: A"}
     path = tmp_path / f"rows{suffix}"
     WRITERS[suffix](path, [row])
-    found = read(path)
-    assert found.format == "alpaca"
-    assert [turn.content for turn in found.rows[0].turns] == ["Q", "A"]
-    assert found.rows[0].context == "C"
+    row_set = read(path)
+    assert row_set.format == "alpaca"
+    assert [turn.content for turn in row_set.rows[0].turns] == ["Q", "A"]
+    assert row_set.rows[0].context == "C"
 
 
 def test_chats_that_end_on_a_question_are_bad_rows(tmp_path: Path) -> None:
@@ -465,7 +465,7 @@ def test_chats_that_end_on_a_question_are_bad_rows(tmp_path: Path) -> None:
     write_jsonl(
         path, [{"messages": [question, answer]}, {"messages": [question, answer, question]}]
     )
-    assert refusal(path).startswith("rows.jsonl:2: the last turn is not the assistant's. Mend it")
+    assert refusal(path).startswith("rows.jsonl:2: the last turn is not the assistant's. Fix it")
 
 
 # --- JSON --------------------------------------------------------------------------------------
@@ -478,7 +478,7 @@ def test_items_of_a_json_list_are_numbered(tmp_path: Path) -> None:
     path.write_bytes(b"\xef\xbb\xbf [\n" + b" ,\n".join(items) + b"]\n")
     assert refusal(path) == (
         "rows.json: 3 malformed rows: NaN is not JSON (1 row: 2); not a JSON object (1 row: 3); "
-        "duplicate key 'response' (1 row: 5). Mend them."
+        "duplicate key 'response' (1 row: 5). Fix them."
     )
 
 
@@ -498,55 +498,53 @@ def test_items_of_a_json_list_are_numbered(tmp_path: Path) -> None:
 def test_a_broken_json_list_is_refused_whole(tmp_path: Path, content: str, line: int) -> None:
     path = tmp_path / "rows.json"
     path.write_text(content)
-    assert refusal(path, on_bad_row="skip") == f"rows.json:{line}: bad JSON; mend the file"
+    assert refusal(path, on_bad_row="skip") == f"rows.json:{line}: bad JSON; fix the file"
 
 
-def test_json_that_is_no_utf8(tmp_path: Path) -> None:
+def test_json_that_is_not_utf8(tmp_path: Path) -> None:
     path = tmp_path / "rows.json"
     path.write_bytes(b'[\n{"text": "xyzzy\xff"}]')
     assert "the file looks like Windows-1252; save it as UTF-8" in refusal(path)
     path.write_bytes('[\n{"text": "é'.encode() + b'xyzzy\xff"}]')
-    assert refusal(path) == "rows.json:2: invalid UTF-8. Mend it."
+    assert refusal(path) == "rows.json:2: invalid UTF-8. Fix it."
 
 
 ROWS = [good(n) for n in range(12)]
 
 
-def whole(value: Any) -> str:
+def pretty_json(value: Any) -> str:
     return json.dumps(value, indent=1)
 
 
-SHAPES: dict[str, str] = {
-    "a list": whole(ROWS),
+JSON_LAYOUTS: dict[str, str] = {
+    "a list": pretty_json(ROWS),
     "one object a line": "".join(json.dumps(row) + "\n" for row in ROWS),
     "with a byte order mark": "\ufeff" + "".join(json.dumps(row) + "\r\n" for row in ROWS),
-    "objects one after the other": "\n".join(map(whole, ROWS)),
-    "a list below a key": whole({"version": 1, "data": ROWS, "tags": ["a"]}),
+    "objects one after the other": "\n".join(map(pretty_json, ROWS)),
+    "a list below a key": pretty_json({"version": 1, "data": ROWS, "tags": ["a"]}),
     "below any key": json.dumps({"examples": ROWS}),
-    "columns": whole({name: [row[name] for row in ROWS] for name in ROWS[0]}),
-    "columns by row number": whole(
+    "columns": pretty_json({name: [row[name] for row in ROWS] for name in ROWS[0]}),
+    "columns by row number": pretty_json(
         {name: {str(n): row[name] for n, row in enumerate(ROWS)} for name in ROWS[0]}
     ),
-    "rows by their number": whole({str(n): row for n, row in enumerate(ROWS)}),
-    "split": whole(
+    "rows by their number": pretty_json({str(n): row for n, row in enumerate(ROWS)}),
+    "split": pretty_json(
         {"columns": list(ROWS[0]), "index": [0], "data": [list(row.values()) for row in ROWS]}
     ),
-    "table": whole({"schema": {"fields": []}, "data": ROWS}),
+    "table": pretty_json({"schema": {"fields": []}, "data": ROWS}),
 }
 
 
 @pytest.mark.parametrize("suffix", [".json", ".jsonl", ".ndjson", ".json.gz", ".JSONL.GZ"])
-@pytest.mark.parametrize("shape", SHAPES)
-def test_json_is_read_in_the_shapes_that_tools_write(
-    tmp_path: Path, shape: str, suffix: str
-) -> None:
+@pytest.mark.parametrize("shape", JSON_LAYOUTS)
+def test_json_layouts_of_common_tools(tmp_path: Path, shape: str, suffix: str) -> None:
     if suffix not in (".json", ".json.gz") and shape in ("below any key", "one line"):
         return  # a line of JSON lines: an object without a column that is known
-    path, content = tmp_path / f"rows{suffix}", SHAPES[shape].encode()
+    path, content = tmp_path / f"rows{suffix}", JSON_LAYOUTS[shape].encode()
     path.write_bytes(gzip.compress(content) if suffix.lower().endswith(".gz") else content)
-    found = read(path)
-    assert [row.turns[0].content for row in found.rows] == [row["instruction"] for row in ROWS]
-    assert found.bad_rows == ()
+    row_set = read(path)
+    assert [row.turns[0].content for row in row_set.rows] == [row["instruction"] for row in ROWS]
+    assert row_set.bad_rows == ()
 
 
 def test_a_chat_in_json_is_one_row_or_columns(tmp_path: Path) -> None:
@@ -554,7 +552,7 @@ def test_a_chat_in_json_is_one_row_or_columns(tmp_path: Path) -> None:
     path = tmp_path / "rows.json"
     for value, rows in (({"messages": chat}, 1), ({"messages": [chat, chat[1:]]}, 2),
                         ({"data": [{"messages": chat}]}, 1)):  # fmt: skip
-        path.write_text(whole(value))
+        path.write_text(pretty_json(value))
         assert (len(read(path).rows), read(path).format) == (rows, "chat")
 
 
@@ -563,28 +561,31 @@ def test_bad_items_of_a_wrapped_list_are_named(tmp_path: Path) -> None:
     items = [json.dumps(row) for row in ROWS]
     items[4] = '{"instruction": "xyzzy", "response": NaN}'
     path.write_text(f'{{"n": 1, "rows": [{", ".join(items)}], "m": {{}}}}')
-    assert refusal(path).startswith("rows.json item 5: NaN is not JSON. Mend it, or set")
-    found = read(path, on_bad_row="skip")
-    assert found.bad_rows == (BadRow("rows.json item 5", "NaN is not JSON"),)
-    assert found.notes == ("rows.json: its list rows is read; 2 keys beside it are not",)
+    assert refusal(path).startswith("rows.json item 5: NaN is not JSON. Fix it, or set")
+    row_set = read(path, on_bad_row="skip")
+    assert row_set.bad_rows == (BadRow("rows.json item 5", "NaN is not JSON"),)
+    assert row_set.notes == ("rows.json: its list rows is read; 2 keys beside it are not",)
 
 
 @pytest.mark.parametrize(
-    ("content", "said"),
+    ("content", "fragment"),
     [
-        (whole({"train": ROWS, "test": ROWS}), "holds several lists of rows (train, test)"),
-        (whole({"data": {"rows": ROWS}}), "neither a row nor a list of rows (its keys: data)"),
-        (whole({"instruction": ["a"], "response": []}), "columns of different lengths"),
+        (pretty_json({"train": ROWS, "test": ROWS}), "holds several lists of rows (train, test)"),
+        (
+            pretty_json({"data": {"rows": ROWS}}),
+            "neither a row nor a list of rows (its keys: data)",
+        ),
+        (pretty_json({"instruction": ["a"], "response": []}), "columns of different lengths"),
         ("{}", "neither a row nor a list of rows (its keys: none)"),
         ("3", "not a list of objects"),
-        ('{"data": [{"text": "xyzzy"},]}', "rows.json:1: bad JSON; mend the file"),
+        ('{"data": [{"text": "xyzzy"},]}', "rows.json:1: bad JSON; fix the file"),
         ('{"a": "xyzzy"}\n\n[3]', "rows.json"),
     ],
 )
-def test_json_in_no_shape_that_is_known(tmp_path: Path, content: str, said: str) -> None:
+def test_json_of_unknown_layout(tmp_path: Path, content: str, fragment: str) -> None:
     path = tmp_path / "rows.json"
     path.write_text(content)
-    assert said in refusal(path)
+    assert fragment in refusal(path)
 
 
 # --- CSV ---------------------------------------------------------------------------------------
@@ -613,7 +614,7 @@ def test_csv_rows_are_named_by_the_line_they_begin_on(tmp_path: Path) -> None:
     ]
 
 
-def test_csv_that_cannot_be_taken_apart_is_refused_whole(tmp_path: Path) -> None:
+def test_broken_csv_is_refused_as_a_whole(tmp_path: Path) -> None:
     path = tmp_path / "rows.csv"
     path.write_text('text\na\n"xyzzy\nb\n')
     assert refusal(path, on_bad_row="skip").startswith("rows.csv:3: broken CSV")
@@ -623,7 +624,7 @@ def test_csv_that_cannot_be_taken_apart_is_refused_whole(tmp_path: Path) -> None
     assert refusal(path) == "rows.csv:1: two columns have the same name"
 
 
-def test_a_long_csv_field_is_read_and_the_limit_put_back(tmp_path: Path) -> None:
+def test_a_long_csv_field_is_read_and_the_limit_restored(tmp_path: Path) -> None:
     before = csv.field_size_limit()
     path = tmp_path / "rows.csv"
     write_csv(path, [{"text": "a" * (before + 1)}])
@@ -651,16 +652,16 @@ def test_csv_as_spreadsheets_write_it(
     text = (f"sep={separator}\r\n" if sep else "") + lines.getvalue()
     path, content = tmp_path / f"rows{suffix}", text.encode(encoding)
     path.write_bytes(gzip.compress(content) if suffix.endswith(".gz") else content)
-    found = read(path)
-    assert [(row.turns[0].content, row.turns[1].content) for row in found.rows] == [
+    row_set = read(path)
+    assert [(row.turns[0].content, row.turns[1].content) for row in row_set.rows] == [
         tuple(row.values()) for row in EXCEL
     ]
-    assert found.rows[0].source == f"rows{suffix}:{2 + sep}"
-    assert bool(found.notes) == (separator != ",")
+    assert row_set.rows[0].source == f"rows{suffix}:{2 + sep}"
+    assert bool(row_set.notes) == (separator != ",")
 
 
 @pytest.mark.parametrize(
-    ("content", "said"),
+    ("content", "fragment"),
     [
         (b"instruction,response,,\na,b,,\n", "rows.tsv:1: two columns have no name"),
         (b"instruction, response\na, b\n", "columns seen: ' response', instruction"),
@@ -669,15 +670,15 @@ def test_csv_as_spreadsheets_write_it(
     ],
 )
 def test_headers_and_quotes_that_are_wrong_are_named(
-    tmp_path: Path, content: bytes, said: str
+    tmp_path: Path, content: bytes, fragment: str
 ) -> None:
     path = tmp_path / "rows.tsv"
     path.write_bytes(content)
-    assert said in refusal(path) and refusal(path).isprintable()
+    assert fragment in refusal(path) and refusal(path).isprintable()
 
 
 @pytest.mark.parametrize("suffix", [".csv", ".jsonl", ".txt", ".json"])
-def test_windows_1252_is_named(tmp_path: Path, suffix: str) -> None:
+def test_windows_1252_is_detected(tmp_path: Path, suffix: str) -> None:
     path = tmp_path / f"rows{suffix}"
     rows = [{"text": f"Caf\xe9 {n}, “so”."} for n in range(12)]
     {".txt": lambda p, r: p.write_text("\n".join(e["text"] for e in r)),
@@ -688,10 +689,10 @@ def test_windows_1252_is_named(tmp_path: Path, suffix: str) -> None:
         message = refusal(path, on_bad_row=policy)
         assert "the file looks like Windows-1252; save it as UTF-8" in message
         assert len(message) < 200
-    # one broken row among others that are UTF-8 is a bad row
+    # one broken row in a UTF-8 file is a bad row
     path.write_bytes("Café\n".encode() + b"caf\xe9\n")
     if suffix == ".txt":
-        assert refusal(path) == "rows.txt:2: invalid UTF-8. Mend it."
+        assert refusal(path) == "rows.txt:2: invalid UTF-8. Fix it."
 
 
 # --- text --------------------------------------------------------------------------------------
@@ -717,12 +718,16 @@ def test_text_is_read_by_paragraphs_or_lines(tmp_path: Path) -> None:
     assert texts(path) == [("rows.txt:3", "One."), ("rows.txt:4", "Two.")]
 
 
-def test_a_folder_of_texts_is_read_one_way(tmp_path: Path) -> None:
+def test_all_texts_of_a_folder_are_divided_alike(tmp_path: Path) -> None:
     (tmp_path / "a.txt").write_text("One,\ntwo.\n\nThree.\n")
     (tmp_path / "b.txt").write_text("Four,\nfive.\n")
-    found = read(tmp_path)
-    assert [row.turns[0].content for row in found.rows] == ["One,\ntwo.", "Three.", "Four,\nfive."]
-    assert found.notes[1] == f"{tmp_path.name}: a row is one of the paragraphs (data.text_rows)"
+    row_set = read(tmp_path)
+    assert [row.turns[0].content for row in row_set.rows] == [
+        "One,\ntwo.",
+        "Three.",
+        "Four,\nfive.",
+    ]
+    assert row_set.notes[1] == f"{tmp_path.name}: a row is one of the paragraphs (data.text_rows)"
     assert len(read(tmp_path, text_rows="lines").rows) == 5
     assert len(read(tmp_path, text_rows="lines").notes) == 1
 
@@ -735,15 +740,15 @@ def test_a_folder_of_shards_is_read_in_order(tmp_path: Path) -> None:
     folder.mkdir()
     for name, numbers in (("b.jsonl", (2, 3)), ("a.jsonl", (0, 1)), ("c.jsonl", ())):
         (folder / name).write_bytes(b"".join(good_line(n) + b"\n" for n in numbers))
-    found = read(folder)
-    assert [row.source for row in found.rows] == [
+    row_set = read(folder)
+    assert [row.source for row in row_set.rows] == [
         "a.jsonl:1",
         "a.jsonl:2",
         "b.jsonl:1",
         "b.jsonl:2",
     ]
-    assert found.notes == ("shards: 3 files (a.jsonl, b.jsonl, c.jsonl)",)
-    origin = found.origin
+    assert row_set.notes == ("shards: 3 files (a.jsonl, b.jsonl, c.jsonl)",)
+    origin = row_set.origin
     (folder / ".hidden").write_text("x")
     (folder / "_SUCCESS").write_text("")
     assert read(folder).origin == origin and origin.startswith("shards sha256:")
@@ -751,11 +756,9 @@ def test_a_folder_of_shards_is_read_in_order(tmp_path: Path) -> None:
     (folder / "sub").mkdir()
     assert read(folder).notes[1] == "shards: not read: README.md, sub"
     (folder / "b.jsonl").write_bytes(good_line(2) + b"\n{\n")
-    assert refusal(folder) == "b.jsonl:2: bad JSON. Mend it."
+    assert refusal(folder) == "b.jsonl:2: bad JSON. Fix it."
     (folder / "a.jsonl").write_bytes(b"{\n")
-    assert (
-        refusal(folder) == "a.jsonl:1: bad JSON (2 rows in all: a.jsonl:1, b.jsonl:2). Mend them."
-    )
+    assert refusal(folder) == "a.jsonl:1: bad JSON (2 rows in all: a.jsonl:1, b.jsonl:2). Fix them."
     (folder / "d.csv").write_text("text\n")
     assert "several kinds of files, .csv (1), .jsonl (3)" in refusal(folder)
 
@@ -765,16 +768,16 @@ def test_a_folder_of_parquet_shards(tmp_path: Path) -> None:
     folder.mkdir()
     for name, n in (("b.parquet", 2), ("a.parquet", 1)):
         write_parquet(folder / name, [{**good(n), "id": n}])
-    found = read(folder)
-    assert [row.source for row in found.rows] == ["a.parquet row 1", "b.parquet row 1"]
-    assert "columns that are not read: id" in found.notes
+    row_set = read(folder)
+    assert [row.source for row in row_set.rows] == ["a.parquet row 1", "b.parquet row 1"]
+    assert "columns that are not read: id" in row_set.notes
     (folder / "b.parquet").write_bytes(b"xyzzy")
     assert refusal(folder).startswith("b.parquet: broken, or not a Parquet file")
 
 
-def test_what_save_to_disk_wrote_is_named(tmp_path: Path) -> None:
+def test_the_output_of_save_to_disk_is_explained(tmp_path: Path) -> None:
     datasets.Dataset.from_list(ROWS).save_to_disk(tmp_path / "saved")
-    assert "what save_to_disk of datasets wrote (Arrow)" in refusal(tmp_path / "saved")
+    assert "was written by save_to_disk of datasets (Arrow)" in refusal(tmp_path / "saved")
 
 
 @pytest.mark.parametrize("suffix", [".jsonl", ".json", ".csv", ".txt"])
@@ -788,47 +791,47 @@ def test_compressed_files(tmp_path: Path, suffix: str) -> None:
     assert read(packed).origin == f"rows{suffix}.gz sha256:{digest}"
     for broken in (b"xyzzy" * 9, content[:-9], content[:40], content[:-8] + b"\0" * 8):
         packed.write_bytes(broken)
-        assert "no gzip file, or a broken one" in refusal(packed)
+        assert "not a gzip file, or a broken one" in refusal(packed)
     path.write_bytes(content)
     assert "compressed by gzip: end its name in .gz" in refusal(path)
 
 
 @pytest.mark.parametrize(
-    ("name", "said"),
+    ("name", "fragment"),
     [
         ("rows.xlsx", "a spreadsheet"), ("rows.zip", "an archive"), ("rows.pkl", "a pickle"),
-        ("rows.arrow", "an Arrow file"), ("rows.jsonl.zst", "in another way than gzip"),
+        ("rows.arrow", "an Arrow file"), ("rows.jsonl.zst", "but not by gzip"),
         ("rows.md", "a document"), ("rows.parquet.gz", "not one of the suffixes"),
         ("rows.gz", "not one of the suffixes"), ("rows", "not one of the suffixes"),
     ],
 )  # fmt: skip
-def test_other_files_are_named(tmp_path: Path, name: str, said: str) -> None:
+def test_unsupported_files_are_explained(tmp_path: Path, name: str, fragment: str) -> None:
     (tmp_path / name).write_bytes(b"xyzzy")
-    assert said in refusal(tmp_path / name)
+    assert fragment in refusal(tmp_path / name)
     with pytest.raises(DataError, match="no such file"):
         read_rows(DataSection(name=f"owner/{name}" if "." in name else f"./{name}"))
 
 
 @pytest.mark.parametrize("suffix", [".csv", ".jsonl", ".json", ".txt"])
 @pytest.mark.parametrize(
-    ("head", "said"),
+    ("head", "fragment"),
     [
         (b"PK\x03\x04", "a ZIP archive or a spreadsheet"), (b"PAR1", "a Parquet file"),
         (b"ARROW1", "an Arrow file"), (b"version https://git-lfs.github.com", "Git LFS"),
     ],
 )  # fmt: skip
-def test_files_under_a_wrong_name_are_named(
-    tmp_path: Path, suffix: str, head: bytes, said: str
+def test_files_with_a_wrong_suffix_are_explained(
+    tmp_path: Path, suffix: str, head: bytes, fragment: str
 ) -> None:
     path = tmp_path / f"rows{suffix}"
     path.write_bytes(head + b"\0xyzzy" * 30)
-    assert said in refusal(path)
+    assert fragment in refusal(path)
 
 
-# --- what is not read ----------------------------------------------------------------------------
+# --- unread content ------------------------------------------------------------------------------
 
 
-def test_columns_and_keys_that_are_not_read_are_told(tmp_path: Path) -> None:
+def test_columns_and_keys_that_are_not_read_are_reported(tmp_path: Path) -> None:
     path = tmp_path / "rows.jsonl"
     messages = [{"role": "user", "content": "Q", "name": "ann"}]
     write_jsonl(path, [
@@ -851,7 +854,7 @@ def test_columns_and_keys_that_are_not_read_are_told(tmp_path: Path) -> None:
     assert read(path).notes == ()
 
 
-def test_keys_of_hub_data_sets_are_told_where_they_do_nothing(tmp_path: Path) -> None:
+def test_hub_keys_without_effect_are_reported(tmp_path: Path) -> None:
     path = jsonl(tmp_path, good_line(1))
     assert read(path, split="test", revision="v1").notes == (
         "data.split is for hub data sets, and has no effect here",
@@ -859,21 +862,21 @@ def test_keys_of_hub_data_sets_are_told_where_they_do_nothing(tmp_path: Path) ->
     )
 
 
-def test_values_nested_deep_are_no_traceback(tmp_path: Path) -> None:
+def test_deeply_nested_values_are_read(tmp_path: Path) -> None:
     deep = "[" * 900 + "]" * 900
     path = tmp_path / "rows.jsonl"
-    for more, said in ((f'"tools": {deep}', ""), (f'"tools": {deep[:900]}1{deep[900:]}', "tools"),
+    for more, column in ((f'"tools": {deep}', ""), (f'"tools": {deep[:900]}1{deep[900:]}', "tools"),
                        (f'"category": {deep[:900]}1{deep[900:]}', "")):  # fmt: skip
         path.write_text(
             "".join(f'{{"instruction": "q{n}", "response": "a", {more}}}\n' for n in range(3))
         )
-        if said:
-            assert f"column {said} has content" in refusal(path)
+        if column:
+            assert f"column {column} has content" in refusal(path)
         else:
             assert len(read(path).rows) == 3
 
 
-def test_pictures_in_parquet_are_refused_undecoded(tmp_path: Path) -> None:
+def test_images_in_parquet_are_refused_without_decoding(tmp_path: Path) -> None:
     path = tmp_path / "rows.parquet"
     picture = pa.struct([("bytes", pa.binary()), ("path", pa.string())])
     for column in (
@@ -901,26 +904,26 @@ def test_messages_that_arrow_pads_are_read(tmp_path: Path) -> None:
     for kind in (pa.list_(message), pa.large_list(message), pa.list_(message, 2)):
         table = {"messages": pa.array(rows, kind), "score": [float("nan")] * 40}
         pq.write_table(pa.table(table), path)
-        found = read(path)
-        assert (len(found.rows), found.format) == (40, "chat")
-        assert found.notes == (
+        row_set = read(path)
+        assert (len(row_set.rows), row_set.format) == (40, "chat")
+        assert row_set.notes == (
             "keys of messages that are not read: name (1 rows)",
             "columns that are not read: score",
         )
 
 
-def test_rejected_rows_are_refused_or_left_out(tmp_path: Path) -> None:
+def test_excluded_rows_are_refused_or_skipped(tmp_path: Path) -> None:
     path = tmp_path / "rows.jsonl"
     rows = [{"prompt": f"Q{n}", "completion": "A", "label": n % 2 == 0} for n in range(300)]
     write_jsonl(path, rows)
     message = refusal(path)
-    assert message.startswith("rows.jsonl:2: label is false: the row is marked not to be learnt")
-    assert message.endswith("(150 rows in all: 2, 4, 6, 8, 10, …). Mend them, or set "
+    assert message.startswith("rows.jsonl:2: label is false: the row is excluded from training")
+    assert message.endswith("(150 rows in all: 2, 4, 6, 8, 10, …). Fix them, or set "
                             "data.on_bad_row=skip.")  # fmt: skip
-    found = read(path, on_bad_row="skip")
-    assert (len(found.rows), len(found.bad_rows)) == (150, 150)
+    row_set = read(path, on_bad_row="skip")
+    assert (len(row_set.rows), len(row_set.bad_rows)) == (150, 150)
     write_jsonl(path, [row | {"label": False} for row in rows])
-    assert "all 300 rows are marked not to be learnt" in refusal(path, on_bad_row="skip")
+    assert "all 300 rows are excluded from training" in refusal(path, on_bad_row="skip")
     assert len(read(path, columns={"label": None}).rows) == 300
 
 
@@ -928,7 +931,7 @@ def test_an_error_about_many_rows_is_one_short_line(tmp_path: Path) -> None:
     path = tmp_path / "rows.jsonl"
     write_jsonl(path, [{"messages": [{"role": "user", "content": f"Q{n}"}]} for n in range(300)])
     assert refusal(path) == (
-        "rows.jsonl:1: no assistant turn (300 rows in all: 1, 2, 3, 4, 5, …). Mend them."
+        "rows.jsonl:1: no assistant turn (300 rows in all: 1, 2, 3, 4, 5, …). Fix them."
     )
     path.write_text("".join(f'{{"{n}": 1, "{n}": 2}}\n' for n in range(300)))
     message = refusal(path)
@@ -943,21 +946,21 @@ def test_an_error_about_many_rows_is_one_short_line(tmp_path: Path) -> None:
 # --- Parquet -----------------------------------------------------------------------------------
 
 
-def test_parquet_types_that_are_no_text(tmp_path: Path) -> None:
+def test_parquet_types_other_than_text(tmp_path: Path) -> None:
     path = tmp_path / "rows.parquet"
     pq.write_table(pa.table({"instruction": ["a", "b"], "response": [1, None]}), path)
     assert refusal(path) == (
         "rows.parquet: 2 malformed rows: response must be text, is a number (1 row: 1); "
-        "response is null (1 row: 2). Mend them."
+        "response is null (1 row: 2). Fix them."
     )
 
 
-def test_parquet_text_that_is_no_utf8_is_a_bad_row(tmp_path: Path) -> None:
+def test_parquet_text_that_is_not_utf8_is_a_bad_row(tmp_path: Path) -> None:
     values = pa.array([b"a", b"xyzzy\xff", b"c"], pa.binary())
     invalid = pa.StringArray.from_buffers(3, values.buffers()[1], values.buffers()[2])
     pq.write_table(pa.table({"text": invalid}), tmp_path / "rows.parquet")
     message = refusal(tmp_path / "rows.parquet")
-    assert message.startswith("rows.parquet row 2: invalid UTF-8. Mend it")
+    assert message.startswith("rows.parquet row 2: invalid UTF-8. Fix it")
 
 
 def test_parquet_decodes_only_what_is_read(tmp_path: Path) -> None:
@@ -966,7 +969,7 @@ def test_parquet_decodes_only_what_is_read(tmp_path: Path) -> None:
     pq.write_table(pa.table({"text": ["a"], "seen": beyond_python}), path)
     assert len(read(path).rows) == 1
     pq.write_table(pa.table({"text": ["a"], "category": beyond_python}), path)
-    assert refusal(path).startswith("rows.parquet row 1: a value cannot be read. Mend it")
+    assert refusal(path).startswith("rows.parquet row 1: a value cannot be read. Fix it")
     pq.write_table(pa.table({"question": ["a"]}), path)
     assert "columns seen: question" in refusal(path)
 
@@ -976,12 +979,12 @@ def test_broken_parquet(tmp_path: Path) -> None:
     path.write_bytes(b"xyzzy" * 100)
     assert refusal(path).startswith("rows.parquet: broken, or not a Parquet file")
     write_parquet(path, [good(n) for n in range(100)])
-    whole = path.read_bytes()
-    path.write_bytes(whole[:-20])
+    pretty_json = path.read_bytes()
+    path.write_bytes(pretty_json[:-20])
     assert refusal(path).startswith("rows.parquet: broken, or not a Parquet file")
     refused = 0
-    for position in range(0, len(whole), 23):
-        path.write_bytes(whole[:position] + b"\xff" * 4 + whole[position + 4 :])
+    for position in range(0, len(pretty_json), 23):
+        path.write_bytes(pretty_json[:position] + b"\xff" * 4 + pretty_json[position + 4 :])
         try:
             read(path)
         except DataError:  # anything else is a traceback
@@ -1002,7 +1005,7 @@ def test_no_such_file(tmp_path: Path, monkeypatch: pytest.MonkeyPatch, name: str
         read_rows(DataSection(name=name))
 
 
-def test_names_that_are_no_row_files(tmp_path: Path) -> None:
+def test_names_without_rows(tmp_path: Path) -> None:
     assert "is a folder without files that are read" in refusal(tmp_path)
     (tmp_path / "rows.foo").write_bytes(b"")
     assert ".jsonl, .ndjson, .json, .csv" in refusal(tmp_path / "rows.foo")
@@ -1024,24 +1027,24 @@ def test_a_file_that_cannot_be_read_is_a_storage_error(
 # --- the hub -----------------------------------------------------------------------------------
 
 COMMIT, OTHER = "a1" * 20, "b2" * 20
-# What the hub's HTTP library raises without a network; which library it is depends on versions.
+# Errors of the hub's HTTP library without a network; the library depends on the version.
 TRANSPORT_ERROR = next(
     base for base in hub_errors.HfHubHTTPError.__mro__ if base.__name__ == "HTTPError"
 )
 
 
-def stand_in_hub(
+def fake_hub(
     monkeypatch: pytest.MonkeyPatch,
     load: Callable[..., Any],
     info_error: Exception | None = None,
     offline: bool = False,
 ) -> list[tuple[Any, ...]]:
-    """A hub whose every revision is COMMIT; returns the list of questions it gets."""
-    asked: list[tuple[Any, ...]] = []
+    """Replace the hub by one where every revision is COMMIT; return the list of its requests."""
+    requests: list[tuple[Any, ...]] = []
 
     class Api:
         def dataset_info(self, name: str, revision: str | None, timeout: float) -> Any:
-            asked.append((name, revision, timeout))
+            requests.append((name, revision, timeout))
             if info_error:
                 raise info_error
             return SimpleNamespace(sha=COMMIT)
@@ -1049,7 +1052,7 @@ def stand_in_hub(
     monkeypatch.setattr(huggingface_hub, "HfApi", Api)
     monkeypatch.setattr(datasets, "load_dataset", load)
     monkeypatch.setattr(datasets.config, "HF_HUB_OFFLINE", offline)
-    return asked
+    return requests
 
 
 def test_hub_rows_carry_commit_and_index(monkeypatch: pytest.MonkeyPatch) -> None:
@@ -1059,27 +1062,27 @@ def test_hub_rows_carry_commit_and_index(monkeypatch: pytest.MonkeyPatch) -> Non
         calls.append((name, options["revision"], options["split"]))
         return datasets.Dataset.from_list([good(1) | {"id": 1}, good(2) | {"id": 2}])
 
-    asked = stand_in_hub(monkeypatch, load)
-    found = read_rows(DataSection(name="owner/set", revision="main", split="train[:2]"))
-    assert asked == [("owner/set", "main", hub.HUB_TIMEOUT)]
+    requests = fake_hub(monkeypatch, load)
+    row_set = read_rows(DataSection(name="owner/set", revision="main", split="train[:2]"))
+    assert requests == [("owner/set", "main", hub.HUB_TIMEOUT)]
     assert calls == [("owner/set", COMMIT, "train[:2]")]
-    assert found.origin == f"owner/set@{COMMIT} split=train[:2]"
-    assert [row.source for row in found.rows] == ["owner/set row 0", "owner/set row 1"]
-    assert found.format == "dolly"
+    assert row_set.origin == f"owner/set@{COMMIT} split=train[:2]"
+    assert [row.source for row in row_set.rows] == ["owner/set row 0", "owner/set row 1"]
+    assert row_set.format == "dolly"
 
 
 def test_hub_rows_follow_a_selection(monkeypatch: pytest.MonkeyPatch) -> None:
     rows = [good(n) for n in range(5)]
-    whole = datasets.Dataset.from_list(rows)
-    stand_in_hub(monkeypatch, lambda *_, **__: whole.select([3, 1]))
-    found = read_rows(DataSection(name="owner/set"))
-    assert [row.turns[0].content for row in found.rows] == [
+    pretty_json = datasets.Dataset.from_list(rows)
+    fake_hub(monkeypatch, lambda *_, **__: pretty_json.select([3, 1]))
+    row_set = read_rows(DataSection(name="owner/set"))
+    assert [row.turns[0].content for row in row_set.rows] == [
         rows[3]["instruction"],
         rows[1]["instruction"],
     ]
 
 
-def never(*_: Any, **__: Any) -> Any:
+def fail_if_called(*_: Any, **__: Any) -> Any:
     raise AssertionError("load_dataset retries for half a minute without a network")
 
 
@@ -1090,7 +1093,7 @@ def http_error(kind: type[Exception], status: int) -> Exception:
 
 
 @pytest.mark.parametrize(
-    ("error", "said"),
+    ("error", "fragment"),
     [
         (TRANSPORT_ERROR("no route"), "no network for hub data set owner/set: give a local"),
         (ConnectionError("no route"), "no network for hub data set owner/set: give a local file"),
@@ -1102,11 +1105,11 @@ def http_error(kind: type[Exception], status: int) -> Exception:
         (OSError(28, "No space left on device"), "cannot be stored: No space left on device"),
     ],
 )
-def test_hub_failures(monkeypatch: pytest.MonkeyPatch, error: Exception, said: str) -> None:
-    stand_in_hub(monkeypatch, never, info_error=error)
+def test_hub_failures(monkeypatch: pytest.MonkeyPatch, error: Exception, fragment: str) -> None:
+    fake_hub(monkeypatch, fail_if_called, info_error=error)
     with pytest.raises(StorageError) as caught:
         read_rows(DataSection(name="owner/set", revision="v9"))
-    assert said in str(caught.value)
+    assert fragment in str(caught.value)
     assert "\n" not in str(caught.value)
 
 
@@ -1114,7 +1117,7 @@ def test_hub_data_that_cannot_be_read_is_a_data_error(monkeypatch: pytest.Monkey
     def load(*_: Any, **__: Any) -> Any:
         raise ValueError('Unknown split "trian". Should be one of ["train"].\nxyzzy')
 
-    stand_in_hub(monkeypatch, load)
+    fake_hub(monkeypatch, load)
     with pytest.raises(
         DataError, match='owner/set cannot be read: Unknown split "trian"'
     ) as caught:
@@ -1122,18 +1125,18 @@ def test_hub_data_that_cannot_be_read_is_a_data_error(monkeypatch: pytest.Monkey
     assert SECRET not in str(caught.value)
 
 
-def test_a_bug_is_not_explained_away(monkeypatch: pytest.MonkeyPatch) -> None:
-    stand_in_hub(monkeypatch, never)
+def test_an_unknown_error_is_raised_unchanged(monkeypatch: pytest.MonkeyPatch) -> None:
+    fake_hub(monkeypatch, fail_if_called)
     with pytest.raises(AssertionError):
         read_rows(DataSection(name="owner/set"))
 
 
 def test_offline_without_a_copy_says_so(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(datasets.config, "HF_DATASETS_CACHE", tmp_path)
-    asked = stand_in_hub(monkeypatch, datasets.load_dataset, offline=True)
+    requests = fake_hub(monkeypatch, datasets.load_dataset, offline=True)
     with pytest.raises(StorageError, match=r"owner/set is not in the cache.*data\.name=path"):
         read_rows(DataSection(name="owner/set"))
-    assert asked == []
+    assert requests == []
 
 
 def cached_copy(folder: Path, commit: str) -> Callable[..., Any]:
@@ -1144,12 +1147,12 @@ def cached_copy(folder: Path, commit: str) -> Callable[..., Any]:
 def test_another_commit_from_the_cache_is_refused(
     tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    """`load_dataset` hides a failed download behind whatever it has in its cache."""
+    """After a failed download `load_dataset` silently uses any commit in its cache."""
     load = cached_copy(tmp_path, OTHER)
-    stand_in_hub(monkeypatch, load)
+    fake_hub(monkeypatch, load)
     with pytest.raises(StorageError, match=f"cache as commit {OTHER}.*{COMMIT}"):
         read_rows(DataSection(name="owner/set"))
-    stand_in_hub(monkeypatch, load, offline=True)
+    fake_hub(monkeypatch, load, offline=True)
     with pytest.raises(StorageError, match=f"data.revision={OTHER}"):
         read_rows(DataSection(name="owner/set", revision="v1"))
 
@@ -1157,10 +1160,10 @@ def test_another_commit_from_the_cache_is_refused(
 def test_offline_the_cached_commit_is_the_origin(
     tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    stand_in_hub(monkeypatch, cached_copy(tmp_path, OTHER), offline=True)
+    fake_hub(monkeypatch, cached_copy(tmp_path, OTHER), offline=True)
     for revision in (None, OTHER):
-        found = read_rows(DataSection(name="owner/set", revision=revision))
-        assert found.origin == f"owner/set@{OTHER} split=train"
+        row_set = read_rows(DataSection(name="owner/set", revision=revision))
+        assert row_set.origin == f"owner/set@{OTHER} split=train"
 
 
 # --- ml-qa -------------------------------------------------------------------------------------
@@ -1168,7 +1171,7 @@ def test_offline_the_cached_commit_is_the_origin(
 
 @pytest.fixture
 def builder(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> list[Path]:
-    """Stands in for the module that builds the embedded set; returns the paths it wrote."""
+    """Replace the module that builds the embedded set; return the paths that it wrote."""
     written: list[Path] = []
 
     def write_jsonl_file(path: Path) -> None:
@@ -1184,20 +1187,20 @@ def builder(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> list[Path]:
 
 
 def test_ml_qa_is_built_once_and_read(builder: list[Path], tmp_path: Path) -> None:
-    found = read_rows(DataSection())
+    row_set = read_rows(DataSection())
     again = read_rows(DataSection())
     assert len(builder) == 1
-    assert found == again
-    assert found.format == "dolly"
-    assert [row.source for row in found.rows] == ["ml-qa:1", "ml-qa:2", "ml-qa:3"]
-    assert [row.group_hint for row in found.rows] == ["g0", "g1", "g2"]
-    assert found.origin.startswith("ml-qa sha256:")
-    assert "scikit-learn=" in found.origin
-    assert str(tmp_path) not in found.origin
+    assert row_set == again
+    assert row_set.format == "dolly"
+    assert [row.source for row in row_set.rows] == ["ml-qa:1", "ml-qa:2", "ml-qa:3"]
+    assert [row.group_hint for row in row_set.rows] == ["g0", "g1", "g2"]
+    assert row_set.origin.startswith("ml-qa sha256:")
+    assert "scikit-learn=" in row_set.origin
+    assert str(tmp_path) not in row_set.origin
     assert [path.name for path in (tmp_path / "cache/data").iterdir()] == [ensure_ml_qa().name]
 
 
-def test_ml_qa_of_other_versions_is_built_anew(
+def test_ml_qa_is_rebuilt_for_other_versions(
     builder: list[Path], monkeypatch: pytest.MonkeyPatch
 ) -> None:
     first = ensure_ml_qa()
@@ -1215,14 +1218,14 @@ def test_ml_qa_names_the_library_that_is_missing(
     assert builder == []
 
 
-# --- the real thing ----------------------------------------------------------------------------
+# --- Dolly -------------------------------------------------------------------------------------
 
 DOLLY = Path(__file__).resolve().parents[3] / "shared/data/databricks-dolly-15k.jsonl"
 
 
 @pytest.mark.skipif(not DOLLY.exists(), reason=f"Dolly is not beside the repository: {DOLLY.name}")
 def test_dolly_is_read_whole() -> None:
-    found = read(DOLLY)
-    assert len(found.rows) == 14_996
-    assert (found.format, found.duplicates, found.bad_rows) == ("dolly", 0, ())
-    assert "/" not in found.origin
+    row_set = read(DOLLY)
+    assert len(row_set.rows) == 14_996
+    assert (row_set.format, row_set.duplicates, row_set.bad_rows) == ("dolly", 0, ())
+    assert "/" not in row_set.origin

@@ -1,4 +1,4 @@
-"""Which rows are held out, which are trained on, and what a refusal proposes."""
+"""Draw of the sets, groups of related rows, and the values that a refusal proposes."""
 
 from __future__ import annotations
 
@@ -12,10 +12,10 @@ from hypothesis import strategies as st
 
 from slm_lora.data.dedup import similar_groups, similar_pairs
 from slm_lora.data.splits import (
-    Rule,
+    GroupingRule,
     Split,
+    count_cross_group_prompts,
     group_rows,
-    same_prompt_in_other_groups,
     seeded_order,
     split_rows,
     training_rows_for,
@@ -29,7 +29,7 @@ def row(instruction: str, response: str = "A.", **fields: str) -> Row:
 
 
 def in_groups(sizes: list[int]) -> list[Row]:
-    """Rows in groups of these sizes, tied by the group that they name."""
+    """Make rows in groups of these sizes, by their ``group`` field."""
     return [
         row(f"question {group}.{member}", group_hint=f"group {group}")
         for group, size in enumerate(sizes)
@@ -42,14 +42,14 @@ MIXED = in_groups([1] * 200 + [2] * 60 + [5] * 12 + [40])
 
 
 def split(rows: list[Row], **changed: Any) -> Split:
-    asked: dict[str, Any] = {
+    arguments: dict[str, Any] = {
         "size": None,
         "test_rows": 40,
         "validation_rows": 20,
         "split_seed": 0,
         "data_seed": 0,
     }
-    return split_rows(rows, **(asked | changed))
+    return split_rows(rows, **(arguments | changed))
 
 
 # --- the draw ----------------------------------------------------------------------------------
@@ -63,17 +63,17 @@ def test_the_order_of_the_rows_does_not_matter(size: int | None) -> None:
 
 
 def test_the_sets_have_the_sizes_asked_for_and_share_no_row() -> None:
-    found = split(MIXED)
-    assert (len(found.test), len(found.validation), len(found.train)) == (40, 20, 360)
-    assert len({*found.test, *found.validation, *found.train}) == 420
+    sets = split(MIXED)
+    assert (len(sets.test), len(sets.validation), len(sets.train)) == (40, 20, 360)
+    assert len({*sets.test, *sets.validation, *sets.train}) == 420
 
 
-def test_no_group_stands_on_two_sides() -> None:
+def test_no_group_is_in_two_sets() -> None:
     for seed in range(20):
-        found = split(MIXED, split_seed=seed)
+        sets = split(MIXED, split_seed=seed)
         sides = [
-            {found.groups.of[row_id] for row_id in side}
-            for side in (found.test, found.validation, found.train)
+            {sets.groups.group_of[row_id] for row_id in side}
+            for side in (sets.test, sets.validation, sets.train)
         ]
         assert sum(map(len, sides)) == len(set.union(*sides)) == 273
 
@@ -92,12 +92,12 @@ def test_a_data_set_of_size_n_trains_on_nine_tenths(size: int, rows: int) -> Non
     assert len(split(MIXED, size=15).train) == 14
 
 
-def test_the_held_out_rows_know_nothing_of_size_and_data_seed() -> None:
+def test_held_out_rows_do_not_depend_on_size_and_data_seed() -> None:
     plain = split(MIXED)
     for size in (None, 20, 200):
         for data_seed in (0, 1, 99):
-            found = split(MIXED, size=size, data_seed=data_seed)
-            assert (found.test, found.validation) == (plain.test, plain.validation)
+            sets = split(MIXED, size=size, data_seed=data_seed)
+            assert (sets.test, sets.validation) == (plain.test, plain.validation)
     assert split(MIXED, size=200).train != split(MIXED, size=200, data_seed=1).train
     assert set(plain.train) == set(split(MIXED, data_seed=1).train)
 
@@ -106,7 +106,7 @@ def test_the_test_rows_do_not_depend_on_the_validation_rows() -> None:
     assert split(MIXED, validation_rows=1).test == split(MIXED, validation_rows=60).test
 
 
-def test_another_split_seed_holds_out_other_rows() -> None:
+def test_another_split_seed_gives_other_held_out_rows() -> None:
     tests = [set(split(MIXED, split_seed=seed).test) for seed in range(3)]
     assert all(len(a & b) < 20 for a, b in [(tests[0], tests[1]), (tests[1], tests[2])])
 
@@ -117,7 +117,7 @@ def test_a_smaller_test_set_of_single_rows_is_part_of_a_larger_one() -> None:
 
 
 def test_every_row_has_the_same_chance() -> None:
-    """Over many seeds a row is held out as often as any other: 40 times in 400, give or take."""
+    """Over 400 seeds every row is held out about 40 times."""
     rows = in_groups([1] * 50)
     times = dict.fromkeys((each.row_id for each in rows), 0)
     for seed in range(400):
@@ -129,8 +129,8 @@ def test_every_row_has_the_same_chance() -> None:
 
 def test_sizes_left_to_the_defaults() -> None:
     def sizes(count: int) -> tuple[int, int]:
-        found = split(in_groups([1] * count), test_rows=None, validation_rows=None)
-        return len(found.test), len(found.validation)
+        sets = split(in_groups([1] * count), test_rows=None, validation_rows=None)
+        return len(sets.test), len(sets.validation)
 
     assert sizes(5) == (1, 1)
     assert sizes(400) == (40, 20)
@@ -149,12 +149,12 @@ def test_seeded_order_is_a_permutation_that_each_part_of_the_key_changes() -> No
 # --- groups ------------------------------------------------------------------------------------
 
 
-def groups(rows: list[Row], rule: Rule | None = None) -> set[frozenset[int]]:
-    """The groups as sets of indices of rows."""
-    found = group_rows(rows, rule).of
+def groups(rows: list[Row], rule: GroupingRule | None = None) -> set[frozenset[int]]:
+    """Return the groups as sets of row indices."""
+    group_of = group_rows(rows, rule).group_of
     members: dict[str, set[int]] = {}
-    for index, each in enumerate(rows):
-        members.setdefault(found[each.row_id], set()).add(index)
+    for index, row in enumerate(rows):
+        members.setdefault(group_of[row.row_id], set()).add(index)
     return {frozenset(group) for group in members.values()}
 
 
@@ -198,22 +198,22 @@ def test_rows_are_tied_through_one_another() -> None:
     assert len(groups(rows[::-1])) == 3
 
 
-def test_a_context_and_a_group_of_one_text_are_not_mistaken_for_each_other() -> None:
+def test_equal_text_in_different_columns_ties_nothing() -> None:
     rows = [row(BEES), row("other", context=BEES), row("third", group_hint=BEES)]
-    assert len(groups(rows, Rule(("group", "prompt", "context", "instruction")))) == 3
+    assert len(groups(rows, GroupingRule(("group", "prompt", "context", "instruction")))) == 3
 
 
 def test_no_context_and_no_hint_tie_nothing() -> None:
     assert len(groups([row("one", context=" \n"), row("two", context=""), row("three")])) == 3
 
 
-def test_a_chat_is_known_by_its_first_question() -> None:
+def test_chats_are_related_by_their_first_question() -> None:
     def chat(*contents: str) -> Row:
         roles = ("system", "user", "assistant", "user", "assistant")
         return Row(tuple(Turn(r, c) for r, c in zip(roles, contents, strict=False)))  # type: ignore[arg-type]
 
-    asked = [chat("Be kind.", "Hello?", "1"), chat("Be brief.", "hello", "2", "More?", "3")]
-    assert len(groups(asked)) == 1
+    chats = [chat("Be kind.", "Hello?", "1"), chat("Be brief.", "hello", "2", "More?", "3")]
+    assert len(groups(chats)) == 1
     assert len(groups([chat("Be kind.", "Hello?", "1"), chat("Be kind.", "Bread?", "1")])) == 2
 
 
@@ -224,9 +224,9 @@ def test_texts_under_one_system_turn_are_not_one_group() -> None:
     assert len(groups(rows)) == 3
 
 
-def test_a_groups_name_is_its_smallest_row_id() -> None:
+def test_the_group_id_is_the_smallest_row_id() -> None:
     rows = in_groups([7])
-    assert set(group_rows(rows).of.values()) == {min(each.row_id for each in rows)}
+    assert set(group_rows(rows).group_of.values()) == {min(each.row_id for each in rows)}
 
 
 @settings(max_examples=100, deadline=None)
@@ -242,7 +242,7 @@ def test_a_groups_name_is_its_smallest_row_id() -> None:
 def test_groups_are_the_connected_rows(
     links: list[tuple[int, int, int]], shuffle: random.Random
 ) -> None:
-    """Against a search over pairs; 0 stands for no context and no hint."""
+    """Compare with a search over all pairs; 0 means no context and no hint."""
     rows = [
         row(
             f"question {a}",
@@ -253,27 +253,27 @@ def test_groups_are_the_connected_rows(
         for a, b, c in links
     ]
 
-    def tied(one: tuple[int, int, int], other: tuple[int, int, int], with_context: bool) -> bool:
-        if one[2] or other[2]:  # those who name a group are tied by that alone
-            return one[2] == other[2]
-        same_prompt = one[0] == other[0] and (one[1] == other[1] or not with_context)
-        return same_prompt or one[1] == other[1] != 0
+    def tied(first: tuple[int, int, int], second: tuple[int, int, int], with_context: bool) -> bool:
+        if first[2] or second[2]:  # rows with a group are tied by that alone
+            return first[2] == second[2]
+        same_prompt = first[0] == second[0] and (first[1] == second[1] or not with_context)
+        return same_prompt or first[1] == second[1] != 0
 
     shuffled = rows.copy()
     shuffle.shuffle(shuffled)
-    for rule in (Rule(), Rule(with_context=False)):
+    for rule in (GroupingRule(), GroupingRule(with_context=False)):
         reached: dict[int, set[int]] = {}
         for start in range(len(rows)):
             seen, open_ends = {start}, [start]
             while open_ends:
-                one = links[open_ends.pop()]
+                current = links[open_ends.pop()]
                 for other, link in enumerate(links):
-                    if other not in seen and tied(one, link, rule.with_context):
+                    if other not in seen and tied(current, link, rule.with_context):
                         seen.add(other)
                         open_ends.append(other)
             reached[start] = seen
         assert groups(rows, rule) == {frozenset(seen) for seen in reached.values()}
-        assert group_rows(shuffled, rule).of == group_rows(rows, rule).of
+        assert group_rows(shuffled, rule).group_of == group_rows(rows, rule).group_of
 
 
 # --- refusals ----------------------------------------------------------------------------------
@@ -298,7 +298,7 @@ def test_too_many_validation_rows() -> None:
     assert message.endswith("data.validation_rows = 59 fits")
 
 
-def test_a_number_that_whole_groups_do_not_make_up() -> None:
+def test_a_number_that_whole_groups_cannot_reach() -> None:
     assert refusal(in_groups([2] * 100), test_rows=41).endswith("data.test_rows = 40 fits")
     assert refusal(in_groups([7] * 20), test_rows=5).endswith("data.test_rows = 7 fits")
 
@@ -312,7 +312,7 @@ def test_a_size_too_large() -> None:
     assert len(split(in_groups([1] * 100), size=44).train) == 40
 
 
-def test_one_row_left_is_no_data_set_of_any_size() -> None:
+def test_one_remaining_row_allows_no_size() -> None:
     rows = in_groups([1] * 61)
     assert refusal(rows, size=2).endswith("data.size = null fits")
     assert len(split(rows, size=None).train) == 1
@@ -346,36 +346,36 @@ def split_or_refusal(rows: list[Row], **changed: Any) -> Split | str:
     st.one_of(st.none(), st.integers(1, 120)),
     st.integers(0, 3),
 )
-def test_what_a_refusal_proposes_works(
+def test_the_proposal_of_a_refusal_works(
     sizes: list[int],
     size: int | None,
     test_rows: int | None,
     validation_rows: int | None,
     split_seed: int,
 ) -> None:
-    """Each proposal mends the key it names for good, so three at the most lead to a split."""
+    """Each proposal fixes its key, so that at most three lead to a split."""
     rows = in_groups(sizes)
-    asked: dict[str, int | None] = {
+    requested: dict[str, int | None] = {
         "size": size,
         "test_rows": test_rows,
         "validation_rows": validation_rows,
     }
-    mended: list[str] = []
-    found = split_or_refusal(rows, **asked, split_seed=split_seed)
-    while isinstance(found, str):
-        proposal = re.search(r": .*; data\.(\w+) = (\d+|null) fits$", found)
+    changed_keys: list[str] = []
+    outcome = split_or_refusal(rows, **requested, split_seed=split_seed)
+    while isinstance(outcome, str):
+        proposal = re.search(r": .*; data\.(\w+) = (\d+|null) fits$", outcome)
         assert (proposal is None) == (len(sizes) < 3)
         if proposal is None:
             return
         key, value = proposal.groups()
-        assert found.startswith(f"data.{key} = {asked[key] or ''}")
-        assert key not in mended
-        mended.append(key)
-        asked[key] = None if value == "null" else int(value)
-        found = split_or_refusal(rows, **asked, split_seed=split_seed)
-    assert asked["test_rows"] in (None, len(found.test))
-    assert asked["validation_rows"] in (None, len(found.validation))
-    assert found.train
+        assert outcome.startswith(f"data.{key} = {requested[key] or ''}")
+        assert key not in changed_keys
+        changed_keys.append(key)
+        requested[key] = None if value == "null" else int(value)
+        outcome = split_or_refusal(rows, **requested, split_seed=split_seed)
+    assert requested["test_rows"] in (None, len(outcome.test))
+    assert requested["validation_rows"] in (None, len(outcome.validation))
+    assert outcome.train
 
 
 # --- near-duplicates ---------------------------------------------------------------------------
@@ -389,15 +389,15 @@ def test_what_a_refusal_proposes_works(
 def test_every_similar_pair_is_found_and_no_other(
     texts: list[frozenset[str]], threshold: float
 ) -> None:
-    wanted = {
+    expected = {
         frozenset((i, j))
-        for i, one in enumerate(texts)
-        for j, other in enumerate(texts[:i])
-        if one and other and len(one & other) >= threshold * len(one | other) - 1e-9
+        for i, first in enumerate(texts)
+        for j, second in enumerate(texts[:i])
+        if first and second and len(first & second) >= threshold * len(first | second) - 1e-9
     }
-    found = [frozenset(pair) for pair in similar_pairs(texts, threshold)]
-    assert set(found) == wanted
-    assert len(found) == len(wanted), "each once"
+    pairs = [frozenset(pair) for pair in similar_pairs(texts, threshold)]
+    assert set(pairs) == expected
+    assert len(pairs) == len(expected), "each once"
 
 
 @settings(max_examples=200, deadline=None)
@@ -406,16 +406,20 @@ def test_every_similar_pair_is_found_and_no_other(
     threshold=st.sampled_from([0.3, 0.5, 0.8, 1.0]),
 )
 def test_similar_texts_are_tied_and_no_other(texts: list[frozenset[str]], threshold: float) -> None:
-    """Of fewer texts than a template has, against a search over all pairs."""
+    """Compare with a search over all pairs, for fewer texts than make a template."""
     reached = {i: {i} for i in range(len(texts))}
     for _ in texts:
-        for i, one in enumerate(texts):
-            for j, other in enumerate(texts):
-                alike = one and other and len(one & other) >= threshold * len(one | other) - 1e-9
-                if alike:
+        for i, first in enumerate(texts):
+            for j, second in enumerate(texts):
+                is_similar = (
+                    first
+                    and second
+                    and len(first & second) >= threshold * len(first | second) - 1e-9
+                )
+                if is_similar:
                     reached[i] |= reached[j]
-    found, templates = similar_groups(texts, threshold, of=1000)
-    assert found == sorted(
+    similar, templates = similar_groups(texts, threshold, total=1000)
+    assert similar == sorted(
         {tuple(sorted(group)): sorted(group) for group in reached.values()}.values()
     )
     assert not templates
@@ -424,9 +428,9 @@ def test_similar_texts_are_tied_and_no_other(texts: list[frozenset[str]], thresh
 def test_thousands_of_texts_of_one_template_take_no_time() -> None:
     shared = frozenset(f"word{n}" for n in range(40))
     texts = [shared | {f"guest{n}"} for n in range(3000)]
-    found, templates = similar_groups(texts)
-    assert len(found) == 3000
-    assert [(len(each.texts), each.words) for each in templates] == [(3000, shared)]
+    similar, templates = similar_groups(texts)
+    assert len(similar) == 3000
+    assert [(len(template.texts), template.words) for template in templates] == [(3000, shared)]
 
 
 def test_nearly_the_same_prompt_ties_rows() -> None:
@@ -441,16 +445,21 @@ def test_nearly_the_same_prompt_ties_rows() -> None:
 
 
 def test_texts_without_spaces_are_near_by_pairs_of_characters() -> None:
-    asked = "この本の著者が書いた最も有名な小説の主人公の名前は何ですか"
-    rows = [row(asked), row(asked + "？"), row(asked + "ね"), row("この本の値段はいくらですか")]
+    question = "この本の著者が書いた最も有名な小説の主人公の名前は何ですか"
+    rows = [
+        row(question),
+        row(question + "？"),
+        row(question + "ね"),
+        row("この本の値段はいくらですか"),
+    ]
     assert groups(rows) == {frozenset({0, 1, 2}), frozenset({3})}
     text = "蜜蜂は巣箱に住み、冬の間は外に出ない。"
     on_it = [row("どこに住むか", context=text), row("冬は何をするか", context=text)]
     assert len(groups(on_it)) == 1, "a document, though it has no five words between spaces"
-    assert len(groups([row(each, context="無し") for each in ("犬", "猫", "鳥")])) == 3
+    assert len(groups([row(word, context="無し") for word in ("犬", "猫", "鳥")])) == 3
 
 
-def test_rows_that_name_their_group_are_taken_at_their_word() -> None:
+def test_rows_with_a_group_are_not_compared() -> None:
     questions = ["What does the parameter axis of numpy.sum do in this function?"]
     questions.append(questions[0].replace("sum", "mean"))
     assert groups([row(q) for q in questions]) == {frozenset({0, 1})}
@@ -458,14 +467,14 @@ def test_rows_that_name_their_group_are_taken_at_their_word() -> None:
     assert groups(named) == {frozenset({0}), frozenset({1})}
 
 
-# --- one instruction, one opening, one template for all ----------------------------------------
+# --- instruction, opening or template shared by all rows -----------------------------------------
 
 REMARKS = [f"The {thing} was {how}, said guest {n}." for n, (thing, how) in enumerate(
     (thing, how)
     for thing in ("north room", "harbour tour", "old market", "garden path", "winter tea", "bridge")
     for how in ("dreadful and loud", "lovely beyond words", "shut", "far too dear", "rather cold")
 )]  # fmt: skip
-"""30 texts that are no near-duplicates."""
+"""30 texts without near-duplicates."""
 
 
 def test_one_instruction_with_other_contexts_is_many_prompts() -> None:
@@ -474,19 +483,19 @@ def test_one_instruction_with_other_contexts_is_many_prompts() -> None:
     assert len(groups([*rows, row("is the mood good, or bad", "bad", context=REMARKS[0])])) == 30
 
 
-def test_a_context_that_the_model_is_not_shown_tells_nothing_apart() -> None:
+def test_contexts_outside_the_prompts_do_not_distinguish_rows() -> None:
     rows = [row("Is the mood good or bad?", "good", context=text) for text in REMARKS]
-    assert len(groups(rows, Rule(with_context=False))) == 1
-    message = refusal(rows, test_rows=4, validation_rows=2, rule=Rule(with_context=False))
+    assert len(groups(rows, GroupingRule(with_context=False))) == 1
+    message = refusal(rows, test_rows=4, validation_rows=2, rule=GroupingRule(with_context=False))
     assert "the 30 rows are 1 group of related rows" in message
     assert message.endswith("with data.include_context=true they are 30 groups")
 
 
-def test_the_same_instruction_ties_where_a_recipe_says_so() -> None:
+def test_equal_instructions_are_tied_on_request() -> None:
     rows = [row(f"Task {n % 5}.", "good", context=text) for n, text in enumerate(REMARKS)]
     assert len(groups(rows)) == 30
-    assert len(groups(rows, Rule(("instruction",)))) == 5
-    assert len(groups(rows, Rule(()))) == 30
+    assert len(groups(rows, GroupingRule(("instruction",)))) == 5
+    assert len(groups(rows, GroupingRule(()))) == 30
 
 
 def test_questions_on_one_document_stay_together() -> None:
@@ -498,32 +507,34 @@ def test_questions_on_one_document_stay_together() -> None:
     assert len(groups(rows)) == 10
 
 
-def test_a_context_of_a_few_words_is_no_document() -> None:
-    for said in ("<noinput>", "N/A", "French", "No input was given"):
-        rows = [row(f"What does word {n} mean?", context=said) for n in range(30)]
+def test_a_context_of_a_few_words_ties_nothing() -> None:
+    for context in ("<noinput>", "N/A", "French", "No input was given"):
+        rows = [row(f"What does word {n} mean?", context=context) for n in range(30)]
         assert len(groups(rows)) == 30
-        same = [row("Translate.", answer, context=said) for answer in "ab"]
+        same = [row("Translate.", answer, context=context) for answer in "ab"]
         assert len(groups(same)) == 1
 
 
-def test_rows_that_name_their_groups_are_tied_by_that_alone() -> None:
+def test_rows_with_a_group_are_tied_by_it_alone() -> None:
     rows = [row(f"Is it good? {n}", context=BEES, group_hint=f"g{n // 2}") for n in range(6)]
     assert groups(rows) == {frozenset({0, 1}), frozenset({2, 3}), frozenset({4, 5})}
-    assert len(groups(rows, Rule(("prompt", "context")))) == 1, "the column is not asked for"
+    assert len(groups(rows, GroupingRule(("prompt", "context")))) == 1, (
+        "the column is not asked for"
+    )
     same = [row("Is it good?", str(n), group_hint=f"g{n}") for n in range(4)]
     assert len(groups(same)) == 4
-    assert same_prompt_in_other_groups(same, Rule()) == 4
-    assert same_prompt_in_other_groups([*rows, row("Who?")], Rule()) == 0
+    assert count_cross_group_prompts(same, GroupingRule()) == 4
+    assert count_cross_group_prompts([*rows, row("Who?")], GroupingRule()) == 0
 
 
-def conversation(*asked: str, system: str = "") -> Row:
+def conversation(*questions: str, system: str = "") -> Row:
     turns = [Turn("system", system)] if system else []
-    for number, question in enumerate(asked):
+    for number, question in enumerate(questions):
         turns += [Turn("user", question), Turn("assistant", f"Reply {number}.")]
     return Row(tuple(turns))
 
 
-def test_conversations_that_all_begin_alike_are_told_apart_by_what_follows() -> None:
+def test_conversations_with_a_common_opening_are_distinguished_by_later_turns() -> None:
     rows = [conversation("Hello!", text, system="Be kind.") for text in REMARKS]
     assert len(groups(rows)) == 30
     deeper = [conversation("Hello!", "An order.", text) for text in REMARKS]
@@ -561,9 +572,9 @@ def test_a_template_around_every_prompt_is_not_compared(around: tuple[str, str])
     before, after = around
     rows = [row(f"{before}{text}{after}", "good") for text in REMARKS]
     assert len(groups(rows)) == 30
-    found = group_rows(rows)
-    assert found.near == (0, 0)
-    assert [rows for rows, _ in found.templates] == [30]
+    grouped = group_rows(rows)
+    assert grouped.near_duplicates == (0, 0)
+    assert [rows for rows, _ in grouped.templates] == [30]
     changed = row(f"{before}{REMARKS[0].replace('said', 'says')}{after}")
     assert len(groups([*rows, changed])) == 30, "a near-duplicate within the template"
 
@@ -576,25 +587,25 @@ def test_several_tasks_each_with_a_template_of_its_own() -> None:
 
 
 def test_documents_inside_of_prompts_stay_together() -> None:
-    """A tenth of the rows and less: no template of the set, but a text that some ask about."""
+    """A text in at most a tenth of the rows is a document, not a template of the set."""
     documents = [" ".join(f"word{n}x{k}" for k in range(60)) for n in range(12)]
     rows = [
         row(f"{text}\nQuestion: {ask} {n}?")
         for text in documents
         for n, ask in enumerate(("who", "what", "where", "when", "why") * 2)
     ]
-    found = group_rows(rows)
+    grouped = group_rows(rows)
     assert len(groups(rows)) == 12
-    assert found.near == (120, 12)
-    assert not found.templates
-    assert len(groups(rows, Rule(("prompt",)))) == 120
-    assert len(groups(rows, Rule(threshold=1.0))) == 120
+    assert grouped.near_duplicates == (120, 12)
+    assert not grouped.templates
+    assert len(groups(rows, GroupingRule(("prompt",)))) == 120
+    assert len(groups(rows, GroupingRule(threshold=1.0))) == 120
 
 
-def test_what_a_split_refuses_names_a_relation_to_give_up() -> None:
+def test_a_refusal_names_a_relation_to_remove() -> None:
     rows = [row(f"What of {n}?", context=BEES) for n in range(20)]
     message = refusal(rows, test_rows=2, validation_rows=2)
     assert message.endswith("with 'data.group_by=[group, prompt, near]' they are 20 groups")
     message = refusal([row("Write.", str(n)) for n in range(20)], test_rows=2, validation_rows=2)
     assert message.endswith("with 'data.group_by=[]' they are 20 groups")
-    assert len(split([row("Write.", str(n)) for n in range(80)], rule=Rule(())).test) == 40
+    assert len(split([row("Write.", str(n)) for n in range(80)], rule=GroupingRule(())).test) == 40

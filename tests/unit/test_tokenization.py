@@ -1,4 +1,4 @@
-"""What a row becomes: token ids, the mask of its response, and its bytes."""
+"""Tokenisation of rows: ids, response mask and byte counts."""
 
 from __future__ import annotations
 
@@ -15,7 +15,7 @@ from hypothesis import strategies as st
 from tokenizers import Tokenizer, models, pre_tokenizers, processors
 from transformers import AutoTokenizer, PreTrainedTokenizerFast
 
-from slm_lora.data.checks import plain_marks
+from slm_lora.data.checks import text_role_marks
 from slm_lora.data.collate import collate
 from slm_lora.data.templates import Template, TemplateKind, as_chat_template, choose_template
 from slm_lora.data.tokenization import LongRows, RowTokenizer
@@ -31,7 +31,7 @@ BOS = "<|endoftext|>"
 
 @pytest.fixture(scope="module")
 def plain_tokenizer(tiny_folder: Path) -> Any:
-    """Adds no BOS; its padding token is its EOS."""
+    """A tokenizer without BOS, whose padding token is EOS."""
     tokenizer = AutoTokenizer.from_pretrained(tiny_folder, local_files_only=True)
     assert tokenizer.pad_token_id == tokenizer.eos_token_id
     return tokenizer
@@ -39,7 +39,7 @@ def plain_tokenizer(tiny_folder: Path) -> Any:
 
 @pytest.fixture(scope="module")
 def bos_tokenizer(tiny_folder: Path) -> Any:
-    """The same vocabulary, but every text begins with BOS."""
+    """A tokenizer of the same vocabulary that adds BOS to every text."""
     backend = Tokenizer.from_file(str(tiny_folder / "tokenizer.json"))
     backend.post_processor = processors.TemplateProcessing(
         single=f"{BOS} $A", special_tokens=[(BOS, backend.token_to_id(BOS))]
@@ -82,16 +82,16 @@ def encode(
     return RowTokenizer(tokenizer, template).encode(rows, groups, *limits)
 
 
-def one(tokenizer: Any, template: Template | TemplateKind, row: Row) -> Example:
+def encode_row(tokenizer: Any, template: Template | TemplateKind, row: Row) -> Example:
     chosen = template if isinstance(template, Template) else Template(template)
     (example,), _ = encode(tokenizer, chosen, [row])
     return example
 
 
 def ids(tokenizer: Any, text: str) -> list[int]:
-    """What the tokenizer's own plain call makes of a text."""
-    found: list[int] = tokenizer(text)["input_ids"]
-    return found
+    """Tokenise a text by a direct call of the tokenizer."""
+    input_ids: list[int] = tokenizer(text)["input_ids"]
+    return input_ids
 
 
 def decoded(tokenizer: Any, tokens: Any) -> str:
@@ -99,7 +99,7 @@ def decoded(tokenizer: Any, tokens: Any) -> str:
 
 
 def responses(tokenizer: Any, example: Example) -> list[str]:
-    """The text of each run of response tokens."""
+    """Return the text of each run of response tokens."""
     edges = np.flatnonzero(np.diff(example.response, prepend=False, append=False))
     return [
         decoded(tokenizer, example.ids[start:end])
@@ -123,17 +123,20 @@ ROWS = [
 
 @pytest.mark.parametrize("row", ROWS)
 def test_the_text_is_tokenised_once_and_whole(tokenizer: Any, row: Row) -> None:
-    asked, answered = (turn.content for turn in row.turns)
+    question, answer = (turn.content for turn in row.turns)
     eos = tokenizer.eos_token_id
-    text = f"Instruction:\n{asked}\nResponse:\n{answered}"
-    assert one(tokenizer, "instruction_response", row).ids.tolist() == [*ids(tokenizer, text), eos]
-    text = asked + answered
-    assert one(tokenizer, "plain", row).ids.tolist() == [*ids(tokenizer, text), eos]
-    text = f"<|im_start|>user\n{asked}<|im_end|>\n<|im_start|>assistant\n{answered}<|im_end|>"
-    assert one(tokenizer, "chat", row).ids.tolist() == ids(tokenizer, text)
+    text = f"Instruction:\n{question}\nResponse:\n{answer}"
+    assert encode_row(tokenizer, "instruction_response", row).ids.tolist() == [
+        *ids(tokenizer, text),
+        eos,
+    ]
+    text = question + answer
+    assert encode_row(tokenizer, "plain", row).ids.tolist() == [*ids(tokenizer, text), eos]
+    text = f"<|im_start|>user\n{question}<|im_end|>\n<|im_start|>assistant\n{answer}<|im_end|>"
+    assert encode_row(tokenizer, "chat", row).ids.tolist() == ids(tokenizer, text)
 
 
-def test_context_stands_where_it_was_asked_for(plain_tokenizer: Any) -> None:
+def test_the_context_is_part_of_the_prompt_if_included(plain_tokenizer: Any) -> None:
     row = pair("How long?", "Long.", context="Rivers are long.")
     eos = plain_tokenizer.eos_token_id
     kind: TemplateKind
@@ -141,27 +144,27 @@ def test_context_stands_where_it_was_asked_for(plain_tokenizer: Any) -> None:
         ("instruction_response", "Instruction:\nHow long?\nResponse:\nLong.<|im_end|>"),
         ("chat", "<|im_start|>user\nHow long?<|im_end|>\n<|im_start|>assistant\nLong.<|im_end|>"),
     ):
-        assert decoded(plain_tokenizer, one(plain_tokenizer, kind, row).ids) == text
-    example = one(plain_tokenizer, Template("instruction_response", True), row)
+        assert decoded(plain_tokenizer, encode_row(plain_tokenizer, kind, row).ids) == text
+    example = encode_row(plain_tokenizer, Template("instruction_response", True), row)
     text = "Instruction:\nHow long?\nContext:\nRivers are long.\nResponse:\nLong."
     assert example.ids.tolist() == [*ids(plain_tokenizer, text), eos]
-    example = one(plain_tokenizer, Template("chat", True), row)
+    example = encode_row(plain_tokenizer, Template("chat", True), row)
     assert "user\nRivers are long.\n\nHow long?<|im_end|>" in decoded(plain_tokenizer, example.ids)
-    example = one(plain_tokenizer, Template("instruction_response", True), pair("Q", "A"))
+    example = encode_row(plain_tokenizer, Template("instruction_response", True), pair("Q", "A"))
     assert decoded(plain_tokenizer, example.ids) == "Instruction:\nQ\nResponse:\nA<|im_end|>"
 
 
 def test_rows_keep_their_order_and_identity(plain_tokenizer: Any) -> None:
-    found, _ = encode(plain_tokenizer, Template("plain"), ROWS)
-    assert [each.row_id for each in found] == [row.row_id for row in ROWS]
-    assert [each.group_id for each in found] == [f"group of {row.row_id}" for row in ROWS]
+    examples, _ = encode(plain_tokenizer, Template("plain"), ROWS)
+    assert [example.row_id for example in examples] == [row.row_id for row in ROWS]
+    assert [example.group_id for example in examples] == [f"group of {row.row_id}" for row in ROWS]
     labelled = Row(ROWS[0].turns, category="open_qa")
-    assert one(plain_tokenizer, "plain", labelled).category == "open_qa"
+    assert encode_row(plain_tokenizer, "plain", labelled).category == "open_qa"
 
 
 def test_the_tokenizer_is_left_as_it_was(plain_tokenizer: Any) -> None:
     before = plain_tokenizer.backend_tokenizer.to_str()
-    one(plain_tokenizer, "chat", pair("<|im_end|>", "<|im_start|>"))
+    encode_row(plain_tokenizer, "chat", pair("<|im_end|>", "<|im_start|>"))
     assert plain_tokenizer.backend_tokenizer.to_str() == before
     assert ids(plain_tokenizer, "<|im_end|>") == [plain_tokenizer.eos_token_id]
 
@@ -171,7 +174,7 @@ def test_the_tokenizer_is_left_as_it_was(plain_tokenizer: Any) -> None:
 
 @pytest.mark.parametrize("kind", NAMED)
 def test_eos_is_a_label_although_it_also_pads(tokenizer: Any, kind: TemplateKind) -> None:
-    example = one(tokenizer, kind, pair("Tell me.", "No."))
+    example = encode_row(tokenizer, kind, pair("Tell me.", "No."))
     assert tokenizer.pad_token_id == tokenizer.eos_token_id == example.ids[-1]
     assert example.response[-1]
     for loss_on in ("all", "response"):
@@ -183,7 +186,7 @@ def test_eos_is_a_label_although_it_also_pads(tokenizer: Any, kind: TemplateKind
 def test_bos_is_first_once_unscored_and_without_bytes(
     bos_tokenizer: Any, kind: TemplateKind
 ) -> None:
-    example = one(bos_tokenizer, kind, pair("Tell me.", "Nein, später."))
+    example = encode_row(bos_tokenizer, kind, pair("Tell me.", "Nein, später."))
     assert example.ids[0] == bos_tokenizer.bos_token_id
     assert example.ids.tolist().count(bos_tokenizer.bos_token_id) == 1
     assert not example.response[0]
@@ -202,20 +205,20 @@ def test_no_second_bos_where_a_chat_template_writes_it(
     (tmp_path / "mine.jinja").write_text(written + bos_tokenizer.chat_template)
     template = choose_template(str(tmp_path / "mine.jinja"), "chat", False)
     row = pair("Tell me.", "No.")
-    example = one(bos_tokenizer, template, row)
-    assert example.ids.tolist() == one(bos_tokenizer, "chat", row).ids.tolist()
-    assert example.bytes_all == one(bos_tokenizer, "chat", row).bytes_all
+    example = encode_row(bos_tokenizer, template, row)
+    assert example.ids.tolist() == encode_row(bos_tokenizer, "chat", row).ids.tolist()
+    assert example.bytes_all == encode_row(bos_tokenizer, "chat", row).bytes_all
 
 
 def test_a_row_without_text_has_no_tokens(plain_tokenizer: Any) -> None:
     with pytest.raises(DataError, match=r"rows\.jsonl:7: the row has no tokens"):
-        one(plain_tokenizer, "plain", pair("", ""))
+        encode_row(plain_tokenizer, "plain", pair("", ""))
 
 
 def test_a_tokenizer_without_eos_ends_with_the_text(tiny_folder: Path) -> None:
     backend = Tokenizer.from_file(str(tiny_folder / "tokenizer.json"))
     bare = PreTrainedTokenizerFast(tokenizer_object=backend)  # type: ignore[no-untyped-call]
-    assert one(bare, "plain", pair("a", "b")).ids.tolist() == ids(bare, "ab")
+    assert encode_row(bare, "plain", pair("a", "b")).ids.tolist() == ids(bare, "ab")
 
 
 # --- responses ---------------------------------------------------------------------------------
@@ -225,23 +228,23 @@ def test_a_tokenizer_without_eos_ends_with_the_text(tiny_folder: Path) -> None:
 def test_the_response_begins_at_the_first_token_that_ends_past_the_prompt(
     tokenizer: Any, row: Row
 ) -> None:
-    asked, answered = (turn.content for turn in row.turns)
+    question, answer = (turn.content for turn in row.turns)
     kind: TemplateKind
     for kind, prompt in (
-        ("instruction_response", f"Instruction:\n{asked}\nResponse:\n"),
-        ("plain", asked),
+        ("instruction_response", f"Instruction:\n{question}\nResponse:\n"),
+        ("plain", question),
     ):
-        offsets = tokenizer(prompt + answered, return_offsets_mapping=True)["offset_mapping"]
+        offsets = tokenizer(prompt + answer, return_offsets_mapping=True)["offset_mapping"]
         expected = [end > len(prompt) for _, end in offsets] + [True]
-        assert one(tokenizer, kind, row).response.tolist() == expected
+        assert encode_row(tokenizer, kind, row).response.tolist() == expected
 
 
 def test_a_token_over_the_boundary_belongs_to_the_response(plain_tokenizer: Any) -> None:
     (over,) = ids(plain_tokenizer, " matter")
-    example = one(plain_tokenizer, "plain", pair("Rivers mat", "ter a great deal."))
+    example = encode_row(plain_tokenizer, "plain", pair("Rivers mat", "ter a great deal."))
     assert over in example.ids
     assert responses(plain_tokenizer, example) == [" matter a great deal.<|im_end|>"]
-    # its bytes before the boundary are the prompt's
+    # its bytes before the boundary belong to the prompt
     assert example.bytes_response == size("ter a great deal.")
 
 
@@ -258,8 +261,8 @@ def test_every_assistant_turn_is_a_response_with_its_end(
         ("user", "Three?"),
         ("assistant", "3"),
     )
-    example = one(tokenizer, Template("chat", include_context), row)
-    # the line end that the template writes after <|im_end|> is in the text, and no response
+    example = encode_row(tokenizer, Template("chat", include_context), row)
+    # the line end that the template writes after <|im_end|> is not part of the response
     assert responses(tokenizer, example) == ["Ένα.<|im_end|>", "Two \n<|im_end|>", "3<|im_end|>"]
     assert decoded(tokenizer, example.ids).count("<|im_end|>\n<|im_start|>") == 6
     assert decoded(tokenizer, example.ids).endswith("assistant\n3<|im_end|>")
@@ -267,14 +270,14 @@ def test_every_assistant_turn_is_a_response_with_its_end(
 
 
 def test_plain_text_is_all_response(tokenizer: Any) -> None:
-    example = one(tokenizer, "plain", chat(("assistant", "Rivers matter.")))
+    example = encode_row(tokenizer, "plain", chat(("assistant", "Rivers matter.")))
     assert responses(tokenizer, example) == ["Rivers matter.<|im_end|>"]
     assert example.response.tolist().count(False) == (tokenizer.bos_token_id is not None)
 
 
 def test_a_first_turn_without_a_question_begins_at_its_text(plain_tokenizer: Any) -> None:
     row = chat(("assistant", " Welcome."), ("user", "Hi."), ("assistant", "Hi."))
-    example = one(plain_tokenizer, "chat", row)
+    example = encode_row(plain_tokenizer, "chat", row)
     assert responses(plain_tokenizer, example) == [" Welcome.<|im_end|>", "Hi.<|im_end|>"]
     default = (
         "{% for m in messages %}{% if loop.first and m['role'] != 'system' %}"
@@ -282,22 +285,22 @@ def test_a_first_turn_without_a_question_begins_at_its_text(plain_tokenizer: Any
         "{{ '<|im_start|>' + m['role'] + '\\n' + m['content'] | trim + '<|im_end|>\\n' }}"
         "{% endfor %}{% if add_generation_prompt %}{{ '<|im_start|>assistant\\n' }}{% endif %}"
     )
-    example = one(plain_tokenizer, Template("jinja", source=default), row)
+    example = encode_row(plain_tokenizer, Template("jinja", source=default), row)
     assert responses(plain_tokenizer, example) == ["Welcome.<|im_end|>", "Hi.<|im_end|>"]
 
 
-def test_the_mark_at_a_turns_end_may_be_another_token_than_eos(plain_tokenizer: Any) -> None:
+def test_the_end_mark_of_a_turn_may_differ_from_eos(plain_tokenizer: Any) -> None:
     source = "{% for m in messages %}{{ m['content'] + '<|im_start|>\\n' }}{% endfor %}"
     row = chat(("user", "One?"), ("assistant", "1"), ("user", "Two?"), ("assistant", "2"))
-    example = one(plain_tokenizer, Template("jinja", source=source), row)
+    example = encode_row(plain_tokenizer, Template("jinja", source=source), row)
     assert responses(plain_tokenizer, example) == ["1<|im_start|>", "2<|im_start|><|im_end|>"]
 
 
 def test_a_chat_template_without_end_marks(plain_tokenizer: Any) -> None:
-    """The only EOS is then the one at the end of the row."""
+    """The only EOS is the one at the end of the row."""
     source = "{% for m in messages %}{{ m['role'] + ': ' + m['content'] + '\\n' }}{% endfor %}"
     row = chat(("user", "One?"), ("assistant", "1"), ("user", "Two?"), ("assistant", "2"))
-    example = one(plain_tokenizer, Template("jinja", source=source), row)
+    example = encode_row(plain_tokenizer, Template("jinja", source=source), row)
     assert responses(plain_tokenizer, example) == ["assistant: 1\n", "assistant: 2\n<|im_end|>"]
 
 
@@ -310,7 +313,7 @@ def test_special_tokens_in_row_text_stay_text(
     tokenizer: Any, kind: TemplateKind, token: str
 ) -> None:
     def specials(row: Row) -> list[int]:
-        example = one(tokenizer, Template(kind, include_context=kind != "plain"), row)
+        example = encode_row(tokenizer, Template(kind, include_context=kind != "plain"), row)
         return [id_ for id_ in example.ids.tolist() if id_ in tokenizer.all_special_ids]
 
     clean = specials(pair("What is it?", "It ends.", "A note."))
@@ -321,45 +324,46 @@ def test_special_tokens_in_row_text_stay_text(
 
 
 @pytest.mark.parametrize("kind", NAMED)
-def test_text_comes_back_from_its_tokens(plain_tokenizer: Any, kind: TemplateKind) -> None:
+def test_decoding_restores_the_text(plain_tokenizer: Any, kind: TemplateKind) -> None:
     row = pair("<|im_end|>\n<|im_start|>", "a <|im_start|>assistant\n<|endoftext|><|im_end|> b")
-    asked, answered = (turn.content for turn in row.turns)
+    question, answer = (turn.content for turn in row.turns)
     text = {
-        "instruction_response": f"Instruction:\n{asked}\nResponse:\n{answered}<|im_end|>",
-        "plain": f"{asked}{answered}<|im_end|>",
-        "chat": f"<|im_start|>user\n{asked}<|im_end|>\n<|im_start|>assistant\n{answered}<|im_end|>",
+        "instruction_response": f"Instruction:\n{question}\nResponse:\n{answer}<|im_end|>",
+        "plain": f"{question}{answer}<|im_end|>",
+        "chat": f"<|im_start|>user\n{question}<|im_end|>\n"
+        f"<|im_start|>assistant\n{answer}<|im_end|>",
     }[kind]
-    example = one(plain_tokenizer, kind, row)
+    example = encode_row(plain_tokenizer, kind, row)
     assert decoded(plain_tokenizer, example.ids) == text
-    assert responses(plain_tokenizer, example) == [f"{answered}<|im_end|>"]
-    assert example.bytes_response == size(answered)
+    assert responses(plain_tokenizer, example) == [f"{answer}<|im_end|>"]
+    assert example.bytes_response == size(answer)
 
 
 def test_a_special_token_that_joins_template_and_text_stays_text(plain_tokenizer: Any) -> None:
     source = "{% for m in messages %}{{ m['content'] + '|>' }}{% endfor %}"
     row = pair("Q", "A<|im_end")
-    example = one(plain_tokenizer, Template("jinja", source=source), row)
+    example = encode_row(plain_tokenizer, Template("jinja", source=source), row)
     assert example.ids.tolist().count(plain_tokenizer.eos_token_id) == 1
 
 
-def test_private_use_characters_that_stand_for_specials_are_refused(plain_tokenizer: Any) -> None:
+def test_private_use_characters_of_markers_are_refused(plain_tokenizer: Any) -> None:
     for row in (pair("\U000f0001", "A"), pair("Q", "\U00100000"), pair("Q", "A", "\U000f8000")):
         with pytest.raises(DataError, match=r"^rows\.jsonl:7: .*private-use.*remove the row"):
-            one(plain_tokenizer, "instruction_response", row)
-    one(plain_tokenizer, "instruction_response", pair("\ue000", "A"))
+            encode_row(plain_tokenizer, "instruction_response", row)
+    encode_row(plain_tokenizer, "instruction_response", pair("\ue000", "A"))
 
 
-def test_a_vocabulary_that_cannot_spell_a_special_token_is_found_out() -> None:
-    """Some models of words hold their special tokens as words like any other."""
+def test_a_vocabulary_that_cannot_escape_special_tokens_is_refused() -> None:
+    """Some word-level vocabularies contain their special tokens as ordinary words."""
     words = {"<unk>": 0, "</s>": 1, "salt": 2}
     backend = Tokenizer(models.WordLevel(words, unk_token="<unk>"))
     backend.pre_tokenizer = pre_tokenizers.WhitespaceSplit()
     tokenizer = PreTrainedTokenizerFast(  # type: ignore[no-untyped-call]
         tokenizer_object=backend, eos_token="</s>", unk_token="<unk>"
     )
-    assert one(tokenizer, "plain", pair("salt ", "pepper")).ids.tolist() == [2, 0, 1]
+    assert encode_row(tokenizer, "plain", pair("salt ", "pepper")).ids.tolist() == [2, 0, 1]
     with pytest.raises(DataError, match=r"rows\.jsonl:7: .*special token.*remove the row"):
-        one(tokenizer, "plain", pair("salt ", "</s> salt"))
+        encode_row(tokenizer, "plain", pair("salt ", "</s> salt"))
 
 
 # --- length ------------------------------------------------------------------------------------
@@ -368,14 +372,14 @@ LENGTHS = [pair("a", "b" * n) for n in (5, 40, 3, 60)]
 
 
 def lengths(tokenizer: Any) -> list[int]:
-    return [each.length for each in encode(tokenizer, Template("plain"), LENGTHS)[0]]
+    return [example.length for example in encode(tokenizer, Template("plain"), LENGTHS)[0]]
 
 
 def test_truncation_cuts_the_end_and_counts(tokenizer: Any) -> None:
     whole, counted = encode(tokenizer, Template("plain"), LENGTHS)
     assert counted == LongRows(rows=0, tokens_cut=0, longest=whole[3].length)
     cut, counted = encode(tokenizer, Template("plain"), LENGTHS, 10, "truncate")
-    over = [each.length - 10 for each in whole if each.length > 10]
+    over = [example.length - 10 for example in whole if example.length > 10]
     assert counted == LongRows(rows=2, tokens_cut=sum(over), longest=whole[3].length)
     for before, after in zip(whole, cut, strict=True):
         assert after.ids.tolist() == before.ids[:10].tolist()
@@ -391,8 +395,8 @@ def test_the_longest_row_that_is_whole(tokenizer: Any) -> None:
 
 def test_long_rows_are_dropped_whole(tokenizer: Any) -> None:
     kept, counted = encode(tokenizer, Template("plain"), LENGTHS, 10, "drop")
-    assert [each.row_id for each in kept] == [LENGTHS[0].row_id, LENGTHS[2].row_id]
-    assert all(each.ids[-1] == tokenizer.eos_token_id for each in kept)
+    assert [example.row_id for example in kept] == [LENGTHS[0].row_id, LENGTHS[2].row_id]
+    assert all(example.ids[-1] == tokenizer.eos_token_id for example in kept)
     assert (counted.rows, counted.longest) == (2, max(lengths(tokenizer)))
 
 
@@ -426,23 +430,23 @@ TEXTS_OF = {row.row_id: row.turns[0].content for row in TEXTS}
 
 @pytest.mark.parametrize("limit", [2, 3, 7, 10, 31, 64, 500])
 def test_every_token_of_a_long_text_is_a_label_once(tokenizer: Any, limit: int) -> None:
-    """Against the ids of the whole text, with no count of ours."""
+    """Compare the labels of the pieces with the ids of the whole text."""
     bos = tokenizer.bos_token_id
     whole, _ = encode(tokenizer, Template("plain"), TEXTS)
     pieces, counted = encode(tokenizer, Template("plain"), TEXTS, limit, "split")
     assert counted.tokens_cut == 0
-    assert counted.rows == sum(each.length > limit for each in whole)
-    assert max(each.length for each in pieces) <= limit
+    assert counted.rows == sum(example.length > limit for example in whole)
+    assert max(example.length for example in pieces) <= limit
     of_row: dict[str, list[Example]] = {}
-    for each in pieces:
-        of_row.setdefault(each.row_id.partition(".")[0], []).append(each)
+    for example in pieces:
+        of_row.setdefault(example.row_id.partition(".")[0], []).append(example)
     assert list(of_row) == [row.row_id for row in TEXTS], "their order is kept"
     for before, parts in zip(whole, of_row.values(), strict=True):
-        wanted = [*ids(tokenizer, TEXTS_OF[before.row_id]), tokenizer.eos_token_id]
+        expected = [*ids(tokenizer, TEXTS_OF[before.row_id]), tokenizer.eos_token_id]
         labels = [label for part in parts for label in collate([part], "all").labels[:-1].tolist()]
-        assert labels == wanted[1:] == before.ids[1:].tolist()
-        answered = [n for part in parts for n in collate([part], "response").labels[:-1].tolist()]
-        assert answered == labels, "plain text is all response"
+        assert labels == expected[1:] == before.ids[1:].tolist()
+        answer = [n for part in parts for n in collate([part], "response").labels[:-1].tolist()]
+        assert answer == labels, "plain text is all response"
         for part, after in itertools.pairwise(parts):
             context = bos if bos is not None else part.ids[-1]
             assert after.ids[0] == context, "what a piece begins with is no label of it"
@@ -456,69 +460,71 @@ def test_every_token_of_a_long_text_is_a_label_once(tokenizer: Any, limit: int) 
 
 def test_pieces_are_named_by_their_row_and_place(tokenizer: Any) -> None:
     pieces, _ = encode(tokenizer, Template("plain"), TEXTS, 10, "split")
-    names = [each.row_id for each in pieces]
+    names = [example.row_id for example in pieces]
     assert len(set(names)) == len(names)
     first = TEXTS[0].row_id
-    many = sum(name.startswith(first) for name in names)
-    assert names[:many] == [f"{first}.{n}of{many}" for n in range(1, many + 1)]
+    count = sum(name.startswith(first) for name in names)
+    assert names[:count] == [f"{first}.{n}of{count}" for n in range(1, count + 1)]
     assert TEXTS[1].row_id in names, "a row that fits is itself"
 
 
 def test_rows_that_fit_are_the_same_whether_long_ones_are_split(tokenizer: Any) -> None:
     split, _ = encode(tokenizer, Template("plain"), TEXTS, 500, "split")
     cut, _ = encode(tokenizer, Template("plain"), TEXTS, 500, "truncate")
-    assert [each.ids.tolist() for each in split] == [each.ids.tolist() for each in cut]
-    assert [each.row_id for each in split] == [each.row_id for each in cut]
+    assert [example.ids.tolist() for example in split] == [example.ids.tolist() for example in cut]
+    assert [example.row_id for example in split] == [example.row_id for example in cut]
 
 
-# --- special tokens that responses may hold ----------------------------------------------------
+# --- special tokens in responses ---------------------------------------------------------------
 
 
 @pytest.mark.parametrize("kind", NAMED)
-def test_special_tokens_in_responses_are_these_where_asked_for(
+def test_special_tokens_in_responses_are_special_if_requested(
     tokenizer: Any, kind: TemplateKind
 ) -> None:
     chosen = Template(kind, special_in_responses=True)
     row = pair("What of <|im_start|>?", "<|im_start|>call(1)<|im_start|> then, später.")
-    example = one(tokenizer, chosen, row)
+    example = encode_row(tokenizer, chosen, row)
     start = tokenizer.convert_tokens_to_ids("<|im_start|>")
-    said = example.ids[example.response]
-    assert (said == start).sum() == 2
+    response = example.ids[example.response]
+    assert (response == start).sum() == 2
     assert example.ids.tolist().count(start) == 2 + 2 * (kind == "chat"), "the prompt's is text"
     assert responses(tokenizer, example) == [
         "<|im_start|>call(1)<|im_start|> then, später.<|im_end|>"
     ]
     assert example.bytes_response == size("call(1) then, später.")
-    plain = one(tokenizer, kind, row)
+    plain = encode_row(tokenizer, kind, row)
     assert (plain.ids[plain.response] == start).sum() == 0
     assert plain.bytes_response == size("<|im_start|>call(1)<|im_start|> then, später.")
 
 
 @pytest.mark.parametrize("kind", NAMED)
-def test_prompts_are_the_same_whatever_responses_may_hold(
+def test_special_tokens_in_responses_do_not_change_prompts(
     tokenizer: Any, kind: TemplateKind
 ) -> None:
     tokenize = RowTokenizer(tokenizer, Template(kind, special_in_responses=True))
-    asked = [Turn("user", "What of <|im_start|>?")]
-    assert tokenize.prompt(asked) == RowTokenizer(tokenizer, Template(kind)).prompt(asked)
-    example = one(tokenizer, tokenize.template, pair("What of <|im_start|>?", "<|im_start|>"))
-    prompt = tokenize.prompt(asked)
+    turns = [Turn("user", "What of <|im_start|>?")]
+    assert tokenize.prompt(turns) == RowTokenizer(tokenizer, Template(kind)).prompt(turns)
+    example = encode_row(
+        tokenizer, tokenize.template, pair("What of <|im_start|>?", "<|im_start|>")
+    )
+    prompt = tokenize.prompt(turns)
     assert example.ids[: len(prompt)].tolist() == prompt
 
 
-def test_an_earlier_response_is_prompted_with_as_it_was_trained(plain_tokenizer: Any) -> None:
+def test_earlier_responses_have_the_training_tokens_in_prompts(plain_tokenizer: Any) -> None:
     row = chat(("user", "1?"), ("assistant", "<|endoftext|>a"), ("user", "2?"), ("assistant", "b"))
     tokenize = RowTokenizer(plain_tokenizer, Template("chat", special_in_responses=True))
     (example,), _ = tokenize.encode([row], {row.row_id: ""})
     prompt = tokenize.prompt(row.turns[:-1])
     assert plain_tokenizer.convert_tokens_to_ids("<|endoftext|>") in prompt
     assert example.ids[: len(prompt)].tolist() == prompt
-    wanted = plain_tokenizer.apply_chat_template(messages(row)[:-1], add_generation_prompt=True)
-    assert prompt == list(wanted["input_ids"]), "transformers reads specials everywhere"
+    expected = plain_tokenizer.apply_chat_template(messages(row)[:-1], add_generation_prompt=True)
+    assert prompt == list(expected["input_ids"]), "transformers reads specials everywhere"
 
 
-def test_a_response_that_spells_its_own_end_has_one(plain_tokenizer: Any) -> None:
-    example = one(
+def test_a_response_with_an_end_mark_gets_no_second_one(plain_tokenizer: Any) -> None:
+    example = encode_row(
         plain_tokenizer, Template("plain", special_in_responses=True), pair("Q", "A<|im_end|>")
     )
     assert example.ids.tolist().count(plain_tokenizer.eos_token_id) == 1
@@ -529,7 +535,7 @@ def test_a_response_that_spells_its_own_end_has_one(plain_tokenizer: Any) -> Non
 # --- prompts that end within a token -----------------------------------------------------------
 
 
-def test_rows_prompted_otherwise_than_trained_are_found(plain_tokenizer: Any) -> None:
+def test_rows_whose_prompt_has_other_tokens_alone_are_found(plain_tokenizer: Any) -> None:
     tokenize = RowTokenizer(plain_tokenizer, Template("plain"))
     rows = [
         pair("Tell me a fact about rivers.", " Rivers matter."),
@@ -538,17 +544,17 @@ def test_rows_prompted_otherwise_than_trained_are_found(plain_tokenizer: Any) ->
         text("Rivers matter."),
         pair("What? ", " Yes"),
     ]
-    found = tokenize.joined(rows)
-    for row, so in zip(rows, found, strict=True):
-        asked = row.turns[0].content if len(row.turns) > 1 else ""
+    differs = tokenize.differs_from_prompt(rows)
+    for row, differs_here in zip(rows, differs, strict=True):
+        question = row.turns[0].content if len(row.turns) > 1 else ""
         alone, whole = (
-            ids(plain_tokenizer, asked),
-            ids(plain_tokenizer, asked + row.turns[-1].content),
+            ids(plain_tokenizer, question),
+            ids(plain_tokenizer, question + row.turns[-1].content),
         )
-        assert so == (whole[: len(alone)] != alone)
-    assert found[:4] == [False, True, True, False]
+        assert differs_here == (whole[: len(alone)] != alone)
+    assert differs[:4] == [False, True, True, False]
     in_words = RowTokenizer(plain_tokenizer, Template("instruction_response"))
-    assert in_words.joined(rows[:3]) == [False, False, False]
+    assert in_words.differs_from_prompt(rows[:3]) == [False, False, False]
 
 
 # --- bytes -------------------------------------------------------------------------------------
@@ -556,19 +562,19 @@ def test_rows_prompted_otherwise_than_trained_are_found(plain_tokenizer: Any) ->
 
 @pytest.mark.parametrize("row", ROWS)
 def test_bytes_are_those_of_the_scored_text(tokenizer: Any, row: Row) -> None:
-    asked, answered = (turn.content for turn in row.turns)
-    text = f"Instruction:\n{asked}\nResponse:\n{answered}"
-    example = one(tokenizer, "instruction_response", row)
-    # without BOS the first token of the text is the one that nothing predicts
+    question, answer = (turn.content for turn in row.turns)
+    text = f"Instruction:\n{question}\nResponse:\n{answer}"
+    example = encode_row(tokenizer, "instruction_response", row)
+    # without BOS the first token of the text is not a label
     unscored = size(decoded(tokenizer, example.ids[:1]).removeprefix(BOS))
     assert (unscored == 0) == (tokenizer.bos_token_id is not None)
     assert example.bytes_all == size(text) - unscored
-    assert example.bytes_response == size(answered)
+    assert example.bytes_response == size(answer)
 
 
 def test_bytes_end_where_the_row_is_cut(bos_tokenizer: Any) -> None:
     row = pair("Where?", "日本 and beyond, 🙂.")
-    whole = one(bos_tokenizer, "instruction_response", row)
+    whole = encode_row(bos_tokenizer, "instruction_response", row)
     prompt = "Instruction:\nWhere?\nResponse:\n"
     seen = set()
     for limit in range(2, whole.length + 1):
@@ -584,12 +590,12 @@ def test_bytes_end_where_the_row_is_cut(bos_tokenizer: Any) -> None:
 
 def test_an_unscored_first_token_has_no_bytes_in_the_response(plain_tokenizer: Any) -> None:
     text = "Rivers matter."
-    example = one(plain_tokenizer, "plain", chat(("assistant", text)))
+    example = encode_row(plain_tokenizer, "plain", chat(("assistant", text)))
     first = decoded(plain_tokenizer, example.ids[:1])
     assert example.bytes_all == example.bytes_response == size(text) - size(first)
 
 
-# --- whatever the text -------------------------------------------------------------------------
+# --- arbitrary text ----------------------------------------------------------------------------
 
 ANY_TEXT = st.lists(
     st.one_of(
@@ -603,42 +609,42 @@ ANY_TEXT = st.lists(
 @pytest.mark.parametrize("kind", NAMED)
 @pytest.mark.parametrize("bos", [False, True])
 @settings(max_examples=60, deadline=None)
-@given(asked=ANY_TEXT, answered=ANY_TEXT)
-def test_the_mask_is_the_response_and_nothing_else(
-    request: pytest.FixtureRequest, kind: TemplateKind, bos: bool, asked: str, answered: str
+@given(question=ANY_TEXT, answer=ANY_TEXT)
+def test_the_mask_covers_exactly_the_response(
+    request: pytest.FixtureRequest, kind: TemplateKind, bos: bool, question: str, answer: str
 ) -> None:
-    assume(asked or answered)
+    assume(question or answer)
     tokenizer = request.getfixturevalue("bos_tokenizer" if bos else "plain_tokenizer")
     prompt = {
-        "instruction_response": f"Instruction:\n{asked}\nResponse:\n",
-        "plain": asked,
-        "chat": f"<|im_start|>user\n{asked}<|im_end|>\n<|im_start|>assistant\n",
+        "instruction_response": f"Instruction:\n{question}\nResponse:\n",
+        "plain": question,
+        "chat": f"<|im_start|>user\n{question}<|im_end|>\n<|im_start|>assistant\n",
     }[kind]
-    example = one(tokenizer, kind, pair(asked, answered))
+    example = encode_row(tokenizer, kind, pair(question, answer))
     # one run, up to the end
     boundary = int(np.argmax(example.response))
     assert example.response.tolist() == [n >= boundary for n in range(example.length)]
     before = decoded(tokenizer, example.ids[bos:boundary])
     after = decoded(tokenizer, example.ids[boundary:])
-    assert before + after == f"{prompt}{answered}<|im_end|>"
-    # the token at the boundary is the first that reaches past the prompt
+    assert before + after == f"{prompt}{answer}<|im_end|>"
+    # the token at the boundary is the first that ends after the prompt
     assert len(before) <= len(prompt)
     assert len(before) + len(decoded(tokenizer, example.ids[boundary : boundary + 1])) > len(prompt)
-    assert example.bytes_response == size(answered) or boundary == 0
+    assert example.bytes_response == size(answer) or boundary == 0
     count = [example.ids.tolist().count(tokenizer.convert_tokens_to_ids(t)) for t in SPECIALS]
     assert count == ([int(bos), 2, 2] if kind == "chat" else [int(bos), 0, 1])
 
 
-# --- templates of the user's own ---------------------------------------------------------------
+# --- user-defined templates --------------------------------------------------------------------
 
 
-def own(folder: Path, source: str) -> Template:
+def jinja_template(folder: Path, source: str) -> Template:
     (folder / "mine.jinja").write_text(source, encoding="utf-8")
     return choose_template(str(folder / "mine.jinja"), "chat", False)
 
 
 def test_a_template_from_a_file(plain_tokenizer: Any, tmp_path: Path) -> None:
-    template = own(
+    template = jinja_template(
         tmp_path,
         "{% for message in messages %}\n"
         "{% if message['role'] == 'user' %}\n"
@@ -650,16 +656,18 @@ def test_a_template_from_a_file(plain_tokenizer: Any, tmp_path: Path) -> None:
         "{% if add_generation_prompt %}A: {% endif %}\n",
     )
     row = chat(("user", "1?"), ("assistant", "1<|im_end|>"), ("user", "2?"), ("assistant", "2"))
-    example = one(plain_tokenizer, template, row)
+    example = encode_row(plain_tokenizer, template, row)
     text = "Q: 1?\nA: 1<|im_end|><|im_end|>\nQ: 2?\nA: 2<|im_end|>"
     assert decoded(plain_tokenizer, example.ids) == text
-    # the space before an answer is one token with it
+    # the space before an answer is part of its first token
     assert responses(plain_tokenizer, example) == [" 1<|im_end|><|im_end|>", " 2<|im_end|>"]
     assert example.ids.tolist().count(plain_tokenizer.eos_token_id) == 2
 
 
-def test_a_template_sees_what_chat_templates_see(plain_tokenizer: Any, tmp_path: Path) -> None:
-    """Else it would render one text in training, and another where others prompt with it."""
+def test_a_jinja_template_has_the_variables_of_chat_templates(
+    plain_tokenizer: Any, tmp_path: Path
+) -> None:
+    """Otherwise training and other programs would render different texts."""
     source = (
         "{%- if tools %}{{ raise_exception('no tools') }}{% endif %}\n"
         "{% for message in messages %}\n"
@@ -669,12 +677,12 @@ def test_a_template_sees_what_chat_templates_see(plain_tokenizer: Any, tmp_path:
     )
     row = pair("Is 'a' < \"b\" & ü?", "Yes.")
     text = plain_tokenizer.apply_chat_template(messages(row), chat_template=source, tokenize=False)
-    example = one(plain_tokenizer, own(tmp_path, source), row)
+    example = encode_row(plain_tokenizer, jinja_template(tmp_path, source), row)
     assert decoded(plain_tokenizer, example.ids) == text.rstrip() + "\n<|im_end|>"
 
 
 @pytest.mark.parametrize(
-    ("source", "said"),
+    ("source", "fragment"),
     [
         ("{% for m in messages %}\n{{ m['content'] }}", r"line 2: Unexpected end of template"),
         ("{{ mesages[0].content }}", "'mesages' is undefined"),
@@ -686,29 +694,29 @@ def test_a_template_sees_what_chat_templates_see(plain_tokenizer: Any, tmp_path:
         ("{% include 'other.jinja' %}", "no loader"),
     ],
 )
-def test_templates_that_fail_are_explained(
-    plain_tokenizer: Any, tmp_path: Path, source: str, said: str
+def test_failing_templates_are_explained(
+    plain_tokenizer: Any, tmp_path: Path, source: str, fragment: str
 ) -> None:
     with pytest.raises(UsageError) as caught:
-        one(plain_tokenizer, own(tmp_path, source), pair("Q", "A"))
+        encode_row(plain_tokenizer, jinja_template(tmp_path, source), pair("Q", "A"))
     assert str(caught.value).startswith("data.template: ")
-    assert said in str(caught.value)
+    assert fragment in str(caught.value)
     assert "\n" not in str(caught.value)
 
 
 def test_a_template_that_rewrites_earlier_turns_is_refused(
     plain_tokenizer: Any, tmp_path: Path
 ) -> None:
-    """As those do that drop the thinking of all answers but the last."""
+    """Some templates drop the reasoning of all answers but the last."""
     source = (
         "{% for m in messages %}{{ m['role'] + ': ' }}"
         "{{ m['content'] if loop.last else m['content'][-1:] }}{{ eos_token }}{% endfor %}"
     )
-    template = own(tmp_path, source)
+    template = jinja_template(tmp_path, source)
     row = chat(("user", "1"), ("assistant", "22"), ("user", "3"), ("assistant", "44"))
     with pytest.raises(DataError, match=r"rows\.jsonl:7: the chat template does not extend"):
-        one(plain_tokenizer, template, row)
-    example = one(plain_tokenizer, template, pair("1", "22"))
+        encode_row(plain_tokenizer, template, row)
+    example = encode_row(plain_tokenizer, template, pair("1", "22"))
     assert responses(plain_tokenizer, example) == ["assistant: 22<|im_end|>"]
 
 
@@ -718,13 +726,13 @@ def test_a_row_that_the_models_own_template_refuses(tiny_folder: Path) -> None:
         "{% if messages[0]['role'] == 'system' %}{{ raise_exception('no system turn') }}"
         "{% endif %}" + tokenizer.chat_template
     )
-    one(tokenizer, "chat", pair("Q", "A"))
+    encode_row(tokenizer, "chat", pair("Q", "A"))
     row = chat(("system", "Be kind."), ("user", "Q"), ("assistant", "A"))
     with pytest.raises(DataError, match=r"rows\.jsonl:7: .*refuses the row \(no system turn\)"):
-        one(tokenizer, "chat", row)
+        encode_row(tokenizer, "chat", row)
 
 
-def test_chat_needs_a_chat_template(tiny_folder: Path) -> None:
+def test_template_chat_needs_a_chat_template(tiny_folder: Path) -> None:
     tokenizer = AutoTokenizer.from_pretrained(tiny_folder, local_files_only=True)
     tokenizer.chat_template = None
     with pytest.raises(UsageError, match=r"no chat template; use instruction_response"):
@@ -744,8 +752,8 @@ def test_chat_needs_a_chat_template(tiny_folder: Path) -> None:
 )
 def test_rows_with_other_turns_than_a_pair(plain_tokenizer: Any, row: Row, instead: str) -> None:
     with pytest.raises(DataError, match=rf"^rows\.jsonl:7: .*; set data\.template={instead}$"):
-        one(plain_tokenizer, "instruction_response", row)
-    one(plain_tokenizer, "plain" if instead == "plain" else "chat", row)
+        encode_row(plain_tokenizer, "instruction_response", row)
+    encode_row(plain_tokenizer, "plain" if instead == "plain" else "chat", row)
 
 
 def test_templates_are_chosen_by_name_file_or_format(tmp_path: Path) -> None:
@@ -765,13 +773,13 @@ def test_templates_are_chosen_by_name_file_or_format(tmp_path: Path) -> None:
         choose_template(str(tmp_path / "latin.jinja"), "dolly", False)
 
 
-# --- the template that others prompt with ------------------------------------------------------
+# --- the saved chat template -------------------------------------------------------------------
 
 
 def prompted(
     tokenizer: Any, template: Template, messages: list[dict[str, str]], prompt: bool = False
 ) -> list[int]:
-    """The ids that programs get who apply the chat template stored with an adapter."""
+    """Return the ids that the chat template saved with an adapter gives in transformers."""
     tokenize = RowTokenizer(tokenizer, template)
     source = as_chat_template(
         template,
@@ -779,14 +787,14 @@ def prompted(
         tokenizer.chat_template,
         tokenize.space_after_bos,
     )
-    found: list[int] = tokenizer.apply_chat_template(
+    input_ids: list[int] = tokenizer.apply_chat_template(
         messages,
         chat_template=source,
         add_generation_prompt=prompt,
         tokenize=True,
         return_dict=False,
     )
-    return found
+    return input_ids
 
 
 OWN_TEMPLATES = [
@@ -801,31 +809,33 @@ OWN_TEMPLATES = [
 
 @pytest.mark.parametrize("template", [*map(Template, NAMED), *OWN_TEMPLATES])
 @pytest.mark.parametrize("row", ROWS)
-def test_others_prompt_as_was_trained(
+def test_the_saved_template_prompts_as_in_training(
     bos_tokenizer: Any, plain_tokenizer: Any, template: Template, row: Row
 ) -> None:
     for tokenizer in (bos_tokenizer, plain_tokenizer):
         if tokenizer is plain_tokenizer and "bos_token" in template.source:
             continue
-        trained = one(tokenizer, template, row).ids.tolist()
-        found = prompted(tokenizer, template, messages(row))
+        trained = encode_row(tokenizer, template, row).ids.tolist()
+        prompted_ids = prompted(tokenizer, template, messages(row))
         if template.kind == "jinja" and not template.source.endswith("eos_token }}{% endfor %}\n"):
             trained.pop()  # EOS is training's where the template writes none
-        assert found[: len(trained)] == trained
-        assert not decoded(tokenizer, found[len(trained) :]).strip()
-        assert found.count(tokenizer.bos_token_id) == (tokenizer is bos_tokenizer)
+        assert prompted_ids[: len(trained)] == trained
+        assert not decoded(tokenizer, prompted_ids[len(trained) :]).strip()
+        assert prompted_ids.count(tokenizer.bos_token_id) == (tokenizer is bos_tokenizer)
 
 
 @pytest.mark.parametrize("kind", NAMED)
-def test_the_prompt_is_what_stood_before_the_response(tokenizer: Any, kind: TemplateKind) -> None:
+def test_a_prompt_equals_the_training_text_before_the_response(
+    tokenizer: Any, kind: TemplateKind
+) -> None:
     row = pair("Tell me a fact about rivers.", "Rivers matter.")
-    example = one(tokenizer, kind, row)
+    example = encode_row(tokenizer, kind, row)
     before = example.ids[~example.response].tolist()
     assert prompted(tokenizer, Template(kind), messages(row)[:1], prompt=True) == before
 
 
-def test_an_answer_in_a_prompt_may_hold_what_a_question_may_not(plain_tokenizer: Any) -> None:
-    """It is the model's own, and a conversation goes on after it."""
+def test_an_answer_in_a_prompt_may_contain_nul(plain_tokenizer: Any) -> None:
+    """A model may have generated it, and the conversation must be able to continue."""
     tokenize = RowTokenizer(plain_tokenizer, Template("chat"))
     turns = [Turn("user", "Why?"), Turn("assistant", "a\0b\r\nc"), Turn("user", "So?")]
     assert "assistant\na\0b\nc<|im_end|>" in decoded(plain_tokenizer, tokenize.prompt(turns))
@@ -835,24 +845,26 @@ def test_an_answer_in_a_prompt_may_hold_what_a_question_may_not(plain_tokenizer:
 
 
 @pytest.mark.parametrize("kind", NAMED)
-def test_a_conversation_is_pair_after_pair(plain_tokenizer: Any, kind: TemplateKind) -> None:
+def test_a_conversation_is_the_concatenation_of_its_pairs(
+    plain_tokenizer: Any, kind: TemplateKind
+) -> None:
     two = [*messages(ROWS[0]), *messages(ROWS[3])]
-    found = prompted(plain_tokenizer, Template(kind), two)
+    prompted_ids = prompted(plain_tokenizer, Template(kind), two)
     once = [prompted(plain_tokenizer, Template(kind), messages(ROWS[n])) for n in (0, 3)]
-    assert found == once[0] + once[1]
+    assert prompted_ids == once[0] + once[1]
 
 
-def test_a_text_row_comes_back_too(tokenizer: Any) -> None:
+def test_the_saved_template_gives_the_tokens_of_a_text_row(tokenizer: Any) -> None:
     row = chat(("assistant", "Rivers matter."))
-    trained = one(tokenizer, "plain", row).ids.tolist()
+    trained = encode_row(tokenizer, "plain", row).ids.tolist()
     assert prompted(tokenizer, Template("plain"), messages(row)) == trained
 
 
-def test_a_tokenizer_without_a_chat_template_has_none_to_hand_on() -> None:
+def test_a_tokenizer_without_a_chat_template_saves_none() -> None:
     assert as_chat_template(Template("chat"), True, None) is None
 
 
-# --- the real thing ----------------------------------------------------------------------------
+# --- TinyLlama ---------------------------------------------------------------------------------
 
 TINYLLAMA = Path(__file__).resolve().parents[3] / "shared/tinyllama"
 
@@ -870,18 +882,20 @@ def tinyllama() -> Any:
 
 
 @pytest.mark.parametrize("limit", [2, 5, 16])
-def test_tinyllama_learns_every_token_of_a_long_text_once(tinyllama: Any, limit: int) -> None:
+def test_tinyllama_has_every_token_of_a_long_text_as_one_label(tinyllama: Any, limit: int) -> None:
     pieces, _ = encode(tinyllama, Template("plain"), TEXTS, limit, "split")
-    labels = [label for each in pieces for label in collate([each], "all").labels[:-1].tolist()]
+    labels = [
+        label for example in pieces for label in collate([example], "all").labels[:-1].tolist()
+    ]
     assert labels == [
         id_ for row in TEXTS for id_ in [*ids(tinyllama, TEXTS_OF[row.row_id]), 2][1:]
     ]
-    assert all(each.ids[0] == 1 and each.length <= limit for each in pieces)
-    assert sum(each.bytes_all for each in pieces) == sum(map(size, TEXTS_OF.values()))
+    assert all(example.ids[0] == 1 and example.length <= limit for example in pieces)
+    assert sum(example.bytes_all for example in pieces) == sum(map(size, TEXTS_OF.values()))
 
 
 def test_tinyllama_puts_bos_first_and_eos_last(tinyllama: Any) -> None:
-    example = one(tinyllama, "instruction_response", pair("Say", "Yes"))
+    example = encode_row(tinyllama, "instruction_response", pair("Say", "Yes"))
     golden = [1, 2799, 4080, 29901, 13, 29903, 388, 13, 5103, 29901, 13, 8241, 2]
     assert example.ids.tolist() == golden
     assert example.response.tolist() == [False] * 11 + [True, True]
@@ -893,13 +907,15 @@ def test_tinyllama_puts_bos_first_and_eos_last(tinyllama: Any) -> None:
 
 
 @pytest.mark.parametrize("kind", NAMED)
-def test_tinyllama_takes_end_marks_in_row_text_for_text(tinyllama: Any, kind: TemplateKind) -> None:
-    example = one(tinyllama, kind, pair("Is <s> a tag, </s> too?\n", "</s>No</s>, <unk>."))
-    found = example.ids.tolist()
-    assert found[0] == 1
-    assert found[-1] == 2
-    assert (found.count(0), found.count(1)) == (0, 1)
-    assert found.count(2) == (2 if kind == "chat" else 1)
+def test_tinyllama_encodes_end_marks_in_row_text_as_text(
+    tinyllama: Any, kind: TemplateKind
+) -> None:
+    example = encode_row(tinyllama, kind, pair("Is <s> a tag, </s> too?\n", "</s>No</s>, <unk>."))
+    input_ids = example.ids.tolist()
+    assert input_ids[0] == 1
+    assert input_ids[-1] == 2
+    assert (input_ids.count(0), input_ids.count(1)) == (0, 1)
+    assert input_ids.count(2) == (2 if kind == "chat" else 1)
     (text,) = responses(tinyllama, example)
     assert text == "</s>No</s>, <unk>.</s>"
     assert example.bytes_response == size("</s>No</s>, <unk>.")
@@ -907,30 +923,30 @@ def test_tinyllama_takes_end_marks_in_row_text_for_text(tinyllama: Any, kind: Te
 
 @pytest.mark.parametrize("row", ROWS)
 def test_tinyllama_agrees_with_its_own_plain_call(tinyllama: Any, row: Row) -> None:
-    asked, answered = (turn.content for turn in row.turns)
-    text = f"Instruction:\n{asked}\nResponse:\n{answered}"
-    example = one(tinyllama, "instruction_response", row)
+    question, answer = (turn.content for turn in row.turns)
+    text = f"Instruction:\n{question}\nResponse:\n{answer}"
+    example = encode_row(tinyllama, "instruction_response", row)
     assert example.ids.tolist() == [*ids(tinyllama, text), 2]
-    assert (example.bytes_all, example.bytes_response) == (size(text), size(answered))
-    text = f"<|user|>\n{asked}</s>\n<|assistant|>\n{answered}</s>"
-    assert one(tinyllama, "chat", row).ids.tolist() == ids(tinyllama, text)
+    assert (example.bytes_all, example.bytes_response) == (size(text), size(answer))
+    text = f"<|user|>\n{question}</s>\n<|assistant|>\n{answer}</s>"
+    assert encode_row(tinyllama, "chat", row).ids.tolist() == ids(tinyllama, text)
 
 
 @pytest.mark.parametrize("kind", NAMED)
 def test_tinyllama_is_prompted_as_it_was_trained(tinyllama: Any, kind: TemplateKind) -> None:
     for row in (ROWS[0], ROWS[2], ROWS[3]):
-        trained = one(tinyllama, kind, row).ids.tolist()
-        found = prompted(tinyllama, Template(kind), messages(row))
-        assert found[: len(trained)] == trained
-        assert not decoded(tinyllama, found[len(trained) :]).strip()
+        trained = encode_row(tinyllama, kind, row).ids.tolist()
+        prompted_ids = prompted(tinyllama, Template(kind), messages(row))
+        assert prompted_ids[: len(trained)] == trained
+        assert not decoded(tinyllama, prompted_ids[len(trained) :]).strip()
 
 
 def test_the_role_marks_of_tinyllama_are_plain_text(tinyllama: Any) -> None:
-    marks = plain_marks(RowTokenizer(tinyllama, Template("chat")), [pair("<|user|>", "x")])
+    marks = text_role_marks(RowTokenizer(tinyllama, Template("chat")), [pair("<|user|>", "x")])
     assert [(mark.text, mark.rows) for mark in marks] == [("<|user|>", 1), ("<|assistant|>", 0)]
 
 
-# --- templates that mean harm ------------------------------------------------------------------
+# --- malicious templates -----------------------------------------------------------------------
 
 HOSTILE = [
     "{{ ''.__class__.__mro__[1].__subclasses__() }}",
@@ -950,7 +966,7 @@ HOSTILE = [
 
 @pytest.mark.parametrize("source", HOSTILE)
 @pytest.mark.parametrize("whose", ["the model's", "the user's"])
-def test_a_hostile_template_reaches_nothing(
+def test_a_malicious_template_is_sandboxed(
     plain_tokenizer: Any, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, source: str, whose: str
 ) -> None:
     monkeypatch.chdir(tmp_path)
@@ -962,13 +978,13 @@ def test_a_hostile_template_reaches_nothing(
             text = RowTokenizer(tokenizer, Template("chat")).render(row).text
         else:
             text = RowTokenizer(plain_tokenizer, Template("jinja", source=source)).render(row).text
-    # What a sandbox lets through is text: of no class, no file, no machine.
+    # The sandbox must not reveal classes, files or the machine.
     assert "class" not in text and "root" not in text
     assert not list(tmp_path.iterdir())
     assert len(row.turns) == 2
 
 
-def test_a_template_that_writes_the_date_writes_the_same_one_every_day() -> None:
+def test_a_template_with_a_date_gives_the_same_text_every_day() -> None:
     tokenizer = tiny_tokenizer()
     tokenizer.chat_template = (
         "{{ strftime_now('%d %b %Y') }}{% for message in messages %}"

@@ -28,7 +28,7 @@ from slm_lora.model.model_folder import CHAT_TEMPLATE, MODEL_WEIGHTS, save_model
 from slm_lora.model.quantization import import_bitsandbytes
 from slm_lora.model.resolve import ModelSource
 from slm_lora.ops.linear import patch_linears
-from slm_lora.runtime.checksums import SEAL, check_files, inside, read_sealed, sealed
+from slm_lora.runtime.checksums import SEAL, check_files, read_sealed, resolve_inside, sealed
 from slm_lora.runtime.storage import atomic_folder
 
 if TYPE_CHECKING:
@@ -288,7 +288,7 @@ def _read_adapter_config(folder: Path) -> dict[str, Any]:
         hint = "; its pickled weights (.bin) are not loaded: save it as safetensors" * pickled
         raise UsageError(f"{folder}: no adapter (adapter_config.json and {WEIGHTS}) in it{hint}")
     for name in ("adapter_config.json", WEIGHTS):
-        inside(folder, name)
+        resolve_inside(folder, name)
     path = folder / "adapter_config.json"
     try:
         config: dict[str, Any] = json.loads(path.read_text(encoding="utf-8"))

@@ -13,9 +13,9 @@ from slm_lora.adapters import io as adapter_io
 from slm_lora.config.schema import ModelSection
 from slm_lora.data.chat_templates import (
     TEMPLATE_DATE,
-    clock,
+    date_macro,
     default_template,
-    is_frozen,
+    has_frozen_date,
     read_template,
 )
 from slm_lora.data.templates import Template, as_chat_template
@@ -109,12 +109,12 @@ def load_adapter_set(
         source,
         device=chosen_device,
         precision=choose_precision(precision, chosen_device),
-        plain=True,
+        padded=True,
     )
     tokenizer = load_tokenizer(source)
     notes: list[str] = []
     row_tokenizers = {BASE: _base_row_tokenizer(source.path, tokenizer)}
-    if not adapters and is_frozen(row_tokenizers[BASE].chat_template or ""):
+    if not adapters and has_frozen_date(row_tokenizers[BASE].chat_template or ""):
         notes.append(
             f"{BASE}: its chat template contains today's date; it is fixed to "
             f"{TEMPLATE_DATE:%d %b %Y}, as in training"
@@ -205,7 +205,7 @@ def _adapter_row_tokenizer(
         )
         return trained
     if text is not None:
-        date = f", with the date {TEMPLATE_DATE:%d %b %Y}" if clock(text, str(shipped)) else ""
+        date = f", with the date {TEMPLATE_DATE:%d %b %Y}" if date_macro(text, str(shipped)) else ""
         notes.append(f"{folder.name}: prompted by its chat_template.jinja{date}; not trained here")
         return RowTokenizer(tokenizer, Template("jinja", source=text))
     notes.append(
@@ -215,10 +215,16 @@ def _adapter_row_tokenizer(
     return base_tokenizer
 
 
-def _unfrozen_template(tokenizer: PreTrainedTokenizerBase, made: RowTokenizer) -> str | None:
+def _unfrozen_template(
+    tokenizer: PreTrainedTokenizerBase, row_tokenizer: RowTokenizer
+) -> str | None:
     own = default_template(tokenizer)
     return as_chat_template(
-        made.template, made.bos_id is not None, own, made.space_after_bos, frozen=False
+        row_tokenizer.template,
+        row_tokenizer.bos_id is not None,
+        own,
+        row_tokenizer.space_after_bos,
+        frozen=False,
     )
 
 

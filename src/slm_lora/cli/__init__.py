@@ -1,5 +1,7 @@
-"""The command ``slm-lora``. Thin: it parses, calls, and explains errors; heavy libraries are
-imported inside the commands, so that ``--help`` is instant."""
+"""The command ``slm-lora``: argument parsing and error messages.
+
+Commands import heavy libraries in their bodies, so that ``--help`` starts immediately.
+"""
 
 from __future__ import annotations
 
@@ -50,7 +52,7 @@ models_app.command("list")(models.list_models)
 models_app.command("fetch")(models.fetch_model)
 app.add_typer(models_app, name="models")
 
-export_app = typer.Typer(help="Write what other programs read.", no_args_is_help=True)
+export_app = typer.Typer(help="Export to formats of other programs.", no_args_is_help=True)
 export_app.command("gguf")(exports.export_gguf)
 app.add_typer(export_app, name="export")
 
@@ -61,18 +63,18 @@ def version() -> None:
     typer.echo(f"slm-lora {__version__}")
 
 
-def _version_asked(asked: bool) -> None:
-    if asked:
+def _print_version(requested: bool) -> None:
+    if requested:
         version()
         raise typer.Exit
 
 
 @app.callback()
-def _options(
+def _root(
     _version: Annotated[
         bool,
         typer.Option(
-            "--version", callback=_version_asked, is_eager=True, help="Print the version."
+            "--version", callback=_print_version, is_eager=True, help="Print the version."
         ),
     ] = False,
 ) -> None:
@@ -81,18 +83,18 @@ def _options(
 
 def main() -> None:
     """Entry point: errors become one line and an exit code, Ctrl-C a resumable stop."""
-    terminal.make_safe()
-    # A scheduler's request to stop is Ctrl-C by another name.
+    terminal.configure_streams()
+    # Schedulers stop jobs with SIGTERM; treat it like Ctrl-C.
     signal.signal(signal.SIGTERM, signal.default_int_handler)
-    local.watch_starter()
-    hardware.collect_garbage_rarely()
+    local.watch_parent()
+    hardware.reduce_gc_frequency()
     try:
         code = run_guarded(lambda: app(standalone_mode=False))
     except Exception as error:
         reason = (str(error).splitlines() or [""])[0]
         print(
-            f"a bug of ours: {type(error).__name__}: {reason}; please report it, with "
-            f"what was asked for and these lines (slm-lora {__version__}):",
+            f"internal error: {type(error).__name__}: {reason}; please report it with the "
+            f"command and this traceback (slm-lora {__version__}):",
             file=sys.stderr,
         )
         traceback.print_exception(error)
@@ -101,11 +103,11 @@ def main() -> None:
 
 
 _TYPER_INTERRUPTED = 130
-"""What typer makes of Ctrl-C, instead of letting it through."""
+"""Exit code that typer returns on Ctrl-C instead of raising KeyboardInterrupt."""
 
 
 def run_guarded(command: Callable[[], object]) -> int:
-    """Run a command and return its exit code; errors are printed in one line."""
+    """Run a command, print its errors in one line each, and return the exit code."""
     try:
         result = command()
         sys.stdout.flush()
@@ -119,16 +121,16 @@ def run_guarded(command: Callable[[], object]) -> int:
         print("stopped; the same command continues where it stopped", file=sys.stderr)
         return STOPPED_RESUMABLE
     except (SystemExit, BrokenPipeError) as error:
-        if not terminal.nobody_reads(error):
+        if not terminal.is_broken_pipe(error):
             raise
-        terminal.stop_writing()
+        terminal.discard_output()
         return terminal.BROKEN_PIPE
     except Exception as error:
-        # Click's own usage errors know how to show themselves.
+        # Click's usage errors print themselves.
         if hasattr(error, "show") and hasattr(error, "exit_code"):
             error.show()
             return int(error.exit_code)
-        # torch's own (a RuntimeError) by name, as torch may not even be loaded.
+        # torch.OutOfMemoryError by name, because torch may not be imported.
         if isinstance(error, MemoryError) or type(error).__name__ == "OutOfMemoryError":
             print(
                 "out of memory; lower training.micro_batch_tokens and "
@@ -136,12 +138,15 @@ def run_guarded(command: Callable[[], object]) -> int:
                 file=sys.stderr,
             )
             return StorageError.exit_code
-        if isinstance(error, OSError) and error.errno in _STORAGE:
-            where = f"{error.filename}: " if error.filename else ""
-            print(f"{where}{error.strerror}; make room, or choose another folder", file=sys.stderr)
+        if isinstance(error, OSError) and error.errno in _STORAGE_ERRNOS:
+            prefix = f"{error.filename}: " if error.filename else ""
+            print(
+                f"{prefix}{error.strerror}; free space or choose another folder",
+                file=sys.stderr,
+            )
             return StorageError.exit_code
         raise
 
 
-_STORAGE = {errno.ENOSPC, errno.EDQUOT, errno.EFBIG, errno.EROFS, errno.EIO, errno.EACCES}
-"""Failures that can come wherever anything is read or written."""
+_STORAGE_ERRNOS = {errno.ENOSPC, errno.EDQUOT, errno.EFBIG, errno.EROFS, errno.EIO, errno.EACCES}
+"""Errors of the file system, reported with the exit code of `StorageError`."""

@@ -17,26 +17,26 @@ if TYPE_CHECKING:
 
 
 def compare(
-    arms: Annotated[
+    operands: Annotated[
         list[str],
         typer.Argument(
-            metavar="FIRST SECOND …",
+            metavar="RUN",
             help="Runs (results/<experiment>/runs/…), experiments (results/<experiment>, or "
             "results/<experiment>:<setting> for all seeds of one), or score files (.jsonl, .json, "
             ".csv, .parquet). Each is compared with the first.",
         ),
     ],
-    as_json: Annotated[bool, typer.Option("--json", help="For programs.")] = False,
+    as_json: Annotated[bool, typer.Option("--json", help="Print the result as JSON.")] = False,
     row_id: Annotated[
-        str, typer.Option("--id", metavar="COLUMN", help="Score files: id of a row.")
+        str, typer.Option("--id", metavar="COLUMN", help="Score files: column of row ids.")
     ] = "",
     value: Annotated[
-        str, typer.Option("--value", metavar="COLUMN", help="Score files: the number.")
+        str, typer.Option("--value", metavar="COLUMN", help="Score files: column of the scores.")
     ] = "",
     group: Annotated[
         str,
         typer.Option(
-            "--group", metavar="COLUMN", help="Score files: rows of one group are not independent."
+            "--group", metavar="COLUMN", help="Score files: column of groups of dependent rows."
         ),
     ] = "",
     weight: Annotated[
@@ -49,36 +49,42 @@ def compare(
     ] = "",
     where: Annotated[
         list[str] | None,
-        typer.Option("--where", metavar="COLUMN=TEXT", help="Score files: only these rows."),
+        typer.Option(
+            "--where",
+            metavar="COLUMN=TEXT",
+            help="Score files: use only matching rows; repeatable.",
+        ),
     ] = None,
     common: Annotated[
-        bool, typer.Option("--common", help="Score files: only rows that all of them have.")
+        bool, typer.Option("--common", help="Score files: use only rows that are in all of them.")
     ] = False,
     margin: Annotated[
         float,
-        typer.Option("--margin", help="Score files: differences below it are equivalent."),
+        typer.Option("--margin", help="Score files: equivalence margin."),
     ] = 0.0,
 ) -> None:
-    """Compare runs, experiments or score files row by row: difference, interval, verdict.
+    """Compare runs, experiments or score files.
 
-    Whatever was scored on different rows is refused.
+    Differences are paired by row and have confidence intervals. Operands scored on different rows
+    are refused.
     """
-    if len(arms) < 2:
+    if len(operands) < 2:
         raise UsageError("compare needs at least two: runs, experiments or score files")
-    files = [Path(arm) for arm in arms if Path(arm).is_file() and Path(arm).name != RUN_FILE]
+    paths = [Path(operand) for operand in operands]
+    files = [path for path in paths if path.is_file() and path.name != RUN_FILE]
     if not files:
-        given = {
+        file_options = {
             "--id": row_id, "--value": value, "--group": group, "--weight": weight,
             "--where": where, "--common": common, "--margin": margin,
         }  # fmt: skip
-        if unused := [name for name, option in given.items() if option]:
+        if unused := [name for name, value_ in file_options.items() if value_]:
             raise UsageError(f"{', '.join(unused)}: for score files only")
-        _compare_settings([_setting(arm) for arm in arms], as_json)
+        _compare_settings([_setting(operand) for operand in operands], as_json)
         return
-    if len(files) < len(arms):
+    if len(files) < len(operands):
         raise UsageError("compare takes runs and experiments, or score files, not both at once")
     if not row_id or not value:
-        raise UsageError("score files need --id COLUMN and --value COLUMN")
+        raise UsageError("compare: score files need --id COLUMN and --value COLUMN")
     from slm_lora.runs.score_files import Columns
 
     columns = Columns(row_id, value, group, weight, _conditions(where or []))
@@ -92,20 +98,20 @@ def _conditions(where: list[str]) -> dict[str, str]:
     return dict(condition.split("=", 1) for condition in where)
 
 
-def _setting(arm: str) -> Setting:
-    """The runs that an argument names.
+def _setting(operand: str) -> Setting:
+    """The runs of an operand.
 
     Raises:
-        UsageError: it names none, or more than one setting.
+        UsageError: no such setting, or several settings.
     """
     from slm_lora.runs.folder import list_runs, read_run
     from slm_lora.runs.scored_run import read_scored_run, read_scored_runs
     from slm_lora.stats.settings import Setting, group_settings
 
-    path = Path(arm)
+    path = Path(operand)
     name = ""
-    if not path.exists() and ":" in arm:
-        folder, name = arm.rsplit(":", 1)
+    if not path.exists() and ":" in operand:
+        folder, name = operand.rsplit(":", 1)
         path = Path(folder)
     if (path / RUN_FILE).exists() or not (path / "runs").is_dir():
         return Setting((read_scored_run(read_run(path)),))
@@ -118,7 +124,7 @@ def _setting(arm: str) -> Setting:
         return settings[0]
     if name not in by_name:
         problem = f"has no setting {name}" if name else f"has {len(settings)} settings"
-        raise UsageError(f"{path} {problem}; name one: {path}:{', '.join(by_name)}")
+        raise UsageError(f"{path}: {problem}; name one: {path}:{', '.join(by_name)}")
     return by_name[name]
 
 
@@ -139,7 +145,7 @@ def _compare_settings(settings: list[Setting], as_json: bool) -> None:
     for result in results:
         out.print(sentence(result))
     covers = "test rows and seeds" if results[0].covers_seeds else "test rows"
-    out.print(f"Below zero the second has the lower loss; the intervals cover the {covers}.")
+    out.print(f"Negative: the second has the lower loss. The intervals cover the {covers}.")
 
 
 def _compare_files(
@@ -153,25 +159,24 @@ def _compare_files(
 
     files = {str(path): read_score_file(path, columns) for path in paths}
     if len(files) < len(paths):
-        raise UsageError("the same file is given twice")
-    total = {name: len(rows) for name, rows in files.items()}
+        raise UsageError("compare: a score file is given twice")
+    row_counts = {name: len(rows) for name, rows in files.items()}
     if common:
         files = common_rows(files)
         if not all(files.values()):
-            raise UsageError("no row is in all files")
+            raise UsageError("--common: no row is in all files")
     first, results = compare_files(files, margin)
     if as_json:
         print(to_json({"first": first.record(), "compared": [r.record() for r in results]}), end="")
         return
     out = console()
     for name, rows in files.items():
-        if len(rows) < total[name]:
-            out.print(
-                f"{name}: {total[name] - len(rows)} of {total[name]} rows left out (--common)"
-            )
+        if len(rows) < row_counts[name]:
+            omitted = row_counts[name] - len(rows)
+            out.print(f"{name}: {omitted} of {row_counts[name]} rows omitted (--common)")
     table = Table(box=None, pad_edge=False, header_style="bold", padding=(0, 2, 0, 0))
-    for title in ("File", columns.value, "Difference, 95 %", "p, corrected", "Verdict"):
-        table.add_column(title, overflow="fold")
+    for header in ("File", columns.value, "Difference, 95 %", "p, corrected", "Verdict"):
+        table.add_column(header, overflow="fold")
     table.add_row(
         str(paths[0]), f"{first.value:.4f} ({first.low:.4f}, {first.high:.4f})", "", "", ""
     )

@@ -21,15 +21,18 @@ from slm_lora.runtime.terminal import printable
 if TYPE_CHECKING:
     from collections.abc import Sequence
 
-    from slm_lora.data.checks import SpeltSpecials
+    from slm_lora.data.checks import SpecialTokensInRows
     from slm_lora.data.sources import BadRow
     from slm_lora.experiment.job import Job
 
-Rows = Annotated[int, typer.Option("--rows", min=1, help="How many rows to show.")]
+Rows = Annotated[int, typer.Option("--rows", min=1, help="Number of rows to show.")]
 
 
 def build() -> None:
-    """Build the embedded data set ml-qa from the installed libraries' docstrings."""
+    """Build the embedded data set ml-qa.
+
+    Its rows come from the docstrings of installed libraries.
+    """
     from slm_lora.data.sources import ensure_ml_qa
 
     path = ensure_ml_qa()
@@ -41,7 +44,10 @@ def build() -> None:
 def show(
     recipe: RecipeFile, overrides: Overrides = None, cell: CellName = "", rows: Rows = 2
 ) -> None:
-    """Show training rows as the model sees them: loss is taken on what is marked."""
+    """Show training rows as the model sees them.
+
+    Tokens that count for the loss are highlighted.
+    """
     from slm_lora.config.load import load_recipe
     from slm_lora.experiment.resolve_jobs import make_jobs
 
@@ -50,10 +56,10 @@ def show(
     job = make_jobs([chosen_cell(cells, cell)], computed="nowhere")[0]
     for note in (*job.rows.notes, *job.data.notes):
         console().print(f"note: {note}", soft_wrap=True)
-    _show_rows(job, rows)
+    _print_rows(job, rows)
 
 
-def _show_rows(job: Job, rows: int) -> None:
+def _print_rows(job: Job, rows: int) -> None:
     from rich.text import Text
 
     from slm_lora.model.loading import load_tokenizer
@@ -66,28 +72,29 @@ def _show_rows(job: Job, rows: int) -> None:
             f"row {example.row_id[:8]}  {printable(example.category)}  {example.length} tokens, "
             f"{int(example.response.sum())} of the response"
         )
-        shown = Text()
+        highlighted = Text()
         labels = [
             position > 0 and (response or not on_response)
             for position, response in enumerate(example.response.tolist())
         ]
         pairs = zip(labels, example.ids.tolist(), strict=True)
-        for marked, run in itertools.groupby(pairs, key=lambda pair: pair[0]):
-            text = printable(str(tokenizer.decode([token for _, token in run])))
-            # Off a terminal there is no colour: brackets mark the labels instead.
-            if marked and not out.is_terminal:
+        for is_label, tokens in itertools.groupby(pairs, key=lambda pair: pair[0]):
+            text = printable(str(tokenizer.decode([token for _, token in tokens])))
+            # Without a terminal, brackets mark the labels.
+            if is_label and not out.is_terminal:
                 text = f"[{text}]"
-            shown.append(text, style="reverse" if marked else "dim")
-        out.print(shown, soft_wrap=True)
+            highlighted.append(text, style="reverse" if is_label else "dim")
+        out.print(highlighted, soft_wrap=True)
         out.print()
 
 
 def check(recipe: RecipeFile, overrides: Overrides = None, rows: Rows = 2) -> None:
-    """Read, split and tokenise a recipe's rows, and say what was found.
+    """Check the data of a recipe.
 
-    Names bad rows, a few of every kind; counts duplicates and what a random split would leak,
-    conflicting answers, categories, lengths and what a limit on them costs; warns of too few test
-    rows, rows without labels, text that is cut, placeholders, special tokens; shows a few rows.
+    Reads, splits and tokenises the rows. Lists malformed rows, some of each kind. Counts
+    duplicates, the leak of a random split, conflicting answers, categories, lengths, and the cost
+    of length limits. Warns about too few test rows, rows without labels, truncated text,
+    placeholders and special tokens.
     """
     from slm_lora.config.load import load_recipe
     from slm_lora.data.sources import MalformedRowsError
@@ -100,9 +107,9 @@ def check(recipe: RecipeFile, overrides: Overrides = None, rows: Rows = 2) -> No
     try:
         jobs = make_jobs(cells, computed="nowhere")
     except MalformedRowsError as error:
-        # The error names a few rows; `data check` shows some of every kind.
+        # The error names some rows; print some of each kind.
         kinds = {bad.reason for bad in error.bad_rows}
-        if len(kinds) > 1 or len(error.bad_rows) <= _MOST_SHOWN:
+        if len(kinds) > 1 or len(error.bad_rows) <= _MAX_SHOWN:
             _print_bad_rows(error.bad_rows, "")
         raise
     _print_bad_rows(jobs[0].rows.bad_rows, "skipped ")
@@ -118,110 +125,110 @@ def check(recipe: RecipeFile, overrides: Overrides = None, rows: Rows = 2) -> No
             f"{record['bad_rows_skipped']} malformed rows skipped",
             soft_wrap=True,
         )
-        # Once some rows are pieces, it is pieces that are counted.
+        # With on_long_row=split the counts are of pieces.
         unit = "pieces" if job.config.data.on_long_row == "split" else "rows"
-        for name, found in record["sets"].items():
+        for name, counts in record["sets"].items():
             long = record["long_rows"].get(name, record["long_rows"].get("all"))
             out.print(
-                f"  {name:10} {found['rows']:6} {unit} {found['tokens']:9} tokens; "
+                f"  {name:10} {counts['rows']:6} {unit} {counts['tokens']:9} tokens; "
                 f"{long['rows']} rows over {job.config.data.max_length} tokens "
                 f"({long['policy']})",
                 soft_wrap=True,
             )
-    _say_facts(jobs[0])
-    _say_warnings(jobs)
+    _print_facts(jobs[0])
+    _print_warnings(jobs)
     out.print()
-    _show_rows(jobs[0], rows)
+    _print_rows(jobs[0], rows)
 
 
-_MOST_SHOWN = 5
+_MAX_SHOWN = 5
 
 
-def _print_bad_rows(bad_rows: Sequence[BadRow], before: str) -> None:
-    """The first rows of every reason, and how many more there are."""
+def _print_bad_rows(bad_rows: Sequence[BadRow], prefix: str) -> None:
+    """Print the first rows of each reason, and the number of further ones."""
     out = console()
-    shown: Counter[str] = Counter()
+    counts: Counter[str] = Counter()
     for bad in bad_rows:
-        shown[bad.reason] += 1
-        if shown[bad.reason] <= _MOST_SHOWN:
-            out.print(f"{before}{bad.source}: {bad.reason}", soft_wrap=True)
-    for reason, many in shown.items():
-        if many > _MOST_SHOWN:
-            out.print(f"{before}{many - _MOST_SHOWN} more rows: {reason}", soft_wrap=True)
+        counts[bad.reason] += 1
+        if counts[bad.reason] <= _MAX_SHOWN:
+            out.print(f"{prefix}{bad.source}: {bad.reason}", soft_wrap=True)
+    for reason, count in counts.items():
+        if count > _MAX_SHOWN:
+            out.print(f"{prefix}{count - _MAX_SHOWN} more rows: {reason}", soft_wrap=True)
 
 
 _RELATIONS = {
     "group": "same named group",
-    "prompt": "same prompt (case, punctuation and spacing aside)",
-    "instruction": "same instruction, whatever the context",
+    "prompt": "same prompt (ignoring case, punctuation and spacing)",
+    "instruction": "same instruction in any context",
     "context": "same context",
-    "near": "nearly the same prompt",
-    None: "related as data.group_by says: never parted here",
+    "near": "near-duplicate prompt",
+    None: "related by data.group_by: kept together here",
 }
 
 
-def _say_facts(job: Job) -> None:
-    from slm_lora.data.checks import facts, plain_marks
+def _print_facts(job: Job) -> None:
+    from slm_lora.data.checks import dataset_statistics, text_role_marks
     from slm_lora.data.collate import label_count
     from slm_lora.data.tokenization import RowTokenizer
     from slm_lora.model.loading import load_tokenizer
 
     rows = job.rows.rows
     tokenize = RowTokenizer(load_tokenizer(job.source), job.data.template)
-    whole, _ = tokenize.encode(rows, {row.row_id: row.row_id for row in rows})
-    found = facts(rows, [example.length for example in whole], job.data.rule)
+    examples, _ = tokenize.encode(rows, {row.row_id: row.row_id for row in rows})
+    summary = dataset_statistics(rows, [example.length for example in examples], job.data.rule)
     out = console()
 
-    def say(line: str) -> None:
+    def print_line(line: str) -> None:
         out.print(line, soft_wrap=True)
 
-    if found.related:
-        say("\nrelated rows; a 90/10 split drawn row by row would leak so many of its test rows")
-        for each in found.related:
-            say(
-                f"  {_RELATIONS[each.relation]:55} {each.rows:6} rows in {each.groups:5} groups  "
-                f"{each.leak:6.1%}"
+    if summary.related:
+        print_line("\nrelated rows; share of test rows that a random 90/10 split by row would leak")
+        for related in summary.related:
+            print_line(
+                f"  {_RELATIONS[related.relation]:55} {related.rows:6} rows in "
+                f"{related.groups:5} groups  {related.leak:6.1%}"
             )
-    if found.parted:
-        say(f"  rows that ask exactly what a row of another group asks: {found.parted}")
-    prompts, answered = found.conflicts
-    say(f"\nprompts with different answers: {prompts} ({answered} rows)")
-    for mark in plain_marks(tokenize, rows):
-        spelt = (
-            f"{mark.rows} rows spell it, first {mark.first}" if mark.rows else "no row spells it"
+    if summary.cross_group_prompts:
+        print_line(
+            f"  rows with the same prompt as a row of another group: {summary.cross_group_prompts}"
         )
-        say(f"role mark {mark.text!r} is plain text to the tokenizer: {spelt}")
-    if found.categories:
-        held = Counter(example.category for example in job.data.test)
-        say("\ncategory: rows, test rows")
-        for name, many in found.categories:
-            say(f"  {printable(name):30} {many:6} {held[name]:6}")
-    labels = sorted(label_count(e, job.config.training.loss_on) for e in job.data.train)
-    say(
-        f"\nlabels a training row ({job.config.training.loss_on}): "
+    prompts, answered = summary.conflicts
+    print_line(f"\nprompts with conflicting answers: {prompts} ({answered} rows)")
+    for mark in text_role_marks(tokenize, rows):
+        occurrence = f"in {mark.rows} rows, first {mark.first}" if mark.rows else "in no row"
+        print_line(f"role marker {mark.text!r} is ordinary text for the tokenizer: {occurrence}")
+    if summary.categories:
+        test_counts = Counter(example.category for example in job.data.test)
+        print_line("\ncategory: rows, test rows")
+        for name, count in summary.categories:
+            print_line(f"  {printable(name):30} {count:6} {test_counts[name]:6}")
+    labels = sorted(label_count(example, job.config.training.loss_on) for example in job.data.train)
+    print_line(
+        f"\nlabels per training row ({job.config.training.loss_on}): "
         f"{labels[0]} to {labels[-1]}, median {labels[len(labels) // 2]}"
     )
-    say("\nlength in tokens, uncut: rows")
-    largest = max(many for _, many in found.lengths)
-    for end, many in found.lengths:
-        say(f"  up to {end:6} {many:6} {'█' * round(40 * many / largest)}")
-    for cost in found.costs:
-        say(
-            f"  max_length {cost.limit:5} cuts {cost.rows:6.2%} of rows, "
+    print_line("\nlength in tokens before truncation: rows")
+    largest = max(count for _, count in summary.lengths)
+    for end, count in summary.lengths:
+        print_line(f"  up to {end:6} {count:6} {'█' * round(40 * count / largest)}")
+    for cost in summary.costs:
+        print_line(
+            f"  max_length {cost.limit:5} truncates {cost.rows:6.2%} of rows, "
             f"{cost.tokens:6.2%} of tokens"
         )
 
 
-def _say_warnings(jobs: Sequence[Job]) -> None:
-    """One line for each thing that may not be meant so."""
+def _print_warnings(jobs: Sequence[Job]) -> None:
+    """Print one line for each likely mistake in the data."""
     from slm_lora.data.checks import few_test_rows
 
     job = jobs[0]
     lines = [
         few_test_rows(job.data.test),
-        *_without_labels(jobs),
-        *_cut(job),
-        *_odd_text(job),
+        *_unlabelled_row_warnings(jobs),
+        *_long_row_warnings(job),
+        *_text_warnings(job),
     ]
     out = console()
     out.print()
@@ -229,43 +236,43 @@ def _say_warnings(jobs: Sequence[Job]) -> None:
         out.print(f"warning: {line}", soft_wrap=True)
 
 
-def _without_labels(jobs: Sequence[Job]) -> list[str]:
+def _unlabelled_row_warnings(jobs: Sequence[Job]) -> list[str]:
     from slm_lora.data.collate import label_count
 
     lines = []
     for job in jobs:
         recipe, prepared = job.config, job.data
-        for name, examples, loss_on, then in (
-            ("training", prepared.train, recipe.training.loss_on, "they are not trained on"),
-            ("test", prepared.test, recipe.evaluation.headline, "they are not scored"),
+        for name, examples, loss_on, consequence in (
+            ("training", prepared.train, recipe.training.loss_on, "training ignores them"),
+            ("test", prepared.test, recipe.evaluation.headline, "the evaluation ignores them"),
         ):
-            if many := sum(not label_count(each, loss_on) for each in examples):
+            if n_unlabelled := sum(not label_count(example, loss_on) for example in examples):
                 lines.append(
-                    f"{many} of {len(examples)} {name} rows have no label token (loss on "
-                    f"{loss_on}): {then}; their prompts fill data.max_length = "
-                    f"{recipe.data.max_length}, or the template writes no response"
+                    f"{n_unlabelled} of {len(examples)} {name} rows have no label token (loss on "
+                    f"{loss_on}): {consequence}; either their prompts fill data.max_length = "
+                    f"{recipe.data.max_length}, or the template renders no response"
                 )
     return list(dict.fromkeys(lines))
 
 
-def _cut(job: Job) -> list[str]:
-    data, long = job.config.data, job.data.long
-    rows = sum(each.rows for each in long.values())
+def _long_row_warnings(job: Job) -> list[str]:
+    data, long_rows = job.config.data, job.data.long
+    rows = sum(counts.rows for counts in long_rows.values())
     if not rows or data.on_long_row not in ("truncate", "drop"):
         return []
-    tokens = sum(each.tokens_cut for each in long.values())
-    done = "are cut off there" if data.on_long_row == "truncate" else "are left out"
-    line = f"{rows} rows are longer than data.max_length = {data.max_length} and {done}"
+    tokens = sum(counts.tokens_cut for counts in long_rows.values())
+    consequence = "are truncated" if data.on_long_row == "truncate" else "are dropped"
+    line = f"{rows} rows are longer than data.max_length = {data.max_length} and {consequence}"
     if data.on_long_row == "truncate":
         line += f" ({tokens} tokens)"
     if job.data.template.kind == "plain" and job.rows.format == "text":
-        return [f"{line}; data.on_long_row=split trains on and scores all of it, in pieces"]
+        return [f"{line}; data.on_long_row=split uses the whole text, in pieces"]
     return [f"{line}; raise data.max_length to keep them whole"]
 
 
-def _odd_text(job: Job) -> list[str]:
+def _text_warnings(job: Job) -> list[str]:
     from slm_lora.data.chat_templates import default_template
-    from slm_lora.data.checks import names_not_set, spelt_specials
+    from slm_lora.data.checks import special_tokens_in_rows, undefined_names
     from slm_lora.data.placeholders import find_placeholders
     from slm_lora.data.tokenization import RowTokenizer
     from slm_lora.model.loading import load_tokenizer
@@ -274,43 +281,48 @@ def _odd_text(job: Job) -> list[str]:
     tokenizer = load_tokenizer(job.source)
     tokenize = RowTokenizer(tokenizer, template)
     lines = []
-    if found := find_placeholders(rows):
-        spelt = ", ".join(found.spelt[:5]) + (", …" if len(found.spelt) > 5 else "")
+    if placeholders := find_placeholders(rows):
+        more = ", …" if len(placeholders.placeholders) > 5 else ""
+        examples = ", ".join(placeholders.placeholders[:5]) + more
         lines.append(
-            f"{found.rows} rows hold what looks like a placeholder that was never filled in "
-            f"({spelt}), first {found.first}"
+            f"{placeholders.rows} rows contain what looks like an unfilled placeholder "
+            f"({examples}), first {placeholders.first}"
         )
-    joined = [row for row, so in zip(rows, tokenize.joined(rows), strict=True) if so]
+    joined = [
+        row
+        for row, differs in zip(rows, tokenize.differs_from_prompt(rows), strict=True)
+        if differs
+    ]
     if joined:
         lines.append(
-            f"{len(joined)} of {len(rows)} rows are prompted otherwise than trained: the end of "
-            "the prompt and the beginning of the response become other tokens together than apart "
-            f"(a space or line end between them, say), first {joined[0].source}; let prompts end "
-            "without white space, and responses begin with it"
+            f"{len(joined)} of {len(rows)} rows are tokenised differently in training and in "
+            "generation, because a token spans the end of the prompt and the beginning of the "
+            f"response, first {joined[0].source}; let prompts end without white space, and "
+            "responses begin with it"
         )
-    in_responses, in_prompts = spelt_specials(tokenize, rows)
+    in_responses, in_prompts = special_tokens_in_rows(tokenize, rows)
     if in_responses:
-        how = (
-            "they are these tokens (data.special_tokens_in_responses = special)"
+        treatment = (
+            "tokenised as special tokens (data.special_tokens_in_responses = special)"
             if template.special_in_responses
-            else "they are cut up as text; data.special_tokens_in_responses=special makes them "
-            "the tokens themselves"
+            else "tokenised as text; data.special_tokens_in_responses=special makes them special "
+            "tokens"
         )
-        lines.append(f"responses of {_named(in_responses)}: {how}")
+        lines.append(f"responses: {_describe_specials(in_responses)}; {treatment}")
     if in_prompts:
-        lines.append(f"prompts of {_named(in_prompts)}: they are text there, always")
+        lines.append(f"prompts: {_describe_specials(in_prompts)}; always tokenised as text")
     source = template.source if template.kind == "jinja" else default_template(tokenizer)
     if template.kind in ("jinja", "chat") and source is not None:
-        unset = names_not_set(source, tokenizer.special_tokens_map.keys())
+        unset = undefined_names(source, tokenizer.special_tokens_map.keys())
         if unset:
             lines.append(
-                f"the chat template uses names that nothing sets: {', '.join(unset)}; each counts "
-                "as empty, or as false"
+                f"the chat template uses undefined names: {', '.join(unset)}; they count as empty "
+                "or false"
             )
     return lines
 
 
-def _named(found: SpeltSpecials) -> str:
-    tokens = ", ".join(f"{token} ({many})" for token, many in found.tokens[:5])
-    more = ", …" if len(found.tokens) > 5 else ""
-    return f"{found.rows} rows spell special tokens ({tokens}{more}), first {found.first}"
+def _describe_specials(specials: SpecialTokensInRows) -> str:
+    tokens = ", ".join(f"{token} ({count})" for token, count in specials.tokens[:5])
+    more = ", …" if len(specials.tokens) > 5 else ""
+    return f"{specials.rows} rows contain special tokens ({tokens}{more}), first {specials.first}"

@@ -1,4 +1,4 @@
-"""Commands that run experiments, score, report and compare."""
+"""Commands that run experiments, evaluate and report."""
 
 from __future__ import annotations
 
@@ -39,7 +39,10 @@ def experiment(
     recipe: RecipeFile,
     overrides: Overrides = None,
     plan: Annotated[
-        bool, typer.Option("--plan", help="Show cells, tokens, time and memory; train nothing.")
+        bool,
+        typer.Option(
+            "--plan", help="Estimate tokens, time and memory of each cell; train nothing."
+        ),
     ] = False,
     results: ResultsDir = Path("results"),
     adapters: AdaptersDir = Path("adapter"),
@@ -48,7 +51,7 @@ def experiment(
         bool,
         typer.Option(
             "--with-rows",
-            help="Also write report-with-rows.html, which quotes some test rows: for yourself.",
+            help="Also write report-with-rows.html, which quotes test rows; for private use.",
         ),
     ] = False,
     executor: ExecutorName = Executor.local,
@@ -56,9 +59,10 @@ def experiment(
     executor_option: ExecutorOptions = None,
     _processes: Processes = 1,
 ) -> None:
-    """Run a whole experiment: base, every cell of the grid, table, metrics and report.
+    """Run an experiment and write its report.
 
-    Finished cells are kept: the same command continues after an interruption.
+    Scores the base, then trains and scores each cell of the grid. Finished cells are skipped, so
+    after an interruption the same command continues.
     """
     from slm_lora.config.load import load_recipe
     from slm_lora.experiment.job import ComputedName
@@ -70,35 +74,35 @@ def experiment(
     from slm_lora.runtime.progress import Reporter
 
     check_executor(executor, address, executor_option or [])
-    read, cells = load_recipe(recipe, overrides or [])
-    paths = _places(read, results, adapters)
+    parsed_recipe, cells = load_recipe(recipe, overrides or [])
+    paths = _experiment_paths(parsed_recipe, results, adapters)
     quiet_libraries()
     with distributed.process_group():
         reporter = Reporter(quiet=not distributed.is_main())
-        reporter.info(f"{read.name}: {read.description or recipe.name}")
-        reporter.info("  reading rows and model; a first time fetches or builds what is not there")
-        here = executor is Executor.local
-        computed: ComputedName = "nowhere" if plan else "here" if here else "elsewhere"
-        jobs = distributed.first_then_all(lambda: make_jobs(cells, computed))
-        _say_data(jobs[0], reporter)
+        reporter.info(f"{parsed_recipe.name}: {parsed_recipe.description or recipe.name}")
+        reporter.info("  reading rows and model; what is missing is downloaded or built")
+        runs_here = executor is Executor.local
+        where_computed: ComputedName = "nowhere" if plan else "here" if runs_here else "elsewhere"
+        jobs = distributed.main_process_first(lambda: make_jobs(cells, where_computed))
+        _report_data(jobs[0], reporter)
         if plan:
             if distributed.is_main():
                 print_plan(jobs, paths, reporter)
             return
-        if here:
+        if runs_here:
             _warn_if_too_large(jobs, paths, reporter)
             runs = run_jobs(jobs, paths, reporter, discard)
         else:
-            line = CommandLine(recipe, tuple(overrides or ()), results, adapters)
+            command_line = CommandLine(recipe, tuple(overrides or ()), results, adapters)
             gpus = int(jobs[0].device.type == "cuda")
-            with engine(executor, address, executor_option or [], paths, gpus) as chosen:
-                runs = run_elsewhere(jobs, paths, reporter, chosen, line, discard)
+            with engine(executor, address, executor_option or [], paths, gpus) as started_engine:
+                runs = run_elsewhere(jobs, paths, reporter, started_engine, command_line, discard)
         if not distributed.is_main():
             return
     headline = jobs[0].config.evaluation.headline
-    quoted = Quoted({row.row_id: row for row in jobs[0].rows.rows}) if with_rows else None
-    analysis = write_report(runs, paths.results, headline, quoted)
-    print_result(analysis, paths.results, _adapters(runs, paths), with_rows)
+    quoted_rows = Quoted({row.row_id: row for row in jobs[0].rows.rows}) if with_rows else None
+    analysis = write_report(runs, paths.results, headline, quoted_rows)
+    print_result(analysis, paths.results, _kept_adapters(runs, paths), with_rows)
 
 
 def train(
@@ -110,9 +114,10 @@ def train(
     discard: DiscardCheckpoints = False,
     _processes: Processes = 1,
 ) -> None:
-    """Train and score one cell of a recipe; the cell ``base`` is the base, scored.
+    """Train and score one cell of a recipe.
 
-    Several may be at work on the cells of one experiment, on machines that see the same folders.
+    --cell base scores the base without training. Cells of one experiment may be trained at the same
+    time, also on several machines with shared folders.
     """
     from slm_lora.config.load import load_recipe
     from slm_lora.experiment.paths import BASE
@@ -120,16 +125,18 @@ def train(
     from slm_lora.experiment.runner import run_bases, run_cells
     from slm_lora.runtime.progress import Reporter
 
-    read, cells = load_recipe(recipe, overrides or [])
-    chosen = cells if cell == BASE else [chosen_cell(cells, cell)]
+    parsed_recipe, cells = load_recipe(recipe, overrides or [])
+    selected = cells if cell == BASE else [chosen_cell(cells, cell)]
     if not cell and len(cells) > 1:
-        raise UsageError(f"the recipe has {len(cells)} cells; choose one: --cell {cells[0].name} …")
+        raise UsageError(
+            f"--cell: the recipe has {len(cells)} cells; choose one, e.g. --cell {cells[0].name}"
+        )
     quiet_libraries()
-    paths = _places(read, results, adapters)
+    paths = _experiment_paths(parsed_recipe, results, adapters)
     with distributed.process_group():
         reporter = Reporter(quiet=not distributed.is_main())
-        jobs = distributed.first_then_all(lambda: make_jobs(chosen))
-        _say_data(jobs[0], reporter)
+        jobs = distributed.main_process_first(lambda: make_jobs(selected))
+        _report_data(jobs[0], reporter)
         _warn_if_too_large(jobs, paths, reporter)
         if cell == BASE:
             runs = run_bases(jobs, paths, reporter)
@@ -141,7 +148,7 @@ def train(
     out.print()
     for run in runs:
         out.print(f"{run.folder}", soft_wrap=True)
-    for folder in _adapters(runs, paths):
+    for folder in _kept_adapters(runs, paths):
         out.print(f"{folder}", soft_wrap=True)
 
 
@@ -149,17 +156,21 @@ def evaluate(
     recipe: RecipeFile,
     overrides: Overrides = None,
     adapter: Annotated[
-        Path | None, typer.Option("--adapter", help="Adapter folder; without it, the base.")
+        Path | None,
+        typer.Option("--adapter", help="Adapter folder. Default: score the base alone."),
     ] = None,
     cell: CellName = "",
     scores: Annotated[
         Path | None, typer.Option("--scores", help="Write per-row scores to this Parquet file.")
     ] = None,
     no_base: Annotated[
-        bool, typer.Option("--no-base", help="Do not score the base beside the adapter.")
+        bool, typer.Option("--no-base", help="Score the adapter without the base.")
     ] = False,
 ) -> None:
-    """Score the base, or an adapter and the base beside it, on a recipe's test rows."""
+    """Score an adapter and its base on test rows.
+
+    The rows are those of the recipe. Without --adapter, only the base is scored.
+    """
     from slm_lora.config.load import load_recipe
     from slm_lora.experiment.resolve_jobs import make_jobs
     from slm_lora.experiment.runner import evaluate_adapter
@@ -170,25 +181,25 @@ def evaluate(
     quiet_libraries()
     reporter = Reporter()
     job = make_jobs([chosen_cell(cells, cell)])[0]
-    _say_data(job, reporter)
-    found = evaluate_adapter(job, adapter, reporter, with_base=not no_base)
+    _report_data(job, reporter)
+    result = evaluate_adapter(job, adapter, reporter, with_base=not no_base)
     out = console()
-    kinds: list[tuple[LossOn, str]] = [("all", "whole text"), ("response", "response only")]
-    for tokens, label in kinds:
-        if tokens not in found.record:
+    scopes: list[tuple[LossOn, str]] = [("all", "whole text"), ("response", "response only")]
+    for loss_on, label in scopes:
+        if loss_on not in result.record:
             continue
-        _print_loss(out, label, found.record[tokens])
-        if found.base_record is not None:
-            _print_loss(out, "  base", found.base_record[tokens])
-            value, low, high = found.difference(tokens)
-            sure = f", 95 % {low:+.5f} to {high:+.5f}" if math.isfinite(low + high) else ""
+        _print_loss(out, label, result.record[loss_on])
+        if result.base_record is not None:
+            _print_loss(out, "  base", result.base_record[loss_on])
+            value, low, high = result.difference(loss_on)
+            interval = f", 95 % {low:+.5f} to {high:+.5f}" if math.isfinite(low + high) else ""
             out.print(
-                f"{'  difference':13}  {value:+.5f} nats per token{sure}"
-                "; below zero the adapter is better than the base",
+                f"{'  difference':13}  {value:+.5f} nats per token{interval}"
+                "; negative: the adapter is better than the base",
                 soft_wrap=True,
             )
     if scores is not None:
-        write_scores(found.scores, scores)
+        write_scores(result.scores, scores)
         out.print(f"{scores}", soft_wrap=True)
 
 
@@ -207,7 +218,7 @@ def report(
         list[str] | None,
         typer.Argument(
             metavar="[KEY=VALUE]...",
-            help="With --with-rows: overrides of that recipe, e.g. data.name=rows.jsonl.",
+            help="With --with-rows: overrides of its recipe, e.g. data.name=rows.jsonl.",
         ),
     ] = None,
     with_rows: Annotated[
@@ -215,51 +226,54 @@ def report(
         typer.Option(
             "--with-rows",
             metavar="RECIPE",
-            help="Also write report-with-rows.html, which quotes some of this recipe's test rows: "
-            "for yourself.",
+            help="Also write report-with-rows.html, which quotes test rows of this recipe; for "
+            "private use.",
         ),
     ] = None,
     answers: Annotated[
         bool,
         typer.Option(
-            "--answers", help="With --with-rows: the base and the best adapter answer these rows."
+            "--answers", help="With --with-rows: also generate answers of base and best adapter."
         ),
     ] = False,
     adapters: AdaptersDir = Path("adapter"),
 ) -> None:
-    """Make table, metrics and report again from the run folders of an experiment."""
+    """Rebuild the report of an experiment.
+
+    Writes table, metrics and report from the run folders.
+    """
     from slm_lora.report.examples import Quoted
     from slm_lora.report.write import write_report
     from slm_lora.runs.folder import list_runs
 
-    quoted = None
+    quoted_rows = None
     if with_rows is not None:
         from slm_lora.config.load import load_recipe
         from slm_lora.data.sources import read_rows
         from slm_lora.experiment.paths import ExperimentPaths
 
-        read, cells = load_recipe(with_rows, overrides or [])
+        parsed_recipe, cells = load_recipe(with_rows, overrides or [])
         rows = read_rows(cells[0].config.data).rows
-        paths = ExperimentPaths(read.name, experiment_folder, adapters)
-        answer = _answering(cells[0].config, paths) if answers else None
-        quoted = Quoted({row.row_id: row for row in rows}, answer)
+        paths = ExperimentPaths(parsed_recipe.name, experiment_folder, adapters)
+        answer = _answer_prompts(cells[0].config, paths) if answers else None
+        quoted_rows = Quoted({row.row_id: row for row in rows}, answer)
     elif overrides or answers:
-        given = overrides[0] if overrides else "--answers"
-        raise UsageError(f"{given}: needs --with-rows RECIPE")
+        argument = overrides[0] if overrides else "--answers"
+        raise UsageError(f"{argument}: needs --with-rows RECIPE")
     runs = list_runs(experiment_folder)
-    analysis = write_report(runs, experiment_folder, quoted=quoted)
-    print_result(analysis, experiment_folder, with_rows=quoted is not None)
+    analysis = write_report(runs, experiment_folder, quoted=quoted_rows)
+    print_result(analysis, experiment_folder, with_rows=quoted_rows is not None)
 
 
-def _adapters(runs: Any, paths: Any) -> list[Path]:
-    """Folders of the finished runs' adapters that were kept."""
+def _kept_adapters(runs: Any, paths: Any) -> list[Path]:
+    """Folders of the adapters that were kept."""
     tuned = [run for run in runs if "adapter" in run.raw]
     return [folder for run in tuned if (folder := paths.adapter_of(run)) is not None]
 
 
-def _answering(recipe: Any, paths: Any) -> Any:
-    """Lets the base of a run and its adapter answer prompts."""
-    from slm_lora.cli.outputs import opened
+def _answer_prompts(recipe: Any, paths: Any) -> Any:
+    """A function that generates answers of a run's base and adapter to prompts."""
+    from slm_lora.cli.outputs import load_models
     from slm_lora.evaluation.compare_outputs import compare_outputs
     from slm_lora.evaluation.generation import Sampling
     from slm_lora.runtime.progress import Reporter
@@ -268,23 +282,23 @@ def _answering(recipe: Any, paths: Any) -> Any:
         folder = paths.adapter_of(run)
         if folder is None:
             raise UsageError(
-                f"--answers: the adapter of {run.folder.name} is not in {paths.adapters}, or is "
-                "not as it was scored; name its folder's parent (--adapters), or leave it out"
+                f"--answers: the adapter of {run.folder.name} is not in {paths.adapters}, or "
+                "changed after it was scored; give the folder of the adapters (--adapters)"
             )
         training = recipe.training
-        variants = opened(recipe.model.name, [folder], training.device, training.precision)
-        many = 2 * len(prompts)
-        with Reporter().task("answers", many, "answers") as task:
-            found = compare_outputs(
+        variants = load_models(recipe.model.name, [folder], training.device, training.precision)
+        n_answers = 2 * len(prompts)
+        with Reporter().task("answers", n_answers, "answers") as task:
+            answers = compare_outputs(
                 variants, prompts, Sampling(96), None, lambda tokens: task.advance(1, tokens)
             )
-            task.close(f"{many} answers")
-        return found
+            task.close(f"{n_answers} answers")
+        return answers
 
     return answer
 
 
-def _places(recipe: Any, results: Path, adapters: Path) -> Any:
+def _experiment_paths(recipe: Any, results: Path, adapters: Path) -> Any:
     from slm_lora.experiment.paths import ExperimentPaths
     from slm_lora.experiment.tracking import check_installed
 
@@ -292,19 +306,19 @@ def _places(recipe: Any, results: Path, adapters: Path) -> Any:
     return ExperimentPaths(recipe.name, results / recipe.name, adapters)
 
 
-def _say_data(job: Any, reporter: Any) -> None:
-    sets = job.data
+def _report_data(job: Any, reporter: Any) -> None:
+    data = job.data
     reporter.info(
-        f"{job.source.name} · {job.rows.origin.split(' ')[0]} · {sets.rows_available} rows in "
-        f"{sets.groups} groups: {len(sets.test)} test, "
-        f"{len(sets.validation)} validation"
+        f"{job.source.name} · {job.rows.origin.split(' ')[0]} · {data.rows_available} rows in "
+        f"{data.groups} groups: {len(data.test)} test, "
+        f"{len(data.validation)} validation"
     )
-    for note in (*job.rows.notes, *sets.notes):
+    for note in (*job.rows.notes, *data.notes):
         reporter.info(f"  note: {note}")
 
 
 def _warn_if_too_large(jobs: Any, paths: Any, reporter: Any) -> None:
-    from slm_lora.planning.plan import will_not_fit
+    from slm_lora.planning.plan import weights_warning
 
-    if line := will_not_fit(jobs, paths):
-        reporter.info(f"  warning: {line}")
+    if warning := weights_warning(jobs, paths):
+        reporter.info(f"  warning: {warning}")

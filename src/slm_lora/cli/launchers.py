@@ -1,4 +1,4 @@
-"""Which engine runs an experiment's cells, from the command line."""
+"""Options that select where the cells of an experiment run: here, on Ray or on Slurm."""
 
 from __future__ import annotations
 
@@ -20,7 +20,7 @@ if TYPE_CHECKING:
 
 
 class Executor(StrEnum):
-    """Where cells are run."""
+    """Where cells run."""
 
     local = "local"
     ray = "ray"
@@ -31,14 +31,14 @@ ExecutorName = Annotated[
     Executor,
     typer.Option(
         "--executor",
-        help="Who runs the cells: this process, one after the other; a Ray cluster; Slurm. All "
-        "machines must see the same folders.",
+        help="Where cells run: in this process one after the other, on a Ray cluster, or as Slurm "
+        "jobs. All machines need the same file system.",
     ),
 ]
 Address = Annotated[
     str,
     typer.Option(
-        "--address", help="Ray cluster to join: HOST:PORT, or auto. Unset: one is started here."
+        "--address", help="Ray cluster: HOST:PORT or auto. Default: start one on this machine."
     ),
 ]
 ExecutorOptions = Annotated[
@@ -46,27 +46,27 @@ ExecutorOptions = Annotated[
     typer.Option(
         "--executor-option",
         metavar="KEY=VALUE",
-        help="Resources of every cell's task or job, e.g. num_gpus=1 (Ray), slurm_partition=gpu, "
-        "timeout_min=240 (Slurm, by submitit's names). May be repeated.",
+        help="Option of each cell's Ray task or Slurm job, e.g. num_gpus=1 (Ray), or "
+        "slurm_partition=gpu, timeout_min=240 (Slurm, names of submitit). Repeatable.",
     ),
 ]
 
 
 def check_executor(executor: Executor, address: str, options: Sequence[str]) -> None:
-    """Refuse what does not go together.
+    """Check the executor options.
 
     Raises:
-        UsageError: it does not.
+        UsageError: options contradict each other or are malformed.
     """
     if address and executor is not Executor.ray:
-        raise UsageError("--address: is of a Ray cluster; add --executor ray")
+        raise UsageError("--address: only for Ray; add --executor ray")
     if executor is Executor.local:
         if options:
             raise UsageError("--executor-option: needs --executor ray or slurm")
         return
-    if distributed.is_child():
+    if distributed.is_launched():
         raise UsageError(
-            f"--executor {executor}: leave --processes out; each cell is run by one process"
+            f"--executor {executor}: runs each cell in one process; leave --processes out"
         )
     _parsed(options)
 
@@ -76,13 +76,13 @@ def _parsed(options: Sequence[str]) -> dict[str, Any]:
 
     parsed: dict[str, Any] = {}
     for option in options:
-        key, found, value = option.partition("=")
-        if not found or not key:
+        key, separator, value = option.partition("=")
+        if not separator or not key:
             raise UsageError(f"--executor-option {option}: must be KEY=VALUE")
         try:
             parsed[key] = yaml.safe_load(value)
         except yaml.YAMLError:
-            raise UsageError(f"--executor-option {option}: not a value") from None
+            raise UsageError(f"--executor-option {option}: the value is not valid YAML") from None
     return parsed
 
 
@@ -90,29 +90,29 @@ def _parsed(options: Sequence[str]) -> dict[str, Any]:
 def engine(
     executor: Executor, address: str, options: Sequence[str], paths: ExperimentPaths, gpus: int
 ) -> Iterator[Engine]:
-    """The engine, ready; left at the end.
+    """Start the engine of an executor, and close it at the end.
 
     Args:
-        executor: not local.
-        address: of a Ray cluster.
-        options: ``KEY=VALUE`` each.
-        paths: where the experiment lies.
-        gpus: that a cell takes.
+        executor: ``ray`` or ``slurm``.
+        address: address of the Ray cluster.
+        options: options of the form ``KEY=VALUE``.
+        paths: paths of the experiment.
+        gpus: GPUs per cell.
 
     Raises:
-        UsageError: it is not installed, or takes no such option.
-        StorageError: the cluster does not answer.
+        UsageError: the library is not installed, or rejects an option.
+        StorageError: the cluster is not reachable.
     """
     from slm_lora.launch.ray import RayEngine
     from slm_lora.launch.slurm import SlurmEngine
 
-    files = paths.checkpoints / "slurm"
-    chosen: Engine
+    submitit_folder = paths.checkpoints / "slurm"
+    started: Engine
     if executor is Executor.ray:
-        chosen = RayEngine(address, _parsed(options), gpus)
+        started = RayEngine(address, _parsed(options), gpus)
     else:
-        chosen = SlurmEngine(files, {"gpus_per_node": gpus, **_parsed(options)})
-    with contextlib.closing(chosen):
-        yield chosen
-    # Where something failed, submitit's files stay: they may say why.
-    shutil.rmtree(files, ignore_errors=True)
+        started = SlurmEngine(submitit_folder, {"gpus_per_node": gpus, **_parsed(options)})
+    with contextlib.closing(started):
+        yield started
+    # Only on success: after an error submitit's files help to find the cause.
+    shutil.rmtree(submitit_folder, ignore_errors=True)

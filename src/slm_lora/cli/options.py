@@ -1,4 +1,4 @@
-"""What several commands share: their arguments, and how they speak."""
+"""Arguments, options and console shared by several commands."""
 
 from __future__ import annotations
 
@@ -11,43 +11,44 @@ import typer
 from slm_lora.errors import UsageError
 from slm_lora.runtime import distributed
 
-RecipeFile = Annotated[Path, typer.Argument(metavar="RECIPE", help="A recipe, as in recipes/.")]
+RecipeFile = Annotated[Path, typer.Argument(metavar="RECIPE", help="Recipe file; see recipes/.")]
 Overrides = Annotated[
     list[str] | None,
     typer.Argument(metavar="[KEY=VALUE]...", help="Overrides, e.g. adapter.r=16 data.size=500."),
 ]
-ResultsDir = Annotated[Path, typer.Option("--results", help="Folder for tables and scores.")]
-AdaptersDir = Annotated[Path, typer.Option("--adapters", help="Folder for adapters.")]
+ResultsDir = Annotated[Path, typer.Option("--results", help="Folder of the results.")]
+AdaptersDir = Annotated[Path, typer.Option("--adapters", help="Folder of the adapters.")]
 DiscardCheckpoints = Annotated[
     bool,
     typer.Option(
         "--discard-checkpoints",
-        help="Remove unfinished trainings of these cells that were made of another recipe, other "
-        "rows or another base, instead of refusing.",
+        help="Delete checkpoints of these cells that belong to another recipe, other rows or "
+        "another base, instead of stopping with an error.",
     ),
 ]
 
 
-def _in_processes(many: int) -> int:
-    """Run this very command in so many processes instead, and end with its exit code."""
-    if many != 1:
+def _relaunch(count: int) -> int:
+    """Run the command in ``count`` processes instead, and exit with its exit code."""
+    if count != 1:
         from slm_lora.launch.local import launch
 
-        if distributed.is_child():
+        if distributed.is_launched():
             raise UsageError(
-                f"--processes {many}: this process is already one of several (WORLD_SIZE is set)"
+                f"--processes {count}: WORLD_SIZE is set, so a launcher has already started the "
+                "processes; leave --processes out"
             )
 
-        raise typer.Exit(launch(many, _without_processes(sys.argv[1:])))
-    return many
+        raise typer.Exit(launch(count, _without_processes(sys.argv[1:])))
+    return count
 
 
-def _without_processes(words: list[str]) -> list[str]:
-    kept, skip = [], False
-    for word in words:
-        if not skip and word != "--processes" and not word.startswith("--processes="):
-            kept.append(word)
-        skip = word == "--processes"
+def _without_processes(arguments: list[str]) -> list[str]:
+    kept, is_value = [], False
+    for argument in arguments:
+        if not is_value and argument != "--processes" and not argument.startswith("--processes="):
+            kept.append(argument)
+        is_value = argument == "--processes"
     return kept
 
 
@@ -55,39 +56,40 @@ Processes = Annotated[
     int,
     typer.Option(
         "--processes",
-        callback=_in_processes,
-        help="Processes that share the examples of a step, on this machine (elsewhere: torchrun).",
+        callback=_relaunch,
+        help="Data-parallel processes on this machine; across machines use torchrun.",
     ),
 ]
 CellName = Annotated[
     str,
     typer.Option(
-        "--cell", help="Cell of the grid; unset, its first (train: where there is but one)."
+        "--cell",
+        help="Cell of the grid. Default: the first; train requires it if there are several.",
     ),
 ]
 
 
 def console() -> Any:
-    """The terminal, or plain text off one."""
+    """Console for standard output; without a terminal it writes plain text."""
     import sys
 
     from rich.console import Console
 
-    # A table in a log file need not fit 80 columns.
+    # Tables in log files are not limited to 80 columns.
     width = None if sys.stdout.isatty() else 140
     return Console(highlight=False, markup=False, width=width)
 
 
 def chosen_cell(cells: list[Any], name: str) -> Any:
-    """The named cell; without a name, the first (cells share what looks at data need)."""
-    names = [each.name for each in cells]
+    """The named cell; without a name, the first."""
+    names = [cell.name for cell in cells]
     if name and name not in names:
-        raise UsageError(f"--cell {name}: the recipe has the cells {', '.join(names)}")
+        raise UsageError(f"--cell {name}: not in the recipe; its cells are {', '.join(names)}")
     return cells[names.index(name) if name else 0]
 
 
 def quiet_libraries() -> None:
-    """Libraries warn about each other; what concerns the user we say ourselves."""
+    """Silence warnings of libraries that do not concern the user."""
     import os
     import warnings
 

@@ -1,32 +1,30 @@
-"""What `--plan` prints."""
+"""Output of ``--plan``."""
 
 from __future__ import annotations
 
 from typing import Any, Literal
 
-from slm_lora.cli.options import (
-    console,
-)
+from slm_lora.cli.options import console
 
 
 def print_plan(jobs: Any, paths: Any, reporter: Any) -> None:
-    """Cells, tokens, time and memory, and warnings of what will not fit."""
+    """Print tokens, time and memory of each cell, and warnings about memory and device."""
     from rich.table import Table
 
     from slm_lora.planning.plan import plan
     from slm_lora.runtime.progress import clock
 
-    elsewhere = _not_here(jobs)
-    if elsewhere:
-        reporter.info(f"  warning: {elsewhere}")
-    reporter.info("  timing slices of the model")
-    found = plan(jobs, paths)
+    mismatch = _device_mismatch(jobs)
+    if mismatch:
+        reporter.info(f"  warning: {mismatch}")
+    reporter.info("  timing a slice of the model")
+    estimate = plan(jobs, paths)
     table = Table(box=None, pad_edge=False, header_style="bold")
-    titles = ("Cell", "Rows", "Steps", "Training tokens", "Test tokens", "Time", "Memory")
-    sides: list[Literal["left", "right"]] = ["left", *["right"] * 6]  # type: ignore[list-item]
-    for title, side in zip(titles, sides, strict=True):
-        table.add_column(title, justify=side)
-    for cell in found.cells:
+    headers = ("Cell", "Rows", "Steps", "Training tokens", "Test tokens", "Time", "Memory")
+    alignments: list[Literal["left", "right"]] = ["left", *["right"] * 6]  # type: ignore[list-item]
+    for header, alignment in zip(headers, alignments, strict=True):
+        table.add_column(header, justify=alignment)
+    for cell in estimate.cells:
         table.add_row(
             cell.name,
             f"{cell.training_rows}",
@@ -38,33 +36,33 @@ def print_plan(jobs: Any, paths: Any, reporter: Any) -> None:
         )
     out = console()
     out.print(table)
-    left = sum(cell.seconds for cell in found.cells if not cell.finished)
+    seconds = sum(cell.seconds for cell in estimate.cells if not cell.finished)
     out.print(
-        f"about {clock(left)} in all on {jobs[0].device.type} in {jobs[0].precision}: an estimate "
-        "from a slice of the model, timed now; nothing was trained",
+        f"about {clock(seconds)} in all on {jobs[0].device.type} in {jobs[0].precision}: "
+        "estimated by timing a slice of the model; nothing was trained",
         soft_wrap=True,
     )
-    if warning := found.warning():
+    if warning := estimate.warning():
         out.print(f"warning: {warning}", soft_wrap=True)
-    if elsewhere:
-        out.print(f"warning: {elsewhere}", soft_wrap=True)
+    if mismatch:
+        out.print(f"warning: {mismatch}", soft_wrap=True)
 
 
-def _not_here(jobs: Any) -> str:
-    """One line where a plan is not for the device or the precision that the recipe names."""
-    wanted: dict[str, None] = {}
+def _device_mismatch(jobs: Any) -> str:
+    """Warning if device or precision of the recipe are unavailable here; else an empty string."""
+    unavailable: dict[str, None] = {}
     for job in jobs:
         training = job.config.training
-        for key, asked, has in (
+        for key, requested, actual in (
             ("device", training.device, job.device.type),
             ("precision", training.precision, job.precision),
         ):
-            if asked not in ("auto", has):
-                wanted[f"training.{key} = {asked}"] = None
-    if not wanted:
+            if requested not in ("auto", actual):
+                unavailable[f"training.{key} = {requested}"] = None
+    if not unavailable:
         return ""
     return (
-        f"{' and '.join(wanted)}: not on this machine, where the experiment would be refused; time "
-        f"and memory are those of its {jobs[0].device.type} in {jobs[0].precision}, and runs "
-        "finished elsewhere are not told as finished; plan where it will run"
+        f"{' and '.join(unavailable)}: not on this machine, so the experiment would be refused; "
+        f"time and memory are for its {jobs[0].device.type} in {jobs[0].precision}; runs finished "
+        "elsewhere do not count as finished; plan on the machine that will run it"
     )

@@ -1,4 +1,4 @@
-"""What the commands `experiment` and `report` print at their end."""
+"""Final output of the commands `experiment` and `report`."""
 
 from __future__ import annotations
 
@@ -17,12 +17,12 @@ if TYPE_CHECKING:
 def print_result(
     analysis: Analysis, results: Path, adapters: Sequence[Path] = (), with_rows: bool = False
 ) -> None:
-    """The card, the table of settings, the files, and what to do next.
+    """Print the card, the table of settings, the files and the next commands.
 
     Args:
-        analysis: from `write_report`.
-        results: folder of the experiment.
-        adapters: of its runs, where they are kept.
+        analysis: result of `write_report`.
+        results: results folder of the experiment.
+        adapters: folders of the kept adapters.
         with_rows: whether the page with rows was written.
     """
     from slm_lora.report.setup import not_shown
@@ -36,8 +36,8 @@ def print_result(
         out.print()
     out.print(settings_table(analysis, out.width))
     out.print()
-    if others := not_shown([run.run for run in analysis.runs], results):
-        out.print(f"{others}\n", soft_wrap=True)
+    if omitted := not_shown([run.run for run in analysis.runs], results):
+        out.print(f"{omitted}\n", soft_wrap=True)
     pages = [PAGE_FILE, *([WITH_ROWS_FILE] if with_rows else [])]
     for label, path in (
         *(("report", results / page) for page in pages),
@@ -49,7 +49,7 @@ def print_result(
 
 
 def _next_commands(analysis: Analysis, adapters: Sequence[Path]) -> list[tuple[str, str]]:
-    """The recommended setting's first adapter, and commands for it; none where it is not kept."""
+    """Labels and commands for the recommended setting's first adapter; empty if it was not kept."""
     recommended = analysis.card.recommended
     if recommended is None:
         return []
@@ -57,15 +57,15 @@ def _next_commands(analysis: Analysis, adapters: Sequence[Path]) -> list[tuple[s
     if folder is None:
         return []
     path = shlex.quote(str(folder))
-    whole = recommended.is_full
+    is_full_model = recommended.is_full
     return [
         ("adapter", path),
         ("try it", f"slm-lora chat --adapter {path}"),
         ("serve it", f"slm-lora serve --adapter {path}"),
-        *([] if whole else [("merge it", f"slm-lora merge {path} merged/{folder.name}")]),
+        *([] if is_full_model else [("merge it", f"slm-lora merge {path} merged/{folder.name}")]),
     ]
 
 
 def _adapter_of(run: Run, adapters: Sequence[Path]) -> Path | None:
-    ends = (f"-{run.cell}", f"-{run.cell}-{str(run.raw['hash'])[:8]}")
-    return next((folder for folder in adapters if folder.name.endswith(ends)), None)
+    suffixes = (f"-{run.cell}", f"-{run.cell}-{str(run.raw['hash'])[:8]}")
+    return next((folder for folder in adapters if folder.name.endswith(suffixes)), None)

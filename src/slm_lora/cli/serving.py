@@ -1,4 +1,4 @@
-"""The command that serves a base and its adapters."""
+"""The command `serve`."""
 
 from __future__ import annotations
 
@@ -9,7 +9,7 @@ from typing import TYPE_CHECKING, Annotated
 import typer
 
 from slm_lora.cli.options import AdaptersDir, ResultsDir, console
-from slm_lora.cli.outputs import BaseModel, Device, Precision, opened
+from slm_lora.cli.outputs import BaseModel, Device, Precision, load_models
 from slm_lora.errors import UsageError
 
 if TYPE_CHECKING:
@@ -21,36 +21,42 @@ def serve(
         list[Path] | None,
         typer.Option(
             "--adapter",
-            help="Adapter folder; may be repeated. Unset: all of the experiment trained last.",
+            help="Adapter folder; repeatable. Default: all of the most recent experiment.",
         ),
     ] = None,
     adapters: AdaptersDir = Path("adapter"),
     base: BaseModel = None,
     host: Annotated[
-        str, typer.Option(help="Address to listen on. Beyond loopback a token is needed.")
+        str, typer.Option(help="Address to listen on; other than loopback, a token is required.")
     ] = "127.0.0.1",
-    port: Annotated[int, typer.Option(min=0, max=65535, help="0: any free one.")] = 7860,
+    port: Annotated[
+        int, typer.Option(min=0, max=65535, help="Port to listen on; 0: any free port.")
+    ] = 7860,
     allow_host: Annotated[
         list[str] | None,
-        typer.Option("--allow-host", help="A name under which others reach this server."),
+        typer.Option("--allow-host", help="Additional host name of this server; repeatable."),
     ] = None,
-    page: Annotated[bool, typer.Option(help="The page at /, besides the API at /v1.")] = True,
+    page: Annotated[bool, typer.Option(help="Serve the page at / besides the API at /v1.")] = True,
     prompts: Annotated[
         Path | None,
         typer.Option(
             "--prompts",
-            help="The page's examples; else rows of the data set, where it is on this machine.",
+            help="File of the page's examples. Default: rows of the data set, if on this machine.",
         ),
     ] = None,
     results: ResultsDir = Path("results"),
-    max_tokens: Annotated[int, typer.Option(min=1, help="Longest reply, in tokens.")] = 1024,
-    max_waiting: Annotated[int, typer.Option(min=1, help="Requests in the queue; more: 429.")] = 64,
+    max_tokens: Annotated[
+        int, typer.Option(min=1, help="Maximum length of a reply in tokens.")
+    ] = 1024,
+    max_waiting: Annotated[
+        int, typer.Option(min=1, help="Maximum number of queued requests.")
+    ] = 64,
     device: Device = "auto",
     precision: Precision = "auto",
 ) -> None:
-    """Serve a page and an OpenAI-style API: the base and its adapters, loaded once.
+    """Serve a web page and an OpenAI-compatible API.
 
-    Without --adapter: all adapters of the experiment that was trained last.
+    They offer a base and any number of its adapters; the base is loaded once.
     """
     import os
     import secrets
@@ -70,93 +76,99 @@ def serve(
             from slm_lora.serve.page import mount_page
     except ImportError as error:
         raise UsageError(
-            f"serve needs {error.name}, which is not installed: pip install '.[serve]' in a "
-            "checkout"
+            f"serve: {error.name} is not installed; run pip install '.[serve]' in a checkout"
         ) from error
-    chosen = list(adapter or last_experiment(adapters))
-    examples = read_prompts(prompts) if prompts else _dataset_examples(chosen) if page else []
-    listening = listen(host, port)
-    variants = opened(base, chosen, device, precision)
-    engine = Engine(variants, most_tokens=max_tokens, most_waiting=max_waiting)
+    folders = list(adapter or last_experiment(adapters))
+    examples = read_prompts(prompts) if prompts else _dataset_examples(folders) if page else []
+    listener = listen(host, port)
+    variants = load_models(base, folders, device, precision)
+    engine = Engine(variants, max_tokens=max_tokens, max_waiting=max_waiting)
     app = make_app(engine)
     if page:
-        app = mount_page(app, engine, examples, best_adapter(chosen, results))
-    outside = host not in LOOPBACK and host != "::1"
-    token = os.environ.get("SLM_LORA_TOKEN") or (secrets.token_urlsafe(24) if outside else None)
-    shown = f"[{host}]" if ":" in host else host
-    hosts = {*LOOPBACK, shown.lower(), *(name.lower() for name in allow_host or ())}
-    bound = listening.getsockname()[1]
+        app = mount_page(app, engine, examples, best_adapter(folders, results))
+    is_remote = host not in LOOPBACK and host != "::1"
+    token = os.environ.get("SLM_LORA_TOKEN") or (secrets.token_urlsafe(24) if is_remote else None)
+    url_host = f"[{host}]" if ":" in host else host
+    hosts = {*LOOPBACK, url_host.lower(), *(name.lower() for name in allow_host or ())}
+    bound_port = listener.getsockname()[1]
     out = console()
     for name in variants.names:
         out.print(f"model     {name}", soft_wrap=True)
-    url = f"http://{shown}:{bound}"
+    url = f"http://{url_host}:{bound_port}"
     if page:
         out.print(f"page      {url}/" + (f"?token={token}" if token else ""), soft_wrap=True)
     out.print(f"API       {url}/v1" + (f"   key {token}" if token else ""), soft_wrap=True)
-    out.print("Ctrl-C ends it")
+    out.print("Ctrl-C stops the server")
     try:
-        run(Guard(app, hosts=hosts, token=token), listening)
+        run(Guard(app, hosts=hosts, token=token), listener)
     finally:
         engine.close()
 
 
 def last_experiment(adapters: Path) -> list[Path]:
-    """The adapters of the experiment that the newest adapter belongs to."""
+    """The adapters of the experiment of the most recently written adapter.
+
+    Raises:
+        UsageError: no adapters.
+    """
     files = sorted(adapters.glob("*/slm_lora.json"), key=lambda file: file.stat().st_mtime)
-    found: dict[Path, tuple[str, str]] = {}
+    adapter_keys: dict[Path, tuple[str, str]] = {}
     for file in files:
         try:
-            about = json.loads(file.read_text(encoding="utf-8"))
-            found[file.parent] = about["experiment"], about["base"]["sha256"]
+            metadata = json.loads(file.read_text(encoding="utf-8"))
+            adapter_keys[file.parent] = metadata["experiment"], metadata["base"]["sha256"]
         except (ValueError, KeyError, TypeError):
             continue
     usable = {
-        folder: of for folder, of in found.items() if (folder / "adapter_config.json").is_file()
+        folder: key
+        for folder, key in adapter_keys.items()
+        if (folder / "adapter_config.json").is_file()
     }
     if not usable:
         raise UsageError(
-            f"{adapters}: no adapter in it; train one (make experiment), or name one (--adapter)"
+            f"{adapters}: holds no adapter; train one (make experiment) or give one (--adapter)"
         )
-    newest = list(usable.values())[-1]
-    return [folder for folder, of in usable.items() if of == newest]
+    newest_key = list(usable.values())[-1]
+    return [folder for folder, key in usable.items() if key == newest_key]
 
 
 def best_adapter(adapters: list[Path], results: Path) -> str | None:
-    """Name of the adapter with the lowest held-out loss, where the losses of all that have one are
-    of the same tokens; None where that is not known."""
-    found: dict[str, float] = {}
-    scored_on = set()
+    """Name of the adapter with the lowest held-out loss; None if no losses are recorded or they
+    refer to different bases, test rows or tokens."""
+    losses: dict[str, float] = {}
+    test_sets = set()
     for folder in adapters:
         try:
-            about = json.loads((folder / "slm_lora.json").read_text(encoding="utf-8"))
-            place = results / about["experiment"] / "runs" / f"{about['cell']}-{about['run'][:8]}"
-            run = json.loads((place / "run.json").read_text(encoding="utf-8"))
+            metadata = json.loads((folder / "slm_lora.json").read_text(encoding="utf-8"))
+            run_name = f"{metadata['cell']}-{metadata['run'][:8]}"
+            run_folder = results / metadata["experiment"] / "runs" / run_name
+            run = json.loads((run_folder / "run.json").read_text(encoding="utf-8"))
             headline = run["evaluation"]["headline"]
-            if run["hash"] == about["run"]:
-                found[folder.resolve().name] = float(run["evaluation"][headline]["loss"])
-                scored_on.add((run["data"]["held_out_sha256"], run["model"]["sha256"], headline))
+            if run["hash"] == metadata["run"]:
+                losses[folder.resolve().name] = float(run["evaluation"][headline]["loss"])
+                test_sets.add((run["data"]["held_out_sha256"], run["model"]["sha256"], headline))
         except (OSError, ValueError, KeyError, TypeError):
             continue
-    return min(found, key=found.__getitem__) if len(scored_on) == 1 else None
+    return min(losses, key=losses.__getitem__) if len(test_sets) == 1 else None
 
 
 def _dataset_examples(adapters: list[Path]) -> list[Prompt]:
-    """A few rows of what the first adapter was trained on, where it is on this machine."""
+    """Some rows of the first adapter's data set; empty if it is not on this machine."""
     from slm_lora.adapters.io import ABOUT
     from slm_lora.config.schema import DataSection
-    from slm_lora.data.prompts import from_rows
+    from slm_lora.data.prompts import prompts_from_rows
     from slm_lora.data.sources import read_rows
     from slm_lora.errors import SlmLoraError
 
     try:
-        about = json.loads((adapters[0] / ABOUT).read_text(encoding="utf-8"))
-        section = DataSection(**about["recipe"]["data"])
+        metadata = json.loads((adapters[0] / ABOUT).read_text(encoding="utf-8"))
+        section = DataSection(**metadata["recipe"]["data"])
     except (OSError, ValueError, KeyError, TypeError, IndexError):
         return []
-    # Nothing is fetched for the sake of examples; of a local file the recipe keeps the name.
+    # Never download data for examples. Of a local file the recipe records only the name.
     if section.name != "ml-qa" and not Path(section.name).is_file():
         return []
     try:
-        return from_rows(read_rows(section).rows, 12)
+        return prompts_from_rows(read_rows(section).rows, 12)
     except SlmLoraError:
         return []

@@ -1,1 +1,1 @@
-"""Configuration of an experiment: its schema, the reader of YAML files, the grid of cells."""
+"""Configuration of an experiment: schema, YAML loader, validation, grid expansion."""

@@ -1,14 +1,14 @@
-"""What keys of a recipe are called in other tools, for the question whether one was meant."""
+"""Names of recipe keys in other tools, for the suggestions of error messages."""
 
 from __future__ import annotations
 
-_BATCH = "training.effective_batch_size (examples a step: batch × accumulation × processes)"
-_SCORING = "evaluation.micro_batch_tokens (tokens at once: memory only, no result depends on it)"
+_BATCH = "training.effective_batch_size (examples per step: batch × accumulation × processes)"
+_SCORING = "evaluation.micro_batch_tokens (affects memory only, not results)"
 _MODEL, _DATA = "model.name", "data.name"
 _4_BITS = "model.quantization=nf4"
 _HELD_OUT = "data.test_rows (a number of rows, not a share)"
 
-MEANT = {
+ALIASES = {
     "training.learning_rate": "lr learning_rates lr_rate base_lr max_lr peak_lr lora_lr step_size",
     "training.lr_scheduler_type": "lr_scheduler scheduler scheduler_type schedule lr_schedule",
     "training.num_train_epochs": "epochs num_epochs n_epochs epoch max_epochs train_epochs",
@@ -90,35 +90,35 @@ MEANT = {
     "checkpoint_seconds": "save_steps save_interval save_strategy save_every",
     "keep_adapters": "save_adapters save_model",
 }
-"""Names by the key that does the same; what follows a key in brackets is said beside it."""
+"""Foreign names by the equivalent key; text in brackets after a key is a remark for the message."""
 
-_BY_NAME = {name: meant for meant, names in MEANT.items() for name in names.split()}
+_KEY_BY_ALIAS = {name: key for key, names in ALIASES.items() for name in names.split()}
 
 
-NO_KEY = {
+NO_EQUIVALENT = {
     **dict.fromkeys(("packing", "sample_packing", "group_by_length"), "rows are always packed"),
-    **dict.fromkeys(("optim", "optimizer"), "it is always AdamW"),
+    **dict.fromkeys(("optim", "optimizer"), "the optimizer is always AdamW"),
     **dict.fromkeys(
-        ("logging_steps", "log_every", "logging_strategy"), "every step is kept in steps.jsonl"
+        ("logging_steps", "log_every", "logging_strategy"), "every step is logged to steps.jsonl"
     ),
     **dict.fromkeys(
         ("output_dir", "output_path", "save_dir", "out_dir", "adapter_path"),
-        "folders are told by --results and --adapters",
+        "folders are set by --results and --adapters",
     ),
     **dict.fromkeys(
-        ("push_to_hub", "hub_model_id", "hub_token"), "slm-lora push does it afterwards"
+        ("push_to_hub", "hub_model_id", "hub_token"), "slm-lora push uploads a finished run"
     ),
-    **dict.fromkeys(("trust_remote_code",), "code that comes with a model is never run"),
+    **dict.fromkeys(("trust_remote_code",), "a model's own code is never run"),
     **dict.fromkeys(("do_train", "do_eval"), "an experiment always trains and scores"),
-    **dict.fromkeys(("resume_from_checkpoint", "resume"), "the same command goes on by itself"),
+    **dict.fromkeys(("resume_from_checkpoint", "resume"), "the same command resumes by itself"),
     **dict.fromkeys(
-        ("num_processes", "nproc_per_node", "world_size"), "they are told by --processes"
+        ("num_processes", "nproc_per_node", "world_size"), "set by --processes or torchrun"
     ),
 }
-"""Names of other tools that need no key here, and why."""
+"""Names from other tools without an equivalent key, and the reason."""
 
 
-def elsewhere_called(name: str) -> str:
-    """The key, or ``key=value``, that other tools call ``name``, and a remark in brackets; empty
-    for a name that is not known."""
-    return _BY_NAME.get(name, "")
+def key_for_alias(name: str) -> str:
+    """The key, or ``key=value``, that other tools call ``name``, with its remark; empty for an
+    unknown name."""
+    return _KEY_BY_ALIAS.get(name, "")

@@ -1,4 +1,4 @@
-"""Types of recipe values, and the names that a recipe knows: formats, methods, trackers."""
+"""Types of recipe values, and the names of formats, methods and trackers."""
 
 from __future__ import annotations
 
@@ -13,15 +13,14 @@ from pydantic import (
 
 def no_bool(value: object) -> object:
     """Refuse booleans where numbers are meant."""
-    # In YAML ``yes`` is a boolean, and Python would take True for 1.
+    # In YAML ``yes`` is a boolean, and Python's True equals 1.
     if isinstance(value, bool):
         raise ValueError("must be a number, not true or false")
     return value
 
 
 def within_64_bits(value: int) -> int:
-    """Refuse integers beyond 64 bits."""
-    # Libraries behind this take no larger one, and Python does not even print it.
+    """Refuse integers beyond 64 bits, the limit of the libraries that receive them."""
     if abs(value) >= 2**63:
         raise ValueError("must be below 2^63")
     return value
@@ -46,7 +45,7 @@ Relation = Literal["group", "prompt", "instruction", "context", "near"]
 
 
 RELATED_BY: tuple[Relation, ...] = ("group", "prompt", "context", "near")
-"""What ties rows unless a recipe says otherwise."""
+"""Default of ``data.group_by``."""
 
 
 MethodName = Literal["lora", "rslora", "dora", "pissa", "full"]
@@ -59,12 +58,12 @@ METHOD_LABELS: dict[MethodName, str] = {
     "pissa": "PiSSA",
     "full": "Full fine-tuning",
 }
-"""Methods as reports name them; what they are: `adapters.methods`."""
+"""Names of methods in reports; definitions: `adapters.methods`."""
 
 
 @dataclass(frozen=True, slots=True)
 class RunOptions:
-    """Keys of a recipe that change no result: no part of a run's identity."""
+    """Recipe keys that affect no result, and so are not part of a run's identity."""
 
     keep_adapters: bool
     report_to: tuple[TrackerName, ...]

@@ -1,4 +1,4 @@
-"""Mistakes in a recipe, explained: key, value, where it was written, and what was meant."""
+"""Validation of a recipe: error messages with key, value, source line and a suggestion."""
 
 from __future__ import annotations
 
@@ -13,7 +13,7 @@ from typing import Any, TypeVar
 from pydantic import BaseModel, ValidationError
 from pydantic.fields import FieldInfo
 
-from slm_lora.config.aliases import NO_KEY, elsewhere_called
+from slm_lora.config.aliases import NO_EQUIVALENT, key_for_alias
 from slm_lora.config.schema import Recipe
 
 Settings = dict[str, Any]
@@ -22,18 +22,18 @@ _Model = TypeVar("_Model", bound=BaseModel)
 
 @dataclass(slots=True)
 class Sources:
-    """Where each dotted key was written, for messages."""
+    """Source of each dotted key, for messages: line of the file, or an override."""
 
     file: str
     lines: dict[str, int] = field(default_factory=dict)
     overrides: dict[str, None] = field(default_factory=dict)
 
-    def explain(self, key: str) -> str:
-        """`override` or the file's name: what a message on the key begins with."""
+    def origin(self, key: str) -> str:
+        """`override` or the name of the file, the start of a message about the key."""
         return "override" if self._from_override(key) else self.file
 
-    def line(self, key: str) -> str:
-        """The line to end the message with, if there is one."""
+    def line_suffix(self, key: str) -> str:
+        """`` (line N)``, the end of a message about the key; empty without a known line."""
         if self._from_override(key):
             return ""
         parts = key.split(".")
@@ -44,11 +44,11 @@ class Sources:
 
     def _from_override(self, key: str) -> bool:
         return any(
-            key == o
-            or key.startswith(f"{o}.")
-            # a section that only an override brought into being
-            or (o.startswith(f"{key}.") and key not in self.lines)
-            for o in self.overrides
+            key == override
+            or key.startswith(f"{override}.")
+            # a section that exists only through the override
+            or (override.startswith(f"{key}.") and key not in self.lines)
+            for override in self.overrides
         )
 
 
@@ -64,47 +64,47 @@ def _fields(model: type[BaseModel], prefix: str = "") -> Iterator[tuple[str, Fie
 
 
 def known_keys(model: type[BaseModel] = Recipe) -> Iterator[str]:
-    """All dotted keys of the schema, sections before what is in them."""
+    """All dotted keys of the schema, each section before its keys."""
     for key, _ in _fields(model):
         yield key
 
 
-def why_not_settable(key: str, model: type[BaseModel]) -> str:
-    """Why a dotted key cannot be set on its own, or nothing if it can."""
+def unsettable_reason(key: str, model: type[BaseModel]) -> str:
+    """The reason why a dotted key cannot be set on its own; empty if it can."""
     fields = dict(_fields(model))
     if key in fields:
         if not _is_section(fields[key]):
             return ""
-        inner = next(each for each in fields if each.startswith(f"{key}."))
-        return f"'{shown(key)}' is a section; set what is in it, such as '{inner}'"
+        inner = next(name for name in fields if name.startswith(f"{key}."))
+        return f"'{format_value(key)}' is a section; set a key of it, such as '{inner}'"
     parent, _, last = key.rpartition(".")
     if last and parent in fields and typing.get_origin(fields[parent].annotation) is dict:
         return ""
-    return f"unknown key '{shown(key)}'{did_you_mean(key, list(fields))}"
+    return f"unknown key '{format_value(key)}'{suggestion(key, list(fields))}"
 
 
-def did_you_mean(key: str, keys: list[str]) -> str:
-    """The end of a message on an unknown key: a known one that is like it, if there is one."""
-    # As on other command lines: --per-device-train-batch-size.
-    plain = key.strip().lstrip("-").replace("-", "_").lower()
-    last = plain.rsplit(".", 1)[-1]
+def suggestion(key: str, keys: list[str]) -> str:
+    """The end of a message about an unknown key: a similar known one, else empty."""
+    # Spelling of other command lines: --per-device-train-batch-size.
+    normalised = key.strip().lstrip("-").replace("-", "_").lower()
+    last = normalised.rsplit(".", 1)[-1]
     by_last = {known.rsplit(".", 1)[-1]: known for known in reversed(keys)}
-    # The right name in no section or the wrong one, then other tools' names, then slips.
+    # A known name in the wrong section, then names from other tools, then typing errors.
     if last in by_last:
         return f"; did you mean '{by_last[last]}'?"
-    if (meant := elsewhere_called(last)) and meant.split(" ", 1)[0].split("=", 1)[0] in keys:
-        known, _, remark = meant.partition(" ")
+    if (alias := key_for_alias(last)) and alias.split(" ", 1)[0].split("=", 1)[0] in keys:
+        known, _, remark = alias.partition(" ")
         return f"; did you mean '{known}'?" + (f" {remark}" if remark else "")
-    if last in NO_KEY:
-        return f"; there is none: {NO_KEY[last]}"
-    close = difflib.get_close_matches(plain, keys, n=1, cutoff=0.6)
-    close = close or [
+    if last in NO_EQUIVALENT:
+        return f"; not an option: {NO_EQUIVALENT[last]}"
+    matches = difflib.get_close_matches(normalised, keys, n=1, cutoff=0.6)
+    matches = matches or [
         by_last[name] for name in difflib.get_close_matches(last, by_last, n=1, cutoff=0.75)
     ]
-    return f"; did you mean '{close[0]}'?" if close else ""
+    return f"; did you mean '{matches[0]}'?" if matches else ""
 
 
-_SAID = {
+_MESSAGES = {
     "int_type": "must be a whole number",
     "int_parsing": "must be a whole number",
     "int_parsing_size": "must be below 2^63",
@@ -121,32 +121,35 @@ _SAID = {
     "model_attributes_type": "must be a mapping of keys to values",
     "string_pattern_mismatch": "must be of a-z, 0-9 and . _ -, a letter or digit first",
 }
-"""Mistakes in plain words, by pydantic's name for them."""
+"""Messages by pydantic's error type."""
 
 
-def validated(
-    model: type[_Model], settings: Settings, sources: Sources, mistakes: list[str], place: str = ""
+def validate(
+    model: type[_Model], settings: Settings, sources: Sources, errors: list[str], location: str = ""
 ) -> _Model | None:
-    """The settings as a value of the schema; or None, and ``mistakes`` say why."""
+    """The settings as an instance of the schema; None if invalid, with messages in ``errors``.
+
+    ``location`` replaces the file and line in messages.
+    """
     try:
         return model.model_validate(settings)
     except ValidationError as error:
-        found: dict[str, str] = {}
-        for each in error.errors(include_url=False):
-            key, literal = _key_of(each["loc"], model)
-            explained = _explained(dict(each), key, sources, place)
-            # Of a union every branch has an error to tell: the first is enough, and of a list
-            # or one certain word the list.
-            if not literal or not any(other.startswith(key) for other in found):
-                found.setdefault(key, explained)
-        mistakes.extend(found.values())
+        messages: dict[str, str] = {}
+        for details in error.errors(include_url=False):
+            key, literal = _dotted_key(details["loc"], model)
+            message = _describe(dict(details), key, sources, location)
+            # pydantic reports every branch of a union: keep the first, and of a list or a
+            # literal the list.
+            if not literal or not any(other.startswith(key) for other in messages):
+                messages.setdefault(key, message)
+        errors.extend(messages.values())
         return None
 
 
-def _key_of(location: tuple[int | str, ...], model: type[BaseModel]) -> tuple[str, bool]:
-    """The dotted key at a place that pydantic tells, and whether it is that of a single word.
+def _dotted_key(location: tuple[int | str, ...], model: type[BaseModel]) -> tuple[str, bool]:
+    """The dotted key of a pydantic error location, and whether the error is of a literal branch.
 
-    Behind a key of several types pydantic names the type that it tried.
+    After a key with a union type, pydantic's location names the branch that failed.
     """
     fields = dict(_fields(model))
     parts: list[str] = []
@@ -163,30 +166,30 @@ def _key_of(location: tuple[int | str, ...], model: type[BaseModel]) -> tuple[st
 def _is_union(annotation: object) -> bool:
     if typing.get_origin(annotation) not in (typing.Union, types.UnionType):
         return False
-    return len([each for each in typing.get_args(annotation) if each is not type(None)]) > 1
+    return len([kind for kind in typing.get_args(annotation) if kind is not type(None)]) > 1
 
 
-def _explained(error: dict[str, Any], key: str, sources: Sources, place: str) -> str:
-    source = place or sources.explain(key)
-    line = "" if place else sources.line(key)
+def _describe(error: dict[str, Any], key: str, sources: Sources, location: str) -> str:
+    source = location or sources.origin(key)
+    line_suffix = "" if location else sources.line_suffix(key)
     if error["type"] == "invalid_key" or "[key]" in error["loc"][-1:]:
-        return f"{source}: {shown(key)}: a key must be text{line}"
+        return f"{source}: {format_value(key)}: a key must be text{line_suffix}"
     if error["type"] == "extra_forbidden":
         keys = list(known_keys())
         section, _, last = key.rpartition(".")
         if key in keys:
-            return f"{source}: '{key}' must be written as '{last}' under '{section}'{line}"
-        return f"{source}: unknown key '{shown(key)}'{line}{did_you_mean(key, keys)}"
+            return f"{source}: '{key}' must be written as '{last}' under '{section}'{line_suffix}"
+        return f"{source}: unknown key '{format_value(key)}'{line_suffix}{suggestion(key, keys)}"
     if error["type"] == "missing":
         return f"{source}: '{key}' is missing"
     message = str(error["msg"]).removeprefix("Value error, ")
-    message = _SAID.get(error["type"], message.replace("Input should be", "must be"))
+    message = _MESSAGES.get(error["type"], message.replace("Input should be", "must be"))
     value = error["input"]
-    sectionless = error["type"] in ("model_type", "model_attributes_type")
-    if sectionless and isinstance(value, str) and f"{key}.name" in known_keys():
-        message += f" (did you mean '{key}: {{name: {shown(value)}}}'?)"
+    not_a_section = error["type"] in ("model_type", "model_attributes_type")
+    if not_a_section and isinstance(value, str) and f"{key}.name" in known_keys():
+        message += f" (did you mean '{key}: {{name: {format_value(value)}}}'?)"
     if not key or isinstance(value, BaseModel | dict):
-        return f"{source}: {f'{shown(key)}: ' if key else ''}{message}{line}"
+        return f"{source}: {f'{format_value(key)}: ' if key else ''}{message}{line_suffix}"
     hint = ""
     if error["type"] == "literal_error" and isinstance(value, str):
         choices = [
@@ -194,27 +197,26 @@ def _explained(error: dict[str, Any], key: str, sources: Sources, place: str) ->
         ]
         close = difflib.get_close_matches(value, choices, n=1)
         hint = f"; did you mean '{close[0]}'?" if close else ""
-    return f"{source}: {shown(key)} = {shown(value)}: {message}{line}{hint}"
+    return f"{source}: {format_value(key)} = {format_value(value)}: {message}{line_suffix}{hint}"
 
 
-_BRIEF = reprlib.Repr()
-_BRIEF.maxlevel = 2
+_SHORT_REPR = reprlib.Repr()
+_SHORT_REPR.maxlevel = 2
 
 
-def shown(value: object, most: int = 60) -> str:
-    """A value as YAML would have it, short enough for a message."""
+def format_value(value: object, max_length: int = 60) -> str:
+    """A value as in YAML, cut to ``max_length`` characters."""
     if value is None:
         return "null"
     if isinstance(value, bool):
         return "true" if value else "false"
     try:
-        text = value if isinstance(value, str) else _BRIEF.repr(value)
-    except ValueError:  # Python prints no number of more than 4,300 digits
-        return "a number of thousands of digits"
-    return text if len(text) <= most else f"{text[: most - 1]}…"
+        text = value if isinstance(value, str) else _SHORT_REPR.repr(value)
+    except ValueError:  # Python refuses to print integers of more than 4,300 digits
+        return "a number of more than 4,300 digits"
+    return text if len(text) <= max_length else f"{text[: max_length - 1]}…"
 
 
-def one_line(text: str) -> str:
-    """Text with what would break a line or a terminal written out."""
-    # What is shown may come from a file: it must not break the line, nor the terminal.
+def escape_unprintable(text: str) -> str:
+    """Text on one line: unprintable characters, which could steer a terminal, become escapes."""
     return "".join(c if c.isprintable() else c.encode("unicode_escape").decode() for c in text)

@@ -1,1 +1,1 @@
-"""From rows on disk or on the hub to token ids with a response mask."""
+"""Load rows from disk or the hub, and turn them into token ids with a response mask."""

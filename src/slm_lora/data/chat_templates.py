@@ -1,8 +1,8 @@
-"""Chat templates as transformers renders them, but for the clock.
+"""Render chat templates as transformers does, with a fixed date.
 
-A template that writes today's date would change the training text at midnight, and the prompt of
-whoever uses the adapter later. So one date is written into its source, and the source that is
-rendered in training is the one that is handed on.
+A template that writes today's date would change the training text at midnight, and every later
+prompt. A fixed date is therefore written into the template's source, and that source is used in
+training and saved with the adapter.
 """
 
 from __future__ import annotations
@@ -20,28 +20,30 @@ if TYPE_CHECKING:
     from transformers import PreTrainedTokenizerBase
 
 TEMPLATE_DATE = datetime.date(2024, 7, 26)
-"""Today, for templates that write the date: the day that those of Llama 3 and its kin write by
-themselves where no clock is given."""
+"""The date for templates that ask for today's: the default of the Llama 3 templates."""
 
 ChatRenderer = Callable[[list[dict[str, str]], bool], str]
 
-_CLOCK = "strftime_now"
-_FROZEN = f"{{% macro {_CLOCK}(format) %}}"
+_CLOCK_FUNCTION = "strftime_now"
+_MACRO_START = f"{{% macro {_CLOCK_FUNCTION}(format) %}}"
 _DIRECTIVES = "aAwdbBmyYHIpMSfzZjUWcxXGuVCDeFhkRTr"
 
 
 def default_template(tokenizer: PreTrainedTokenizerBase) -> str | None:
-    """The chat template that transformers uses where none is named: of several, ``default``."""
-    own: Any = tokenizer.chat_template
-    found = own.get("default") if isinstance(own, Mapping) else own
-    return str(found) if found else None
+    """Return the chat template that transformers uses by default, or None without one.
+
+    Of several named templates it is the one named ``default``.
+    """
+    templates: Any = tokenizer.chat_template
+    template = templates.get("default") if isinstance(templates, Mapping) else templates
+    return str(template) if template else None
 
 
 def read_template(path: Path) -> str | None:
-    """The template in a file beside a model or an adapter; None where there is no file.
+    """Read a template file of a model or adapter folder; None if it does not exist.
 
     Raises:
-        IntegrityError: it is no text.
+        IntegrityError: the file is not UTF-8.
     """
     try:
         return path.read_text(encoding="utf-8") if path.is_file() else None
@@ -50,24 +52,25 @@ def read_template(path: Path) -> str | None:
 
 
 def jinja_renderer(
-    source: str, tokens: Mapping[str, Any], whose: str = "data.template"
+    source: str, tokens: Mapping[str, Any], label: str = "data.template"
 ) -> ChatRenderer:
-    """A renderer of a chat template: transformers' own, in its sandbox, at `TEMPLATE_DATE`.
+    """Make a renderer of a chat template: that of transformers, sandboxed, at `TEMPLATE_DATE`.
 
     Args:
-        source: of the template.
+        source: Jinja source of the template.
         tokens: the tokenizer's special tokens by name (``eos_token`` …).
-        whose: names the template in messages.
+        label: name of the template in messages.
 
     Returns:
-        The renderer. The template is a program of someone else's: it may raise anything.
+        A function of messages and ``add_generation_prompt``. It may raise any exception, as the
+        template is foreign code.
 
     Raises:
         UsageError: the template is not valid Jinja.
     """
     from transformers.utils.chat_template_utils import render_jinja_template
 
-    frozen = freeze(source, whose)
+    frozen = freeze_date(source, label)
 
     def render(messages: list[dict[str, str]], add_generation_prompt: bool) -> str:
         rendered: Any = render_jinja_template(
@@ -81,20 +84,20 @@ def jinja_renderer(
     return render
 
 
-def freeze(source: str, whose: str = "data.template") -> str:
-    """The template, with `TEMPLATE_DATE` for whatever it asks the clock; else as it is.
+def freeze_date(source: str, label: str = "data.template") -> str:
+    """Return the template with `TEMPLATE_DATE` in place of today's date.
 
     Raises:
         UsageError: the template is not valid Jinja.
     """
-    return clock(source, whose) + source
+    return date_macro(source, label) + source
 
 
-def clock(source: str, whose: str = "data.template") -> str:
-    """What freezes the date when it stands before a template: a macro in place of transformers'
-    function; empty where the template does not ask for the date.
+def date_macro(source: str, label: str = "data.template") -> str:
+    """Return the prefix that fixes the date of a template; empty if it does not use the date.
 
-    The line end after it belongs to it: transformers removes that, and nothing of the source.
+    It is a macro that shadows ``strftime_now`` of transformers. It ends with a line end, which
+    transformers removes when it renders the template.
 
     Raises:
         UsageError: the template is not valid Jinja.
@@ -103,45 +106,47 @@ def clock(source: str, whose: str = "data.template") -> str:
 
     try:
         tree = _parse(source)
-        if _CLOCK not in source or _CLOCK not in meta.find_undeclared_variables(tree):
+        if _CLOCK_FUNCTION not in source or _CLOCK_FUNCTION not in meta.find_undeclared_variables(
+            tree
+        ):
             return ""
     except TemplateError as error:
         line = f"line {error.lineno}: " if hasattr(error, "lineno") else ""
-        raise UsageError(f"{whose}: {line}{error.message}") from error
+        raise UsageError(f"{label}: {line}{error.message}") from error
     calls = [call for call in tree.find_all(nodes.Call) if _is_clock(call.node)]
     tests = [test for test in tree.find_all(nodes.Test) if _is_clock(test.node)]
     names = [name for name in tree.find_all(nodes.Name) if _is_clock(name)]
-    given = [value for call in calls for value in (*call.args, *(k.value for k in call.kwargs))]
-    formats = [value.value for value in given if isinstance(value, nodes.Const)]
-    known = (
+    args = [value for call in calls for value in (*call.args, *(k.value for k in call.kwargs))]
+    formats = [value.value for value in args if isinstance(value, nodes.Const)]
+    all_literal = (
         len(names) == len(calls) + len(tests)
-        and len(formats) == len(given) == len(calls)
-        and all(isinstance(each, str) for each in formats)
+        and len(formats) == len(args) == len(calls)
+        and all(isinstance(format_, str) for format_ in formats)
     )
     try:
-        written = _each(dict.fromkeys(formats)) if known and formats else _ANY
+        body = _for_formats(dict.fromkeys(formats)) if all_literal and formats else _ANY_FORMAT
     except ValueError as error:
-        raise UsageError(f"{whose}: {_CLOCK} does not know a format ({error})") from error
-    return f"{_FROZEN}{written}{{% endmacro %}}\n"
+        raise UsageError(f"{label}: {_CLOCK_FUNCTION} does not know a format ({error})") from error
+    return f"{_MACRO_START}{body}{{% endmacro %}}\n"
 
 
-def is_frozen(source: str) -> bool:
-    """Whether `freeze` put a date into it."""
-    return source.startswith(_FROZEN)
+def has_frozen_date(source: str) -> bool:
+    """Whether `freeze_date` put a date into the template."""
+    return source.startswith(_MACRO_START)
 
 
 def _is_clock(node: nodes.Node) -> bool:
     from jinja2 import nodes
 
-    return isinstance(node, nodes.Name) and node.name == _CLOCK
+    return isinstance(node, nodes.Name) and node.name == _CLOCK_FUNCTION
 
 
-def _each(formats: Mapping[str, None]) -> str:
-    """Formats that a template spells, each with what it writes."""
+def _for_formats(formats: Mapping[str, None]) -> str:
+    """Return a macro body for literal formats: one branch for each."""
     parts = [
-        f"{{% {'elif' if number else 'if'} format == {_quoted(each)} %}}"
-        f"{{{{ {_quoted(TEMPLATE_DATE.strftime(each))} }}}}"
-        for number, each in enumerate(formats)
+        f"{{% {'elif' if number else 'if'} format == {_quoted(format_)} %}}"
+        f"{{{{ {_quoted(TEMPLATE_DATE.strftime(format_))} }}}}"
+        for number, format_ in enumerate(formats)
     ]
     return f"{''.join(parts)}{{% endif %}}"
 
@@ -151,19 +156,19 @@ def _quoted(text: str) -> str:
 
 
 def _any_format() -> str:
-    """Formats that a template puts together as it runs: every directive, one after the other."""
-    # No directive writes a percent sign; a doubled one is none until the end.
+    """Return a macro body for formats built at run time: it replaces every directive in turn."""
+    # No directive writes a percent sign; a doubled one is replaced last.
     parts = ['format | replace("%%", "\\u0000")']
     for directive in _DIRECTIVES:
         text = TEMPLATE_DATE.strftime(f"%{directive}")
         parts.append(f"replace({_quoted('%' + directive)}, {_quoted(text)})")
-        if text.isdigit():  # the flag takes its zeros away
+        if text.isdigit():  # the flag removes leading zeros
             text = text.lstrip("0") or "0"
         parts.append(f"replace({_quoted('%-' + directive)}, {_quoted(text)})")
     return f'{{{{ {" | ".join(parts)} | replace("\\u0000", "%") }}}}'
 
 
-_ANY = _any_format()
+_ANY_FORMAT = _any_format()
 
 
 def _parse(source: str) -> nodes.Template:
@@ -172,9 +177,9 @@ def _parse(source: str) -> nodes.Template:
     from jinja2.parser import Parser
 
     class Generation(Extension):
-        """The tags that mark answers, of transformers' own."""
+        """The ``{% generation %}`` tag, which transformers defines to mark answers."""
 
-        tags = {"generation"}  # noqa: RUF012 (Jinja's own way)
+        tags = {"generation"}  # noqa: RUF012 (as Jinja declares it)
 
         def parse(self, parser: Parser) -> list[nodes.Node]:
             next(parser.stream)

@@ -1,4 +1,4 @@
-"""Columns of rows that are not for supervised training, or that hold more than is trained on."""
+"""Columns outside the row formats: unsupported data, media, marks, and likely prompt columns."""
 
 from __future__ import annotations
 
@@ -14,40 +14,40 @@ PROMPT_COLUMNS = frozenset(
         "knowledge", "evidence", "reasoning", "reasoning_content", "thinking", "rationale",
     ]
 )  # fmt: skip
-"""Columns that usually are part of a prompt or of an answer: told if they are not read."""
+"""Columns that usually are part of a prompt or an answer: reported if they are not read."""
 
-CONTEXTS = ("input", "inputs", "context", "passage", "document", "knowledge", "evidence")
-"""Those of them that may be the context of an instruction."""
+CONTEXT_COLUMNS = ("input", "inputs", "context", "passage", "document", "knowledge", "evidence")
+"""Prompt columns that may be the context of an instruction."""
 
-MARKS = ("label", "kto_tag", "train", "trainable", "weight")
-"""Columns in which a row says by false or 0 that it is not to be learnt."""
+REJECTION_MARKS = ("label", "kto_tag", "train", "trainable", "weight")
+"""Columns whose value false (or 0 for ``weight``) excludes a row from training."""
 
 _REFUSED = re.compile(r"tools|functions|(image|audio|video)s?(_(path|url|bytes)s?)?")
 
 
-_ASKED = ("instruction", "question", "query", "prompt", "input", "problem")
-_ANSWERED = ("response", "output", "answer", "completion", "reply", "target", "solution")
-_CHATS = ("conversation", "dialog", "dialogue", "chat", "message", "turns", "chosen")
+_QUESTION_COLUMNS = ("instruction", "question", "query", "prompt", "input", "problem")
+_ANSWER_COLUMNS = ("response", "output", "answer", "completion", "reply", "target", "solution")
+_CHAT_COLUMNS = ("conversation", "dialog", "dialogue", "chat", "message", "turns", "chosen")
 
 
 @functools.cache
-def refused(column: str) -> bool:
-    """Whether content of this column would be missing in the text, so that its rows are refused."""
+def is_refused(column: str) -> bool:
+    """Whether rows with content in this column are refused, as the text would lack it."""
     return bool(_REFUSED.fullmatch(column))
 
 
-def watched(column: str) -> bool:
-    """Whether the content of this column matters though no format reads it."""
-    return column in PROMPT_COLUMNS or column in MARKS or refused(column)
+def is_watched(column: str) -> bool:
+    """Whether this column must be decoded and checked, though no format reads it."""
+    return column in PROMPT_COLUMNS or column in REJECTION_MARKS or is_refused(column)
 
 
-def heavy(column: str) -> bool:
-    """Whether it is enough to know that the column has content: it holds no text."""
-    return refused(column) and column not in ("tools", "functions")
+def is_media(column: str) -> bool:
+    """Whether the column holds images, audio or video, of which only the presence is checked."""
+    return is_refused(column) and column not in ("tools", "functions")
 
 
-def explain(columns: Set[str], lists: Set[str]) -> str:
-    """What rows are that no format fits, and how they can be used; empty if unknown."""
+def explain_unsupported(columns: Set[str], lists: Set[str]) -> str:
+    """Describe data that no format fits, and how to use it; empty if unknown."""
     if {"chosen", "rejected"} <= columns:
         return (
             "preference data (columns chosen and rejected): to train on the chosen answers set "
@@ -57,21 +57,21 @@ def explain(columns: Set[str], lists: Set[str]) -> str:
         return "several answers a row, as for rewards: supervised training takes one answer a row"
     if "input_ids" in columns:
         return "the rows are tokens already (input_ids): text is needed"
-    if "prompt" in columns and not columns & {*_ANSWERED, *_CHATS}:
+    if "prompt" in columns and not columns & {*_ANSWER_COLUMNS, *_CHAT_COLUMNS}:
         return "prompts without answers: supervised training takes an answer a row (completion)"
     return ""
 
 
-def mapping(columns: Set[str], lists: Set[str]) -> str:
-    """How columns may be named to a format, as an example of ``data.columns``."""
+def suggest_mapping(columns: Set[str], lists: Set[str]) -> str:
+    """Suggest a value of ``data.columns`` as the end of a sentence."""
     texts = columns - lists
-    asked = next((column for column in _ASKED if column in texts), "")
-    answered = next((column for column in _ANSWERED if column in texts), "")
-    if asked and answered:
-        names = {"instruction": asked, "response": answered}
-        other = ", ".join(f"{field}: {name}" for field, name in names.items() if field != name)
-        return f", perhaps {{{other}}}"
-    chat = next((column for column in _CHATS if column in lists), "")
+    question = next((column for column in _QUESTION_COLUMNS if column in texts), "")
+    answer = next((column for column in _ANSWER_COLUMNS if column in texts), "")
+    if question and answer:
+        names = {"instruction": question, "response": answer}
+        renamed = ", ".join(f"{field}: {name}" for field, name in names.items() if field != name)
+        return f", perhaps {{{renamed}}}"
+    chat = next((column for column in _CHAT_COLUMNS if column in lists), "")
     return f", perhaps {{messages: {chat}}}" if chat else " (field: column)"
 
 
@@ -82,5 +82,5 @@ def _chosen(columns: Set[str], lists: Set[str]) -> str:
         return "completion: chosen"
     if "instruction" in columns:
         return "output: chosen"
-    asked = next((column for column in _ASKED if column in columns), "")
-    return f"prompt: {asked}, completion: chosen" if asked else "text: chosen"
+    question = next((column for column in _QUESTION_COLUMNS if column in columns), "")
+    return f"prompt: {question}, completion: chosen" if question else "text: chosen"

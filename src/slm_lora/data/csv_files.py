@@ -1,4 +1,4 @@
-"""Rows of CSV and TSV files, as spreadsheets and data frames write them."""
+"""Read CSV and TSV files, as spreadsheets and data frames write them."""
 
 from __future__ import annotations
 
@@ -11,7 +11,7 @@ from typing import BinaryIO
 
 from slm_lora.config.schema import DataSection
 from slm_lora.data.formats import FIELDS
-from slm_lora.data.table import InvalidUtf8Error, Numbered, Place, Record, Table
+from slm_lora.data.table import InvalidUtf8Error, LocatedRecord, Location, Record, Table
 from slm_lora.data.text import RowError
 from slm_lora.errors import DataError
 
@@ -19,50 +19,50 @@ _SEPARATORS = (",", ";", "\t", "|")
 
 
 def read_csv(handle: BinaryIO, label: str, section: DataSection, strings: bool) -> Table:
-    """The rows of a file whose first line names the columns.
+    """Read a file whose first line names the columns.
 
     Raises:
-        DataError: it is broken.
+        DataError: the CSV syntax is broken, or column names are empty or equal.
     """
-    records: list[Numbered] = []
+    records: list[LocatedRecord] = []
     header: list[str] = []
-    # Bytes that are no UTF-8 become surrogates, which valid UTF-8 cannot hold: they are found
-    # in their row, where strict decoding would stop at a place unknown.
+    # Invalid bytes become surrogates, which are then detected in their row; strict decoding
+    # would fail without its line number.
     text = io.TextIOWrapper(handle, encoding="utf-8-sig", errors="surrogateescape", newline="")
-    with _fields_of_any_size():
+    with _unlimited_field_size():
         first = text.readline()
-        before = 0
-        if len(first.rstrip("\r\n")) == 5 and first.lower().startswith("sep="):  # Excel's own
-            separator, first, before = first[4], "", 1
+        skipped = 0
+        if len(first.rstrip("\r\n")) == 5 and first.lower().startswith("sep="):  # by Excel
+            separator, first, skipped = first[4], "", 1
         else:
             separator = _separator(first, section)
         reader = csv.reader(
             itertools.chain([first] if first else [], text), delimiter=separator, strict=True
         )
-        line = 1 + before
+        line = 1 + skipped
         try:
             for fields in reader:
                 if not header:
                     header = fields
                     if len(set(header)) < len(header):
-                        which = "no name" if header.count("") > 1 else "the same name"
-                        raise DataError(f"{label}:{line}: two columns have {which}")
+                        fault = "no name" if header.count("") > 1 else "the same name"
+                        raise DataError(f"{label}:{line}: two columns have {fault}")
                     if not _is_utf8(header):
-                        return Table([(Place(label, "line", line), InvalidUtf8Error())])
+                        return Table([(Location(label, "line", line), InvalidUtf8Error())])
                 elif fields:
-                    records.append((Place(label, "line", line), _record(header, fields)))
-                line = before + reader.line_num + 1
+                    records.append((Location(label, "line", line), _record(header, fields)))
+                line = skipped + reader.line_num + 1
         except csv.Error as error:
-            # An unclosed quote changes the meaning of all that follows: nothing to skip.
+            # An unclosed quote changes the meaning of all later rows: none can be skipped.
             reason = str(error).replace("\t", "a tab")
-            raise DataError(f"{label}:{line}: broken CSV ({reason}); mend the file") from None
-    named = {";": "semicolons", "\t": "tabs", "|": "bars"}.get(separator)
-    notes = (f"{label}: {named} part the columns",) if named and records else ()
+            raise DataError(f"{label}:{line}: broken CSV ({reason}); fix the file") from None
+    name = {";": "semicolons", "\t": "tabs", "|": "bars"}.get(separator)
+    notes = (f"{label}: columns are separated by {name}",) if name and records else ()
     return Table(records, notes=notes)
 
 
 def _separator(header: str, section: DataSection) -> str:
-    """What parts the columns: under it the header names a field, or else the most columns."""
+    """Return the separator under which the header names a field, or else the most columns."""
     known = FIELDS | {column for column in section.columns.values() if column}
 
     def names(separator: str) -> list[str]:
@@ -92,11 +92,11 @@ def _record(header: list[str], fields: list[str]) -> Record | RowError:
 
 
 @contextmanager
-def _fields_of_any_size() -> Iterator[None]:
-    # A field too long would end the reading (ours only ends the row). The limit belongs to the
-    # whole process: it is put back as it was.
-    before = csv.field_size_limit(2**31 - 1)
+def _unlimited_field_size() -> Iterator[None]:
+    # Above csv's limit reading would stop; `check_size` refuses only the row. The limit is
+    # global to the process, hence restored.
+    limit = csv.field_size_limit(2**31 - 1)
     try:
         yield
     finally:
-        csv.field_size_limit(before)
+        csv.field_size_limit(limit)

@@ -1,7 +1,7 @@
-"""Rows of a local file, or of a folder of them; a file that is not read is named for what it is.
+"""Read a local file or a folder of files, and name the type of files that are not supported.
 
-``READERS`` has one entry a suffix. All of them but Parquet's read text, which may be compressed
-(``.gz``) or UTF-16 (as Windows writes it), and is UTF-8 by the time that a reader sees it.
+``READERS`` has one entry for each suffix. All readers but Parquet's take text, which may be
+compressed (``.gz``) or UTF-16 (as Windows writes it), and is passed to the reader as UTF-8.
 """
 
 from __future__ import annotations
@@ -39,14 +39,16 @@ _SUFFIXES = f"{', '.join(READERS)} (text also with .gz)"
 _OTHERS = {
     "a spreadsheet": ".xlsx .xls .ods .numbers",
     "an archive": ".zip .7z .tar .tgz .rar",
-    "compressed in another way than gzip": ".bz2 .xz .zst .lz4 .br",
+    "compressed, but not by gzip": ".bz2 .xz .zst .lz4 .br",
     "an Arrow file": ".arrow .feather .ipc",
-    "a pickle, which may run programs": ".pkl .pickle .pt .pth .joblib",
+    "a pickle, which can execute code": ".pkl .pickle .pt .pth .joblib",
     "a database": ".db .sqlite .sqlite3 .duckdb",
     "a table of another kind": ".orc .avro .npy .npz .h5 .hdf5 .tfrecord",
     "a document": ".md .html .htm .xml .pdf .docx .rtf .yaml .yml",
 }
-_FOREIGN = {suffix: what for what, suffixes in _OTHERS.items() for suffix in suffixes.split()}
+_UNSUPPORTED = {
+    suffix: file_type for file_type, suffixes in _OTHERS.items() for suffix in suffixes.split()
+}
 _MAGIC = {
     b"PK\x03\x04": "a ZIP archive or a spreadsheet (.xlsx)",
     b"PK\x05\x06": "an empty ZIP archive",
@@ -61,25 +63,25 @@ _MAGIC = {
     b"%PDF-": "a PDF document",
     b"version https://git-lfs": "a pointer of Git LFS: fetch the file itself (git lfs pull)",
 }
-_MOST_SHOWN = 5
-_INSTEAD = "save the rows as JSONL, JSON, CSV or Parquet"
+_MAX_SHOWN = 5
+_REMEDY = "save the rows as JSONL, JSON, CSV or Parquet"
 
 
 def suffix_of(path: Path) -> str:
-    """What the name says of the kind of file: ``.jsonl``, or ``.jsonl.gz`` if compressed."""
-    last = path.suffix.lower()
-    return f"{path.with_suffix('').suffix.lower()}.gz" if last == ".gz" else last
+    """Return the suffix in lower case, with the inner one if compressed: ``.jsonl.gz``."""
+    suffix = path.suffix.lower()
+    return f"{path.with_suffix('').suffix.lower()}.gz" if suffix == ".gz" else suffix
 
 
-def is_read(suffix: str) -> bool:
-    """Whether files of this suffix are read."""
+def is_supported(suffix: str) -> bool:
+    """Whether there is a reader for this suffix."""
     inner = suffix.removesuffix(".gz")
     return inner in READERS and (inner == suffix or inner != ".parquet")
 
 
-def is_known(suffix: str) -> bool:
-    """Whether the suffix is that of a file, read or not."""
-    return is_read(suffix) or suffix in _FOREIGN or suffix.endswith(".gz")
+def is_known_suffix(suffix: str) -> bool:
+    """Whether the suffix is that of a supported or a known unsupported file type."""
+    return is_supported(suffix) or suffix in _UNSUPPORTED or suffix.endswith(".gz")
 
 
 def read_file(
@@ -89,130 +91,136 @@ def read_file(
     strings: bool = False,
     suffix: str = "",
 ) -> tuple[Table, str]:
-    """What is in the file, and ``sha256:…`` of its bytes.
+    """Read a file.
 
     Args:
         path: the file.
-        section: how it is read.
-        label: names it in places and messages; its name, if empty.
-        strings: JSON texts are records, too: of one column, ``text``.
-        suffix: the kind of file that it is taken for; that of its name, if empty.
+        section: reading options.
+        label: name of the file in locations and messages; empty: its file name.
+        strings: whether JSON strings are records of one column, ``text``.
+        suffix: selects the reader; empty: the suffix of the file name.
+
+    Returns:
+        The records, and ``sha256:…`` of the file's bytes.
 
     Raises:
         DataError: no reader for the suffix, or a file that is broken as a whole.
         StorageError: the file cannot be read.
     """
     label, suffix = label or path.name, suffix or suffix_of(path)
-    if not is_read(suffix):
-        if what := _FOREIGN.get(path.suffix.lower()):
-            raise DataError(f"{label}: {what}, which is not read; {_INSTEAD}")
+    if not is_supported(suffix):
+        if file_type := _UNSUPPORTED.get(path.suffix.lower()):
+            raise DataError(f"{label}: {file_type}, which is not read; {_REMEDY}")
         raise DataError(f"{label}: not one of the suffixes that are read: {_SUFFIXES}")
     try:
-        with _opened(path, label, suffix) as handle:
+        with _open(path, label, suffix) as handle:
             table = READERS[suffix.removesuffix(".gz")](handle, label, section, strings)
         if any(isinstance(record, InvalidUtf8Error) for _, record in table.records):
             table = Table(
                 table.records, table.columns, table.lists, table.notes,
-                encoding="" if suffix == ".parquet" else _looks_like(path, label, suffix),
+                encoding="" if suffix == ".parquet" else _guess_encoding(path, label, suffix),
             )  # fmt: skip
         return table, f"sha256:{checksums.sha256_file(path)}"
     except (gzip.BadGzipFile, zlib.error, EOFError) as error:
-        raise DataError(f"{label}: no gzip file, or a broken one; write it again") from error
+        raise DataError(f"{label}: not a gzip file, or a broken one; write it again") from error
     except OSError as error:
         raise StorageError(f"cannot read {path}: {error.strerror or error}") from error
 
 
 def read_folder(path: Path, section: DataSection, strings: bool = False) -> tuple[Table, str]:
-    """The files of a folder, in the order of their names, as one; and ``sha256:…`` of them all.
+    """Read the files of a folder, in the order of their names.
+
+    Returns:
+        The records of all files, and ``sha256:…`` of their names and contents.
 
     Raises:
-        DataError: no file in it is read, several kinds of files are, or one of them is broken.
-        StorageError: it cannot be read.
+        DataError: no supported file, files of several types, or a broken file.
+        StorageError: the folder or a file cannot be read.
     """
     try:
-        found = sorted(each for each in path.iterdir() if not each.name.startswith((".", "_")))
-        files = [each for each in found if each.is_file()]
+        entries = sorted(entry for entry in path.iterdir() if not entry.name.startswith((".", "_")))
+        files = [entry for entry in entries if entry.is_file()]
     except OSError as error:
         raise StorageError(f"cannot read {path}: {error.strerror or error}") from error
-    if any(each.name == "dataset_info.json" for each in files) and any(
-        each.suffix == ".arrow" for each in files
+    if any(file.name == "dataset_info.json" for file in files) and any(
+        file.suffix == ".arrow" for file in files
     ):
         raise DataError(
-            f"data.name={path} is what save_to_disk of datasets wrote (Arrow), which is not read; "
+            f"data.name={path} was written by save_to_disk of datasets (Arrow), which is not read; "
             "write it by to_parquet or to_json"
         )
-    shards = [each for each in files if is_read(suffix_of(each))]
+    shards = [file for file in files if is_supported(suffix_of(file))]
     if not shards:
-        named = ", ".join(each.name for each in found[:5]) or "nothing"
+        names = ", ".join(entry.name for entry in entries[:5]) or "nothing"
         raise DataError(
             f"data.name={path} is a folder without files that are read ({_SUFFIXES}); it holds "
-            f"{named}"
+            f"{names}"
         )
-    kinds = Counter(map(suffix_of, shards))
-    if len(kinds) > 1:
-        counted = ", ".join(f"{kind} ({many})" for kind, many in sorted(kinds.items()))
+    counts = Counter(map(suffix_of, shards))
+    if len(counts) > 1:
+        types = ", ".join(f"{suffix} ({count})" for suffix, count in sorted(counts.items()))
         raise DataError(
-            f"data.name={path} is a folder of several kinds of files, {counted}; name one file, or "
+            f"data.name={path} is a folder of several kinds of files, {types}; name one file, or "
             "a folder of one kind"
         )
-    label, notes = path.resolve().name, [_named(shards)]
-    if others := [each for each in found if each not in shards]:
-        left = ", ".join(each.name for each in others[:5]) + (", …" if len(others) > 5 else "")
-        notes.append(f"not read: {left}")
+    label, notes = path.resolve().name, [_describe_shards(shards)]
+    if others := [entry for entry in entries if entry not in shards]:
+        names = ", ".join(entry.name for entry in others[:5]) + (", …" if len(others) > 5 else "")
+        notes.append(f"not read: {names}")
     if suffix_of(shards[0]).startswith(".txt") and section.text_rows == "auto":
-        # One way for all of them.
+        # All files are divided in the same way.
         by: Literal["lines", "paragraphs"] = (
             "paragraphs" if any(map(_has_paragraphs, shards)) else "lines"
         )
         section = section.model_copy(update={"text_rows": by})
         notes.append(f"a row is one of the {by} (data.text_rows)")
     tables, digest = [], hashlib.sha256()
-    for each in shards:
-        table, sha = read_file(each, section, strings=strings)
+    for shard in shards:
+        table, sha = read_file(shard, section, strings=strings)
         tables.append(table)
-        digest.update(f"{each.name} {sha}\n".encode("utf-8", "surrogateescape"))
-    inside = [note for table in tables for note in table.notes]
-    if len(inside) > _MOST_SHOWN:
-        inside[_MOST_SHOWN:] = [f"{len(inside) - _MOST_SHOWN} more of the kind"]
+        digest.update(f"{shard.name} {sha}\n".encode("utf-8", "surrogateescape"))
+    table_notes = [note for table in tables for note in table.notes]
+    if len(table_notes) > _MAX_SHOWN:
+        table_notes[_MAX_SHOWN:] = [f"{len(table_notes) - _MAX_SHOWN} more of the kind"]
     columns = [table.columns for table in tables if table.columns is not None]
-    whole = Table(
+    combined = Table(
         [record for table in tables for record in table.records],
         frozenset().union(*columns) if len(columns) == len(tables) else None,
         frozenset().union(*(table.lists for table in tables)),
-        (*(f"{label}: {note}" for note in notes), *inside),
+        (*(f"{label}: {note}" for note in notes), *table_notes),
         next((table.encoding for table in tables if table.encoding), ""),
     )
-    return whole, f"sha256:{digest.hexdigest()}"
+    return combined, f"sha256:{digest.hexdigest()}"
 
 
-def _named(shards: list[Path]) -> str:
-    many = f"{len(shards)} file{'s' * (len(shards) > 1)}"
-    names = [each.name for each in shards]
-    if len(shards) > _MOST_SHOWN:
+def _describe_shards(shards: list[Path]) -> str:
+    count = f"{len(shards)} file{'s' * (len(shards) > 1)}"
+    names = [shard.name for shard in shards]
+    if len(shards) > _MAX_SHOWN:
         names = [*names[:2], "…", names[-1]]
-    return f"{many} ({', '.join(names)})"
+    return f"{count} ({', '.join(names)})"
 
 
 def _has_paragraphs(path: Path) -> bool:
     try:
-        with _opened(path, path.name, suffix_of(path)) as handle:
+        with _open(path, path.name, suffix_of(path)) as handle:
             return has_paragraphs(handle)
     except (OSError, EOFError, zlib.error):
-        return False  # reading it will say why
+        return False  # reported when the file is read
 
 
 @contextmanager
-def _opened(path: Path, label: str, suffix: str) -> Iterator[BinaryIO]:
-    """The bytes of a file as a reader wants them: text is UTF-8 unless it is none."""
+def _open(path: Path, label: str, suffix: str) -> Iterator[BinaryIO]:
+    """Open a file for its reader: decompressed, and UTF-16 or UTF-32 converted to UTF-8."""
     with gzip.open(path) if suffix.endswith(".gz") else path.open("rb") as handle:
         head = handle.peek(64)
         if suffix == ".parquet":
             yield cast(BinaryIO, handle)
             return
-        for magic, what in _MAGIC.items():
+        for magic, file_type in _MAGIC.items():
             if head.startswith(magic):
-                raise DataError(f"{label}: {what}; {_INSTEAD}")
-        if encoding := _wide(head):
+                raise DataError(f"{label}: {file_type}; {_REMEDY}")
+        if encoding := _wide_encoding(head):
             try:
                 text = handle.read().decode(encoding)
             except UnicodeDecodeError:
@@ -222,8 +230,8 @@ def _opened(path: Path, label: str, suffix: str) -> Iterator[BinaryIO]:
             yield cast(BinaryIO, handle)
 
 
-def _wide(head: bytes) -> str:
-    """UTF-16 or UTF-32, by a mark at the beginning or by the zeros of plain letters."""
+def _wide_encoding(head: bytes) -> str:
+    """Detect UTF-16 or UTF-32 by the byte order mark or by the zero bytes of ASCII letters."""
     if head.startswith((b"\xff\xfe\0\0", b"\0\0\xfe\xff")):
         return "utf-32"
     if head.startswith((b"\xff\xfe", b"\xfe\xff")):
@@ -235,9 +243,9 @@ def _wide(head: bytes) -> str:
     return ""
 
 
-def _looks_like(path: Path, label: str, suffix: str) -> str:
-    """The 8-bit encoding of a file that is no UTF-8 anywhere; empty if it may be UTF-8, broken."""
-    with _opened(path, label, suffix) as handle:
+def _guess_encoding(path: Path, label: str, suffix: str) -> str:
+    """Guess the 8-bit encoding of a file that is not UTF-8; empty if it may be broken UTF-8."""
+    with _open(path, label, suffix) as handle:
         content = handle.read()
     if not content.decode("utf-8", "ignore").isascii():
         return ""

@@ -1,7 +1,7 @@
-"""Placeholders of a template that were never filled in: ``{{name}}``, ``{input}``, ``[NAME]``.
+"""Detect template placeholders left unfilled in rows: ``{{name}}``, ``{input}``, ``[NAME]``.
 
-Braces, brackets and angles are also code, formulas, links and marks of tokenizers. So code and
-formulas are left out, and all but double braces count only around words that forms ask for.
+Brackets also occur in code, formulas, links and special tokens. Code and formulas are therefore
+left out, and all but double braces count only around words that forms ask for.
 """
 
 from __future__ import annotations
@@ -13,7 +13,7 @@ from dataclasses import dataclass
 
 from slm_lora.records import Row
 
-_ASKED_FOR = (
+_FORM_WORDS = (
     r"(?:[a-z]+[ _-])?(?:name|username|surname|customer|client|patient|student|recipient|sender|"
     "company|organisation|organization|city|country|address|street|e-?mail|phone|phone number|"
     "phone_number|date|time|year|age|title|topic|subject|amount|price|product|url|link|number|id|"
@@ -29,10 +29,10 @@ _KINDS = (
     # {{name}}, {{ user.name }}
     re.compile(rf"{_BEFORE_FORMULA}\{{\{{\s*[A-Za-z][\w.]{{1,40}}\s*\}}\}}(?!\}})"),
     # {input}, {NAME}
-    re.compile(rf"{_BEFORE_FORMULA}\{{\s?(?:{_ASKED_FOR})\s?\}}(?!\}})", re.IGNORECASE),
+    re.compile(rf"{_BEFORE_FORMULA}\{{\s?(?:{_FORM_WORDS})\s?\}}(?!\}})", re.IGNORECASE),
     # [NAME], [Company Name], [insert date here], [your name]; no link, no index
     re.compile(
-        rf"(?<![\w\\\]!\[])\[(?:(?=[A-Z])(?i:{_ASKED_FOR})|"
+        rf"(?<![\w\\\]!\[])\[(?:(?=[A-Z])(?i:{_FORM_WORDS})|"
         r"(?i:insert|enter|your) [\w' -]{2,40})\](?![(\[]|: ?(?:http|[<#/]))"
     ),
     # <insert name here>, <your name>
@@ -52,7 +52,7 @@ _LOOKS_LIKE_CODE = re.compile(
     r"\\(?:begin|frac|sum|int|text|mathbb?)\b",
     re.MULTILINE,
 )
-"""Lines that programs, pages and formulas have, and prose has not."""
+"""Lines that occur in programs, web pages and formulas, but not in prose."""
 
 
 @dataclass(frozen=True, slots=True)
@@ -60,18 +60,18 @@ class Placeholders:
     """Rows that hold placeholders.
 
     Attributes:
-        rows: how many.
-        first: source of the first of them.
-        spelt: the placeholders, those of most rows first.
+        rows: number of rows with placeholders.
+        first: source of the first such row.
+        placeholders: the placeholders, most frequent first.
     """
 
     rows: int
     first: str
-    spelt: tuple[str, ...]
+    placeholders: tuple[str, ...]
 
 
 def placeholders_in(text: str) -> set[str]:
-    """The placeholders left in a text; none where the text is code."""
+    """Return the placeholders in a text; none if the text is code."""
     prose = _CODE.sub(" ", text)
     if _LOOKS_LIKE_CODE.search(prose):
         return set()
@@ -79,21 +79,21 @@ def placeholders_in(text: str) -> set[str]:
         match[0]
         for kind in _KINDS
         for match in kind.finditer(prose)
-        # "List them in the format {Name}" asks for what it spells.
+        # "List them in the format {Name}": the placeholder is intended.
         if not _FORM.search(prose, max(0, match.start() - 80), match.start())
     }
 
 
 def find_placeholders(rows: Sequence[Row]) -> Placeholders | None:
-    """Those of all turns and contexts; None if there is none."""
-    counted: Counter[str] = Counter()
+    """Find placeholders in all turns and contexts; None if there are none."""
+    counts: Counter[str] = Counter()
     sources = []
     for row in rows:
         texts = (row.context, *(turn.content for turn in row.turns))
-        found = set().union(*map(placeholders_in, texts))
-        if found:
+        placeholders = set().union(*map(placeholders_in, texts))
+        if placeholders:
             sources.append(row.source)
-            counted.update(found)
+            counts.update(placeholders)
     if not sources:
         return None
-    return Placeholders(len(sources), sources[0], tuple(text for text, _ in counted.most_common()))
+    return Placeholders(len(sources), sources[0], tuple(text for text, _ in counts.most_common()))

@@ -1,7 +1,7 @@
-"""Where rows come from: a local file, the hub, or the embedded set; and what to do with bad ones.
+"""Read rows from a local file, the hub or the embedded data set, and handle malformed rows.
 
-Every malformed row is found and named by its line before anything else happens; no message
-ever quotes the text of a row.
+All malformed rows are reported, with their lines, before anything else runs. Messages never
+quote the text of a row.
 """
 
 from __future__ import annotations
@@ -16,19 +16,19 @@ from pathlib import Path
 import slm_lora
 from slm_lora.config.schema import DataSection
 from slm_lora.data import column_kinds, formats
-from slm_lora.data.files import is_known, read_file, read_folder, suffix_of
+from slm_lora.data.files import is_known_suffix, read_file, read_folder, suffix_of
 from slm_lora.data.formats import RejectedRowError
 from slm_lora.data.hub import read_hub
-from slm_lora.data.table import InvalidUtf8Error, Place, Record, Table, check_size
-from slm_lora.data.text import RowError
+from slm_lora.data.table import InvalidUtf8Error, Location, Record, Table, check_size
+from slm_lora.data.text import RowError, list_names, printable_name
 from slm_lora.errors import DataError, UsageError
 from slm_lora.records import Row
 from slm_lora.runtime import storage
 
 SKIPPED_SHARE = 0.1
-"""Share of bad rows above which even ``on_bad_row=skip`` gives up: the set is another one."""
+"""Share of malformed rows above which ``on_bad_row=skip`` is refused."""
 
-_MOST_SHOWN = 5
+_MAX_SHOWN = 5
 
 _ML_QA_BUILT_FROM = ("scikit-learn", "scipy", "numpy", "numpydoc")
 _HUB_ID = re.compile(r"[A-Za-z0-9_][\w.-]*/[\w.-]+", re.ASCII)
@@ -36,7 +36,7 @@ _HUB_ID = re.compile(r"[A-Za-z0-9_][\w.-]*/[\w.-]+", re.ASCII)
 
 @dataclass(frozen=True, slots=True)
 class BadRow:
-    """A malformed row: where (``file:line``, ``file row 3``), and why, for people."""
+    """A malformed row: its location (``file:line``, ``file row 3``) and the reason."""
 
     source: str
     reason: str
@@ -46,11 +46,14 @@ class BadRow:
 class RowSet:
     """The rows of one source, in its order.
 
-    ``rows`` are unique by ``row_id``: of exact duplicates the first is kept and ``duplicates``
-    counts the others. ``origin`` says what was read, the same on every machine: hub id and
-    commit, or file name and SHA-256, or ``ml-qa`` and the versions it was built from.
-    ``bad_rows`` are those skipped. ``notes`` say what was read how, and what of it was not, one
-    line each.
+    Attributes:
+        rows: unique by ``row_id``; of exact duplicates the first is kept.
+        format: name of the row format.
+        origin: identity of the source, equal on every machine: hub id and commit, or file name
+            and SHA-256, or ``ml-qa`` with library versions.
+        bad_rows: malformed rows that were skipped.
+        duplicates: number of exact duplicates that were removed.
+        notes: messages on how the source was read, one line each.
     """
 
     rows: list[Row]
@@ -62,51 +65,51 @@ class RowSet:
 
 
 class MalformedRowsError(DataError):
-    """Rows are malformed; ``bad_rows`` holds them all, where the message names a few."""
+    """Rows are malformed: ``bad_rows`` holds all of them, the message names a few."""
 
     bad_rows: tuple[BadRow, ...] = ()
 
 
 def read_rows(section: DataSection) -> RowSet:
-    """All rows of the source that ``section.name`` names.
+    """Read all rows of the source ``section.name``.
 
     Raises:
         DataError: no such file, no rows, no format fits, or rows are malformed
             (`MalformedRowsError`).
-        StorageError: the file cannot be read, or the hub does not hand the rows over.
-        UsageError: ``data.columns`` names a field that does not exist, or a library that
-            ``ml-qa`` is built from is not installed.
+        StorageError: the file cannot be read, or the download failed.
+        UsageError: ``data.columns`` names an unknown field, or a library that ``ml-qa`` is
+            built from is not installed.
     """
     name = section.name
-    # Functions of os.path, as those of Path raise for a name that cannot be a path.
+    # os.path, because methods of Path raise for a name that cannot be a path.
     path = Path(os.path.expanduser(name))  # noqa: PTH111
     if name == "ml-qa":
         table, digest = read_file(ensure_ml_qa(), section, label=name)
         origin = " ".join([name, digest, *_ml_qa_versions()])
-        return _row_set(table, section, name, origin, _of_hub_only(section))
+        return _row_set(table, section, name, origin, _hub_only_notes(section))
     if os.path.isdir(path):  # noqa: PTH112
         table, digest = read_folder(path, section)
         folder = path.resolve().name
-        return _row_set(table, section, folder, f"{folder} {digest}", _of_hub_only(section))
+        return _row_set(table, section, folder, f"{folder} {digest}", _hub_only_notes(section))
     if os.path.exists(path):  # noqa: PTH110
         table, digest = read_file(path, section)
         origin = f"{path.name} {digest}"
-        return _row_set(table, section, path.name, origin, _of_hub_only(section))
-    if is_known(suffix_of(path)) or not _HUB_ID.fullmatch(name):
+        return _row_set(table, section, path.name, origin, _hub_only_notes(section))
+    if is_known_suffix(suffix_of(path)) or not _HUB_ID.fullmatch(name):
         raise DataError(f"no such file: data.name={name} (nor is it ml-qa or a hub id owner/name)")
     table, commit = read_hub(section)
     return _row_set(table, section, name, f"{name}@{commit} split={section.split}")
 
 
-def _of_hub_only(section: DataSection) -> tuple[str, ...]:
-    """Says which keys have no effect on what is no hub data set."""
+def _hub_only_notes(section: DataSection) -> tuple[str, ...]:
+    """Report keys that have no effect on a local file."""
     default = DataSection()
     keys = [key for key in ("split", "revision") if getattr(section, key) != getattr(default, key)]
     return tuple(f"data.{key} is for hub data sets, and has no effect here" for key in keys)
 
 
 def ensure_ml_qa() -> Path:
-    """The embedded set as a JSONL file in the cache folder; it is built on first use.
+    """Return the JSONL file of the embedded data set in the cache; it is built on first use.
 
     Raises:
         UsageError: a library whose documentation it is built from is not installed.
@@ -114,7 +117,7 @@ def ensure_ml_qa() -> Path:
     """
     target = storage.cache_dir() / "data" / f"ml-qa-{'-'.join(_ml_qa_versions())}.jsonl"
     if not target.exists():
-        # Imported here: it loads the libraries that the set is built from.
+        # Imported here, as it loads the libraries that the data set is built from.
         from slm_lora import ml_qa
 
         with storage.atomic_path(target) as temporary:
@@ -140,29 +143,29 @@ def _row_set(
 ) -> RowSet:
     if not table.records:
         raise DataError(f"{label}: no rows")
-    readable = [record for _, record in table.records if not isinstance(record, RowError)]
+    parsed = [record for _, record in table.records if not isinstance(record, RowError)]
     format_name = ""
-    if readable:
+    if parsed:
         columns, lists = table.columns, table.lists
         if columns is None:
-            columns, lists = _columns(readable, section)
-        format_name = formats.recognise(columns, section, lists)
+            columns, lists = _infer_columns(parsed, section)
+        format_name = formats.detect_format(columns, section, lists)
     rows: dict[str, Row] = {}
-    bad: list[tuple[Place, RowError]] = []
-    left_out: Counter[tuple[str, str]] = Counter()
-    seen = set(table.columns or ())
-    for place, record in table.records:
+    bad: list[tuple[Location, RowError]] = []
+    unread: Counter[tuple[str, str]] = Counter()
+    columns_seen = set(table.columns or ())
+    for location, record in table.records:
         try:
             if isinstance(record, RowError):
                 raise record
-            row = formats.to_row(record, str(place), format_name, section)
+            row = formats.to_row(record, str(location), format_name, section)
             check_size(sum(len(t.content.encode()) for t in row.turns) + len(row.context.encode()))
         except RowError as error:
-            bad.append((place, error))
+            bad.append((location, error))
         else:
             rows.setdefault(row.row_id, row)
-            seen.update(record)
-            left_out.update(set(formats.left_out(record, format_name, section)))
+            columns_seen.update(record)
+            unread.update(set(formats.unread_content(record, format_name, section)))
     total = len(table.records)
     if bad and (section.on_bad_row == "fail" or _too_many(bad, total) or not rows):
         raise _malformed(label, bad, total, section, table.encoding)
@@ -172,128 +175,138 @@ def _row_set(
         origin=origin,
         bad_rows=_bad_rows(bad),
         duplicates=total - len(bad) - len(rows),
-        notes=(*notes, *table.notes, *_unread(seen, total, format_name, section, left_out)),
+        notes=(
+            *notes,
+            *table.notes,
+            *_unread_notes(columns_seen, total, format_name, section, unread),
+        ),
     )
 
 
-def _too_many(bad: list[tuple[Place, RowError]], total: int) -> bool:
-    # Rows that say of themselves that they are no examples are not malformed.
+def _too_many(bad: list[tuple[Location, RowError]], total: int) -> bool:
+    # Rows that are marked as excluded from training are not malformed.
     malformed = sum(not isinstance(error, RejectedRowError) for _, error in bad)
     return malformed > SKIPPED_SHARE * total
 
 
-def _columns(records: list[Record], section: DataSection) -> tuple[frozenset[str], frozenset[str]]:
-    """Columns of records without a schema, and those that hold lists. One stray row must not
-    change the format: a column counts when half of the records have it, or the recipe asks."""
+def _infer_columns(
+    records: list[Record], section: DataSection
+) -> tuple[frozenset[str], frozenset[str]]:
+    """Infer the columns of records without a schema, and those of lists.
+
+    A column counts if half of the records have it or the recipe names it, so that a single row
+    does not change the format.
+    """
     counts = Counter(column for record in records for column in record)
-    lists = Counter(
+    list_counts = Counter(
         column for record in records for column, value in record.items() if isinstance(value, list)
     )
-    asked = section.format != "auto"
+    explicit = section.format != "auto"
     mapped = {*section.columns.values(), *section.columns}
     columns = frozenset(
         column
         for column, count in counts.items()
-        if asked or 2 * count >= len(records) or column in mapped
+        if explicit or 2 * count >= len(records) or column in mapped
     )
-    return columns, frozenset(c for c in columns if 2 * lists[c] >= counts[c])
+    return columns, frozenset(c for c in columns if 2 * list_counts[c] >= counts[c])
 
 
-def _unread(
+def _unread_notes(
     columns: set[str],
     rows: int,
     format_name: str,
     section: DataSection,
-    left_out: Counter[tuple[str, str]],
+    unread: Counter[tuple[str, str]],
 ) -> list[str]:
-    """What there is to say of columns and keys that are not read; those of a prompt by their
-    rows, others by their names."""
-    notes, told, keys = [], set(), []
-    for (what, name), many in sorted(left_out.items()):
-        shown = formats.shown(name)
-        if what == "column":
-            told.add(name)
-            context = formats.context_of(format_name, columns, section)
-            fits = context and name in column_kinds.CONTEXTS
+    """Report columns and message keys that are not read, with row counts for prompt columns."""
+    notes, reported, keys = [], set(), []
+    for (kind, name), count in sorted(unread.items()):
+        shown = printable_name(name)
+        if kind == "column":
+            reported.add(name)
+            context = formats.unmapped_context(format_name, columns, section)
+            fits = context and name in column_kinds.CONTEXT_COLUMNS
             read_by = f" (data.columns={{{context}: {name}}} reads it)" if fits else ""
             notes.append(
-                f"column {shown} has content in {many} of {rows} rows, and is not read{read_by}"
+                f"column {shown} has content in {count} of {rows} rows, and is not read{read_by}"
             )
         else:
-            keys.append(f"{shown} ({many} rows)")
+            keys.append(f"{shown} ({count} rows)")
     if keys:
-        more = f", and {len(keys) - 10} others" if len(keys) > 10 else ""
-        notes.append(f"keys of messages that are not read: {', '.join(keys[:10])}{more}")
+        others = f", and {len(keys) - 10} others" if len(keys) > 10 else ""
+        notes.append(f"keys of messages that are not read: {', '.join(keys[:10])}{others}")
     read = formats.read_columns(columns, format_name, section)
-    # What would be told or refused if it had content has none.
-    empty = {c for c in columns if c in column_kinds.PROMPT_COLUMNS or column_kinds.refused(c)}
-    rest = columns - read - told - empty - formats.dropped(section)
+    # Prompt columns with content are reported or refused above: the others are empty.
+    empty = {c for c in columns if c in column_kinds.PROMPT_COLUMNS or column_kinds.is_refused(c)}
+    rest = columns - read - reported - empty - formats.excluded_columns(section)
     if rest:
-        notes.append(f"columns that are not read: {formats.listed(rest, most=10)}")
+        notes.append(f"columns that are not read: {list_names(rest, limit=10)}")
     return notes
 
 
-def _bad_rows(bad: list[tuple[Place, RowError]]) -> tuple[BadRow, ...]:
+def _bad_rows(bad: list[tuple[Location, RowError]]) -> tuple[BadRow, ...]:
     return tuple(BadRow(str(place), str(error)) for place, error in bad)
 
 
 def _malformed(
     label: str,
-    bad: list[tuple[Place, RowError]],
+    bad: list[tuple[Location, RowError]],
     total: int,
     section: DataSection,
     encoding: str,
 ) -> MalformedRowsError:
-    paths: dict[str, list[Place]] = {}
-    for place, error in bad:
+    by_reason: dict[str, list[Location]] = {}
+    for location, error in bad:
         reason = str(error)
         if encoding and isinstance(error, InvalidUtf8Error):
             reason = f"invalid UTF-8 (the file looks like {encoding}; save it as UTF-8)"
-        paths.setdefault(reason, []).append(place)
-    mend = f"Mend {'them' if len(bad) > 1 else 'it'}"
-    first, many = bad[0][0], f"{len(bad)} of {total} rows"
-    only = len(paths) == 1
+        by_reason.setdefault(reason, []).append(location)
+    remedy = f"Fix {'them' if len(bad) > 1 else 'it'}"
+    first, count = bad[0][0], f"{len(bad)} of {total} rows"
+    same_reason = len(by_reason) == 1
     rejected = all(isinstance(error, RejectedRowError) for _, error in bad)
-    kind = "are marked not to be learnt" if rejected else "are malformed"
-    if only and encoding and isinstance(bad[0][1], InvalidUtf8Error):
+    fault = "are excluded from training" if rejected else "are malformed"
+    if same_reason and encoding and isinstance(bad[0][1], InvalidUtf8Error):
         message = (
-            f"{first}: invalid UTF-8, in {many}: the file looks like {encoding}; save it as UTF-8"
+            f"{first}: invalid UTF-8, in {count}: the file looks like {encoding}; save it as UTF-8"
         )
     elif section.on_bad_row == "skip" and len(bad) == total:
-        message = f"{label}: all {total} rows {kind}: {_kinds(paths, label)}. {mend}."
+        message = f"{label}: all {total} rows {fault}: {_reasons(by_reason, label)}. {remedy}."
     elif section.on_bad_row == "skip":
         message = (
-            f"{label}: {many} are malformed, more than the {SKIPPED_SHARE:.0%} that "
-            f"data.on_bad_row=skip lets pass: {_kinds(paths, label)}. {mend}."
+            f"{label}: {count} are malformed, more than the {SKIPPED_SHARE:.0%} that "
+            f"data.on_bad_row=skip lets pass: {_reasons(by_reason, label)}. {remedy}."
         )
     else:
-        (reason, found), *_ = paths.items()
-        if not only:
-            message = f"{label}: {len(bad)} malformed rows: {_kinds(paths, label)}"
+        (reason, locations), *_ = by_reason.items()
+        if not same_reason:
+            message = f"{label}: {len(bad)} malformed rows: {_reasons(by_reason, label)}"
         elif len(bad) > 1:
-            message = f"{first}: {reason} ({len(bad)} rows in all: {_numbers(found, label)})"
+            message = f"{first}: {reason} ({len(bad)} rows in all: {_numbers(locations, label)})"
         else:
             message = f"{first}: {reason}"
-        skipped = not _too_many(bad, total) and len(bad) < total
-        message += f". {mend}{', or set data.on_bad_row=skip' if skipped else ''}."
+        can_skip = not _too_many(bad, total) and len(bad) < total
+        message += f". {remedy}{', or set data.on_bad_row=skip' if can_skip else ''}."
     malformed = MalformedRowsError(message)
     malformed.bad_rows = _bad_rows(bad)
     return malformed
 
 
-def _kinds(paths: dict[str, list[Place]], label: str) -> str:
-    shown = list(paths.items())[:_MOST_SHOWN]
+def _reasons(by_reason: dict[str, list[Location]], label: str) -> str:
+    shown = list(by_reason.items())[:_MAX_SHOWN]
     text = "; ".join(
-        f"{reason} ({len(found)} row{'s' * (len(found) > 1)}: {_numbers(found, label)})"
-        for reason, found in shown
+        f"{reason} ({len(locations)} row{'s' * (len(locations) > 1)}: {_numbers(locations, label)})"
+        for reason, locations in shown
     )
-    others = list(paths.values())[_MOST_SHOWN:]
+    others = list(by_reason.values())[_MAX_SHOWN:]
     if others:
         text += f"; and {sum(map(len, others))} rows for other reasons"
     return text
 
 
-def _numbers(paths: list[Place], label: str) -> str:
-    """The first places; by their numbers alone in the file that is spoken of."""
-    shown = [str(p.number if p.file == label else p) for p in paths[:_MOST_SHOWN]]
-    return ", ".join(shown) + (", …" if len(paths) > _MOST_SHOWN else "")
+def _numbers(locations: list[Location], label: str) -> str:
+    """List the first locations, as bare numbers if they are in the file ``label``."""
+    shown = [
+        str(place.number if place.file == label else place) for place in locations[:_MAX_SHOWN]
+    ]
+    return ", ".join(shown) + (", …" if len(locations) > _MAX_SHOWN else "")

@@ -1,32 +1,32 @@
-"""Special tokens of a tokenizer: BOS, and a copy that takes spelt special tokens as text."""
+"""Special tokens of a tokenizer: BOS, and a copy that encodes their spelling as plain text."""
 
 from __future__ import annotations
 
 import itertools
 from typing import TYPE_CHECKING, Any
 
-from slm_lora.data.templates import Rendered, Specials
+from slm_lora.data.templates import Rendered, SpecialTokens
 
 if TYPE_CHECKING:
     from tokenizers import Tokenizer
     from transformers import PreTrainedTokenizerBase
 
 
-def cut_at_responses(rendered: Rendered) -> list[str]:
-    """The text cut at the response spans: outside, response, outside, response, …, outside."""
+def split_at_responses(rendered: Rendered) -> list[str]:
+    """Split the text at response spans: outside, response, outside, response, …, outside."""
     edges = [0, *(edge for span in rendered.responses for edge in span), len(rendered.text)]
     return [rendered.text[a:b] for a, b in itertools.pairwise(edges)]
 
 
 def added_bos(tokenizer: PreTrainedTokenizerBase) -> int | None:
-    """The BOS that the tokenizer puts before every text by itself, or None."""
+    """Return the id of the BOS that the tokenizer adds to every text, or None."""
     ids: list[int] = tokenizer("a", add_special_tokens=True)["input_ids"]
     first: int | None = tokenizer.bos_token_id
     return first if first is not None and ids[:1] == [first] else None
 
 
 def needs_space_after_bos(tokenizer: PreTrainedTokenizerBase) -> bool:
-    """Whether a text after BOS is tokenised as if a space came before it."""
+    """Whether text after a BOS token is tokenised as if preceded by a space."""
 
     def ids(text: str) -> list[int]:
         input_ids: list[int] = tokenizer(text, add_special_tokens=False)["input_ids"]
@@ -38,7 +38,7 @@ def needs_space_after_bos(tokenizer: PreTrainedTokenizerBase) -> bool:
 
 
 def special_ids(tokenizer: PreTrainedTokenizerBase) -> set[int]:
-    """Ids of the special tokens, the unknown token excepted: any text may become that one."""
+    """Return the ids of special tokens, except the unknown token, which any text may yield."""
     return {
         token_id
         for token_id, token in tokenizer.added_tokens_decoder.items()
@@ -47,14 +47,14 @@ def special_ids(tokenizer: PreTrainedTokenizerBase) -> set[int]:
 
 
 def literal_backend(
-    tokenizer: PreTrainedTokenizerBase, specials: Specials
+    tokenizer: PreTrainedTokenizerBase, specials: SpecialTokens
 ) -> tuple[Tokenizer, dict[int, int]]:
-    """A copy of the tokenizer for which special tokens are the characters `Specials.owned`.
+    """Copy a tokenizer so that special tokens are written as `SpecialTokens.marker` characters.
 
-    Special tokens that a text spells are tokenised as text.
+    The spelling of a special token is tokenised as text.
 
     Returns:
-        The copy, and the id in the original tokenizer by the id of each such character.
+        The copy, and a map from the id of each marker to the id of its special token.
     """
     from tokenizers import AddedToken, Tokenizer
 
@@ -65,7 +65,7 @@ def literal_backend(
     added = {str(token): token for token in tokenizer.added_tokens_decoder.values()}
     original_ids: dict[int, int] = {}
     for index, token in enumerate(specials.tokens):
-        character = specials.owned(index)
+        character = specials.marker(index)
         strip = {"lstrip": added[token].lstrip, "rstrip": added[token].rstrip}
         backend.add_tokens([AddedToken(character, normalized=False, **strip)])
         original_id: Any = tokenizer.convert_tokens_to_ids(token)

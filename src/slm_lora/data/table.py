@@ -1,4 +1,4 @@
-"""Records as they were read, each under its place in the file, before they are rows."""
+"""Records of a source with their locations, before conversion to rows."""
 
 from __future__ import annotations
 
@@ -9,13 +9,13 @@ from typing import Any, BinaryIO, Literal, NamedTuple
 from slm_lora.data.text import RowError
 
 ROW_BYTES = 10_000_000
-"""Longest row that is read, in bytes of UTF-8; anything longer is a file gone wrong."""
+"""Maximum size of a row, in bytes of UTF-8; a longer one is a broken file."""
 
 Record = dict[str, Any]
 
 
-class Place(NamedTuple):
-    """Where a record stands: in a line of a text file, or as an item or a row of another."""
+class Location(NamedTuple):
+    """The location of a record: a line of a text file, or an item or row of another source."""
 
     file: str
     unit: Literal["line", "item", "row"]
@@ -27,12 +27,12 @@ class Place(NamedTuple):
         return f"{self.file} {self.unit} {self.number}"
 
 
-Numbered = tuple[Place, Record | RowError]
-"""A record, or why there is none, under the place that a message shows."""
+LocatedRecord = tuple[Location, Record | RowError]
+"""A record, or the reason why it cannot be read, with its location."""
 
 
 class InvalidUtf8Error(RowError):
-    """A row's bytes are no UTF-8."""
+    """A row is not valid UTF-8."""
 
     def __init__(self) -> None:
         super().__init__("invalid UTF-8")
@@ -40,17 +40,17 @@ class InvalidUtf8Error(RowError):
 
 @dataclass(frozen=True, slots=True)
 class Table:
-    """What a reader found.
+    """The records of a source.
 
     Attributes:
-        records: in their order.
-        columns: names of all columns; None where only the records tell.
-        lists: columns that hold lists, where ``columns`` is given.
-        notes: what there is to say of the reading, one line each.
-        encoding: what a text file that is no UTF-8 looks like, for messages.
+        records: records or errors, in order.
+        columns: names of all columns; None if the source has no schema.
+        lists: columns of lists, if the source has a schema.
+        notes: messages on how the source was read, one line each.
+        encoding: probable encoding of a text file that is not UTF-8, for messages.
     """
 
-    records: list[Numbered]
+    records: list[LocatedRecord]
     columns: frozenset[str] | None = None
     lists: frozenset[str] = frozenset()
     notes: tuple[str, ...] = ()
@@ -58,20 +58,25 @@ class Table:
 
 
 def check_size(size: int) -> None:
-    """Refuse a row of ``size`` bytes that is over `ROW_BYTES`.
+    """Check the size of a row in bytes.
 
     Raises:
-        RowError: it is.
+        RowError: the size is over `ROW_BYTES`.
     """
     if size > ROW_BYTES:
         raise RowError(f"row of {size / 1e6:.1f} MB (at most {ROW_BYTES / 1e6:.0f} MB)")
 
 
-def lines(handle: BinaryIO, first: bytes = b"") -> Iterator[tuple[bytes, int]]:
-    """Lines with their sizes in bytes, without the line end; of a line too long only its
-    beginning, so that a file without line ends does not fill the memory. Only ``\\n`` ends one.
-    A byte order mark at the beginning of the file is no part of its first line, of which
-    ``first`` may have been read."""
+def iter_lines(handle: BinaryIO, first: bytes = b"") -> Iterator[tuple[bytes, int]]:
+    """Yield lines with their sizes in bytes, line end excluded. Only ``\\n`` ends a line.
+
+    A line over `ROW_BYTES` is truncated, so that a file without line ends does not fill the
+    memory. A byte order mark at the beginning of the file is removed.
+
+    Args:
+        handle: the file.
+        first: its first line, if already read.
+    """
     mark = b"\xef\xbb\xbf"
     line = first or handle.readline(ROW_BYTES + 2)
     while line:
@@ -83,11 +88,11 @@ def lines(handle: BinaryIO, first: bytes = b"") -> Iterator[tuple[bytes, int]]:
         mark, line = b"", handle.readline(ROW_BYTES + 2)
 
 
-def decoded(line: bytes) -> str:
-    """The text of a line, or of several.
+def decode_utf8(line: bytes) -> str:
+    """Decode one or several lines.
 
     Raises:
-        RowError: it is no UTF-8, or begins with a mark, which `lines` leaves inside a file only.
+        RowError: not UTF-8, or a byte order mark inside the file.
     """
     try:
         text = line.decode("utf-8")

@@ -1,104 +1,121 @@
-"""Text that is let in: one check for rows, prompt files, the command line and requests."""
+"""Validation of text from rows, prompt files, the command line and requests."""
 
 from __future__ import annotations
 
 import math
 import re
+from collections.abc import Collection
 
 from slm_lora.errors import DataError
 
 _REFUSED = re.compile("[\0\ud800-\udfff\U000f0000-\U0010ffff]")
-_PARTS = ("text", "input_text", "output_text")
+_PART_TYPES = ("text", "input_text", "output_text")
 PART_METADATA = ("cache_control", "annotations")
-"""Keys of a text part that are no part of its text."""
+"""Keys of a text part that do not affect its text."""
 
 
 class RowError(Exception):
-    """A row is malformed; the message is the reason and never quotes the row's text."""
+    """A row is malformed; the message gives the reason and never quotes the row's text."""
 
 
-def kind(value: object) -> str:
-    """What a value is, for people."""
+def type_name(value: object) -> str:
+    """Return the type of a value, for messages."""
     if isinstance(value, bool):
         return "true or false"
-    words = {str: "text", int: "a number", float: "a number", list: "a list", dict: "an object"}
-    return words.get(type(value), f"of type {type(value).__name__}")
+    names = {str: "text", int: "a number", float: "a number", list: "a list", dict: "an object"}
+    return names.get(type(value), f"of type {type(value).__name__}")
 
 
-def empty(value: object) -> bool:
-    """Whether a value says nothing: null, NaN, no characters, or a list or an object of such.
+def printable_name(name: str) -> str:
+    """Return the name of a column or key for a message, escaped and shortened if necessary."""
+    # A column's name comes from the file: it may be long or contain line ends.
+    is_short = name.isprintable() and 0 < len(name) <= 40 and name == name.strip()
+    return name if is_short else ascii(name[:40])
 
-    Arrow pads the objects of a column to the keys of all of them; a CSV cell, and a column of
-    JSON written as text, spell nothing as ``[]`` or ``null``.
+
+def list_names(names: Collection[str], limit: int = 20) -> str:
+    """Return up to ``limit`` sorted names for a message."""
+    shown = [printable_name(name) for name in sorted(names)[:limit]]
+    return (", ".join(shown) or "none") + (", …" if len(names) > limit else "")
+
+
+def is_empty(value: object) -> bool:
+    """Whether a value is null, NaN, empty text, or a list or object of such values.
+
+    Arrow pads the objects of a column with null keys; CSV cells and JSON written as text spell
+    empty values as ``[]`` or ``null``.
     """
-    left = [value]  # not by recursion: what was read may be nested as deep as it could be read
-    while left:
-        each = left.pop()
-        if isinstance(each, dict):
-            left.extend(each.values())
-        elif isinstance(each, list | tuple):
-            left.extend(each)
-        elif isinstance(each, str):
-            if each.strip() not in ("", "[]", "{}", "null", "None"):
+    pending = [value]  # no recursion: values may be nested deeply
+    while pending:
+        item = pending.pop()
+        if isinstance(item, dict):
+            pending.extend(item.values())
+        elif isinstance(item, list | tuple):
+            pending.extend(item)
+        elif isinstance(item, str):
+            if item.strip() not in ("", "[]", "{}", "null", "None"):
                 return False
-        elif each is not None and not (isinstance(each, float) and math.isnan(each)):
+        elif item is not None and not (isinstance(item, float) and math.isnan(item)):
             return False
     return True
 
 
-def checked(value: object, what: str, rendered: bool = True) -> str:
-    """The value, if it is text that can be trained on; ``\\r\\n`` becomes ``\\n``.
+def require_text(value: object, name: str, rendered: bool = True) -> str:
+    """Check that a value is text without forbidden characters; ``\\r\\n`` becomes ``\\n``.
 
-    ``rendered``: it becomes part of what is tokenised.
+    Args:
+        value: the value.
+        name: name of the value in messages.
+        rendered: whether the text is tokenised, so that private-use characters are refused.
 
     Raises:
-        RowError: it is no text, or holds what no text should; ``what`` names it.
+        RowError: not text, or text with a forbidden character.
     """
     if not isinstance(value, str):
-        raise RowError(f"{what} must be text, is {kind(value)}")
-    for found in _REFUSED.finditer(value):
-        if found[0] == "\0":
-            raise RowError(f"{what} has a NUL character")
-        if found[0] < "\ue000":
-            raise RowError(f"{what} has a lone surrogate (half a character)")
-        if rendered:  # there they stand for special tokens (see `templates`)
-            raise RowError(f"{what} has a private-use character above U+F0000")
+        raise RowError(f"{name} must be text, is {type_name(value)}")
+    for match in _REFUSED.finditer(value):
+        if match[0] == "\0":
+            raise RowError(f"{name} has a NUL character")
+        if match[0] < "\ue000":
+            raise RowError(f"{name} has a lone surrogate (half a character)")
+        if rendered:  # they represent special tokens there (see `templates`)
+            raise RowError(f"{name} has a private-use character above U+F0000")
     return value.replace("\r\n", "\n")
 
 
-def content(value: object, what: str) -> str:
-    """The text of a message: text, or a list of text parts (OpenAI's other form), joined.
+def message_text(value: object, name: str) -> str:
+    """Return the text of a message: a text, or OpenAI's list of text parts, joined.
 
     Raises:
-        RowError: it is neither, or a part is no text.
+        RowError: neither of them, or a part that is not text.
     """
     if not isinstance(value, list | tuple):
-        return checked(value, what)
-    return "".join(_part(part, what) for part in value)
+        return require_text(value, name)
+    return "".join(_part_text(part, name) for part in value)
 
 
-def _part(part: object, what: str) -> str:
+def _part_text(part: object, name: str) -> str:
     if not isinstance(part, dict):
-        raise RowError(f"a part of {what} must be an object, is {kind(part)}")
-    named = part.get("type")
-    if named not in _PARTS:
-        known = isinstance(named, str) and re.fullmatch(r"[a-z_]{1,30}", named)
-        shown = f"of type {named}" if known else "without a type that is known"
-        raise RowError(f"{what} has a part {shown}: only parts of type text are read")
-    # In Arrow all parts have the keys of all: a filled one is another part's content.
-    for key, other in part.items():
-        if key not in ("type", "text", *PART_METADATA) and not empty(other):
-            raise RowError(f"{what} has a text part with {key[:30]!a} beside its text")
-    return checked(part.get("text"), f"a part of {what}")
+        raise RowError(f"a part of {name} must be an object, is {type_name(part)}")
+    part_type = part.get("type")
+    if part_type not in _PART_TYPES:
+        printable = isinstance(part_type, str) and re.fullmatch(r"[a-z_]{1,30}", part_type)
+        shown = f"of type {part_type}" if printable else "without a type that is known"
+        raise RowError(f"{name} has a part {shown}: only parts of type text are read")
+    # Arrow gives every part the keys of all parts: a non-empty other key is content.
+    for key, value in part.items():
+        if key not in ("type", "text", *PART_METADATA) and not is_empty(value):
+            raise RowError(f"{name} has a text part with {key[:30]!a} beside its text")
+    return require_text(part.get("text"), f"a part of {name}")
 
 
-def given(value: object, what: str) -> str:
-    """`content` for text that is no row's: a prompt of the command line or of a request.
+def prompt_text(value: object, name: str) -> str:
+    """Apply `message_text` to a prompt of the command line or of a request.
 
     Raises:
-        DataError: as `content`; ``what`` names it.
+        DataError: as the RowError of `message_text`.
     """
     try:
-        return content(value, what)
+        return message_text(value, name)
     except RowError as error:
-        raise DataError(f"{error}; write it otherwise") from None
+        raise DataError(f"{error}; change the text") from None

@@ -1,39 +1,40 @@
-"""From rows to token ids with a mask of the response tokens.
+"""Tokenise rows to ids with a mask of the response tokens.
 
-The rendered string is tokenised once, whole, by a copy of the tokenizer in which special
-tokens written in row text are text, and the template's own are private-use characters (see
-``templates``). BOS is first where the tokenizer adds one; EOS is last, and is a label.
+The rendered string is tokenised as a whole, by a copy of the tokenizer in which special tokens
+in row text are plain text and those of the template are private-use characters (see
+``templates``). BOS comes first if the tokenizer adds one; EOS comes last and is a label.
 """
 
 from __future__ import annotations
 
 from collections.abc import Sequence
 from dataclasses import dataclass
-from typing import TYPE_CHECKING, Any
+from typing import TYPE_CHECKING
 
 import numpy as np
 
-from slm_lora.data.chat_templates import ChatRenderer, default_template, jinja_renderer
-from slm_lora.data.dropped_turns import LeftOut
+from slm_lora.data.chat_templates import default_template
+from slm_lora.data.dropped_turns import DroppedTurns
 from slm_lora.data.special_tokens import (
     added_bos,
-    cut_at_responses,
     literal_backend,
     needs_space_after_bos,
     special_ids,
+    split_at_responses,
 )
 from slm_lora.data.templates import (
     Rendered,
-    Specials,
+    SpecialTokens,
     Template,
     as_chat_template,
     chat_messages,
+    chat_renderer,
     check_private_use,
     render_chat,
     render_instruction_response,
     render_plain,
 )
-from slm_lora.data.text import given
+from slm_lora.data.text import prompt_text
 from slm_lora.errors import DataError, SlmLoraError, UsageError
 from slm_lora.records import PIECE, Example, Row, Turn
 
@@ -43,7 +44,13 @@ if TYPE_CHECKING:
 
 @dataclass(frozen=True, slots=True)
 class LongRows:
-    """What happened to rows longer than max_length."""
+    """Rows longer than max_length.
+
+    Attributes:
+        rows: number of rows over the limit.
+        tokens_cut: number of tokens beyond the limit; 0 if long rows are split.
+        longest: length of the longest row in tokens.
+    """
 
     rows: int
     tokens_cut: int
@@ -55,7 +62,7 @@ _Tokens = tuple[list[int], list[bool], list[int]]
 
 @dataclass(frozen=True, slots=True)
 class _Part:
-    """Tokens that become an example: ids, response mask, last character of each in the text."""
+    """Tokens of an example: ids, response mask, and end offset of each in the rendered text."""
 
     row_id: str
     ids: list[int]
@@ -64,18 +71,21 @@ class _Part:
 
 
 class RowTokenizer:
-    """Tokenises rows under one template; keeps the tokenizer's prepared copy.
+    """Tokenises rows under one template.
 
     Args:
         tokenizer: a fast tokenizer of transformers; it is not changed.
-        template: how rows become text.
+        template: the training template.
 
     Attributes:
-        bos_id: the BOS that is put first, or None.
-        space_after_bos: whether text after a written-out BOS needs a space before it to become
-            the same tokens as text that BOS is put before: some tokenizers begin every text
-            with a space of their own, but not the text behind a special token.
-        chat_template: the training template for programs that prompt through chat templates.
+        template: the training template.
+        specials: the tokenizer's special tokens.
+        eos_id: id of EOS, or None.
+        bos_id: id of the BOS that is put first, or None.
+        space_after_bos: whether a BOS written in the text must be followed by a space to give
+            the tokens of training: some tokenizers prepend a space to every text, but not to
+            text after a special token.
+        chat_template: the training template as a chat template, for other programs; or None.
 
     Raises:
         UsageError: a slow tokenizer (no character offsets), or no chat template to use.
@@ -85,7 +95,7 @@ class RowTokenizer:
         if not tokenizer.is_fast:
             raise UsageError("the model's tokenizer has no fast version (tokenizer.json)")
         self.template = template
-        self.specials = Specials.of(
+        self.specials = SpecialTokens.from_tokens(
             [str(t) for t in tokenizer.added_tokens_decoder.values() if t.special]
         )
         self.eos_id: int | None = tokenizer.eos_token_id
@@ -94,71 +104,54 @@ class RowTokenizer:
         self._backend, self._id_of = literal_backend(tokenizer, self.specials)
         self._never_text = special_ids(tokenizer)
         self._first_new_id = min(self._id_of, default=len(tokenizer))
-        # Not EOS alone: the mark that ends a turn is another token in some models.
-        self._ends = tuple(map(self.specials.owned, range(len(self.specials.tokens))))
-        self._render_chat = self._chat_renderer(tokenizer)
-        self._left_out = LeftOut(self._render_chat) if self._render_chat else None
+        # All special tokens: in some models the end-of-turn mark is not EOS.
+        self._ends = tuple(map(self.specials.marker, range(len(self.specials.tokens))))
+        self._render_chat = chat_renderer(template, tokenizer, self.specials)
+        self._dropped_turns = DroppedTurns(self._render_chat) if self._render_chat else None
         self.chat_template = as_chat_template(
             template, self.bos_id is not None, default_template(tokenizer), self.space_after_bos
         )
 
-    def _chat_renderer(self, tokenizer: PreTrainedTokenizerBase) -> ChatRenderer | None:
-        if self.template.kind not in ("chat", "jinja"):
-            return None
-        named = tokenizer.special_tokens_map
-        if self.template.kind == "jinja":
-            plain = jinja_renderer(self.template.source, named)
-        else:
-            own = default_template(tokenizer)
-            if own is None:
-                several: Any = tokenizer.chat_template
-                has = (
-                    f"has the chat templates {', '.join(sorted(several))}, and none named default"
-                    if several
-                    else "has no chat template"
-                )
-                raise UsageError(
-                    f"data.template = chat: the model's tokenizer {has}; "
-                    "use instruction_response, or a .jinja file"
-                )
-            plain = jinja_renderer(own, named, "data.template = chat: the model's chat template")
-        return lambda messages, prompt: self.specials.own(plain(messages, prompt))
-
     def render(self, row: Row) -> Rendered:
-        """The row's text, its special tokens hidden or owned, with its response spans."""
+        """Render a row to text with markers, and its response spans.
+
+        Raises:
+            DataError: the template cannot render the row, or drops a turn.
+            UsageError: a ``.jinja`` template fails.
+        """
         check_private_use(row)
-        hidden = self._hidden(row)
+        escaped = self._escaped(row)
         if self.template.kind == "instruction_response":
-            rendered = render_instruction_response(hidden, self.template.include_context)
+            rendered = render_instruction_response(escaped, self.template.include_context)
         elif self.template.kind == "plain":
-            rendered = render_plain(hidden)
+            rendered = render_plain(escaped)
         else:
-            rendered = self._rendered_chat(hidden)
-        shown = [self.specials.show(part) for part in cut_at_responses(rendered)]
-        ends = np.cumsum([len(part) for part in shown])
-        # cut_at_responses alternates outside, response, outside, …: every odd part is a response.
-        spans = tuple((int(ends[i - 1]), int(ends[i])) for i in range(1, len(shown), 2))
-        return Rendered("".join(shown), spans)
+            rendered = self._rendered_chat(escaped)
+        parts = [self.specials.unescape(part) for part in split_at_responses(rendered)]
+        ends = np.cumsum([len(part) for part in parts])
+        # split_at_responses alternates outside, response, outside, …: odd parts are responses.
+        spans = tuple((int(ends[i - 1]), int(ends[i])) for i in range(1, len(parts), 2))
+        return Rendered("".join(parts), spans)
 
     @property
-    def holds_conversations(self) -> bool:
-        """Whether the template has several turns; the named ones for instructions have one."""
+    def is_multi_turn(self) -> bool:
+        """Whether the template takes conversations, not only one instruction."""
         return self._render_chat is not None
 
     def prompt(self, turns: Sequence[Turn], context: str = "") -> list[int]:
-        """Token ids of what stands before a response: the training text, up to where it begins.
+        """Tokenise a prompt: the training text up to the start of the response.
 
         Args:
-            turns: the conversation, a user's turn last.
-            context: put where the template puts one, if it was trained with contexts.
+            turns: the conversation; the last turn is the user's.
+            context: the context, used if training included contexts.
 
         Raises:
-            UsageError: the template has no place for such turns.
-            DataError: the text spells what cannot be told from a special token.
+            UsageError: the template does not take such turns.
+            DataError: the text contains a special token that this tokenizer cannot escape.
         """
-        # As rows are read: the same text is the same tokens.
+        # The checks of rows, so that the same text gives the same tokens.
         turns = [Turn(turn.role, _checked_content(turn)) for turn in turns]
-        context = given(context, "context")
+        context = prompt_text(context, "context")
         roles = [turn.role for turn in turns]
         if self._render_chat is None and roles != ["user"]:
             raise UsageError(
@@ -168,15 +161,15 @@ class RowTokenizer:
         if roles[-1:] != ["user"]:
             raise UsageError("the last turn must be the user's: it is what is answered")
         if self._render_chat is None:
-            asked = Row((*turns, Turn("assistant", "")), context=context, source="prompt")
-            text = self.render(asked).text
+            row = Row((*turns, Turn("assistant", "")), context=context, source="prompt")
+            text = self.render(row).text
         else:
             text = self._chat_prompt(turns, context)
         raw_ids: list[int] = self._backend.encode(text, add_special_tokens=False).ids
         if not self._never_text.isdisjoint(raw_ids):
             raise DataError(
-                "prompt: the text spells a special token, and this tokenizer has no other tokens "
-                "for it; write it otherwise"
+                "prompt: the text contains a special token, which this tokenizer cannot "
+                "encode as text; change it"
             )
         ids = [self._id_of[i] if i >= self._first_new_id else i for i in raw_ids]
         return [self.bos_id, *ids] if self.bos_id is not None and ids[:1] != [self.bos_id] else ids
@@ -185,60 +178,60 @@ class RowTokenizer:
         assert self._render_chat is not None
         row = Row(tuple(turns), context=context, source="prompt")
         check_private_use(row)
-        messages = chat_messages(self._hidden(row), self.template.include_context)
+        messages = chat_messages(self._escaped(row), self.template.include_context)
         try:
-            text = self.specials.show(self._render_chat(messages, True))
-        except Exception as error:  # many refuse a system turn, or roles out of turn
+            text = self.specials.unescape(self._render_chat(messages, True))
+        except Exception as error:  # many templates refuse system turns or unusual role orders
             raise UsageError(f"the chat template refuses these turns ({_reason(error)})") from error
-        if lost := self._lost(row, True):
-            raise UsageError(f"the chat template writes nothing of {lost}; leave it out")
+        if turn_name := self._first_dropped(row, True):
+            raise UsageError(f"the chat template drops {turn_name}; leave it out")
         return text
 
-    def _lost(self, row: Row, prompt: bool) -> str:
-        """The turn that the chat template leaves out, if there is one."""
-        assert self._left_out is not None
-        for number in self._left_out.turns([turn.role for turn in row.turns], prompt):
-            if row.turns[number].content.strip():
-                return f"turn {number + 1} of {len(row.turns)} ({row.turns[number].role})"
+    def _first_dropped(self, row: Row, prompt: bool) -> str:
+        """Describe the first non-empty turn that the chat template drops; empty if none is."""
+        assert self._dropped_turns is not None
+        for index in self._dropped_turns.turns([turn.role for turn in row.turns], prompt):
+            if row.turns[index].content.strip():
+                return f"turn {index + 1} of {len(row.turns)} ({row.turns[index].role})"
         return ""
 
-    def _hidden(self, row: Row) -> Row:
+    def _escaped(self, row: Row) -> Row:
         return Row(
             tuple(Turn(turn.role, self._content(turn)) for turn in row.turns),
-            context=self.specials.hide(row.context),
+            context=self.specials.escape(row.context),
             source=row.source,
         )
 
     def _content(self, turn: Turn) -> str:
-        """A turn's text with its special tokens as text, or as themselves where the recipe lets
-        responses hold them (an earlier response of a conversation, too)."""
+        """Return a turn's text with its special tokens escaped, or marked in responses if the
+        recipe allows special tokens there."""
         if turn.role == "assistant" and self.template.special_in_responses:
-            return self.specials.own(turn.content)
-        return self.specials.hide(turn.content)
+            return self.specials.mark(turn.content)
+        return self.specials.escape(turn.content)
 
-    def _rendered_chat(self, hidden: Row) -> Rendered:
+    def _rendered_chat(self, row: Row) -> Rendered:
         assert self._render_chat is not None
         try:
             rendered = render_chat(
-                hidden, self.template.include_context, self._render_chat, self._ends
+                row, self.template.include_context, self._render_chat, self._ends
             )
         except SlmLoraError:
             raise
-        except Exception as error:  # many refuse a system turn; a program may fail in any way
+        except Exception as error:  # the template is foreign code; many refuse system turns
             if self.template.kind == "jinja":
-                raise UsageError(f"data.template: {_reason(error)} ({hidden.source})") from error
+                raise UsageError(f"data.template: {_reason(error)} ({row.source})") from error
             raise DataError(
-                f"{hidden.source}: the model's chat template refuses the row ({_reason(error)}); "
-                "mend or remove it, or give a template of your own (data.template=path.jinja)"
+                f"{row.source}: the model's chat template refuses the row ({_reason(error)}); "
+                "fix or remove it, or give a template of your own (data.template=path.jinja)"
             ) from error
-        if lost := self._lost(hidden, False):
-            way = (
-                "mend the template (a misspelt name is empty in Jinja)"
+        if turn_name := self._first_dropped(row, False):
+            remedy = (
+                "fix the template (a misspelt name is empty in Jinja)"
                 if self.template.kind == "jinja"
                 else "leave it out of the rows, or give a template of your own "
                 "(data.template=path.jinja)"
             )
-            raise DataError(f"{hidden.source}: the chat template writes nothing of {lost}; {way}")
+            raise DataError(f"{row.source}: the chat template drops {turn_name}; {remedy}")
         return rendered
 
     def encode(
@@ -253,27 +246,32 @@ class RowTokenizer:
         Args:
             rows: the rows.
             group_of: group id of every row id.
-            max_length: longest sequence in tokens, BOS and EOS included; None: any.
+            max_length: maximum length in tokens, BOS and EOS included; None: no limit.
             on_long_row: ``truncate`` (the row then ends without EOS), ``drop``, ``refuse``, or
-                ``split``: into pieces, see `_pieces`.
+                ``split`` (see `_pieces`).
+
+        Returns:
+            The examples, and the counts of long rows.
 
         Raises:
             DataError: a row has no tokens, cannot be rendered, or is too long under ``refuse``.
+            UsageError: a ``.jinja`` template fails.
         """
         rendered = [self.render(row) for row in rows]
         encodings = self._backend.encode_batch(
             [text.text for text in rendered], add_special_tokens=False
         )
-        whole = [
+        tokens_of = [
             self._tokens(row, text, encoding.ids, encoding.offsets)
             for row, text, encoding in zip(rows, rendered, encodings, strict=True)
         ]
-        limit = max_length if max_length is not None else max(map(_length, whole), default=0)
-        long = [(row, _length(t)) for row, t in zip(rows, whole, strict=True) if _length(t) > limit]
-        counted = LongRows(
+        lengths = [_length(tokens) for tokens in tokens_of]
+        limit = max_length if max_length is not None else max(lengths, default=0)
+        long = [(row, n) for row, n in zip(rows, lengths, strict=True) if n > limit]
+        long_rows = LongRows(
             rows=len(long),
             tokens_cut=sum(length - limit for _, length in long) * (on_long_row != "split"),
-            longest=max(map(_length, whole), default=0),
+            longest=max(lengths, default=0),
         )
         if long and on_long_row == "refuse":
             raise DataError(
@@ -282,7 +280,7 @@ class RowTokenizer:
                 "plain text, to split"
             )
         examples: list[Example] = []
-        for row, text, tokens in zip(rows, rendered, whole, strict=True):
+        for row, text, tokens in zip(rows, rendered, tokens_of, strict=True):
             group = group_of[row.row_id]
             if _length(tokens) > limit and on_long_row == "split":
                 examples += self._pieces(row, group, text, tokens, limit)
@@ -290,15 +288,15 @@ class RowTokenizer:
                 ids, response, ends = tokens
                 part = _Part(row.row_id, ids[:limit], response[:limit], ends[:limit])
                 examples.append(self._example(row, group, text, part))
-        return examples, counted
+        return examples, long_rows
 
     def _pieces(
         self, row: Row, group_id: str, rendered: Rendered, tokens: _Tokens, limit: int
     ) -> list[Example]:
-        """A row over the limit as the fewest pieces within it, of equal length.
+        """Split a long row into the fewest pieces within the limit, of equal length.
 
-        Every token but the first is the label of exactly one piece. What a piece begins with is
-        no label: BOS, as models that have one expect it there, or else the token before it.
+        Every token but the first is a label in exactly one piece. A piece begins with BOS, if
+        the row does, or else with the token before its first label.
         """
         ids, response, ends = tokens
         labels = len(ids) - 1
@@ -322,32 +320,32 @@ class RowTokenizer:
             )
         return pieces
 
-    def joined(self, rows: Sequence[Row]) -> list[bool]:
-        """Of each row, whether a prompt in it ends in other tokens alone than before its response.
+    def differs_from_prompt(self, rows: Sequence[Row]) -> list[bool]:
+        """Return for each row whether a prompt alone gives other tokens than within the row.
 
-        The last letters of a prompt and the first of a response may be one token, or the white
-        space between them be divided in another way. Trained is the whole text as it is
-        tokenised; whoever prompts has the prompt alone.
+        The end of a prompt and the start of a response may form one token, or the white space
+        between them may be tokenised differently. Training tokenises the whole text, generation
+        the prompt alone.
         """
         rendered = [self.render(row) for row in rows]
         whole = self._backend.encode_batch([r.text for r in rendered], add_special_tokens=False)
-        asked = [(at, a) for at, r in enumerate(rendered) for a, _ in r.responses if a]
+        starts = [(i, start) for i, r in enumerate(rendered) for start, _ in r.responses if start]
         prompts = self._backend.encode_batch(
-            [rendered[at].text[:a] for at, a in asked], add_special_tokens=False
+            [rendered[i].text[:start] for i, start in starts], add_special_tokens=False
         )
-        joined = [False] * len(rows)
-        for (at, _), prompt in zip(asked, prompts, strict=True):
-            joined[at] |= prompt.ids != whole[at].ids[: len(prompt.ids)]
-        return joined
+        differs = [False] * len(rows)
+        for (i, _), prompt in zip(starts, prompts, strict=True):
+            differs[i] |= prompt.ids != whole[i].ids[: len(prompt.ids)]
+        return differs
 
     def _tokens(
         self, row: Row, rendered: Rendered, raw_ids: list[int], offsets: list[tuple[int, int]]
     ) -> _Tokens:
-        """Ids, response mask and last character of every token, with BOS and EOS."""
+        """Return ids, response mask and end offset of every token, BOS and EOS added."""
         if not self._never_text.isdisjoint(raw_ids):
             raise DataError(
-                f"{row.source}: the text spells a special token, and this tokenizer has no other "
-                "tokens for it; remove the row"
+                f"{row.source}: the text contains a special token, which this tokenizer cannot "
+                "encode as text; remove the row"
             )
         ids = [self._id_of[i] if i >= self._first_new_id else i for i in raw_ids]
         ends = [end for _, end in offsets]
@@ -365,7 +363,7 @@ class RowTokenizer:
         return ids, response, ends
 
     def _example(self, row: Row, group_id: str, rendered: Rendered, part: _Part) -> Example:
-        # The first token is not scored: BOS has no bytes, any other's bytes are left out.
+        # The first token is not scored, so its bytes do not count (BOS has none).
         first, last = part.ends[0], part.ends[-1]
         return Example(
             row_id=part.row_id,
@@ -381,13 +379,13 @@ class RowTokenizer:
         )
 
     def _bytes(self, text: str) -> int:
-        return len(self.specials.strip(text).encode("utf-8"))
+        return len(self.specials.remove_markers(text).encode("utf-8"))
 
 
 def _checked_content(turn: Turn) -> str:
-    """A turn's text, checked; an answer is the model's own, which may have written a NUL."""
+    """Check a turn's text; an assistant turn may contain NUL, which a model can generate."""
     parts = turn.content.split("\0") if turn.role == "assistant" else [turn.content]
-    return "\0".join(given(part, "prompt") for part in parts)
+    return "\0".join(prompt_text(part, "prompt") for part in parts)
 
 
 def _reason(error: Exception) -> str:

@@ -1,1 +1,1 @@
-"""Scores of held-out rows, and generated replies."""
+"""Scoring of held-out rows, and text generation."""

@@ -1,4 +1,4 @@
-"""Replies of a base and its adapters to the same prompts, greedy and sampled."""
+"""Outputs of a base and its adapters for the same prompts, greedy and sampled."""
 
 from __future__ import annotations
 
@@ -19,26 +19,31 @@ def compare_outputs(
     sampled: Sampling | None,
     on_answer: Callable[[int], None] = lambda tokens: None,
 ) -> list[Compared]:
-    """Ask every variant every prompt.
+    """Generate an answer of every variant to every prompt.
 
-    All are asked in one template, that of the first adapter: the base, too, sees what the
-    adapters were trained to see.
+    All use the template of the first adapter, so that the base gets the same input.
 
     Args:
         variants: the base and its adapters.
-        prompts: what is asked.
-        greedy: sampling of temperature 0.
-        sampled: another, or None.
-        on_answer: told of the tokens of every finished answer.
-    """
-    asked_as = next((name for name in variants.names if name != BASE), BASE)
-    ids = [prompt_ids(variants, asked_as, prompt) for prompt in prompts]
+        prompts: prompts, with reference answers if any.
+        greedy: settings with temperature 0.
+        sampled: settings of a second, sampled answer, or None.
+        on_answer: called with the number of tokens of every finished answer.
 
-    def text(variant: str, given: list[int], how: Sampling) -> str:
-        reply = Generation(variants, variant, given, how)
-        said = "".join(reply.pieces())
-        on_answer(len(reply.ids))
-        return said.strip()
+    Returns:
+        One comparison per prompt.
+
+    Raises:
+        UsageError: a prompt is too long.
+    """
+    template_variant = next((name for name in variants.names if name != BASE), BASE)
+    ids_by_prompt = [prompt_ids(variants, template_variant, prompt) for prompt in prompts]
+
+    def generate(variant: str, ids: list[int], sampling: Sampling) -> str:
+        generation = Generation(variants, variant, ids, sampling)
+        text = "".join(generation.pieces())
+        on_answer(len(generation.ids))
+        return text.strip()
 
     return [
         Compared(
@@ -47,25 +52,25 @@ def compare_outputs(
             answers=tuple(
                 Answer(
                     variant=variant,
-                    greedy=text(variant, given, greedy),
-                    # Another seed for each prompt, the same for all who answer it.
-                    sampled=text(variant, given, replace(sampled, seed=sampled.seed + number))
+                    greedy=generate(variant, ids, greedy),
+                    # The seed differs between prompts, not between variants.
+                    sampled=generate(variant, ids, replace(sampled, seed=sampled.seed + index))
                     if sampled
                     else "",
-                    loss=reference_loss(variants, variant, asked_as, prompt),
+                    loss=reference_loss(variants, variant, template_variant, prompt),
                 )
                 for variant in variants.names
             ),
         )
-        for number, (prompt, given) in enumerate(zip(prompts, ids, strict=True))
+        for index, (prompt, ids) in enumerate(zip(prompts, ids_by_prompt, strict=True))
     ]
 
 
-def record(compared: Sequence[Compared], variants: AdapterSet, about: dict[str, Any]) -> Any:
-    """For a JSON file; ``about`` says how the answers were made."""
+def record(compared: Sequence[Compared], variants: AdapterSet, settings: dict[str, Any]) -> Any:
+    """The content of a JSON file; ``settings`` are the generation settings."""
     return {
         "base": variants.base.source.name,
         "precision": variants.base.precision,
-        **about,
-        "prompts": [asdict(each) for each in compared],
+        **settings,
+        "prompts": [asdict(comparison) for comparison in compared],
     }

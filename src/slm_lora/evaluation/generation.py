@@ -1,8 +1,7 @@
-"""Replies, token by token: greedy or sampled, with a key-value cache, one reply at a time or
-several in turn.
+"""Text generation token by token, greedy or sampled, with a key-value cache.
 
-A reply is computed alone (never in a batch with others), so that its text does not depend on
-what else is asked at the same time.
+Several generations can be advanced in turn. None is batched with others, so that its text does not
+depend on concurrent requests.
 """
 
 from __future__ import annotations
@@ -28,29 +27,29 @@ if TYPE_CHECKING:
 Finish = Literal["", "stop", "length"]
 
 GREEDY_BELOW = 1e-5
-"""Temperatures under this are 0, as in vLLM: logits divided by them would overflow."""
+"""Temperatures below this count as 0, as in vLLM: logits divided by them would overflow."""
 
 
 @dataclass(frozen=True, slots=True)
 class Sampling:
-    """How the next token is chosen, and when a reply ends.
+    """Sampling parameters, and conditions that end a generation, as in vLLM.
 
     Attributes:
-        max_new_tokens: of the reply, its end included.
-        temperature: 0 takes the most likely token.
-        top_p: sample among the most likely tokens of this much probability.
-        top_k: sample among so many most likely tokens; 0: all.
-        repetition_penalty: above 1 makes tokens less likely that were there (Keskar et al.
-            2019, arXiv 1909.05858).
-        seed: of the samples.
-        stop: texts that end the reply, and are not part of it.
-        min_p: sample among tokens of at least this share of the most likely one's probability.
-        frequency_penalty: taken off a logit for each time that the token is in the reply so far.
-        presence_penalty: taken off a logit once, where the token is in the reply so far. Both as
-            OpenAI and vLLM define them: of the prompt's tokens none counts.
-        min_tokens: of the reply, before its end or a stop may come.
-        ignore_eos: the model's own end is a token like others.
-        stop_token_ids: tokens that end the reply besides, and are not part of its text.
+        max_new_tokens: limit of generated tokens, the end token included.
+        temperature: 0 is greedy.
+        top_p: sample from the most likely tokens with this total probability.
+        top_k: sample from this number of most likely tokens; 0: all.
+        repetition_penalty: above 1 makes tokens of prompt and generation less likely (Keskar et
+            al. 2019, arXiv 1909.05858).
+        seed: seed of the random numbers.
+        stop: texts that end the generation; not part of its text.
+        min_p: sample from tokens with at least this share of the highest probability.
+        frequency_penalty: subtracted from a token's logit per occurrence in the generation.
+        presence_penalty: subtracted once from the logit of each token in the generation. Neither
+            counts tokens of the prompt.
+        min_tokens: least generated tokens before an end token or a stop text is allowed.
+        ignore_eos: treat the model's end tokens as any other.
+        stop_token_ids: further tokens that end the generation; not part of its text.
     """
 
     max_new_tokens: int = 256
@@ -69,12 +68,11 @@ class Sampling:
 
 
 class Generation:
-    """A reply in the making.
+    """A generation in progress.
 
     Attributes:
-        ids: tokens so far, the end's included.
-        finished: empty while there is more: ``stop`` (the model ended it, or a stop text came)
-            or ``length``.
+        ids: generated token ids so far, an end token included.
+        finished: reason of the end: ``stop`` (end token or stop text) or ``length``; empty before.
     """
 
     def __init__(
@@ -83,108 +81,111 @@ class Generation:
         """
         Args:
             variants: the base and its adapters.
-            variant: who answers.
+            variant: name of the adapter, or of the base.
             prompt: token ids.
-            sampling: how.
+            sampling: sampling parameters.
 
         Raises:
-            UsageError: the prompt leaves no room for a reply.
+            UsageError: the prompt fills the context length, or has ids without an embedding.
         """
         if len(prompt) >= variants.max_length:
             raise UsageError(
-                f"prompt: {len(prompt)} tokens, and {variants.base.source.name} takes "
+                f"prompt: {len(prompt)} tokens, but the limit of {variants.base.source.name} is "
                 f"{variants.max_length} with the reply; shorten it"
             )
         embedding: Any = variants.base.model.get_input_embeddings()
-        rows = len(embedding.weight)
-        if max(prompt, default=0) >= rows:
+        vocab_size = len(embedding.weight)
+        if max(prompt, default=0) >= vocab_size:
             raise UsageError(
-                f"prompt: token {max(prompt)} is not among the {rows} of the embedding of "
-                f"{variants.base.source.name}: its tokenizer was extended, and the model was not"
+                f"prompt: token {max(prompt)} is beyond the embedding of "
+                f"{variants.base.source.name} ({vocab_size} rows): its tokenizer was extended, but "
+                "not the model"
             )
         self.ids: list[int] = []
         self.finished: Finish = ""
         self._variants, self._variant, self._sampling = variants, variant, sampling
         self._prompt = list(prompt)
-        self._room = min(sampling.max_new_tokens, variants.max_length - len(prompt))
+        self._max_tokens = min(sampling.max_new_tokens, variants.max_length - len(prompt))
         self._cache = new_cache(variants.base) if variants.uses_cache else None
-        self._known = 0
+        self._n_cached = 0
         self._generator = torch.Generator().manual_seed(sampling.seed)
-        self._repeated = _repetition(sampling.repetition_penalty)
+        self._repetition_penalty = _repetition_processor(sampling.repetition_penalty)
         self._warp = _warpers(sampling)
-        # Where responses were trained to hold special tokens, they are part of what is said.
+        # Special tokens are part of the text if responses were trained with them.
         special = variants.row_tokenizers[variant].template.special_in_responses
         self._text = StreamedText(variants, self._prompt, sampling.stop, special)
-        own = frozenset[int]() if sampling.ignore_eos else variants.stop_ids
-        self._ends = own | frozenset(sampling.stop_token_ids)
+        model_ends = frozenset[int]() if sampling.ignore_eos else variants.stop_ids
+        self._end_ids = model_ends | frozenset(sampling.stop_token_ids)
 
     def advance(self) -> str:
-        """Compute the next token; the text that is certain now, which may be none."""
+        """Generate one token; returns the text that became final, possibly empty."""
         token = self._choose(self._next_logits())
         self.ids.append(token)
-        if token in self._ends:
+        if token in self._end_ids:
             self.finished = "stop"
             return self._text.rest()
-        new, stopped = self._text.add(token, len(self.ids) > self._sampling.min_tokens)
+        text, stopped = self._text.add(token, len(self.ids) > self._sampling.min_tokens)
         if stopped:
             self.finished = "stop"
-        elif len(self.ids) >= self._room:
+        elif len(self.ids) >= self._max_tokens:
             self.finished = "length"
-            new += self._text.rest()
-        return new
+            text += self._text.rest()
+        return text
 
     def pieces(self) -> Iterator[str]:
-        """Its text, piece by piece, to its end."""
+        """Generate to the end; yields the text in pieces."""
         while not self.finished:
             if new := self.advance():
                 yield new
 
     @torch.inference_mode()
     def _next_logits(self) -> torch.Tensor:
-        """Logits of the token that follows, fp32 [1, vocabulary], on the CPU."""
+        """Logits of the next token, fp32 [1, vocab_size], on the CPU."""
         self._variants.activate(self._variant)
-        ids, known = [*self._prompt, *self.ids], self._known
-        logits = next_logits(self._variants.base, ids, self._cache, known)
-        self._known = len(ids)
+        ids, cached = [*self._prompt, *self.ids], self._n_cached
+        logits = next_logits(self._variants.base, ids, self._cache, cached)
+        self._n_cached = len(ids)
         on_cpu: torch.Tensor = logits.to("cpu", torch.float32)
         return on_cpu
 
     @torch.inference_mode()
     def _choose(self, logits: torch.Tensor) -> int:
         if len(self.ids) < self._sampling.min_tokens:
-            barred = [token for token in self._ends if token < logits.shape[1]]
-            logits[0, barred] = -torch.inf
-        seen: Any = torch.tensor([[*self._prompt, *self.ids]])
-        logits = self._repeated(seen, logits)
+            excluded = [token for token in self._end_ids if token < logits.shape[1]]
+            logits[0, excluded] = -torch.inf
+        previous: Any = torch.tensor([[*self._prompt, *self.ids]])
+        logits = self._repetition_penalty(previous, logits)
         self._penalise(logits)
         if self._sampling.temperature < GREEDY_BELOW:
             return int(logits.argmax())
-        logits = self._warp(seen, logits)
-        chances = torch.softmax(logits[0], 0)
-        return int(torch.multinomial(chances, 1, generator=self._generator))
+        logits = self._warp(previous, logits)
+        probabilities = torch.softmax(logits[0], 0)
+        return int(torch.multinomial(probabilities, 1, generator=self._generator))
 
     def _penalise(self, logits: torch.Tensor) -> None:
-        """Frequency and presence, in place."""
-        how = self._sampling
-        if how.frequency_penalty or how.presence_penalty:
-            times = Counter(self.ids)
-            taken = how.frequency_penalty * torch.tensor(list(times.values()), dtype=torch.float32)
-            logits[0, list(times)] -= taken + how.presence_penalty
+        """Subtract frequency and presence penalties, in place."""
+        sampling = self._sampling
+        if sampling.frequency_penalty or sampling.presence_penalty:
+            counts = Counter(self.ids)
+            penalties = sampling.frequency_penalty * torch.tensor(
+                list(counts.values()), dtype=torch.float32
+            )
+            logits[0, list(counts)] -= penalties + sampling.presence_penalty
 
 
-def _repetition(penalty: float) -> LogitsProcessorList:
-    """transformers' own, which counts the prompt's tokens, too, as vLLM does."""
+def _repetition_processor(penalty: float) -> LogitsProcessorList:
+    """Processor of the repetition penalty, which counts the prompt's tokens, as vLLM does."""
     from transformers import LogitsProcessorList, RepetitionPenaltyLogitsProcessor
 
-    kept = LogitsProcessorList()
+    processors = LogitsProcessorList()
     if penalty != 1:
-        kept.append(RepetitionPenaltyLogitsProcessor(penalty))
-    return kept
+        processors.append(RepetitionPenaltyLogitsProcessor(penalty))
+    return processors
 
 
 def _warpers(sampling: Sampling) -> LogitsProcessorList:
-    """transformers' own, in vLLM's order: that of its `generate`, but for min_p, which comes
-    before top_k and top_p."""
+    """transformers' warpers in vLLM's order: as in `generate`, but with min_p before top_k and
+    top_p."""
     from transformers import (
         LogitsProcessorList,
         MinPLogitsWarper,
@@ -193,20 +194,20 @@ def _warpers(sampling: Sampling) -> LogitsProcessorList:
         TopPLogitsWarper,
     )
 
-    warp = LogitsProcessorList()
+    warpers = LogitsProcessorList()
     if sampling.temperature >= GREEDY_BELOW and sampling.temperature != 1:
-        warp.append(TemperatureLogitsWarper(sampling.temperature))
+        warpers.append(TemperatureLogitsWarper(sampling.temperature))
     if sampling.min_p > 0:
-        warp.append(MinPLogitsWarper(sampling.min_p))
+        warpers.append(MinPLogitsWarper(sampling.min_p))
     if sampling.top_k:
-        warp.append(TopKLogitsWarper(sampling.top_k))
+        warpers.append(TopKLogitsWarper(sampling.top_k))
     if sampling.top_p < 1:
-        warp.append(TopPLogitsWarper(sampling.top_p))
-    return warp
+        warpers.append(TopPLogitsWarper(sampling.top_p))
+    return warpers
 
 
 class StreamedText:
-    """Tokens to text as they come. What may be the beginning of a stop text is held back."""
+    """Incremental detokenizer; holds back text that may be the start of a stop text."""
 
     def __init__(
         self, variants: AdapterSet, prompt: list[int], stop: tuple[str, ...], special: bool
@@ -216,61 +217,68 @@ class StreamedText:
         self._stream: DecodeStream = DecodeStream(ids=prompt, skip_special_tokens=not special)
         self._backend = variants.tokenizer.backend_tokenizer
         self._stop = tuple(text for text in stop if text)
-        self._held = ""
+        self._pending = ""
 
     def add(self, token: int, may_stop: bool = True) -> tuple[str, bool]:
-        """Text that is certain now, and whether a stop text came. One that begins in text of
-        before it might is none."""
-        self._held += self._stream.step(self._backend, token) or ""
+        """Add a token.
+
+        Args:
+            token: id.
+            may_stop: False: release all text, so that no later stop text can begin in it.
+
+        Returns:
+            The text that became final, and whether a stop text occurred.
+        """
+        self._pending += self._stream.step(self._backend, token) or ""
         if not may_stop:
             return self.rest(), False
-        ends = [at for text in self._stop if (at := self._held.find(text)) >= 0]
-        if ends:
-            return self._held[: min(ends)], True
-        certain = len(self._held) - self._doubtful()
-        new, self._held = self._held[:certain], self._held[certain:]
-        return new, False
+        stop_positions = [i for text in self._stop if (i := self._pending.find(text)) >= 0]
+        if stop_positions:
+            return self._pending[: min(stop_positions)], True
+        n_certain = len(self._pending) - self._stop_prefix_length()
+        released, self._pending = self._pending[:n_certain], self._pending[n_certain:]
+        return released, False
 
     def rest(self) -> str:
-        """What was held back: no stop text came of it."""
-        new, self._held = self._held, ""
-        return new
+        """Release the held-back text, at the end of the generation."""
+        text, self._pending = self._pending, ""
+        return text
 
-    def _doubtful(self) -> int:
-        """Characters at the end that a stop text may begin with."""
-        most = max(map(len, self._stop), default=1) - 1
+    def _stop_prefix_length(self) -> int:
+        """Length of the longest end of the pending text that starts a stop text."""
+        longest = max(map(len, self._stop), default=1) - 1
         return next(
             (
-                many
-                for many in range(min(most, len(self._held)), 0, -1)
-                if any(text.startswith(self._held[-many:]) for text in self._stop)
+                length
+                for length in range(min(longest, len(self._pending)), 0, -1)
+                if any(text.startswith(self._pending[-length:]) for text in self._stop)
             ),
             0,
         )
 
 
 def prompt_ids(variants: AdapterSet, variant: str, prompt: Prompt) -> list[int]:
-    """Tokens of a prompt as a variant was trained to be asked."""
+    """Token ids of a prompt in the template that a variant was trained with."""
     return variants.row_tokenizers[variant].prompt(prompt.turns, prompt.context)
 
 
 def reference_loss(
-    variants: AdapterSet, variant: str, asked_as: str, prompt: Prompt
+    variants: AdapterSet, variant: str, template_variant: str, prompt: Prompt
 ) -> float | None:
-    """NLL a token, in nats, of the answer that a prompt brings along; None if it brings none.
+    """NLL of a prompt's reference answer, in nats per token; None without a reference.
 
     Args:
         variants: the base and its adapters.
-        variant: whose loss.
-        asked_as: the variant whose template the text is made with.
-        prompt: with its reference.
+        variant: the model to score with.
+        template_variant: the variant whose template formats the text.
+        prompt: prompt and reference.
     """
     if not prompt.reference:
         return None
-    row = prompt.answered
-    examples, _ = variants.row_tokenizers[asked_as].encode(
+    row = prompt.as_row
+    examples, _ = variants.row_tokenizers[template_variant].encode(
         [row], {row.row_id: row.row_id}, variants.max_length
     )
     variants.activate(variant)
-    found = score_documents(variants.base, collate(examples, "all"))
-    return float(found.nll_response[0] / found.tokens_response[0])
+    scores = score_documents(variants.base, collate(examples, "all"))
+    return float(scores.nll_response[0] / scores.tokens_response[0])

@@ -1,7 +1,7 @@
-"""Held-out loss and perplexity, row by row.
+"""Held-out loss and perplexity from per-row scores.
 
-Loss is total negative log-likelihood over total label tokens, perplexity is exp of that very
-number; both from the same per-row scores, so neither depends on the batch size.
+Loss is the total negative log-likelihood over the total number of label tokens, perplexity is
+exp(loss); neither depends on the batch size.
 """
 
 from __future__ import annotations
@@ -12,22 +12,22 @@ from collections.abc import Callable, Sequence
 from contextlib import nullcontext
 from dataclasses import asdict, dataclass
 
-from slm_lora.data.collate import by_token_budget, collate
+from slm_lora.data.collate import collate, make_micro_batches
 from slm_lora.errors import DataError, IntegrityError, NumericError
 from slm_lora.model.base import Base
-from slm_lora.model.forward import score_documents
+from slm_lora.model.forward import DocumentScores, score_documents
 from slm_lora.ops.compilation import run_with_compile_fallback
 from slm_lora.records import Example, LossOn, RowScore
 from slm_lora.runtime import distributed
 from slm_lora.runtime.signals import StopRequested
 
-_LARGEST_LOSS = 700.0
-"""Beyond this exp is no number any more; a uniform guess is at most about 12."""
+_MAX_LOSS = 700.0
+"""Nats per token; exp overflows beyond about 709. A uniform distribution has about 12 at most."""
 
 
 @dataclass(frozen=True, slots=True)
 class HeldOutLoss:
-    """Loss in nats per label token, over ``tokens`` labels of ``rows`` rows."""
+    """Loss in nats per label token, over ``tokens`` label tokens of ``rows`` rows."""
 
     loss: float
     perplexity: float
@@ -44,42 +44,44 @@ def score(
     compiled: bool = False,
     on_tokens: Callable[[int], None] = lambda tokens: None,
 ) -> list[RowScore]:
-    """Score every example under the base with whatever adapter is on it.
+    """Score every example under the base with its active adapter.
 
-    Of several processes each scores its share, and all get all scores.
+    Every process scores its share, and returns all scores.
 
     Args:
         base: in evaluation mode (no dropout).
-        examples: rows to score.
-        split: name of the set, kept with every score.
-        micro_batch_tokens: tokens computed at once.
+        examples: rows to score; the same in all processes.
+        split: name of the set, recorded in every score.
+        micro_batch_tokens: largest micro-batch, in tokens.
         compiled: whether to compile (see `ops.compilation`).
-        on_tokens: told of the tokens done since the last call; may raise `StopRequested`, and
-            then all processes do.
+        on_tokens: called with the number of tokens scored since the last call; if it raises
+            `StopRequested`, all processes do.
 
     Returns:
-        One score a row, sorted by row id.
+        One score per row, sorted by row id.
 
     Raises:
         NumericError: a row's loss is not finite.
-        IntegrityError: several processes were given different rows.
+        IntegrityError: the rows of the processes differ.
+        StopRequested: a stop was requested in any process.
+        PeerLostError: another process is gone.
     """
     scores, stopped = [], False
-    batches = by_token_budget(examples, micro_batch_tokens)
-    shares = distributed.partition(
+    batches = make_micro_batches(examples, micro_batch_tokens)
+    batches_by_rank = distributed.partition(
         batches, lambda batch: sum(example.length for example in batch), distributed.world_size()
     )
-    mine = shares[distributed.rank()]
-    for micro in mine:
+    own_batches = batches_by_rank[distributed.rank()]
+    for micro in own_batches:
         batch = collate(micro, "all")
         with distributed.peer_errors() if base.sharded else nullcontext():
-            found = run_with_compile_fallback(
+            document_scores = run_with_compile_fallback(
                 compiled, functools.partial(score_documents, base, batch)
             )
         for index, example in enumerate(micro):
-            if not math.isfinite(found.nll_all[index]):
+            if not math.isfinite(document_scores.nll_all[index]):
                 raise NumericError(
-                    f"row {example.row_id[:8]}: loss {found.nll_all[index]} under "
+                    f"row {example.row_id[:8]}: loss {document_scores.nll_all[index]} under "
                     f"{base.source.name} in {base.precision}; use training.precision=fp32"
                 )
             scores.append(
@@ -88,12 +90,13 @@ def score(
                     group_id=example.group_id,
                     category=example.category,
                     split=split,
-                    nll_all=float(found.nll_all[index]),
-                    tokens_all=int(found.tokens_all[index]),
+                    nll_all=float(document_scores.nll_all[index]),
+                    tokens_all=int(document_scores.tokens_all[index]),
                     bytes_all=example.bytes_all,
-                    nll_response=float(found.nll_response[index]),
-                    tokens_response=int(found.tokens_response[index]),
+                    nll_response=float(document_scores.nll_response[index]),
+                    tokens_response=int(document_scores.tokens_response[index]),
                     bytes_response=example.bytes_response,
+                    values=_token_values(document_scores, index),
                 )
             )
         try:
@@ -101,54 +104,75 @@ def score(
         except StopRequested:
             if distributed.is_single():
                 raise
-            stopped = True  # told to the others below, and all stop
+            stopped = True  # gathered below, so that all processes stop
             if not base.sharded:
                 break
-    if base.sharded:  # all compute equally often
+    if base.sharded:  # FSDP needs the same number of forward passes in all processes
         shortest = collate([min(examples, key=lambda example: example.length)], "all")
         with distributed.peer_errors():
-            for _ in range(max(map(len, shares)) - len(mine)):
+            for _ in range(max(map(len, batches_by_rank)) - len(own_batches)):
                 score_documents(base, shortest)
-    return sorted(_of_all(scores, examples, stopped), key=lambda each: each.row_id)
+    return sorted(_gather_scores(scores, examples, stopped), key=lambda score: score.row_id)
 
 
-def _of_all(mine: list[RowScore], examples: Sequence[Example], stopped: bool) -> list[RowScore]:
-    """The scores of all processes: of every example one."""
+def _token_values(scores: DocumentScores, index: int) -> dict[str, tuple[float, float]]:
+    """Sums and numbers of labels of a document's further values, by name."""
+    counts = int(scores.tokens_all[index]), int(scores.tokens_response[index])
+    values = {
+        name: (float(sums[index]), float(counts[0])) for name, sums in scores.values_all.items()
+    }
+    return values | {
+        f"{name}_response": (float(sums[index]), float(counts[1]))
+        for name, sums in scores.values_response.items()
+    }
+
+
+def _gather_scores(
+    own_scores: list[RowScore], examples: Sequence[Example], stopped: bool
+) -> list[RowScore]:
+    """The scores of all processes, one per example."""
     if distributed.is_single():
-        return mine
-    told = distributed.all_gather({"scores": [asdict(each) for each in mine], "stopped": stopped})
-    if any(each["stopped"] for each in told):
+        return own_scores
+    results = distributed.all_gather(
+        {"scores": [asdict(score) for score in own_scores], "stopped": stopped}
+    )
+    if any(result["stopped"] for result in results):
         raise StopRequested
-    scores = [RowScore(**each) for some in told for each in some["scores"]]
+    scores = [RowScore(**score) for result in results for score in result["scores"]]
     if sorted(s.row_id for s in scores) != sorted(e.row_id for e in examples):
-        raise IntegrityError("the processes did not score every row once: their rows differ")
+        raise IntegrityError(
+            "the processes did not score every row once: their rows differ; use the same data and "
+            "recipe on all machines"
+        )
     return scores
 
 
 def held_out_loss(scores: Sequence[RowScore], tokens: LossOn) -> HeldOutLoss:
-    """Loss over the whole text or the responses.
+    """Loss over the whole text, or over the responses.
 
     Raises:
-        DataError: no label token among the rows.
-        NumericError: a loss whose perplexity is beyond floating point.
+        DataError: the rows have no label tokens.
+        NumericError: the perplexity overflows.
     """
     if tokens == "all":
         nll = math.fsum(s.nll_all for s in scores)
-        count, size = sum(s.tokens_all for s in scores), sum(s.bytes_all for s in scores)
+        n_tokens = sum(s.tokens_all for s in scores)
+        n_bytes = sum(s.bytes_all for s in scores)
     else:
         nll = math.fsum(s.nll_response for s in scores)
-        count, size = sum(s.tokens_response for s in scores), sum(s.bytes_response for s in scores)
-    if count == 0:
+        n_tokens = sum(s.tokens_response for s in scores)
+        n_bytes = sum(s.bytes_response for s in scores)
+    if n_tokens == 0:
         raise DataError(f"no label tokens left: {len(scores)} rows have no {tokens} token to score")
-    loss = nll / count
-    if loss > _LARGEST_LOSS:
+    loss = nll / n_tokens
+    if loss > _MAX_LOSS:
         raise NumericError(
-            f"loss {loss:.1f} nats a token: the training has diverged; lower training.learning_rate"
+            f"loss {loss:.1f} nats per token: the training diverged; lower training.learning_rate"
         )
     return HeldOutLoss(
         loss=loss,
         perplexity=math.exp(loss),
-        tokens=count,
+        tokens=n_tokens,
         rows=len(scores),
-        bits_per_byte=nll / math.log(2) / max(1, size),
+        bits_per_byte=nll / math.log(2) / max(1, n_bytes),
     )

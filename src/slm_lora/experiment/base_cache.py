@@ -34,7 +34,7 @@ class LoadedBase:
         base = self._base
         if base is None or _as_loaded(base) != wanted:
             self._base = None
-            gc.collect()  # layers that are `fused` refer to themselves
+            gc.collect()  # layers that are `compilable` refer to themselves
             self._reporter.info(
                 f"  loading {job.source.name} in {quantization or job.precision} "
                 f"on {job.device.type}"

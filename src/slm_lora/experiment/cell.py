@@ -19,7 +19,7 @@ from slm_lora.ops.kernels import build
 from slm_lora.records import Example, LossOn, RowScore, Step
 from slm_lora.runtime import distributed
 from slm_lora.runtime.progress import Reporter
-from slm_lora.runtime.signals import gentle_stop
+from slm_lora.runtime.signals import graceful_stop
 from slm_lora.training.checkpoint import Checkpointer
 from slm_lora.training.loop import TrainingResult, train
 from slm_lora.training.schedule import total_steps, training_tokens, usable_examples
@@ -54,9 +54,12 @@ def train_cell(
 
     total = total_steps(len(job.data.train), section)
     shown = 0
-    if told := capped(job):
-        reporter.info_once(f"  note: {told}")
-    with gentle_stop() as stop, reporter.task(job.name, total, "steps", training_cost(job)) as task:
+    if notice := capped(job):
+        reporter.info_once(f"  note: {notice}")
+    with (
+        graceful_stop() as stop,
+        reporter.task(job.name, total, "steps", training_cost(job)) as task,
+    ):
 
         def on_step(step: Step) -> None:
             nonlocal shown
@@ -112,7 +115,7 @@ def evaluate(
         stop.check()
 
     with (
-        gentle_stop() as stop,
+        graceful_stop() as stop,
         reporter.task(label, tokens, "test tokens", scoring_cost(job)) as task,
     ):
         scores = score(
@@ -158,7 +161,7 @@ def scoring_compiles(job: Job, examples: Sequence[Example]) -> bool:
     """Whether scoring these examples compiles."""
     tokens = sum(example.length for example in examples)
     setting = job.config.training.compile
-    return compilation.wanted(setting, tokens, job.device, job.low_precision, job.sharded)
+    return compilation.should_compile(setting, tokens, job.device, job.low_precision, job.sharded)
 
 
 def _say_fallbacks(reporter: Reporter) -> None:

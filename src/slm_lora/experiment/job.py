@@ -12,7 +12,7 @@ from slm_lora.config.schema import (
     TrainingSection,
 )
 from slm_lora.config.types import RunOptions
-from slm_lora.data.dataset import Prepared
+from slm_lora.data.dataset import PreparedData
 from slm_lora.data.sources import RowSet
 from slm_lora.model.resolve import ModelSource
 from slm_lora.ops import compilation
@@ -50,7 +50,7 @@ class Job:
     options: RunOptions
     resolved: dict[str, Any]
     source: ModelSource
-    data: Prepared
+    data: PreparedData
     rows: RowSet
     device: torch.device
     precision: PrecisionName
@@ -74,7 +74,7 @@ ComputedName = Literal["here", "elsewhere", "nowhere"]
 
 def tokens_per_micro_batch(
     config: CellConfig,
-    prepared: Prepared,
+    prepared: PreparedData,
     device: torch.device,
     precision: PrecisionName,
     budget: int,
@@ -84,7 +84,9 @@ def tokens_per_micro_batch(
     usable, low_precision = usable_examples(prepared.train, section), precision != "fp32"
     tokens = training_tokens(usable, section) if usable else 0
     # (A compiler that is missing here does not make another run of it.)
-    compiled = compilation.pays(section.compile, tokens, device, low_precision, sharded=False)
+    compiled = compilation.is_worthwhile(
+        section.compile, tokens, device, low_precision, sharded=False
+    )
     frozen = not trains_all(config.adapter)
     plain, fused = micro_batch_limits(section, compiled, frozen, device.type, low_precision)
     return (plain, fused) if compiled else (plain,)

@@ -11,7 +11,7 @@ from slm_lora.config.schema import (
     CellConfig,
     DataSection,
 )
-from slm_lora.data.dataset import Prepared
+from slm_lora.data.dataset import PreparedData
 from slm_lora.errors import DataError, UsageError
 from slm_lora.experiment.job import Job
 from slm_lora.experiment.paths import ExperimentPaths
@@ -42,7 +42,7 @@ def text_config(source: ModelSource) -> dict[str, Any]:
 
 
 def check_token_ids(
-    prepared: Prepared, source: ModelSource, tokenizer: PreTrainedTokenizerBase
+    prepared: PreparedData, source: ModelSource, tokenizer: PreTrainedTokenizerBase
 ) -> None:
     """Tokens that were added to a tokenizer, and not to its model, would be looked up outside of
     the embedding."""
@@ -57,7 +57,7 @@ def check_token_ids(
         )
 
 
-def check_headline(config: CellConfig, prepared: Prepared) -> None:
+def check_headline(config: CellConfig, prepared: PreparedData) -> None:
     """The headline's tokens are among the test rows."""
     if config.evaluation.headline == "response" and not any(
         example.response[1:].any() for example in prepared.test

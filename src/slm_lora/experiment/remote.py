@@ -19,10 +19,10 @@ from slm_lora.errors import STOPPED_RESUMABLE, IntegrityError, SlmLoraError, Sto
 from slm_lora.experiment.job import Job
 from slm_lora.experiment.paths import BASE, ExperimentPaths
 from slm_lora.experiment.resume import finished, lock_experiment
-from slm_lora.launch.command import LOST, SAVING, Command, Ended, Engine
+from slm_lora.launch.command import LOST, SAVE_TIMEOUT_S, Command, CommandResult, Engine
 from slm_lora.runs.folder import Run, find_run
 from slm_lora.runtime.progress import Reporter, Task
-from slm_lora.runtime.signals import Stop, StopRequested, gentle_stop
+from slm_lora.runtime.signals import Stop, StopRequested, graceful_stop
 
 MOST_LOSSES = 3
 """Times that a cell is handed over again after its worker was lost."""
@@ -65,7 +65,7 @@ class CommandLine:
 class CellFailedError(SlmLoraError):
     """Cells could not be run; says which and why. Its exit code is that of the first."""
 
-    def __init__(self, failed: Sequence[Ended]) -> None:
+    def __init__(self, failed: Sequence[CommandResult]) -> None:
         super().__init__("\n".join(f"{each.name}: {each.last_line}" for each in failed))
         self.exit_code = failed[0].code if failed[0].code > 0 else StorageError.exit_code
 
@@ -106,7 +106,7 @@ def run_elsewhere(
             commands.insert(0, _command(BASE, bases[missing[0]], paths, line))
         every = len(jobs) + 1
         reporter.info(f"  {every - len(commands)} of {every} runs are finished (the base is one)")
-        with gentle_stop() as stop, reporter.task("runs", len(commands), "runs") as task:
+        with graceful_stop() as stop, reporter.task("runs", len(commands), "runs") as task:
             failed = _run_all(commands, engine, reporter, task, stop)
         if failed:
             raise CellFailedError(failed)
@@ -146,11 +146,11 @@ def _run_all(
     reporter: Reporter,
     task: Task,
     stop: Stop,
-) -> list[Ended]:
+) -> list[CommandResult]:
     """Until all have ended; those that failed."""
     by_name = {command.name: command for command in commands}
     losses = dict.fromkeys(by_name, 0)
-    failed: list[Ended] = []
+    failed: list[CommandResult] = []
     waiting, running = deque(commands), set[str]()
     while waiting or running:
         if stop.requested:
@@ -191,6 +191,6 @@ def _hand_over(waiting: deque[Command], running: set[str], engine: Engine) -> No
 def _stop_all(engine: Engine, running: set[str]) -> None:
     """Ask the workers to stop, and wait until they have saved."""
     engine.stop()
-    until = time.monotonic() + SAVING
+    until = time.monotonic() + SAVE_TIMEOUT_S
     while running and time.monotonic() < until:
         running -= {ended.name for ended in engine.wait(_POLL)}

@@ -14,7 +14,7 @@ from slm_lora.config.schema import (
     ModelSection,
     TrainingSection,
 )
-from slm_lora.data.dataset import Prepared, prepare
+from slm_lora.data.dataset import PreparedData, prepare_data
 from slm_lora.data.sources import RowSet, read_rows
 from slm_lora.data.splits import SPLIT_VERSION
 from slm_lora.errors import UsageError
@@ -50,7 +50,7 @@ def make_jobs(cells: Sequence[Cell], computed: ComputedName = "here") -> list[Jo
     sources: dict[ModelSection, ModelSource] = {}
     tokenizers: dict[ModelSource, PreTrainedTokenizerBase] = {}
     row_sets: dict[str, RowSet] = {}
-    sets: dict[tuple[ModelSource, str, int], Prepared] = {}
+    sets: dict[tuple[ModelSource, str, int], PreparedData] = {}
     jobs = []
     for cell in cells:
         section = cell.config.data
@@ -69,7 +69,7 @@ def make_jobs(cells: Sequence[Cell], computed: ComputedName = "here") -> list[Jo
         check_length(section, source)
         set_key = (source, section.model_dump_json(), cell.config.data_seed)
         if set_key not in sets:
-            sets[set_key] = prepare(rows, section, cell.config.data_seed, tokenizers[source])
+            sets[set_key] = prepare_data(rows, section, cell.config.data_seed, tokenizers[source])
         check_token_ids(sets[set_key], source, tokenizers[source])
         check_headline(cell.config, sets[set_key])
         check_frozen(cell.config)
@@ -84,7 +84,7 @@ _ROW_FIELDS = {"name", "revision", "split", "format", "columns", "text_rows", "o
 
 
 def _job(
-    cell: Cell, source: ModelSource, prepared: Prepared, rows: RowSet, computed: ComputedName
+    cell: Cell, source: ModelSource, prepared: PreparedData, rows: RowSet, computed: ComputedName
 ) -> Job:
     device, precision = _device_and_precision(cell.config.training, computed)
     resolved = _portable(cell, source, precision, device.type)
@@ -129,7 +129,7 @@ def _job(
 
 
 def _budget(
-    config: CellConfig, prepared: Prepared, device: torch.device, precision: PrecisionName
+    config: CellConfig, prepared: PreparedData, device: torch.device, precision: PrecisionName
 ) -> int:
     """``training.micro_batch_tokens`` as part of a run's identity: the default, where its limits on
     this device make it the same."""

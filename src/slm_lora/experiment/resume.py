@@ -17,7 +17,7 @@ from slm_lora.experiment.paths import ExperimentPaths
 from slm_lora.model.resolve import hash_config
 from slm_lora.runs.folder import Run, find_run, run_folder
 from slm_lora.runtime import distributed, hardware
-from slm_lora.runtime.lock import after_other_processes, only_process
+from slm_lora.runtime.lock import exclusive_lock, wait_for_lock
 from slm_lora.runtime.progress import Reporter
 from slm_lora.runtime.storage import recover, recover_all
 from slm_lora.training.checkpoint import generations, read_manifest
@@ -101,9 +101,9 @@ def differences(then: Mapping[str, Any], now: Mapping[str, Any]) -> list[str]:
         for key in sorted(before.keys() | after.keys())
         if before.get(key) != after.get(key)
     ]
-    for what, value in now.items():
-        if what != "recipe" and then.get(what) != value:
-            changed.append(f"{what}: {str(then.get(what))[:8]}… → {value[:8]}…")
+    for name, value in now.items():
+        if name != "recipe" and then.get(name) != value:
+            changed.append(f"{name}: {str(then.get(name))[:8]}… → {value[:8]}…")
     return changed
 
 
@@ -126,7 +126,7 @@ def lock_experiment(jobs: Sequence[Job], paths: ExperimentPaths, discard: bool) 
         IntegrityError: another process holds it, or an unfinished training of a cell was made
             of something else, and ``discard`` does not remove it.
     """
-    with only_process(paths.results):
+    with exclusive_lock(paths.results):
         recover_all(paths.results)
         check_unfinished(jobs, paths, discard)
         yield
@@ -142,7 +142,7 @@ def lock_cell(
     """
     lock = paths.checkpoints / f".{cell}.lock"
     waiting = f"  {cell}  another process is at work on it; waiting for that one"
-    with after_other_processes(lock, lambda: reporter.info(waiting)):
+    with wait_for_lock(lock, lambda: reporter.info(waiting)):
         recover(run_folder(paths.results, cell, identity))
         for folder in paths.adapter_names(cell, identity):
             recover(folder)

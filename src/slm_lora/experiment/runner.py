@@ -97,7 +97,7 @@ def run_cells(
 ) -> list[Run]:
     """As `run_jobs`, but these cells alone, while others may run others."""
     with _together(jobs):
-        distributed.from_first(lambda: check_unfinished(jobs, paths, discard))
+        distributed.run_on_main(lambda: check_unfinished(jobs, paths, discard))
         loaded = LoadedBase(reporter)
         _try_adapters(jobs, paths, reporter, loaded)
         return _run_cells(jobs, paths, reporter, loaded)
@@ -119,8 +119,8 @@ def _together(jobs: Sequence[Job]) -> Iterator[None]:
                 f"process {distributed.local_rank() + 1} of this machine has no GPU of its own; "
                 f"it has {torch.cuda.device_count()}: start at most so many, or training.device=cpu"
             )
-    told = distributed.all_gather([job.identity for job in jobs])
-    if any(each != told[0] for each in told):
+    identities = distributed.all_gather([job.identity for job in jobs])
+    if any(other != identities[0] for other in identities):
         raise IntegrityError(
             "the processes were given different recipes, rows or bases: start all with the same"
         )
@@ -131,7 +131,7 @@ def _together(jobs: Sequence[Job]) -> Iterator[None]:
 def _first_only(to_ourselves: Callable[[], AbstractContextManager[None]]) -> Iterator[None]:
     """Within what only the first of several processes holds, for all of them."""
     with to_ourselves() if distributed.is_main() else nullcontext():
-        distributed.wait()
+        distributed.barrier()
         yield
 
 
@@ -153,15 +153,15 @@ def _try_adapters(
             continue
         tried.add((job.source, job.precision, job.device, trial))
         peft_model = attach.attach(loaded.for_job(job), trial, 0)
-        if told := attach.unadapted_note(peft_model):
-            reporter.info_once(f"  note: {told}")
+        if note := attach.unadapted_note(peft_model):
+            reporter.info_once(f"  note: {note}")
         attach.detach(peft_model)
 
 
 def _to_do(done: Callable[[], Run | None]) -> bool:
     """Whether a run is still to be done, as the first of several processes finds: another may see
     the folder late."""
-    return bool(distributed.from_first(lambda: done() is None))
+    return bool(distributed.run_on_main(lambda: done() is None))
 
 
 def _run_bases(
@@ -195,7 +195,7 @@ def _run_cells(
             else:
                 # A process may have died between recording the run and this.
                 left = paths.checkpoint(name, job.identity)
-                distributed.from_first(functools.partial(shutil.rmtree, left, ignore_errors=True))
+                distributed.run_on_main(functools.partial(shutil.rmtree, left, ignore_errors=True))
                 reporter.info(f"  {name}  finished earlier")
         if distributed.is_main():
             runs.append(_found(paths, name, job.identity))
@@ -210,7 +210,7 @@ def evaluate_adapter(
     Args:
         job: says base and rows.
         folder: of the adapter.
-        reporter: told how it goes, and where the score says little of the adapter.
+        reporter: for progress, and for warnings where the score says little of the adapter.
         with_base: score the base, too.
 
     Raises:
@@ -225,8 +225,8 @@ def evaluate_adapter(
     else:
         base = loaded.for_job(job)
         peft_model = adapter_io.load(base, folder)
-    for told in warnings_on(folder, job):
-        reporter.info(f"  warning: {told}")
+    for warning in warnings_on(folder, job):
+        reporter.info(f"  warning: {warning}")
     if not adapter_io.is_sealed(folder):
         reporter.info(
             f"  warning: {folder} does not say the SHA-256 of its files ({adapter_io.ABOUT}): "
@@ -257,7 +257,7 @@ def _run_base(job: Job, base: Base, paths: ExperimentPaths, reporter: Reporter) 
         with new_run(paths.results, BASE, job.base_identity, record) as folder:
             write_scores(scores, folder / SCORES_FILE)
 
-    distributed.from_first(write)
+    distributed.run_on_main(write)
 
 
 def _run_cell(job: Job, loaded: LoadedBase, paths: ExperimentPaths, reporter: Reporter) -> None:
@@ -265,8 +265,8 @@ def _run_cell(job: Job, loaded: LoadedBase, paths: ExperimentPaths, reporter: Re
     base = loaded.for_job(job)
     hardware.reset_peak_memory(job.device.type)
     peft_model = attach.attach(base, section, job.config.seed)
-    if told := attach.unadapted_note(peft_model):
-        reporter.info_once(f"  note: {told}")
+    if note := attach.unadapted_note(peft_model):
+        reporter.info_once(f"  note: {note}")
     stack = ExitStack()
     try:
         checkpointer = Checkpointer(
@@ -278,12 +278,12 @@ def _run_cell(job: Job, loaded: LoadedBase, paths: ExperimentPaths, reporter: Re
             reporter.info,
             writes=distributed.is_main(),
         )
-        distributed.from_first(functools.partial(_check_folders, job, paths, peft_model, reporter))
+        distributed.run_on_main(functools.partial(_check_folders, job, paths, peft_model, reporter))
         trackers = stack.enter_context(_tracking(job, paths, reporter))
         result = train_cell(job, base, peft_model, checkpointer, reporter, trackers)
         parameters = attach.count_parameters(peft_model)
         folder = Path(
-            distributed.from_first(functools.partial(_save, job, base, peft_model, paths))
+            distributed.run_on_main(functools.partial(_save, job, base, peft_model, paths))
         )
         if method_of(section).modifies_base:
             # What is scored is what was saved, on the base as it was.
@@ -322,7 +322,7 @@ def _run_cell(job: Job, loaded: LoadedBase, paths: ExperimentPaths, reporter: Re
             write_lines(run / STEPS_FILE, [asdict(step) for step in result.history])
         checkpointer.remove()
 
-    distributed.from_first(write)
+    distributed.run_on_main(write)
 
 
 def _check_folders(

@@ -9,7 +9,7 @@ from pathlib import Path
 from typing import Any
 
 from slm_lora.adapters.io import ABOUT
-from slm_lora.data.chat_templates import default_template, freeze, read_template
+from slm_lora.data.chat_templates import default_template, freeze_date, read_template
 from slm_lora.data.templates import Template
 from slm_lora.errors import IntegrityError
 from slm_lora.experiment.job import Job
@@ -51,12 +51,15 @@ def warnings_on(folder: Path, job: Job) -> list[str]:
     try:
         about = read_sealed(folder / ABOUT)
         trained, recipe = Template(**about["template"]), about["recipe"]
-        told = [_other_template(trained, job), _other_split(recipe["data"], job.resolved["data"])]
+        warnings = [
+            _other_template(trained, job),
+            _other_split(recipe["data"], job.resolved["data"]),
+        ]
     except FileNotFoundError:
-        told = [_foreign_template(shipped, job)]
+        warnings = [_foreign_template(shipped, job)]
     except (KeyError, TypeError) as error:
         raise IntegrityError(f"{folder / ABOUT}: broken ({error})") from error
-    return [f"{folder} {each}" for each in told if each]
+    return [f"{folder} {warning}" for warning in warnings if warning]
 
 
 def _other_template(trained: Template, job: Job) -> str:
@@ -92,10 +95,10 @@ def _foreign_template(shipped: Path, job: Job) -> str:
         return f"does not say which prompts it was trained on; it is scored in template {kind}"
     now = {job.data.chat_template}
     if kind == "chat" and (own := default_template(load_tokenizer(job.source))):
-        now.add(freeze(own))
+        now.add(freeze_date(own))
     if job.data.template.source:
-        now.add(freeze(job.data.template.source))
-    if freeze(text, str(shipped)) in now:
+        now.add(freeze_date(job.data.template.source))
+    if freeze_date(text, str(shipped)) in now:
         return ""
     return (
         f"has a chat_template.jinja of its own, and is scored in template {kind}: "

@@ -1,8 +1,8 @@
 """GGUF files for llama.cpp: a model of the Llama family, or a LoRA adapter for one.
 
-Names, layouts and keys are those that llama.cpp reads for the architecture ``llama``. It rotates
-neighbouring pairs of a head's dimensions, transformers the two halves of a head: so the rows of
-q and k, and of their lora_B, are put in llama.cpp's order.
+Names, layouts and keys are those of llama.cpp's architecture ``llama``. Its rotary embedding pairs
+neighbouring dimensions of a head, that of transformers the two halves; the rows of q and k, and of
+their lora_B, are therefore permuted.
 """
 
 from __future__ import annotations
@@ -25,7 +25,7 @@ from safetensors import safe_open
 from slm_lora.data.templates import Template
 from slm_lora.data.tokenization import RowTokenizer
 from slm_lora.errors import NumericError, UsageError
-from slm_lora.export.gguf_tokenizer import WAY_OUT, Vocabulary, vocabulary
+from slm_lora.export.gguf_tokenizer import CONVERT_INSTEAD, Vocabulary, describe_tokenizer
 from slm_lora.model.loading import load_tokenizer
 from slm_lora.model.resolve import ModelSource, weight_files
 
@@ -40,12 +40,12 @@ _TYPES = {
 }
 _ARCHITECTURE = "llama"
 
-_OUTSIDE = {
+_TOP_LEVEL_NAMES = {
     "model.embed_tokens": "token_embd",
     "model.norm": "output_norm",
     "lm_head": "output",
 }
-_INSIDE = {
+_LAYER_NAMES = {
     "input_layernorm": "attn_norm",
     "self_attn.q_proj": "attn_q",
     "self_attn.k_proj": "attn_k",
@@ -56,12 +56,12 @@ _INSIDE = {
     "mlp.up_proj": "ffn_up",
     "mlp.down_proj": "ffn_down",
 }
-_LAYER = re.compile(r"model\.layers\.(\d+)\.(.+)")
+_LAYER_MODULE = re.compile(r"model\.layers\.(\d+)\.(.+)")
 
 
 @dataclass(frozen=True, slots=True)
 class _Tensor:
-    """One tensor of a file; its values are made only when they are written."""
+    """One tensor of a file; its values are loaded when it is written."""
 
     name: str
     shape: tuple[int, ...]
@@ -70,52 +70,56 @@ class _Tensor:
 
 
 def write_model(
-    source: ModelSource, target: Path, kind: FileType, template: Template, chat: str | None
+    source: ModelSource,
+    target: Path,
+    file_type: FileType,
+    template: Template,
+    chat_template: str | None,
 ) -> Vocabulary:
     """Write a model folder as one GGUF file, tokenizer and chat template included.
 
     Args:
-        source: of the Llama family.
-        target: the file.
-        kind: ``f32`` and ``f16`` as they say; ``q8_0``: blocks of 32 weights of 8 bits with one
-            scale. Vectors stay F32, and what does not divide into blocks F16.
-        template: the training template; for what it says of BOS.
-        chat: the training template as a chat template.
+        source: a model of the Llama family.
+        target: path of the file.
+        file_type: ``f32``, ``f16`` or ``q8_0`` (blocks of 32 8-bit weights with one scale). Vectors
+            are always F32; with ``q8_0``, rows not divisible into blocks are F16.
+        template: the training template; decides whether a text begins with BOS.
+        chat_template: the training template as a chat template.
 
     Raises:
-        UsageError: not of that family, or llama.cpp would compute or tokenize otherwise.
+        UsageError: another family, or a model or tokenizer that llama.cpp would treat differently.
         NumericError: a weight is not finite in F16.
     """
     config = read_config(source)
     tokenizer = load_tokenizer(source)
-    words = _vocabulary(source, config, tokenizer, template)
+    vocab = _describe_vocabulary(source, config, tokenizer, template)
     writer = _writer(target, gguf.GGUFType.MODEL, source.name)
-    _add_shape(writer, config, kind)
-    _add_vocabulary(writer, words, tokenizer, chat)
-    _write(writer, [*_rope(config), *_model_tensors(source, config, _TYPES[kind][0])])
-    return words
+    _add_architecture(writer, config, file_type)
+    _add_vocabulary(writer, vocab, tokenizer, chat_template)
+    _write(writer, [*_rope_factors(config), *_model_tensors(source, config, _TYPES[file_type][0])])
+    return vocab
 
 
 def check_model(source: ModelSource, template: Template) -> None:
-    """Raise what `write_model` would raise of a model's kind and tokenizer, before other work."""
-    _vocabulary(source, read_config(source), load_tokenizer(source), template)
+    """Raise the errors of `write_model` about model and tokenizer without writing a file."""
+    _describe_vocabulary(source, read_config(source), load_tokenizer(source), template)
 
 
 def write_adapter(
     folder: Path, settings: dict[str, Any], source: ModelSource, target: Path
 ) -> None:
-    """Write a LoRA adapter as a GGUF file, in F32, for the base's GGUF file.
+    """Write a LoRA adapter as a GGUF file in F32.
 
-    llama.cpp scales by alpha/r only: an rsLoRA adapter's alpha becomes alpha·√r.
+    llama.cpp always scales by alpha/r, so alpha of an rsLoRA adapter is written as alpha·√r.
 
     Args:
-        folder: the adapter.
-        settings: its adapter_config.json.
+        folder: folder of the adapter.
+        settings: content of its adapter_config.json.
         source: its base.
-        target: the file.
+        target: path of the file.
 
     Raises:
-        UsageError: llama.cpp cannot apply it.
+        UsageError: llama.cpp does not support the adapter.
     """
     config = read_config(source)
     check_adapter(folder, settings)
@@ -128,45 +132,45 @@ def write_adapter(
 
 
 def check_adapter(folder: Path, settings: dict[str, Any]) -> None:
-    """Refuse adapters that llama.cpp has no way to apply.
+    """Refuse adapters that llama.cpp does not support.
 
     Raises:
-        UsageError: it is one.
+        UsageError: the adapter is not plain LoRA on linear layers with one rank and alpha.
     """
-    unfit = {
+    unsupported = {
         f"peft_type {settings.get('peft_type')}": settings.get("peft_type") != "LORA",
         "DoRA": settings.get("use_dora"),
         "biases": settings.get("bias", "none") != "none" or settings.get("lora_bias"),
-        "ranks or alphas of single modules": settings.get("rank_pattern")
-        or settings.get("alpha_pattern"),
-        "modules trained whole": settings.get("modules_to_save")
+        "ranks or alphas per module": settings.get("rank_pattern") or settings.get("alpha_pattern"),
+        "fully trained modules or tokens": settings.get("modules_to_save")
         or settings.get("trainable_token_indices"),
     }
-    if found := [what for what, there in unfit.items() if there]:
+    if reasons := [feature for feature, present in unsupported.items() if present]:
         raise UsageError(
-            f"{folder}: llama.cpp applies no adapter with {', '.join(found)}; "
+            f"{folder}: llama.cpp does not support adapters with {', '.join(reasons)}; "
             "export the merged model instead: --as merged"
         )
 
 
 def read_config(source: ModelSource) -> PretrainedConfig:
-    """The configuration of a model that this module can write.
+    """Read the configuration of a model.
 
     Raises:
-        UsageError: it cannot.
+        UsageError: the export does not support the model.
     """
     from transformers import AutoConfig
 
     config: Any = AutoConfig.from_pretrained(
         source.path, local_files_only=True, trust_remote_code=False
     )
-    kind = config.model_type
-    if kind != "llama":
+    model_type = config.model_type
+    if model_type != "llama":
         raise UsageError(
-            f"{source.name}: GGUF is written of the Llama family, not {kind}; {WAY_OUT}"
+            f"{source.name}: GGUF export supports the Llama family only, not {model_type}; "
+            f"{CONVERT_INSTEAD}"
         )
     rope = config.rope_parameters
-    unfit = {
+    unsupported = {
         "attention_bias": config.attention_bias,
         "mlp_bias": config.mlp_bias,
         f"hidden_act {config.hidden_act}": config.hidden_act != "silu",
@@ -174,30 +178,32 @@ def read_config(source: ModelSource) -> PretrainedConfig:
         f"rope_type {rope['rope_type']}": rope["rope_type"] not in ("default", "linear", "llama3"),
         "a partial rotary embedding": rope.get("partial_rotary_factor", 1.0) != 1.0,
     }
-    if found := [what for what, there in unfit.items() if there]:
-        raise UsageError(f"{source.name}: no GGUF is written of {', '.join(found)}; {WAY_OUT}")
+    if reasons := [feature for feature, present in unsupported.items() if present]:
+        raise UsageError(
+            f"{source.name}: GGUF export does not support {', '.join(reasons)}; {CONVERT_INSTEAD}"
+        )
     return config  # type: ignore[no-any-return]
 
 
-def _vocabulary(
+def _describe_vocabulary(
     source: ModelSource,
     config: Any,
     tokenizer: PreTrainedTokenizerBase,
     template: Template,
 ) -> Vocabulary:
     adds_bos = RowTokenizer(tokenizer, template).bos_id is not None
-    return vocabulary(tokenizer, int(config.vocab_size), adds_bos, source.name)
+    return describe_tokenizer(tokenizer, int(config.vocab_size), adds_bos, source.name)
 
 
-def _writer(target: Path, kind: str, name: str) -> GGUFWriter:
+def _writer(target: Path, content_type: str, name: str) -> GGUFWriter:
     writer = GGUFWriter(target, _ARCHITECTURE)
-    writer.add_type(kind)
+    writer.add_type(content_type)
     writer.add_name(name)
     return writer
 
 
-def _add_shape(writer: GGUFWriter, config: Any, kind: FileType) -> None:
-    writer.add_file_type(_TYPES[kind][1])
+def _add_architecture(writer: GGUFWriter, config: Any, file_type: FileType) -> None:
+    writer.add_file_type(_TYPES[file_type][1])
     writer.add_quantization_version(gguf.GGML_QUANT_VERSION)
     writer.add_vocab_size(config.vocab_size)
     writer.add_context_length(config.max_position_embeddings)
@@ -214,62 +220,71 @@ def _add_shape(writer: GGUFWriter, config: Any, kind: FileType) -> None:
 
 
 def _add_vocabulary(
-    writer: GGUFWriter, words: Vocabulary, tokenizer: PreTrainedTokenizerBase, chat: str | None
+    writer: GGUFWriter,
+    vocab: Vocabulary,
+    tokenizer: PreTrainedTokenizerBase,
+    chat_template: str | None,
 ) -> None:
-    writer.add_tokenizer_model(words.model)
-    writer.add_tokenizer_pre(words.pre)
-    writer.add_token_list(words.tokens)
-    writer.add_token_types(words.types)
-    if words.model == "gpt2":
-        writer.add_token_merges(words.merges)
+    writer.add_tokenizer_model(vocab.model)
+    writer.add_tokenizer_pre(vocab.pre)
+    writer.add_token_list(vocab.tokens)
+    writer.add_token_types(vocab.types)
+    if vocab.model == "gpt2":
+        writer.add_token_merges(vocab.merges)
     else:
-        writer.add_token_scores(words.scores)
-        writer.add_add_space_prefix(words.adds_space)
-    for add, number in (
+        writer.add_token_scores(vocab.scores)
+        writer.add_add_space_prefix(vocab.adds_space)
+    for add, token_id in (
         (writer.add_bos_token_id, tokenizer.bos_token_id),
         (writer.add_eos_token_id, tokenizer.eos_token_id),
         (writer.add_unk_token_id, tokenizer.unk_token_id),
         (writer.add_pad_token_id, tokenizer.pad_token_id),
     ):
-        if number is not None:
-            add(number)
-    writer.add_add_bos_token(words.adds_bos)
+        if token_id is not None:
+            add(token_id)
+    writer.add_add_bos_token(vocab.adds_bos)
     writer.add_add_eos_token(False)
-    if chat is not None:
-        # Behind a BOS that is written out llama.cpp puts the tokenizer's own space by itself,
-        # transformers does not: there the template has it.
-        spaced = words.adds_space and words.adds_bos
+    if chat_template is not None:
+        # After a literal BOS llama.cpp inserts the tokenizer's leading space itself; for
+        # transformers the template has to contain it.
+        runtime_adds_space = vocab.adds_space and vocab.adds_bos
         writer.add_chat_template(
-            chat.replace("{{ bos_token + ' ' }}", "{{ bos_token }}") if spaced else chat
+            chat_template.replace("{{ bos_token + ' ' }}", "{{ bos_token }}")
+            if runtime_adds_space
+            else chat_template
         )
 
 
-def _rope(config: Any) -> list[_Tensor]:
-    """Where rotary frequencies are scaled: what llama.cpp is to divide each of them by."""
+def _rope_factors(config: Any) -> list[_Tensor]:
+    """Divisors of the rotary frequencies, fp32 [head_dim / 2]; empty without RoPE scaling."""
     from transformers.models.llama.modeling_llama import LlamaRotaryEmbedding
 
-    rope, width = config.rope_parameters, config.head_dim
+    rope, head_dim = config.rope_parameters, config.head_dim
     if rope["rope_type"] == "default":
         return []
-    # transformers' own frequencies, so that no formula of theirs is written a second time.
+    # Take the scaled frequencies from transformers instead of copying its formulas.
     scaled = LlamaRotaryEmbedding(config).inv_freq.double().cpu().numpy()
-    plain = float(rope["rope_theta"]) ** (-np.arange(0, width, 2, dtype=np.float64) / width)
-    factors = (plain / scaled).astype(np.float32)
+    unscaled = float(rope["rope_theta"]) ** (
+        -np.arange(0, head_dim, 2, dtype=np.float64) / head_dim
+    )
+    factors = (unscaled / scaled).astype(np.float32)
     return [_Tensor("rope_freqs.weight", factors.shape, Quantization.F32, lambda: factors)]
 
 
-def _model_tensors(source: ModelSource, config: Any, wanted: Quantization) -> Iterator[_Tensor]:
+def _model_tensors(
+    source: ModelSource, config: Any, tensor_type: Quantization
+) -> Iterator[_Tensor]:
     for file in weight_files(source.path):
         with safe_open(file, framework="pt") as tensors:
-            for name in tensors.keys():  # noqa: SIM118 (it is no dictionary)
+            for name in tensors.keys():  # noqa: SIM118 (not a dictionary)
                 if name == "lm_head.weight" and config.tie_word_embeddings:
                     continue
                 shape = tuple(tensors.get_slice(name).get_shape())
                 yield _Tensor(
-                    f"{_translate(name.removesuffix('.weight'), source.name)}.weight",
+                    f"{_gguf_name(name.removesuffix('.weight'), source.name)}.weight",
                     shape,
-                    _fitting(shape, wanted),
-                    lambda file=file, name=name: _read(file, name, config),  # type: ignore[misc]
+                    _storage_type(shape, tensor_type),
+                    lambda file=file, name=name: _load_tensor(file, name, config),  # type: ignore[misc]
                 )
 
 
@@ -279,60 +294,63 @@ def _adapter_tensors(file: Path, config: Any) -> Iterator[_Tensor]:
             module, _, side = name.removesuffix(".weight").rpartition(".")
             if side not in ("lora_A", "lora_B"):
                 raise UsageError(
-                    f"{file}: {name} is no LoRA of a linear layer; "
+                    f"{file}: {name} is not a LoRA matrix of a linear layer; "
                     "export the merged model instead: --as merged"
                 )
-            translated = _translate(module.removeprefix("base_model.model."), str(file))
+            translated = _gguf_name(module.removeprefix("base_model.model."), str(file))
             yield _Tensor(
                 f"{translated}.weight.{side.lower()}",
                 tuple(tensors.get_slice(name).get_shape()),
                 Quantization.F32,
-                lambda name=name: _read(file, name, config),  # type: ignore[misc]
+                lambda name=name: _load_tensor(file, name, config),  # type: ignore[misc]
             )
 
 
-def _translate(module: str, where: str) -> str:
-    """llama.cpp's name of one of transformers' modules."""
-    if module in _OUTSIDE:
-        return _OUTSIDE[module]
-    if (match := _LAYER.fullmatch(module)) and match[2] in _INSIDE:
-        return f"blk.{match[1]}.{_INSIDE[match[2]]}"
-    raise UsageError(f"{where}: has {module}, which the Llama family has not; {WAY_OUT}")
+def _gguf_name(module: str, source: str) -> str:
+    """llama.cpp's name of a transformers module.
+
+    Raises:
+        UsageError: the module is not part of the Llama architecture.
+    """
+    if module in _TOP_LEVEL_NAMES:
+        return _TOP_LEVEL_NAMES[module]
+    if (match := _LAYER_MODULE.fullmatch(module)) and match[2] in _LAYER_NAMES:
+        return f"blk.{match[1]}.{_LAYER_NAMES[match[2]]}"
+    raise UsageError(f"{source}: {module} is not part of the Llama architecture; {CONVERT_INSTEAD}")
 
 
-def _read(file: Path, name: str, config: Any) -> npt.NDArray[np.float32]:
+def _load_tensor(file: Path, name: str, config: Any) -> npt.NDArray[np.float32]:
     with safe_open(file, framework="pt") as tensors:
         values: npt.NDArray[np.float32] = tensors.get_tensor(name).to(torch.float32).numpy()
     if "lora_A" in name:
         return values
-    for projection, heads in (
+    for projection, n_heads in (
         (".self_attn.q_proj.", config.num_attention_heads),
         (".self_attn.k_proj.", config.num_key_value_heads),
     ):
         if projection in name:
-            return values[_pairs_first(heads, values.shape[0] // heads)]
+            return values[_interleaved_rows(n_heads, values.shape[0] // n_heads)]
     return values
 
 
-def _pairs_first(heads: int, width: int) -> npt.NDArray[np.int64]:
-    """Order of rows in which those that are rotated together, i and i + width/2 of a head, are
-    neighbours."""
-    rows = np.arange(heads * width).reshape(heads, 2, width // 2)
+def _interleaved_rows(n_heads: int, head_dim: int) -> npt.NDArray[np.int64]:
+    """Row permutation that places rows i and i + head_dim/2 of each head next to each other."""
+    rows = np.arange(n_heads * head_dim).reshape(n_heads, 2, head_dim // 2)
     return rows.transpose(0, 2, 1).ravel()
 
 
-def _fitting(shape: tuple[int, ...], wanted: Quantization) -> Quantization:
+def _storage_type(shape: tuple[int, ...], requested: Quantization) -> Quantization:
     if len(shape) < 2:
         return Quantization.F32
-    if wanted == Quantization.Q8_0 and shape[-1] % gguf.GGML_QUANT_SIZES[wanted][0]:
+    if requested == Quantization.Q8_0 and shape[-1] % gguf.GGML_QUANT_SIZES[requested][0]:
         return Quantization.F16
-    return wanted
+    return requested
 
 
 def _write(writer: GGUFWriter, tensors: list[_Tensor]) -> None:
-    """Write header and tensors, one tensor in memory at a time."""
+    """Write header and tensors with one tensor in memory at a time."""
     for tensor in tensors:
-        shape, dtype = _stored(tensor)
+        shape, dtype = _storage_layout(tensor)
         size = math.prod(shape) * dtype.itemsize
         writer.add_tensor_info(tensor.name, shape, dtype, size, raw_dtype=tensor.type)
     writer.write_header_to_file()
@@ -347,7 +365,7 @@ def _write(writer: GGUFWriter, tensors: list[_Tensor]) -> None:
     writer.close()
 
 
-def _stored(tensor: _Tensor) -> tuple[tuple[int, ...], np.dtype[Any]]:
+def _storage_layout(tensor: _Tensor) -> tuple[tuple[int, ...], np.dtype[Any]]:
     if tensor.type == Quantization.Q8_0:
         return gguf.quant_shape_to_byte_shape(tensor.shape, tensor.type), np.dtype(np.uint8)
     return tensor.shape, np.dtype(np.float16 if tensor.type == Quantization.F16 else np.float32)

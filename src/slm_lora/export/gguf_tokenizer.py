@@ -1,9 +1,9 @@
-"""A tokenizer as GGUF describes it, so that llama.cpp makes the same tokens of a text.
+"""Describe a tokenizer in GGUF so that llama.cpp produces the same tokens.
 
-llama.cpp knows two kinds that matter here: byte-level BPE, whose way of cutting text before
-merging is known by a name (``tokenizer.ggml.pre``), and SentencePiece's, which merges by score.
-Which it is, and which name, follows from the tokenizer's own description, nothing else: a wrong
-name gives wrong tokens of numbers and spaces, and no error anywhere.
+Two kinds are supported: byte-level BPE, whose pre-tokenizer llama.cpp knows by name
+(``tokenizer.ggml.pre``), and SentencePiece, which merges by score. Kind and name are derived from
+the tokenizer's specification only: a wrong name changes the tokens of numbers and spaces without
+any error.
 """
 
 from __future__ import annotations
@@ -21,32 +21,32 @@ if TYPE_CHECKING:
 NORMAL, UNKNOWN, CONTROL, USER_DEFINED, UNUSED, BYTE = range(1, 7)
 """Token types of GGUF."""
 
-_GPT2 = "the pattern of GPT-2"
+_GPT2_PATTERN = "the pattern of GPT-2"
 LLAMA3_PATTERN = (
     r"(?i:'s|'t|'re|'ve|'m|'ll|'d)|[^\r\n\p{L}\p{N}]?\p{L}+|\p{N}{1,3}"
     r"| ?[^\s\p{L}\p{N}]+[\r\n]*|\s*[\r\n]+|\s+(?!\S)|\s+"
 )
-_PRE = {
-    ((_GPT2,), False): "gpt-2",
-    (("digit by digit", _GPT2), False): "smollm",
+_PRE_TOKENIZER_NAMES = {
+    ((_GPT2_PATTERN,), False): "gpt-2",
+    (("digit by digit", _GPT2_PATTERN), False): "smollm",
     ((LLAMA3_PATTERN,), True): "llama-bpe",
 }
-"""llama.cpp's name by the cuts and by whether whole words skip the merges."""
+"""llama.cpp's name, by the patterns and by ``ignore_merges``."""
 
 
 @dataclass(frozen=True, slots=True)
 class Vocabulary:
-    """What goes under ``tokenizer.ggml``.
+    """Content of the keys ``tokenizer.ggml.*``.
 
     Attributes:
         model: ``gpt2`` (byte-level BPE) or ``llama`` (SentencePiece).
-        pre: name of the cuts before merging.
-        tokens: text of every id.
-        types: type of every id.
-        merges: of byte-level BPE, in order.
-        scores: of SentencePiece, one an id; the highest is merged first.
-        adds_bos: whether every text begins with BOS.
-        adds_space: whether a space is added before every text (SentencePiece).
+        pre: name of the pre-tokenizer.
+        tokens: text of each id.
+        types: type of each id.
+        merges: merges in order (byte-level BPE).
+        scores: score of each id; the highest is merged first (SentencePiece).
+        adds_bos: whether each text begins with BOS.
+        adds_space: whether a space is prepended to each text (SentencePiece).
     """
 
     model: str
@@ -59,63 +59,65 @@ class Vocabulary:
     adds_space: bool
 
 
-def vocabulary(
+def describe_tokenizer(
     tokenizer: PreTrainedTokenizerBase, size: int, adds_bos: bool, name: str
 ) -> Vocabulary:
     """Describe a tokenizer.
 
     Args:
-        tokenizer: a fast one.
-        size: rows of the embedding; ids that the tokenizer does not use are filled.
-        adds_bos: whether it puts BOS before every text.
-        name: of the model, for messages.
+        tokenizer: a fast tokenizer.
+        size: rows of the embedding; ids without a token get a placeholder.
+        adds_bos: whether each text begins with BOS.
+        name: name of the model, for messages.
 
     Raises:
-        UsageError: llama.cpp would make other tokens, or it is not known whether it would.
+        UsageError: llama.cpp's tokens would differ, or might differ.
     """
-    described: dict[str, Any] = json.loads(tokenizer.backend_tokenizer.to_str())
-    refused = f"{name}: its tokenizer cannot be described in GGUF: "
-    if described["model"]["type"] != "BPE":
-        raise UsageError(f"{refused}{described['model']['type']} is not BPE; {WAY_OUT}")
+    spec: dict[str, Any] = json.loads(tokenizer.backend_tokenizer.to_str())
+    prefix = f"{name}: tokenizer not supported in GGUF export: "
+    if spec["model"]["type"] != "BPE":
+        raise UsageError(f"{prefix}{spec['model']['type']} instead of BPE; {CONVERT_INSTEAD}")
     if len(tokenizer) > size:
         raise UsageError(
-            f"{refused}{len(tokenizer)} tokens, and an embedding of {size} rows; {WAY_OUT}"
+            f"{prefix}{len(tokenizer)} tokens for an embedding of {size} rows; {CONVERT_INSTEAD}"
         )
-    spacing = [each["content"] for each in described["added_tokens"] if _swallows(each)]
-    if spacing:
+    absorbing = [added["content"] for added in spec["added_tokens"] if _absorbs_context(added)]
+    if absorbing:
         raise UsageError(
-            f"{refused}the token {spacing[0]} takes in spaces or whole words; {WAY_OUT}"
+            f"{prefix}token {absorbing[0]} strips spaces or matches single words; {CONVERT_INSTEAD}"
         )
-    merges = [tuple(pair) for pair in described["model"]["merges"]]
-    tokens, types = _tokens(described, size)
-    if described["model"]["byte_fallback"]:
-        adds_space = _sentencepiece_space(described, refused)
-        scores = _scores(described["model"]["vocab"], merges, types, refused)
+    merges = [tuple(pair) for pair in spec["model"]["merges"]]
+    tokens, types = _tokens_and_types(spec, size)
+    if spec["model"]["byte_fallback"]:
+        adds_space = _adds_space(spec, prefix)
+        scores = _scores(spec["model"]["vocab"], merges, types, prefix)
         return Vocabulary("llama", "default", tokens, types, (), scores, adds_bos, adds_space)
-    pre = _pre_tokenizer(described, refused)
+    pre = _pre_tokenizer_name(spec, prefix)
     joined = tuple(f"{left} {right}" for left, right in merges)
     return Vocabulary("gpt2", pre, tokens, types, joined, (), adds_bos, adds_space=False)
 
 
-WAY_OUT = "merge it (`slm-lora merge`) and convert the merged model with llama.cpp's own script"
+CONVERT_INSTEAD = "merge it (`slm-lora merge`) and convert the merged model with llama.cpp's script"
 
 
-def _swallows(added: Mapping[str, Any]) -> bool:
+def _absorbs_context(added: Mapping[str, Any]) -> bool:
     return bool(added["lstrip"] or added["rstrip"] or added["single_word"])
 
 
-def _tokens(described: Mapping[str, Any], size: int) -> tuple[tuple[str, ...], tuple[int, ...]]:
-    tokens = [f"[PAD{number}]" for number in range(size)]
+def _tokens_and_types(
+    spec: Mapping[str, Any], size: int
+) -> tuple[tuple[str, ...], tuple[int, ...]]:
+    tokens = [f"[PAD{token_id}]" for token_id in range(size)]
     types = [UNUSED] * size
-    model = described["model"]
-    for token, number in model["vocab"].items():
-        tokens[number], types[number] = token, NORMAL
+    model = spec["model"]
+    for token, token_id in model["vocab"].items():
+        tokens[token_id], types[token_id] = token, NORMAL
         if model["byte_fallback"] and _is_byte(token):
-            types[number] = BYTE
-    for added in described["added_tokens"]:
-        number = added["id"]
-        tokens[number] = added["content"]
-        types[number] = CONTROL if added["special"] else USER_DEFINED
+            types[token_id] = BYTE
+    for added in spec["added_tokens"]:
+        token_id = added["id"]
+        tokens[token_id] = added["content"]
+        types[token_id] = CONTROL if added["special"] else USER_DEFINED
     unknown = model.get("unk_token") or ("<unk>" if model["byte_fallback"] else None)
     if unknown in model["vocab"]:
         types[model["vocab"][unknown]] = UNKNOWN
@@ -126,79 +128,82 @@ def _is_byte(token: str) -> bool:
     return len(token) == 6 and token.startswith("<0x") and token.endswith(">")
 
 
-def _pre_tokenizer(described: Mapping[str, Any], refused: str) -> str:
-    """llama.cpp's name for how text is cut, by the exact description of the cuts."""
-    if described["normalizer"] is not None:
+def _pre_tokenizer_name(spec: Mapping[str, Any], prefix: str) -> str:
+    """llama.cpp's name of the pre-tokenizer, by its exact specification."""
+    if spec["normalizer"] is not None:
         raise UsageError(
-            f"{refused}it normalizes text ({described['normalizer']['type']}); {WAY_OUT}"
+            f"{prefix}it has a normalizer ({spec['normalizer']['type']}); {CONVERT_INSTEAD}"
         )
-    whole = described["pre_tokenizer"] or {"type": "none"}
-    steps = whole["pretokenizers"] if whole["type"] == "Sequence" else [whole]
-    cuts = tuple(cut for step in steps if (cut := _cut(step)))
-    pre = _PRE.get((cuts, bool(described["model"].get("ignore_merges"))))
-    # Cuts work on text; on the bytes' stand-ins, after ByteLevel, they would cut elsewhere.
-    if pre is None or steps[-1]["type"] != "ByteLevel":
+    pre_tokenizer = spec["pre_tokenizer"] or {"type": "none"}
+    steps = (
+        pre_tokenizer["pretokenizers"] if pre_tokenizer["type"] == "Sequence" else [pre_tokenizer]
+    )
+    patterns = tuple(pattern for step in steps if (pattern := _step_pattern(step)))
+    name = _PRE_TOKENIZER_NAMES.get((patterns, bool(spec["model"].get("ignore_merges"))))
+    # ByteLevel must be last: after it, patterns would apply to byte symbols instead of text.
+    if name is None or steps[-1]["type"] != "ByteLevel":
         raise UsageError(
-            f"{refused}its pre-tokenizer is none that is known here "
-            f"({', '.join(cuts) or whole['type']}); {WAY_OUT}"
+            f"{prefix}unknown pre-tokenizer "
+            f"({', '.join(patterns) or pre_tokenizer['type']}); {CONVERT_INSTEAD}"
         )
-    return pre
+    return name
 
 
-def _cut(step: Mapping[str, Any]) -> str:
-    """One step of cutting; an empty string where it cuts nothing."""
-    rest = {key: value for key, value in step.items() if key not in ("type", "trim_offsets")}
+def _step_pattern(step: Mapping[str, Any]) -> str:
+    """Pattern of one pre-tokenizer step; empty if the step does not split."""
+    options = {key: value for key, value in step.items() if key not in ("type", "trim_offsets")}
     if step["type"] == "ByteLevel" and not step["add_prefix_space"]:
-        return _GPT2 if step["use_regex"] else ""
+        return _GPT2_PATTERN if step["use_regex"] else ""
     if step["type"] == "Digits" and step["individual_digits"]:
         return "digit by digit"
     if step["type"] == "Split" and (step["behavior"], step["invert"]) == ("Isolated", False):
         return str(step["pattern"].get("Regex", step["pattern"]))
-    return json.dumps({"type": step["type"], **rest}, ensure_ascii=False)
+    return json.dumps({"type": step["type"], **options}, ensure_ascii=False)
 
 
-def _sentencepiece_space(described: Mapping[str, Any], refused: str) -> bool:
-    """Whether every text begins with a space: said by a normalizer, or by a pre-tokenizer."""
-    normalizer, cuts = described["normalizer"], described["pre_tokenizer"]
-    replaces = {"type": "Replace", "pattern": {"String": " "}, "content": "▁"}
-    prepends = {"type": "Prepend", "prepend": "▁"}
-    if cuts is None and normalizer == {"type": "Sequence", "normalizers": [prepends, replaces]}:
+def _adds_space(spec: Mapping[str, Any], prefix: str) -> bool:
+    """Whether a space is prepended to each text, by the normalizer or the pre-tokenizer."""
+    normalizer, pre_tokenizer = spec["normalizer"], spec["pre_tokenizer"]
+    replace = {"type": "Replace", "pattern": {"String": " "}, "content": "▁"}
+    prepend = {"type": "Prepend", "prepend": "▁"}
+    if pre_tokenizer is None and normalizer == {
+        "type": "Sequence",
+        "normalizers": [prepend, replace],
+    }:
         return True
-    if cuts is None and normalizer == replaces:
+    if pre_tokenizer is None and normalizer == replace:
         return False
-    if normalizer is None and cuts is not None and cuts["type"] == "Metaspace":
-        scheme = cuts.get("prepend_scheme")
-        if cuts["replacement"] == "▁" and not cuts.get("split", True):
+    if normalizer is None and pre_tokenizer is not None and pre_tokenizer["type"] == "Metaspace":
+        scheme = pre_tokenizer.get("prepend_scheme")
+        if pre_tokenizer["replacement"] == "▁" and not pre_tokenizer.get("split", True):
             return bool(scheme != "never")
-    raise UsageError(
-        f"{refused}its normalizer and pre-tokenizer are none that are known here; {WAY_OUT}"
-    )
+    raise UsageError(f"{prefix}unknown normalizer and pre-tokenizer; {CONVERT_INSTEAD}")
 
 
 def _scores(
     vocab: Mapping[str, int],
     merges: Sequence[tuple[str, ...]],
     types: Sequence[int],
-    refused: str,
+    prefix: str,
 ) -> tuple[float, ...]:
-    """SentencePiece's scores from the merges: the earlier a token is made, the higher.
+    """SentencePiece scores from BPE merges: the earlier the merge, the higher the score.
 
-    llama.cpp joins any two neighbours whose text is a token, the highest score first. That is
-    what the merges do, if all ways to make one token stand together, and every token of more
-    than one character has one.
+    llama.cpp joins the two neighbours whose concatenation is the token with the highest score. This
+    equals BPE if all merges of a token are consecutive and each token of more than one character
+    has a merge.
     """
-    first: dict[str, int] = {}
+    first_rank: dict[str, int] = {}
     previous = ""
     for rank, pair in enumerate(merges):
         token = "".join(pair)
-        if token != previous and token in first:
-            raise UsageError(f"{refused}its merges are not in SentencePiece's order; {WAY_OUT}")
+        if token != previous and token in first_rank:
+            raise UsageError(f"{prefix}merges not in SentencePiece's order; {CONVERT_INSTEAD}")
         previous = token
-        first.setdefault(token, rank)
+        first_rank.setdefault(token, rank)
     scores = [0.0] * len(types)
-    for token, number in vocab.items():
-        if token in first:
-            scores[number] = -float(first[token])
-        elif types[number] == NORMAL and len(token) > 1:
-            raise UsageError(f"{refused}no merge makes its token {token!r}; {WAY_OUT}")
+    for token, token_id in vocab.items():
+        if token in first_rank:
+            scores[token_id] = -float(first_rank[token])
+        elif types[token_id] == NORMAL and len(token) > 1:
+            raise UsageError(f"{prefix}no merge for token {token!r}; {CONVERT_INSTEAD}")
     return tuple(scores)

@@ -1,4 +1,4 @@
-"""A folder for llama.cpp and Ollama: GGUF files and a Modelfile."""
+"""Export a folder for llama.cpp and Ollama: GGUF files and a Modelfile."""
 
 from __future__ import annotations
 
@@ -11,91 +11,99 @@ from slm_lora.errors import UsageError
 from slm_lora.export.gguf import FileType, check_adapter, check_model, write_adapter, write_model
 from slm_lora.export.merge import merge
 from slm_lora.export.ollama import modelfile, write_modelfile
-from slm_lora.export.trained import Trained, find_base, refuse_existing
+from slm_lora.export.trained import TrainedFolder, find_base, refuse_existing
 from slm_lora.model.loading import load_tokenizer
 from slm_lora.model.resolve import ModelSource, hash_weights
 from slm_lora.runtime.progress import Reporter
 from slm_lora.runtime.storage import atomic_folder
 
-Form = Literal["merged", "adapter"]
+Layout = Literal["merged", "adapter"]
 
 
 def export(
-    trained: Trained,
+    trained: TrainedFolder,
     target: Path,
-    form: Form,
-    kind: FileType,
+    layout: Layout,
+    file_type: FileType,
     base: Path | None = None,
     reporter: Reporter | None = None,
 ) -> list[Path]:
-    """Write GGUF files and a Modelfile; complete or absent.
+    """Write GGUF files and a Modelfile. Nothing is written on failure.
 
     Args:
-        trained: an adapter, or a whole model.
-        target: folder to write; must not hold anything.
-        form: of an adapter: ``merged`` into one model (with `merge`'s proof), or ``adapter``: a
-            file of its own, beside one of the base.
-        kind: type of the model's weights; an adapter's are F32.
-        base: folder of the base, where its name does not lead there.
-        reporter: is told of every stage.
+        trained: an adapter or a full model.
+        target: folder to write; absent or empty.
+        layout: for an adapter: ``merged``, one verified model file, or ``adapter``, one file for
+            the adapter and one for the base.
+        file_type: type of the model's weights; an adapter is always F32.
+        base: folder of the base, if its recorded name does not resolve.
+        reporter: prints the progress.
 
     Returns:
         The files.
 
     Raises:
-        UsageError: llama.cpp would compute otherwise; says what to do instead.
-        IntegrityError: trained on another base, or the merged model is not base+adapter.
+        UsageError: llama.cpp does not support the model, its tokenizer or the adapter.
+        IntegrityError: another base, or the verification of the merged model failed.
     """
     refuse_existing(target)
-    if trained.whole and form == "adapter":
-        raise UsageError(f"{trained.folder}: a whole model, not an adapter; use --as merged")
+    if trained.is_full_model and layout == "adapter":
+        raise UsageError(f"{trained.folder}: a full model, not an adapter; use --as merged")
     reporter = reporter or Reporter(quiet=True)
     with atomic_folder(target) as temporary:
-        if trained.whole:
-            path = trained.folder
-            whole = ModelSource(trained.name, None, path, hash_weights(path))
-            _model(whole, trained, temporary, kind, reporter)
-        elif form == "merged":
+        if trained.is_full_model:
+            folder = trained.folder
+            source = ModelSource(trained.name, None, folder, hash_weights(folder))
+            _write_full_model(source, trained, temporary, file_type, reporter)
+        elif layout == "merged":
             check_model(find_base(trained, base, reporter), trained.template)
-            with TemporaryDirectory(prefix=".merging.", dir=target.parent) as name:
-                merged = Path(name) / "merged"
+            with TemporaryDirectory(prefix=".merging.", dir=target.parent) as merging:
+                merged = Path(merging) / "merged"
                 merge(trained, merged, "fp32", base, reporter)
-                whole = ModelSource(trained.name, None, merged, hash_weights(merged))
-                _model(whole, trained, temporary, kind, reporter)
+                source = ModelSource(trained.name, None, merged, hash_weights(merged))
+                _write_full_model(source, trained, temporary, file_type, reporter)
         else:
-            _base_and_adapter(
-                trained, find_base(trained, base, reporter), temporary, kind, reporter
+            _write_base_and_adapter(
+                trained, find_base(trained, base, reporter), temporary, file_type, reporter
             )
     return sorted(target.iterdir())
 
 
-def _model(
-    source: ModelSource, trained: Trained, folder: Path, kind: FileType, reporter: Reporter
+def _write_full_model(
+    source: ModelSource,
+    trained: TrainedFolder,
+    folder: Path,
+    file_type: FileType,
+    reporter: Reporter,
 ) -> None:
-    file = f"{source.name}-{kind}.gguf"
+    file = f"{source.name}-{file_type}.gguf"
     reporter.info(f"  writing {file}")
-    write_model(source, folder / file, kind, trained.template, trained.chat_template)
-    _modelfile(trained, source, folder, file, None)
+    write_model(source, folder / file, file_type, trained.template, trained.chat_template)
+    _write_modelfile(trained, source, folder, file, None)
 
 
-def _base_and_adapter(
-    trained: Trained, source: ModelSource, folder: Path, kind: FileType, reporter: Reporter
+def _write_base_and_adapter(
+    trained: TrainedFolder,
+    source: ModelSource,
+    folder: Path,
+    file_type: FileType,
+    reporter: Reporter,
 ) -> None:
     check_base(source, trained.folder)
     check_adapter(trained.folder, trained.adapter_config())
     name = source.name.rsplit("/", 1)[-1]
-    file, adapter = f"{name}-{kind}.gguf", f"{trained.name}-lora.gguf"
+    file, adapter = f"{name}-{file_type}.gguf", f"{trained.name}-lora.gguf"
     reporter.info(f"  writing {file} and {adapter}")
-    # The base's file carries the training template: an adapter's has no place for one.
-    write_model(source, folder / file, kind, trained.template, trained.chat_template)
+    # Only a model file has a key for the chat template.
+    write_model(source, folder / file, file_type, trained.template, trained.chat_template)
     write_adapter(trained.folder, trained.adapter_config(), source, folder / adapter)
-    _modelfile(trained, source, folder, file, adapter)
+    _write_modelfile(trained, source, folder, file, adapter)
 
 
-def _modelfile(
-    trained: Trained, source: ModelSource, folder: Path, model: str, adapter: str | None
+def _write_modelfile(
+    trained: TrainedFolder, source: ModelSource, folder: Path, model: str, adapter: str | None
 ) -> None:
-    named = load_tokenizer(source).special_tokens_map
-    tokens = {name: str(token) for name, token in named.items() if isinstance(token, str)}
+    special_tokens = load_tokenizer(source).special_tokens_map
+    tokens = {name: str(token) for name, token in special_tokens.items() if isinstance(token, str)}
     text = modelfile(model, adapter, trained.template, trained.chat_template, tokens)
     write_modelfile(folder, text)

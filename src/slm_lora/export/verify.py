@@ -1,7 +1,8 @@
-"""The proof of a merged model, in a fresh process and by the libraries that others load it with.
+"""Verify a merged model against base+adapter in a new process.
 
-``python -m slm_lora.export.verify MERGED BASE ADAPTER DTYPE`` prints one line of JSON: a `Proof`.
-Nothing of this project computes here: base+adapter is plain PEFT's, merged plain transformers'.
+``python -m slm_lora.export.verify MERGED BASE ADAPTER DTYPE`` prints a `Verification` as one line
+of JSON. Logits come from plain PEFT (base+adapter) and plain transformers (merged), not from this
+project's forward pass.
 """
 
 from __future__ import annotations
@@ -44,28 +45,31 @@ _FRAMES = (
     "If you ask me, {} is",
 )
 PROMPTS = tuple(frame.format(topic) for frame in _FRAMES for topic in _TOPICS)
-"""80 short texts, of which `ENOUGH` must agree. On some text any model may be where fp32 itself is
-off by 1e-5 of the largest logit and more, as fp64 shows: on draws of tokens many are."""
-ENOUGH = 64
-_NOISE = 10
-"""How many times fp32's own error there the other prompts' differences may be."""
+"""80 short texts, of which `MIN_AGREEING` must agree. Not all: on a few texts the error of fp32
+itself, measured against fp64, exceeds 1e-5 of the largest logit (on random tokens, on many)."""
+MIN_AGREEING = 64
+_MAX_NOISE_RATIO = 10
+"""Largest difference on the other prompts, as a multiple of the fp32 error there."""
 
 
 @dataclass(frozen=True, slots=True)
-class Proof:
-    """Logits of the same prompts, each computed in fp32.
+class Verification:
+    """Comparison of logits at every position of the prompts, computed in fp32.
+
+    The names are keys of slm_lora.json.
 
     Attributes:
-        prompts: how many were compared.
-        agree: those whose logits differ by no more than `Bounds.share` of the largest.
-        tokens: in all of them; every position's logits are compared.
-        max_logit: largest magnitude of base+adapter's.
-        max_difference: largest between merged and base+adapter, of the prompts that agree.
-        worst_difference: the same of all prompts.
-        worst_by_noise: of the prompts that do not agree, in fp32: largest difference as a multiple
-            of fp32's own error there. That is how far base+adapter, or merged if it is further, is
-            from itself in fp64: either may be the lucky one.
-        base_difference: largest between merged and the base alone.
+        prompts: number of prompts.
+        agree: prompts whose logits differ by at most `Bounds.max_relative` of the largest logit.
+        tokens: number of tokens in all prompts.
+        max_logit: largest absolute logit of base+adapter.
+        max_difference: largest absolute difference between merged and base+adapter over the
+            prompts that agree.
+        worst_difference: the same over all prompts.
+        worst_by_noise: largest difference on a prompt that does not agree, divided by the fp32
+            error there; only for fp32, else 0. The fp32 error is the distance between fp32 and
+            fp64 logits, of base+adapter or of merged, whichever is larger.
+        base_difference: largest absolute difference between merged and the base alone.
     """
 
     prompts: int
@@ -77,81 +81,82 @@ class Proof:
     worst_by_noise: float
     base_difference: float
 
-    def sentence(self) -> str:
-        """What was measured, for the user."""
+    def summary(self) -> str:
+        """One sentence for the terminal."""
         return (
-            f"proved on {self.agree} of {self.prompts} prompts: logits differ from base+adapter's "
-            f"by at most {self.max_difference / self.max_logit:.1e} of the largest, "
-            f"from the base's by {self.base_difference / self.max_logit:.1e}"
+            f"verified on {self.agree} of {self.prompts} prompts: logits differ from those of "
+            f"base+adapter by at most {self.max_difference / self.max_logit:.1e} of the largest, "
+            f"from those of the base by {self.base_difference / self.max_logit:.1e}"
         )
 
 
 @dataclass(frozen=True, slots=True)
 class Bounds:
-    """What a proof must keep to.
+    """Limits of a verification.
 
     Attributes:
-        share: most of the largest logit that merged may differ by.
-        control: how many times nearer to base+adapter than to the base it must be.
+        max_relative: largest allowed difference from base+adapter, relative to the largest logit.
+        min_contrast: the difference from the base must exceed this multiple of the difference
+            from base+adapter.
     """
 
-    share: float
-    control: float
+    max_relative: float
+    min_contrast: float
 
 
 BOUNDS = {"fp32": Bounds(1e-5, 10), "fp16": Bounds(1e-2, 2), "bf16": Bounds(5e-2, 2)}
-"""By the precision that the merged weights are saved in; half precision rounds every weight."""
+"""By the dtype of the merged weights; fp16 and bf16 round every weight."""
 
 
-def prove(merged: Path, base: Path, adapter: Path, dtype: str) -> Proof:
-    """Compare in a fresh process.
+def verify(merged: Path, base: Path, adapter: Path, dtype: str) -> Verification:
+    """Compare in a new process.
 
     Args:
-        merged: the folder to prove.
+        merged: folder of the merged model.
         base: folder of the base.
         adapter: folder of the adapter.
-        dtype: of the merged weights, a key of `BOUNDS`.
+        dtype: dtype of the merged weights, a key of `BOUNDS`.
 
     Raises:
-        IntegrityError: one of them does not load there.
+        IntegrityError: the process failed, mostly because a folder does not load.
     """
     command = [sys.executable, "-m", "slm_lora.export.verify"]
     command += [str(path.resolve()) for path in (merged, base, adapter)]
     command.append(dtype)
-    # All is here: libraries that would ask the hub about it are not to.
-    alone = {**os.environ, "HF_HUB_OFFLINE": "1"}
-    result = subprocess.run(command, env=alone, capture_output=True, text=True, check=False)
+    # All files are local; keep the libraries from asking the hub.
+    environment = {**os.environ, "HF_HUB_OFFLINE": "1"}
+    result = subprocess.run(command, env=environment, capture_output=True, text=True, check=False)
     if result.returncode != 0:
-        last = (result.stderr.strip().splitlines() or ["no message"])[-1]
-        raise IntegrityError(f"{adapter}: the merged model does not load elsewhere: {last}")
-    return Proof(**json.loads(result.stdout.strip().splitlines()[-1]))
+        last_line = (result.stderr.strip().splitlines() or ["no message"])[-1]
+        raise IntegrityError(f"{adapter}: the merged model could not be compared: {last_line}")
+    return Verification(**json.loads(result.stdout.strip().splitlines()[-1]))
 
 
-def judge(proof: Proof, dtype: str, name: str) -> None:
-    """Refuse a merged model that is not base+adapter, or cannot be told from the base.
+def check_bounds(measured: Verification, dtype: str, name: str) -> None:
+    """Refuse a merged model that differs from base+adapter or does not differ from the base.
 
     Raises:
-        IntegrityError: it is so; the message has the numbers.
+        IntegrityError: a bound of `BOUNDS` is exceeded; the message has the numbers.
     """
     bounds = BOUNDS[dtype]
-    # Written so that a NaN fails.
-    if not (proof.agree >= ENOUGH and proof.worst_by_noise <= _NOISE):
+    # Negated, so that NaN fails.
+    if not (measured.agree >= MIN_AGREEING and measured.worst_by_noise <= _MAX_NOISE_RATIO):
         raise IntegrityError(
-            f"{name}: the merged model is not base+adapter: on {proof.prompts - proof.agree} of "
-            f"{proof.prompts} prompts logits differ by more than the "
-            f"{bounds.share * proof.max_logit:.2e} that are allowed in {dtype}, "
-            f"by up to {proof.worst_difference:.2e}; nothing was written"
+            f"{name}: the merged model differs from base+adapter: on "
+            f"{measured.prompts - measured.agree} of {measured.prompts} prompts logits differ by "
+            f"more than the {bounds.max_relative * measured.max_logit:.2e} allowed in {dtype}, by "
+            f"up to {measured.worst_difference:.2e}; nothing was written"
         )
-    if not proof.base_difference > bounds.control * proof.worst_difference:
+    if not measured.base_difference > bounds.min_contrast * measured.worst_difference:
         raise IntegrityError(
-            f"{name}: the merged model cannot be told from its base: logits differ from the base's "
-            f"by {proof.base_difference:.2e}, from base+adapter's by {proof.worst_difference:.2e}; "
-            "the adapter has no effect, or less than the rounding of the weights "
-            "(--dtype fp32 rounds least); nothing was written"
+            f"{name}: the merged model is too close to its base: logits differ from the base's by "
+            f"{measured.base_difference:.2e}, from base+adapter's by "
+            f"{measured.worst_difference:.2e}; the adapter has no effect, or less than rounding to "
+            f"{dtype} (fp32 rounds least); nothing was written"
         )
 
 
-def _compare(merged: Path, base: Path, adapter: Path, dtype: str) -> Proof:
+def _compare(merged: Path, base: Path, adapter: Path, dtype: str) -> Verification:
     import torch
     from peft import PeftModel
     from transformers import AutoModelForCausalLM, AutoTokenizer, PreTrainedModel
@@ -170,44 +175,47 @@ def _compare(merged: Path, base: Path, adapter: Path, dtype: str) -> Proof:
         with torch.no_grad():
             return [model(input_ids=ids).logits[0] for ids in prompts]
 
-    def apart(ones: Sequence[torch.Tensor], others: Sequence[torch.Tensor]) -> torch.Tensor:
-        """Largest difference of each prompt."""
-        pairs = zip(ones, others, strict=True)
+    def max_differences(
+        logits_a: Sequence[torch.Tensor], logits_b: Sequence[torch.Tensor]
+    ) -> torch.Tensor:
+        """Largest absolute difference of each prompt."""
+        pairs = zip(logits_a, logits_b, strict=True)
         return torch.tensor([float((a.double() - b.double()).abs().max()) for a, b in pairs])
 
     tokenizer = AutoTokenizer.from_pretrained(merged, local_files_only=True)
     prompts = [tokenizer(text, return_tensors="pt")["input_ids"] for text in PROMPTS]
-    # One model in memory at a time: each may be all that fits.
+    # One model in memory at a time; two may not fit.
     peft_model = PeftModel.from_pretrained(load(base), str(adapter)).eval()
-    wanted = logits(peft_model, prompts)
+    expected = logits(peft_model, prompts)
     with peft_model.disable_adapter():
-        untouched = logits(peft_model, prompts)
+        base_logits = logits(peft_model, prompts)
     del peft_model
-    found = logits(load(merged), prompts)
+    merged_logits = logits(load(merged), prompts)
 
-    differences, largest = apart(found, wanted), max(float(each.abs().max()) for each in wanted)
-    agrees = differences <= BOUNDS[dtype].share * largest
-    others = [index for index, yes in enumerate(agrees.tolist()) if not yes]
+    differences = max_differences(merged_logits, expected)
+    max_logit = max(float(values.abs().max()) for values in expected)
+    agrees = differences <= BOUNDS[dtype].max_relative * max_logit
+    disagreeing = [index for index, agreed in enumerate(agrees.tolist()) if not agreed]
     by_noise = 0.0
-    if others and dtype == "fp32":
+    if disagreeing and dtype == "fp32":
 
         def own_error(model: Any, by_fp32: Sequence[torch.Tensor]) -> torch.Tensor:
-            exact = logits(model.double(), [prompts[index] for index in others])
-            return apart(exact, [by_fp32[index] for index in others])
+            exact = logits(model.double(), [prompts[index] for index in disagreeing])
+            return max_differences(exact, [by_fp32[index] for index in disagreeing])
 
-        noise = own_error(PeftModel.from_pretrained(load(base), str(adapter)).eval(), wanted)
-        noise = noise.maximum(own_error(load(merged), found))
-        by_noise = float((differences[others] / noise).max())
-    return Proof(
+        noise = own_error(PeftModel.from_pretrained(load(base), str(adapter)).eval(), expected)
+        noise = noise.maximum(own_error(load(merged), merged_logits))
+        by_noise = float((differences[disagreeing] / noise).max())
+    return Verification(
         prompts=len(prompts),
-        agree=len(prompts) - len(others),
+        agree=len(prompts) - len(disagreeing),
         tokens=sum(ids.numel() for ids in prompts),
-        max_logit=largest,
+        max_logit=max_logit,
         max_difference=float(differences[agrees].max()) if agrees.any() else float("nan"),
-        # torch's max keeps a NaN, Python's may drop it.
+        # torch's max propagates NaN, Python's may not.
         worst_difference=float(differences.max()),
         worst_by_noise=by_noise,
-        base_difference=float(apart(found, untouched).max()),
+        base_difference=float(max_differences(merged_logits, base_logits).max()),
     )
 
 

@@ -1,1 +1,1 @@
-"""Start commands of this program: on this machine, under Ray, or under Slurm."""
+"""Launch commands of this program: on this machine, with Ray, or with Slurm."""

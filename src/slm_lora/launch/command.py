@@ -1,7 +1,7 @@
-"""One command of this program as a piece of work for an engine, wherever that puts it.
+"""A command of this program as a unit of work for an engine (Ray, Slurm).
 
-It is a process of its own, as if typed on that machine: it has its own memory and exit code, and it
-stops, as if asked to, when the worker that started it is gone.
+Each command is a process with its own memory and exit code. It stops gracefully when the worker
+that started it is gone.
 """
 
 from __future__ import annotations
@@ -17,37 +17,37 @@ from typing import Protocol
 from slm_lora.errors import STOPPED_RESUMABLE, StorageError
 
 WATCHED = "SLM_LORA_WATCHED"
-"""Environment: the process ends when its standard input does, see `launch.local.watch_starter`."""
+"""Environment variable: stop when standard input is closed, see `launch.local.watch_parent`."""
 
-SAVING = 300.0
-"""Seconds that a command has to save and end after it was asked to stop."""
+SAVE_TIMEOUT_S = 300.0
+"""Time for a command to save its state and exit after a stop request."""
 
 LOST = -1
-"""In place of an exit code: the worker, its node, or its job are gone."""
+"""Instead of an exit code: the worker, its node or its job is gone."""
 
 
 @dataclass(frozen=True, slots=True)
 class Command:
-    """Words after ``slm-lora``, and where to run them.
+    """A command line, and the conditions to run it in.
 
     Attributes:
-        name: for people.
-        words: arguments of the command line.
-        folder: to start in, the same on every machine.
-        log: file that what it says is added to.
-        environment: added to the worker's.
+        name: for messages.
+        args: arguments after ``slm-lora``.
+        cwd: working directory, the same on every machine.
+        log: file to append standard output and error to.
+        environment: variables to add to the worker's.
     """
 
     name: str
-    words: tuple[str, ...]
-    folder: Path
+    args: tuple[str, ...]
+    cwd: Path
     log: Path
     environment: Mapping[str, str] = field(default_factory=dict)
 
 
 @dataclass(frozen=True, slots=True)
-class Ended:
-    """How a command ended: its exit code, or `LOST`; and its last line."""
+class CommandResult:
+    """Exit code of a command, or `LOST`, and its last line of output."""
 
     name: str
     code: int
@@ -55,23 +55,23 @@ class Ended:
 
 
 class Engine(Protocol):
-    """Runs commands somewhere, and tells how they ended."""
+    """Runs commands, possibly on other machines, and returns their results."""
 
     def submit(self, command: Command) -> None:
-        """Hand over a command; it begins when there is room.
+        """Queue a command.
 
         Raises:
-            StorageError: the cluster does not take it.
+            StorageError: the cluster refuses it.
         """
 
-    def wait(self, seconds: float) -> list[Ended]:
-        """Commands that have ended since; waits at most so long for one."""
+    def wait(self, seconds: float) -> list[CommandResult]:
+        """Results of commands that ended since the last call; waits up to ``seconds`` for one."""
 
     def stop(self) -> None:
-        """Ask all to stop; `wait` tells when they have."""
+        """Request a stop of all commands; their results come from `wait`."""
 
     def close(self) -> None:
-        """Leave the cluster; what still runs there is ended."""
+        """Leave the cluster; commands that still run there are ended."""
 
 
 def run(
@@ -80,22 +80,22 @@ def run(
     """Run a command on this machine, and wait for it.
 
     Args:
-        command: to run.
-        on_start: told of its process.
+        command: the command.
+        on_start: called with its process.
 
     Returns:
-        Its exit code (75 if this process is asked to stop meanwhile), and its last line.
+        Its exit code (75 if this process was asked to stop meanwhile), and its last line of output.
     """
-    if not command.folder.is_dir() or not command.log.parent.is_dir():
-        seen = command.folder if not command.folder.is_dir() else command.log.parent
+    if not command.cwd.is_dir() or not command.log.parent.is_dir():
+        missing = command.cwd if not command.cwd.is_dir() else command.log.parent
         return StorageError.exit_code, (
-            f"{seen}: not there on the worker; all machines must see the same folders"
+            f"{missing}: missing on the worker; all machines must share the same folders"
         )
     with command.log.open("ab") as log:
-        began = log.tell()
+        start = log.tell()
         process = subprocess.Popen(
-            [sys.executable, "-m", "slm_lora", *command.words],
-            cwd=command.folder,
+            [sys.executable, "-m", "slm_lora", *command.args],
+            cwd=command.cwd,
             env={**os.environ, **command.environment, WATCHED: "1"},
             stdin=subprocess.PIPE,
             stdout=log,
@@ -108,21 +108,21 @@ def run(
         _end(process)
         if not isinstance(error, KeyboardInterrupt):
             raise
-        code = STOPPED_RESUMABLE if process.returncode else 0  # it may just have ended
-    return code if code >= 0 else LOST, _last_line(command.log, began)
+        code = STOPPED_RESUMABLE if process.returncode else 0  # it may have just finished
+    return code if code >= 0 else LOST, _last_line(command.log, start)
 
 
 def _end(process: subprocess.Popen[bytes]) -> None:
     process.terminate()
     try:
-        process.wait(SAVING)
+        process.wait(SAVE_TIMEOUT_S)
     except BaseException:
         process.kill()
         raise
 
 
-def _last_line(log: Path, since: int) -> str:
-    with log.open("rb") as said:
-        said.seek(since)
-        lines = said.read().decode("utf-8", errors="replace").strip().splitlines()
+def _last_line(log: Path, start: int) -> str:
+    with log.open("rb") as file:
+        file.seek(start)
+        lines = file.read().decode("utf-8", errors="replace").strip().splitlines()
     return lines[-1].strip() if lines else "exited without output"

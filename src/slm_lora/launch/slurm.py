@@ -10,53 +10,52 @@ from pathlib import Path
 from typing import Any
 
 from slm_lora.errors import STOPPED_RESUMABLE, StorageError, UsageError
-from slm_lora.launch.command import LOST, Command, Ended, run
+from slm_lora.launch.command import LOST, Command, CommandResult, run
 
 _POLL = 1.0
-_SAVING = 60.0
-"""Seconds: submitit has a job signalled 90 before its time limit."""
+_SAVE_TIMEOUT_S = 60.0
+"""Below the 90 s between submitit's signal and the job's time limit."""
 
 
 class Requeued:
-    """A command that, when its job is preempted or at its time limit, saves and is queued again."""
+    """A command that saves and is requeued when its job is preempted or at its time limit."""
 
     def __init__(self, command: Command) -> None:
         self._command = command
         self._process: subprocess.Popen[bytes] | None = None
 
     def __call__(self) -> tuple[int, str]:
-        """Run it."""
+        """Run the command; see `run`."""
 
-        def started(process: subprocess.Popen[bytes]) -> None:
+        def remember(process: subprocess.Popen[bytes]) -> None:
             self._process = process
 
-        return run(self._command, started)
+        return run(self._command, remember)
 
     def checkpoint(self) -> Any:
-        """What submitit queues next; it calls this in a signal's handler, in the middle of `run`,
-        and ends the job afterwards."""
+        """Submitit's hook before it requeues a job: called in a signal handler, within `run`."""
         from submitit.helpers import DelayedSubmission
 
         if self._process is not None:
             self._process.terminate()
             with contextlib.suppress(subprocess.TimeoutExpired):
-                self._process.wait(_SAVING)
+                self._process.wait(_SAVE_TIMEOUT_S)
         return DelayedSubmission(Requeued(self._command))
 
 
 class SlurmEngine:
-    """A job for each command."""
+    """One Slurm job per command."""
 
     def __init__(self, folder: Path, options: Mapping[str, Any]) -> None:
         """
         Args:
-            folder: of submitit's own files, that all machines see.
-            options: as submitit names them (``timeout_min``, ``slurm_partition``,
-                ``gpus_per_node``, ``cpus_per_task``, …; four hours unless given), and ``cluster``:
-                ``slurm`` unless given, ``local`` for jobs of this machine.
+            folder: for submitit's own files, shared by all machines.
+            options: submitit's options (``timeout_min``, 240 by default, ``slurm_partition``,
+                ``gpus_per_node``, ``cpus_per_task``, …), and ``cluster``: ``slurm`` (default), or
+                ``local`` for jobs on this machine.
 
         Raises:
-            UsageError: submitit is not installed, there is no Slurm here, or no such option.
+            UsageError: submitit or Slurm is not installed, or an option is invalid.
         """
         try:
             import submitit
@@ -64,12 +63,14 @@ class SlurmEngine:
             raise UsageError(
                 "--executor slurm: needs submitit: pip install '.[slurm]' in a checkout"
             ) from error
-        given = dict(options)
-        cluster = given.pop("cluster", "slurm")
+        slurm_options = dict(options)
+        cluster = slurm_options.pop("cluster", "slurm")
         try:
             self._executor = submitit.AutoExecutor(folder, cluster=cluster)
-            self._executor.update_parameters(**{"name": "slm-lora", "timeout_min": 240, **given})
-        except RuntimeError as error:  # no sbatch here
+            self._executor.update_parameters(
+                **{"name": "slm-lora", "timeout_min": 240, **slurm_options}
+            )
+        except RuntimeError as error:  # no sbatch on this machine
             raise UsageError(f"--executor slurm: {error}") from error
         except (NameError, TypeError, ValueError, AssertionError) as error:
             raise UsageError(f"--executor-option: {error}") from error
@@ -83,26 +84,28 @@ class SlurmEngine:
         try:
             self._running[command.name] = self._executor.submit(Requeued(command))
         except self._failed as error:
-            raise StorageError(f"{command.name}: Slurm does not take the job: {error}") from error
+            raise StorageError(f"{command.name}: Slurm refused the job: {error}") from error
 
-    def wait(self, seconds: float) -> list[Ended]:
+    def wait(self, seconds: float) -> list[CommandResult]:
         """See `Engine`."""
-        until = time.monotonic() + seconds
+        deadline = time.monotonic() + seconds
         while True:
             ended = [name for name, job in self._running.items() if job.done()]
-            if ended or time.monotonic() >= until:
+            if ended or time.monotonic() >= deadline:
                 return [self._ended(name) for name in ended]
             time.sleep(min(_POLL, seconds))
 
-    def _ended(self, name: str) -> Ended:
+    def _ended(self, name: str) -> CommandResult:
         job = self._running.pop(name)
         try:
             code, last_line = job.result()
         except self._lost as error:
             if self._stopping:
-                return Ended(name, STOPPED_RESUMABLE)
-            return Ended(name, LOST, (str(error).strip().splitlines() or ["no reason given"])[0])
-        return Ended(name, code, last_line)
+                return CommandResult(name, STOPPED_RESUMABLE)
+            return CommandResult(
+                name, LOST, (str(error).strip().splitlines() or ["no reason given"])[0]
+            )
+        return CommandResult(name, code, last_line)
 
     def stop(self) -> None:
         """See `Engine`."""

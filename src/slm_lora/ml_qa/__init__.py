@@ -1,7 +1,7 @@
 """The embedded data set: question-answer pairs on machine learning and scientific computing.
 
 Built on the user's machine from the docstrings of the installed scikit-learn, SciPy and NumPy;
-the same versions give the same bytes. Importing this module loads none of them.
+equal versions give equal bytes. Importing this module loads none of them.
 """
 
 from __future__ import annotations
@@ -35,9 +35,9 @@ CATEGORY_LIMITS: Mapping[str, int] = {
     "parameter_options": 250,
     "exception_raised": 150,
 }
-"""Most rows of each question form, so that no form dominates."""
+"""Maximum number of rows of each question form, so that no form dominates."""
 
-# Forms whose answers say the same kind of thing: what one of them said, the others do not repeat.
+# Forms whose answers may state the same fact: duplicates are removed across a family.
 _FAMILIES = {
     "function_purpose": "purpose",
     "method_purpose": "purpose",
@@ -50,7 +50,14 @@ _FAMILIES = {
 
 @dataclass(frozen=True, slots=True)
 class Manifest:
-    """What was written: rows in all and per category, library versions, SHA-256 of the file."""
+    """The written data set.
+
+    Attributes:
+        rows: number of rows.
+        categories: number of rows of each category.
+        versions: versions of the libraries.
+        sha256: SHA-256 of the file.
+    """
 
     rows: int
     categories: dict[str, int]
@@ -59,31 +66,31 @@ class Manifest:
 
 
 def library_versions() -> dict[str, str]:
-    """Installed versions of the libraries that the rows depend on; loads none of them."""
+    """Return the installed versions of the libraries that the rows depend on."""
     from importlib.metadata import version
 
     return {name: version(name) for name in ("numpy", "numpydoc", "scikit-learn", "scipy")}
 
 
 def build_rows() -> list[dict[str, str]]:
-    """All rows, with the keys ``instruction``, ``response``, ``category`` and ``group``.
+    """Build all rows, with the keys ``instruction``, ``response``, ``category`` and ``group``.
 
-    Rows of one object, its methods, and objects whose documentation says the same share a
-    ``group``: the qualified name of the first of them. No fact is asked twice. Sorted by
-    group, category and instruction. Takes about 10 s on one core.
+    Rows of one object, its methods, and objects with the same documentation share a ``group``:
+    the qualified name of the first of them. No fact occurs twice. Sorted by group, category and
+    instruction. Takes about 10 s on one core.
 
     Raises:
         UsageError: scikit-learn, SciPy or numpydoc is not installed, or Python runs with -OO.
     """
     from slm_lora.ml_qa.objects import public_objects
-    from slm_lora.ml_qa.questions import pairs_of
+    from slm_lora.ml_qa.questions import make_pairs
 
     objects = public_objects()
     short_names = Counter(entry.short_name for entry in objects)
     pairs = [
-        pair for entry in objects for pair in pairs_of(entry, short_names[entry.short_name] > 1)
+        pair for entry in objects for pair in make_pairs(entry, short_names[entry.short_name] > 1)
     ]
-    kept, group_of = _without_repeats(pairs)
+    unique, group_of = _deduplicate(pairs)
     rows = [
         {
             "instruction": pair.instruction,
@@ -91,28 +98,28 @@ def build_rows() -> list[dict[str, str]]:
             "category": pair.category,
             "group": group_of[pair.owner],
         }
-        for pair in _limited(kept)
+        for pair in _apply_limits(unique)
     ]
     return sorted(rows, key=lambda row: (row["group"], row["category"], row["instruction"]))
 
 
-def _without_repeats(pairs: Sequence[Pair]) -> tuple[list[Pair], dict[str, str]]:
-    """The first pair of every fact, answer and question, and the group of every object."""
+def _deduplicate(pairs: Sequence[Pair]) -> tuple[list[Pair], dict[str, str]]:
+    """Keep the first pair of every fact, answer and question; return the group of every object."""
     from slm_lora.ml_qa.drafts import plain_words
-    from slm_lora.ml_qa.duplicates import repeated_facts, united
+    from slm_lora.ml_qa.duplicates import merge_linked, repeated_facts
 
     families: dict[str, list[Pair]] = defaultdict(list)
     for pair in pairs:
         families[_FAMILIES.get(pair.category, pair.category)].append(pair)
     kept: list[Pair] = []
-    told: Counter[str] = Counter()
+    prose_facts: Counter[str] = Counter()
     repeats: Counter[tuple[str, str]] = Counter()
     same_purpose: list[tuple[str, str]] = []
     for family, members in families.items():
         first_of = repeated_facts([pair.fact for pair in members])
         for index, pair in enumerate(members):
             is_prose = len(pair.fact.split()) >= 8
-            told[pair.owner] += is_prose
+            prose_facts[pair.owner] += is_prose
             if index not in first_of:
                 kept.append(pair)
                 continue
@@ -123,22 +130,26 @@ def _without_repeats(pairs: Sequence[Pair]) -> tuple[list[Pair], dict[str, str]]
                     same_purpose.append((first, pair.owner))
     links = [
         *same_purpose,
-        # Most of what the later object says was said by the earlier one: they are one topic.
-        *(link for link, count in repeats.items() if 2 * count >= told[link[1]] and count > 1),
+        # Most facts of the later object repeat the earlier one: they are one topic.
+        *(
+            link
+            for link, count in repeats.items()
+            if 2 * count >= prose_facts[link[1]] and count > 1
+        ),
     ]
     owners = list(dict.fromkeys(pair.owner for pair in pairs))
-    # Case, marks and spacing make neither another question nor another answer.
+    # Texts that differ in case, punctuation and spacing only are equal.
     by_answer: dict[str, Pair] = {}
     for pair in kept:
         by_answer.setdefault(plain_words(pair.response), pair)
     by_question: dict[str, Pair] = {}
     for pair in by_answer.values():
         by_question.setdefault(plain_words(pair.instruction), pair)
-    return list(by_question.values()), united(owners, links)
+    return list(by_question.values()), merge_linked(owners, links)
 
 
-def _limited(pairs: Sequence[Pair]) -> list[Pair]:
-    """At most `CATEGORY_LIMITS` pairs of each form, chosen by a hash of the question."""
+def _apply_limits(pairs: Sequence[Pair]) -> list[Pair]:
+    """Select at most `CATEGORY_LIMITS` pairs of each form, by a hash of the question."""
     by_category: dict[str, list[Pair]] = defaultdict(list)
     for pair in pairs:
         by_category[pair.category].append(pair)
@@ -150,7 +161,7 @@ def _limited(pairs: Sequence[Pair]) -> list[Pair]:
 
 
 def write_jsonl(path: Path) -> Manifest:
-    """Build the rows and write them, one JSON object per line, UTF-8; whole or not at all.
+    """Build the rows and write them atomically, one JSON object per line, in UTF-8.
 
     Raises:
         UsageError: as `build_rows`.

@@ -1,4 +1,4 @@
-"""Divide a docstring section into paragraphs and lists."""
+"""Split a docstring section into paragraphs and lists."""
 
 import re
 from collections.abc import Sequence
@@ -6,13 +6,13 @@ from typing import NamedTuple
 
 
 class Block(NamedTuple):
-    """One paragraph or list. `kind` is "text", "items" or "lost" (something that was removed)."""
+    """One paragraph or list; `kind` is "text", "items" or "lost" (removed content)."""
 
     kind: str
     parts: tuple[str, ...]
 
 
-# Directives that stand alone: the text before and after them is whole without them.
+# Self-contained directives: the text around them is complete without them.
 _DROPPED_DIRECTIVES = {
     "versionadded", "versionchanged", "deprecated", "legacy", "note", "warning", "tip", "seealso",
     "important", "caution", "attention", "hint", "admonition", "rubric", "index", "topic", "only",
@@ -28,7 +28,7 @@ def _indent(line: str) -> int:
 
 
 def _end_of_indented(lines: Sequence[str], start: int, indent: int) -> int:
-    """Index of the first line from `start` on that is not blank and not deeper than `indent`."""
+    """Return the index of the next line that is not blank and not indented beyond `indent`."""
     end = start
     while end < len(lines) and (not lines[end].strip() or _indent(lines[end]) > indent):
         end += 1
@@ -36,7 +36,7 @@ def _end_of_indented(lines: Sequence[str], start: int, indent: int) -> int:
 
 
 def split_blocks(lines: Sequence[str]) -> list[Block]:
-    """Paragraphs and lists of a docstring section, in order, directives and code taken out."""
+    """Return the paragraphs and lists of a docstring section; directives and code are removed."""
     blocks: list[Block] = []
     i = 0
     while i < len(lines):
@@ -58,35 +58,35 @@ def split_blocks(lines: Sequence[str]) -> list[Block]:
             i, block = _read_items(lines, i)
             blocks.append(block)
         else:
-            i, found = _read_paragraph(lines, i)
-            blocks.extend(found)
+            i, paragraph = _read_paragraph(lines, i)
+            blocks.extend(paragraph)
     return blocks
 
 
 def _read_items(lines: Sequence[str], start: int) -> tuple[int, Block]:
     indent = _indent(lines[start])
     items: list[str] = []
-    whole = True
+    complete = True
     i = start
     while i < len(lines):
         line = lines[i]
         bullet = _BULLET.match(line)
         if not line.strip():
-            # A blank line ends the list unless another item, or the body of this one, follows.
+            # A blank line ends the list unless another item or more of this one follows.
             following = next((text for text in lines[i:] if text.strip()), "")
             if not (_BULLET.match(following) or _indent(following) > indent):
                 break
             if not _BULLET.match(following) or _indent(following) != indent:
-                whole = False
+                complete = False
         elif bullet and _indent(line) == indent:
             items.append(line[bullet.end() :].strip())
         elif _indent(line) > indent:
-            whole = whole and not bullet and not _DIRECTIVE.match(line)
+            complete = complete and not bullet and not _DIRECTIVE.match(line)
             items[-1] += " " + line.strip()
         else:
             break
         i += 1
-    return i, Block("items", tuple(items)) if whole else Block("lost", ())
+    return i, Block("items", tuple(items)) if complete else Block("lost", ())
 
 
 def _read_paragraph(lines: Sequence[str], start: int) -> tuple[int, list[Block]]:
@@ -102,7 +102,7 @@ def _read_paragraph(lines: Sequence[str], start: int) -> tuple[int, list[Block]]
     if end < len(lines) and lines[end].strip() and _indent(lines[end]) > indent:
         if _BULLET.match(lines[end]):
             return end, [Block("text", (text,))]
-        # A definition list, or text set off by its indent: its term is not a sentence.
+        # A definition list or indented text: its term is not a sentence.
         return _end_of_indented(lines, end, indent), [Block("lost", ())]
     if text.endswith("::"):
         return _end_of_indented(lines, end, indent), [

@@ -1,8 +1,7 @@
-"""Turn the reStructuredText of a docstring section into plain, complete sentences.
+"""Convert the reStructuredText of a docstring section to plain, complete sentences.
 
-The rule throughout is to lose text rather than to keep doubtful text: a sentence that leans on
-something that was removed (a formula, a citation, a list, a figure) is not kept, and neither is
-what follows it.
+Doubtful text is discarded: a sentence that depends on removed content (a formula, a citation, a
+list, a figure) is dropped, with all text after it.
 """
 
 import re
@@ -13,10 +12,10 @@ from itertools import zip_longest
 from slm_lora.ml_qa.blocks import Block, split_blocks
 
 MAX_SENTENCES = 4
-MAX_CHARACTERS = 520  # of the kept text; the question forms add a subject, and stop at 600
+MAX_CHARACTERS = 520  # of the kept text; question forms add a subject, up to 600 characters
 MAX_ITEM_CHARACTERS = 150
 
-# Stands where markup was removed that the sentence around it may lean on.
+# Placeholder for removed markup that the sentence may depend on.
 LOST = "\x00"
 
 
@@ -30,12 +29,12 @@ _NAMED_LINK = re.compile(r"`([^`]+)`__?(?!\w)")
 _CITATION = re.compile(
     r"\s*\[(?:\d+|[A-Z][\w+-]*\d{2,4}\w?|[A-Z]{1,4}\d*|CIT\w+|[Rr][\w-]+)\]_(?!\w)"
 )
-_LEANING_CITATION = re.compile(
+_GRAMMATICAL_CITATION = re.compile(
     r"(?:\b(?:in|of|from|by|see|and|to|at|with|or|per|also|reference|references|refs?\.?|eq\.?|"
     r"following|section|chapter|table|theorem|equation|algorithm)|\(|,)\s*(?:\[[^\]\s]+\]_)",
     re.IGNORECASE,
 )
-# Not [0] or [0, 1], which are values.
+# [0] and [0, 1] are values, not citations.
 _PLAIN_CITATION = re.compile(r"\s\[[1-9]\d?\](?!_?\w)")
 _URL = re.compile(r"(?:https?|ftp)://\S+|www\.\S+")
 _STRONG = re.compile(r"(?<![\w*`])\*\*([^\s*](?:[^*`]*[^\s*])?)\*\*(?![\w*])")
@@ -52,7 +51,7 @@ def _math(match: re.Match[str]) -> str:
 
 
 def _prose_role(match: re.Match[str]) -> str:
-    # A reference without a title shows its label, which is no prose.
+    # A reference without a title would show its label, which is not prose.
     text = match.group(1)
     if match.group(0).startswith((":ref:", ":doc:", ":any:")) and "<" not in match.group(0):
         return LOST
@@ -69,9 +68,9 @@ def _code_role(match: re.Match[str]) -> str:
 
 
 def clean_inline(text: str) -> str:
-    """Plain text of one paragraph: code in single ticks, no other markup.
+    """Return the plain text of a paragraph, with code in single backticks and no other markup.
 
-    `LOST` marks what was removed and is missed in its sentence.
+    `LOST` replaces removed content that the sentence may depend on.
     """
     text = " ".join(text.split())
     text = text.replace("\\ ", "").replace("``", "`").translate(_TYPOGRAPHY)
@@ -88,14 +87,14 @@ def clean_inline(text: str) -> str:
         part if part.startswith("`") else _unmark_prose(part)
         for part in re.split(r"(`[^`]*`)", text)
     )
-    # An aside that only points elsewhere is not missed.
+    # A parenthesis with a cross-reference is not needed.
     text = re.sub(r"\s*\((?:see|cf\.?|refer to)\b[^()]*\)", "", text, flags=re.IGNORECASE)
     text = re.sub(r"\s+([.,;:)])(?=\s|$)", r"\1", text)
     return " ".join(text.split())
 
 
 def _unmark_prose(text: str) -> str:
-    text = _LEANING_CITATION.sub(LOST, text)
+    text = _GRAMMATICAL_CITATION.sub(LOST, text)
     text = _CITATION.sub("", text)
     text = _PLAIN_CITATION.sub("", text)
     text = _STRONG.sub(r"\1", text)
@@ -113,7 +112,7 @@ _STARTS_SENTENCE = re.compile(r"[\"']?\s+(?:[\"'(]?[A-Z0-9`\"']|(?:scipy|numpy|s
 
 
 def split_sentences(text: str) -> list[str]:
-    """Sentences of a cleaned paragraph; dots in code, brackets and abbreviations end none."""
+    """Split a cleaned paragraph, but not at dots in code, brackets and abbreviations."""
     sentences: list[str] = []
     start, depth, in_code = 0, 0, False
     for i, character in enumerate(text):
@@ -136,8 +135,8 @@ def split_sentences(text: str) -> list[str]:
     return sentences
 
 
-# Sentences that only point elsewhere: the text around them is whole without them.
-_POINTER = re.compile(
+# Sentences that are cross-references: the text around them is complete without them.
+_CROSS_REFERENCE = re.compile(
     r"^(?:\(?(?:read more|see|see also|refer to|please see|please refer|for more|for further|"
     r"for (?:a |an |the )?(?:\w+ )*(?:examples?|comparisons?|details?|discussion|description|"
     r"explanation|information|introduction|list|overview|demonstration|definition)|for usage|"
@@ -145,7 +144,7 @@ _POINTER = re.compile(
     r"the documentation|cf\.|compare|optional\.$|new in|added in|changed in)\b)",
     re.IGNORECASE,
 )
-_LEANS_ELSEWHERE = re.compile(
+_REFERS_ELSEWHERE = re.compile(
     r"\b(?:below|above|earlier|previous(?:ly)? (?:section|mentioned|described)|user guide|"
     r"glossary|docstring|documentation|tutorial|deprecated|deprecation|backwards? compatib|"
     r"in version|since version|removed in|will be removed|example below|this example|"
@@ -171,29 +170,29 @@ def _is_balanced(text: str) -> bool:
 
 
 @cache
-def is_clean(sentence: str) -> bool:
-    """Whether a sentence stands alone: nothing lost, unbalanced or pointing elsewhere."""
+def is_self_contained(sentence: str) -> bool:
+    """Whether a sentence has no removed content, unbalanced brackets or cross-references."""
     prose = re.sub(r"`[^`]*`", "`x`", sentence)
     return (
         LOST not in sentence
         and _is_balanced(sentence)
-        and not _LEANS_ELSEWHERE.search(prose)
+        and not _REFERS_ELSEWHERE.search(prose)
         and not re.search(r"\.\.(?!\.)(?<!\.\.\.)|:[a-z]+:`|``|\]_|`_", sentence)
         and not sentence.rstrip(".").endswith((",", ";", "-", "(", " and", " or", "i.e", "e.g"))
-        # A full stop before a small letter is a sentence end that was mistyped, or a broken line.
+        # A full stop before a lower-case letter: a typing error or a broken line.
         and not re.search(
             r"(?<!\.[a-z])(?<!etc)(?<!vs)(?<!resp)(?<!approx)(?<!al)\. [a-z]", sentence
         )
         and not re.search(r"\b(the|a|an|is|of|to|in|and) \1\b", sentence)
         and not re.search(r"(?<!\S)\*\w|\[[A-Z][A-Za-z]*\d{2,4}[a-z]?\]", prose)
-        # A capital without a full stop before it: lines that were never joined into a sentence.
+        # A capital letter without a full stop before it: lines that are not one sentence.
         and not re.search(r"[a-z0-9`)] (?:If|When|The|This|It|A) [a-z`]", prose)
         and not re.search(r"[a-z]- (?!and\b|or\b|to\b)", prose)
         and not re.search(r"\b(?:I|me|my)\b(?!\.|-)", prose)
     )
 
 
-# Heads that announce a list and say nothing without it.
+# Endings that announce a list and are meaningless without it.
 _ANNOUNCES = re.compile(
     r"(?:\b(?:following|one of|any of|options?|are|is|be|either|by|values?|includes?|such as|as|of|"
     r"can|supported|available|possible|valid|choices|two|three|if|when|then|that|where|with|to|"
@@ -204,29 +203,29 @@ _ANNOUNCES = re.compile(
 
 
 def _join_items(items: Sequence[str]) -> str | None:
-    """A short list as one run of clauses, or None if it does not read as one."""
+    """Join a short list to clauses separated by semicolons; None if its items are unsuitable."""
     cleaned = []
     for item in items:
         text = clean_inline(item)
         if len(split_sentences(text)) != 1 or len(text) > MAX_ITEM_CHARACTERS:
             return None
         text = re.sub(r"[.,;]*(?:\s+(?:and|or))?$", "", text).rstrip(".,;")
-        if not text or text.endswith(":") or not is_clean(text):
+        if not text or text.endswith(":") or not is_self_contained(text):
             return None
         cleaned.append(text)
     return "; ".join(cleaned) + "." if 2 <= len(cleaned) <= 7 else None
 
 
 def usable_sentences(lines: Sequence[str], max_characters: int = MAX_CHARACTERS) -> list[str]:
-    """The leading sentences of a section that are clean, at most `MAX_SENTENCES` of them.
+    """Return the leading self-contained sentences of a section, at most `MAX_SENTENCES`.
 
-    Reading stops at the first sentence or block that is not clean, because what follows may
-    depend on it. Sentences that merely point elsewhere are skipped.
+    Reading stops at the first sentence or block that is not self-contained, because later text
+    may depend on it. Cross-references are skipped.
     """
     return list(_usable_sentences(tuple(lines), max_characters))
 
 
-# Half of all parameter descriptions are repeated word by word under several objects.
+# Half of all parameter descriptions occur verbatim in several objects.
 @cache
 def _usable_sentences(lines: tuple[str, ...], max_characters: int) -> tuple[str, ...]:
     kept: list[str] = []
@@ -236,36 +235,36 @@ def _usable_sentences(lines: tuple[str, ...], max_characters: int) -> tuple[str,
             break
         sentences = split_sentences(clean_inline(block.parts[0]))
         for number, sentence in enumerate(sentences):
-            if _POINTER.match(sentence) and not sentence.endswith(":"):
+            if _CROSS_REFERENCE.match(sentence) and not sentence.endswith(":"):
                 continue
             ends_block = number == len(sentences) - 1
-            whole = _finished(sentence, following, bool(kept)) if ends_block else sentence
-            if whole is None or not _is_sentence(whole):
+            completed = _complete(sentence, following, bool(kept)) if ends_block else sentence
+            if completed is None or not _is_sentence(completed):
                 return tuple(kept)
-            if kept and sum(map(len, kept)) + len(whole) > max_characters:
+            if kept and sum(map(len, kept)) + len(completed) > max_characters:
                 return tuple(kept)
-            kept.append(whole)
-            # What follows a list is about the list.
+            kept.append(completed)
+            # Text after a list is about the list.
             if len(kept) == MAX_SENTENCES or sentence.endswith(":"):
                 return tuple(kept)
     return tuple(kept)
 
 
 def _is_sentence(text: str) -> bool:
-    # "the following options: a; b." lost nothing, its list is there.
-    judged = text.replace("following ", "", 1) if ": " in text else text
-    return is_clean(judged) and text.endswith((".", "!", '."', ".'"))
+    # "the following options: a; b." is complete, as its list is included.
+    checked = text.replace("following ", "", 1) if ": " in text else text
+    return is_self_contained(checked) and text.endswith((".", "!", '."', ".'"))
 
 
-def _finished(sentence: str, following: Block | None, has_earlier: bool) -> str | None:
-    """The last sentence of a paragraph with its list or its full stop, None if it is cut off."""
+def _complete(sentence: str, following: Block | None, has_earlier: bool) -> str | None:
+    """Add its list or full stop to the last sentence of a paragraph; None if it is incomplete."""
     if sentence.endswith(":"):
         items = _join_items(following.parts) if following and following.kind == "items" else None
         if items is not None:
             return f"{sentence} {items}"
-        # "The solver to use:" can do without its list, "Allowed values are:" cannot.
+        # "The solver to use:" is complete without its list, "Allowed values are:" is not.
         return None if has_earlier or _ANNOUNCES.search(sentence) else f"{sentence[:-1]}."
     if sentence[-1:].isalnum() or sentence[-1:] in "`)":
-        # Without a full stop it goes on into the formula or list that comes next.
+        # Without a full stop the sentence continues in the next formula or list.
         return f"{sentence}." if following is None or following.kind == "text" else None
     return sentence

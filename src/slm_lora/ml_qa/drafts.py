@@ -1,4 +1,4 @@
-"""An answer before its question is phrased, and what the question forms share."""
+"""Answers before their questions are phrased, and helpers of the question forms."""
 
 from __future__ import annotations
 
@@ -7,16 +7,19 @@ import re
 from collections.abc import Sequence
 from typing import NamedTuple
 
-from slm_lora.ml_qa.objects import Documented
+from slm_lora.ml_qa.objects import DocumentedObject
 
 
 class Draft(NamedTuple):
-    """An answer, and what its question asks about.
+    """An answer with the data of its question.
 
-    ``category`` is the question form. ``phrasing`` is the set of wordings to choose from, where
-    a form has several (an option is asked about in other words than an input). ``part`` is the
-    parameter, attribute, exception or task in the question. ``fact`` is what the answer says,
-    in lower-case words and without the object's name: equal facts are the same knowledge.
+    Attributes:
+        category: the question form.
+        response: text of the answer.
+        fact: content of the answer in lower-case words, object names masked; equal facts are
+            duplicates.
+        part: parameter, attribute, exception or task in the question.
+        phrasing: key in ``PHRASINGS``; empty: the category.
     """
 
     category: str
@@ -27,12 +30,12 @@ class Draft(NamedTuple):
 
 
 def plain_words(text: str) -> str:
-    """The words of a text in lower case, without marks."""
+    """Return the words of a text in lower case, without punctuation."""
     return " ".join(re.findall(r"\w+", text.casefold()))
 
 
-def fact_of(entry: Documented, text: str) -> str:
-    """The words of a text, the names of the object masked."""
+def mask_names(entry: DocumentedObject, text: str) -> str:
+    """Return the words of a text with the names of the object masked by ``_``."""
     masked = f" {plain_words(text)} "
     for name in (entry.name, entry.short_name, entry.short_name.rsplit(".", 1)[-1]):
         masked = masked.replace(f" {plain_words(name)} ", " _ ")
@@ -40,19 +43,19 @@ def fact_of(entry: Documented, text: str) -> str:
 
 
 def word_count(fact: str) -> int:
-    """Number of words in a fact."""
+    """Return the number of words of a fact."""
     return len(fact.split())
 
 
-def listed(items: Sequence[str], conjunction: str = "and") -> str:
-    """The items as in "a", "a and b" or "a, b and c"."""
+def join_list(items: Sequence[str], conjunction: str = "and") -> str:
+    """Join items as in "a", "a and b" or "a, b and c"."""
     if len(items) == 1:
         return items[0]
     return f"{', '.join(items[:-1])} {conjunction} {items[-1]}"
 
 
-def documented_names(entry: Documented) -> set[str]:
-    """Names of the parameters that the docstring describes."""
+def documented_names(entry: DocumentedObject) -> set[str]:
+    """Return the names of the parameters that the docstring describes."""
     return {
         name.strip(" *")
         for parameter in entry.doc["Parameters"]
@@ -60,8 +63,8 @@ def documented_names(entry: Documented) -> set[str]:
     }
 
 
-def arguments_of(entry: Documented) -> tuple[list[str], list[str]] | None:
-    """Required and optional arguments, written as code, or None if they are not surely known."""
+def split_arguments(entry: DocumentedObject) -> tuple[list[str], list[str]] | None:
+    """Return required and optional arguments in backticks, or None if they are uncertain."""
     if entry.signature is None:
         return None
     required: list[str] = []
@@ -74,7 +77,7 @@ def arguments_of(entry: Documented) -> tuple[list[str], list[str]] | None:
         (required if parameter.default is inspect.Parameter.empty else optional).append(
             parameter.name
         )
-    # Compiled functions may show invented names (x1, x2) that their documentation does not use.
+    # Signatures of compiled functions may have names (x1, x2) that are not in the documentation.
     if not set(required) <= documented_names(entry):
         return None
     return [f"`{name}`" for name in required], [f"`{name}`" for name in optional]

@@ -1,4 +1,4 @@
-"""Find what is said twice, so that the same knowledge never stands on both sides of a split."""
+"""Detect repeated facts, so that no fact is in both the training and the test set."""
 
 from __future__ import annotations
 
@@ -6,20 +6,20 @@ from collections import Counter, defaultdict
 from collections.abc import Iterable, Sequence
 
 SIMILARITY = 0.7
-"""Facts whose word pairs overlap at least this much (Jaccard) count as the same."""
+"""Jaccard similarity of word pairs from which two facts are duplicates."""
 
 
 def _word_pairs(fact: str) -> frozenset[tuple[str, str]]:
-    found = fact.split()
-    return frozenset(zip(["", *found], [*found, ""], strict=True))
+    words = fact.split()
+    return frozenset(zip(["", *words], [*words, ""], strict=True))
 
 
 def repeated_facts(facts: Sequence[str]) -> dict[int, int]:
-    """Index of each fact that repeats an earlier one -> index of that earlier one.
+    """Map the index of each fact that repeats an earlier one to the index of the earlier one.
 
-    Two facts repeat each other if their sets of adjacent words have a Jaccard similarity of
-    `SIMILARITY` or more. Exact: candidates come from the prefix filter of Chaudhuri et al. 2006
-    (sets that similar share one of their rarest elements).
+    Facts are duplicates if their sets of adjacent words have a Jaccard similarity of at least
+    `SIMILARITY`. The search is exact: candidates come from the prefix filter of Chaudhuri et al.
+    2006 (similar sets share one of their rarest elements).
     """
     sets = [_word_pairs(fact) for fact in facts]
     frequency = Counter(element for elements in sets for element in elements)
@@ -49,8 +49,8 @@ def repeated_facts(facts: Sequence[str]) -> dict[int, int]:
     return repeats
 
 
-def united(names: Sequence[str], links: Iterable[tuple[str, str]]) -> dict[str, str]:
-    """Name -> the first, in the order of `names`, of all names that links connect with it."""
+def merge_linked(names: Sequence[str], links: Iterable[tuple[str, str]]) -> dict[str, str]:
+    """Map each name to the first of its connected component, in the order of `names`."""
     order = {name: index for index, name in enumerate(names)}
     parent = {name: name for name in names}
 

@@ -1,6 +1,6 @@
-"""The little English grammar that recasting docstring fragments needs.
+"""English grammar by word lists, to complete fragments of docstrings to sentences.
 
-Word lists, not a parser: docstrings use few verbs, and what the lists do not know is refused.
+There is no parser: docstrings use few verbs, and fragments with unknown words are refused.
 """
 
 from __future__ import annotations
@@ -9,11 +9,11 @@ import re
 
 
 def word_set(text: str) -> frozenset[str]:
-    """The words of a text, as a set."""
+    """Return the words of a text as a set."""
     return frozenset(text.split())
 
 
-# What functions do: the verbs that summaries begin with.
+# Verbs for functions: the first words of summaries.
 FUNCTION_VERBS = word_set(
     """
     add adjust analyze append apply approximate assemble assign augment binarize bracket
@@ -31,7 +31,7 @@ FUNCTION_VERBS = word_set(
     unpack unwrap update upsample use validate write yield zoom
     """
 )
-# What parameters do.
+# Verbs for parameters.
 PARAMETER_VERBS = word_set(
     """
     adjust affect allow change choose contain control correspond decide define denote describe
@@ -59,7 +59,7 @@ SUBORDINATORS = word_set(
     until unless whenever whatever what than though although so whereas why
     """
 )
-# Words that end the part of a noun phrase in which its head stands.
+# Words after the head of a noun phrase.
 _COMPLEMENTS = word_set(
     """
     of in for to with that which from on at by used where when if along over between as such
@@ -70,7 +70,7 @@ _COMPLEMENTS = word_set(
     necessary
     """
 )
-# Heads that take "a" when they come without an article; all others take "the".
+# Heads that take "a" if they have no article; all others take "the".
 _KINDS = word_set(
     """
     array matrix function callable list tuple sequence string dictionary dict flag instance
@@ -114,21 +114,21 @@ _PROPER = word_set(
 )
 
 
-def words(text: str) -> list[str]:
-    """Lower-case words and separators; code is one word, bracketed asides are none."""
+def tokenize_words(text: str) -> list[str]:
+    """Split into lower-case words and separators; code is one word, parentheses are dropped."""
     text = re.sub(r"\([^()]*\)", " ", re.sub(r"`[^`]*`|\"[^\"]*\"|'[^' ]*'", "code", text))
     return re.findall(r"[a-z0-9_'\-/]+|[,;:]", text.casefold())
 
 
-def opening_and_rest(text: str) -> tuple[str, str]:
-    """The first word in lower case without punctuation, and the text after it."""
+def split_first_word(text: str) -> tuple[str, str]:
+    """Return the first word in lower case without punctuation, and the text after it."""
     first, _, rest = text.partition(" ")
     return first.rstrip(",.:;").casefold(), rest
 
 
 def has_main_verb(text: str) -> bool:
     """Whether a finite verb comes before any subordinate clause, comma or colon."""
-    for word in words(text):
+    for word in tokenize_words(text):
         if word in SUBORDINATORS or word in ",;:":
             return False
         if word in AUXILIARIES or word in FINITE_VERBS:
@@ -137,7 +137,7 @@ def has_main_verb(text: str) -> bool:
 
 
 def third_person(verb: str) -> str:
-    """The verb with its ending: "computes" of "compute", "applies", "stretches"."""
+    """Return the third person singular: "computes", "applies", "stretches"."""
     if re.search(r"(?:s|x|z|ch|sh|o)$", verb):
         return verb + "es"
     if re.search(r"[^aeiou]y$", verb):
@@ -150,29 +150,29 @@ PARAMETER_FORMS = {third_person(verb): verb for verb in PARAMETER_VERBS}
 
 
 def is_clause(text: str) -> bool:
-    """Whether a main clause has a verb: a finite one, or an order at its beginning."""
-    opening = words(text)[:1]
+    """Whether a text has a main verb: a finite one, or an imperative at the beginning."""
+    opening = tokenize_words(text)[:1]
     return has_main_verb(text) or bool(opening and opening[0] in FUNCTION_VERBS | PARAMETER_VERBS)
 
 
 def starts_with_verb(text: str) -> bool:
-    """Whether a clause opens with a verb, so that its subject is missing."""
+    """Whether a clause begins with a verb, so that its subject is missing."""
     verbs = FUNCTION_VERBS | PARAMETER_VERBS | FUNCTION_FORMS.keys() | PARAMETER_FORMS.keys()
-    return opening_and_rest(text)[0] in verbs | AUXILIARIES | FINITE_VERBS
+    return split_first_word(text)[0] in verbs | AUXILIARIES | FINITE_VERBS
 
 
 def lower_first(text: str) -> str:
-    """The text as it reads inside a sentence: names, acronyms and code keep their capitals."""
+    """Lower the first letter, for use inside a sentence; names, acronyms and code are kept."""
     match = re.match(r"(A|[A-Z][a-z]+)(?:[-'][\w'\-]*)?(?!\w)(?: ([A-Z][a-z]+)\b)?", text)
     if match is None or match.group(1) in _PROPER:
         return text
     if match.group(2) and match.group(2) not in _PROPER and match.group(1) not in _ARTICLES:
-        return text  # "Partial Least Squares": a name in capitals
+        return text  # "Partial Least Squares": a capitalised name
     return text[0].lower() + text[1:]
 
 
 def with_indefinite(text: str) -> str:
-    """The text with "a" or "an" before it, by the sound of its first word."""
+    """Prepend "a" or "an", by the sound of the first word."""
     match = re.match(r"`?([\w\-]*)", text)
     first = match.group(1) if match else ""
     if re.match(r"[A-Z](?:[A-Z0-9]|-|$)", first):  # spelled out: an SVM, a CSR matrix
@@ -184,23 +184,23 @@ def with_indefinite(text: str) -> str:
 
 
 def head_words(text: str) -> list[str]:
-    """The words of a noun phrase up to its head: what comes before the first complement."""
-    found: list[str] = []
-    for word in words(text):
+    """Return the words of a noun phrase up to its head, before the first complement."""
+    head: list[str] = []
+    for word in tokenize_words(text):
         if word in _COMPLEMENTS or word in ",;:":
             break
-        # "components observed in", but "weighted mean": a participle after a noun opens a clause.
-        if word.endswith("ed") and len(found) > (1 if found[:1] in (["the"], ["a"]) else 0):
+        # "components observed in", but "weighted mean": a participle after a noun starts a clause.
+        if word.endswith("ed") and len(head) > (1 if head[:1] in (["the"], ["a"]) else 0):
             break
         # "function evaluating residuals", but "training data".
-        if word.endswith("ing") and found and found[-1] in _KINDS:
+        if word.endswith("ing") and head and head[-1] in _KINDS:
             break
-        found.append(word)
-    return found
+        head.append(word)
+    return head
 
 
 def is_plural(noun: str) -> bool:
-    """Whether a noun is plural, as far as its ending shows."""
+    """Whether a noun is plural, judged by its ending."""
     if noun in _PLURAL_WITHOUT_S:
         return True
     return (
@@ -209,13 +209,13 @@ def is_plural(noun: str) -> bool:
 
 
 def noun_phrase(text: str) -> tuple[str, bool]:
-    """A fragment with its article, as it reads inside a sentence, and whether it is plural."""
-    first = opening_and_rest(text)[0]
-    found = head_words(text)
-    # "Axis or axes" is one thing, "labels or label matrix" are several: the first noun decides.
-    if "or" in found:
-        found = found[: found.index("or")]
-    head = found[-1] if found else ""
+    """Return a fragment with an article, for use inside a sentence, and whether it is plural."""
+    first = split_first_word(text)[0]
+    words = head_words(text)
+    # "Axis or axes" is singular, "labels or label matrix" plural: the first noun decides.
+    if "or" in words:
+        words = words[: words.index("or")]
+    head = words[-1] if words else ""
     plural = is_plural(head)
     if first in _DETERMINERS:
         return text[0].lower() + text[1:], plural or first in _PLURAL_DETERMINERS

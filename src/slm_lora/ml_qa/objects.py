@@ -1,4 +1,4 @@
-"""The public objects of scikit-learn, SciPy and NumPy, walked in a fixed order."""
+"""Collect the public objects of scikit-learn, SciPy and NumPy in a fixed order."""
 
 from __future__ import annotations
 
@@ -19,11 +19,11 @@ if TYPE_CHECKING:
 Kind = Literal["class", "function", "method", "distribution"]
 
 LIBRARIES = ("scikit-learn", "scipy", "numpy")
-"""Distribution names, in the order in which their objects are walked."""
+"""Distribution names, in the order in which their objects are collected."""
 
-# Written out, because walking packages would follow whatever is installed beside them. An object
+# An explicit list, because walking packages would depend on other installed packages. An object
 # that several modules export belongs to the first of them. Masked variants (numpy.ma,
-# scipy.stats.mstats) and four of the six polynomial bases say the same in almost the same words.
+# scipy.stats.mstats) and four of the six polynomial bases are left out as near-duplicates.
 _MODULES = """
 sklearn.base sklearn.calibration sklearn.cluster sklearn.compose sklearn.covariance
 sklearn.cross_decomposition sklearn.datasets sklearn.decomposition sklearn.discriminant_analysis
@@ -49,13 +49,13 @@ numpy numpy.linalg numpy.fft numpy.random numpy.polynomial numpy.polynomial.poly
 numpy.polynomial.chebyshev numpy.lib.stride_tricks numpy.exceptions
 """
 
-# They exist only after a module of sklearn.experimental was imported by someone: leaving them out
-# keeps the rows independent of what the process did before.
+# These exist only after an import of sklearn.experimental: without them the rows do not depend on
+# earlier imports of the process.
 _EXPERIMENTAL = {"HalvingGridSearchCV", "HalvingRandomSearchCV", "IterativeImputer"}
 
-# The legacy generator repeats numpy.random.Generator; an ndarray's methods repeat the functions;
-# chararray and matrix are kept by NumPy for old code only.
-_REPEATING = {
+# The legacy generator duplicates numpy.random.Generator, methods of ndarray duplicate functions,
+# and NumPy keeps chararray and matrix for old code only.
+_REDUNDANT = {
     "numpy.random.RandomState",
     "numpy.ndarray",
     "numpy.ma.MaskedArray",
@@ -65,14 +65,19 @@ _REPEATING = {
     "numpy.memmap",
     "numpy.chararray",
     "numpy.random.Generator.bytes",
-    "scipy.special.sinc",  # NumPy's own, wrapped when SCIPY_ARRAY_API is set
+    "scipy.special.sinc",  # that of NumPy, wrapped when SCIPY_ARRAY_API is set
 }
 
 
-class Documented(NamedTuple):
+class DocumentedObject(NamedTuple):
     """A public object with its parsed docstring.
 
-    ``owner`` is the class of a method, and the object itself otherwise.
+    Attributes:
+        name: qualified name.
+        kind: kind of the object.
+        owner: the class of a method; otherwise the object itself.
+        doc: sections of the docstring.
+        signature: call signature; None if unknown.
     """
 
     name: str
@@ -83,7 +88,7 @@ class Documented(NamedTuple):
 
     @property
     def library(self) -> str:
-        """Name of the library, as its users write it."""
+        """Name of the library in its usual spelling."""
         return {"sklearn": "scikit-learn", "scipy": "SciPy", "numpy": "NumPy"}[
             self.name.split(".", 1)[0]
         ]
@@ -111,7 +116,7 @@ def _parsed(value: Any) -> NumpyDocString | None:
         return None
     try:
         doc = NumpyDocString(inspect.cleandoc(text))
-    except ValueError:  # a section that stands twice, say
+    except ValueError:  # such as a duplicate section
         return None
     opening = " ".join([*doc["Summary"], *doc["Extended Summary"]])
     if not opening or re.search(r"deprecated|DEPRECATED", opening):
@@ -128,15 +133,15 @@ def _kind(value: Any) -> Kind | None:
 
 
 def _is_dtype(value: Any, numpy: ModuleType) -> bool:
-    # Scalar types have platform-dependent names and aliases, and dtype classes no prose.
+    # Scalar types have platform-dependent names and aliases; dtype classes have no prose.
     return inspect.isclass(value) and (
         issubclass(value, (numpy.generic, numpy.dtype)) or isinstance(value, type(numpy.dtype))
     )
 
 
-def _methods(name: str, value: type, seen: set[int]) -> Iterator[Documented]:
+def _methods(name: str, value: type, seen: set[int]) -> Iterator[DocumentedObject]:
     for method_name in sorted(dir(value)):
-        # set_fit_request and its like are generated, one text for all estimators.
+        # set_fit_request and similar methods are generated, with one text for all estimators.
         if method_name.startswith("_") or re.fullmatch(r"set_\w+_request", method_name):
             continue
         definer = next((base for base in value.__mro__ if method_name in vars(base)), None)
@@ -147,7 +152,7 @@ def _methods(name: str, value: type, seen: set[int]) -> Iterator[Documented]:
         if not callable(function):
             # scikit-learn's available_if keeps the method inside a descriptor.
             function = getattr(raw, "fn", None)
-        # An inherited method is asked about once, under the first class that shows it.
+        # An inherited method is used once, for the first class that has it.
         if function is None or inspect.isclass(function):
             continue
         if id(inspect.unwrap(function)) in seen:
@@ -155,15 +160,15 @@ def _methods(name: str, value: type, seen: set[int]) -> Iterator[Documented]:
         seen.add(id(inspect.unwrap(function)))
         if doc := _parsed(function):
             full_name = f"{name}.{method_name}"
-            if full_name not in _REPEATING:
-                yield Documented(full_name, "method", name, doc, _signature(function))
+            if full_name not in _REDUNDANT:
+                yield DocumentedObject(full_name, "method", name, doc, _signature(function))
 
 
-def public_objects() -> list[Documented]:
-    """Every documented public class, function, distribution and method, each under one name.
+def public_objects() -> list[DocumentedObject]:
+    """Return every documented public class, function, distribution and method once.
 
-    Aliases are left out: the first name in the order of the modules, then of the alphabet, is
-    the object's name.
+    Aliases are left out: an object has its first name in the order of modules, then of the
+    alphabet.
 
     Raises:
         UsageError: one of the libraries is missing, or Python runs without docstrings (-OO).
@@ -179,30 +184,30 @@ def public_objects() -> list[Documented]:
             raise UsageError(
                 f"the ml-qa data set needs {error.name}: pip install numpydoc scipy scikit-learn"
             ) from error
-        # Identities of what was walked: the other names of an object are left out.
+        # Identities of collected objects, so that aliases are left out.
         seen: set[int] = set()
-        found: list[Documented] = []
+        objects: list[DocumentedObject] = []
         # All functions before any method: enet_path comes before ElasticNet.path.
         for name, kind, value in list(_exported(modules, seen)):
             if doc := _parsed(value):
                 signature = None if kind == "distribution" else _signature(value)
-                found.append(Documented(name, kind, name, doc, signature))
+                objects.append(DocumentedObject(name, kind, name, doc, signature))
             if inspect.isclass(value):
-                found.extend(_methods(name, value, seen))
-    return found
+                objects.extend(_methods(name, value, seen))
+    return objects
 
 
 def _exported(modules: list[ModuleType], seen: set[int]) -> Iterator[tuple[str, Kind, Any]]:
-    """Name, kind and value of what the modules export, sorted within each module."""
+    """Yield name, kind and value of exported objects, sorted within each module."""
     numpy = importlib.import_module("numpy")
     for module in modules:
         for attribute in sorted(set(getattr(module, "__all__", None) or dir(module))):
             name = f"{module.__name__}.{attribute}"
-            if attribute.startswith("_") or attribute in _EXPERIMENTAL or name in _REPEATING:
+            if attribute.startswith("_") or attribute in _EXPERIMENTAL or name in _REDUNDANT:
                 continue
             value: Any = getattr(module, attribute, None)
             kind = _kind(value)
-            if kind is None or _is_dtype(value, numpy) or not _is_at_home(value, module):
+            if kind is None or _is_dtype(value, numpy) or not _is_defined_in_library(value, module):
                 continue
             # SciPy wraps its functions when SCIPY_ARRAY_API is set, aliases one by one.
             identity = id(inspect.unwrap(value))
@@ -211,12 +216,12 @@ def _exported(modules: list[ModuleType], seen: set[int]) -> Iterator[tuple[str, 
                 yield name, kind, value
 
 
-def _is_at_home(value: Any, module: ModuleType) -> bool:
-    """Whether a value belongs to the module's library, not to something that it imports."""
+def _is_defined_in_library(value: Any, module: ModuleType) -> bool:
+    """Whether a value is defined in the module's library, not imported from another."""
     if module.__name__ == "numpy.random" and inspect.ismethod(value):
-        return False  # the module-level legacy generator repeats numpy.random.Generator
+        return False  # the module-level legacy generator duplicates numpy.random.Generator
     defined_in = getattr(value, "__module__", None)
     if hasattr(module, "__all__"):
         return str(defined_in or module.__name__).split(".")[0] == module.__name__.split(".")[0]
-    # Without __all__ a module's imports cannot be told from its own names otherwise.
+    # Without __all__ only this distinguishes a module's own names from its imports.
     return f"{defined_in}.".startswith(f"{module.__name__}.")

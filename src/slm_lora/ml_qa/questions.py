@@ -1,4 +1,4 @@
-"""From one documented object to its question-answer pairs."""
+"""Make the question-answer pairs of a documented object."""
 
 from __future__ import annotations
 
@@ -15,8 +15,8 @@ from slm_lora.ml_qa.behaviour import (
     related_drafts,
     result_drafts,
 )
-from slm_lora.ml_qa.cleaning import is_clean
-from slm_lora.ml_qa.objects import Documented
+from slm_lora.ml_qa.cleaning import is_self_contained
+from slm_lora.ml_qa.objects import DocumentedObject
 from slm_lora.ml_qa.values import attribute_drafts, parameter_drafts, shape_drafts
 
 MIN_CHARACTERS = 20
@@ -24,10 +24,14 @@ MAX_CHARACTERS = 600
 
 
 class Pair(NamedTuple):
-    """A question with its answer; ``owner`` is the object, or the class of a method.
+    """A question with its answer.
 
-    ``fact`` is what the answer says without the names of its object: pairs of equal facts are
-    the same knowledge asked under several objects.
+    Attributes:
+        instruction: the question.
+        response: the answer.
+        category: the question form.
+        owner: the object, or the class of a method.
+        fact: content of the answer, object names masked; pairs of equal facts are duplicates.
     """
 
     instruction: str
@@ -37,7 +41,7 @@ class Pair(NamedTuple):
     fact: str
 
 
-# Most are named after their question form; the others are chosen by the draft.
+# Keys are question forms, or the phrasing that a draft names.
 PHRASINGS: Mapping[str, tuple[str, ...]] = {
     "option": (
         "What does the {part} parameter of {object} control?",
@@ -133,15 +137,15 @@ PHRASINGS: Mapping[str, tuple[str, ...]] = {
 
 
 def stable_choice(key: str, count: int) -> int:
-    """A number below `count` that depends on the key alone, on every machine."""
+    """Return a number below `count` by a hash of the key, equal on every machine."""
     return int.from_bytes(hashlib.sha256(key.encode()).digest()[:8]) % count
 
 
-def _question(entry: Documented, phrasing: str, part: str, is_ambiguous: bool) -> str:
-    """One of the phrasings, chosen by a stable hash of what is asked."""
+def _question(entry: DocumentedObject, phrasing: str, part: str, is_ambiguous: bool) -> str:
+    """Return one of the phrasings, chosen by a hash of the question's content."""
     key = f"{phrasing}|{entry.name}|{part}"
     name = f"`{entry.name}`"
-    # The short name with its library is how people write it, where no other object has it.
+    # Half of the questions use library and short name, if that is unique.
     if not is_ambiguous and stable_choice(f"name|{key}", 2):
         name = f"{entry.library}'s `{entry.short_name}`"
     choices = PHRASINGS[phrasing]
@@ -150,14 +154,15 @@ def _question(entry: Documented, phrasing: str, part: str, is_ambiguous: bool) -
 
 
 def _is_plain(text: str) -> bool:
-    return is_clean(text) and text.isprintable() and not re.search(r"  |`\s*`|,\.|;\.", text)
+    return (
+        is_self_contained(text) and text.isprintable() and not re.search(r"  |`\s*`|,\.|;\.", text)
+    )
 
 
-def pairs_of(entry: Documented, is_ambiguous: bool) -> list[Pair]:
-    """All pairs that one object gives, unchecked for repetition among objects.
+def make_pairs(entry: DocumentedObject, is_ambiguous: bool) -> list[Pair]:
+    """Make all pairs of one object; duplicates among objects are not removed.
 
-    `is_ambiguous` says that another object has the same short name, so that this one is
-    written with its module.
+    `is_ambiguous`: another object has the same short name, so that the qualified name is used.
     """
     name = f"`{entry.name if is_ambiguous else entry.short_name}`"
     drafts = [

@@ -1,7 +1,7 @@
-"""Give the fragments that docstrings are made of a subject, so that they stand alone.
+"""Complete fragments of docstrings to sentences with a subject.
 
 "Number of trees in the forest." becomes "`n_estimators` is the number of trees in the forest.",
-"Compute the mean." becomes "`f` computes the mean.". What cannot be told apart surely is refused.
+"Compute the mean." becomes "`f` computes the mean.". Ambiguous fragments are refused.
 """
 
 from __future__ import annotations
@@ -21,7 +21,7 @@ from slm_lora.ml_qa.english import (
     is_plural,
     lower_first,
     noun_phrase,
-    opening_and_rest,
+    split_first_word,
     third_person,
     with_indefinite,
     word_set,
@@ -57,7 +57,7 @@ _OPENS_CLAUSE = word_set(
     typically usually here instead conversely alternatively moreover furthermore additionally
     """
 )
-# Openings that leave it open what the fragment is about.
+# First words of fragments with an unclear subject.
 _UNSURE = word_set(
     """
     to see default defaults optional not never please only same currently possible available there
@@ -66,8 +66,8 @@ _UNSURE = word_set(
 )
 
 
-def names_as_code(name: str) -> tuple[str, bool]:
-    """The names of "a, b" as "`a` and `b`", and whether there are several."""
+def quote_names(name: str) -> tuple[str, bool]:
+    """Return the names of "a, b" as "`a` and `b`", and whether there are several."""
     parts = [f"`{part.strip()}`" for part in name.split(",") if part.strip()]
     if len(parts) == 1:
         return parts[0], False
@@ -79,12 +79,12 @@ def _mentions(text: str, name: str) -> bool:
 
 
 def describe_value(name: str, first: str) -> str | None:
-    """A sentence that says what the parameter, attribute or result `name` is.
+    """Return a sentence that describes the parameter, attribute or result `name`.
 
-    `first` is the first cleaned sentence of its description; None if it cannot be recast surely.
+    `first` is the first cleaned sentence of its description. None if the fragment is ambiguous.
     """
-    subject, several = names_as_code(name)
-    opening, rest = opening_and_rest(first)
+    subject, several = quote_names(name)
+    opening, rest = split_first_word(first)
     if not rest or not re.match(r"[A-Z0-9`'\"]", first):
         return None
     lowered = first[0].lower() + first[1:]
@@ -104,7 +104,7 @@ def describe_value(name: str, first: str) -> str | None:
     if match := _THIS_PARAMETER.match(first):
         return f"{subject} {first[match.end() :]}" if has_main_verb(first) and not several else None
     if opening in {"this", "it"}:
-        verb = opening_and_rest(rest)[0]
+        verb = split_first_word(rest)[0]
         known = verb in AUXILIARIES | FINITE_VERBS or verb in PARAMETER_FORMS
         return f"{subject} {rest}" if known and not several else None
     if opening in AUXILIARIES:
@@ -135,13 +135,13 @@ def describe_value(name: str, first: str) -> str | None:
     return f"{subject} {is_or_are if several else 'holds' if plural else 'is'} {phrase}"
 
 
-# "Pass an int", "Stop when": what follows a verb that is in none of the lists.
+# "Pass an int", "Stop when": words after a verb that is in none of the lists.
 _VERB_OBJECT = re.compile(r"(?:a|an|the|all|each|any|it|this|up|when|if|once|until)\b")
 
 
 def _is_noun_phrase(text: str) -> bool:
-    """Whether a fragment without a finite verb surely names a thing."""
-    opening, rest = opening_and_rest(text)
+    """Whether a fragment without a finite verb is clearly a noun phrase."""
+    opening, rest = split_first_word(text)
     is_verb = opening in FUNCTION_VERBS or opening in FUNCTION_FORMS
     # "Set of", "Scale for", "Test set": verbs that are used as nouns.
     as_noun = re.match(r"(?:of|from|for|values?|functions?|matrix|size|type|set)\b", rest)
@@ -172,13 +172,13 @@ _UNCOORDINATED = re.compile(
 
 
 def describe_action(subject: str, summary: str) -> str | None:
-    """A sentence that says what the function or method `subject` does, or None if unsure."""
+    """Return a sentence on the action of the function or method `subject`; None if ambiguous."""
     summary = re.sub(r"^This (?:function|method|routine) (?=[a-z])", "", summary)
-    opening, rest = opening_and_rest(summary)
+    opening, rest = split_first_word(summary)
     adverb = ""
     if re.fullmatch(r"[a-z]{4,}ly", opening):
         adverb = f"{opening} "
-        opening, rest = opening_and_rest(rest)
+        opening, rest = split_first_word(rest)
     verb = FUNCTION_FORMS.get(opening, opening)
     if verb not in FUNCTION_VERBS or not rest or rest.startswith(("of ", "or ", ", ")):
         return None
@@ -189,15 +189,15 @@ def describe_action(subject: str, summary: str) -> str | None:
 
     if opening == verb:
         rest = _COORDINATED.sub(conjugate, rest)
-        # A second verb that was not recognised would stay in the wrong form.
+        # An unknown second verb would keep the wrong form.
         if _UNCOORDINATED.search(rest):
             return None
     return f"{subject} {adverb}{third_person(verb)} {rest}"
 
 
 def describe_result(subject: str, first: str) -> str | None:
-    """A sentence that says what the function `subject` returns, from the result's description."""
-    opening, rest = opening_and_rest(first)
+    """Return a sentence on the result of the function `subject`, from its description."""
+    opening, rest = split_first_word(first)
     if opening in {"returns", "return"}:
         return f"{subject} returns {rest}" if rest and not rest.startswith("of ") else None
     if re.match(r"True (?:if|when)\b", first):
@@ -216,8 +216,8 @@ def describe_result(subject: str, first: str) -> str | None:
 
 
 def describe_thing(subject: str, summary: str) -> str | None:
-    """A sentence that says what the class or distribution `subject` is, or None if unsure."""
-    opening, rest = opening_and_rest(summary)
+    """Return a sentence that defines the class or distribution `subject`; None if ambiguous."""
+    opening, rest = split_first_word(summary)
     if not rest or opening in _OPENS_CLAUSE or opening in {"this", "given", "warning"}:
         return None
     if ":" in summary or re.match(r"^[\w.]+\(", summary):
@@ -241,23 +241,22 @@ _DEFAULT = re.compile(r"^(?:The )?Default(?: value)?(?: is|:| =|s to) ", re.IGNO
 
 
 def continue_sentences(sentences: list[str], *, of_action: bool = False) -> list[str]:
-    """The sentences after the first, given a subject where they have none.
+    """Return the sentences after the first, with a subject added where it is missing.
 
-    With `of_action` they are about what a function does ("Returns ..." is about it), otherwise
-    about what a value is. Stops at the first that has no verb: it is a fragment whose subject is
-    not known.
+    With `of_action` they describe a function ("Returns ..." has it as the subject), otherwise a
+    value. Stops at the first fragment with an unknown subject.
     """
     kept: list[str] = []
     for sentence in sentences:
-        recast = _continue(sentence, of_action)
-        if recast is None:
+        completed = _continue(sentence, of_action)
+        if completed is None:
             break
-        kept.append(recast)
+        kept.append(completed)
     return kept
 
 
 def _continue(sentence: str, of_action: bool) -> str | None:
-    opening, _ = opening_and_rest(sentence)
+    opening, _ = split_first_word(sentence)
     lowered = lower_first(sentence)
     if match := _DEFAULT.match(sentence):
         value = sentence[match.end() :]
@@ -265,7 +264,7 @@ def _continue(sentence: str, of_action: bool) -> str | None:
             return sentence if has_main_verb(sentence) else None
         return f"The default is {value}"
     if opening in AUXILIARIES:
-        # "Must be arrays" speaks of several things: "it" would not agree.
+        # "Must be arrays" is plural: "it" would not agree.
         plural = re.match(r"\w+ be (?:arrays|of the same)\b|(?:are|have|do)\b", lowered)
         return None if plural else f"It {lowered}"
     if sentence.startswith("Only applies"):

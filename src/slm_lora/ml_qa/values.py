@@ -8,12 +8,12 @@ import re
 from collections.abc import Iterator, Sequence
 
 from slm_lora.ml_qa.cleaning import usable_sentences
-from slm_lora.ml_qa.drafts import Draft, fact_of, listed, word_count
+from slm_lora.ml_qa.drafts import Draft, join_list, mask_names, word_count
 from slm_lora.ml_qa.english import has_main_verb, lower_first, starts_with_verb, with_indefinite
-from slm_lora.ml_qa.objects import Documented
-from slm_lora.ml_qa.sentences import continue_sentences, describe_value, names_as_code
+from slm_lora.ml_qa.objects import DocumentedObject
+from slm_lora.ml_qa.sentences import continue_sentences, describe_value, quote_names
 
-# "Input array." says nothing about the object; the arguments of methods are mostly plain data.
+# "Input array." has no information about the object; arguments of methods are mostly plain data.
 _MIN_FACT_WORDS = 5
 _MIN_METHOD_FACT_WORDS = 8
 
@@ -29,53 +29,53 @@ _VAGUE = re.compile(
 )
 
 
-def _default_of(entry: Documented, name: str) -> inspect.Parameter | None:
-    """The parameter of the signature, if it has a default that can be written down."""
-    found = entry.signature.parameters.get(name) if entry.signature else None
-    if found is None or found.default is inspect.Parameter.empty:
+def _argument_with_default(entry: DocumentedObject, name: str) -> inspect.Parameter | None:
+    """Return the parameter of the signature, if its default is a short literal."""
+    parameter = entry.signature.parameters.get(name) if entry.signature else None
+    if parameter is None or parameter.default is inspect.Parameter.empty:
         return None
-    value = found.default
+    value = parameter.default
     items = value if type(value) is tuple else (value,)
     simple = all(type(item) in {bool, int, float, str, type(None)} for item in items)
-    return found if simple and len(repr(value)) <= 40 else None
+    return parameter if simple and len(repr(value)) <= 40 else None
 
 
-def _agrees(type_text: str, value: object) -> bool:
-    """Whether the default that the docstring states, if it states one, is the real one."""
+def _matches_docstring(type_text: str, value: object) -> bool:
+    """Whether a default in the docstring, if there is one, equals the one of the signature."""
     match = re.search(r"default(?:\s*is\s*|\s*[=:]\s*|\s+)(.+)$", type_text)
     if match is None:
         return True
-    written = match.group(1).strip().strip("`")
+    literal = match.group(1).strip().strip("`")
     try:
-        parsed = ast.literal_eval(written)
+        parsed = ast.literal_eval(literal)
     except (ValueError, SyntaxError):
-        return written == value
+        return literal == value
     return bool(parsed == value) and isinstance(parsed, bool) == isinstance(value, bool)
 
 
-def _is_optional(entry: Documented, name: str, type_text: str) -> bool:
+def _is_optional(entry: DocumentedObject, name: str, type_text: str) -> bool:
     if entry.signature and name in entry.signature.parameters:
         return entry.signature.parameters[name].default is not inspect.Parameter.empty
     return "optional" in type_text or "default" in type_text
 
 
-def parameter_drafts(entry: Documented, name: str) -> Iterator[Draft]:
-    """What each parameter means, its default and its allowed values."""
+def parameter_drafts(entry: DocumentedObject, name: str) -> Iterator[Draft]:
+    """Ask for the meaning of each parameter, its default and its allowed values."""
     for parameter in entry.doc["Parameters"] + entry.doc["Other Parameters"]:
         if not re.fullmatch(r"\*?[A-Za-z]\w*(?:, \*?[A-Za-z]\w*){0,2}", parameter.name):
             continue
         if _NOT_WORTH_ASKING.search(" ".join(parameter.desc)):
             continue
-        subject, several = names_as_code(parameter.name)
+        subject, several = quote_names(parameter.name)
         sentences = usable_sentences(parameter.desc)
         first = describe_value(parameter.name, sentences[0]) if sentences else None
         if first and not _VAGUE.search(sentences[0]):
             later = continue_sentences(sentences[1:])
-            fact = fact_of(entry, " ".join([sentences[0], *later]))
+            fact = mask_names(entry, " ".join([sentences[0], *later]))
             optional = _is_optional(entry, parameter.name, parameter.type)
             phrasing = "inputs" if several else "option" if optional else "input"
-            enough = _MIN_METHOD_FACT_WORDS if entry.kind == "method" else _MIN_FACT_WORDS
-            if word_count(fact) >= enough:
+            min_words = _MIN_METHOD_FACT_WORDS if entry.kind == "method" else _MIN_FACT_WORDS
+            if word_count(fact) >= min_words:
                 answer = " ".join([first, *later])
                 yield Draft("parameter_meaning", answer, fact, subject, phrasing)
         if not several:
@@ -84,21 +84,21 @@ def parameter_drafts(entry: Documented, name: str) -> Iterator[Draft]:
 
 
 def _default_drafts(
-    entry: Documented, name: str, parameter: str, type_text: str, sentences: Sequence[str]
+    entry: DocumentedObject, name: str, parameter: str, type_text: str, sentences: Sequence[str]
 ) -> Iterator[Draft]:
-    found = _default_of(entry, parameter)
-    if found is None or not _agrees(type_text, found.default):
+    argument = _argument_with_default(entry, parameter)
+    if argument is None or not _matches_docstring(type_text, argument.default):
         return
-    value = repr(found.default)
+    value = repr(argument.default)
     answer = f"In {name}, `{parameter}` defaults to `{value}`."
     fact = f"default {parameter.casefold()} {value}"
-    # What the default means, where the description says so.
+    # The meaning of the default, if the description has it.
     opening = re.compile(rf"(?:If|When) `?{re.escape(value)}`?(?: \(default\))?, (?:then )?(.+)")
     for match in filter(None, map(opening.fullmatch, sentences)):
         meaning = match.group(1)
         if has_main_verb(meaning) and not starts_with_verb(meaning):
             answer = f"{answer[:-1]}, in which case {lower_first(meaning)}"
-            fact = fact_of(entry, f"{parameter} {value} {meaning}")
+            fact = mask_names(entry, f"{parameter} {value} {meaning}")
             break
     yield Draft("default_value", answer, fact, f"`{parameter}`")
 
@@ -107,9 +107,9 @@ _CHOICES = re.compile(r"^\{([^{}]*)\}((?:,? optional)?(?:,? \(?default.*)?)$")
 
 
 def _options_drafts(
-    entry: Documented, name: str, parameter: str, type_text: str
+    entry: DocumentedObject, name: str, parameter: str, type_text: str
 ) -> Iterator[Draft]:
-    # Nothing but a default may stand beside the braces: "{'a', 'b'} or callable" allows more.
+    # Only a default may follow the braces: "{'a', 'b'} or callable" allows other values.
     match = _CHOICES.match(" ".join(type_text.split()))
     if not match:
         return
@@ -122,15 +122,15 @@ def _options_drafts(
         return
     if not 2 <= len(options) <= 10:
         return
-    found = _default_of(entry, parameter)
+    argument = _argument_with_default(entry, parameter)
     ending = "."
-    if found is not None and found.default not in options:
+    if argument is not None and argument.default not in options:
         return
-    if found is not None:
-        if not _agrees(match.group(2), found.default):
+    if argument is not None:
+        if not _matches_docstring(match.group(2), argument.default):
             return
-        ending = f"; the default is `{found.default!r}`."
-    shown = listed([f"`{option!r}`" for option in options], "or")
+        ending = f"; the default is `{argument.default!r}`."
+    shown = join_list([f"`{option!r}`" for option in options], "or")
     fact = f"options {parameter} {' '.join(sorted(map(repr, options)))}"
     answer = f"In {name}, `{parameter}` can be {shown}{ending}"
     yield Draft("parameter_options", answer, fact, f"`{parameter}`")
@@ -143,8 +143,8 @@ _ARRAY_TYPE = re.compile(
 )
 
 
-def shape_drafts(entry: Documented, name: str) -> Iterator[Draft]:
-    """Type and shape of the arrays among attributes and parameters."""
+def shape_drafts(entry: DocumentedObject, name: str) -> Iterator[Draft]:
+    """Ask for type and shape of array attributes and parameters."""
     for section in ("Attributes", "Parameters"):
         for value in entry.doc[section]:
             match = _ARRAY_TYPE.match(" ".join(value.type.split()))
@@ -153,7 +153,7 @@ def shape_drafts(entry: Documented, name: str) -> Iterator[Draft]:
             if re.search(r"deprecated|ignored", " ".join(value.desc)):
                 continue
             kinds = re.sub(r"^an? |[{}]", "", match.group("kinds"))
-            kind = listed([part.strip() for part in kinds.split(",")], "or")
+            kind = join_list([part.strip() for part in kinds.split(",")], "or")
             shape = re.sub(r"(\([^()]*\))", r"`\1`", match.group("shape"))
             ending = "."
             if section == "Parameters" and "None" in (match.group("rest") or ""):
@@ -165,8 +165,8 @@ def shape_drafts(entry: Documented, name: str) -> Iterator[Draft]:
             yield Draft("array_shape", answer, fact, f"`{value.name}`")
 
 
-def attribute_drafts(entry: Documented) -> Iterator[Draft]:
-    """What each attribute holds."""
+def attribute_drafts(entry: DocumentedObject) -> Iterator[Draft]:
+    """Ask for the meaning of each attribute."""
     for attribute in entry.doc["Attributes"]:
         if not re.fullmatch(r"[A-Za-z]\w*", attribute.name):
             continue
@@ -177,10 +177,10 @@ def attribute_drafts(entry: Documented) -> Iterator[Draft]:
         if not first:
             continue
         later = continue_sentences(sentences[1:])
-        fact = fact_of(entry, " ".join([sentences[0], *later]))
+        fact = mask_names(entry, " ".join([sentences[0], *later]))
         if word_count(fact) < _MIN_FACT_WORDS:
             continue
-        # scikit-learn's trailing underscore: learnt by fit. Plots are not fitted.
+        # scikit-learn marks attributes set by fit by a trailing underscore; plots are not fitted.
         is_fitted = entry.library == "scikit-learn" and attribute.name.endswith("_")
         phrasing = "fitted_attribute" if is_fitted and "Display" not in entry.name else ""
         answer = " ".join([first, *later])

@@ -1,5 +1,5 @@
-"""Activation checkpointing: a layer keeps its input only, and is computed again in the backward
-pass (Chen et al. 2016, arXiv 1604.06174)."""
+"""Activation checkpointing: only a layer's input is stored, and the layer is recomputed in the
+backward pass (Chen et al. 2016, arXiv 1604.06174)."""
 
 from __future__ import annotations
 
@@ -14,25 +14,25 @@ if TYPE_CHECKING:
 
 
 @contextmanager
-def recomputed_layers(model: PreTrainedModel, on: bool) -> Iterator[None]:
-    """Within, decoder layers keep their inputs only while they train, if ``on``.
+def checkpointed_layers(model: PreTrainedModel, on: bool) -> Iterator[None]:
+    """Within the context, checkpoint the decoder layers in training mode if ``on``.
 
-    Dropout is a function of the row (`ops.dropout`), so that the second time is the same.
+    Dropout is a function of the row (`ops.dropout`), so the recomputation uses the same masks.
 
     Raises:
-        UsageError: the model's layers cannot.
+        UsageError: the model does not support it.
     """
     if not on:
         yield
         return
-    # (transformers renamed them in 5.23.)
+    # transformers renamed the methods in 5.23.
     names = ("activation_checkpointing", "gradient_checkpointing")
     name = next(name for name in names if hasattr(model, f"{name}_enable"))
     try:
         getattr(model, f"{name}_enable")({"use_reentrant": False})
     except ValueError as error:
         raise UsageError(f"training.activation_checkpointing: {error}") from error
-    # (Only reentrant checkpoints need inputs with gradients, which are not needed here.)
+    # Only reentrant checkpoints need inputs that require gradients.
     model.disable_input_require_grads()  # type: ignore[no-untyped-call]
     try:
         yield

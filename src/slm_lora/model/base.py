@@ -1,4 +1,4 @@
-"""A loaded base model: what training and scoring are handed."""
+"""A loaded base model, as used by training and scoring."""
 
 from __future__ import annotations
 
@@ -8,7 +8,7 @@ from typing import TYPE_CHECKING, Literal
 import torch
 
 from slm_lora.model.resolve import ModelSource
-from slm_lora.ops.output_head import PLAIN_HEAD, HeadForm
+from slm_lora.ops.output_head import IDENTITY_FORM, HeadForm
 
 if TYPE_CHECKING:
     from transformers import PreTrainedModel
@@ -23,40 +23,40 @@ DTYPES: dict[str, torch.dtype] = {
 
 
 def decoder_layers(model: PreTrainedModel) -> list[torch.nn.Module]:
-    """The layers that every token goes through, as transformers knows them."""
-    kinds = set(model._no_split_modules or ())
-    return [module for module in model.modules() if type(module).__name__ in kinds]
+    """The decoder layers, by the class names that transformers lists as unsplittable."""
+    layer_classes = set(model._no_split_modules or ())
+    return [module for module in model.modules() if type(module).__name__ in layer_classes]
 
 
 def trunk(model: PreTrainedModel) -> torch.nn.Module:
-    """The model without its output layer: from token ids to last hidden states."""
-    # (Some name as their base model what they do not have, and are then their own.)
+    """The model without its output layer: token ids to last hidden states."""
+    # Some models name a missing attribute as base model; `base_model` is then the model itself.
     inner: torch.nn.Module = model.base_model
     return inner if inner is not model else model.get_submodule("model")
 
 
 def text_decoder(model: PreTrainedModel) -> torch.nn.Module:
-    """The part of the trunk that text goes through: not a vision tower, say."""
-    whole, decoder = trunk(model), model.get_decoder()  # type: ignore[no-untyped-call]
-    # (Some call their output layer a decoder.)
-    return decoder if any(module is decoder for module in whole.modules()) else whole
+    """The part of the trunk that processes text, without a vision tower."""
+    full_trunk, decoder = trunk(model), model.get_decoder()  # type: ignore[no-untyped-call]
+    # Some models return their output layer as the decoder.
+    return decoder if any(module is decoder for module in full_trunk.modules()) else full_trunk
 
 
 @dataclass(frozen=True)
 class Base:
-    """A causal language model, ready to compute; frozen, unless all of it is trained.
+    """A causal language model on its device; frozen, except in full fine-tuning.
 
     Attributes:
-        source: where it came from.
-        model: the transformers model; an adapter's layers are put into it in place.
-        device: where it computes.
-        precision: of its weights, or of its products where all of it is trained.
-        packed: whether documents are packed (else: padded batches, the plain way).
-        fallback_reason: one line for the user where ``packed`` is False.
-        quantization: ``nf4`` where its matrices are held in 4 bits.
-        head: what its output layer does beside multiplying with the output embedding.
-        sharded: whether its layers are shared out over the processes, which then must compute
-            equally many micro-batches.
+        source: folder and hash of its weights.
+        model: the transformers model; adapter layers are inserted in place.
+        device: device of its weights.
+        precision: of its weights; in full fine-tuning, of its matrix products.
+        packed: whether documents are packed without padding; else batches are padded.
+        fallback_reason: one line on why ``packed`` is False; else empty.
+        quantization: ``nf4`` if its matrices are stored in 4 bits.
+        head: scale and cap of its logits.
+        sharded: whether its layers are sharded over the processes (FSDP2), which must then compute
+            the same number of micro-batches.
     """
 
     source: ModelSource
@@ -67,14 +67,14 @@ class Base:
     fallback_reason: str = ""
     quantization: str | None = None
     sharded: bool = False
-    head: HeadForm = PLAIN_HEAD
+    head: HeadForm = IDENTITY_FORM
 
     @property
     def dtype(self) -> torch.dtype:
-        """The precision as torch names it."""
+        """The precision as a torch dtype."""
         return DTYPES[self.precision]
 
     @property
     def low_precision(self) -> bool:
-        """Whether it computes in half precision."""
+        """Whether it computes in bf16 or fp16."""
         return self.precision in ("bf16", "fp16")

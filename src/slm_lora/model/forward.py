@@ -1,4 +1,4 @@
-"""Hidden states and losses of a micro-batch: packed, or padded the plain way."""
+"""Hidden states and losses of a micro-batch, packed or padded."""
 
 from __future__ import annotations
 
@@ -10,12 +10,13 @@ import numpy.typing as npt
 import torch
 from torch import Tensor
 
-from slm_lora.data.collate import IGNORED, MicroBatch
+from slm_lora.data.collate import IGNORE_INDEX, MicroBatch
 from slm_lora.model.base import trunk
 from slm_lora.model.head_form import output_head
-from slm_lora.ops.cross_entropy import summed_nll, token_nll
+from slm_lora.ops.cross_entropy import NLL, summed_nll, token_scores
 from slm_lora.ops.dropout import set_keys, token_keys
 from slm_lora.ops.output_head import OutputHead
+from slm_lora.ops.token_metrics import TOKEN_METRICS
 
 if TYPE_CHECKING:
     from transformers import PreTrainedModel
@@ -25,12 +26,12 @@ if TYPE_CHECKING:
 
 
 def batch_nll(base: Base, batch: MicroBatch, dropout_seed: str = "") -> Tensor:
-    """Sum of the NLL over the batch's labels, with gradients to whatever trains.
+    """Sum of the NLL over the batch's labels, differentiable in the trainable weights.
 
     Args:
         base: with its adapter.
-        batch: what to compute.
-        dropout_seed: together with a row's id it decides the dropout masks of that row.
+        batch: the micro-batch.
+        dropout_seed: determines, with the row's id, the dropout masks of a row.
 
     Returns:
         float64 scalar in nats (float32 on Apple's GPUs).
@@ -43,35 +44,47 @@ def batch_nll(base: Base, batch: MicroBatch, dropout_seed: str = "") -> Tensor:
 
 @dataclass(frozen=True, slots=True)
 class DocumentScores:
-    """Per document of a micro-batch, float64 nats and counts of tokens."""
+    """Per document of a micro-batch: NLL in nats (float64) and numbers of tokens; sums of further
+    values of tokens (`ops.token_metrics`) by name, over all labels and over the response's."""
 
     nll_all: npt.NDArray[np.float64]
     tokens_all: npt.NDArray[np.int64]
     nll_response: npt.NDArray[np.float64]
     tokens_response: npt.NDArray[np.int64]
+    values_all: dict[str, npt.NDArray[np.float64]]
+    values_response: dict[str, npt.NDArray[np.float64]]
 
 
 def score_documents(base: Base, batch: MicroBatch) -> DocumentScores:
-    """NLL of every document, of all its labels and of its response labels (no gradient)."""
+    """NLL of each document, over all its labels and over its response labels, without gradient."""
     scored = _scored(batch)
     with torch.no_grad():
         hidden = _hidden(base, batch)[scored.to(base.device)]
-        nll = token_nll(hidden, _head(base), _labels(base, batch, scored))
-    losses = nll.to("cpu", torch.float64).numpy()
+        scores = token_scores(hidden, _head(base), _labels(base, batch, scored), TOKEN_METRICS)
+    values = {name: value.to("cpu", torch.float64).numpy() for name, value in scores.items()}
+    losses = values.pop(NLL)
     document = batch.document[scored.numpy()]
     response = batch.response[scored.numpy()].astype(np.float64)
-    many = len(batch.lengths)
+    n_documents = len(batch.lengths)
     return DocumentScores(
-        nll_all=np.bincount(document, losses, many).astype(np.float64),
-        tokens_all=np.bincount(document, minlength=many),
-        nll_response=np.bincount(document, losses * response, many).astype(np.float64),
-        tokens_response=np.bincount(document, response, many).astype(np.int64),
+        nll_all=np.bincount(document, losses, n_documents).astype(np.float64),
+        tokens_all=np.bincount(document, minlength=n_documents),
+        nll_response=np.bincount(document, losses * response, n_documents).astype(np.float64),
+        tokens_response=np.bincount(document, response, n_documents).astype(np.int64),
+        values_all={
+            name: np.bincount(document, value, n_documents).astype(np.float64)
+            for name, value in values.items()
+        },
+        values_response={
+            name: np.bincount(document, value * response, n_documents).astype(np.float64)
+            for name, value in values.items()
+        },
     )
 
 
 def packed_logits(model: PreTrainedModel, form: HeadForm, documents: list[Tensor]) -> Tensor:
-    """Logits [T, vocabulary] of documents laid end to end, through packed attention and the
-    output head, as `batch_nll` computes them."""
+    """Logits [T, vocab_size] of concatenated documents by packed attention and the output head, as
+    in `batch_nll`."""
     lengths = torch.tensor([len(document) for document in documents])
     hidden = _packed_hidden(
         model,
@@ -83,13 +96,13 @@ def packed_logits(model: PreTrainedModel, form: HeadForm, documents: list[Tensor
 
 
 def document_logits(base: Base, documents: list[Tensor]) -> Tensor:
-    """Logits [T, vocabulary] of documents laid end to end, by the way that trains and scores.
+    """Logits [T, vocab_size] of concatenated documents by the forward pass of training and scoring.
 
-    (With any masks of dropout, where the model is in training mode.)
+    In training mode the dropout masks are arbitrary.
     """
     lengths = tuple(len(document) for document in documents)
     ids = torch.cat(documents).to(base.device)
-    _hand_keys(base, torch.arange(len(ids), dtype=torch.int32, device=base.device), lengths)
+    _set_dropout_keys(base, torch.arange(len(ids), dtype=torch.int32, device=base.device), lengths)
     with mixed_precision(base):
         if base.packed:
             positions = torch.cat([torch.arange(n) for n in lengths]).to(base.device)
@@ -100,8 +113,8 @@ def document_logits(base: Base, documents: list[Tensor]) -> Tensor:
 
 
 def _scored(batch: MicroBatch) -> Tensor:
-    # From numpy, so that a GPU is not asked (and waited for) which positions count.
-    return torch.from_numpy(np.flatnonzero(batch.labels != IGNORED))
+    # Computed in numpy: on a GPU, nonzero would synchronise.
+    return torch.from_numpy(np.flatnonzero(batch.labels != IGNORE_INDEX))
 
 
 def _labels(base: Base, batch: MicroBatch, scored: Tensor) -> Tensor:
@@ -109,15 +122,15 @@ def _labels(base: Base, batch: MicroBatch, scored: Tensor) -> Tensor:
 
 
 def _head(base: Base) -> OutputHead:
-    """The output head in the precision of the products."""
+    """The output head in the precision of the matrix products."""
     return output_head(base.model, base.head).to(base.dtype)
 
 
 def _hidden(base: Base, batch: MicroBatch, dropout_keys: Tensor | None = None) -> Tensor:
-    """Final hidden states [T, width], in the order of the batch's tokens."""
+    """Last hidden states [T, hidden_size], in the order of the batch's tokens."""
     ids = torch.from_numpy(batch.ids).to(base.device)
     if dropout_keys is not None:
-        _hand_keys(base, dropout_keys, batch.lengths)
+        _set_dropout_keys(base, dropout_keys, batch.lengths)
     with mixed_precision(base):
         if not base.packed:
             return _padded_hidden(base.model, ids, batch.lengths)
@@ -125,14 +138,14 @@ def _hidden(base: Base, batch: MicroBatch, dropout_keys: Tensor | None = None) -
         return _packed_hidden(base.model, ids, positions, torch.tensor(batch.lengths))
 
 
-def _hand_keys(base: Base, keys: Tensor, lengths: tuple[int, ...]) -> None:
-    """Hand the keys of tokens, [T], to all dropouts, in the shape of the batch."""
+def _set_dropout_keys(base: Base, keys: Tensor, lengths: tuple[int, ...]) -> None:
+    """Set the tokens' dropout keys [T] in all dropout modules, in the shape of the batch."""
     set_keys(base.model, keys.unsqueeze(0) if base.packed else _padded(keys, lengths))
 
 
 def mixed_precision(base: Base) -> torch.autocast:
-    """What trains is fp32 and multiplies in the base's bf16 or fp16, as everywhere (`bf16=True`
-    of transformers' Trainer does the same); its gradients are summed in fp32."""
+    """Autocast to the base's bf16 or fp16, as with `bf16=True` in transformers' Trainer: trainable
+    weights and their gradients are fp32."""
     return torch.autocast(
         base.device.type, base.dtype if base.low_precision else None, enabled=base.low_precision
     )
@@ -142,7 +155,7 @@ def _packed_hidden(
     model: PreTrainedModel, ids: Tensor, positions: Tensor, lengths: Tensor
 ) -> Tensor:
     if len(lengths) == 1:
-        # One without tokens beside it: a compiler makes code of its own for sizes of one.
+        # An empty second document: Dynamo would specialise on a size of one.
         lengths = torch.nn.functional.pad(lengths, (0, 1))
     output = trunk(model)(
         input_ids=ids.unsqueeze(0),
@@ -162,6 +175,6 @@ def _padded_hidden(model: PreTrainedModel, ids: Tensor, lengths: tuple[int, ...]
 
 
 def _padded(packed: Tensor, lengths: tuple[int, ...]) -> Tensor:
-    """Values of tokens, [T], as [documents, longest] with zeros at the end."""
+    """Token values [T] as [documents, longest document], padded with zeros at the end."""
     documents = torch.split(packed, list(lengths))
     return torch.nn.utils.rnn.pad_sequence(list(documents), batch_first=True)

@@ -1,4 +1,4 @@
-"""Load a frozen base model, and decide on what and in which precision it computes."""
+"""Load a frozen base model; choose device and precision."""
 
 from __future__ import annotations
 
@@ -15,7 +15,7 @@ from slm_lora.model.head_form import check_head, measure_head
 from slm_lora.model.quantization import prepare_quantized, quantized_loading
 from slm_lora.model.resolve import ModelSource, weight_files
 from slm_lora.ops import attention
-from slm_lora.ops.compilation import fuse_layers
+from slm_lora.ops.compilation import make_layers_compilable
 from slm_lora.ops.linear import patch_linears
 from slm_lora.ops.output_head import HeadForm
 from slm_lora.runtime import hardware
@@ -24,38 +24,39 @@ if TYPE_CHECKING:
     from transformers import PreTrainedModel, PreTrainedTokenizerBase
 
 
-def choose_device(wanted: str) -> torch.device:
+def choose_device(name: str) -> torch.device:
     """``auto``: CUDA, else Apple's GPU, else the CPU.
 
     Raises:
-        UsageError: the wanted device is not there.
+        UsageError: the device is not available.
     """
     available = {
         "cuda": torch.cuda.is_available(),
         "mps": torch.backends.mps.is_available(),
         "cpu": True,
     }
-    if wanted == "auto":
-        return torch.device(next(name for name, there in available.items() if there))
-    if not available[wanted]:
-        raise UsageError(f"training.device = {wanted}: this machine or this torch has none")
-    return torch.device(wanted)
+    if name == "auto":
+        return torch.device(
+            next(candidate for candidate, is_available in available.items() if is_available)
+        )
+    if not available[name]:
+        raise UsageError(f"training.device = {name}: this machine or this torch has none")
+    return torch.device(name)
 
 
-def choose_precision(wanted: str, device: torch.device) -> PrecisionName:
-    """``auto``: what the device computes fast: bf16 where it has instructions for it, fp16 on
-    older NVIDIA cards, else fp32.
+def choose_precision(name: str, device: torch.device) -> PrecisionName:
+    """``auto``: bf16 if the device has instructions for it, fp16 on older NVIDIA cards, else fp32.
 
     Raises:
-        UsageError: fp16 elsewhere than on a CUDA device (it needs loss scaling there).
+        UsageError: fp16 on another device than CUDA (loss scaling is implemented there only).
     """
-    if wanted == "fp16" and device.type != "cuda":
+    if name == "fp16" and device.type != "cuda":
         raise UsageError(
             "training.precision = fp16: needs a CUDA device; "
             "use training.precision=bf16 or fp32 on this machine"
         )
-    if wanted != "auto":
-        return wanted  # type: ignore[return-value]
+    if name != "auto":
+        return name  # type: ignore[return-value]
     if device.type == "cuda":
         return "bf16" if torch.cuda.is_bf16_supported(including_emulation=False) else "fp16"
     if device.type == "cpu" and _cpu_has_bf16():
@@ -65,7 +66,7 @@ def choose_precision(wanted: str, device: torch.device) -> PrecisionName:
 
 @functools.cache
 def _cpu_has_bf16() -> bool:
-    # AVX512-BF16 or AMX; torch computes bf16 elsewhere too, but slower than fp32.
+    # AVX512-BF16 or AMX; without them bf16 is slower than fp32.
     return bool(torch.cpu._is_avx512_bf16_supported() or torch.cpu._is_amx_tile_supported())
 
 
@@ -73,7 +74,7 @@ def load_tokenizer(source: ModelSource) -> PreTrainedTokenizerBase:
     """The model's own tokenizer.
 
     Raises:
-        UsageError: the folder has none.
+        UsageError: the folder has none that loads.
     """
     from transformers import AutoTokenizer
 
@@ -81,7 +82,7 @@ def load_tokenizer(source: ModelSource) -> PreTrainedTokenizerBase:
         tokenizer: PreTrainedTokenizerBase = AutoTokenizer.from_pretrained(
             source.path, local_files_only=True, trust_remote_code=False
         )
-    except Exception as error:  # the tokenizers library raises nothing narrower
+    except Exception as error:  # the tokenizers library raises plain Exception
         raise UsageError(
             f"model {source.name}: its tokenizer cannot be loaded: {_first_line(error)}"
         ) from error
@@ -93,24 +94,23 @@ def load_base(
     *,
     device: torch.device,
     precision: PrecisionName,
-    plain: bool = False,
+    padded: bool = False,
     quantization: str | None = None,
     sharded: bool = False,
 ) -> Base:
     """Load the base with all weights frozen.
 
     Args:
-        source: from `source.resolve`.
-        device: where to put it.
+        source: from `resolve.resolve`.
+        device: of its weights.
         precision: of its weights.
-        plain: compute padded batches with transformers' own attention, as the twin that the
-            packed way is tested against.
-        sharded: over the processes of this run, see `model.fsdp`; all call this alike.
+        padded: use padded batches with transformers' own attention, the reference for packing.
+        sharded: shard its layers over the processes of the run (`model.fsdp`); a collective call.
         quantization: ``nf4`` for weights in 4 bits (Dettmers et al. 2023, arXiv 2305.14314).
 
     Raises:
-        UsageError: not a causal language model that transformers can load without remote code,
-            or one whose logits are more than a product with the output embedding.
+        UsageError: not a causal language model that transformers loads without remote code, or an
+            output layer that `head_form` does not support.
         IntegrityError: tensors are missing or do not fit the configuration.
     """
     if device.type == "cpu":
@@ -125,9 +125,9 @@ def load_base(
     head = _measured_head(source, model)
     if not sharded:
         patch_linears(model, device)
-        fuse_layers(decoder_layers(model))
-    packed, why = (False, "asked for") if plain else _try_packed(model, head)
-    return Base(source, model, device, precision, packed, why, quantization, sharded, head)
+        make_layers_compilable(decoder_layers(model))
+    packed, reason = (False, "asked for") if padded else _try_packed(model, head)
+    return Base(source, model, device, precision, packed, reason, quantization, sharded, head)
 
 
 def _read(
@@ -155,13 +155,13 @@ def _read(
     model: PreTrainedModel = loaded[0]
     if quantization:
         prepare_quantized(model)
-    # Weights that transformers would initialise at random are a broken model here.
+    # transformers initialises missing tensors at random.
     if missing := sorted(loaded[1]["missing_keys"]):
         raise IntegrityError(
             f"model {source.name}: {len(missing)} tensors are missing, first {missing[0]}; "
             "the folder is incomplete or for another architecture"
         )
-    # PEFT writes this into the adapter: a name that exists for others, no path of this machine.
+    # PEFT writes this into the adapter's configuration, where a local path would be useless.
     model.name_or_path = model.config._name_or_path = source.name
     return model
 
@@ -171,20 +171,20 @@ def _first_line(error: Exception) -> str:
 
 
 def _sample(model: PreTrainedModel, length: int, seed: int) -> torch.Tensor:
-    vocabulary = int(model.config.get_text_config().vocab_size)
+    vocab_size = int(model.config.get_text_config().vocab_size)
     generator = torch.Generator().manual_seed(seed)
-    return torch.randint(0, vocabulary, (length,), generator=generator)
+    return torch.randint(0, vocab_size, (length,), generator=generator)
 
 
 def _measured_head(source: ModelSource, model: PreTrainedModel) -> HeadForm:
-    """Its output layer; the first thing that the model computes here."""
+    """Measure the output layer; the model's first forward pass, so all its errors appear here."""
     try:
         head = measure_head(model, source.name)
         ids = _sample(model, 7, seed=1).unsqueeze(0).to(model.device)
         check_head(model, head, ids, source.name)
     except (SlmLoraError, MemoryError, torch.OutOfMemoryError):
         raise
-    except Exception as error:  # the model's code, which may fail in any way
+    except Exception as error:  # any error of the model's code
         raise UsageError(
             f"model {source.name}: transformers does not compute it here "
             f"({model.config.model_type}: {type(error).__name__}: {_first_line(error)})"
@@ -193,12 +193,12 @@ def _measured_head(source: ModelSource, model: PreTrainedModel) -> HeadForm:
 
 
 def _try_packed(model: PreTrainedModel, head: HeadForm) -> tuple[bool, str]:
-    """Turn packed attention on if the model gives the same logits with it, to rounding.
+    """Enable packed attention if the model gives the same logits with it, up to rounding.
 
-    The test is the proof: two short documents, packed, against each alone in transformers'
-    own way. It catches models whose attention, head or positions the packed way does not know.
+    Two short documents, packed, are compared with each alone by transformers' own attention. This
+    detects attention, positions and output layers that packing does not support.
     """
-    before: Any = model.config._attn_implementation
+    original: Any = model.config._attn_implementation
     documents = [_sample(model, length, seed=length) for length in (13, 7)]
     try:
         with torch.no_grad():
@@ -207,20 +207,20 @@ def _try_packed(model: PreTrainedModel, head: HeadForm) -> tuple[bool, str]:
             model.set_attn_implementation(attention.PACKED)
             calls = attention.calls()
             packed = packed_logits(model, head, documents)
-        # transformers returns silently where a model's code has attention of its own; with
-        # a mask over the whole batch its logits are right, and its cost is not.
+        # transformers does not report a model with its own attention code; with a mask over the
+        # whole batch its logits are right, but it computes attention between documents.
         if attention.calls() == calls:
             raise ValueError("its attention cannot be exchanged")
         reference = torch.cat(alone).float()
-        # What softmax makes of logits does not change with their mean.
+        # Softmax is invariant to the mean of the logits.
         spread = (reference - reference.mean(1, keepdim=True)).norm()
         error = ((packed.float() - reference).norm() / spread).item()
-        # Rounding of two orders of summation, through all layers: transformers' own ways differ
-        # by up to 0.08 in bf16 without instructions for it; documents that see each other, 0.6.
+        # Rounding with two orders of summation: transformers' own attention implementations differ
+        # by up to 0.08 in emulated bf16; attention between documents gives 0.6.
         bound = 1e-4 if model.dtype == torch.float32 else 0.2
         if not error <= bound:
             raise ValueError(f"logits differ by {error:.1e} of their spread")
     except Exception as error:
-        model.set_attn_implementation(before)
+        model.set_attn_implementation(original)
         return False, f"{model.config.model_type} computes padded batches: {_first_line(error)}"
     return True, ""

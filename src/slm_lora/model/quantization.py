@@ -1,4 +1,4 @@
-"""A base in 4 bits, by bitsandbytes."""
+"""4-bit quantization (NF4) of a base by bitsandbytes."""
 
 from __future__ import annotations
 
@@ -16,32 +16,32 @@ if TYPE_CHECKING:
     from torch import nn
 
 _HUB_KERNELS = "kernels"
-"""A package that fetches compiled code from the hub."""
+"""Package that downloads compiled code from the hub."""
 
 
 def import_bitsandbytes() -> bool:
-    """Import it, if it is installed, and let it fetch nothing; whether it is.
+    """Import bitsandbytes without downloads; returns whether it is installed.
 
-    To be called before PEFT is imported, which imports it. On CPUs with AVX512-BF16 it (0.50) asks
-    the hub for compiled code meanwhile if `kernels` is installed, and warns if that is not.
+    Call it before PEFT is imported, which imports bitsandbytes. On CPUs with AVX512-BF16 its import
+    (0.50) downloads compiled code from the hub if `kernels` is installed, and warns if it is not.
     """
     if importlib.util.find_spec("bitsandbytes") is None:
         return False
     if "bitsandbytes" in sys.modules:
         return True
     logging.getLogger("bitsandbytes.backends.cpu.ops").setLevel(logging.ERROR)
-    before = {_HUB_KERNELS: sys.modules[_HUB_KERNELS]} if _HUB_KERNELS in sys.modules else {}
-    sys.modules[_HUB_KERNELS] = None  # type: ignore[assignment]  # as if it were not installed
+    saved = {_HUB_KERNELS: sys.modules[_HUB_KERNELS]} if _HUB_KERNELS in sys.modules else {}
+    sys.modules[_HUB_KERNELS] = None  # type: ignore[assignment]  # makes its import fail
     try:
         import bitsandbytes  # noqa: F401
     finally:
         del sys.modules[_HUB_KERNELS]
-        sys.modules.update(before)
+        sys.modules.update(saved)
     return True
 
 
 def quantized_loading(precision: PrecisionName, device: torch.device) -> dict[str, Any]:
-    """What transformers is told to load a model in 4 bits.
+    """Arguments of `from_pretrained` for loading a model in 4 bits.
 
     Raises:
         UsageError: bitsandbytes is not installed.
@@ -63,13 +63,13 @@ def quantized_loading(precision: PrecisionName, device: torch.device) -> dict[st
 
 
 def prepare_quantized(model: nn.Module) -> None:
-    """Make what was loaded so fit for training, in place."""
-    # What was not quantised lies in the file's pages still, and so keeps all of them.
+    """Prepare a model loaded in 4 bits for training, in place."""
+    # Unquantised tensors are views of the mapped file, and would keep all of it in memory.
     for parameter in model.parameters():
         if type(parameter) is torch.nn.Parameter:
             parameter.data = parameter.data.clone()
-    # On CPUs with AVX512-BF16 bitsandbytes (0.50) repacks weights on first use
-    # without gradients, and products with those have none: training would lack most of it.
+    # On CPUs with AVX512-BF16 bitsandbytes (0.50) repacks weights at their first use without
+    # gradients, and products with repacked weights have no backward pass.
     module: Any
     for module in model.modules():
         if hasattr(module, "support_avx512bf16_for_cpu"):

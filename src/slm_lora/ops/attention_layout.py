@@ -1,9 +1,9 @@
-"""How packed documents are laid out for batched matrix products: buckets and blocks.
+"""Layout of packed documents for batched matrix products: buckets and blocks.
 
-Documents are sorted by length and put into buckets; a bucket takes lengths down to
-``BUCKET_SHARE`` of its longest, so little is padded inside. Queries are divided into blocks of
-about ``BLOCK`` positions, and a block is multiplied only with the keys up to its last position:
-for long documents this leaves out nearly half of what causal attention masks anyway.
+Documents are sorted by length into buckets; a bucket holds lengths from ``BUCKET_SHARE`` of its
+longest, which limits padding. Queries are divided into blocks of about ``BLOCK`` positions, and
+a block is multiplied only by the keys up to its last position: for long documents this skips nearly
+half of the products that the causal mask would discard.
 """
 
 from __future__ import annotations
@@ -16,13 +16,13 @@ import torch
 from torch import Tensor
 
 BUCKET_SHARE = 0.85
-"""A bucket's shortest document is at least this share of its longest."""
+"""Least ratio of the shortest to the longest document of a bucket."""
 
 BLOCK = 128
-"""Positions of a block of queries, about."""
+"""Approximate number of positions in a block of queries."""
 
 MULTIPLE = 16
-"""Padded lengths are a multiple of this: vectors are full, and few shapes occur."""
+"""Padded lengths are multiples of it, for full vectors and few distinct shapes."""
 
 
 @dataclass(frozen=True)
@@ -41,13 +41,15 @@ class Block:
 
 @dataclass(frozen=True)
 class Bucket:
-    """Documents of about one length. Padding gathers its document's last token, again.
+    """Documents of similar length; padding repeats a document's last token.
 
     Attributes:
-        documents: how many.
+        documents: number of documents.
         keys: rows of the packed keys ([tokens × kv heads]) in the order
             [document, kv head, position].
-        lengths: real length of every document, once a query head, int64 [documents × heads].
+        lengths: unpadded length of each document, repeated for each query head, int64
+            [documents × heads].
+        blocks: of its queries, the last one first.
     """
 
     documents: int
@@ -58,11 +60,11 @@ class Bucket:
 
 @dataclass(frozen=True)
 class Layout:
-    """Buckets, and where each packed row stands among all gathered ones."""
+    """Buckets, and indices that restore the packed order from the gathered rows."""
 
     buckets: tuple[Bucket, ...]
-    queries_back: Tensor
-    keys_back: Tensor
+    restore_queries: Tensor
+    restore_keys: Tensor
 
 
 def _buckets(lengths: tuple[int, ...]) -> list[list[int]]:
@@ -75,61 +77,63 @@ def _buckets(lengths: tuple[int, ...]) -> list[list[int]]:
     return buckets
 
 
-def _rounded_up(n: int) -> int:
+def _round_up(n: int) -> int:
     return -(-n // MULTIPLE) * MULTIPLE
 
 
 def _blocks(longest: int) -> Iterator[tuple[int, int]]:
-    size = _rounded_up(-(-longest // max(1, round(longest / BLOCK))))
-    # The last one first: it has more keys than queries, and a compiler that sees two sizes
-    # equal would make code for equal ones only.
+    size = _round_up(-(-longest // max(1, round(longest / BLOCK))))
+    # The last block first: it has more keys than queries, and Dynamo would specialise on equal
+    # sizes.
     for start in reversed(range(0, longest, size)):
         yield start, min(start + size, longest)
 
 
 @functools.lru_cache(maxsize=8)
 def layout(lengths: tuple[int, ...], heads: int, kv_heads: int, device: torch.device) -> Layout:
-    """The layout of one packing; cached, as every layer of a pass asks for the same."""
+    """The layout of a micro-batch; cached, as all layers of a forward pass need the same."""
     starts = torch.tensor((0, *lengths)).cumsum(0)
     group = heads // kv_heads
     head = torch.arange(heads).view(1, kv_heads, group, 1)
     kv_head = torch.arange(kv_heads).view(1, kv_heads, 1)
     buckets, query_rows, query_real, key_rows, key_real = [], [], [], [], []
     for documents in _buckets(lengths):
-        many = len(documents)
-        longest = _rounded_up(lengths[documents[0]])
-        own = torch.tensor([lengths[d] for d in documents]).view(-1, 1)
+        n_documents = len(documents)
+        longest = _round_up(lengths[documents[0]])
+        own_lengths = torch.tensor([lengths[d] for d in documents]).view(-1, 1)
         position = torch.arange(longest).view(1, -1)
-        tokens = starts[documents].view(-1, 1) + position.minimum(own - 1)
-        real = position < own
-        keys = (tokens.view(many, 1, longest) * kv_heads + kv_head).flatten()
+        tokens = starts[documents].view(-1, 1) + position.minimum(own_lengths - 1)
+        is_real = position < own_lengths
+        keys = (tokens.view(n_documents, 1, longest) * kv_heads + kv_head).flatten()
         key_rows.append(keys)
-        key_real.append(real.view(many, 1, longest).expand(-1, kv_heads, -1).flatten())
+        key_real.append(is_real.view(n_documents, 1, longest).expand(-1, kv_heads, -1).flatten())
         blocks = []
         for start, stop in _blocks(longest):
-            rows = tokens[:, start:stop].reshape(many, 1, 1, -1) * heads + head
+            rows = tokens[:, start:stop].reshape(n_documents, 1, 1, -1) * heads + head
             query_rows.append(rows.flatten())
-            query_real.append(real[:, start:stop].reshape(many, 1, 1, -1).expand_as(rows).flatten())
+            query_real.append(
+                is_real[:, start:stop].reshape(n_documents, 1, 1, -1).expand_as(rows).flatten()
+            )
             blocks.append(Block(start, stop, query_rows[-1].to(device)))
         buckets.append(
             Bucket(
-                many,
+                n_documents,
                 keys.to(device),
-                # (No view, whose base a compiler would make cases of.)
+                # Not a view: Dynamo would guard on its base.
                 torch.tensor([lengths[d] for d in documents for _ in range(heads)]).to(device),
                 tuple(blocks),
             )
         )
     total = int(starts[-1])
 
-    def back(rows: list[Tensor], real: list[Tensor], many: int) -> Tensor:
-        where = torch.empty(many, dtype=torch.long)
-        index, is_real = torch.cat(rows), torch.cat(real)
-        where[index[is_real]] = torch.arange(len(index))[is_real]
-        return where.to(device)
+    def restore_index(rows: list[Tensor], is_real: list[Tensor], n_rows: int) -> Tensor:
+        restored = torch.empty(n_rows, dtype=torch.long)
+        index, real_rows = torch.cat(rows), torch.cat(is_real)
+        restored[index[real_rows]] = torch.arange(len(index))[real_rows]
+        return restored.to(device)
 
     return Layout(
         tuple(buckets),
-        back(query_rows, query_real, total * heads),
-        back(key_rows, key_real, total * kv_heads),
+        restore_index(query_rows, query_real, total * heads),
+        restore_index(key_rows, key_real, total * kv_heads),
     )

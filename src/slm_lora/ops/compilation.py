@@ -1,8 +1,8 @@
-"""Where torch.compile is used, and the switch that turns it on.
+"""torch.compile: the functions that use it, and when it is enabled.
 
-Compiled code does elementwise work in single passes over memory. It computes the same to
-rounding, costs seconds on first use, and needs a C++ compiler on a CPU (Triton on a GPU): so
-short runs go without it, and everything also runs as it is written.
+Inductor fuses elementwise operations into one pass over memory. Results are equal up to rounding.
+Compilation takes seconds and needs a C++ compiler on a CPU (Triton on a GPU), so short runs stay in
+eager mode, which all functions support.
 """
 
 from __future__ import annotations
@@ -25,49 +25,49 @@ from slm_lora.runtime.storage import cache_dir
 P = ParamSpec("P")
 R = TypeVar("R")
 
-PAYS_FROM = {"cpu": (30_000, 75_000), "cuda": (2_000_000, 2_000_000)}
-"""Tokens from which a run wins back the time of compiling with nothing in the cache, in half
-precision and in fp32: measured on CPUs (16 s against 0.85 ms a token with AVX512-BF16, when the
-first layer was compiled apart; 34 s against 0.3 to 0.8 ms with AVX2), a guess on GPUs."""
+MIN_TOKENS = {"cpu": (30_000, 75_000), "cuda": (2_000_000, 2_000_000)}
+"""Tokens of a run that repay compilation with an empty cache, in bf16 or fp16 and in fp32. Measured
+on CPUs (16 s against 0.85 ms per token with AVX512-BF16, when the first layer was compiled
+separately; 34 s against 0.3 to 0.8 ms with AVX2), estimated on GPUs."""
 
-MOST_VARIANTS = 256
-"""Of one function, after which nothing is compiled any more."""
+RECOMPILE_LIMIT = 256
+"""Compiled variants of one function; beyond it, compilation fails."""
 
-_on = False
+_enabled = False
 _failure = ""
 
 
-def wanted(
+def should_compile(
     setting: bool | str,
     tokens: int,
     device: torch.device,
     low_precision: bool,
     sharded: bool = False,
 ) -> bool:
-    """Whether a run over ``tokens`` compiles; ``auto``: if it pays and a compiler is there.
+    """Whether a run over ``tokens`` compiles; ``auto``: if compilation pays and a compiler exists.
 
     Args:
-        setting: of the recipe.
-        tokens: of the whole run.
-        device: where it computes.
-        low_precision: whether in half precision.
-        sharded: whether the base's layers are shared out, which are never compiled.
+        setting: ``training.compile`` of the recipe.
+        tokens: number of tokens of the whole run.
+        device: device of the model.
+        low_precision: whether it computes in bf16 or fp16.
+        sharded: whether its layers are sharded; these are never compiled.
     """
-    return pays(setting, tokens, device, low_precision, sharded) and (
+    return is_worthwhile(setting, tokens, device, low_precision, sharded) and (
         setting != "auto" or _has_compiler(device)
     )
 
 
-def pays(
+def is_worthwhile(
     setting: bool | str, tokens: int, device: torch.device, low_precision: bool, sharded: bool
 ) -> bool:
-    """As `wanted`, on a machine that has a compiler."""
+    """As `should_compile`, on a machine with a compiler."""
     if sharded:
         return False
     if setting != "auto":
         return bool(setting)
-    in_half, in_fp32 = PAYS_FROM.get(device.type, (tokens + 1, tokens + 1))
-    return tokens >= (in_half if low_precision else in_fp32)
+    low_minimum, fp32_minimum = MIN_TOKENS.get(device.type, (tokens + 1, tokens + 1))
+    return tokens >= (low_minimum if low_precision else fp32_minimum)
 
 
 def _has_compiler(device: torch.device) -> bool:
@@ -79,70 +79,70 @@ def _has_compiler(device: torch.device) -> bool:
     return hardware.cpp_compiler() is not None and headers.is_file()
 
 
-_set_up = threading.local()
+_thread_state = threading.local()
 
 
-def _set_up_compiler() -> None:
-    """For this thread (torch's settings are a thread's; backward passes on GPUs have their own);
-    only where it is used, as this imports it."""
-    if getattr(_set_up, "done", False):
+def _configure_compiler() -> None:
+    """Configure torch.compile for this thread: its settings are thread-local, and backward passes
+    on GPUs run in other threads. Called on first use, because the imports are slow."""
+    if getattr(_thread_state, "configured", False):
         return
-    import torch._dynamo.config as tracing
-    import torch._functorch.config as ahead_of_time
-    import torch.fx.experimental._config as shapes
+    import torch._dynamo.config as dynamo_config
+    import torch._functorch.config as functorch_config
+    import torch.fx.experimental._config as shape_config
 
-    # What it makes is kept between runs.
+    # Compiled code is cached between runs.
     os.environ.setdefault("TORCHINDUCTOR_CACHE_DIR", str(cache_dir() / "compiled"))
-    # Each kind of adapter and each rank of a grid wants code of its own, to train and to score.
-    # PyTorch's limit of 8 is soon reached, and later cells would run as written but for a warning.
-    tracing.recompile_limit = tracing.accumulated_recompile_limit = MOST_VARIANTS
-    tracing.fail_on_recompile_limit_hit = True
-    # Else floats are symbols, until it turns out which cannot be: then all is traced once more.
-    tracing.specialize_float = True
-    # Else sizes that happen to be equal in the first batch are taken to be equal in all.
-    shapes.use_duck_shape = False
-    # This check at the first call of an operator would have the functions that it calls compiled
-    # once more, for the state of the check; the tests check our operator, on a CPU.
-    ahead_of_time.check_custom_op_aliasing = False
-    _set_up.done = True
+    # Each adapter method and rank of a grid needs separate code for training and scoring. With
+    # PyTorch's limit of 8, later cells would fall back to eager mode with only a warning.
+    dynamo_config.recompile_limit = dynamo_config.accumulated_recompile_limit = RECOMPILE_LIMIT
+    dynamo_config.fail_on_recompile_limit_hit = True
+    # Otherwise floats are traced as symbols, and traced again where a symbol is not supported.
+    dynamo_config.specialize_float = True
+    # Otherwise sizes that are equal in the first batch are assumed to be equal in all batches.
+    shape_config.use_duck_shape = False
+    # The aliasing check at an operator's first call would compile the functions that it calls
+    # again, under the check's modes; the tests check our operators on a CPU.
+    functorch_config.check_custom_op_aliasing = False
+    _thread_state.configured = True
 
 
-def fused(function: Callable[P, R]) -> Callable[P, R]:
-    """A function of tensors that runs compiled within `fusion`, and as it is written outside."""
+def compilable(function: Callable[P, R]) -> Callable[P, R]:
+    """Decorate a function of tensors: it runs compiled within `enabled`, otherwise eagerly."""
 
     @functools.cache
     def compiled() -> Callable[P, R]:
-        # Sizes vary from batch to batch.
+        # Sizes vary between batches.
         return torch.compile(function, dynamic=True)
 
     @functools.wraps(function)
     def run(*args: P.args, **kwargs: P.kwargs) -> R:
-        if not _on:
+        if not _enabled:
             return function(*args, **kwargs)
-        _set_up_compiler()
+        _configure_compiler()
         return compiled()(*args, **kwargs)
 
     return run
 
 
-def fuse_layers(layers: Sequence[torch.nn.Module]) -> None:
-    """Make every decoder layer a `fused` function. One compilation serves all of them."""
+def make_layers_compilable(layers: Sequence[torch.nn.Module]) -> None:
+    """Make the forward pass of each decoder layer `compilable`; they share one compilation."""
     for layer in layers:
-        layer.forward = fused(layer.forward)
+        layer.forward = compilable(layer.forward)
     for first in layers[:1]:
-        first.forward = _as_if_in_the_middle(first.forward)
+        first.forward = _with_input_gradient(first.forward)
 
 
-def _as_if_in_the_middle(forward: Callable[..., R]) -> Callable[..., R]:
-    """The first layer, whose input has no gradient where the embeddings are frozen: code compiled
-    for that would serve it alone, and take as long to make as that of all the others. A gradient
-    that is not read costs a few thousandths of a step."""
+def _with_input_gradient(forward: Callable[..., R]) -> Callable[..., R]:
+    """Let the first layer's input require a gradient, which it does not with frozen embeddings.
+    Otherwise that layer would need a second compilation, as long as that of all the others. The
+    unused gradient costs a few thousandths of a step."""
 
     @functools.wraps(forward)
     def run(*args: Any, **kwargs: Any) -> R:
         hidden = args[0] if args else None
         if (
-            _on
+            _enabled
             and torch.is_grad_enabled()
             and isinstance(hidden, torch.Tensor)
             and hidden.is_floating_point()
@@ -155,47 +155,52 @@ def _as_if_in_the_middle(forward: Callable[..., R]) -> Callable[..., R]:
 
 
 @contextmanager
-def fusion(on: bool) -> Iterator[None]:
-    """Whether `fused` functions run compiled inside."""
-    global _on
-    before, _on = _on, on
+def enabled(on: bool) -> Iterator[None]:
+    """Run `compilable` functions compiled within the context if ``on``, otherwise eagerly."""
+    global _enabled
+    previous, _enabled = _enabled, on
     try:
         yield
     finally:
-        _on = before
+        _enabled = previous
 
 
 def run_with_compile_fallback(on: bool, work: Callable[[], R]) -> R:
-    """Do ``work`` with `fusion` on or off; if compiling fails, again and from then on without.
+    """Run ``work`` compiled if ``on``; if that fails, run it again eagerly.
+
+    If the eager run succeeds, compilation is disabled for the rest of the process (`failure`).
 
     Args:
         on: whether to compile.
-        work: may be done twice.
+        work: a function that may be called twice.
+
+    Returns:
+        The result of ``work``.
     """
     global _failure
     reason = ""
     if on and not _failure:
         try:
-            with fusion(True):
+            with enabled(True):
                 return work()
         except (SlmLoraError, MemoryError, torch.OutOfMemoryError):
             raise
-        except Exception as caught:  # compilers raise all kinds
-            # (Not the error itself: with its traceback it would hold all that was computed.)
-            reason = (str(caught).strip().splitlines() or [type(caught).__name__])[0]
-    with fusion(False):
-        done = work()
-    # Only now is it known that compiling was the trouble.
+        except Exception as error:  # compilers raise any exception
+            # Only the message: the error's traceback would keep all tensors alive.
+            reason = (str(error).strip().splitlines() or [type(error).__name__])[0]
+    with enabled(False):
+        result = work()
+    # The eager run succeeded, so compilation was the cause.
     if reason:
         _failure = reason
-    return done
+    return result
 
 
-def is_on() -> bool:
-    """Whether `fused` functions run compiled now."""
-    return _on
+def is_enabled() -> bool:
+    """Whether `compilable` functions run compiled at present."""
+    return _enabled
 
 
 def failure() -> str:
-    """Why compiling failed in this process, in one line; empty if it did not."""
+    """One line on why compilation failed in this process; empty if it did not."""
     return _failure

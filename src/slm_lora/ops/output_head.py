@@ -1,8 +1,8 @@
-"""The output layer: from hidden states to logits, with scale, cap and bias where a model has them.
+"""Output layer: logits of hidden states, with a model's bias, scale and cap.
 
     logits = cap · tanh(scale · (hidden Wᵀ + bias) / cap)
 
-`model.head_form` measures scale and cap of a given model.
+`model.head_form` measures the scale and the cap of a model.
 """
 
 from __future__ import annotations
@@ -17,20 +17,19 @@ from slm_lora.ops import compilation, linear
 
 @dataclass(frozen=True, slots=True)
 class HeadForm:
-    """What a model's output layer does to the products with its output embedding, see
-    `model.head_form`.
+    """Scale and cap of a model's logits, see `model.head_form`.
 
     Attributes:
         scale: factor of product and bias.
-        cap: largest magnitude of a logit, or None.
+        cap: upper bound of a logit's magnitude, or None.
     """
 
     scale: float = 1.0
     cap: float | None = None
 
 
-PLAIN_HEAD = HeadForm()
-"""Of models whose logits are the products."""
+IDENTITY_FORM = HeadForm()
+"""Form of most models: logits without scale and cap."""
 
 
 @dataclass(frozen=True, slots=True)
@@ -38,61 +37,62 @@ class OutputHead:
     """An output layer.
 
     Attributes:
-        weight: output embedding [vocabulary, width].
-        bias: [vocabulary], or None.
-        form: what is done to the products.
+        weight: output embedding [vocab_size, hidden_size].
+        bias: [vocab_size], or None.
+        form: scale and cap of the logits.
     """
 
     weight: Tensor
     bias: Tensor | None = None
-    form: HeadForm = PLAIN_HEAD
+    form: HeadForm = IDENTITY_FORM
 
     def logits(self, hidden: Tensor) -> Tensor:
-        """[…, vocabulary] of hidden states […, width], in the precision of the weight."""
-        found = hidden.to(self.weight.dtype) @ self.weight.t()
-        return transformed(found, self.bias, self.form)[0] if self.transforms else found
+        """Logits […, vocab_size] of hidden states […, hidden_size], in the weight's precision."""
+        product = hidden.to(self.weight.dtype) @ self.weight.t()
+        return apply_form(product, self.bias, self.form)[0] if self.transforms else product
 
     @property
     def transforms(self) -> bool:
-        """Whether logits are more than the product."""
-        return self.bias is not None or self.form != PLAIN_HEAD
+        """Whether it has a bias, a scale or a cap."""
+        return self.bias is not None or self.form != IDENTITY_FORM
 
     def to(self, dtype: torch.dtype) -> OutputHead:
-        """The same in another precision; gradients pass."""
+        """The same layer in another precision; differentiable."""
         bias = None if self.bias is None else self.bias.to(dtype)
         return OutputHead(self.weight.to(dtype), bias, self.form)
 
-    def chunk_logits(self, hidden: Tensor, room: Tensor | None) -> tuple[Tensor, Tensor | None]:
-        """Logits [positions, vocabulary] that may be overwritten, and `transformed`'s slope.
+    def chunk_logits(self, hidden: Tensor, buffer: Tensor | None) -> tuple[Tensor, Tensor | None]:
+        """Logits [positions, vocab_size], which may be overwritten, and their derivative (see
+        `apply_form`).
 
         Args:
-            hidden: [positions, width].
-            room: see `linear.multiply`.
+            hidden: [positions, hidden_size].
+            buffer: see `linear.multiply`.
         """
-        product = linear.multiply(hidden.to(self.weight.dtype), self.weight, False, True, room)
-        return transformed(product, self.bias, self.form) if self.transforms else (product, None)
+        product = linear.multiply(hidden.to(self.weight.dtype), self.weight, False, True, buffer)
+        return apply_form(product, self.bias, self.form) if self.transforms else (product, None)
 
 
-def transformed(
+def apply_form(
     product: Tensor, bias: Tensor | None, form: HeadForm
 ) -> tuple[Tensor, Tensor | None]:
-    """Logits of products [positions, vocabulary], and their derivative where it is no constant.
+    """Logits of products [positions, vocab_size] with the output embedding, and their derivative.
 
     Returns:
-        The logits, and where there is a cap their derivative with respect to the scaled products,
-        in the same precision.
+        Logits, and with a cap their derivative with respect to the scaled products, in the same
+        precision; without a cap None.
     """
     if form.cap is None:
-        found = product if bias is None else product + bias
-        return (found if form.scale == 1 else found * form.scale), None
+        biased = product if bias is None else product + bias
+        return (biased if form.scale == 1 else biased * form.scale), None
     return _capped(product, bias, form.scale, form.cap)
 
 
-@compilation.fused
+@compilation.compilable
 def _capped(
     product: Tensor, bias: Tensor | None, scale: float, cap: float
 ) -> tuple[Tensor, Tensor]:
-    # In fp32 or wider: the derivative is a small difference where the cap bends most.
+    # In fp32 or fp64: near the cap the derivative is a small difference.
     wide = product.to(torch.promote_types(product.dtype, torch.float32))
-    bent = torch.tanh((wide if bias is None else wide + bias) * (scale / cap))
-    return (bent * cap).to(product.dtype), (1 - bent * bent).to(product.dtype)
+    ratio = torch.tanh((wide if bias is None else wide + bias) * (scale / cap))
+    return (ratio * cap).to(product.dtype), (1 - ratio * ratio).to(product.dtype)

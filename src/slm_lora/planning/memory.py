@@ -1,7 +1,7 @@
-"""How much memory training and scoring take at the most, added up.
+"""Estimates of peak memory in training and scoring.
 
-What is there, what the layers keep (measured on a slice of the model), and constants for what the
-allocator was seen to need on top.
+Sums of weights, optimizer state, tensors saved for the backward pass (measured on a slice of the
+model), and constants fitted to the overhead of the allocator.
 """
 
 from __future__ import annotations
@@ -17,95 +17,108 @@ from slm_lora.adapters.methods import trains_all
 from slm_lora.experiment.job import Job
 from slm_lora.model.base import DTYPES
 from slm_lora.model.resolve import tensor_shapes
-from slm_lora.ops.cross_entropy import CHUNK, FULL_CHUNK
-from slm_lora.planning.probe import Measured
+from slm_lora.ops.cross_entropy import CHUNK, TRAINED_HEAD_CHUNK
+from slm_lora.planning.probe import ProbeResult
 
-LOGITS = 3.0
-"""What loss and gradient of a chunk of positions hold at once, as a multiple of its logits in fp32:
-measured, 153 MB for 256 positions of 49,152 words where they are compiled, 115 MB where not."""
+LOGITS_FACTOR = 3.0
+"""Peak memory of loss and gradient of a chunk, as a multiple of its fp32 logits. Measured for 256
+positions and a vocabulary of 49,152: 153 MB compiled, 115 MB eager."""
 
-HEAP_FRAGMENTATION = {"plain": 2.3, "compiled": 0.66, "full": 1.0}
-"""What a CPU's heap holds at the peak, as a multiple of what plain layers keep: it is in pieces
-where sizes vary and nothing is returned. Compiled layers keep two thirds, and large blocks are
-returned. Fitted to peaks measured on two CPU cores; docs/performance.md has others."""
+HEAP_FRAGMENTATION = {"eager": 2.3, "compiled": 0.66, "full": 1.0}
+"""Peak of a CPU's heap, as a multiple of the tensors that eager layers save: sizes vary, and freed
+memory is not returned, so the heap fragments. Compiled layers save two thirds, and return large
+blocks. Fitted to peaks on two CPU cores; docs/performance.md has others."""
 
 RUNTIME_OVERHEAD = 250_000_000
-"""Bytes of everything else on a CPU: buffers of libraries, a layer's intermediate values."""
+"""Bytes of everything else on a CPU: library buffers, intermediate values of a layer."""
 
 
 @dataclass(frozen=True, slots=True)
-class Sizes:
-    """What decides how much a training holds at once.
+class MicroBatchSizes:
+    """Sizes that determine a training's peak memory.
 
     Attributes:
-        largest: tokens of the largest micro-batch.
-        largest_plain: the same where the code is plain, as in the first step it always is.
-        several: whether a step has more than one micro-batch.
+        largest: tokens in the largest micro-batch.
+        largest_eager: the same in eager mode, which includes the first step of every training.
+        accumulates: whether a step has more than one micro-batch.
         compiled: whether the training compiles.
     """
 
     largest: int
-    largest_plain: int
-    several: bool
+    largest_eager: int
+    accumulates: bool
     compiled: bool
 
 
-def training_bytes(job: Job, sizes: Sizes, measured: Measured) -> int:
-    """Peak of a training, without libraries and rows."""
+def training_bytes(job: Job, sizes: MicroBatchSizes, probe: ProbeResult) -> int:
+    """Peak memory of a training, without libraries and rows."""
     full, on_cpu = trains_all(job.config.adapter), job.device.type == "cpu"
-    # The slice's rank may have been another one of its kind.
-    adapter = measured.adapter * job.config.adapter.r / measured.r
-    held = held_bytes(job, round(adapter))
-    chunk = min(FULL_CHUNK if full else CHUNK, sizes.largest)
-    kept = measured.kept_beside + max(
-        measured.kept
-        * sizes.largest_plain
-        * (HEAP_FRAGMENTATION["full" if full else "plain"] if on_cpu else 1),
-        measured.kept * sizes.largest * HEAP_FRAGMENTATION["compiled"] * sizes.compiled,
+    # Jobs that share a slice may differ in rank.
+    adapter_parameters = probe.adapter_parameters * job.config.adapter.r / probe.r
+    state = state_bytes(job, round(adapter_parameters))
+    chunk = min(TRAINED_HEAD_CHUNK if full else CHUNK, sizes.largest)
+    saved = probe.saved_fixed_bytes + max(
+        probe.saved_bytes_per_token
+        * sizes.largest_eager
+        * (HEAP_FRAGMENTATION["full" if full else "eager"] if on_cpu else 1),
+        probe.saved_bytes_per_token
+        * sizes.largest
+        * HEAP_FRAGMENTATION["compiled"]
+        * sizes.compiled,
     )
-    forward = kept + LOGITS * 4 * chunk * measured.words
-    gradients = 4 * _weights(job) if full else 0
+    forward = saved + LOGITS_FACTOR * 4 * chunk * probe.vocab_size
+    gradients = 4 * _count_parameters(job) if full else 0
     if full:
-        forward += 4 * measured.words * measured.width  # the head's gradient comes with the loss
-    # Gradients of all weights are there while a second micro-batch is computed, and at the update.
-    peak = forward + gradients if sizes.several else max(forward, gradients)
-    return round(held + peak + RUNTIME_OVERHEAD * on_cpu)
+        forward += (
+            4 * probe.vocab_size * probe.hidden_size
+        )  # the head's gradient comes with the loss
+    # Gradients of all weights exist during a second micro-batch, and at the update.
+    peak = forward + gradients if sizes.accumulates else max(forward, gradients)
+    return round(state + peak + RUNTIME_OVERHEAD * on_cpu)
 
 
-def scoring_bytes(job: Job, measured: Measured) -> int:
-    """Peak of scoring the base or an adapter, without libraries and rows."""
+def scoring_bytes(job: Job, probe: ProbeResult) -> int:
+    """Peak memory of scoring the base or an adapter, without libraries and rows."""
     on_cpu = job.device.type == "cpu"
     test = sum(example.length for example in job.data.test)
     tokens = min(job.config.evaluation.micro_batch_tokens, test)
-    of_layer = (
-        measured.kept / measured.layers * tokens * (HEAP_FRAGMENTATION["plain"] if on_cpu else 1)
+    # Layers are computed one after the other, and save nothing.
+    layer_values = (
+        probe.saved_bytes_per_token
+        / probe.num_layers
+        * tokens
+        * (HEAP_FRAGMENTATION["eager"] if on_cpu else 1)
     )
-    # A layer's intermediate values at a time.
-    weights = held_bytes(job, 0, trained=False)
+    weights = state_bytes(job, 0, trained=False)
     return round(
-        weights + of_layer + LOGITS * 4 * CHUNK * measured.words + RUNTIME_OVERHEAD * on_cpu
+        weights
+        + layer_values
+        + LOGITS_FACTOR * 4 * CHUNK * probe.vocab_size
+        + RUNTIME_OVERHEAD * on_cpu
     )
 
 
-def held_bytes(job: Job, adapter_weights: int, trained: bool = True) -> int:
-    """Bytes of weights, and of the optimizer where there is one."""
-    size = torch.finfo(DTYPES[job.precision]).bits // 8
-    many, recipe = _weights(job), job.config
-    if trains_all(recipe.adapter) and trained:
-        # In fp32, with two moments; in half precision a copy for the products.
-        return many * (12 + size % 4)
-    held = many * size
-    if recipe.model.quantization:
-        # Embeddings stay as they are; of the other matrices half a byte a weight, and scales.
-        ends = sum(
-            math.prod(shape) for name, shape in _shapes(job.source.path).items() if _is_end(name)
+def state_bytes(job: Job, adapter_parameters: int, trained: bool = True) -> int:
+    """Bytes of weights, and of gradients and optimizer state if ``trained``."""
+    dtype_bytes = torch.finfo(DTYPES[job.precision]).bits // 8
+    parameters, config = _count_parameters(job), job.config
+    if trains_all(config.adapter) and trained:
+        # fp32 weights and two moments; in low precision a copy for the matrix products.
+        return parameters * (12 + dtype_bytes % 4)
+    model_bytes = parameters * dtype_bytes
+    if config.model.quantization:
+        # Embeddings are not quantised; other weights take half a byte, and scales.
+        unquantized = sum(
+            math.prod(shape)
+            for name, shape in _shapes(job.source.path).items()
+            if _is_embedding(name)
         )
-        held = round(ends * size + (many - ends) * 0.55)
+        model_bytes = round(unquantized * dtype_bytes + (parameters - unquantized) * 0.55)
     # Weights, gradients and two moments.
-    return held + 16 * adapter_weights * trained
+    return model_bytes + 16 * adapter_parameters * trained
 
 
-def _is_end(name: str) -> bool:
+def _is_embedding(name: str) -> bool:
     return "embed" in name or "lm_head" in name
 
 
@@ -114,5 +127,5 @@ def _shapes(folder: Path) -> dict[str, tuple[int, ...]]:
     return tensor_shapes(folder)
 
 
-def _weights(job: Job) -> int:
+def _count_parameters(job: Job) -> int:
     return sum(math.prod(shape) for shape in _shapes(job.source.path).values())

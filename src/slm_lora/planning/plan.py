@@ -1,6 +1,6 @@
-"""What an experiment would do, about how long, and whether it would fit; trains nothing.
+"""Plan of an experiment: cells, estimated time and memory, without training.
 
-Times are those of a slice of the model (`planning.probe`); memory is added up
+Times are measured on a slice of the model (`planning.probe`), memory is computed
 (`planning.memory`).
 """
 
@@ -11,14 +11,14 @@ from dataclasses import dataclass
 from typing import Any
 
 from slm_lora.adapters.methods import trains_all
-from slm_lora.data.collate import by_token_budget, epoch_order
+from slm_lora.data.collate import epoch_order, make_micro_batches
 from slm_lora.experiment.cell import scoring_compiles
 from slm_lora.experiment.job import Job
 from slm_lora.experiment.paths import BASE, ExperimentPaths
 from slm_lora.experiment.resume import finished
 from slm_lora.ops import compilation
-from slm_lora.planning.memory import Sizes, held_bytes, scoring_bytes, training_bytes
-from slm_lora.planning.probe import Measured, measure
+from slm_lora.planning.memory import MicroBatchSizes, scoring_bytes, state_bytes, training_bytes
+from slm_lora.planning.probe import ProbeResult, measure
 from slm_lora.records import Example
 from slm_lora.runs.folder import find_run
 from slm_lora.runtime import hardware
@@ -30,7 +30,7 @@ from slm_lora.training.schedule import (
 )
 
 COMPILE_SECONDS = {"training": 6, "scoring": 3}
-"""Of what compiles something that was compiled before: tracing it again (two CPU cores)."""
+"""Tracing of code that is in the compile cache (measured on two CPU cores)."""
 
 
 @dataclass(frozen=True, slots=True)
@@ -50,83 +50,89 @@ class PlannedCell:
 
     @property
     def peak_bytes(self) -> int:
-        """Most memory at any time."""
+        """Peak memory of training and scoring."""
         return max(self.training_bytes, self.scoring_bytes)
 
     @property
     def seconds(self) -> float:
-        """Of training and scoring."""
+        """Seconds of training and scoring."""
         return self.training_seconds + self.scoring_seconds
 
 
 @dataclass(frozen=True, slots=True)
 class Plan:
-    """The base and every cell, in the order in which they would run.
+    """The bases and every cell, in order of execution.
 
     Attributes:
-        cells: all of them.
-        free_bytes: memory that they may take, of the GPU or of the machine.
+        cells: bases and cells.
+        free_bytes: memory available to the run, of the GPU or of the machine.
     """
 
     cells: tuple[PlannedCell, ...]
     free_bytes: int
 
     def too_large(self) -> list[PlannedCell]:
-        """Unfinished cells that will not fit."""
+        """Unfinished cells that need more memory than is free."""
         return [c for c in self.cells if not c.finished and c.peak_bytes > self.free_bytes]
 
     def warning(self) -> str:
-        """One line where a cell will not fit; else empty."""
+        """One line if a cell will not fit, else empty."""
         if not (cells := self.too_large()):
             return ""
-        most = max(cells, key=lambda cell: cell.peak_bytes)
+        largest = max(cells, key=lambda cell: cell.peak_bytes)
         return (
-            f"{_listed([cell.name for cell in cells])} will not fit: "
-            f"{most.name} takes about {most.peak_bytes / 1e9:.1f} GB, and "
+            f"{_join_names([cell.name for cell in cells])} will not fit: "
+            f"{largest.name} takes about {largest.peak_bytes / 1e9:.1f} GB, and "
             f"{self.free_bytes / 1e9:.1f} GB are free; {_REMEDY}"
         )
 
 
 def plan(jobs: Sequence[Job], paths: ExperimentPaths) -> Plan:
-    """Measure slices of the models, and tell from them what the base and every cell would take."""
-    counted = [_count(job) for job in jobs]
-    slices: dict[str, Measured] = {}
-    for each in counted:
-        if each.slice_key not in slices:
-            slices[each.slice_key] = measure(each.job, each.sizes.compiled)
+    """Measure slices of the models, and estimate the bases and every cell from them.
+
+    Raises:
+        UsageError: as `measure`.
+    """
+    counts = [_count_job(job) for job in jobs]
+    probes: dict[str, ProbeResult] = {}
+    for count in counts:
+        if count.slice_key not in probes:
+            probes[count.slice_key] = measure(count.job, count.sizes.compiled)
     hardware.release_freed_memory()
-    runtime = _runtime(jobs)
+    process_bytes = _process_bytes(jobs)
     bases: dict[str, PlannedCell] = {}
     cells = []
-    for each in counted:
-        measured = slices[each.slice_key]
-        bases.setdefault(each.job.base_identity, _base(each, measured, runtime, paths))
-        cells.append(_cell(each, measured, runtime, paths))
-    return Plan((*bases.values(), *cells), hardware.free_bytes(jobs[0].device.type))
+    for count in counts:
+        probe = probes[count.slice_key]
+        bases.setdefault(count.job.base_identity, _plan_base(count, probe, process_bytes, paths))
+        cells.append(_plan_cell(count, probe, process_bytes, paths))
+    return Plan((*bases.values(), *cells), hardware.available_bytes(jobs[0].device.type))
 
 
-def will_not_fit(jobs: Sequence[Job], paths: ExperimentPaths) -> str:
-    """One line, without any measuring, where unfinished cells cannot fit as their weights alone are
-    more than there is; else empty."""
-    free = hardware.free_bytes(jobs[0].device.type)
-    runtime = _runtime(jobs)
-    least = {job.name: runtime + held_bytes(job, adapter_weights=0) for job in jobs}
-    large = [job for job in jobs if least[job.name] > free]
-    if not (names := [job.name for job in large if finished(job, paths) is None]):
+def weights_warning(jobs: Sequence[Job], paths: ExperimentPaths) -> str:
+    """One line if weights and optimizer state of unfinished cells alone exceed the free memory,
+    else empty; measures nothing."""
+    free = hardware.available_bytes(jobs[0].device.type)
+    process_bytes = _process_bytes(jobs)
+    minimum_bytes = {
+        job.name: process_bytes + state_bytes(job, adapter_parameters=0) for job in jobs
+    }
+    too_large = [job for job in jobs if minimum_bytes[job.name] > free]
+    if not (names := [job.name for job in too_large if finished(job, paths) is None]):
         return ""
-    most = max(names, key=least.__getitem__)
+    largest = max(names, key=minimum_bytes.__getitem__)
     return (
-        f"{_listed(names)} will not fit: weights and optimizer of {most} alone take "
-        f"{least[most] / 1e9:.1f} GB, and {free / 1e9:.1f} GB are free; {_REMEDY}"
+        f"{_join_names(names)} will not fit: weights and optimizer of {largest} alone take "
+        f"{minimum_bytes[largest] / 1e9:.1f} GB, and {free / 1e9:.1f} GB are free; {_REMEDY}"
     )
 
 
-def _listed(names: Sequence[str]) -> str:
+def _join_names(names: Sequence[str]) -> str:
     return ", ".join(names[:5]) + (f" and {len(names) - 5} more" if len(names) > 5 else "")
 
 
-def _runtime(jobs: Sequence[Job]) -> int:
-    """Bytes that libraries and rows take; a GPU's memory holds none."""
+def _process_bytes(jobs: Sequence[Job]) -> int:
+    """Bytes of libraries and rows in the process; they take no GPU memory."""
     return 0 if jobs[0].device.type == "cuda" else hardware.resident_bytes()
 
 
@@ -137,58 +143,62 @@ _REMEDY = (
 
 
 @dataclass(frozen=True, slots=True)
-class _Counted:
-    """A job, counted.
+class _JobCounts:
+    """Steps and tokens of a job.
 
     Attributes:
         job: the cell.
         steps: optimizer steps.
-        tokens: of the whole training.
-        sizes: of its micro-batches.
-        slice_key: equal for jobs whose slices would measure the same.
+        tokens: tokens of the whole training.
+        sizes: sizes of its micro-batches.
+        slice_key: equal for jobs that can share a slice.
     """
 
     job: Job
     steps: int
     tokens: int
-    sizes: Sizes
+    sizes: MicroBatchSizes
     slice_key: str
 
 
-def _count(job: Job) -> _Counted:
-    recipe, rows = job.config, list(job.data.train)
-    section, batch = recipe.training, recipe.training.effective_batch_size
-    rows = usable_examples(rows, section) or list(rows)
-    steps, tokens = total_steps(len(rows), section), training_tokens(rows, section)
-    compiled = compilation.wanted(
-        section.compile, tokens, job.device, job.low_precision, job.sharded
+def _count_job(job: Job) -> _JobCounts:
+    config, rows = job.config, list(job.data.train)
+    training, batch_size = config.training, config.training.effective_batch_size
+    rows = usable_examples(rows, training) or list(rows)
+    steps, tokens = total_steps(len(rows), training), training_tokens(rows, training)
+    compiled = compilation.should_compile(
+        training.compile, tokens, job.device, job.low_precision, job.sharded
     )
-    frozen = not trains_all(recipe.adapter)
-    plain, fused = micro_batch_limits(section, compiled, frozen, job.device.type, job.low_precision)
-    order = epoch_order(rows, recipe.seed, 0)
-    drawn = [order[start : start + batch] for start in range(0, len(order), batch)]
-    largest_plain = _largest(drawn, plain)
-    # Below rank 64 the rank takes no time that could be measured.
-    same = recipe.model_dump(mode="json", include=_SLICE_KEYS)
-    same["adapter"]["r"] = max(64, recipe.adapter.r)
-    return _Counted(
+    frozen = not trains_all(config.adapter)
+    eager_limit, compiled_limit = micro_batch_limits(
+        training, compiled, frozen, job.device.type, job.low_precision
+    )
+    order = epoch_order(rows, config.seed, 0)
+    step_examples = [
+        order[start : start + batch_size] for start in range(0, len(order), batch_size)
+    ]
+    largest_eager = _largest_micro_batch(step_examples, eager_limit)
+    # Ranks below 64 have no measurable effect on time.
+    probe_settings = config.model_dump(mode="json", include=_SLICE_KEYS)
+    probe_settings["adapter"]["r"] = max(64, config.adapter.r)
+    return _JobCounts(
         job,
         steps,
         tokens,
-        Sizes(
-            _largest(drawn, fused) if compiled else largest_plain,
-            largest_plain,
-            any(sum(row.length for row in step) > plain for step in drawn),
+        MicroBatchSizes(
+            _largest_micro_batch(step_examples, compiled_limit) if compiled else largest_eager,
+            largest_eager,
+            any(sum(row.length for row in step) > eager_limit for step in step_examples),
             compiled,
         ),
-        f"{same} {compiled}",
+        f"{probe_settings} {compiled}",
     )
 
 
-def _largest(drawn: Sequence[Sequence[Example]], budget: int) -> int:
-    """Tokens of the largest micro-batch of some steps."""
-    divided = [micro for step in drawn for micro in by_token_budget(step, budget)]
-    return max(sum(row.length for row in micro) for micro in divided)
+def _largest_micro_batch(steps: Sequence[Sequence[Example]], max_tokens: int) -> int:
+    """Tokens in the largest micro-batch of the steps."""
+    micro_batches = [micro for step in steps for micro in make_micro_batches(step, max_tokens)]
+    return max(sum(row.length for row in micro) for micro in micro_batches)
 
 
 _SLICE_KEYS: dict[str, Any] = {
@@ -205,42 +215,48 @@ _SLICE_KEYS: dict[str, Any] = {
 }
 
 
-def _base(each: _Counted, measured: Measured, runtime: int, paths: ExperimentPaths) -> PlannedCell:
-    identity, test = each.job.base_identity, _test_tokens(each.job)
+def _plan_base(
+    counts: _JobCounts, probe: ProbeResult, process_bytes: int, paths: ExperimentPaths
+) -> PlannedCell:
+    identity, test_tokens = counts.job.base_identity, _test_tokens(counts.job)
     return PlannedCell(
         name=BASE,
         finished=find_run(paths.results, BASE, identity) is not None,
         training_rows=0,
         steps=0,
         training_tokens=0,
-        test_tokens=test,
+        test_tokens=test_tokens,
         training_seconds=0.0,
-        scoring_seconds=_scoring_seconds(each, measured),
+        scoring_seconds=_scoring_seconds(counts, probe),
         training_bytes=0,
-        scoring_bytes=scoring_bytes(each.job, measured) + runtime,
+        scoring_bytes=scoring_bytes(counts.job, probe) + process_bytes,
     )
 
 
-def _cell(each: _Counted, measured: Measured, runtime: int, paths: ExperimentPaths) -> PlannedCell:
-    job, test = each.job, _test_tokens(each.job)
+def _plan_cell(
+    counts: _JobCounts, probe: ProbeResult, process_bytes: int, paths: ExperimentPaths
+) -> PlannedCell:
+    job, test_tokens = counts.job, _test_tokens(counts.job)
     return PlannedCell(
         name=job.name,
         finished=finished(job, paths) is not None,
         training_rows=len(job.data.train),
-        steps=each.steps,
-        training_tokens=each.tokens,
-        test_tokens=test,
-        training_seconds=each.tokens * measured.training
-        + COMPILE_SECONDS["training"] * each.sizes.compiled,
-        scoring_seconds=_scoring_seconds(each, measured),
-        training_bytes=training_bytes(job, each.sizes, measured) + runtime,
-        scoring_bytes=scoring_bytes(job, measured) + runtime,
+        steps=counts.steps,
+        training_tokens=counts.tokens,
+        test_tokens=test_tokens,
+        training_seconds=counts.tokens * probe.training_s_per_token
+        + COMPILE_SECONDS["training"] * counts.sizes.compiled,
+        scoring_seconds=_scoring_seconds(counts, probe),
+        training_bytes=training_bytes(job, counts.sizes, probe) + process_bytes,
+        scoring_bytes=scoring_bytes(job, probe) + process_bytes,
     )
 
 
-def _scoring_seconds(each: _Counted, measured: Measured) -> float:
-    compiled = scoring_compiles(each.job, each.job.data.test)
-    return _test_tokens(each.job) * measured.scoring + COMPILE_SECONDS["scoring"] * compiled
+def _scoring_seconds(counts: _JobCounts, probe: ProbeResult) -> float:
+    compiled = scoring_compiles(counts.job, counts.job.data.test)
+    return (
+        _test_tokens(counts.job) * probe.scoring_s_per_token + COMPILE_SECONDS["scoring"] * compiled
+    )
 
 
 def _test_tokens(job: Job) -> int:

@@ -1,7 +1,7 @@
-"""How fast a cell would be, and what it would hold: measured on a slice of its model.
+"""Time and memory of a cell, measured on a slice of its model.
 
-The slice has the model's own widths, but few layers and few words, at random: enough for it to be
-trained and scored for some seconds by the very code that computes the whole.
+The slice has the model's hidden size, but few layers, a small vocabulary and random weights: it is
+trained and scored within seconds by the same code as the whole model.
 """
 
 from __future__ import annotations
@@ -19,11 +19,11 @@ import torch
 
 from slm_lora.adapters import attach
 from slm_lora.adapters.methods import trains_all
-from slm_lora.data.collate import by_token_budget, collate
+from slm_lora.data.collate import collate, make_micro_batches
 from slm_lora.errors import UsageError
 from slm_lora.evaluation.scoring import score
 from slm_lora.experiment.job import Job
-from slm_lora.model.activation_checkpointing import recomputed_layers
+from slm_lora.model.activation_checkpointing import checkpointed_layers
 from slm_lora.model.base import DTYPES, Base
 from slm_lora.model.forward import batch_nll
 from slm_lora.model.loading import load_base
@@ -35,138 +35,143 @@ from slm_lora.records import Example
 from slm_lora.training.loop import train
 from slm_lora.training.optimizer import adamw
 
-LAYERS, WORDS = 8, 256
-"""Of the slice: with fewer layers, what is done once a step would count for too much."""
+SLICE_LAYERS, SLICE_VOCAB = 8, 256
+"""With fewer layers, the constant cost of a step would dominate."""
 
 STEP_TOKENS = 1_000
-"""Tokens of a training step of the slice, about."""
+"""Approximate tokens of a training step of the slice."""
 
 SCORED_TOKENS = 2_500
-"""Tokens of the test set that the slice scores, about."""
+"""Approximate tokens of the test set that the slice scores."""
 
-KEPT_TOKENS = 64, 512
-"""Tokens over which is counted what layers keep: some keep something whatever the tokens."""
+SAVED_TOKENS = 64, 512
+"""Two sizes for counting saved tensors: a line through both separates the constant part."""
 
 
 @dataclass(frozen=True, slots=True)
-class Measured:
-    """What the whole model would need, from what its slice and its output layer did.
+class ProbeResult:
+    """Estimates for the whole model, from its slice and its output head.
 
     Attributes:
-        training: seconds a token: forward, backward and update.
-        scoring: seconds a token.
-        kept: bytes a token that all layers keep for the backward pass.
-        kept_beside: bytes that they keep whatever the tokens.
-        adapter: weights of the adapter; 0 where there is none.
-        r: its rank.
-        layers: of the whole model.
-        words: of its vocabulary.
-        width: of its hidden states.
+        training_s_per_token: seconds per token of forward, backward and update.
+        scoring_s_per_token: seconds per token.
+        saved_bytes_per_token: bytes per token that all layers save for the backward pass.
+        saved_fixed_bytes: bytes that they save independent of the number of tokens.
+        adapter_parameters: parameters of the adapter; 0 for full fine-tuning.
+        r: rank of that adapter.
+        num_layers: of the whole model.
+        vocab_size: of the whole model.
+        hidden_size: of the whole model.
     """
 
-    training: float
-    scoring: float
-    kept: float
-    kept_beside: float
-    adapter: int
+    training_s_per_token: float
+    scoring_s_per_token: float
+    saved_bytes_per_token: float
+    saved_fixed_bytes: float
+    adapter_parameters: int
     r: int
-    layers: int
-    words: int
-    width: int
+    num_layers: int
+    vocab_size: int
+    hidden_size: int
 
 
-def measure(job: Job, compiled: bool) -> Measured:
+def measure(job: Job, compiled: bool) -> ProbeResult:
     """Train and score a slice of a job's model.
 
     Args:
-        job: whose base, adapter and rows they are.
-        compiled: whether to compile; what is compiled here the run need not compile again.
+        job: base, adapter and rows.
+        compiled: whether to compile; the run reuses the compiled code.
 
     Raises:
-        UsageError: a target module that the base does not have.
+        UsageError: the base lacks a target module, or no slice of it can be made.
     """
     from transformers import AutoConfig
 
-    recipe = job.config
-    config: Any = AutoConfig.from_pretrained(
+    config = job.config
+    model_config: Any = AutoConfig.from_pretrained(
         job.source.path, local_files_only=True, trust_remote_code=False
     ).get_text_config()
-    layers, width, words = (
-        int(config.num_hidden_layers), int(config.hidden_size), int(config.vocab_size)
-    )  # fmt: skip
-    few = min(LAYERS, layers)
-    full = trains_all(recipe.adapter)
+    num_layers = int(model_config.num_hidden_layers)
+    hidden_size, vocab_size = int(model_config.hidden_size), int(model_config.vocab_size)
+    slice_layers = min(SLICE_LAYERS, num_layers)
+    full = trains_all(config.adapter)
     with tempfile.TemporaryDirectory() as folder:
         base = load_base(
-            _sliced(job.source, config, few, Path(folder)),
+            _make_slice(job.source, model_config, slice_layers, Path(folder)),
             device=job.device,
             precision=job.precision,
-            quantization=recipe.model.quantization,
+            quantization=config.model.quantization,
         )
-        scoring = _scoring(base, job, compiled)
-        peft_model = attach.attach(base, recipe.adapter, recipe.seed)
+        scoring = _time_scoring(base, job, compiled)
+        peft_model = attach.attach(base, config.adapter, config.seed)
     trainable = 0 if full else attach.count_parameters(peft_model).trainable
-    kept, beside = _line(*(_kept(base, peft_model, job, tokens) for tokens in KEPT_TOKENS))
-    training = _training(base, peft_model, job, compiled)
+    saved, saved_fixed = _fit_line(
+        *(_saved_bytes(base, peft_model, job, tokens) for tokens in SAVED_TOKENS)
+    )
+    training = _time_training(base, peft_model, job, compiled)
     del base, peft_model
-    gc.collect()  # layers that are `fused` refer to themselves
-    # (Scaled, for exp is slow where it underflows.)
+    gc.collect()  # compilable layers have reference cycles
+    # Scaled, as exp is slow where it underflows.
     head = torch.nn.Parameter(
-        torch.randn(words, width, device=job.device).mul_(width**-0.5).to(DTYPES[job.precision]),
+        torch.randn(vocab_size, hidden_size, device=job.device)
+        .mul_(hidden_size**-0.5)
+        .to(DTYPES[job.precision]),
         requires_grad=full,
     )
-    times = layers / few
-    return Measured(
-        training=times * training + _head_training(head, job, compiled),
-        scoring=times * scoring + _head_scoring(head, job, compiled),
-        kept=times * kept,
-        kept_beside=times * beside,
-        adapter=round(times * trainable),
-        r=recipe.adapter.r,
-        layers=layers,
-        words=words,
-        width=width,
+    layer_ratio = num_layers / slice_layers
+    return ProbeResult(
+        training_s_per_token=layer_ratio * training + _time_head_training(head, job, compiled),
+        scoring_s_per_token=layer_ratio * scoring + _time_head_scoring(head, job, compiled),
+        saved_bytes_per_token=layer_ratio * saved,
+        saved_fixed_bytes=layer_ratio * saved_fixed,
+        adapter_parameters=round(layer_ratio * trainable),
+        r=config.adapter.r,
+        num_layers=num_layers,
+        vocab_size=vocab_size,
+        hidden_size=hidden_size,
     )
 
 
-def _sliced(source: ModelSource, config: Any, layers: int, folder: Path) -> ModelSource:
-    """A model of few layers and words at random, in a folder like that of the whole."""
+def _make_slice(
+    source: ModelSource, model_config: Any, num_layers: int, folder: Path
+) -> ModelSource:
+    """Save a model of few layers, a small vocabulary and random weights to a folder."""
     from transformers import AutoModelForCausalLM
     from transformers.utils import logging
 
-    config.num_hidden_layers, config.vocab_size = layers, WORDS
-    # (In some configurations it is computed from other keys.)
-    if isinstance(vars(config).get("layer_types"), list):
-        config.layer_types = config.layer_types[:layers]
-    config.pad_token_id = config.bos_token_id = config.eos_token_id = None
+    model_config.num_hidden_layers, model_config.vocab_size = num_layers, SLICE_VOCAB
+    # Some configurations compute layer_types from other keys.
+    if isinstance(vars(model_config).get("layer_types"), list):
+        model_config.layer_types = model_config.layer_types[:num_layers]
+    model_config.pad_token_id = model_config.bos_token_id = model_config.eos_token_id = None
     logging.disable_progress_bar()  # type: ignore[no-untyped-call]
-    made: Any = AutoModelForCausalLM
+    model_class: Any = AutoModelForCausalLM
     try:
-        made.from_config(config, dtype=torch.float32).save_pretrained(folder)
-    except Exception as error:  # the model's code, with an unusual configuration
+        model_class.from_config(model_config, dtype=torch.float32).save_pretrained(folder)
+    except Exception as error:  # raised by the model's code for unusual configurations
         reason = (str(error).splitlines() or [type(error).__name__])[0]
         raise UsageError(
-            f"--plan: no slice of {source.name} can be made, so nothing can be timed ({reason}); "
-            "the experiment itself needs none: leave --plan out"
+            f"--plan: cannot make a slice of {source.name} to time ({reason}); the experiment "
+            "itself needs none: leave --plan out"
         ) from error
     return replace(source, path=folder)
 
 
-def _in_few_words(examples: Sequence[Example], tokens: int) -> list[Example]:
-    """The first examples, up to so many tokens, with ids that the slice has."""
+def _slice_examples(examples: Sequence[Example], tokens: int) -> list[Example]:
+    """The first examples, about ``tokens`` in all, with ids within the slice's vocabulary."""
     chosen: list[Example] = []
-    while len(chosen) < len(examples) and sum(each.length for each in chosen) < tokens:
-        example = examples[len(chosen)]
-        chosen.append(replace(example, ids=example.ids % WORDS))
+    while len(chosen) < len(examples) and sum(example.length for example in chosen) < tokens:
+        candidate = examples[len(chosen)]
+        chosen.append(replace(candidate, ids=candidate.ids % SLICE_VOCAB))
     return chosen
 
 
-def _training(base: Base, peft_model: torch.nn.Module, job: Job, compiled: bool) -> float:
-    """Seconds a token; the first two steps, which warm up and compile, left out."""
-    section, rows = job.config.training, job.data.train
-    mean = sum(row.length for row in rows) / len(rows)
-    batch = min(section.effective_batch_size, max(1, round(STEP_TOKENS / mean)))
-    few = section.model_copy(
+def _time_training(base: Base, peft_model: torch.nn.Module, job: Job, compiled: bool) -> float:
+    """Seconds per token, without the first two steps, which warm up and compile."""
+    config, rows = job.config.training, job.data.train
+    mean_length = sum(row.length for row in rows) / len(rows)
+    batch = min(config.effective_batch_size, max(1, round(STEP_TOKENS / mean_length)))
+    settings = config.model_copy(
         update={
             "num_train_epochs": 4.0,
             "max_steps": 4,
@@ -177,59 +182,61 @@ def _training(base: Base, peft_model: torch.nn.Module, job: Job, compiled: bool)
             "keep_best": False,
         }
     )
-    chosen = _in_few_words(rows, 4 * STEP_TOKENS)
-    return 1 / train(base, peft_model, chosen, few, job.config.seed).tokens_per_s
+    examples = _slice_examples(rows, 4 * STEP_TOKENS)
+    return 1 / train(base, peft_model, examples, settings, job.config.seed).tokens_per_s
 
 
-def _scoring(base: Base, job: Job, compiled: bool) -> float:
-    """Seconds a token."""
-    examples = _in_few_words(job.data.test, SCORED_TOKENS)
+def _time_scoring(base: Base, job: Job, compiled: bool) -> float:
+    """Seconds per token."""
+    examples = _slice_examples(job.data.test, SCORED_TOKENS)
     budget = job.config.evaluation.micro_batch_tokens
     work = functools.partial(score, base, examples, "test", budget, compiled)
-    return _seconds(work) / sum(example.length for example in examples)
+    return _time_second_call(work) / sum(example.length for example in examples)
 
 
-def _kept(base: Base, peft_model: torch.nn.Module, job: Job, about: int) -> tuple[int, int]:
-    """How many tokens of about so many, and the bytes that the layers then keep for the backward
-    pass: each storage once, what is there anyway left out."""
-    examples = _in_few_words(job.data.train, about)
-    there = {
+def _saved_bytes(
+    base: Base, peft_model: torch.nn.Module, job: Job, n_tokens: int
+) -> tuple[int, int]:
+    """Tokens of a batch of about ``n_tokens``, and the bytes that layers save for its backward
+    pass: each storage once, without those of parameters and buffers."""
+    examples = _slice_examples(job.data.train, n_tokens)
+    model_storages = {
         t.untyped_storage().data_ptr() for t in (*peft_model.parameters(), *peft_model.buffers())
     }
-    found: dict[int, int] = {}
+    saved_bytes: dict[int, int] = {}
 
-    def noted(tensor: torch.Tensor) -> torch.Tensor:
+    def record(tensor: torch.Tensor) -> torch.Tensor:
         storage = tensor.untyped_storage()
-        if storage.data_ptr() not in there:
-            found[storage.data_ptr()] = storage.nbytes()
-        # Not the tensor itself: its graph would reference itself.
+        if storage.data_ptr() not in model_storages:
+            saved_bytes[storage.data_ptr()] = storage.nbytes()
+        # Detached, or the graph would hold a reference to itself.
         return tensor.detach()
 
-    section = job.config.training
-    batch = collate(by_token_budget(examples, 10**9)[0], section.loss_on)
+    config = job.config.training
+    batch = collate(make_micro_batches(examples, 10**9)[0], config.loss_on)
     peft_model.train()
     with (
-        torch.autograd.graph.saved_tensors_hooks(noted, lambda tensor: tensor),
-        recomputed_layers(base.model, section.activation_checkpointing),
+        torch.autograd.graph.saved_tensors_hooks(record, lambda tensor: tensor),
+        checkpointed_layers(base.model, config.activation_checkpointing),
     ):
         batch_nll(base, batch, "kept")
-    return len(batch.ids), sum(found.values())
+    return len(batch.ids), sum(saved_bytes.values())
 
 
-def _line(first: tuple[int, int], second: tuple[int, int]) -> tuple[float, float]:
-    """Slope and value at 0 of the line through two points; through 0, where they are one."""
-    (x, y), (further, higher) = first, second
-    if x == further:
+def _fit_line(first: tuple[int, int], second: tuple[int, int]) -> tuple[float, float]:
+    """Slope and intercept of the line through two points; through 0 if their x are equal."""
+    (x, y), (x2, y2) = first, second
+    if x == x2:
         return y / x, 0.0
-    slope = (higher - y) / (further - x)
+    slope = (y2 - y) / (x2 - x)
     return slope, max(0.0, y - slope * x)
 
 
-def _head_training(head: torch.nn.Parameter, job: Job, compiled: bool) -> float:
-    """Seconds a token of loss and gradient; where the words train, of all that is done to them."""
-    section = job.config.training
-    hidden, labels = _step_of_head(head, job)
-    optimizer = adamw({"head": head}, section) if head.requires_grad else None
+def _time_head_training(head: torch.nn.Parameter, job: Job, compiled: bool) -> float:
+    """Seconds per token of loss and gradient, with embedding and update if they are trained."""
+    config = job.config.training
+    hidden, labels = _head_inputs(head, job)
+    optimizer = adamw({"head": head}, config) if head.requires_grad else None
 
     def work() -> None:
         if optimizer is None:
@@ -238,34 +245,39 @@ def _head_training(head: torch.nn.Parameter, job: Job, compiled: bool) -> float:
         optimizer.zero_grad()
         embedded = torch.nn.functional.embedding(labels, head)
         torch.autograd.backward(summed_nll(embedded, OutputHead(head), labels))
-        torch.nn.utils.clip_grad_norm_([head], section.max_grad_norm)
+        torch.nn.utils.clip_grad_norm_([head], config.max_grad_norm)
         optimizer.step()
 
-    return _seconds(lambda: compilation.run_with_compile_fallback(compiled, work)) / len(labels)
+    return _time_second_call(lambda: compilation.run_with_compile_fallback(compiled, work)) / len(
+        labels
+    )
 
 
-def _head_scoring(head: torch.Tensor, job: Job, compiled: bool) -> float:
-    """Seconds a token."""
-    hidden, labels = _step_of_head(head, job)
+def _time_head_scoring(head: torch.Tensor, job: Job, compiled: bool) -> float:
+    """Seconds per token."""
+    hidden, labels = _head_inputs(head, job)
     work = functools.partial(token_nll, hidden, OutputHead(head), labels)
-    return _seconds(lambda: compilation.run_with_compile_fallback(compiled, work)) / len(labels)
+    return _time_second_call(lambda: compilation.run_with_compile_fallback(compiled, work)) / len(
+        labels
+    )
 
 
-def _step_of_head(head: torch.Tensor, job: Job) -> tuple[torch.Tensor, torch.Tensor]:
-    """Final hidden states and labels at random, as many as a step or a micro-batch has."""
-    words, width = head.shape
-    section, rows = job.config.training, job.data.train
-    step = section.effective_batch_size * sum(row.length for row in rows) // len(rows)
-    many = min(step, section.micro_batch_tokens)
-    hidden = torch.randn(many, width, device=head.device, dtype=head.dtype)
-    return hidden, torch.randint(words, (many,), device=head.device)
+def _head_inputs(head: torch.Tensor, job: Job) -> tuple[torch.Tensor, torch.Tensor]:
+    """Random final hidden states [tokens, hidden_size] and labels [tokens], where tokens is the
+    size of a step or of a micro-batch."""
+    vocab_size, hidden_size = head.shape
+    config, rows = job.config.training, job.data.train
+    step_tokens = config.effective_batch_size * sum(row.length for row in rows) // len(rows)
+    n_tokens = min(step_tokens, config.micro_batch_tokens)
+    hidden = torch.randn(n_tokens, hidden_size, device=head.device, dtype=head.dtype)
+    return hidden, torch.randint(vocab_size, (n_tokens,), device=head.device)
 
 
-def _seconds(work: Callable[[], object]) -> float:
-    """Of doing it once more after once."""
+def _time_second_call(work: Callable[[], object]) -> float:
+    """Seconds of a second call, after one to warm up."""
     work()
-    began = time.perf_counter()
+    start = time.perf_counter()
     work()
     if torch.cuda.is_available():
         torch.cuda.synchronize()
-    return time.perf_counter() - began
+    return time.perf_counter() - start

@@ -52,19 +52,19 @@ def replies(results: Path) -> list[Section]:
     ]
 
 
-def _how(found: dict[str, Any]) -> str:
-    sampled = found["sampled"]
+def _how(outputs: dict[str, Any]) -> str:
+    sampled = outputs["sampled"]
     drawn = (
         f" and sampled (temperature {sampled['temperature']:g}, top p {sampled['top_p']:g}, seed "
         f"{sampled['seed']} and on)"
         if sampled
         else ""
     )
-    asked = [plain(answer["variant"]) for answer in found["prompts"][0]["answers"]]
+    asked = [plain(answer["variant"]) for answer in outputs["prompts"][0]["answers"]]
     return (
-        f"{len(found['prompts'])} prompts of a fixed list, each to {' and '.join(asked)} in the "
+        f"{len(outputs['prompts'])} prompts of a fixed list, each to {' and '.join(asked)} in the "
         f"template that the adapters were trained with, greedy{drawn}, "
-        f"{found['max_new_tokens']} tokens at most. Losses are those of the list's own answer, "
+        f"{outputs['max_new_tokens']} tokens at most. Losses are those of the list's own answer, "
         "nats a token."
     )
 

@@ -67,8 +67,8 @@ def short_verdict(comparison: Comparison) -> str:
     """The verdict for a table that shows interval and p beside it."""
     difference = comparison.difference
     count, unit = difference.units, difference.unit
-    many = f"{unit}s" if count > 1 else unit
-    scope = f"{count} {many}" if comparison.covers_seeds else "one seed"
+    plural = f"{unit}s" if count > 1 else unit
+    scope = f"{count} {plural}" if comparison.covers_seeds else "one seed"
     if comparison.verdict == "inconclusive":
         return verdict_text(comparison)
     if comparison.verdict == "equivalent":
@@ -76,7 +76,7 @@ def short_verdict(comparison: Comparison) -> str:
     else:
         direction = "Lower" if difference.value < 0 else "Higher"
         if comparison.covers_seeds:
-            scope = f"in {difference.agreeing} of {count} {many}"
+            scope = f"in {difference.agreeing} of {count} {plural}"
         small = f", below the margin of {difference.margin:g}" if comparison.negligible else ""
         text = f"{direction} ({scope}){small}."
     return text + _added_text(comparison)

@@ -32,7 +32,7 @@ class Compared:
     answers: tuple[Answer, ...]
 
 
-def read(found: Any) -> list[Compared]:
+def read(outputs: Any) -> list[Compared]:
     """The prompts and answers of what `record` made.
 
     Raises:
@@ -40,9 +40,9 @@ def read(found: Any) -> list[Compared]:
     """
     return [
         Compared(
-            each["prompt"],
-            each["reference"],
-            tuple(Answer(**answer) for answer in each["answers"]),
+            entry["prompt"],
+            entry["reference"],
+            tuple(Answer(**answer) for answer in entry["answers"]),
         )
-        for each in found["prompts"]
+        for entry in outputs["prompts"]
     ]

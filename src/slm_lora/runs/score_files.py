@@ -143,7 +143,7 @@ def _number(row: Mapping[str, Any], key: str, where: str) -> float:
 def _unlike(first: Mapping[str, Any], second: Mapping[str, Any]) -> str:
     """Short texts that tell two rows of one id apart: lm-eval writes a row per filter."""
     for key in first:
-        one, other = first[key], second.get(key)
-        if one != other and all(isinstance(v, str) and len(v) < 40 for v in (one, other)):
-            return f" ({key}: {one}, {other}); choose: --where {key}={one}"
+        own, other = first[key], second.get(key)
+        if own != other and all(isinstance(v, str) and len(v) < 40 for v in (own, other)):
+            return f" ({key}: {own}, {other}); choose: --where {key}={own}"
     return ""

@@ -41,8 +41,8 @@ class ScoredRun:
     @property
     def resolved(self) -> Mapping[str, Any]:
         """The resolved recipe of the run."""
-        found = self.run.record.recipe
-        return {**found, **{name: {**keys, **found[name]} for name, keys in LATER_KEYS.items()}}
+        recipe = self.run.record.recipe
+        return {**recipe, **{name: {**keys, **recipe[name]} for name, keys in LATER_KEYS.items()}}
 
     def setting(self, key: str) -> Any:
         """The value at a dotted key of the resolved recipe."""

@@ -1,1 +1,1 @@
-"""The process and its machine: files, locks, signals, peers, hardware, progress."""
+"""Process and machine: files, locks, signals, process group, hardware, progress."""

@@ -1,11 +1,11 @@
-"""Several processes at one run: who this one is, and what they tell each other.
+"""Data-parallel processes of a run: process group, ranks, collectives.
 
-Data parallelism needs no wrapper around a model here. Every process takes its share of a step's
-examples, and the gradients are summed: one all-reduce a step. What is
-random depends on seed, step and row alone, so which process has a row changes nothing.
+The model needs no DDP wrapper: every process computes its share of a step's examples, and one
+all-reduce per step sums the gradients. Random numbers depend on seed, step and row alone, so the
+assignment of rows to processes does not affect results.
 
-The processes are started by `slm-lora --processes N` (see `launch.local`) or by torchrun. A value
-that all must agree on is sent as JSON, whose numbers are exact; nothing is pickled.
+Processes are started by `slm-lora --processes N` (see `launch.local`) or by torchrun. Values are
+exchanged as JSON, which keeps floats exact; nothing is pickled.
 """
 
 from __future__ import annotations
@@ -24,72 +24,72 @@ if TYPE_CHECKING:
     from torch import Tensor
 
 STORE = "SLM_LORA_STORE"
-"""Environment: file through which the processes of one machine find each other; without it
-torchrun's MASTER_ADDR and MASTER_PORT say where."""
+"""Environment variable: file for rendezvous on one machine; without it torchrun's MASTER_ADDR and
+MASTER_PORT are used."""
 PEER_TIMEOUT = datetime.timedelta(minutes=30)
-"""Longest wait for the others: while the first one fetches a model, say."""
+"""Timeout of collectives; rank 0 may download a model in the meantime."""
 
 T = TypeVar("T")
 _rank, _size, _local = 0, 1, 0
 
 
 class PeerLostError(StorageError):
-    """Another process of this run is gone, so this one cannot go on.
+    """Another process of this run is gone, so this one cannot continue.
 
-    A secondary failure, by its exit code: the launcher reports the root cause.
+    The exit code marks it as secondary: the launcher reports the root failure.
     """
 
     exit_code = 76
 
 
 def rank() -> int:
-    """Number of this process, from 0."""
+    """Rank of this process, from 0."""
     return _rank
 
 
 def local_rank() -> int:
-    """Number of this process on its machine, from 0."""
+    """Rank of this process on its machine, from 0."""
     return _local
 
 
 def world_size() -> int:
-    """How many processes work on this run."""
+    """Number of processes of this run."""
     return _size
 
 
 def is_main() -> bool:
-    """Whether this is the one that writes and speaks."""
+    """Whether this is rank 0, which writes files and messages."""
     return _rank == 0
 
 
 def is_single() -> bool:
-    """Whether there are no others."""
+    """Whether the run has one process only."""
     return _size == 1
 
 
-def is_child() -> bool:
-    """Whether something started this process as one of several."""
+def is_launched() -> bool:
+    """Whether a launcher started this process as one of several."""
     return os.environ.get("WORLD_SIZE", "1") != "1"
 
 
 @contextmanager
 def process_group() -> Iterator[None]:
-    """Within, this process is one of those that the environment speaks of, if it does.
+    """Join the process group that the environment describes, if any, for the block.
 
     Raises:
-        UsageError: the environment is not that of one of several processes.
-        StorageError: the others cannot be reached.
+        UsageError: WORLD_SIZE is set, but RANK is missing, or one is no number.
+        StorageError: the other processes cannot be reached.
     """
     global _rank, _size, _local
-    if not is_child():
+    if not is_launched():
         yield
         return
     import torch
     from torch import distributed
 
     try:
-        number, many = int(os.environ["RANK"]), int(os.environ["WORLD_SIZE"])
-        local = int(os.environ.get("LOCAL_RANK", number))
+        env_rank, env_size = int(os.environ["RANK"]), int(os.environ["WORLD_SIZE"])
+        env_local_rank = int(os.environ.get("LOCAL_RANK", env_rank))
     except (KeyError, ValueError) as error:
         raise UsageError(
             f"WORLD_SIZE is set, but RANK is missing or no number ({error}); start several "
@@ -97,65 +97,66 @@ def process_group() -> Iterator[None]:
         ) from error
     on_gpus = torch.cuda.is_available() and distributed.is_nccl_available()
     if on_gpus:
-        torch.cuda.set_device(local % torch.cuda.device_count())
+        torch.cuda.set_device(env_local_rank % torch.cuda.device_count())
     try:
         distributed.init_process_group(
             "cpu:gloo,cuda:nccl" if on_gpus else "gloo",
             init_method=f"file://{os.environ[STORE]}" if STORE in os.environ else "env://",
-            rank=number,
-            world_size=many,
+            rank=env_rank,
+            world_size=env_size,
             timeout=PEER_TIMEOUT,
         )
     except (RuntimeError, ValueError) as error:
         raise StorageError(
-            f"process {number + 1} of {many} cannot reach the others: {_first_line(error)}"
+            f"process {env_rank + 1} of {env_size} cannot reach the others: {_first_line(error)}"
         ) from error
-    _rank, _size, _local = number, many, local
+    _rank, _size, _local = env_rank, env_size, env_local_rank
     try:
         yield
     finally:
         _rank, _size, _local = 0, 1, 0
-        # After a failure the others may be gone, or wait for us: leaving tells them.
+        # After a failure others may be gone (RuntimeError), or wait in a collective: destroying
+        # the group makes theirs fail.
         with contextlib.suppress(RuntimeError):
             distributed.destroy_process_group()
 
 
-def partition(items: Sequence[T], cost: Callable[[T], int], many: int) -> list[list[T]]:
-    """What of ``items`` is whose, of so many processes: the dearest first, each to whom has least
-    so far."""
-    if many == 1:
+def partition(items: Sequence[T], cost: Callable[[T], int], n_parts: int) -> list[list[T]]:
+    """Divide items into ``n_parts`` lists of similar cost: greedily, the most costly items first,
+    each to the part of least cost so far."""
+    if n_parts == 1:
         return [list(items)]
-    loads: list[int] = [0] * many
-    found: list[list[T]] = [[] for _ in range(many)]
+    loads: list[int] = [0] * n_parts
+    parts: list[list[T]] = [[] for _ in range(n_parts)]
     for item in sorted(items, key=lambda item: -cost(item)):
-        least = loads.index(min(loads))
-        loads[least] += cost(item)
-        found[least].append(item)
-    return found
+        lightest = loads.index(min(loads))
+        loads[lightest] += cost(item)
+        parts[lightest].append(item)
+    return parts
 
 
 def all_reduce_sum(tensor: Tensor) -> None:
-    """Replace a tensor by its sum over the processes; the same bits in all of them.
+    """Sum a tensor over the processes, in place; all get the same bits.
 
     Raises:
-        PeerLostError: one is gone.
+        PeerLostError: another process is gone.
     """
     from torch import distributed
 
     with peer_errors():
         if tensor.device.type in ("cpu", "cuda"):
             distributed.all_reduce(tensor)
-        else:  # Apple's GPUs have no collectives
+        else:  # no collectives on MPS
             copy = tensor.cpu()
             distributed.all_reduce(copy)
             tensor.copy_(copy)
 
 
 def all_gather(value: Any) -> list[Any]:
-    """What every process says, a JSON value each, in their order.
+    """The JSON value of every process, in order of rank.
 
     Raises:
-        PeerLostError: one is gone.
+        PeerLostError: another process is gone.
     """
     if is_single():
         return [value]
@@ -169,54 +170,54 @@ def all_gather(value: Any) -> list[Any]:
         longest = int(max(sizes))
         padded = torch.zeros(longest, dtype=torch.uint8)
         padded[: len(text)] = torch.frombuffer(bytearray(text), dtype=torch.uint8)
-        texts = [torch.empty(longest, dtype=torch.uint8) for _ in range(_size)]
-        distributed.all_gather(texts, padded)
+        gathered = [torch.empty(longest, dtype=torch.uint8) for _ in range(_size)]
+        distributed.all_gather(gathered, padded)
     return [
-        json.loads(each[: int(many)].numpy().tobytes())
-        for each, many in zip(texts, sizes, strict=True)
+        json.loads(text[: int(size)].numpy().tobytes())
+        for text, size in zip(gathered, sizes, strict=True)
     ]
 
 
-def from_first(work: Callable[[], Any]) -> Any:
-    """Do ``work`` in the first process only; all get its JSON value.
+def run_on_main(work: Callable[[], Any]) -> Any:
+    """Call ``work`` in rank 0 only; all processes return its JSON value.
 
     Raises:
-        PeerLostError: one is gone; the first, say, as its work failed.
+        PeerLostError: another process is gone, such as rank 0 because ``work`` failed.
     """
     return all_gather(work() if is_main() else None)[0]
 
 
-def first_then_all(work: Callable[[], T]) -> T:
-    """Do ``work`` everywhere, but in the first process before the others: what it fetches or
-    builds is then there for all.
+def main_process_first(work: Callable[[], T]) -> T:
+    """Call ``work`` in rank 0, then in the others, which find its downloads and builds in the
+    cache.
 
     Raises:
-        PeerLostError: one is gone; the first, say, as its work failed.
+        PeerLostError: another process is gone, such as rank 0 because ``work`` failed.
     """
-    done = [work()] if is_main() else []
-    wait()
-    return done[0] if done else work()
+    results = [work()] if is_main() else []
+    barrier()
+    return results[0] if results else work()
 
 
-def wait() -> None:
-    """Until all have come so far.
+def barrier() -> None:
+    """Wait until all processes get here.
 
     Raises:
-        PeerLostError: one is gone.
+        PeerLostError: another process is gone.
     """
     all_gather(None)
 
 
 @contextmanager
 def peer_errors() -> Iterator[None]:
-    """Within, the processes talk to each other, by way of torch.
+    """Translate errors of torch's collectives within the block.
 
     Raises:
-        PeerLostError: one is gone.
+        PeerLostError: another process is gone.
     """
     try:
         yield
-    except RuntimeError as error:  # torch.distributed's own errors among them
+    except RuntimeError as error:  # base class of torch.distributed's errors
         if type(error).__name__ == "OutOfMemoryError":
             raise
         raise PeerLostError(

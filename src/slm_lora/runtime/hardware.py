@@ -1,4 +1,4 @@
-"""What this machine is, what is installed on it, and how much memory a stretch of work took."""
+"""Hardware and library versions, memory measurements, allocator settings."""
 
 from __future__ import annotations
 
@@ -19,7 +19,10 @@ _LIBRARIES = ("torch", "transformers", "peft", "tokenizers", "safetensors", "num
 
 
 def describe(device: str) -> dict[str, str | int | float]:
-    """Hardware and operating system, without names of hosts, users or paths."""
+    """Hardware and operating system, without names of hosts, users or paths.
+
+    ``memory_gb`` is in units of 10^9 bytes.
+    """
     import torch
 
     facts: dict[str, str | int | float] = {
@@ -37,12 +40,12 @@ def describe(device: str) -> dict[str, str | int | float]:
 
 def versions() -> dict[str, str]:
     """Versions of Python, this package and the libraries that results depend on."""
-    found = {"python": platform.python_version(), "slm-lora": __version__}
-    return found | {name: importlib.metadata.version(name) for name in _LIBRARIES}
+    own = {"python": platform.python_version(), "slm-lora": __version__}
+    return own | {name: importlib.metadata.version(name) for name in _LIBRARIES}
 
 
 def processor() -> str:
-    """Name of the CPU, as the operating system gives it."""
+    """Name of the CPU, from the operating system."""
     try:
         for line in Path("/proc/cpuinfo").read_text(encoding="utf-8").splitlines():
             if line.startswith("model name"):
@@ -53,7 +56,7 @@ def processor() -> str:
 
 
 def cpp_compiler() -> str | None:
-    """The C++ compiler of this machine, or None."""
+    """Command of the C++ compiler: ``$CXX``, g++ or clang++; None without one."""
     return os.environ.get("CXX") or shutil.which("g++") or shutil.which("clang++")
 
 
@@ -64,12 +67,12 @@ def _memory_bytes() -> int:
         return 0
 
 
-def free_bytes(device: str) -> int:
-    """Memory that this process may have in all: what it holds now, and what is free; without
-    bounds where the operating system does not say.
+def available_bytes(device: str) -> int:
+    """Memory available to this process, in bytes: its present use and all that is free, up to the
+    container's limit; `sys.maxsize` if unknown.
 
     Args:
-        device: of a GPU its own memory, else the machine's.
+        device: ``cuda`` for the GPU's memory; else the machine's.
     """
     if device == "cuda":
         import torch
@@ -80,30 +83,30 @@ def free_bytes(device: str) -> int:
         available = _kilobytes("/proc/meminfo", "MemAvailable")
         if available:
             free = available + resident_bytes()
-    # A container's limit, where there is one.
+    # The container's limit (cgroup v2).
     with contextlib.suppress(OSError, ValueError):
         free = min(free, int(Path("/sys/fs/cgroup/memory.max").read_text(encoding="ascii")))
     return free
 
 
 def resident_bytes() -> int:
-    """Memory that this process holds; 0 where the operating system does not say."""
+    """Resident memory of this process, in bytes; 0 except on Linux."""
     return _kilobytes("/proc/self/status", "VmRSS") if sys.platform == "linux" else 0
 
 
 def _kilobytes(file: str, name: str) -> int:
-    """Bytes of a line ``name: 12 kB``; 0 without such a line."""
+    """Bytes from a line ``name: 12 kB``; 0 without such a line."""
     for line in Path(file).read_text(encoding="utf-8").splitlines():
         if line.startswith(name + ":"):
             return int(line.split()[1]) * 1024
     return 0
 
 
-def collect_garbage_rarely() -> None:
-    """Let Python look for unreachable objects once in 50,000 new ones, not in some hundred.
+def reduce_gc_frequency() -> None:
+    """Collect garbage once per 50,000 new objects.
 
-    Importing and compiling make a million objects and hardly any garbage: looking took 1.2 s of
-    7 to 8 s of imports, and takes 0.5.
+    Imports and compilation create a million objects and hardly any garbage; this reduces the time
+    of collections from 1.2 to 0.5 s, of 7 to 8 s of imports.
     """
     gc.set_threshold(50_000, *gc.get_threshold()[1:])
 
@@ -112,34 +115,34 @@ _M_TRIM_THRESHOLD, _M_MMAP_THRESHOLD, _M_MMAP_MAX = -1, -3, -4
 
 
 def disable_trim() -> None:
-    """Let the C library keep what is freed for the next allocation, however large.
+    """Keep freed memory in the C library's heap, whatever the size of the block.
 
-    Else it returns large blocks at once, and plain training, full fine-tuning and scoring spend a
-    tenth of their time on pages that they had a moment ago. `release_freed_memory` returns them
-    now and then.
+    By default, large blocks are returned to the system at once, and eager training, full
+    fine-tuning and scoring spend 10 % of their time on page faults. `release_freed_memory` returns
+    the memory explicitly.
     """
     _set_heap({_M_MMAP_MAX: 0, _M_TRIM_THRESHOLD: -1})
 
 
 def cap_onednn_cache() -> None:
-    """Let oneDNN, and PyTorch's layer on it, keep the code of 128 products each instead of 1,024.
+    """Cap the primitive caches of oneDNN and PyTorch's ideep at 128 entries each (default: 1,024).
 
-    To be called before the first product. Each shape has code of its own, 0.3 MB in either, and as
-    micro-batches are of ever other lengths all 1,024 are soon there: 0.6 GB, most of it never used
-    again. A micro-batch has about 50. Who has set these variables knows better.
+    Call it before the first matrix product. Each shape has an entry of 0.3 MB in either, and as the
+    lengths of micro-batches vary, 1,024 entries fill soon: 0.6 GB, most of it never reused. A
+    micro-batch needs about 50. Values set by the user are kept.
     """
     for name in ("ONEDNN_PRIMITIVE_CACHE_CAPACITY", "LRU_CACHE_CAPACITY"):
         os.environ.setdefault(name, "128")
 
 
 @contextlib.contextmanager
-def returning_large_blocks(on: bool) -> Iterator[None]:
-    """Inside, blocks of 16 MB and more go back to the system when freed, which leaves no holes.
+def return_large_blocks(on: bool) -> Iterator[None]:
+    """Within the block, allocate 16 MB and more with mmap, which avoids heap fragmentation.
 
-    Compiled training of an adapter is as fast so, and its peak is 7 % lower.
+    Compiled training of an adapter is as fast this way, and its peak memory 7 % lower.
 
     Args:
-        on: False changes nothing.
+        on: False leaves the heap as it is.
     """
     if not on:
         yield
@@ -152,25 +155,25 @@ def returning_large_blocks(on: bool) -> Iterator[None]:
 
 
 def _set_heap(options: dict[int, int]) -> None:
-    """Options of the C library's allocator (``man mallopt``), where it has them."""
+    """Set options of the C library's allocator (``man mallopt``), if it has mallopt."""
     if sys.platform == "linux":
-        with contextlib.suppress(OSError, AttributeError):  # not every C library has it
+        with contextlib.suppress(OSError, AttributeError):  # other C libraries
             library = ctypes.CDLL(None)
             for option, value in options.items():
                 library.mallopt(option, value)
 
 
 def release_freed_memory() -> None:
-    """Give what was freed back to the operating system; see `disable_trim`."""
+    """Return freed memory to the operating system (malloc_trim); see `disable_trim`."""
     if sys.platform == "linux":
-        with contextlib.suppress(OSError, AttributeError):  # not every C library has it
+        with contextlib.suppress(OSError, AttributeError):  # other C libraries
             ctypes.CDLL(None).malloc_trim(0)
 
 
 def reset_peak_memory(device: str) -> None:
-    """Reset the peak of memory; see `peak_memory_bytes`.
+    """Reset the peak of memory, see `peak_memory_bytes`.
 
-    What earlier work freed is given back first, or it would count as ours.
+    Memory freed by earlier work is returned first, so that it does not count.
     """
     if device == "cuda":
         import torch
@@ -178,16 +181,15 @@ def reset_peak_memory(device: str) -> None:
         torch.cuda.reset_peak_memory_stats()
     elif sys.platform == "linux":
         release_freed_memory()
-        # "5" sets the process's high-water mark of resident memory back to what it is now.
+        # "5" resets the high-water mark of resident memory to its present value.
         with contextlib.suppress(OSError):
             Path("/proc/self/clear_refs").write_text("5", encoding="ascii")
 
 
 def peak_memory_bytes(device: str) -> int:
-    """Most memory used since the last reset: of the GPU, or resident in this process.
+    """Peak memory since the last reset, in bytes: allocated on the GPU, or resident.
 
-    Where the operating system cannot reset its mark (not Linux) it counts from the start of
-    the process; 0 where it keeps none (Windows).
+    Without a resettable peak (macOS), since the start of the process; 0 on Windows.
     """
     if device == "cuda":
         import torch

@@ -1,4 +1,4 @@
-"""One process at a time on an experiment, or a cell of it, by a lock that dies with the process."""
+"""File locks of experiments and caches; the operating system releases them with the process."""
 
 from __future__ import annotations
 
@@ -17,46 +17,46 @@ LOCK_FILE = ".lock"
 
 
 @contextmanager
-def only_process(folder: Path) -> Iterator[None]:
-    """Hold the folder's lock while the block runs.
+def exclusive_lock(folder: Path) -> Iterator[None]:
+    """Hold the folder's lock within the block.
 
-    The operating system drops it when the process ends, however it ends, so that no lock is
-    ever left behind; a file that is left has no meaning.
+    The operating system releases it when the process ends, even if killed; a lock file that
+    remains does not lock anything.
 
     Raises:
         IntegrityError: another process holds it.
         StorageError: the folder cannot be written.
     """
-    with _held(folder / LOCK_FILE) as held:
-        if not held:
+    with _try_lock(folder / LOCK_FILE) as acquired:
+        if not acquired:
             raise IntegrityError(
-                f"{folder}: another process is at work on this experiment; wait for it, or stop it"
+                f"{folder}: another process is working on this experiment; wait for it, or stop it"
             )
         yield
 
 
 @contextmanager
-def after_other_processes(path: Path, on_wait: Callable[[], None]) -> Iterator[None]:
-    """Hold a lock file while the block runs; as `only_process`, but wait for one who holds it.
+def wait_for_lock(path: Path, on_wait: Callable[[], None]) -> Iterator[None]:
+    """Hold a lock within the block, as `exclusive_lock`, but wait while another process holds it.
 
     Args:
-        path: of the lock file.
-        on_wait: called once, if there is someone to wait for.
+        path: the lock file.
+        on_wait: called once if another process holds the lock.
 
     Raises:
-        StorageError: its folder cannot be written.
+        StorageError: the file's folder cannot be written.
     """
     while True:
-        with _held(path) as held:
-            if held:
+        with _try_lock(path) as acquired:
+            if acquired:
                 yield
                 return
         on_wait()
-        on_wait = _say_nothing
+        on_wait = _ignore
         time.sleep(_POLL)
 
 
-def _say_nothing() -> None:
+def _ignore() -> None:
     pass
 
 
@@ -64,8 +64,8 @@ _POLL = 0.5
 
 
 @contextmanager
-def _held(path: Path) -> Iterator[bool]:
-    """Whether the lock was to be had; if so, it is held inside."""
+def _try_lock(path: Path) -> Iterator[bool]:
+    """Try to lock a file within the block; yields whether it is locked."""
     try:
         path.parent.mkdir(parents=True, exist_ok=True)
         descriptor = _open_locked(path)
@@ -78,7 +78,7 @@ def _held(path: Path) -> Iterator[bool]:
         yield True
     finally:
         if sys.platform == "win32":
-            # An open file cannot be removed there, and one that is closed is another's already.
+            # Windows cannot remove an open file, and once closed another process may lock it.
             os.close(descriptor)
         else:
             with contextlib.suppress(OSError):
@@ -91,7 +91,7 @@ def _open_locked(path: Path) -> int:
         descriptor = os.open(path, os.O_RDWR | os.O_CREAT, 0o666)
         try:
             _lock(descriptor)
-            # Whoever held it until now has removed the file: then this is a lock on nothing.
+            # The previous holder may have removed the file before this lock.
             if _same_file(descriptor, path):
                 return descriptor
         except BaseException:
@@ -108,7 +108,7 @@ def _same_file(descriptor: int, path: Path) -> bool:
 
 
 def _lock(descriptor: int) -> None:
-    """Lock or raise BlockingIOError at once."""
+    """Lock without waiting; BlockingIOError if another process holds the lock."""
     if sys.platform == "win32":
         import msvcrt
 
@@ -120,11 +120,11 @@ def _lock(descriptor: int) -> None:
         import fcntl
 
         try:
-            # Not flock: its locks live on in forked children that outlast the process.
+            # Not flock: forked children inherit its locks, and may outlive the process.
             fcntl.lockf(descriptor, fcntl.LOCK_EX | fcntl.LOCK_NB)
-        except PermissionError as error:  # what some systems say for "held"
+        except PermissionError as error:  # EACCES for "held" on some systems
             raise BlockingIOError from error
         except OSError as error:
-            # A file system without locks (some of a network's) is no reason not to work.
+            # Some network file systems have no locks: work without.
             if error.errno not in (errno.ENOLCK, errno.ENOSYS, errno.EOPNOTSUPP):
                 raise

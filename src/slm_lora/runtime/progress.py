@@ -1,4 +1,4 @@
-"""Progress of long work: one live table on a terminal, plain lines elsewhere."""
+"""Progress of long work: a live table on a terminal, plain lines elsewhere."""
 
 from __future__ import annotations
 
@@ -12,43 +12,43 @@ from rich.table import Table
 from rich.text import Text
 
 LOG_INTERVAL_S = 15.0
-"""Between plain lines of one task, off a terminal."""
-KNOWN_FROM = 0.005
-"""Share of the experiment's cost that is done before its time left is shown."""
+"""Interval of a task's lines if the output is no terminal."""
+MIN_SHARE_FOR_ESTIMATE = 0.005
+"""Share of the experiment's cost to complete before the time left is estimated."""
 
 
 class Overall:
-    """Cost of a whole experiment, in any unit, and how much of it is done."""
+    """Cost of an experiment, in any unit, and the part of it that is done."""
 
     def __init__(self, cost: float) -> None:
         self._total, self._done, self._began = cost, 0.0, time.monotonic()
 
     def add(self, cost: float) -> None:
-        """Count cost as done here."""
+        """Count cost as done by this process."""
         self._done += cost
 
     def skip(self, cost: float) -> None:
-        """Cost that an earlier process already paid."""
+        """Remove cost that an earlier process completed."""
         self._total -= cost
 
     def left(self) -> float | None:
-        """Seconds left at the rate so far; None while too little is done."""
-        if self._done < KNOWN_FROM * self._total:
+        """Estimated seconds left; None while too little is done."""
+        if self._done < MIN_SHARE_FOR_ESTIMATE * self._total:
             return None
         elapsed = time.monotonic() - self._began
         return max(0.0, self._total - self._done) * elapsed / self._done
 
 
 class Task:
-    """One stretch of work with a known number of units; advanced by whoever does it.
+    """Progress of work with a known number of units.
 
     Args:
-        console: to draw on.
-        label: of the cell.
-        total: units.
-        unit: their name.
-        overall: of the experiment, if it is known.
-        cost: of all units, in the unit of ``overall``.
+        console: output.
+        label: name of the cell.
+        total: number of units.
+        unit: plural name of the units.
+        overall: progress of the experiment, if known.
+        cost: cost of all units, in the unit of ``overall``.
     """
 
     def __init__(
@@ -73,9 +73,13 @@ class Task:
             self._live.start()
 
     def advance(self, units: int, tokens: int = 0, note: str = "", earlier: int = 0) -> None:
-        """Count work as done; ``tokens`` make the rate, ``note`` (a loss, say) is shown.
+        """Count work as done.
 
-        ``earlier`` units were done by an earlier process: they count as done, not for the rate.
+        Args:
+            units: done since the last call.
+            tokens: processed since the last call, for the rate.
+            note: short text, such as a loss.
+            earlier: units done by an earlier process: they count as done, but not for the rate.
         """
         self._done += units + earlier
         self._earlier += earlier
@@ -92,7 +96,7 @@ class Task:
             self._console.print(self._line(), soft_wrap=True)
 
     def _seconds_per_unit(self) -> float:
-        """Of this process's units; the first, which may compile, only while it is alone."""
+        """Mean over this process's units, without the first, which may compile, if possible."""
         here = self._done - self._earlier
         if here > self._first:
             return (self._last - self._first_at) / (here - self._first)
@@ -113,7 +117,7 @@ class Task:
         return "  " + "  ".join(part for part in parts if part)
 
     def table(self) -> Table:
-        """The live table: one row, time left counted down between units."""
+        """The live table of one row; the time left counts down between units."""
         now = time.monotonic()
         left = clock(max(0.0, self._left() - (now - self._last))) if self._first else "—"
         overall = self._overall.left() if self._overall is not None else None
@@ -145,12 +149,12 @@ class Task:
         return table
 
     def stop(self) -> None:
-        """Take the table away."""
+        """Remove the table."""
         if self._live is not None:
             self._live.stop()
 
     def close(self, summary: str) -> None:
-        """Take the table away and leave one line."""
+        """Replace the table by a summary line."""
         self.stop()
         elapsed = clock(time.monotonic() - self._began)
         self._console.print(f"  {self._label}  {summary}  {elapsed}", soft_wrap=True)
@@ -170,14 +174,14 @@ class Reporter:
         self.console.print(line, soft_wrap=True, markup=False)
 
     def info_once(self, line: str) -> None:
-        """As `info`, once per process."""
+        """`info`, at most once per process for the same line."""
         if line not in self._shown:
             self._shown.add(line)
             self.info(line)
 
     @contextmanager
     def task(self, label: str, total: int, unit: str, cost: float = 0.0) -> Iterator[Task]:
-        """A task whose table goes away even when the work fails; ``cost`` as in `overall`."""
+        """Show a task within the block; ``cost`` in the unit of `overall`."""
         task = Task(self.console, label, total, unit, self.overall, cost)
         try:
             yield task

@@ -1,4 +1,4 @@
-"""A request to stop (Ctrl-C, SIGTERM) that waits for a place where nothing is lost."""
+"""Graceful stop: Ctrl-C and SIGTERM take effect at the next point where no work is lost."""
 
 from __future__ import annotations
 
@@ -13,74 +13,71 @@ from types import FrameType
 
 
 class StopRequested(KeyboardInterrupt):
-    """The work was asked to stop, and did so where it can be continued."""
+    """The work stopped on request, at a point where it can be resumed."""
 
 
 class Stop:
-    """Whether a stop was requested."""
+    """Flag of a stop request."""
 
     def __init__(self) -> None:
         self.requested = False
 
     def check(self) -> None:
-        """Stop here if it was requested.
+        """Stop here if a stop was requested.
 
         Raises:
-            StopRequested: it was.
+            StopRequested: a stop was requested.
         """
         if self.requested:
             raise StopRequested
 
 
-_SAYING = b"\n  stopping at the next safe place; once more stops at once\n"
+_NOTICE = b"\n  stopping at the next safe point; a second signal stops at once\n"
+_repeat_window_s = 0.0
 
 
-_same_request = 0.0
-
-
-def take_repeated_signals_for_one(seconds: float) -> None:
-    """A second signal within so many seconds is the first one again: where a starter passes on what
-    a scheduler sends to everybody."""
-    global _same_request
-    _same_request = seconds
+def ignore_repeats_within(seconds: float) -> None:
+    """Treat a second signal within ``seconds`` as the first: a scheduler may signal every process,
+    and the parent forwards its signal in addition."""
+    global _repeat_window_s
+    _repeat_window_s = seconds
 
 
 @contextmanager
-def gentle_stop() -> Iterator[Stop]:
-    """Within, the first signal only sets the flag, for the work to look at; the second is
-    Ctrl-C as usual. A request that was not checked counts when the block ends.
+def graceful_stop() -> Iterator[Stop]:
+    """Within the block, the first signal only sets the flag that the work checks; the second
+    interrupts at once. An unchecked request takes effect at the end of the block.
 
-    Off the main thread, where Python handles no signals, the flag is never set.
+    Outside of the main thread, where Python handles no signals, the flag is never set.
 
     Raises:
-        StopRequested: at the end, if a stop was requested.
+        StopRequested: at the end of the block, if a stop was requested.
     """
     stop = Stop()
+    requested_at = 0.0
 
-    asked_at = 0.0
-
-    def ask(number: int, frame: FrameType | None) -> None:
-        nonlocal asked_at
+    def on_signal(number: int, frame: FrameType | None) -> None:
+        nonlocal requested_at
         if stop.requested:
-            if time.monotonic() - asked_at >= _same_request:
+            if time.monotonic() - requested_at >= _repeat_window_s:
                 signal.default_int_handler(number, frame)
             return
-        stop.requested, asked_at = True, time.monotonic()
-        # Not print: the signal may have come in the middle of one.
+        stop.requested, requested_at = True, time.monotonic()
+        # Not print: the signal may have interrupted one.
         with contextlib.suppress(OSError):
-            os.write(2, _SAYING)
+            os.write(2, _NOTICE)
 
-    before = {}
+    handlers = {}
     if threading.current_thread() is threading.main_thread():
-        for each in (signal.SIGINT, signal.SIGTERM):
-            handler = signal.getsignal(each)
-            # What nohup and shells ignore stays ignored.
+        for stop_signal in (signal.SIGINT, signal.SIGTERM):
+            handler = signal.getsignal(stop_signal)
+            # Signals that nohup or a shell ignores stay ignored.
             if handler is not None and handler is not signal.SIG_IGN:
-                before[each] = handler
-                signal.signal(each, ask)
+                handlers[stop_signal] = handler
+                signal.signal(stop_signal, on_signal)
     try:
         yield stop
     finally:
-        for each, handler in before.items():
-            signal.signal(each, handler)
+        for stop_signal, handler in handlers.items():
+            signal.signal(stop_signal, handler)
     stop.check()

@@ -1,4 +1,4 @@
-"""Files that are complete or absent, and the user's cache folder."""
+"""Atomic writes of files and folders, free space, the user's cache folder."""
 
 from __future__ import annotations
 
@@ -16,8 +16,7 @@ from slm_lora.errors import StorageError
 
 
 def cache_dir() -> Path:
-    """Folder for models and data sets that are built once: ``$SLM_LORA_CACHE`` or the
-    platform's own cache folder."""
+    """Cache folder of built models and data sets: ``$SLM_LORA_CACHE``, or the platform's."""
     if chosen := os.environ.get("SLM_LORA_CACHE"):
         return Path(chosen)
     if os.name == "nt":
@@ -26,7 +25,7 @@ def cache_dir() -> Path:
 
 
 def _sync_folder(folder: Path) -> None:
-    # Windows cannot open a folder; there a rename is durable by itself.
+    # Windows cannot open a folder; its renames are durable without.
     if os.name == "nt":
         return
     descriptor = os.open(folder, os.O_RDONLY)
@@ -37,24 +36,24 @@ def _sync_folder(folder: Path) -> None:
 
 
 @contextmanager
-def _explained(target: Path) -> Iterator[None]:
-    """Failures to write become one line."""
+def _translate_errors(target: Path) -> Iterator[None]:
+    """Translate errors of writing to StorageError."""
     try:
         yield
     except OSError as error:
         raise StorageError(f"cannot write {target}: {error.strerror or error}") from error
-    except SafetensorError as error:  # a full disk, in the words of its library
+    except SafetensorError as error:  # raised on a full disk
         raise StorageError(f"cannot write {target}: {error}") from error
 
 
 @contextmanager
 def atomic_path(target: Path) -> Iterator[Path]:
-    """A temporary sibling to write a file at; it becomes ``target`` when the block ends well.
+    """Yield a temporary sibling file; it becomes ``target`` if the block succeeds.
 
     Raises:
         StorageError: the folder cannot be written, or the disk is full.
     """
-    with _explained(target):
+    with _translate_errors(target):
         target.parent.mkdir(parents=True, exist_ok=True)
         handle, name = tempfile.mkstemp(prefix=f".{target.name}.", dir=target.parent)
         os.close(handle)
@@ -63,7 +62,7 @@ def atomic_path(target: Path) -> Iterator[Path]:
             yield temporary
             with temporary.open("rb+") as written:
                 os.fsync(written.fileno())
-            # mkstemp makes files for the owner alone; results are meant to be shared.
+            # mkstemp's files are readable by their owner only.
             temporary.chmod(0o666 & ~_umask())
             temporary.replace(target)
             _sync_folder(target.parent)
@@ -76,16 +75,16 @@ _NEW, _OLD = "new", "old"
 
 @contextmanager
 def atomic_folder(target: Path) -> Iterator[Path]:
-    """A temporary sibling folder to fill; it becomes ``target`` (which it replaces) at the end.
+    """Yield a temporary sibling folder; it replaces ``target`` if the block succeeds.
 
-    No system call exchanges two folders everywhere, so there is a moment between two renames at
-    which ``target`` is not there; `recover` ends what was begun, if the process dies in it. Two
-    processes may write the same folder (a cache, say): the last one's stays.
+    No portable system call exchanges two folders, so ``target`` is absent between two renames;
+    `recover` completes the exchange if the process dies there. If two processes write the same
+    folder (a cache), the last one wins.
 
     Raises:
         StorageError: the folder cannot be written, or the disk is full.
     """
-    with _explained(target):
+    with _translate_errors(target):
         target.parent.mkdir(parents=True, exist_ok=True)
         with tempfile.TemporaryDirectory(prefix=f".{target.name}.", dir=target.parent) as name:
             filled, old = Path(name) / _NEW, Path(name) / _OLD
@@ -102,75 +101,75 @@ def atomic_folder(target: Path) -> Iterator[Path]:
                 if target.exists():
                     target.replace(old)
                 filled.replace(target)
-            except BaseException:  # Ctrl-C, too
+            except BaseException:  # including KeyboardInterrupt
                 if old.exists() and not target.exists():
                     old.replace(target)
                 raise
             _sync_folder(target.parent)
 
 
-# Exactly the names that `tempfile` gives: others may merely look alike.
-_LEFT = re.compile(r"\.(?P<target>.+)\.[a-z0-9_]{8}")
+# Exactly the names made by `tempfile`.
+_TEMPORARY_NAME = re.compile(r"\.(?P<target>.+)\.[a-z0-9_]{8}")
 
 
 def recover(target: Path) -> None:
-    """Remove what killed processes left of writing ``target``; call it where no other writes.
+    """Remove temporary files that killed processes left beside ``target``; nobody may write it now.
 
-    Where one died between the two renames of `atomic_folder`, the new folder, which was whole
-    by then, takes its place.
+    If a process died between the two renames of `atomic_folder`, the new folder, complete by then,
+    becomes ``target``.
 
     Raises:
         StorageError: the folder cannot be written.
     """
-    with _explained(target):
+    with _translate_errors(target):
         if not target.parent.is_dir():
             return
-        for found in sorted(target.parent.iterdir()):
-            left = _LEFT.fullmatch(found.name)
-            if left is None or left["target"] != target.name:
+        for entry in sorted(target.parent.iterdir()):
+            match = _TEMPORARY_NAME.fullmatch(entry.name)
+            if match is None or match["target"] != target.name:
                 continue
-            if (found / _OLD).exists() and (found / _NEW).is_dir() and not target.exists():
-                (found / _NEW).replace(target)
+            if (entry / _OLD).exists() and (entry / _NEW).is_dir() and not target.exists():
+                (entry / _NEW).replace(target)
                 _sync_folder(target.parent)
-            if found.is_dir():
-                shutil.rmtree(found)
+            if entry.is_dir():
+                shutil.rmtree(entry)
             else:
-                found.unlink()
+                entry.unlink()
 
 
 def recover_all(folder: Path) -> None:
-    """`recover` whatever was being written in a folder.
+    """`recover` every target in a folder.
 
     Raises:
         StorageError: the folder cannot be written.
     """
     if folder.is_dir():
-        left = [_LEFT.fullmatch(found.name) for found in folder.iterdir()]
-        for name in sorted({each["target"] for each in left if each}):
+        matches = [_TEMPORARY_NAME.fullmatch(entry.name) for entry in folder.iterdir()]
+        for name in sorted({name_match["target"] for name_match in matches if name_match}):
             recover(folder / name)
 
 
-def require_space(folder: Path, size: int, what: str) -> None:
-    """Refuse to begin what will not fit.
+def require_space(folder: Path, size: int, contents: str) -> None:
+    """Check free disk space before long work.
 
     Args:
-        folder: where it will be written; it need not exist yet.
-        size: bytes that will be needed.
-        what: for the message.
+        folder: folder to write to; created if missing.
+        size: bytes needed.
+        contents: files to write, for the message.
 
     Raises:
         StorageError: less than ``size`` bytes are free, or the folder cannot be written.
     """
-    with _explained(folder):
+    with _translate_errors(folder):
         folder.mkdir(parents=True, exist_ok=True)
         free = shutil.disk_usage(folder).free
-        # A disk that may be read only says so before hours of work, not after.
+        # Detect a read-only disk before hours of work.
         with tempfile.TemporaryFile(dir=folder):
             pass
     if free < size:
         raise StorageError(
-            f"{folder}: {what} need {_megabytes(size)}, and {_megabytes(free)} are free; "
-            "make room, or choose another disk"
+            f"{folder}: {_megabytes(size)} needed for {contents}, {_megabytes(free)} free; make "
+            "room, or choose another disk"
         )
 
 
@@ -179,7 +178,7 @@ def _megabytes(size: int) -> str:
 
 
 def atomic_write_text(target: Path, text: str) -> None:
-    """Write ``text`` as UTF-8 with Unix line ends; the file is whole or not there."""
+    """Write text as UTF-8 with Unix line ends, atomically."""
     with atomic_path(target) as temporary:
         temporary.write_text(text, encoding="utf-8", newline="\n")
 

@@ -10,38 +10,41 @@ import sys
 from pathlib import Path
 
 BROKEN_PIPE = 141
-"""Exit code of a program whose reader has gone (128 + SIGPIPE), as shells tell it."""
+"""Exit code after SIGPIPE in shells (128 + 13)."""
 
-_ERRORS = "slm-lora-spelt"
-_SPELT = {
+_ERROR_HANDLER = "slm-lora-ascii"
+_ASCII = {
     "·": "-", "–": "-", "—": "-", "−": "-", "→": "->", "±": "+/-", "×": "x", "…": "...",
     "█": "#", "“": '"', "”": '"', "‘": "'", "’": "'", "≥": ">=", "≤": "<=", "β": "beta",
     "ε": "epsilon", "₁": "1", "₂": "2",
 }  # fmt: skip
-"""Our own signs, for consoles that lack them."""
+"""ASCII replacements of characters that this program prints."""
 
 
-def make_safe() -> None:
-    """Let both streams write any text: what their encoding lacks is spelt out, ``\\u4ec0``."""
-    codecs.register_error(_ERRORS, _spelt)
+def configure_streams() -> None:
+    """Let both streams write any text: characters missing in their encoding become ASCII or
+    escapes such as ``\\u4ec0``."""
+    codecs.register_error(_ERROR_HANDLER, _to_ascii)
     for stream in (sys.stdout, sys.stderr):
         if isinstance(stream, io.TextIOWrapper):
-            stream.reconfigure(errors=_ERRORS)
+            stream.reconfigure(errors=_ERROR_HANDLER)
 
 
-def _spelt(error: UnicodeError) -> tuple[str, int]:
+def _to_ascii(error: UnicodeError) -> tuple[str, int]:
     if not isinstance(error, UnicodeEncodeError):
         raise error
-    lacking = error.object[error.start : error.end]
-    ascii_only = (_SPELT.get(c) or c.encode("ascii", "backslashreplace").decode() for c in lacking)
-    return "".join(ascii_only), error.end
+    unencodable = error.object[error.start : error.end]
+    replacements = (
+        _ASCII.get(c) or c.encode("ascii", "backslashreplace").decode() for c in unencodable
+    )
+    return "".join(replacements), error.end
 
 
-def nobody_reads(error: BaseException | None) -> bool:
-    """Whether an exception comes of a reader of ours that has gone: ``slm-lora … | head -1``.
+def is_broken_pipe(error: BaseException | None) -> bool:
+    """Whether an exception comes from a closed output pipe: ``slm-lora … | head -1``.
 
-    Libraries turn it into an exit of their own, so it is looked for in what came before; and other
-    pipes and sockets break, too, so the streams are asked.
+    Libraries raise exits of their own after a BrokenPipeError, so the whole chain of contexts is
+    searched; other pipes and sockets break as well, so the streams are polled.
     """
     while error is not None and not isinstance(error, BrokenPipeError):
         error = error.__context__
@@ -51,7 +54,7 @@ def nobody_reads(error: BaseException | None) -> bool:
 def _has_no_reader(descriptor: int) -> bool:
     if not hasattr(select, "poll"):  # Windows
         return True
-    # rich has already put that in the place of a pipe that broke.
+    # rich has already replaced a broken pipe with devnull.
     if os.path.samestat(os.fstat(descriptor), Path(os.devnull).stat()):
         return True
     poll = select.poll()
@@ -59,14 +62,14 @@ def _has_no_reader(descriptor: int) -> bool:
     return any(event & select.POLLERR for _, event in poll.poll(0))
 
 
-def stop_writing() -> None:
-    """What is still to be written goes nowhere: at its exit Python would complain."""
-    nowhere = os.open(os.devnull, os.O_WRONLY)
+def discard_output() -> None:
+    """Redirect closed streams to devnull, or Python prints an error on flushing them at exit."""
+    devnull = os.open(os.devnull, os.O_WRONLY)
     for descriptor in (1, 2):
         if _has_no_reader(descriptor):
-            os.dup2(nowhere, descriptor)
+            os.dup2(devnull, descriptor)
 
 
 def printable(text: str) -> str:
-    """Text that cannot steer the terminal: escape sequences show as what they are."""
+    """Text with control characters escaped, so that it cannot steer the terminal."""
     return "".join(c if c.isprintable() or c in "\n\t" else repr(c)[1:-1] for c in text)

@@ -1,1 +1,1 @@
-"""A base and its adapters behind a page and an OpenAI-style API, in one process."""
+"""A web page and an OpenAI-compatible API for a base and its adapters, in one process."""

@@ -1,4 +1,4 @@
-"""An OpenAI-style API: models, chat completions and completions, streaming or whole."""
+"""OpenAI-compatible API: models, chat completions and completions, streamed or not."""
 
 from __future__ import annotations
 
@@ -20,33 +20,33 @@ from slm_lora.records import Turn
 from slm_lora.serve.engine import BusyError, Engine, GenerationRequest
 from slm_lora.serve.guard import error_body
 from slm_lora.serve.requests import (
-    Asked,
     BadRequestError,
-    ChatAsked,
-    NoSuchModelError,
-    TextAsked,
-    checked_text,
-    read_request,
-    turn_of,
+    ChatBody,
+    CompletionBody,
+    TextBody,
+    UnknownModelError,
+    check_text,
+    parse_turn,
+    read_body,
 )
 
 
 def make_app(engine: Engine) -> FastAPI:
-    """The API over an engine; nothing of a request is ever run as a template."""
+    """Create the API application. Request text is never evaluated as a template."""
     app = FastAPI(title="slm-lora", docs_url=None, redoc_url=None, openapi_url=None)
     variants = engine.variants
-    raw = RowTokenizer(variants.tokenizer, Template("plain"))
-    started = int(time.time())
-    _explain_errors(app)
+    raw_tokenizer = RowTokenizer(variants.tokenizer, Template("plain"))
+    created = int(time.time())
+    _handle_errors(app)
 
-    def model(name: str) -> str:
+    def check_model(name: str) -> str:
         if name not in variants.names:
-            raise NoSuchModelError(name)
+            raise UnknownModelError(name)
         return name
 
     def check_ids(ids: list[int]) -> None:
-        if beyond := [each for each in ids if each >= len(variants.tokenizer)]:
-            raise BadRequestError("stop_token_ids", f"{beyond[0]} is no token of this model")
+        if unknown := [token for token in ids if token >= len(variants.tokenizer)]:
+            raise BadRequestError("stop_token_ids", f"{unknown[0]}: not a token id of this model")
 
     @app.get("/health")
     async def health() -> dict[str, str]:
@@ -54,136 +54,140 @@ def make_app(engine: Engine) -> FastAPI:
 
     @app.get("/v1/models")
     async def models() -> dict[str, Any]:
-        return {"object": "list", "data": [_model(name, started) for name in variants.names]}
+        return {"object": "list", "data": [_model_entry(name, created) for name in variants.names]}
 
     @app.get("/v1/models/{name}")
-    async def one_model(name: str) -> dict[str, Any]:
-        return _model(model(name), started)
+    async def model_info(name: str) -> dict[str, Any]:
+        return _model_entry(check_model(name), created)
 
     @app.post("/v1/chat/completions")
     async def chat_completions(request: Request) -> Response:
-        asked = await read_request(request, ChatAsked)
-        turns = [turn_of(each, f"messages.{n}") for n, each in enumerate(asked.messages)]
-        check_ids(asked.stop_token_ids)
-        ids = variants.row_tokenizers[model(asked.model)].prompt(turns)
-        sampling = asked.sampling(
-            engine.most_tokens, asked.max_completion_tokens or asked.max_tokens
-        )
-        return await _answered(engine.submit(asked.model, ids, sampling), asked, request, _Chat())
+        body = await read_body(request, ChatBody)
+        turns = [parse_turn(message, f"messages.{i}") for i, message in enumerate(body.messages)]
+        check_ids(body.stop_token_ids)
+        ids = variants.row_tokenizers[check_model(body.model)].prompt(turns)
+        sampling = body.sampling(engine.max_tokens, body.max_completion_tokens or body.max_tokens)
+        generation = engine.submit(body.model, ids, sampling)
+        return await _respond(generation, body, request, _ChatFormat())
 
     @app.post("/v1/completions")
     async def completions(request: Request) -> Response:
-        asked = await read_request(request, TextAsked)
-        checked_text(asked.prompt, "prompt")
-        check_ids(asked.stop_token_ids)
-        ids = raw.prompt([Turn("user", asked.prompt)])
-        sampling = asked.sampling(engine.most_tokens, asked.max_tokens)
-        generation = engine.submit(model(asked.model), ids, sampling)
-        return await _answered(generation, asked, request, _Text())
+        body = await read_body(request, TextBody)
+        check_text(body.prompt, "prompt")
+        check_ids(body.stop_token_ids)
+        ids = raw_tokenizer.prompt([Turn("user", body.prompt)])
+        sampling = body.sampling(engine.max_tokens, body.max_tokens)
+        generation = engine.submit(check_model(body.model), ids, sampling)
+        return await _respond(generation, body, request, _TextFormat())
 
     return app
 
 
-def _model(name: str, started: int) -> dict[str, Any]:
-    return {"id": name, "object": "model", "created": started, "owned_by": "slm-lora"}
+def _model_entry(name: str, created: int) -> dict[str, Any]:
+    return {"id": name, "object": "model", "created": created, "owned_by": "slm-lora"}
 
 
-class _Chat:
-    """How chat completions are written."""
+class _ChatFormat:
+    """Response format of chat completions."""
 
-    prefix, whole, part = "chatcmpl", "chat.completion", "chat.completion.chunk"
+    id_prefix, object_name, chunk_name = "chatcmpl", "chat.completion", "chat.completion.chunk"
 
-    def choice(self, text: str, finished: str) -> dict[str, Any]:
+    def choice(self, text: str, finish_reason: str) -> dict[str, Any]:
         message = {"role": "assistant", "content": text}
-        return {"index": 0, "message": message, "finish_reason": finished}
+        return {"index": 0, "message": message, "finish_reason": finish_reason}
 
-    def piece(self, text: str | None, finished: str | None) -> dict[str, Any]:
+    def piece(self, text: str | None, finish_reason: str | None) -> dict[str, Any]:
         delta = {} if text is None else {"content": text}
-        return {"index": 0, "delta": delta, "finish_reason": finished}
+        return {"index": 0, "delta": delta, "finish_reason": finish_reason}
 
     def first(self) -> dict[str, Any] | None:
         delta = {"role": "assistant", "content": ""}
         return {"index": 0, "delta": delta, "finish_reason": None}
 
 
-class _Text:
-    """How completions are written."""
+class _TextFormat:
+    """Response format of text completions."""
 
-    prefix, whole, part = "cmpl", "text_completion", "text_completion"
+    id_prefix, object_name, chunk_name = "cmpl", "text_completion", "text_completion"
 
-    def choice(self, text: str, finished: str) -> dict[str, Any]:
-        return {"index": 0, "text": text, "finish_reason": finished, "logprobs": None}
+    def choice(self, text: str, finish_reason: str) -> dict[str, Any]:
+        return {"index": 0, "text": text, "finish_reason": finish_reason, "logprobs": None}
 
-    def piece(self, text: str | None, finished: str | None) -> dict[str, Any]:
-        return {"index": 0, "text": text or "", "finish_reason": finished, "logprobs": None}
+    def piece(self, text: str | None, finish_reason: str | None) -> dict[str, Any]:
+        return {"index": 0, "text": text or "", "finish_reason": finish_reason, "logprobs": None}
 
     def first(self) -> dict[str, Any] | None:
         return None
 
 
-async def _answered(
-    generation: GenerationRequest, asked: Asked, request: Request, form: _Chat | _Text
+_Format = _ChatFormat | _TextFormat
+
+
+async def _respond(
+    generation: GenerationRequest, body: CompletionBody, request: Request, fmt: _Format
 ) -> Response:
-    about = {
-        "id": f"{form.prefix}-{secrets.token_hex(12)}",
+    header = {
+        "id": f"{fmt.id_prefix}-{secrets.token_hex(12)}",
         "created": int(time.time()),
-        "model": asked.model,
+        "model": body.model,
     }
-    if asked.stream:
-        options = asked.stream_options
-        usage = options is not None and bool(options.include_usage)
-        events = _events(generation, form, about, usage)
+    if body.stream:
+        options = body.stream_options
+        include_usage = options is not None and bool(options.include_usage)
+        events = _stream(generation, fmt, header, include_usage)
         return StreamingResponse(events, media_type="text/event-stream")
-    text = await _whole(generation, request)
+    text = await _collect(generation, request)
     return JSONResponse(
         {
-            **about,
-            "object": form.whole,
-            "choices": [form.choice(text, generation.finished)],
+            **header,
+            "object": fmt.object_name,
+            "choices": [fmt.choice(text, generation.finished)],
             "usage": _usage(generation),
         }
     )
 
 
-async def _whole(generation: GenerationRequest, request: Request) -> str:
-    """The whole text; computing stops if the client goes away."""
+async def _collect(generation: GenerationRequest, request: Request) -> str:
+    """Collect the whole text; cancel the computation if the client disconnects."""
 
     async def collect() -> str:
         return "".join([piece async for piece in generation.pieces()])
 
-    async def gone() -> None:
+    async def wait_for_disconnect() -> None:
         while (await request.receive())["type"] != "http.disconnect":
             pass
 
-    text, left = asyncio.create_task(collect()), asyncio.create_task(gone())
+    collected = asyncio.create_task(collect())
+    disconnected = asyncio.create_task(wait_for_disconnect())
     try:
-        await asyncio.wait({text, left}, return_when=asyncio.FIRST_COMPLETED)
-        if not text.done():
+        await asyncio.wait({collected, disconnected}, return_when=asyncio.FIRST_COMPLETED)
+        if not collected.done():
             generation.cancel()
-            raise HTTPException(499, "the client went away")
-        return text.result()
+            raise HTTPException(499, "client disconnected")
+        return collected.result()
     finally:
-        text.cancel()
-        left.cancel()
+        collected.cancel()
+        disconnected.cancel()
 
 
-async def _events(
-    generation: GenerationRequest, form: _Chat | _Text, about: dict[str, Any], usage: bool
+async def _stream(
+    generation: GenerationRequest, fmt: _Format, header: dict[str, Any], include_usage: bool
 ) -> AsyncIterator[str]:
-    def event(choice: dict[str, Any] | None, **more: Any) -> str:
+    def event(choice: dict[str, Any] | None, **fields: Any) -> str:
         choices = [] if choice is None else [choice]
-        return f"data: {json.dumps({**about, 'object': form.part, 'choices': choices, **more})}\n\n"
+        payload = {**header, "object": fmt.chunk_name, "choices": choices, **fields}
+        return f"data: {json.dumps(payload)}\n\n"
 
-    if first := form.first():
+    if first := fmt.first():
         yield event(first)
     try:
         async for piece in generation.pieces():
-            yield event(form.piece(piece, None))
-    except SlmLoraError as error:  # the status is sent already
+            yield event(fmt.piece(piece, None))
+    except SlmLoraError as error:  # the HTTP status is already sent
         yield f"data: {json.dumps(error_body(str(error), 'invalid_request_error', None))}\n\n"
         return
-    yield event(form.piece(None, generation.finished or "stop"))
-    if usage:
+    yield event(fmt.piece(None, generation.finished or "stop"))
+    if include_usage:
         yield event(None, usage=_usage(generation))
     yield "data: [DONE]\n\n"
 
@@ -196,44 +200,43 @@ def _usage(generation: GenerationRequest) -> dict[str, int]:
     }
 
 
-def _explain_errors(app: FastAPI) -> None:
-    """Every error as a body that OpenAI's clients read."""
+def _handle_errors(app: FastAPI) -> None:
+    """Return every error in the format of OpenAI's API."""
 
-    def answer(status: int, message: str, code: str | None, param: str | None = None) -> Response:
-        kinds = {429: "rate_limit_error", 500: "server_error"}
-        kind = kinds.get(status, "invalid_request_error")
-        more = {"Retry-After": "2"} if status == 429 else None
-        return JSONResponse(error_body(message, kind, code, param), status, headers=more)
+    def respond(status: int, message: str, code: str | None, param: str | None = None) -> Response:
+        types = {429: "rate_limit_error", 500: "server_error"}
+        type_ = types.get(status, "invalid_request_error")
+        headers = {"Retry-After": "2"} if status == 429 else None
+        return JSONResponse(error_body(message, type_, code, param), status, headers=headers)
 
     def handler(
-        kind: type[Exception],
+        type_: type[Exception],
     ) -> Callable[[Callable[[Any], Response]], None]:
-        def register(explain: Callable[[Any], Response]) -> None:
+        def register(make_response: Callable[[Any], Response]) -> None:
             async def handle(_: Request, error: Exception) -> Response:
-                return explain(error)
+                return make_response(error)
 
-            app.add_exception_handler(kind, handle)
+            app.add_exception_handler(type_, handle)
 
         return register
 
     @handler(BadRequestError)
     def _(error: BadRequestError) -> Response:
-        return answer(400, str(error), "invalid_value", error.field)
+        return respond(400, str(error), "invalid_value", error.field)
 
-    @handler(NoSuchModelError)
-    def _(error: NoSuchModelError) -> Response:
-        return answer(
-            404, f"no model {str(error)[:100]!r}; see /v1/models", "model_not_found", "model"
-        )
+    @handler(UnknownModelError)
+    def _(error: UnknownModelError) -> Response:
+        message = f"model {str(error)[:100]!r}: not served here; see /v1/models"
+        return respond(404, message, "model_not_found", "model")
 
     @handler(BusyError)
     def _(error: BusyError) -> Response:
-        return answer(429, str(error), "queue_full")
+        return respond(429, str(error), "queue_full")
 
     @handler(SlmLoraError)
     def _(error: SlmLoraError) -> Response:
-        return answer(400, str(error), "invalid_value")
+        return respond(400, str(error), "invalid_value")
 
     @handler(HTTPException)
     def _(error: HTTPException) -> Response:
-        return answer(error.status_code, str(error.detail), None)
+        return respond(error.status_code, str(error.detail), None)

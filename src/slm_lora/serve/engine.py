@@ -1,7 +1,7 @@
-"""One thread that computes, for any number of clients: replies take turns, a token each.
+"""One compute thread for any number of clients, interleaving replies token by token.
 
-Every reply is computed alone, so its text is the one it would have on an idle server. Waiting
-ones stand in a bounded queue; a reply whose client has gone is dropped at its next token.
+Replies are not batched, so a reply does not depend on the server's load. Waiting requests are held
+in a bounded queue; a reply whose client has disconnected is dropped at its next token.
 """
 
 from __future__ import annotations
@@ -24,12 +24,12 @@ class BusyError(SlmLoraError):
 
 @dataclass(eq=False)
 class GenerationRequest:
-    """A reply that was asked for; read its `pieces`, then ``finished`` and the counts.
+    """A requested reply: read its `pieces` first, then ``finished`` and the token counts.
 
     Attributes:
-        prompt_tokens: of the prompt.
-        reply_tokens: so far.
-        finished: ``stop`` or ``length``, when the pieces have ended.
+        prompt_tokens: number of prompt tokens.
+        reply_tokens: number of tokens generated so far.
+        finished: ``stop`` or ``length`` once the pieces have ended.
     """
 
     prompt_tokens: int
@@ -40,10 +40,10 @@ class GenerationRequest:
     _pieces: asyncio.Queue[str | Exception | None] = field(default_factory=asyncio.Queue)
 
     async def pieces(self) -> AsyncIterator[str]:
-        """The text as it comes. Whoever stops reading has the computation stopped.
+        """Stream the text. Closing the iterator cancels the computation.
 
         Raises:
-            SlmLoraError: what went wrong in computing.
+            SlmLoraError: the computation failed.
         """
         try:
             while (piece := await self._pieces.get()) is not None:
@@ -54,10 +54,10 @@ class GenerationRequest:
             self.cancel()
 
     def cancel(self) -> None:
-        """Nobody waits for the rest."""
+        """Stop computing at the next token."""
         self._cancelled = True
 
-    def _tell(self, piece: str | Exception | None) -> None:
+    def _put(self, piece: str | Exception | None) -> None:
         try:
             self._loop.call_soon_threadsafe(self._pieces.put_nowait, piece)
         except RuntimeError:  # the loop has ended: the server is shutting down
@@ -65,26 +65,26 @@ class GenerationRequest:
 
 
 class Engine:
-    """Computes replies of a base and its adapters in a thread of its own."""
+    """Computes replies of a base and its adapters in a separate thread."""
 
     def __init__(
         self,
         variants: AdapterSet,
         *,
-        most_tokens: int = 1024,
-        at_once: int = 8,
-        most_waiting: int = 64,
+        max_tokens: int = 1024,
+        max_active: int = 8,
+        max_waiting: int = 64,
     ) -> None:
         """
         Args:
             variants: the base and its adapters.
-            most_tokens: of any reply, whatever is asked.
-            at_once: replies that take turns; each holds a key-value cache.
-            most_waiting: replies in the queue besides; more are refused.
+            max_tokens: upper limit on the tokens of a reply.
+            max_active: replies computed in turns; each holds a key-value cache.
+            max_waiting: replies in the queue besides the active ones; more are rejected.
         """
         self.variants = variants
-        self.most_tokens = most_tokens
-        self._at_once, self._most_waiting = at_once, most_waiting
+        self.max_tokens = max_tokens
+        self._max_active, self._max_waiting = max_active, max_waiting
         self._waiting: deque[Callable[[], _Work | None]] = deque()
         self._wake = threading.Condition()
         self._closed = False
@@ -92,60 +92,60 @@ class Engine:
         self._thread.start()
 
     def submit(self, variant: str, prompt: Sequence[int], sampling: Sampling) -> GenerationRequest:
-        """Ask for a reply; call it inside the event loop that reads the request.
+        """Queue a reply; call it inside the event loop that reads its pieces.
 
         Raises:
             BusyError: the queue is full.
         """
-        generation = GenerationRequest(len(prompt))
+        request = GenerationRequest(len(prompt))
 
-        def begin() -> _Work | None:
-            if generation._cancelled:
+        def start() -> _Work | None:
+            if request._cancelled:
                 return None
             try:
-                return _Work(Generation(self.variants, variant, prompt, sampling), generation)
+                return _Work(Generation(self.variants, variant, prompt, sampling), request)
             except Exception as error:
-                generation._tell(error)
+                request._put(error)
                 return None
 
-        self._enqueue(begin)
-        return generation
+        self._enqueue(start)
+        return request
 
-    async def loss(self, variant: str, asked_as: str, prompt: Prompt) -> float | None:
-        """Loss of a prompt's reference answer, in nats a token; see `reference_loss`.
+    async def loss(self, variant: str, template_variant: str, prompt: Prompt) -> float | None:
+        """Loss of a prompt's reference answer in nats per token; see `reference_loss`.
 
         Raises:
             BusyError: the queue is full.
         """
         loop = asyncio.get_running_loop()
-        found: asyncio.Future[float | None] = loop.create_future()
+        future: asyncio.Future[float | None] = loop.create_future()
 
-        def tell(set_it: Callable[..., None], value: object) -> None:
-            if not found.done():
-                set_it(value)
+        def resolve(setter: Callable[..., None], value: object) -> None:
+            if not future.done():
+                setter(value)
 
         def compute() -> None:
             try:
-                value = reference_loss(self.variants, variant, asked_as, prompt)
-                loop.call_soon_threadsafe(tell, found.set_result, value)
+                value = reference_loss(self.variants, variant, template_variant, prompt)
+                loop.call_soon_threadsafe(resolve, future.set_result, value)
             except Exception as error:
-                loop.call_soon_threadsafe(tell, found.set_exception, error)
+                loop.call_soon_threadsafe(resolve, future.set_exception, error)
 
         self._enqueue(compute)
-        return await found
+        return await future
 
     def close(self) -> None:
-        """Stop computing; what is not finished ends where it is."""
+        """Stop computing; unfinished replies end where they are."""
         with self._wake:
             self._closed = True
             self._wake.notify()
         self._thread.join(timeout=10)
 
-    def _enqueue(self, begin: Callable[[], _Work | None]) -> None:
+    def _enqueue(self, start: Callable[[], _Work | None]) -> None:
         with self._wake:
-            if len(self._waiting) >= self._most_waiting:
-                raise BusyError("too many requests are waiting; try again in a moment")
-            self._waiting.append(begin)
+            if len(self._waiting) >= self._max_waiting:
+                raise BusyError("the request queue is full; try again in a moment")
+            self._waiting.append(start)
             self._wake.notify()
 
     def _run(self) -> None:
@@ -156,39 +156,39 @@ class Engine:
                     self._wake.wait()
                 if self._closed:
                     break
-                begins = [
+                starts = [
                     self._waiting.popleft()
-                    for _ in range(min(len(self._waiting), self._at_once - len(active)))
+                    for _ in range(min(len(self._waiting), self._max_active - len(active)))
                 ]
-            active.extend(work for begin in begins if (work := begin()) is not None)
+            active.extend(work for start in starts if (work := start()) is not None)
             if active:
                 work = active.popleft()
                 if work.advance():
                     active.append(work)
         for work in active:
-            work.generation._tell(None)
+            work.request._put(None)
 
 
 @dataclass
 class _Work:
-    """A reply on its way to its request."""
+    """A reply in progress and the request that receives it."""
 
-    reply: Generation
-    generation: GenerationRequest
+    generation: Generation
+    request: GenerationRequest
 
     def advance(self) -> bool:
-        """One token; whether there is more to do."""
-        if self.generation._cancelled:
+        """Compute one token; return whether the reply is unfinished."""
+        if self.request._cancelled:
             return False
         try:
-            if piece := self.reply.advance():
-                self.generation._tell(piece)
+            if piece := self.generation.advance():
+                self.request._put(piece)
         except Exception as error:
-            self.generation._tell(error)
+            self.request._put(error)
             return False
-        self.generation.reply_tokens = len(self.reply.ids)
-        if not self.reply.finished:
+        self.request.reply_tokens = len(self.generation.ids)
+        if not self.generation.finished:
             return True
-        self.generation.finished = self.reply.finished
-        self.generation._tell(None)
+        self.request.finished = self.generation.finished
+        self.request._put(None)
         return False

@@ -1,8 +1,8 @@
-"""What stands between the network and the application: who may ask, how much, and how slowly.
+"""Middleware that checks every request: host, origin, token, body size and timeouts.
 
-Pages of other sites can make a browser ask a server on its own machine, and through DNS even
-under that site's name (rebinding): so the Host must be ours, and an Origin, where there is one,
-too. No answer allows other origins to read it.
+A page of another site can make a browser send requests to a server on the same machine, with DNS
+rebinding even under that site's name. Host, and Origin if there is one, must therefore be names of
+this server. No response carries CORS headers, so other origins cannot read it.
 """
 
 from __future__ import annotations
@@ -21,29 +21,29 @@ LOOPBACK = frozenset({"localhost", "127.0.0.1", "[::1]"})
 COOKIE = "slm_lora_token"
 
 
-class Refused(Exception):
-    """A request that goes no further."""
+class Rejection(Exception):
+    """The request is answered with an error and does not reach the application."""
 
     def __init__(self, status: int, message: str, code: str) -> None:
         """
         Args:
-            status: of HTTP.
-            message: for people.
-            code: for programs.
+            status: HTTP status.
+            message: human-readable reason.
+            code: machine-readable reason.
         """
         super().__init__(message)
         self.status, self.code = status, code
 
 
 def error_body(
-    message: str, kind: str, code: str | None, param: str | None = None
+    message: str, type_: str, code: str | None, param: str | None = None
 ) -> dict[str, Any]:
-    """An error as clients of OpenAI's API read it."""
-    return {"error": {"message": message, "type": kind, "param": param, "code": code}}
+    """Error body in the format of OpenAI's API."""
+    return {"error": {"message": message, "type": type_, "param": param, "code": code}}
 
 
 class Guard:
-    """ASGI middleware; see the module."""
+    """ASGI middleware; see the module docstring."""
 
     def __init__(
         self,
@@ -51,133 +51,145 @@ class Guard:
         *,
         hosts: Collection[str],
         token: str | None,
-        most_bytes: int = 1 << 20,
-        patience: float = 20.0,
+        max_body_bytes: int = 1 << 20,
+        timeout_s: float = 20.0,
     ) -> None:
         """
         Args:
-            app: what is guarded.
-            hosts: names under which this server may be asked, without port.
-            token: needed for everything, if set.
-            most_bytes: of a request's body.
-            patience: seconds for a request's body to come, and for a client to take a piece of
-                an answer.
+            app: the application.
+            hosts: accepted host names, without port.
+            token: required on every request, if set.
+            max_body_bytes: largest request body.
+            timeout_s: seconds in which a request body must arrive, and in which a client must
+                accept each part of a response.
         """
         self._app, self._hosts, self._token = app, frozenset(hosts), token
-        self._most_bytes, self._patience = most_bytes, patience
+        self._max_body_bytes, self._timeout_s = max_body_bytes, timeout_s
 
     async def __call__(self, scope: Scope, receive: Receive, send: Send) -> None:
-        """Let a request through, or answer it with an error."""
+        """Pass a request on, or answer it with an error."""
         if scope["type"] == "lifespan":
             await self._app(scope, receive, send)
             return
-        began = False
+        response_started = False
 
         async def send_in_time(message: Message) -> None:
-            nonlocal began
-            began = True
+            nonlocal response_started
+            response_started = True
             try:
-                await asyncio.wait_for(send(message), self._patience)
+                await asyncio.wait_for(send(message), self._timeout_s)
             except TimeoutError:
-                raise ConnectionError("the client does not take its answer") from None
+                raise ConnectionError("the client does not read the response") from None
 
         try:
             headers = _headers(scope)
             self._check_source(headers)
             cookie = self._check_token(scope, headers)
             body = await self._body(scope, headers, receive) if scope["type"] == "http" else None
-        except Refused as refused:
-            await _refuse(scope, send, refused)
+        except Rejection as rejection:
+            await _reject(scope, send, rejection)
             return
         if cookie is not None:
-            # The token goes out of the address, and with it out of histories and logs.
-            moved = [(b"location", scope["path"].encode()), (b"set-cookie", cookie)]
-            await send({"type": "http.response.start", "status": 303, "headers": moved})
+            # Redirect without the token, which would otherwise remain in histories and logs.
+            headers_out = [(b"location", scope["path"].encode()), (b"set-cookie", cookie)]
+            await send({"type": "http.response.start", "status": 303, "headers": headers_out})
             await send({"type": "http.response.body", "body": b""})
             return
-        given = receive if body is None else _again(body, receive)
+        guarded_receive = receive if body is None else _replay(body, receive)
         try:
-            await self._app(scope, given, send_in_time)
+            await self._app(scope, guarded_receive, send_in_time)
         except ConnectionError:
-            if not began:
+            if not response_started:
                 raise
 
     def _check_source(self, headers: MutableMapping[str, str]) -> None:
         host = _without_port(headers.get("host", ""))
         if host not in self._hosts:
-            raise Refused(403, "this server does not answer under that name", "wrong_host")
+            reason = f"Host {host!r:.80}: not a name of this server (see --allow-host)"
+            raise Rejection(403, reason, "wrong_host")
         origin = headers.get("origin")
         if origin and _without_port(urlsplit(origin).netloc) not in self._hosts:
-            raise Refused(403, "pages of other sites may not ask this server", "wrong_origin")
+            reason = f"Origin {origin!r:.80}: requests from other sites are rejected"
+            raise Rejection(403, reason, "wrong_origin")
 
     def _check_token(self, scope: Scope, headers: MutableMapping[str, str]) -> bytes | None:
-        """The cookie to set, where the token came in the address of a page."""
+        """The cookie to set if the token is in the query string, else None.
+
+        Raises:
+            Rejection: the request has no valid token.
+        """
         if self._token is None:
             return None
-        kind, _, given = headers.get("authorization", "").partition(" ")
-        if kind.lower() == "bearer" and _same(given.strip(), self._token):
+        scheme, _, credentials = headers.get("authorization", "").partition(" ")
+        if scheme.lower() == "bearer" and _equal(credentials.strip(), self._token):
             return None
         try:
             cookies = SimpleCookie(headers.get("cookie", ""))
         except CookieError:
             cookies = SimpleCookie()
-        if COOKIE in cookies and _same(cookies[COOKIE].value, self._token):
+        if COOKIE in cookies and _equal(cookies[COOKIE].value, self._token):
             return None
-        asked = parse_qs(scope.get("query_string", b"").decode("latin-1")).get("token", [""])[0]
-        if scope.get("method") == "GET" and _same(asked, self._token):
+        query_token = parse_qs(scope.get("query_string", b"").decode("latin-1")).get("token", [""])[
+            0
+        ]
+        if scope.get("method") == "GET" and _equal(query_token, self._token):
             return f"{COOKIE}={self._token}; HttpOnly; SameSite=Strict; Path=/".encode()
-        raise Refused(401, "needs the token: Authorization: Bearer …", "invalid_api_key")
+        reason = "missing or wrong token; send the header Authorization: Bearer TOKEN"
+        raise Rejection(401, reason, "invalid_api_key")
 
     async def _body(
         self, scope: Scope, headers: MutableMapping[str, str], receive: Receive
     ) -> bytes:
-        too_large = Refused(413, f"more than {self._most_bytes} bytes", "body_too_large")
+        too_large = Rejection(
+            413, f"body: more than {self._max_body_bytes} bytes", "body_too_large"
+        )
         try:
-            if int(headers.get("content-length", 0)) > self._most_bytes:
+            if int(headers.get("content-length", 0)) > self._max_body_bytes:
                 raise too_large
         except ValueError:
-            raise Refused(400, "Content-Length is no number", "bad_request") from None
+            raise Rejection(400, "Content-Length: not a number", "bad_request") from None
         parts: list[bytes] = []
 
         async def read() -> bytes:
             while True:
                 message = await receive()
                 if message["type"] == "http.disconnect":
-                    raise Refused(400, "the body ended early", "bad_request")
+                    raise Rejection(400, "body: incomplete", "bad_request")
                 parts.append(message.get("body", b""))
-                if sum(map(len, parts)) > self._most_bytes:
+                if sum(map(len, parts)) > self._max_body_bytes:
                     raise too_large
                 if not message.get("more_body"):
                     return b"".join(parts)
 
         try:
-            return await asyncio.wait_for(read(), self._patience)
+            return await asyncio.wait_for(read(), self._timeout_s)
         except TimeoutError:
-            raise Refused(408, "the body came too slowly", "timeout") from None
+            reason = f"body: incomplete after {self._timeout_s:g} s"
+            raise Rejection(408, reason, "timeout") from None
 
 
-def _again(body: bytes, receive: Receive) -> Receive:
-    """A body that was read already, then whatever else comes (the client going away)."""
-    told = False
+def _replay(body: bytes, receive: Receive) -> Receive:
+    """A receive channel that yields a body already read, then later messages (a disconnect)."""
+    replayed = False
 
-    async def given() -> Message:
-        nonlocal told
-        if told:
+    async def replay() -> Message:
+        nonlocal replayed
+        if replayed:
             return await receive()
-        told = True
+        replayed = True
         return {"type": "http.request", "body": body, "more_body": False}
 
-    return given
+    return replay
 
 
 def _headers(scope: Scope) -> dict[str, str]:
-    found: dict[str, str] = {}
+    headers: dict[str, str] = {}
     for name, value in scope.get("headers", []):
         key = name.decode("latin-1").lower()
-        if key == "host" and key in found:
-            raise Refused(400, "two Host headers", "bad_request")
-        found[key] = value.decode("latin-1")
-    return found
+        if key == "host" and key in headers:
+            raise Rejection(400, "more than one Host header", "bad_request")
+        headers[key] = value.decode("latin-1")
+    return headers
 
 
 def _without_port(host: str) -> str:
@@ -186,22 +198,21 @@ def _without_port(host: str) -> str:
     return (name if name and port.isdigit() and not host.endswith("]") else host).lower()
 
 
-def _same(given: str, wanted: str) -> bool:
-    return hmac.compare_digest(given.encode(), wanted.encode())
+def _equal(given: str, expected: str) -> bool:
+    return hmac.compare_digest(given.encode(), expected.encode())
 
 
-async def _refuse(scope: Scope, send: Send, refused: Refused) -> None:
+async def _reject(scope: Scope, send: Send, rejection: Rejection) -> None:
     if scope["type"] == "websocket":
         await send({"type": "websocket.close", "code": 1008})
         return
-    kinds = {401: "authentication_error", 403: "permission_error"}
-    body = json.dumps(
-        error_body(str(refused), kinds.get(refused.status, "invalid_request_error"), refused.code)
-    ).encode()
+    types = {401: "authentication_error", 403: "permission_error"}
+    type_ = types.get(rejection.status, "invalid_request_error")
+    body = json.dumps(error_body(str(rejection), type_, rejection.code)).encode()
     headers = [
         (b"content-type", b"application/json"),
         (b"content-length", str(len(body)).encode()),
-        (b"connection", b"close"),  # what is still to come of the body is not read
+        (b"connection", b"close"),  # the rest of the body is not read
     ]
-    await send({"type": "http.response.start", "status": refused.status, "headers": headers})
+    await send({"type": "http.response.start", "status": rejection.status, "headers": headers})
     await send({"type": "http.response.body", "body": body})

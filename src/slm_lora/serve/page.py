@@ -1,6 +1,6 @@
-"""The page: the base beside one or two adapters, all answering one question at the same time.
+"""The Gradio page: the base and one or two adapters answer the same question side by side.
 
-Gradio, without its analytics and without fonts or scripts from elsewhere.
+It sends no analytics and loads no fonts or scripts from other hosts.
 """
 
 from __future__ import annotations
@@ -14,16 +14,16 @@ from fastapi import FastAPI
 
 from slm_lora.adapters.multi import BASE
 from slm_lora.data.prompts import Prompt
-from slm_lora.data.text import given
+from slm_lora.data.text import prompt_text
 from slm_lora.errors import SlmLoraError
 from slm_lora.evaluation.generation import Sampling, prompt_ids
 from slm_lora.records import Turn
 from slm_lora.serve.engine import Engine, GenerationRequest
 
-NONE = "–"
-"""Chosen in place of a second adapter."""
+NO_ADAPTER = "–"
+"""Choice of the dropdown without an adapter."""
 
-GENERAL = (
+GENERAL_QUESTIONS = (
     "What is the difference between weather and climate?",
     "Explain in two sentences how a bicycle stays upright.",
     "Give three uses for an old newspaper.",
@@ -31,7 +31,7 @@ GENERAL = (
     "Which steps does it take to plant a tree?",
     "Put into one sentence: the room was taken, so the meeting moved from Monday to Thursday.",
 )
-"""Examples where the data that an adapter was trained on is not here, or not known."""
+"""Examples if the data set of the adapter is unknown or not on this machine."""
 
 _CSS = """
 .answer { min-height: 12rem; overflow-wrap: anywhere; }
@@ -41,16 +41,19 @@ footer { display: none !important; }
 
 
 def mount_page(
-    app: FastAPI, engine: Engine, examples: Sequence[Prompt] = (), chosen: str | None = None
+    app: FastAPI,
+    engine: Engine,
+    examples: Sequence[Prompt] = (),
+    default_adapter: str | None = None,
 ) -> FastAPI:
-    """The API's application with the page at its root.
+    """Mount the page at the root of the API application.
 
     Args:
         app: from `api.make_app`.
         engine: computes the answers.
-        examples: to try; an answer that comes along goes into the field for references. Where there
-            are none: `GENERAL`.
-        chosen: the adapter that answers unless another is chosen; None: the last.
+        examples: example questions; their references fill the field for the reference. If empty,
+            `GENERAL_QUESTIONS`.
+        default_adapter: the adapter selected at first; None: the last.
     """
     os.environ["GRADIO_ANALYTICS_ENABLED"] = "False"
     import gradio
@@ -59,7 +62,7 @@ def mount_page(
     theme = gradio.themes.Base(font=fonts, font_mono=["ui-monospace", "monospace"])
     mounted: FastAPI = gradio.mount_gradio_app(
         app,
-        _page(gradio, engine, examples, chosen),
+        _page(gradio, engine, examples, default_adapter),
         path="",
         theme=theme,
         css=_CSS,
@@ -73,126 +76,138 @@ def mount_page(
     return mounted
 
 
-def _page(gradio: Any, engine: Engine, examples: Sequence[Prompt], chosen: str | None) -> Any:
+def _page(
+    gradio: Any, engine: Engine, examples: Sequence[Prompt], default_adapter: str | None
+) -> Any:
     variants = engine.variants
-    # The page asks one question; a conversation of the data is no example of one.
-    shown = [each for each in examples if len(each.turns) == 1] or [
-        Prompt((Turn("user", text),)) for text in GENERAL
+    # The page has no field for earlier turns, so conversations cannot be examples.
+    prompts = [prompt for prompt in examples if len(prompt.turns) == 1] or [
+        Prompt((Turn("user", text),)) for text in GENERAL_QUESTIONS
     ]
-    with_context = any(each.template.include_context for each in variants.row_tokenizers.values())
+    has_context = any(
+        tokenizer.template.include_context for tokenizer in variants.row_tokenizers.values()
+    )
     adapters = [name for name in variants.names if name != BASE]
+    selected = default_adapter if default_adapter in adapters else (adapters or [NO_ADAPTER])[-1]
     title = f"{variants.base.source.name} and its adapters"
     with gradio.Blocks(title=title, analytics_enabled=False, fill_width=True) as page:
         gradio.Markdown(
-            f"## {title}\nEach is asked in the template that the first adapter was trained with; "
-            "the base, too, so that what differs is the adapter alone."
+            f"## {title}\nAll, the base included, are prompted with the training template of the "
+            "first adapter, so that answers differ by the adapter only."
         )
         with gradio.Row():
-            first = gradio.Dropdown(
-                adapters or [NONE],
-                value=chosen if chosen in adapters else (adapters or [NONE])[-1],
+            first_adapter = gradio.Dropdown(
+                adapters or [NO_ADAPTER],
+                value=selected,
                 label="Adapter",
             )
-            second = gradio.Dropdown([NONE, *adapters], value=NONE, label="Second adapter")
-        # Of one line, so that Enter asks; it grows.
+            second_adapter = gradio.Dropdown(
+                [NO_ADAPTER, *adapters], value=NO_ADAPTER, label="Second adapter"
+            )
+        # With one line Enter submits; the box grows.
+        hint = "(Enter asks, Shift+Enter: new line)"
         question = gradio.Textbox(
             label="Question",
-            placeholder=f"{shown[0].turns[-1].content[:200]}  (Enter asks, Shift+Enter: new line)",
+            placeholder=f"{prompts[0].turns[-1].content[:200]}  {hint}",
             lines=1,
             max_lines=12,
             autofocus=True,
         )
         context = gradio.Textbox(
-            label="Context, where the question has one", lines=1, max_lines=12, visible=with_context
+            label="Context (optional)", lines=1, max_lines=12, visible=has_context
         )
         with gradio.Row():
             send = gradio.Button("Ask", variant="primary")
-            halt = gradio.Button("Stop", visible=False)
+            stop = gradio.Button("Stop", visible=False)
         with gradio.Row(equal_height=True):
             answers = [
                 gradio.Textbox(
-                    label=name, lines=8, interactive=False, elem_classes="answer", elem_id=place
+                    label=name, lines=8, interactive=False, elem_classes="answer", elem_id=elem_id
                 )
-                for name, place in ((BASE, "base"), ("adapter", "first"), ("second", "second"))
+                for name, elem_id in ((BASE, "base"), ("adapter", "first"), ("second", "second"))
             ]
         answers[2].visible = False
         with gradio.Accordion("Sampling and reference", open=False):
             with gradio.Row():
                 temperature = gradio.Slider(0, 2, 0, step=0.05, label="Temperature (0: greedy)")
                 top_p = gradio.Slider(0.05, 1, 1, step=0.05, label="Top p")
-                longest = gradio.Slider(
-                    8, engine.most_tokens, min(160, engine.most_tokens), step=8, label="Most tokens"
+                max_tokens = gradio.Slider(
+                    8, engine.max_tokens, min(160, engine.max_tokens), step=8, label="Max tokens"
                 )
                 seed = gradio.Number(0, precision=0, minimum=0, label="Seed")
             reference = gradio.Textbox(
-                label="Reference answer: its loss under each is shown, nats a token", lines=2
+                label="Reference answer (optional); its loss is shown in nats per token", lines=2
             )
-        fields = [question, *([context] if with_context else []), reference]
+        inputs = [question, *([context] if has_context else []), reference]
         gradio.Examples(
             [
-                [each.turns[-1].content, *([each.context] if with_context else []), each.reference]
-                for each in shown
+                [
+                    prompt.turns[-1].content,
+                    *([prompt.context] if has_context else []),
+                    prompt.reference,
+                ]
+                for prompt in prompts
             ],
-            # Columns without anything in them would stand empty.
-            fields if any(each.reference or each.context for each in shown) else [question],
+            # Otherwise the columns of context and reference would be empty.
+            inputs if any(prompt.reference or prompt.context for prompt in prompts) else [question],
             cache_examples=False,
             examples_per_page=6,
         )
-        settings = [temperature, top_p, longest, seed, reference]
+        settings = [temperature, top_p, max_tokens, seed, reference]
 
-        def at_rest() -> Any:
+        def hide_stop() -> Any:
             return gradio.update(visible=False)
 
-        asking = gradio.on(
+        answering = gradio.on(
             [send.click, question.submit],
-            _asker(gradio, engine),
-            [question, context, first, second, *settings],
-            [*answers, halt],
+            _ask_handler(gradio, engine),
+            [question, context, first_adapter, second_adapter, *settings],
+            [*answers, stop],
             concurrency_limit=8,
             api_name=False,
             trigger_mode="once",
         )
-        asking.then(at_rest, None, halt, api_name=False)
-        halt.click(at_rest, None, halt, cancels=[asking], api_name=False)
+        answering.then(hide_stop, None, stop, api_name=False)
+        stop.click(hide_stop, None, stop, cancels=[answering], api_name=False)
     return page
 
 
-def _asker(gradio: Any, engine: Engine) -> Any:
+def _ask_handler(gradio: Any, engine: Engine) -> Any:
     async def ask(
         question: str,
         context: str | None,
-        first: str,
-        second: str,
+        first_adapter: str,
+        second_adapter: str,
         temperature: float,
         top_p: float,
-        longest: int,
+        max_tokens: int,
         seed: int | None,
         reference: str | None,
     ) -> AsyncIterator[list[Any]]:
-        chosen = [BASE, *(n for n in dict.fromkeys((first, second)) if n and n != NONE)]
+        chosen = dict.fromkeys((BASE, first_adapter, second_adapter))
         names = [name for name in chosen if name in engine.variants.names]
         if not question.strip():
             gradio.Info("Write a question first.")
-            # The answers that are there stay.
+            # Keep the previous answers.
             yield [gradio.skip()] * 4
             return
-        asked_as = names[1] if len(names) > 1 else BASE
+        template_variant = names[1] if len(names) > 1 else BASE
         try:
             prompt = Prompt(
-                (Turn("user", given(question, "question")),),
-                given(context or "", "context"),
-                given(reference or "", "reference").strip(),
+                (Turn("user", prompt_text(question, "question")),),
+                prompt_text(context or "", "context"),
+                prompt_text(reference or "", "reference").strip(),
             )
         except SlmLoraError as error:
             gradio.Warning(str(error))
             yield [gradio.skip()] * 4
             return
         sampling = Sampling(
-            min(int(longest), engine.most_tokens), temperature, top_p, seed=int(seed or 0)
+            min(int(max_tokens), engine.max_tokens), temperature, top_p, seed=int(seed or 0)
         )
         texts = [""] * len(names)
 
-        def shown(notes: Sequence[str]) -> list[Any]:
+        def updates(notes: Sequence[str]) -> list[Any]:
             boxes = [
                 gradio.update(value=text, label=f"{name}{note}", visible=True)
                 for name, text, note in zip(names, texts, notes, strict=True)
@@ -202,49 +217,49 @@ def _asker(gradio: Any, engine: Engine) -> Any:
 
         notes = [""] * len(names)
         try:
-            yield shown(notes)
+            yield updates(notes)
             if prompt.reference:
-                losses = [await engine.loss(name, asked_as, prompt) for name in names]
+                losses = [await engine.loss(name, template_variant, prompt) for name in names]
                 notes = ["" if loss is None else f" · loss {loss:.3f}" for loss in losses]
-                yield shown(notes)
-            ids = prompt_ids(engine.variants, asked_as, prompt)
-            tickets = [engine.submit(name, ids, sampling) for name in names]
-            async for index, piece in _merged(tickets):
+                yield updates(notes)
+            ids = prompt_ids(engine.variants, template_variant, prompt)
+            requests = [engine.submit(name, ids, sampling) for name in names]
+            async for index, piece in _interleave(requests):
                 texts[index] += piece
-                yield shown(notes)
+                yield updates(notes)
         except SlmLoraError as error:
-            # What is written stays to be mended, and what was answered to be read.
+            # Keep the question, to be corrected, and the answers so far.
             gradio.Warning(str(error))
-            yield shown(notes)
+            yield updates(notes)
 
     return ask
 
 
-async def _merged(tickets: Sequence[GenerationRequest]) -> AsyncIterator[tuple[int, str]]:
-    """Pieces of several replies as they come."""
+async def _interleave(requests: Sequence[GenerationRequest]) -> AsyncIterator[tuple[int, str]]:
+    """Yield pieces of several replies with the index of the reply, as they arrive."""
     pieces: asyncio.Queue[tuple[int, str] | SlmLoraError | None] = asyncio.Queue()
 
-    async def forward(index: int, generation: GenerationRequest) -> None:
+    async def forward(index: int, request: GenerationRequest) -> None:
         try:
-            async for piece in generation.pieces():
+            async for piece in request.pieces():
                 await pieces.put((index, piece))
             await pieces.put(None)
         except SlmLoraError as error:
             await pieces.put(error)
 
-    tasks = [asyncio.create_task(forward(*each)) for each in enumerate(tickets)]
+    tasks = [asyncio.create_task(forward(i, request)) for i, request in enumerate(requests)]
     try:
-        left = len(tickets)
-        while left:
+        n_unfinished = len(requests)
+        while n_unfinished:
             piece = await pieces.get()
             if isinstance(piece, SlmLoraError):
                 raise piece
             if piece is None:
-                left -= 1
+                n_unfinished -= 1
             else:
                 yield piece
     finally:
         for task in tasks:
             task.cancel()
-        for generation in tickets:
-            generation.cancel()
+        for request in requests:
+            request.cancel()

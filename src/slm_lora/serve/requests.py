@@ -1,4 +1,4 @@
-"""Bodies of API requests: read, checked, unsupported fields refused by name."""
+"""Request bodies of the API: parsing and validation; unsupported fields are rejected by name."""
 
 from __future__ import annotations
 
@@ -16,13 +16,13 @@ from pydantic import (
     field_validator,
 )
 
-from slm_lora.data.text import RowError, checked
+from slm_lora.data.text import RowError, require_text
 from slm_lora.evaluation.generation import Sampling
 from slm_lora.records import Role, Turn
 from slm_lora.serve.fields import unsupported, unsupported_in_message
 
 DEFAULT_TOKENS = 256
-"""Longest reply where a request names none."""
+"""Token limit of requests without ``max_tokens``."""
 
 _Stop = Annotated[str, StringConstraints(min_length=1, max_length=200)]
 
@@ -33,10 +33,10 @@ class StreamOptions(BaseModel):
     include_usage: bool | None = None
 
 
-class Asked(BaseModel):
-    """Fields of both kinds of completion, with vLLM's meaning where OpenAI has none. Null is unset
-    (`read_request`); unsupported fields that would change the reply are refused (`fields`), unknown
-    ones ignored."""
+class CompletionBody(BaseModel):
+    """Fields common to chat and text completions, with vLLM's semantics where OpenAI has no such
+    field. Null means unset (`read_body`); unsupported fields that would change the reply are
+    rejected (module `fields`), unknown ones ignored."""
 
     model_config = ConfigDict(extra="ignore", allow_inf_nan=False)
 
@@ -57,23 +57,23 @@ class Asked(BaseModel):
     min_tokens: int = Field(0, ge=0)
     max_tokens: int | None = Field(None, ge=1)
 
-    def sampling(self, most_tokens: int, asked: int | None) -> Sampling:
-        """The sampling of a request; ``asked`` tokens are clamped to ``most_tokens``."""
-        # Clamped, not refused: clients ask for more than they want.
-        longest = min(asked or DEFAULT_TOKENS, most_tokens)
+    def sampling(self, limit: int, requested: int | None) -> Sampling:
+        """Sampling parameters; ``requested`` tokens are clamped to ``limit``."""
+        # Clamped, not rejected: many clients send a limit larger than they need.
+        max_tokens = min(requested or DEFAULT_TOKENS, limit)
         stops = (self.stop,) if isinstance(self.stop, str) else tuple(self.stop)
-        if self.min_tokens > longest:
+        if self.min_tokens > max_tokens:
             raise BadRequestError(
-                "min_tokens", f"{self.min_tokens} are more than the {longest} of max_tokens"
+                "min_tokens", f"{self.min_tokens} exceeds max_tokens = {max_tokens}"
             )
         return Sampling(
-            max_new_tokens=longest,
+            max_new_tokens=max_tokens,
             temperature=self.temperature,
             top_p=self.top_p,
             top_k=max(0, self.top_k),
             repetition_penalty=self.repetition_penalty,
             seed=secrets.randbits(62) if self.seed is None else self.seed % 2**63,
-            stop=tuple(checked_text(stop, "stop") for stop in stops),
+            stop=tuple(check_text(stop, "stop") for stop in stops),
             min_p=self.min_p,
             frequency_penalty=self.frequency_penalty,
             presence_penalty=self.presence_penalty,
@@ -83,15 +83,15 @@ class Asked(BaseModel):
         )
 
 
-class ChatAsked(Asked):
-    """The body of a chat completion."""
+class ChatBody(CompletionBody):
+    """Body of a chat completion."""
 
     messages: list[Any] = Field(min_length=1, max_length=1000)
     max_completion_tokens: int | None = Field(None, ge=1)
 
 
-class TextAsked(Asked):
-    """The body of a text completion."""
+class TextBody(CompletionBody):
+    """Body of a text completion."""
 
     prompt: str
 
@@ -101,26 +101,26 @@ class TextAsked(Asked):
         return value[0] if isinstance(value, list) and len(value) == 1 else value
 
 
-class NoSuchModelError(Exception):
-    """No model of that name is served."""
+class UnknownModelError(Exception):
+    """No model of this name is served."""
 
 
 class BadRequestError(Exception):
-    """A request that is not answered: which field of it, and why."""
+    """An invalid request: the field and the reason."""
 
-    def __init__(self, field: str, why: str) -> None:
-        super().__init__(f"{field}: {why}")
+    def __init__(self, field: str, reason: str) -> None:
+        super().__init__(f"{field}: {reason}")
         self.field = field
 
 
-_Kind = TypeVar("_Kind", bound=Asked)
+_Body = TypeVar("_Body", bound=CompletionBody)
 
 
-async def read_request(request: Request, kind: type[_Kind]) -> _Kind:
-    """A request's body, checked.
+async def read_body(request: Request, model: type[_Body]) -> _Body:
+    """Parse and validate a request body.
 
     Raises:
-        BadRequestError: something in it is wrong, or not done here.
+        BadRequestError: a field is invalid or unsupported.
     """
     try:
         body = json.loads(await request.body())
@@ -131,34 +131,34 @@ async def read_request(request: Request, kind: type[_Kind]) -> _Kind:
     for key, value in body.items():
         if not _is_text([key, value]):
             field = key if _is_text(key) else "body"
-            raise BadRequestError(
-                field, "holds half a character (a lone surrogate), which is no text"
-            )
-    if found := unsupported(body):
-        raise BadRequestError(found[0], f"not supported: {found[1]}; leave it out")
+            raise BadRequestError(field, "has a lone surrogate, which is not valid Unicode text")
+    if refusal := unsupported(body):
+        raise BadRequestError(refusal[0], f"not supported: {refusal[1]}; remove the field")
     try:
-        return kind.model_validate({k: v for k, v in body.items() if v is not None})
+        return model.model_validate(
+            {key: value for key, value in body.items() if value is not None}
+        )
     except ValidationError as error:
         first = error.errors(include_url=False)[0]
-        # Behind a field of several types pydantic names the type that it tried.
-        place = [str(part) for part in first["loc"] if not str(part).startswith(("list[", "cons"))]
-        raise BadRequestError(".".join(place), first["msg"]) from None
+        # For a field of several types pydantic appends the type that it tried.
+        path = [str(part) for part in first["loc"] if not str(part).startswith(("list[", "cons"))]
+        raise BadRequestError(".".join(path), first["msg"]) from None
 
 
 def _is_text(value: Any) -> bool:
-    """Whether all text in a JSON value is what UTF-8 can hold."""
-    waiting = [value]
-    while waiting:
-        each = waiting.pop()
-        if isinstance(each, str):
+    """Whether UTF-8 can encode every string in a JSON value."""
+    stack = [value]
+    while stack:
+        item = stack.pop()
+        if isinstance(item, str):
             try:
-                each.encode()
+                item.encode()
             except UnicodeEncodeError:
                 return False
-        elif isinstance(each, dict):
-            waiting += [*each, *each.values()]
-        elif isinstance(each, list):
-            waiting += each
+        elif isinstance(item, dict):
+            stack += [*item, *item.values()]
+        elif isinstance(item, list):
+            stack += item
     return True
 
 
@@ -170,41 +170,45 @@ _ROLES: dict[str, Role] = {
 }
 
 
-def turn_of(message: Any, place: str) -> Turn:
-    """A message as a turn.
+def parse_turn(message: Any, path: str) -> Turn:
+    """Parse a message.
 
     Raises:
-        BadRequestError: it is none, or holds more than text.
+        BadRequestError: not a message, or it has content other than text.
     """
     if not isinstance(message, dict):
-        raise BadRequestError(place, "must be an object with role and content")
-    if found := unsupported_in_message(message):
-        raise BadRequestError(f"{place}.{found[0]}", f"not supported: {found[1]}")
+        raise BadRequestError(path, "must be an object with role and content")
+    if refusal := unsupported_in_message(message):
+        raise BadRequestError(f"{path}.{refusal[0]}", f"not supported: {refusal[1]}")
     role = message.get("role")
     if not isinstance(role, str) or role not in _ROLES:
-        raise BadRequestError(f"{place}.role", f"{role!r:.40}: must be one of {', '.join(_ROLES)}")
-    return Turn(_ROLES[role], _content(message.get("content"), f"{place}.content"))
+        raise BadRequestError(f"{path}.role", f"{role!r:.40}: must be one of {', '.join(_ROLES)}")
+    return Turn(_ROLES[role], _content(message.get("content"), f"{path}.content"))
 
 
-def _content(content: Any, place: str) -> str:
-    """Text, or a list of parts of it, which are joined."""
+def _content(content: Any, path: str) -> str:
+    """Text, or a list of text parts, which are concatenated."""
     if isinstance(content, str):
-        return checked_text(content, place)
+        return check_text(content, path)
     if not isinstance(content, list) or not content:
-        raise BadRequestError(place, "must be text, or a list of parts of type text")
+        raise BadRequestError(path, "must be text or a list of text parts")
     texts = []
     for number, part in enumerate(content):
         kind = part.get("type") if isinstance(part, dict) else "text"
         text = part.get("text") if isinstance(part, dict) else part
         if kind not in ("text", "input_text", "output_text") or not isinstance(text, str):
-            raise BadRequestError(f"{place}.{number}", f"type {kind!r:.40}: only text is read")
-        texts.append(checked_text(text, place))
+            raise BadRequestError(f"{path}.{number}", f"type {kind!r:.40}: only text is supported")
+        texts.append(check_text(text, path))
     return "".join(texts)
 
 
-def checked_text(value: str, place: str) -> str:
-    """As rows and prompt files are checked."""
+def check_text(value: str, path: str) -> str:
+    """Apply the checks of data rows and prompt files to a field.
+
+    Raises:
+        BadRequestError: the text is invalid.
+    """
     try:
-        return checked(value, "text")
+        return require_text(value, "text")
     except RowError as error:
-        raise BadRequestError(place, str(error)) from None
+        raise BadRequestError(path, str(error)) from None

@@ -1,4 +1,4 @@
-"""The process that serves: its socket, its patience with slow clients, its end."""
+"""The server process: socket, timeout for slow clients, shutdown."""
 
 from __future__ import annotations
 
@@ -13,34 +13,34 @@ from uvicorn.protocols.http.h11_impl import H11Protocol
 from slm_lora.errors import UsageError
 
 REQUEST_HEAD_TIMEOUT_S = 15.0
-"""Seconds that a client may take to send the head of a request."""
+"""Seconds in which a client must send the head of a request."""
 
 
-class _ImpatientProtocol(H11Protocol):
-    """Closes connections on which no whole head of a request comes."""
+class _HeadTimeoutProtocol(H11Protocol):
+    """Closes connections on which no complete request head arrives in time."""
 
     def connection_made(self, transport: asyncio.Transport) -> None:  # type: ignore[override]
         super().connection_made(transport)
-        self._arm()
+        self._start_timer()
 
     def on_response_complete(self) -> None:
         super().on_response_complete()
         if not self.transport.is_closing():
-            self._arm()
+            self._start_timer()
 
-    def _arm(self) -> None:
-        self.loop.call_later(REQUEST_HEAD_TIMEOUT_S, self._close_if_nothing_came, self.cycle)
+    def _start_timer(self) -> None:
+        self.loop.call_later(REQUEST_HEAD_TIMEOUT_S, self._close_if_idle, self.cycle)
 
-    def _close_if_nothing_came(self, before: Any) -> None:
-        if self.cycle is before and not self.transport.is_closing():
+    def _close_if_idle(self, cycle: Any) -> None:
+        if self.cycle is cycle and not self.transport.is_closing():
             self.transport.close()
 
 
 def listen(host: str, port: int) -> socket.socket:
-    """A socket that listens.
+    """Open a listening socket.
 
     Raises:
-        UsageError: the address is taken, or none of this machine's.
+        UsageError: the address is in use, or is not an address of this machine.
     """
     family = socket.AF_INET6 if ":" in host else socket.AF_INET
     try:
@@ -52,11 +52,11 @@ def listen(host: str, port: int) -> socket.socket:
         ) from error
 
 
-def serve(app: ASGIApp, listening: socket.socket) -> None:
-    """Serve until Ctrl-C or SIGTERM."""
+def serve(app: ASGIApp, listener: socket.socket) -> None:
+    """Serve until SIGINT or SIGTERM."""
     config = uvicorn.Config(
         app,
-        http=_ImpatientProtocol,
+        http=_HeadTimeoutProtocol,
         ws="none",
         loop="asyncio",
         lifespan="on",
@@ -67,4 +67,4 @@ def serve(app: ASGIApp, listening: socket.socket) -> None:
         timeout_keep_alive=5,
         timeout_graceful_shutdown=3,
     )
-    uvicorn.Server(config).run(sockets=[listening])
+    uvicorn.Server(config).run(sockets=[listener])

@@ -153,14 +153,14 @@ def _steps(levels: Sequence[Setting], key: str) -> list[tuple[Setting, Setting]]
 
 def _ends(adapters: Sequence[Setting], keys: tuple[str, ...]) -> list[_Terms]:
     """The ends of every axis of three values or more, which no comparison of neighbours has."""
-    found = []
+    planned = []
     for series in alike_settings(adapters, keys):
         levels = _levels(series, keys[0])
         if len(levels) > 2 and amount(levels[0], keys[0]) is not None:
             low, high = levels[0], levels[-1]
             terms = ((1.0, high), (-1.0, low))
-            found.append(_Terms("ends", keys[0], low, high, (), "", None, None, terms))
-    return found
+            planned.append(_Terms("ends", keys[0], low, high, (), "", None, None, terms))
+    return planned
 
 
 def _value(setting: Setting, keys: Sequence[str]) -> str:
@@ -173,7 +173,7 @@ def _main_effects(adapters: Sequence[Setting], keys: tuple[str, ...]) -> list[_T
     for series in alike_settings(adapters, keys):
         for low, high in _steps(_levels(series, keys[0]), keys[0]):
             pairs.setdefault((_value(low, keys), _value(high, keys)), []).append((low, high))
-    found = []
+    planned = []
     for several in pairs.values():
         if len(several) > 1:
             weight = 1 / len(several)
@@ -182,31 +182,31 @@ def _main_effects(adapters: Sequence[Setting], keys: tuple[str, ...]) -> list[_T
             )
             over = tuple(low for low, _ in several)
             low, high = several[0]
-            found.append(_Terms("main effect", keys[0], low, high, over, "", None, None, terms))
-    return found
+            planned.append(_Terms("main effect", keys[0], low, high, over, "", None, None, terms))
+    return planned
 
 
 def _interactions(
     adapters: Sequence[Setting], keys: tuple[str, ...], by: tuple[str, ...]
 ) -> list[_Terms]:
     """How the effect of one key changes along another, at the ends of both."""
-    found = []
+    planned = []
     for plane in alike_settings(adapters, (*keys, *by)):
         at = {(_value(setting, keys), _value(setting, by)): setting for setting in plane}
         for low, high in _steps(_levels(_distinct(plane, keys), keys[0]), keys[0]):
             for by_low, by_high in _steps(_levels(_distinct(plane, by), by[0]), by[0]):
                 corners = [
-                    at.get((_value(one, keys), _value(other, by)))
+                    at.get((_value(level, keys), _value(other, by)))
                     for other in (by_high, by_low)
-                    for one in (high, low)
+                    for level in (high, low)
                 ]
                 complete = [corner for corner in corners if corner is not None]
                 if len(complete) == 4:
                     terms = tuple(zip((1.0, -1.0, -1.0, 1.0), complete, strict=True))
                     _, other, high_corner, low_corner = complete
                     ends = (keys[0], low_corner, high_corner, (), by[0], low_corner, other)
-                    found.append(_Terms("interaction", *ends, terms))
-    return found
+                    planned.append(_Terms("interaction", *ends, terms))
+    return planned
 
 
 def _distinct(settings: Sequence[Setting], keys: Sequence[str]) -> list[Setting]:

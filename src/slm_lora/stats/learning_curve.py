@@ -72,7 +72,7 @@ class LearningCurve:
             "floor": self.floor,
             "exponent": self.exponent,
             "at_twice_the_largest": [
-                float(each[-1]) for each in (self.middle, self.low, self.high)
+                float(curve[-1]) for curve in (self.middle, self.low, self.high)
             ],
             "seeds": self.seeds,
             "residuals": self.residuals,
@@ -100,8 +100,8 @@ def fit(
     losses = np.array([nats.mean(0).sum() / counts.sum() for nats, counts in sums])
     samples = resampled_losses(sums)
     rows = np.geomspace(sizes[0], 2 * sizes[-1], 60)
-    best, found = _fitted(sizes, losses[None]), _fitted(sizes, samples)
-    low, high = np.percentile(_curve(found, sizes, rows), [2.5, 97.5], axis=0)
+    best, resampled = _fitted(sizes, losses[None]), _fitted(sizes, samples)
+    low, high = np.percentile(_curve(resampled, sizes, rows), [2.5, 97.5], axis=0)
     expected = _curve(best, sizes, sizes)
     # What chance does to losses that truly are on the curve.
     by_chance = expected + samples - losses
@@ -109,7 +109,7 @@ def fit(
     departed = _squares(sizes, losses[None], best)
 
     def with_interval(which: int) -> tuple[float, float, float]:
-        ends = np.percentile(found[which], [2.5, 97.5])
+        ends = np.percentile(resampled[which], [2.5, 97.5])
         return float(best[which][0]), float(ends[0]), float(ends[1])
 
     return LearningCurve(
@@ -134,15 +134,15 @@ _Fit = tuple[Floats, Floats, Floats]
 """E, A and β of every sample; A is in units of the largest size."""
 
 
-def _curve(found: _Fit, sizes: Floats, rows: Floats) -> Floats:
-    floor, factor, exponent = (each[:, None] for each in found)
+def _curve(fitted: _Fit, sizes: Floats, rows: Floats) -> Floats:
+    floor, factor, exponent = (parameter[:, None] for parameter in fitted)
     drawn: Floats = floor + factor * (rows / sizes[-1]) ** -exponent
     return drawn
 
 
-def _squares(sizes: Floats, losses: Floats, found: _Fit) -> Floats:
+def _squares(sizes: Floats, losses: Floats, fitted: _Fit) -> Floats:
     """What least squares leave of every row of ``losses``."""
-    left: Floats = ((losses - _curve(found, sizes, sizes)) ** 2).sum(1)
+    left: Floats = ((losses - _curve(fitted, sizes, sizes)) ** 2).sum(1)
     return left
 
 
@@ -157,22 +157,24 @@ def resampled_losses(sums: Sequence[tuple[Floats, Floats]]) -> Floats:
     groups = len(sums[0][1])
     weights = rng.multinomial(groups, [1 / groups] * groups, _RESAMPLES)
     drawn = {
-        many: _students(rng, many) for many in sorted({len(nats) for nats, _ in sums}) if many > 1
+        seeds: _students(rng, seeds)
+        for seeds in sorted({len(nats) for nats, _ in sums})
+        if seeds > 1
     }
-    found = []
+    losses = []
     for nats, counts in sums:
-        many, mean = len(nats), nats.mean(0)
-        apart = drawn[many] @ (nats - mean) if many > 1 else 0.0
-        found.append(((mean + apart) * weights).sum(1) / (weights @ counts))
-    return np.stack(found, 1)
+        seeds, mean = len(nats), nats.mean(0)
+        apart = drawn[seeds] @ (nats - mean) if seeds > 1 else 0.0
+        losses.append(((mean + apart) * weights).sum(1) / (weights @ counts))
+    return np.stack(losses, 1)
 
 
-def _students(rng: np.random.Generator, many: int) -> Floats:
+def _students(rng: np.random.Generator, seeds: int) -> Floats:
     """Weights [samples, seeds] that make of deviations from their mean an error of that mean."""
-    normal = rng.standard_normal((_RESAMPLES, many)) / (many * (many - 1)) ** 0.5
-    spread = rng.chisquare(many - 1, (_RESAMPLES, 1)) / (many - 1)
-    found: Floats = normal / spread**0.5
-    return found
+    normal = rng.standard_normal((_RESAMPLES, seeds)) / (seeds * (seeds - 1)) ** 0.5
+    spread = rng.chisquare(seeds - 1, (_RESAMPLES, 1)) / (seeds - 1)
+    weights: Floats = normal / spread**0.5
+    return weights
 
 
 def _fitted(sizes: Floats, losses: Floats) -> _Fit:

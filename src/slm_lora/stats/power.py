@@ -64,11 +64,11 @@ def needed(sample: Paired, rows: int, margin: float, family: int = 1) -> Needed 
         _needed(sample, rows, margin, tails)
         for tails in ((0.025 / family, 0.2), (0.05 / family, 0.1))
     ]
-    found = [plan for plan in plans if plan is not None]
-    if len(found) < len(plans):
+    complete = [plan for plan in plans if plan is not None]
+    if len(complete) < len(plans):
         return None
-    seeds = [plan.seeds for plan in found if plan.seeds is not None]
-    return Needed(max(plan.rows for plan in found), max(seeds) if seeds else None)
+    seeds = [plan.seeds for plan in complete if plan.seeds is not None]
+    return Needed(max(plan.rows for plan in complete), max(seeds) if seeds else None)
 
 
 def _upper(spread: float, freedom: float) -> float:

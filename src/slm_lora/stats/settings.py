@@ -140,9 +140,9 @@ def flat_settings(run: ScoredRun, without: Sequence[str] = ()) -> list[tuple[str
     }
     recipe["adapter"]["lora_alpha"] /= run.setting("adapter.r")
     flat = {
-        f"{section}.{name}": repr(each)
+        f"{section}.{name}": repr(entry)
         for section, value in recipe.items()
-        for name, each in value.items()
+        for name, entry in value.items()
     }
     return sorted((key, value) for key, value in flat.items() if key not in without)
 
@@ -151,26 +151,26 @@ def varied(settings: Sequence[Setting]) -> dict[str, tuple[str, ...]]:
     """Keys that differ between settings, and to each the keys that are tied to it.
 
     Rank and data size come first, then the rest by name. Keys are tied if every value of one
-    goes with one value of the other: a learning rate for each method, say. They differ as one.
+    goes with one value of the other: a learning rate for each method, for example.
     """
     values: dict[str, list[str]] = {}
     for setting in settings:
         for key, value in flat_settings(setting.first_run):
             values.setdefault(key, []).append(value)
-    shared = [key for key, each in values.items() if len(each) == len(settings) and "." in key]
+    shared = [key for key, listed in values.items() if len(listed) == len(settings) and "." in key]
     order = {key: place for place, key in enumerate(_FIRST)}
-    found: dict[str, tuple[str, ...]] = {}
+    tied: dict[str, tuple[str, ...]] = {}
     for key in sorted(shared, key=lambda key: (order.get(key, len(order)), key)):
         if len(set(values[key])) < 2:
             continue
-        for other in found:
+        for other in tied:
             pairs = set(zip(values[other], values[key], strict=True))
             if len(pairs) == len(set(values[other])) == len(set(values[key])):
-                found[other] += (key,)
+                tied[other] += (key,)
                 break
         else:
-            found[key] = ()
-    return found
+            tied[key] = ()
+    return tied
 
 
 _FIRST = ("adapter.r", "data.size", "adapter.kind", "adapter.target_modules")

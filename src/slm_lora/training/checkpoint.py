@@ -147,7 +147,7 @@ class Checkpointer:
         """
         if self.writes:
             recover_all(self.folder)
-        distributed.wait()
+        distributed.barrier()
         found = generations(self.folder)
         for generation in reversed(found):
             try:

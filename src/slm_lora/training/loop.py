@@ -138,7 +138,7 @@ def train(
     steps_in_epoch = steps_per_epoch(len(usable), batch)
     tokens = training_tokens(usable, section)
     device, single = base.device.type, distributed.is_single()
-    compiled = compilation.wanted(
+    compiled = compilation.should_compile(
         section.compile, tokens, base.device, base.low_precision, base.sharded
     )
     frozen = any(not parameter.requires_grad for parameter in peft_model.parameters())
@@ -165,7 +165,7 @@ def train(
         steps_ahead = int(device == "cuda" and single and not scaler.is_enabled())
 
     peft_model.train()
-    with hardware.returning_large_blocks(compiled and frozen and device == "cpu"):
+    with hardware.return_large_blocks(compiled and frozen and device == "cpu"):
         if state.history and validate is not None and state.should_validate(state.history[-1]):
             on_step(state.validate_last(validate))
         seconds, start = state.seconds, len(state.history)

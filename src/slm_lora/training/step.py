@@ -12,9 +12,9 @@ from typing import NamedTuple
 import torch
 from torch import Tensor
 
-from slm_lora.data.collate import by_token_budget, collate, label_count
+from slm_lora.data.collate import collate, label_count, make_micro_batches
 from slm_lora.errors import NumericError
-from slm_lora.model.activation_checkpointing import recomputed_layers
+from slm_lora.model.activation_checkpointing import checkpointed_layers
 from slm_lora.model.base import Base
 from slm_lora.model.forward import batch_nll
 from slm_lora.ops.compilation import run_with_compile_fallback
@@ -138,7 +138,7 @@ class StepRunner:
         labels = sum(label_count(example, self.loss_on) for example in examples)
         # (A process without any example of a small step has a loss and a gradient of zero.)
         shares = [torch.zeros((), dtype=total_dtype(self.base.device), device=self.base.device)]
-        with recomputed_layers(self.base.model, self.recompute):
+        with checkpointed_layers(self.base.model, self.recompute):
             for micro, weight in _micro_batches(examples, budget, self.base.sharded):
                 nll = batch_nll(self.base, collate(micro, self.loss_on), dropout_seed)
                 share = nll * (weight / labels)
@@ -175,7 +175,7 @@ def _micro_batches(
     """This process's micro-batches of a step, with their weight: 1, or 0 for what is computed only
     because another process has more."""
     divided = [
-        by_token_budget(share, budget)
+        make_micro_batches(share, budget)
         for share in distributed.partition(examples, lambda e: e.length, distributed.world_size())
     ]
     own = [(micro, 1.0) for micro in divided[distributed.rank()]]
@@ -238,8 +238,8 @@ class PendingStep:
         return StepResult(loss, None if self._skipped else norm)
 
 
-def _not_finite(what: str, examples: Sequence[Example]) -> NumericError:
+def _not_finite(subject: str, examples: Sequence[Example]) -> NumericError:
     rows = ", ".join(example.row_id[:8] for example in examples)
     return NumericError(
-        f"{what}; rows {rows}; lower training.learning_rate, or use training.precision=fp32"
+        f"{subject}; rows {rows}; lower training.learning_rate, or use training.precision=fp32"
     )

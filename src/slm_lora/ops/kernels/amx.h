@@ -8,7 +8,7 @@
 
 namespace {
 
-constexpr int64_t TILE = 16;  // rows of a register, and 32-bit words of a row
+constexpr int64_t TILE = 16;  // rows of a tile register, and 32-bit words per row
 
 struct alignas(64) TileConfig {
     uint8_t palette = 1, start_row = 0, reserved[14] = {};
@@ -16,14 +16,14 @@ struct alignas(64) TileConfig {
     uint8_t rows[16] = {TILE, TILE, TILE, TILE, TILE, TILE, TILE, TILE};
 };
 
-// All eight of this thread, as long as this lives.
-struct Tiles {
-    Tiles() {
+// Configures the eight tile registers of this thread, and releases them on destruction.
+struct AmxState {
+    AmxState() {
         const TileConfig config;
         _tile_loadconfig(&config);
     }
-    ~Tiles() { _tile_release(); }
-    Tiles(const Tiles&) = delete;
+    ~AmxState() { _tile_release(); }
+    AmxState(const AmxState&) = delete;
 };
 
 }  // namespace

@@ -1,6 +1,6 @@
-"""The C++ of this folder: compiled on first use, kept in the cache, called through ctypes.
+"""Compile the C++ kernels of this folder on first use, cache the library, and call it by ctypes.
 
-Where it cannot be had (another CPU, no compiler) PyTorch computes the same.
+Without it (another CPU, no compiler) PyTorch computes the same.
 """
 
 from __future__ import annotations
@@ -29,31 +29,36 @@ _ARGUMENTS = {
     "negative_log_likelihood": "tttiinn",
     "matrix_product": "tintintiiiin",
 }
-"""Of every function: tensors, int64, float and int. (The threads, an int, come last.)"""
+"""Argument types by function: t tensor, i int64, f float, n int; the last is the thread count."""
 
 
 def available() -> bool:
-    """Whether there is a library for this CPU: bf16 on the CPU has kernels then."""
+    """Whether the library is available on this machine, with its bf16 kernels."""
     return load_library() is not None
 
 
-def has_tiles() -> bool:
-    """Whether it was made for AMX, and this process may use that: with `matrix_product`."""
+def has_amx() -> bool:
+    """Whether the library was compiled for AMX, so that it has `matrix_product`."""
     library = load_library()
-    return library is not None and bool(library.has_tiles())
+    return library is not None and bool(library.has_amx())
 
 
 def failure() -> str:
-    """Why compiling it failed; empty if it did not, or was not tried."""
+    """Why its compilation failed; empty if it did not, or was not attempted."""
     return _failure
 
 
 def call(name: str, *arguments: Tensor | int | float) -> None:
-    """Call a function of the library: contiguous tensors and numbers, without the threads."""
+    """Call a function of the library.
+
+    Args:
+        name: of the function.
+        arguments: contiguous tensors and numbers; the thread count is appended.
+    """
     library = load_library()
     assert library is not None
-    plain = (x.data_ptr() if isinstance(x, Tensor) else x for x in arguments)
-    getattr(library, name)(*plain, torch.get_num_threads())
+    values = (x.data_ptr() if isinstance(x, Tensor) else x for x in arguments)
+    getattr(library, name)(*values, torch.get_num_threads())
 
 
 _failure = ""
@@ -61,21 +66,21 @@ _failure = ""
 
 @functools.cache
 def load_library() -> ctypes.CDLL | None:
-    """The compiled library; None where this CPU or machine cannot have it."""
+    """The compiled library; None without AVX512-BF16 or a compiler, or if compilation failed."""
     global _failure
     compiler = hardware.cpp_compiler()
-    here = sys.platform == "linux" and platform.machine() == "x86_64"
-    if not here or compiler is None or not torch.cpu._is_avx512_bf16_supported():
+    is_x86_linux = sys.platform == "linux" and platform.machine() == "x86_64"
+    if not is_x86_linux or compiler is None or not torch.cpu._is_avx512_bf16_supported():
         return None
     flags: tuple[str, ...] = _FLAGS
     if torch.cpu._is_amx_tile_supported() and not torch.cpu._init_amx():
-        flags += ("-mno-amx-tile", "-mno-amx-bf16")  # the system does not allow it
+        flags += ("-mno-amx-tile", "-mno-amx-bf16")  # not permitted by the operating system
     sources = sorted(_FOLDER.glob("*.cpp"))
-    # Made for this very CPU; a home folder may be shared by machines.
-    made_of = hashlib.sha256(f"{hardware.processor()}\0{compiler}\0{flags}\0".encode())
+    # Compiled for this CPU model; machines may share a home folder.
+    digest = hashlib.sha256(f"{hardware.processor()}\0{compiler}\0{flags}\0".encode())
     for file in (*sources, *sorted(_FOLDER.glob("*.h"))):
-        made_of.update(file.read_bytes())
-    path = cache_dir() / "compiled" / f"kernels-{made_of.hexdigest()[:16]}.so"
+        digest.update(file.read_bytes())
+    path = cache_dir() / "compiled" / f"kernels-{digest.hexdigest()[:16]}.so"
     try:
         if not path.is_file():
             path.parent.mkdir(parents=True, exist_ok=True)
@@ -87,13 +92,13 @@ def load_library() -> ctypes.CDLL | None:
                 )
         library = ctypes.CDLL(os.fspath(path))
     except subprocess.CalledProcessError as error:
-        said = error.stderr.decode(errors="replace").strip().splitlines()
-        _failure = f"{compiler}: {said[0] if said else f'exit code {error.returncode}'}"
+        lines = error.stderr.decode(errors="replace").strip().splitlines()
+        _failure = f"{compiler}: {lines[0] if lines else f'exit code {error.returncode}'}"
         return None
     except OSError as error:
         _failure = str(error)
         return None
-    kinds = {"t": ctypes.c_void_p, "i": ctypes.c_int64, "f": ctypes.c_float, "n": ctypes.c_int}
+    c_types = {"t": ctypes.c_void_p, "i": ctypes.c_int64, "f": ctypes.c_float, "n": ctypes.c_int}
     for name, arguments in _ARGUMENTS.items():
-        getattr(library, name).argtypes = [kinds[kind] for kind in arguments]
+        getattr(library, name).argtypes = [c_types[code] for code in arguments]
     return library

@@ -1,8 +1,8 @@
-// Matrix products in bf16 with fp32 sums, for CPUs with AMX.
+// Matrix products in bf16 with fp32 accumulators, for CPUs with AMX.
 //
-// Every thread computes rows and columns of its own, and shares nothing: it packs its columns of B
-// as the tile registers want them, a part at a time that its second cache holds, and passes over
-// its rows of A. Every sum has one order, whatever the number of threads.
+// Each thread computes its own rows and columns of C and shares nothing: it packs its columns of B
+// into the layout of the tile registers, in panels that fit its L2 cache, and passes over its rows
+// of A. The order of summation does not depend on the number of threads.
 
 #ifdef __AMX_BF16__
 
@@ -14,15 +14,15 @@
 
 namespace {
 
-constexpr int64_t SIDE = 32;           // of a block of C, and of a step along the summed dimension
-constexpr int64_t WORDS = TILE * TILE;  // of a tile
-constexpr int64_t PAIR = 2 * WORDS;    // two tiles: of a step, 32 columns of B or 32 rows of A
-constexpr int64_t DEEP = 48;           // steps of a part of B, at most
-constexpr int64_t PART = 450 << 10;    // values of a part of B, at most: 0.9 MB
+constexpr int64_t BLOCK = 32;  // rows and columns of a block of C; summed values of a step
+constexpr int64_t TILE_WORDS = TILE * TILE;
+constexpr int64_t STEP_WORDS = 2 * TILE_WORDS;  // of a step: 32 columns of B or 32 rows of A
+constexpr int64_t MAX_PANEL_STEPS = 48;
+constexpr int64_t MAX_PANEL_VALUES = 450 << 10;  // of a panel of B: 0.9 MB
 
-int64_t blocks(int64_t n) { return (n + SIDE - 1) / SIDE; }
+int64_t blocks(int64_t n) { return (n + BLOCK - 1) / BLOCK; }
 
-// 16 × 16 words, transposed.
+// Transposes 16 × 16 words in place.
 void transpose(__m512i x[TILE]) {
     __m512i y[TILE];
     for (int i = 0; i < TILE; i += 4) {
@@ -35,7 +35,7 @@ void transpose(__m512i x[TILE]) {
         y[i + 2] = _mm512_unpacklo_epi64(b, d);
         y[i + 3] = _mm512_unpackhi_epi64(b, d);
     }
-    // y[4 r + c] holds, in its quarter q, column 4 q + c of the rows 4 r to 4 r + 3.
+    // Quarter q of y[4 r + c] is column 4 q + c of rows 4 r to 4 r + 3.
     for (int c = 0; c < 4; ++c) {
         const __m512i even_low = _mm512_shuffle_i32x4(y[c], y[c + 4], 0x88);
         const __m512i even_high = _mm512_shuffle_i32x4(y[c + 8], y[c + 12], 0x88);
@@ -48,22 +48,23 @@ void transpose(__m512i x[TILE]) {
     }
 }
 
-__mmask32 first(int64_t many) { return static_cast<__mmask32>((1ull << many) - 1); }
+// Mask of the first `count` of 32 lanes.
+__mmask32 first_lanes(int64_t count) { return static_cast<__mmask32>((1ull << count) - 1); }
 
-// A matrix in memory, [rows × columns], `row` values from one row to the next.
+// A matrix in memory, [rows × columns], with a row stride of `row` values.
 struct Matrix {
     const bf16* x;
     int64_t row, rows, columns;
-    // 32 values from (i, j) on; zeros outside.
+    // 32 values of row i from column j; zeros outside of the matrix.
     __m512i at(int64_t i, int64_t j) const {
-        const bf16* here = x + i * row + j;
-        if (i < rows && j + SIDE <= columns) return _mm512_loadu_si512(here);
-        const int64_t many = i < rows ? std::clamp<int64_t>(columns - j, 0, SIDE) : 0;
-        return _mm512_maskz_loadu_epi16(first(many), here);
+        const bf16* address = x + i * row + j;
+        if (i < rows && j + BLOCK <= columns) return _mm512_loadu_si512(address);
+        const int64_t count = i < rows ? std::clamp<int64_t>(columns - j, 0, BLOCK) : 0;
+        return _mm512_maskz_loadu_epi16(first_lanes(count), address);
     }
 };
 
-// From (i, j), 32 rows and columns: pairs of neighbouring rows, [pair][column], as two tiles.
+// 32 × 32 values from (i, j) as pairs of neighbouring rows, [pair][column], in two tiles.
 void pair_rows(const Matrix& from, int64_t i, int64_t j, __m512i left[TILE], __m512i right[TILE]) {
     for (int64_t p = 0; p < TILE; ++p) {
         const __m512i even = from.at(i + 2 * p, j), odd = from.at(i + 2 * p + 1, j);
@@ -80,11 +81,11 @@ void store(const __m512i x[TILE], uint32_t* out) {
     for (int64_t p = 0; p < TILE; ++p) _mm512_store_si512(out + p * TILE, x[p]);
 }
 
-// A step of B, [k × n] or, turned, [n × k]: 32 of the summed dimension from k on, 32 columns from
-// j on.
-void pack_right(const Matrix& b, bool turned, int64_t k, int64_t j, uint32_t* out) {
+// Packs a step of B, [k × n] or, with `transposed`, [n × k]: 32 summed values from k, 32 columns
+// from j.
+void pack_b(const Matrix& b, bool transposed, int64_t k, int64_t j, uint32_t* out) {
     __m512i left[TILE], right[TILE];
-    if (turned) {
+    if (transposed) {
         for (int64_t c = 0; c < TILE; ++c) left[c] = b.at(j + c, k);
         for (int64_t c = 0; c < TILE; ++c) right[c] = b.at(j + TILE + c, k);
         transpose(left);
@@ -93,14 +94,14 @@ void pack_right(const Matrix& b, bool turned, int64_t k, int64_t j, uint32_t* ou
         pair_rows(b, k, j, left, right);
     }
     store(left, out);
-    store(right, out + WORDS);
+    store(right, out + TILE_WORDS);
 }
 
-// A step of A, [m × k] or, turned, [k × m]: 32 rows from i on, 32 of the summed dimension from k
-// on.
-void pack_left(const Matrix& a, bool turned, int64_t i, int64_t k, uint32_t* out) {
-    if (!turned) {
-        for (int64_t r = 0; r < SIDE; ++r) _mm512_store_si512(out + r * TILE, a.at(i + r, k));
+// Packs a step of A, [m × k] or, with `transposed`, [k × m]: 32 rows from i, 32 summed values
+// from k.
+void pack_a(const Matrix& a, bool transposed, int64_t i, int64_t k, uint32_t* out) {
+    if (!transposed) {
+        for (int64_t r = 0; r < BLOCK; ++r) _mm512_store_si512(out + r * TILE, a.at(i + r, k));
         return;
     }
     __m512i upper[TILE], lower[TILE];
@@ -108,56 +109,57 @@ void pack_left(const Matrix& a, bool turned, int64_t i, int64_t k, uint32_t* out
     transpose(upper);
     transpose(lower);
     store(upper, out);
-    store(lower, out + WORDS);
+    store(lower, out + TILE_WORDS);
 }
 
-// Of this thread.
-thread_local Kept kept_right, kept_left, kept_sums;
+thread_local Scratch b_panel, a_panel, partial_sums;
 
-// Two tiles of A, one below the other, and those of the next step; distances in bytes.
-struct Left {
+// Address of two vertically adjacent tiles of A, with byte strides to the next row, to the lower
+// tile, and to the next step.
+struct ATiles {
     const char* upper;
     int64_t row, lower, step;
 };
 
-// A finished block, on its way to C.
-struct Finished {
+// A finished block of fp32 sums, converted to bf16 in C while the next one is computed.
+struct FinishedBlock {
     const float* sums = nullptr;
     bf16* to = nullptr;
     int64_t row = 0, rows = 0, columns = 0, next = 0;
 
-    void write(int64_t many) {
-        // Past the caches where whole lines are written: C is larger, and would be read first.
-        const bool whole = columns == SIDE && (reinterpret_cast<uintptr_t>(to) | row * 2) % 64 == 0;
-        for (const int64_t end = std::min(rows, next + many); next < end; ++next) {
-            const float* from = sums + next * SIDE;
-            const auto both = (__m512i)_mm512_cvtne2ps_pbh(_mm512_load_ps(from + TILE),
-                                                           _mm512_load_ps(from));
-            if (whole)
-                _mm512_stream_si512((__m512i*)(to + next * row), both);
+    void write(int64_t count) {
+        // Full cache lines are streamed past the caches, which would read them from memory first.
+        const bool full_lines =
+            columns == BLOCK && (reinterpret_cast<uintptr_t>(to) | row * 2) % 64 == 0;
+        for (const int64_t end = std::min(rows, next + count); next < end; ++next) {
+            const float* from = sums + next * BLOCK;
+            const auto values = (__m512i)_mm512_cvtne2ps_pbh(_mm512_load_ps(from + TILE),
+                                                             _mm512_load_ps(from));
+            if (full_lines)
+                _mm512_stream_si512((__m512i*)(to + next * row), values);
             else
-                _mm512_mask_storeu_epi16(to + next * row, first(columns), both);
+                _mm512_mask_storeu_epi16(to + next * row, first_lanes(columns), values);
         }
     }
 };
 
-// The block of C in registers += A·B over `steps` steps. Meanwhile another one is written.
-void multiply(const Left& a, const uint32_t* b, int64_t steps, Finished& finished) {
-    const int64_t rows_a_step = (SIDE + steps - 1) / steps;
+// The block of C in the tile registers += A·B over `steps` steps; writes `finished` meanwhile.
+void multiply(const ATiles& a, const uint32_t* b, int64_t steps, FinishedBlock& finished) {
+    const int64_t rows_per_step = (BLOCK + steps - 1) / steps;
     const char* upper = a.upper;
-    for (int64_t s = 0; s < steps; ++s, upper += a.step, b += PAIR) {
-        // B only passes through the first cache, or it would push A out.
+    for (int64_t s = 0; s < steps; ++s, upper += a.step, b += STEP_WORDS) {
+        // Streamed, so that B does not evict A from the L1 cache.
         _tile_stream_loadd(6, b, 64);
         _tile_loadd(4, upper, a.row);
         _tile_dpbf16ps(0, 4, 6);
-        _tile_stream_loadd(7, b + WORDS, 64);
+        _tile_stream_loadd(7, b + TILE_WORDS, 64);
         _tile_dpbf16ps(1, 4, 7);
         _tile_loadd(5, upper + a.lower, a.row);
         _tile_dpbf16ps(2, 5, 6);
         _tile_dpbf16ps(3, 5, 7);
-        finished.write(rows_a_step);
+        finished.write(rows_per_step);
     }
-    finished.write(SIDE);
+    finished.write(BLOCK);
 }
 
 void clear_sums() {
@@ -167,20 +169,21 @@ void clear_sums() {
     _tile_zero(3);
 }
 
-constexpr int64_t LINE = SIDE * sizeof(float), BELOW = TILE * SIDE;
+// Row stride of a block's sums in bytes, and offset of its lower tiles in floats.
+constexpr int64_t SUMS_ROW = BLOCK * sizeof(float), LOWER = TILE * BLOCK;
 
 void load_sums(const float* c) {
-    _tile_loadd(0, c, LINE);
-    _tile_loadd(1, c + TILE, LINE);
-    _tile_loadd(2, c + BELOW, LINE);
-    _tile_loadd(3, c + BELOW + TILE, LINE);
+    _tile_loadd(0, c, SUMS_ROW);
+    _tile_loadd(1, c + TILE, SUMS_ROW);
+    _tile_loadd(2, c + LOWER, SUMS_ROW);
+    _tile_loadd(3, c + LOWER + TILE, SUMS_ROW);
 }
 
 void store_sums(float* c) {
-    _tile_stored(0, c, LINE);
-    _tile_stored(1, c + TILE, LINE);
-    _tile_stored(2, c + BELOW, LINE);
-    _tile_stored(3, c + BELOW + TILE, LINE);
+    _tile_stored(0, c, SUMS_ROW);
+    _tile_stored(1, c + TILE, SUMS_ROW);
+    _tile_stored(2, c + LOWER, SUMS_ROW);
+    _tile_stored(3, c + LOWER + TILE, SUMS_ROW);
 }
 
 struct Range {
@@ -188,70 +191,72 @@ struct Range {
     int64_t size() const { return end - first; }
 };
 
-Range share(int64_t many, int64_t part, int64_t parts) {
-    return {many * part / parts, many * (part + 1) / parts};
+Range share(int64_t count, int64_t part, int64_t parts) {
+    return {count * part / parts, count * (part + 1) / parts};
 }
 
 struct Product {
     Matrix a, b;
-    bool a_turned, b_turned;
+    bool transpose_a, transpose_b;
     bf16* c;
     int64_t c_row, m, n, k;
 
-    // Blocks of rows and of columns of C.
+    // Computes ranges of row blocks and column blocks of C.
     void compute(Range rows, Range columns) const {
         if (!rows.size() || !columns.size()) return;
-        const int64_t steps = blocks(k), most_steps = std::min(steps, DEEP);
-        const int64_t most_columns =
-            std::clamp<int64_t>(PART / (most_steps * SIDE * SIDE), 1, columns.size());
-        const bool in_parts = most_steps < steps;
-        auto* right = kept_right.take<uint32_t>(most_columns * most_steps * PAIR);
-        // Sums of all blocks, if they are not finished at once; else of this one and the last.
-        auto* sums =
-            kept_sums.take<float>((in_parts ? rows.size() * most_columns : 2) * SIDE * SIDE);
-        for (int64_t j = columns.first; j < columns.end; j += most_columns) {
-            const int64_t many = std::min(most_columns, columns.end - j);
-            for (int64_t s = 0; s < steps; s += most_steps) {
-                const int64_t deep = std::min(most_steps, steps - s);
-                for (int64_t p = 0; p < many * deep; ++p)
-                    pack_right(b, b_turned, (s + p % deep) * SIDE, (j + p / deep) * SIDE,
-                               right + p * PAIR);
+        const int64_t steps = blocks(k), max_steps = std::min(steps, MAX_PANEL_STEPS);
+        const int64_t max_columns =
+            std::clamp<int64_t>(MAX_PANEL_VALUES / (max_steps * BLOCK * BLOCK), 1, columns.size());
+        const bool k_is_divided = max_steps < steps;
+        auto* packed_b = b_panel.reserve<uint32_t>(max_columns * max_steps * STEP_WORDS);
+        // Sums of all blocks if k is divided, else of the current and the previous block.
+        auto* sums = partial_sums.reserve<float>((k_is_divided ? rows.size() * max_columns : 2) *
+                                                 BLOCK * BLOCK);
+        for (int64_t j = columns.first; j < columns.end; j += max_columns) {
+            const int64_t panel_columns = std::min(max_columns, columns.end - j);
+            for (int64_t s = 0; s < steps; s += max_steps) {
+                const int64_t panel_steps = std::min(max_steps, steps - s);
+                for (int64_t p = 0; p < panel_columns * panel_steps; ++p)
+                    pack_b(b, transpose_b, (s + p % panel_steps) * BLOCK,
+                           (j + p / panel_steps) * BLOCK, packed_b + p * STEP_WORDS);
                 for (int64_t i = rows.first; i < rows.end; ++i) {
-                    const Left left = rows_of_a(i, s, deep);
-                    Finished finished;
-                    for (int64_t panel = 0; panel < many; ++panel) {
-                        const int64_t place =
-                            in_parts ? (i - rows.first) * most_columns + panel : panel % 2;
-                        float* own = sums + place * SIDE * SIDE;
+                    const ATiles left = a_tiles(i, s, panel_steps);
+                    FinishedBlock finished;
+                    for (int64_t column = 0; column < panel_columns; ++column) {
+                        const int64_t slot =
+                            k_is_divided ? (i - rows.first) * max_columns + column : column % 2;
+                        float* block = sums + slot * BLOCK * BLOCK;
                         if (s)
-                            load_sums(own);
+                            load_sums(block);
                         else
                             clear_sums();
-                        multiply(left, right + panel * deep * PAIR, deep, finished);
-                        store_sums(own);
-                        if (s + deep == steps) finished = to_c(own, i, j + panel);
+                        multiply(left, packed_b + column * panel_steps * STEP_WORDS, panel_steps,
+                                 finished);
+                        store_sums(block);
+                        if (s + panel_steps == steps)
+                            finished = finished_block(block, i, j + column);
                     }
-                    finished.write(SIDE);
+                    finished.write(BLOCK);
                 }
             }
         }
         _mm_sfence();
     }
 
-    Finished to_c(const float* sums, int64_t i, int64_t j) const {
-        return {sums, c + i * SIDE * c_row + j * SIDE, c_row, std::min(SIDE, m - i * SIDE),
-                std::min(SIDE, n - j * SIDE)};
+    FinishedBlock finished_block(const float* sums, int64_t i, int64_t j) const {
+        return {sums, c + i * BLOCK * c_row + j * BLOCK, c_row, std::min(BLOCK, m - i * BLOCK),
+                std::min(BLOCK, n - j * BLOCK)};
     }
 
-    // From where they are, if they are whole; else packed.
-    Left rows_of_a(int64_t i, int64_t s, int64_t deep) const {
-        if (!a_turned && (i + 1) * SIDE <= m && k % SIDE == 0)
-            return {reinterpret_cast<const char*>(a.x + i * SIDE * a.row + s * SIDE), a.row * 2,
-                    TILE * a.row * 2, SIDE * 2};
-        auto* packed = kept_left.take<uint32_t>(deep * PAIR);
-        for (int64_t t = 0; t < deep; ++t)
-            pack_left(a, a_turned, i * SIDE, (s + t) * SIDE, packed + t * PAIR);
-        return {reinterpret_cast<const char*>(packed), TILE * 4, WORDS * 4, PAIR * 4};
+    // Rows of A in place if they form full tiles, else packed.
+    ATiles a_tiles(int64_t i, int64_t s, int64_t panel_steps) const {
+        if (!transpose_a && (i + 1) * BLOCK <= m && k % BLOCK == 0)
+            return {reinterpret_cast<const char*>(a.x + i * BLOCK * a.row + s * BLOCK), a.row * 2,
+                    TILE * a.row * 2, BLOCK * 2};
+        auto* packed = a_panel.reserve<uint32_t>(panel_steps * STEP_WORDS);
+        for (int64_t t = 0; t < panel_steps; ++t)
+            pack_a(a, transpose_a, i * BLOCK, (s + t) * BLOCK, packed + t * STEP_WORDS);
+        return {reinterpret_cast<const char*>(packed), TILE * 4, TILE_WORDS * 4, STEP_WORDS * 4};
     }
 };
 
@@ -259,40 +264,40 @@ struct Product {
 
 extern "C" {
 
-// C [m × n] = A·B, all bf16, rows in one piece. A is [m × k], or [k × m] with `a_turned`; B is
-// [k × n], or [n × k] with `b_turned`.
-void matrix_product(const bf16* a, int64_t a_row, int a_turned, const bf16* b, int64_t b_row,
-                    int b_turned, bf16* c, int64_t c_row, int64_t m, int64_t n, int64_t k,
+// C [m × n] = A·B, all bf16, with contiguous rows and row strides in values. A is [m × k], or
+// [k × m] with `transpose_a`; B is [k × n], or [n × k] with `transpose_b`.
+void matrix_product(const bf16* a, int64_t a_row, int transpose_a, const bf16* b, int64_t b_row,
+                    int transpose_b, bf16* c, int64_t c_row, int64_t m, int64_t n, int64_t k,
                     int threads) {
-    const Product product = {{a, a_row, a_turned ? k : m, a_turned ? m : k},
-                             {b, b_row, b_turned ? n : k, b_turned ? k : n},
-                             a_turned != 0,
-                             b_turned != 0,
+    const Product product = {{a, a_row, transpose_a ? k : m, transpose_a ? m : k},
+                             {b, b_row, transpose_b ? n : k, transpose_b ? k : n},
+                             transpose_a != 0,
+                             transpose_b != 0,
                              c,
                              c_row,
                              m,
                              n,
                              k};
-    // Threads side by side over the columns, as many as divide the work well.
-    int64_t across = 1, least = INT64_MAX;
-    for (int64_t each = threads; each >= 1; --each) {
-        if (threads % each) continue;
-        const int64_t down = threads / each;
-        const int64_t most =
-            ((blocks(n) + each - 1) / each) * ((blocks(m) + down - 1) / down);
-        if (most < least) across = each, least = most;
+    // The number of threads along the columns that minimises the largest share of blocks.
+    int64_t column_threads = 1, smallest = INT64_MAX;
+    for (int64_t across = threads; across >= 1; --across) {
+        if (threads % across) continue;
+        const int64_t down = threads / across;
+        const int64_t largest =
+            ((blocks(n) + across - 1) / across) * ((blocks(m) + down - 1) / down);
+        if (largest < smallest) column_threads = across, smallest = largest;
     }
 #pragma omp parallel num_threads(threads)
     {
-        const Tiles set_up;
+        const AmxState amx_state;
 #pragma omp for schedule(static)
         for (int64_t t = 0; t < threads; ++t)
-            product.compute(share(blocks(m), t / across, threads / across),
-                            share(blocks(n), t % across, across));
+            product.compute(share(blocks(m), t / column_threads, threads / column_threads),
+                            share(blocks(n), t % column_threads, column_threads));
     }
 }
 
-int has_tiles() { return 1; }
+int has_amx() { return 1; }
 
 }  // extern "C"
 
@@ -305,7 +310,7 @@ extern "C" {
 void matrix_product(const void*, int64_t, int, const void*, int64_t, int, void*, int64_t, int64_t,
                     int64_t, int64_t, int) {}
 
-int has_tiles() { return 0; }
+int has_amx() { return 0; }
 
 }  // extern "C"
 

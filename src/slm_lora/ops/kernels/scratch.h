@@ -1,4 +1,4 @@
-// Memory that is not given back, for work that is done again and again.
+// Scratch memory that is reused between calls.
 
 #pragma once
 
@@ -7,21 +7,21 @@
 
 namespace {
 
-struct Kept {
-    void* start = nullptr;
+struct Scratch {
+    void* data = nullptr;
     int64_t bytes = 0;
-    Kept() = default;
-    Kept(const Kept&) = delete;
-    ~Kept() { std::free(start); }
-    // Room for `many` values, of which nothing is known but that they can be read.
+    Scratch() = default;
+    Scratch(const Scratch&) = delete;
+    ~Scratch() { std::free(data); }
+    // Memory for `count` values, aligned to 64 bytes; its content is undefined.
     template <class T>
-    T* take(int64_t many) {
-        const int64_t wanted = (many * static_cast<int64_t>(sizeof(T)) + 63) / 64 * 64;
-        if (wanted > bytes) {
-            std::free(start);
-            start = std::aligned_alloc(64, bytes = wanted);
+    T* reserve(int64_t count) {
+        const int64_t required = (count * static_cast<int64_t>(sizeof(T)) + 63) / 64 * 64;
+        if (required > bytes) {
+            std::free(data);
+            data = std::aligned_alloc(64, bytes = required);
         }
-        return static_cast<T*>(start);
+        return static_cast<T*>(data);
     }
 };
 
