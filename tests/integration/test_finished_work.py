@@ -212,12 +212,12 @@ def test_contexts_that_no_model_saw_are_not_shown(lab: Lab) -> None:
     assert command("experiment", lab.recipe, *one, "--with-rows", "--results",
                    lab.results.parent, "--adapters", lab.adapters) == 0  # fmt: skip
     page = (lab.results / "report-with-rows.html").read_text()
-    assert "A note on" not in page and "Its context was no part of the text." in page
+    assert "A note on" not in page and "The context was not part of the text." in page
     seen = (ONE, "data.include_context=true")
     assert command("experiment", lab.recipe, *seen, "--with-rows", "--results",
                    lab.results.parent, "--adapters", lab.adapters) == 0  # fmt: skip
     page = (lab.results / "report-with-rows.html").read_text()
-    assert "A note on" in page and "Its context was no part" not in page
+    assert "A note on" in page and "The context was not part" not in page
 
 
 @pytest.mark.usefixtures("one_finished")
