@@ -40,8 +40,8 @@ def run(
 
 def card_of(runs: list[ScoredRun], margin: float = 0.02) -> Card:
     settings = group_settings(runs)
-    base = next((Setting((one,)) for one in runs if one.is_base), None)
-    return make_card(settings, base, all_comparisons(runs), margin, SettingNames(settings))
+    bases = [Setting((run,)) for run in runs if run.is_base]
+    return make_card(settings, bases, all_comparisons(runs), margin, SettingNames(settings))
 
 
 def facts(card: Card) -> dict[str, str]:
@@ -135,7 +135,8 @@ def test_several_seeds_are_one_setting_with_its_verdict(tmp_path: Path) -> None:
     ]
     card = card_of(runs)
     shown = facts(card)
-    assert shown["Seeds"].startswith("3;")
+    assert shown["Seeds"].startswith("3; 3 of 3 seeds agree in the sign")
+    assert "up to 63 % of all may not" in shown["Seeds"]
     assert "across test rows and 3 seeds" in shown["Against the base"]
     assert card.gaps[0].seeds == 3
 
@@ -150,3 +151,15 @@ def test_without_a_trained_setting_there_is_no_card(tmp_path: Path) -> None:
 )
 def test_rates_are_written_as_people_write_them(rate: float, name: str) -> None:
     assert rate_name(rate) == name
+
+
+def test_the_gain_is_over_the_base_that_was_trained(tmp_path: Path) -> None:
+    """Of two bases the recommended setting is compared with its own."""
+    small, large = run(tmp_path, "base", 3.0), run(tmp_path, "base-large", 2.0)
+    adapters = [run(tmp_path, name, loss) for name, loss in (("small", 2.8), ("large", 1.9))]
+    for scored in (large, adapters[1]):
+        scored.run.raw["model"] = {**scored.run.raw["model"], "name": "large", "sha256": "1"}
+    large.run.raw.pop("adapter", None)
+    card = card_of([small, large, *adapters])
+    assert card.recommended is not None and card.recommended.name == "large"
+    assert facts(card)["Against the base"].startswith("perplexity 7.39 → 6.69")  # exp 2, exp 1.9

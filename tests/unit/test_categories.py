@@ -61,3 +61,18 @@ def test_one_category_and_small_ones_are_not_tested() -> None:
     assert compared_categories(scores) == list(NAMES)
     few = [replace(s, category="few" if int(s.row_id) < 9 else "many") for s in scores]
     assert compared_categories(few) == ["many"]
+
+
+def test_a_category_without_the_metric_is_left_out() -> None:
+    found = comparison(0, 0.0)
+
+    def emptied(setting: Setting) -> Setting:
+        rows = [
+            replace(row, tokens_all=0, nll_all=0.0) if row.category == "qa" else row
+            for row in setting.first_run.scores
+        ]
+        return Setting((replace(setting.first_run, scores=tuple(rows)),))
+
+    (without,) = compare([emptied(found.first), emptied(found.second)])
+    p = p_alike(without)
+    assert p is not None and 0 <= p <= 1

@@ -71,3 +71,11 @@ def test_intervals_of_few_unequal_groups_cover(groups: int) -> None:
         plain += abs(found.value) < stats.t.isf(0.025, groups - 1) * error
     assert 0.93 <= covered / cases <= 0.98
     assert plain / cases < 0.935
+
+
+@pytest.mark.parametrize("sizes", [[1e6, 1.0], [1e12, 1.0], [1e9, 1.0, 1.0], [1.0, 1e6, 5.0]])
+def test_one_group_with_almost_all_of_the_weight_is_no_crash(sizes: list[float]) -> None:
+    denominators = np.array(sizes)
+    found = clustered(denominators * np.arange(len(sizes)), denominators)
+    assert np.isfinite(found.standard_error)
+    assert 1 <= found.freedom <= len(sizes) - 1

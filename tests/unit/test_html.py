@@ -4,8 +4,8 @@ from __future__ import annotations
 
 import pytest
 
-from slm_lora.report.blocks import Picture, Section, plain
-from slm_lora.report.card import Card, Fact
+from slm_lora.report.blocks import Fact, Picture, Section, plain
+from slm_lora.report.card import Card
 from slm_lora.report.html import as_html
 from slm_lora.report.markdown import as_markdown
 

@@ -295,3 +295,32 @@ def test_equivalence_of_a_family_is_corrected() -> None:
 
 def test_reports_are_repeatable() -> None:
     assert difference(sample(4, seeds=3), 0.01) == difference(sample(4, seeds=3), 0.01)
+
+
+def test_missing_cells_leave_the_largest_complete_part() -> None:
+    """Seed 0 on five draws and four more seeds on one of them: five draws of one seed."""
+    draws = [Draw(0, data) for data in range(5)] + [Draw(seed, 0) for seed in range(1, 5)]
+    found = paired_of_sums(np.arange(27.0).reshape(9, 3), np.ones(3), draws)
+    assert (found.units, found.unit, found.several_seeds) == (5, "data draw", False)
+    assert difference(found, 0.01).covers == "rows and training rows"
+    three = [Draw(seed, data) for data, seed in ((0, 0), (0, 1), (0, 2), (1, 0), (1, 1), (2, 2))]
+    found = paired_of_sums(np.arange(18.0).reshape(6, 3), np.ones(3), three)
+    assert (found.units, found.several_seeds) == (2, True)
+    assert np.array_equal(found.nats[0], np.arange(18.0).reshape(6, 3)[:2].mean(0))
+
+
+@pytest.mark.parametrize("draw_spread", [0.01, 0.0])
+def test_many_draws_of_few_seeds_keep_the_rate(draw_spread: float) -> None:
+    """Ten draws with the same two seeds: two seeds are two, however many draws they train on."""
+    crossed = [Draw(seed, data) for data in range(10) for seed in range(2)]
+    cases = [
+        paired_of_sums(_trainings(case, crossed, draw_spread, 0.01), TOKENS, crossed)
+        for case in range(600)
+    ]
+    assert sum(p_value(case) < 0.05 for case in cases) / 600 <= 0.06
+
+
+def test_draws_of_training_rows_have_no_prediction_for_a_seed() -> None:
+    crossed = [Draw(seed, data) for data in range(3) for seed in range(3)]
+    found = difference(paired_of_sums(_trainings(0, crossed, 0, 0), TOKENS, crossed), 0.01)
+    assert found.next_low is None and found.units == 3

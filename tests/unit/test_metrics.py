@@ -98,7 +98,7 @@ def test_higher_is_better_is_recommended_and_tested(with_match: None) -> None:
     settings = group_settings(runs)
     comparisons = all_comparisons(runs)
     names = SettingNames(settings)
-    card = make_card(settings, Setting((runs[0],)), comparisons, 0.01, names)
+    card = make_card(settings, [Setting((runs[0],))], comparisons, 0.01, names)
     assert card.recommended is not None and card.recommended.name == "r4"
     facts = {fact.label: fact.text for fact in card.facts}
     assert facts["Recommended"].startswith("r=4 (exact match 0.5000): the highest exact match")
@@ -142,7 +142,7 @@ def test_rows_without_the_value_are_left_out(with_match: None) -> None:
 def test_the_table_of_metrics_shows_what_every_run_has(with_match: None) -> None:
     runs = [matched(line("base", 3.0), 1), _with_steps(matched(line("r8", 2.0), 4))]
     settings = group_settings(runs)
-    card = make_card(settings, None, [], 0.01, SettingNames(settings))
+    card = make_card(settings, [], [], 0.01, SettingNames(settings))
     table = metrics_table(card, settings, Setting((runs[0],)), SettingNames(settings))
     assert "Exact match, share of rows ↑" in table
     assert "LoRA r=8 vs base" in table and "+0.3000" in table

@@ -9,7 +9,7 @@ import pytest
 from scipy import stats
 
 from slm_lora.stats.estimates import Paired
-from slm_lora.stats.power import ASSURANCE, Needed, needed
+from slm_lora.stats.power import ASSURANCE, Needed, failure_bound, needed
 
 from ..support.samples import sample
 
@@ -105,3 +105,19 @@ def test_no_plan_is_made_of_more_seeds_than_anyone_trains() -> None:
 def test_nothing_more_is_needed_where_nothing_varies() -> None:
     plan = needed(Paired(np.zeros((3, 20)), np.ones(20)), 20, 0.01)
     assert plan == Needed(rows=20, seeds=3)
+
+
+def test_draws_of_training_rows_have_no_plan() -> None:
+    assert needed(Paired(np.ones((3, 20)), np.ones(20), "data draw"), 20, 0.01) is None
+
+
+@pytest.mark.parametrize(
+    ("units", "failures", "share"), [(3, 0, 0.632), (10, 0, 0.259), (3, 1, 0.865)]
+)
+def test_the_bound_of_failing_seeds_is_clopper_and_pearsons(
+    units: int, failures: int, share: float
+) -> None:
+    expected = stats.binomtest(failures, units, alternative="less").proportion_ci(0.95).high
+    assert failure_bound(units, failures) == pytest.approx(expected)
+    assert failure_bound(units, failures) == pytest.approx(share, abs=5e-4)
+    assert failure_bound(2, 2) == 1

@@ -189,3 +189,13 @@ def test_the_command_refuses_in_one_line(
         write(tmp_path / name, [{"doc_id": 0, "acc": 1.0}, {"doc_id": 1, "acc": 0.0}])
     assert command("compare", *words) == 2
     assert message in " ".join(capsys.readouterr().err.split())
+
+
+def test_rows_that_all_agree_are_no_proof() -> None:
+    """Ten of ten equal rows leave a difference in one row of ten possible."""
+    same = scores(np.ones(10))
+    _, (found,) = compare_files({"a": same, "b": scores(np.ones(10))}, 0.05)
+    assert found.p_corrected == 1
+    assert found.p_equivalence_corrected == pytest.approx(0.95**10)
+    _, (apart,) = compare_files({"a": scores(np.zeros(3)), "b": scores(np.ones(3))}, 0.0)
+    assert apart.p_corrected == 2 * 0.5**3  # as the sign test

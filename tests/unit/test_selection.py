@@ -7,10 +7,18 @@ from dataclasses import replace
 import numpy as np
 import pytest
 
+from slm_lora.errors import UsageError
 from slm_lora.records import RowScore
+from slm_lora.report.names import SettingNames
 from slm_lora.runs.scored_run import ScoredRun
-from slm_lora.stats.selection import best_set, equivalent_to, pareto_set, selected_interval
-from slm_lora.stats.settings import Setting
+from slm_lora.stats.selection import (
+    best_set,
+    equivalent_to,
+    lowest_of,
+    pareto_set,
+    selected_interval,
+)
+from slm_lora.stats.settings import Setting, group_settings
 
 from ..support.runs import line
 
@@ -89,3 +97,37 @@ def test_pareto_set_holds_what_nothing_beats() -> None:
 def test_few_settings_need_no_correction(count: int) -> None:
     settings = settings_of(np.random.default_rng(3), [2.0] * count, 0.1)
     assert len(best_set(settings)) == count
+
+
+def test_one_common_seed_of_several_excludes_nothing() -> None:
+    """Rows alone would exclude: the settings share one seed of three."""
+    settings = []
+    for rank, seeds in ((4, (0, 1, 2)), (8, (2, 3, 4))):
+        runs = [
+            line(f"r{rank}-seed{n}", 2.0 + 0.05 * (rank == 8) + n / 100, adapter__r=rank, seed=n)
+            for n in seeds
+        ]
+        settings.append(Setting(tuple(runs)))
+    assert best_set(settings) == settings
+    assert lowest_of(settings) is settings[0]
+
+
+def test_the_lowest_is_chosen_by_common_seeds() -> None:
+    """A bad seed that only one setting has does not make the other one better."""
+    a = [line(f"a{n}", loss, adapter__r=4, seed=n) for n, loss in enumerate((2.0, 2.4, 2.4))]
+    b = [line("b0", 2.03, adapter__r=8, seed=0)]
+    settings = [Setting(tuple(a)), Setting(tuple(b))]
+    assert lowest_of(settings) is settings[0]
+
+
+def test_settings_are_named_apart_and_repeated_seeds_refused() -> None:
+    full = [
+        Setting((line(f"f{rate}", 2.0, adapter__kind="full", training__learning_rate=rate),))
+        for rate in (1e-5, 1e-4)
+    ]
+    names = SettingNames(full)
+    assert [names.of(setting) for setting in full] == [
+        "Full fine-tuning, lr 1e-5", "Full fine-tuning, lr 1e-4",
+    ]  # fmt: skip
+    with pytest.raises(UsageError, match="a and b have the same settings and seeds, but other"):
+        group_settings([line("a", 2.0), line("b", 2.1)])

@@ -144,8 +144,8 @@ def _compare_settings(settings: list[Setting], as_json: bool) -> None:
         out.print(f"{setting.name}  loss {loss.value:.4f} ({loss.low:.4f} to {loss.high:.4f})")
     for result in results:
         out.print(sentence(result))
-    covers = "test rows and seeds" if results[0].covers_seeds else "test rows"
-    out.print(f"Negative: the second has the lower loss. The intervals cover the {covers}.")
+    scopes = " or ".join(dict.fromkeys(result.difference.covers for result in results))
+    out.print(f"Below zero the second has the lower loss; intervals cover the choice of {scopes}.")
 
 
 def _compare_files(

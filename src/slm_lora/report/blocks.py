@@ -75,3 +75,18 @@ def markdown_table(
     """
     marks = [":--" if index in left else "--:" for index in range(len(header))]
     return "\n".join("| " + " | ".join(row) + " |" for row in [header, marks, *rows]) + "\n"
+
+
+@dataclass(frozen=True)
+class Fact:
+    """One line of the card.
+
+    Attributes:
+        label: what it is about.
+        text: literal text.
+        anchor: of the section that holds the evidence.
+    """
+
+    label: str
+    text: str
+    anchor: str

@@ -30,6 +30,7 @@ from slm_lora.stats.inference import LEAST_GROUPS, holm
 from slm_lora.stats.selection import pareto_set
 from slm_lora.stats.settings import (
     Setting,
+    draw_of,
     equivalence_margin,
     group_settings,
     series_along,
@@ -76,10 +77,12 @@ def analyse(runs: Sequence[ScoredRun], seen: frozenset[str] | None = None) -> An
     """
     comparisons = all_comparisons(runs, seen)
     settings = group_settings(runs)
-    base = next((Setting((run,)) for run in runs if run.is_base), None)
+    bases = [Setting((run,)) for run in runs if run.is_base]
     names = SettingNames(settings)
     curves = []
     for series in series_along("data.size", settings):
+        if any(_crossed(point) for point in series):  # its resampling takes runs for seeds
+            continue
         sized = [(point.training_rows, [run.scores for run in point.runs]) for point in series]
         name = names.series("data.size", series[0])
         if curve := learning_curve.fit(name, sized, series[0].metric):
@@ -88,9 +91,10 @@ def analyse(runs: Sequence[ScoredRun], seen: frozenset[str] | None = None) -> An
     comparable = [
         setting
         for setting in settings
-        if base is None or _same_tokens(setting.first_run, base.first_run)
+        if not bases or _same_tokens(setting.first_run, bases[0].first_run)
     ]
-    card = make_card(comparable, base, comparisons, equivalence_margin(runs[0]), names)
+    card = make_card(comparable, bases, comparisons, equivalence_margin(runs[0]), names)
+    base = card.base.setting if card.base else bases[0] if bases else None
     return Analysis(
         tuple(runs),
         tuple(settings),
@@ -111,6 +115,12 @@ def _in_other_metrics(
         scored = [replace(run, headline=metric.name) for run in runs if has_metric(run, metric)]
         if metric.compared and metric.name != runs[0].headline and len(scored) > 1:
             yield tuple(all_comparisons(scored, seen))
+
+
+def _crossed(setting: Setting) -> bool:
+    """Whether several seeds share a draw of training rows, among several draws."""
+    data_seeds = {draw_of(run).data_seed for run in setting.runs}
+    return 1 < len(data_seeds) < len(setting.runs)
 
 
 def _same_tokens(first: ScoredRun, second: ScoredRun) -> bool:
@@ -224,7 +234,10 @@ def _training(settings: Sequence[Setting], names: SettingNames) -> str:
 def _pareto(settings: Sequence[Setting], names: SettingNames) -> str:
     if len(settings) < 2:
         return ""
-    best = pareto_set(settings)
+    comparable = [
+        setting for setting in settings if _same_tokens(setting.first_run, settings[0].first_run)
+    ]
+    best = pareto_set(comparable)
     listed = (
         "all settings"
         if len(best) == len(settings)
@@ -329,9 +342,11 @@ def _alike(analysis: Analysis) -> str:
         for (pair, _), p in zip(tested, corrected, strict=True)
         if p < ALPHA
     ]
+    count = len(analysis.comparisons)
+    tests = f"{count}" if len(tested) == count else f"{len(tested)} of {count}"
     test = (
-        f" Wald test of equal differences in all categories ({len(tested)} comparisons, Holm; "
-        "these trainings only):"
+        f" Wald test of equal differences in all categories ({tests} comparisons, Holm; these "
+        "trainings only; small differences between categories are rarely found):"
     )
     if not unlike:
         return f"{test} no difference varies significantly between categories."

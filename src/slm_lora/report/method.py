@@ -6,12 +6,13 @@ from collections.abc import Callable, Sequence
 
 from slm_lora.config.types import METHOD_LABELS
 from slm_lora.report.blocks import plain
-from slm_lora.report.card import RATE, unseen_failures
+from slm_lora.report.limits import RATE
 from slm_lora.report.names import SettingNames, key_name, rate_name, value_name
 from slm_lora.runs.metrics import Metric
 from slm_lora.runs.scored_run import ScoredRun
 from slm_lora.stats.comparisons import Comparison
 from slm_lora.stats.estimates import estimate
+from slm_lora.stats.power import failure_bound
 from slm_lora.stats.settings import Setting, amount, shared_rows
 
 MOST_SHARED = 0.2
@@ -94,8 +95,8 @@ def description(runs: Sequence[ScoredRun], comparisons: Sequence[Comparison]) ->
         )
         least = min(count for count, _ in counts if count > 1)
         covered += (
-            f" If {least} trainings agree, up to {unseen_failures(least)} of all trainings may "
-            "still go the other way (95 % confidence)."
+            f" If {least} trainings agree, up to {100 * failure_bound(least):.0f} % of all "
+            "trainings may still go the other way (95 % confidence)."
         )
     if several:
         covered += _rows_text(runs)

@@ -22,7 +22,7 @@ def key_name(key: str, tied: Sequence[str] = ()) -> str:
     return f"{name} with its {' and '.join(map(key_name, tied))}" if tied else name
 
 
-_LABELS: dict[str | None, str] = {None: "all", **{str(k): v for k, v in METHOD_LABELS.items()}}
+_LABELS: dict[str | None, str] = {None: "none", **{str(k): v for k, v in METHOD_LABELS.items()}}
 
 
 def value_name(value: object) -> str:
@@ -48,6 +48,8 @@ class SettingNames:
     def __init__(self, settings: Sequence[Setting]) -> None:
         adapters = [setting for setting in settings if not setting.is_full]
         self._keys = list(varied(adapters)) if adapters else []
+        full = [setting for setting in settings if setting.is_full]
+        self._full_keys = [key for key in varied(full) if not key.startswith("adapter.")]
         kinds = {setting.setting("adapter.kind") for setting in settings}
         if len(kinds) > 1 and "adapter.kind" not in self._keys:
             self._keys.insert(0, "adapter.kind")
@@ -63,12 +65,12 @@ class SettingNames:
         full = setting.is_full
         if full:
             parts.append(METHOD_LABELS["full"])
-        for key in self._keys:
-            # All weights train: keys of an adapter have no effect.
-            if full and key.startswith("adapter."):
-                continue
+        keys = [key for key in self._keys if not (full and key.startswith("adapter."))]
+        if full:  # all weights train: keys of an adapter have no effect
+            keys += [key for key in self._full_keys if key not in keys]
+        for key in keys:
             parts.append(self.part(key, setting))
-        if full and self._sizes and "data.size" not in self._keys:
+        if full and self._sizes and "data.size" not in keys:
             parts.append(self.part("data.size", setting))
         if not parts:
             parts = [

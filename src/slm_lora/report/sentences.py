@@ -13,7 +13,7 @@ from slm_lora.report.card import interval_text
 from slm_lora.report.names import SettingNames
 from slm_lora.runs.metrics import Metric
 from slm_lora.stats.comparisons import ALPHA, Comparison
-from slm_lora.stats.inference import Difference
+from slm_lora.stats.inference import LEAST_GROUPS, Difference
 from slm_lora.stats.learning_curve import LearningCurve
 
 
@@ -108,6 +108,10 @@ def _reason(comparison: Comparison) -> str:
     correction = f" after correction for {family} comparisons" if family > 1 else ""
     if difference.excludes_zero:
         return f"p = {comparison.p_corrected:.2f}{correction}"
+    if difference.groups < LEAST_GROUPS:
+        return f"equivalence takes {LEAST_GROUPS} groups of test rows"
+    if not difference.margin:
+        return "the interval includes zero"
     if difference.p_equivalence < ALPHA:
         return f"equivalence has p = {comparison.p_equivalence_corrected:.2f}{correction}"
     return "the interval includes zero and extends beyond the equivalence margin"
@@ -122,7 +126,8 @@ def _unit(metric: Metric) -> str:
 
 
 def _needed_text(comparison: Comparison) -> str:
-    if comparison.sample.groups < 2 or not comparison.difference.margin:
+    difference = comparison.difference
+    if difference.groups < LEAST_GROUPS or not difference.margin or difference.unit != "seed":
         return "."
     margin = f"{comparison.difference.margin:g} {_unit(comparison.metric)}"
     needed = comparison.needed()

@@ -134,7 +134,8 @@ def _by_unit(pair: Comparison) -> str:
     difference = pair.difference
     if difference.units == 1:
         return "one seed"
-    return f"{difference.smallest:+.3f} to {difference.largest:+.3f}"
+    draws = "" if difference.unit == "seed" else " (by draw)"
+    return f"{difference.smallest:+.3f} to {difference.largest:+.3f}{draws}"
 
 
 def _next_unit(pair: Comparison) -> str:

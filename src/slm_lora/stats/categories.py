@@ -63,6 +63,10 @@ def p_alike(comparison: Comparison) -> float | None:
     if len(categories) < 2:
         return None
     numerators, denominators = _sums(comparison, categories)
+    enough = (denominators > 0).sum(1) >= LEAST_GROUPS  # a response may be empty
+    numerators, denominators = numerators[enough], denominators[enough]
+    if len(denominators) < 2:
+        return None
     sizes = np.array([effective_groups(row[row > 0]) for row in denominators])
     values = numerators.sum(1) / denominators.sum(1)
     influence = (numerators - values[:, None] * denominators) / denominators.sum(1, keepdims=True)

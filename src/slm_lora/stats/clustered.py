@@ -56,7 +56,15 @@ def clustered(numerators: Floats, denominators: Floats) -> Clustered:
     # Covariance of the residuals r - value under the working model, D - u1' - 1u' + c11'.
     u = working * weights
     c = float(weights @ u)
-    own = working - 2 * u + c
+    # own = working·(1 - w)² + the others' parts of c: no cancellation where one group has almost
+    # all of the weight.
+    parts = weights * u
+    before, after = np.cumsum(parts)[:-1], np.cumsum(parts[::-1])[:-1][::-1]
+    others = np.concatenate([[0.0], before]) + np.concatenate([after, [0.0]])
+    largest = int(weights.argmax())
+    remaining = 1 - weights
+    remaining[largest] = math.fsum(np.delete(weights, largest))
+    own = working * remaining**2 + others
     factors = weights**2 * working / own
     residuals = numerators / denominators - value
     error = math.sqrt(math.fsum(factors * residuals**2))
@@ -64,7 +72,9 @@ def clustered(numerators: Floats, denominators: Floats) -> Clustered:
     f0, f1, f2 = (float(sum_) for sum_ in (factors.sum(), factors @ u, factors @ u**2))
     off_diagonal = c * c * f0 * f0 + 2 * f2 * f0 + 2 * f1 * f1 - 4 * c * f1 * f0
     squares = float((factors**2) @ (own**2 - (c - 2 * u) ** 2)) + off_diagonal
-    return Clustered(value, error, float(factors @ own) ** 2 / squares, groups)
+    # At least one and at most groups - 1, whatever rounding does to a sum that cancels.
+    freedom = float(factors @ own) ** 2 / squares if squares > 0 else 1.0
+    return Clustered(value, error, min(max(freedom, 1.0), groups - 1.0), groups)
 
 
 def effective_groups(denominators: Floats) -> float:

@@ -176,7 +176,15 @@ def _corrected(pairs: Sequence[_Pair], seen: frozenset[str] | None) -> list[Comp
     of_difference = holm([result.p for result in differences])
     of_equivalence = holm([result.p_equivalence for result in differences])
     return [
-        Comparison(*pair, sample, result, p, p_equivalent, len(pairs), _added(pair.runs, seen))
+        Comparison(
+            *pair,
+            sample,
+            result,
+            p,
+            p_equivalent,
+            len(pairs),
+            min(_added(pair.runs, seen), result.units),
+        )
         for pair, sample, result, p, p_equivalent in zip(
             pairs, samples, differences, of_difference, of_equivalence, strict=True
         )

@@ -80,6 +80,7 @@ class Paired:
         tokens: denominators, float64 [groups].
         unit: what was drawn independently. Where several seeds train on each draw of training
             rows, a unit is a draw, averaged over its seeds.
+        several_seeds: whether the chance of the seed is in the units.
         crossed: the difference by seed, averaged over draws, float64 [seeds], where the same seeds
             train on several draws; else None.
     """
@@ -87,6 +88,7 @@ class Paired:
     nats: Floats
     tokens: Floats
     unit: UnitName = "seed"
+    several_seeds: bool = True
     crossed: Floats | None = None
 
     @property
@@ -209,6 +211,13 @@ def paired_of_sums(
     if draws is None or len(data_seeds) < 2 or len(seeds) == len(data_seeds) == len(draws):
         return Paired(numerators, denominators)
 
+    # A seed that trains on several draws is one chance, not several.
+    if 1 < len(seeds) < len(draws):
+        complete = _complete_part(draws)
+        if len(complete) < len(draws):
+            kept = [index for index, draw in enumerate(draws) if draw in complete]
+            return paired_of_sums(numerators[kept], denominators, [draws[i] for i in kept])
+
     def means(labels: Sequence[int]) -> Floats:
         return np.stack(
             [
@@ -218,10 +227,25 @@ def paired_of_sums(
         )
 
     by_draw = means([draw.data_seed for draw in draws])
-    # A seed that trains on several draws is one chance, not several.
     shared = 1 < len(seeds) < len(draws)
     by_seed = means([draw.seed for draw in draws]).sum(1) / denominators.sum()
-    return Paired(by_draw, denominators, "data draw", by_seed if shared else None)
+    crossed = by_seed if shared else None
+    return Paired(by_draw, denominators, "data draw", len(seeds) > 1, crossed)
+
+
+def _complete_part(draws: Sequence[Draw]) -> set[Draw]:
+    """The largest part in which every seed trains on every draw of rows; all of it where no seed
+    trains on two draws. Missing cells would make seeds and draws depend on each other."""
+    seeds_of: dict[int, set[int]] = {}
+    for draw in draws:
+        seeds_of.setdefault(draw.data_seed, set()).add(draw.seed)
+    if sum(map(len, seeds_of.values())) == len({draw.seed for draw in draws}):
+        return set(draws)
+    parts = []
+    for seeds in seeds_of.values():
+        data_seeds = [data for data, own in seeds_of.items() if seeds <= own]
+        parts.append({Draw(seed, data) for seed in seeds for data in data_seeds})
+    return max(parts, key=lambda part: (len(part), len({draw.data_seed for draw in part})))
 
 
 def _check_same_rows(first: Sequence[RowScore], second: Sequence[RowScore], metric: Metric) -> None:

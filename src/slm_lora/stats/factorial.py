@@ -19,6 +19,7 @@ from slm_lora.stats.settings import (
     Setting,
     alike_settings,
     amount,
+    base_key,
     draw_of,
     equivalence_margin,
     usual_order,
@@ -98,18 +99,12 @@ class _Terms(NamedTuple):
 
 
 def contrasts(settings: Sequence[Setting]) -> list[Contrast]:
-    """All contrasts of the adapters of a grid."""
-    adapters = [setting for setting in settings if not setting.is_full]
-    keys = varied(adapters) if adapters else {}
-    planned = [
-        *(term for key, tied in keys.items() for term in _ends(adapters, (key, *tied))),
-        *(term for key, tied in keys.items() for term in _main_effects(adapters, (key, *tied))),
-        *(
-            term
-            for (key, tied), (by, by_tied) in itertools.combinations(keys.items(), 2)
-            for term in _interactions(adapters, (key, *tied), (by, *by_tied))
-        ),
-    ]
+    """All contrasts of the adapters of a grid, among those of one base model each."""
+    by_base: dict[object, list[Setting]] = {}
+    for setting in settings:
+        if not setting.is_full:
+            by_base.setdefault(base_key(setting.first_run), []).append(setting)
+    planned = [terms for adapters in by_base.values() for terms in _planned(adapters)]
     margin = equivalence_margin(settings[0].first_run) if settings else 0.0
     computed = [
         (plan, result)
@@ -123,11 +118,25 @@ def contrasts(settings: Sequence[Setting]) -> list[Contrast]:
     ]
 
 
+def _planned(adapters: Sequence[Setting]) -> list[_Terms]:
+    keys = varied(adapters)
+    return [
+        *(term for key, tied in keys.items() for term in _ends(adapters, (key, *tied))),
+        *(term for key, tied in keys.items() for term in _main_effects(adapters, (key, *tied))),
+        *(
+            term
+            for (key, tied), (by, by_tied) in itertools.combinations(keys.items(), 2)
+            for term in _interactions(adapters, (key, *tied), (by, *by_tied))
+        ),
+    ]
+
+
 def _difference(terms: Sequence[tuple[float, Setting]], margin: float) -> Difference | None:
     """The sum over the trainings that all settings have; None without any."""
     by_draw = [{draw_of(run): run for run in setting.runs} for _, setting in terms]
     draws = [draw for draw in by_draw[0] if all(draw in runs for runs in by_draw)]
-    if not draws:
+    # One common training of settings with several would cover the rows alone.
+    if len(draws) < 2 <= max(map(len, by_draw)) or not draws:
         return None
     scores = [runs[draw].scores for runs in by_draw for draw in draws]
     sums, denominators = group_sums(scores, terms[0][1].metric)

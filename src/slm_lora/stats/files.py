@@ -80,13 +80,21 @@ def compare_files(
         difference(Paired((sums[name][0] - reference)[None], weights), margin) for name, _ in others
     ]
     corrected = holm([result.p for result in results])
-    equivalence = holm([result.p_equivalence for result in results])
+    equivalence = holm([_p_equivalence(result) for result in results])
     return estimate_of_sums(reference, weights), [
         FileComparison(name, estimate_of_sums(*sums[name]), result, p, p_equivalent)
         for (name, _), result, p, p_equivalent in zip(
             others, results, corrected, equivalence, strict=True
         )
     ]
+
+
+def _p_equivalence(result: Difference) -> float:
+    """Of values between 0 and 1: identical rows do not exclude a rare difference, as many rows
+    that agree leave a share of unlike ones of the margin with chance (1 - margin)^rows."""
+    if result.low < result.high:
+        return result.p_equivalence
+    return max(result.p_equivalence, (1 - min(result.margin, 1)) ** result.groups)
 
 
 def _check_same_rows(

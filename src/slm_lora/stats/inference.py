@@ -23,6 +23,10 @@ from scipy.special import stdtr, stdtrit
 from slm_lora.stats.clustered import effective_groups
 from slm_lora.stats.estimates import Paired, UnitName
 
+Covers = Literal[
+    "rows", "rows and seeds", "rows and training rows", "rows, seeds and training rows"
+]
+"""Sources of chance in an interval."""
 LEAST_GROUPS = 10
 """Fewer groups show no equivalence, and a category of fewer has no interval."""
 
@@ -44,8 +48,8 @@ class Difference:
         agreeing: units whose difference has the sign of the mean.
         smallest: least difference of a unit.
         largest: largest difference of a unit.
-        next_low: lower end of the 95 % prediction interval for one more unit on the same test
-            rows; None for one unit.
+        next_low: lower end of the 95 % prediction interval for one more seed on the same test
+            rows; None for one seed, and for draws of training rows.
         next_high: upper end.
         groups: of test rows.
         effective_groups: as many equal groups would be as sure.
@@ -57,7 +61,7 @@ class Difference:
     p: float
     p_equivalence: float
     margin: float
-    covers: Literal["rows", "rows and seeds", "rows, seeds and training rows"]
+    covers: Covers
     units: int
     unit: UnitName
     agreeing: int
@@ -97,6 +101,8 @@ def difference(sample: Paired, margin: float) -> Difference:
             else "rows and seeds"
             if sample.unit == "seed"
             else "rows, seeds and training rows"
+            if sample.several_seeds
+            else "rows and training rows"
         ),
         units=sample.units,
         unit=sample.unit,
@@ -130,7 +136,8 @@ def errors(sample: Paired) -> list[Error]:
     if sample.crossed is not None:
         seeds = len(sample.crossed)
         crossed = Error(float(sample.crossed.std(ddof=1)) / math.sqrt(seeds), seeds - 1)
-        return [trainings, _sum([trainings, crossed]), _sum([trainings, crossed, rows])]
+        both = [trainings, crossed]
+        return [*both, _sum(both), _sum([*both, rows])]
     return [trainings, _sum([trainings, rows])]
 
 
@@ -174,15 +181,17 @@ def p_below(sample: Paired, distance: float) -> float:
 
     def tail(error: Error) -> float:
         if error.size == 0:
-            return 0.0 if distance > 0 else 0.5 if distance == 0 else 1.0
+            # No variation seen: as rare as all signs alike (one seed), or none at all in seeds.
+            least = 0.5**sample.groups if sample.units == 1 and sample.value else 0.0
+            return least if distance > 0 else 0.5 if distance == 0 else 1.0
         return float(stdtr(error.freedom, -distance / error.size))
 
     return max(tail(error) for error in errors(sample))
 
 
 def _next_unit(sample: Paired) -> tuple[float, float] | None:
-    """95 % prediction interval of one more unit's difference on the same rows."""
-    if sample.units < 2:
+    """95 % prediction interval of one more seed's difference on the same rows."""
+    if sample.units < 2 or sample.unit != "seed":  # draws are means over their seeds
         return None
     quantile = float(stdtrit(sample.units - 1, 0.975))
     half = quantile * sample.unit_deviation * math.sqrt(1 + 1 / sample.units)

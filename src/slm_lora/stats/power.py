@@ -13,6 +13,7 @@ from __future__ import annotations
 import math
 from dataclasses import dataclass
 
+from scipy.special import betaincinv as btdtri
 from scipy.special import chdtri, ndtri, stdtrit
 
 from slm_lora.stats.estimates import Paired
@@ -56,9 +57,10 @@ def needed(sample: Paired, rows: int, margin: float, family: int = 1) -> Needed 
         family: comparisons that are corrected together, this one among them.
 
     Returns:
-        Rows and seeds; None if they cannot be known from one group, or exceed `MOST_SEEDS`.
+        Rows and seeds; None without a margin, from one group, for draws of training rows, and
+            beyond `MOST_SEEDS`.
     """
-    if sample.groups < 2:
+    if sample.groups < 2 or not margin or sample.unit != "seed":
         return None
     plans = [
         _needed(sample, rows, margin, tails)
@@ -125,3 +127,9 @@ def _times_the_rows(spread: _Spread, seeds: int, size: float, tails: tuple[float
             return math.inf
         more = max(more * 1.001, spread.rows**2 / left)
     return more
+
+
+def failure_bound(units: int, failures: int = 0) -> float:
+    """Largest share of failing seeds that is compatible, at 95 % confidence, with so many failures
+    among so many seeds (Clopper and Pearson 1934); 1 - 0.05^(1/n) without any."""
+    return 1.0 if failures >= units else float(btdtri(failures + 1, units - failures, 0.95))

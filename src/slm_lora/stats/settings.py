@@ -3,12 +3,14 @@
 from __future__ import annotations
 
 import itertools
+from collections import Counter
 from collections.abc import Sequence
 from dataclasses import dataclass
 from typing import Any
 
 from slm_lora.config.schema import EvaluationSection
 from slm_lora.config.types import METHOD_LABELS
+from slm_lora.errors import UsageError
 from slm_lora.runs.metrics import Metric
 from slm_lora.runs.scored_run import ScoredRun
 from slm_lora.stats.estimates import Draw, Estimate, Paired, estimate, paired
@@ -75,6 +77,14 @@ def group_settings(runs: Sequence[ScoredRun]) -> list[Setting]:
     for run in runs:
         if not run.is_base:
             groups.setdefault(repr((base_key(run), flat_settings(run))), []).append(run)
+    for group in groups.values():
+        twice = [draw for draw, count in Counter(map(draw_of, group)).items() if count > 1]
+        if twice:
+            same = [run.run.folder.name for run in group if draw_of(run) == twice[0]]
+            raise UsageError(
+                f"{' and '.join(same)} have the same settings and seeds, but other training rows; "
+                "move all but one of them away"
+            )
     return [Setting(tuple(group)) for group in groups.values()]
 
 
@@ -95,6 +105,11 @@ def pair_runs(first: Setting, second: Setting) -> Pairs:
         return tuple((run, second.first_run) for run in first.runs)
     others = {draw_of(run): run for run in second.runs}
     return tuple((run, others[draw_of(run)]) for run in first.runs if draw_of(run) in others)
+
+
+def common_draws(settings: Sequence[Setting]) -> set[Draw]:
+    """Seeds that all settings were trained with."""
+    return set.intersection(*({draw_of(run) for run in setting.runs} for setting in settings))
 
 
 def sample_of(pairs: Pairs, metric: Metric) -> Paired:
@@ -129,6 +144,12 @@ def base_key(run: ScoredRun) -> tuple[object, ...]:
         record.model.sha256, record.model.precision, run.setting("model.quantization"),
         record.machine.device, record.data.held_out_sha256,
     )  # fmt: skip
+
+
+def base_of(setting: Setting, bases: Sequence[Setting]) -> Setting | None:
+    """The base model that a setting was trained on, among some."""
+    own = base_key(setting.first_run)
+    return next((base for base in bases if base_key(base.first_run) == own), None)
 
 
 def flat_settings(run: ScoredRun, without: Sequence[str] = ()) -> list[tuple[str, str]]:
