@@ -36,7 +36,7 @@ def environment(**more: str) -> dict[str, str]:
 # --- shares ------------------------------------------------------------------------------------
 
 
-@given(costs=st.lists(st.integers(1, 500), max_size=40), many=st.integers(1, 6))
+@given(costs=st.lists(st.integers(1, 500), max_size=40), n_processes=st.integers(1, 6))
 def test_partition_is_complete_and_balanced(costs: list[int], n_processes: int) -> None:
     items = list(enumerate(costs))
     shares = distributed.partition(items, lambda item: item[1], n_processes)
