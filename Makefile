@@ -2,8 +2,9 @@ RECIPE ?= recipes/quickstart.yaml
 ARGS ?=
 PYTHON ?= python3
 BIN := .venv/$(if $(filter Windows_NT,$(OS)),Scripts,bin)
-# A file's tests share what it made, so they stay in one process.
-PARALLEL := --numprocesses auto --dist loadfile
+# A file's tests share what it made, so they stay in one process. In their own order: sorted by the
+# number of tests, the files with few long ones would come last and leave a worker idle.
+PARALLEL := --numprocesses auto --dist loadfile --no-loadscope-reorder
 LOWEST := tests/unit $(addprefix tests/integration/test_,adapter_io.py checkpoint.py \
 	experiment.py forward.py generate.py merge.py methods.py plan.py training.py)
 

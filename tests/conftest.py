@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import gc
 import socket
 from collections.abc import Callable, Iterator
 from pathlib import Path
@@ -11,6 +12,7 @@ import pytest
 import torch
 
 from slm_lora.config.schema import ModelSection
+from slm_lora.export import merge, verify
 from slm_lora.model.base import Base
 from slm_lora.model.loading import load_base
 from slm_lora.model.resolve import ModelSource, resolve
@@ -23,6 +25,13 @@ from .support.tiny_model import tiny_tokenizer
 def one_thread() -> None:
     """Tiny matrices are slower on two threads, and sums have one order."""
     torch.set_num_threads(1)
+
+
+@pytest.fixture(scope="session", autouse=True)
+def imports_are_no_garbage() -> None:
+    """Runs collect garbage, and would search a million objects of imported libraries each time."""
+    gc.collect()
+    gc.freeze()
 
 
 @pytest.fixture(autouse=True)
@@ -88,6 +97,12 @@ def load_tiny(tiny_source: ModelSource) -> Callable[..., Base]:
         )
 
     return load
+
+
+@pytest.fixture
+def verify_in_process(monkeypatch: pytest.MonkeyPatch) -> None:
+    """Verify merged models by the same comparison, without the imports of a new process."""
+    monkeypatch.setattr(merge, "verify", verify._compare)
 
 
 @pytest.fixture

@@ -21,7 +21,7 @@ from safetensors.torch import load_file
 from slm_lora.runtime import distributed
 from slm_lora.training.checkpoint import generations
 
-from ..support.lab import Lab
+from ..support.lab import Lab, command
 
 pytestmark = pytest.mark.skipif(os.name == "nt", reason="signals of POSIX")
 slow = pytest.mark.slow
@@ -33,26 +33,10 @@ def environment(**more: str) -> dict[str, str]:
     return {**os.environ, "OMP_NUM_THREADS": "1", "GLOO_SOCKET_IFNAME": "lo", **more}
 
 
-def run_processes(n_processes: int, words: list[object], folder: Path) -> list[int]:
-    """Run a command in several processes without our launcher; their exit codes."""
-    store = folder / f"store-{time.monotonic_ns()}"
-    started = [
-        subprocess.Popen(
-            list(map(str, words)),
-            cwd=REPOSITORY,
-            env=environment(
-                RANK=f"{n}", WORLD_SIZE=f"{n_processes}", **{distributed.STORE: f"{store}"}
-            ),
-        )
-        for n in range(n_processes)
-    ]
-    return [process.wait(timeout=120) for process in started]
-
-
 # --- shares ------------------------------------------------------------------------------------
 
 
-@given(costs=st.lists(st.integers(1, 500), max_size=40), many=st.integers(1, 6))
+@given(costs=st.lists(st.integers(1, 500), max_size=40), n_processes=st.integers(1, 6))
 def test_partition_is_complete_and_balanced(costs: list[int], n_processes: int) -> None:
     items = list(enumerate(costs))
     shares = distributed.partition(items, lambda item: item[1], n_processes)
@@ -65,26 +49,25 @@ def test_partition_is_complete_and_balanced(costs: list[int], n_processes: int) 
 # --- the same numbers --------------------------------------------------------------------------
 
 
+@pytest.fixture(scope="module")
+def ranks(tmp_path_factory: pytest.TempPathFactory, tiny_folder: Path) -> Path:
+    """Gradients and scores of 1, 2 and 4 processes."""
+    out = tmp_path_factory.mktemp("ranks")
+    words = [sys.executable, "-m", "tests.support.ranks", tiny_folder, out]
+    subprocess.run(words, cwd=REPOSITORY, env=environment(), check=True, timeout=120)
+    return out
+
+
 @pytest.mark.parametrize(
-    ("precision", "bound"),
-    [
-        ("double", 1e-12),
-        pytest.param("single", 1e-5, marks=slow),
-        pytest.param("sharded", 1e-5, marks=slow),
-    ],
+    ("precision", "bound"), [("double", 1e-12), ("single", 1e-5), ("sharded", 1e-5)]
 )
 def test_gradients_and_scores_match_a_single_process(
-    tiny_folder: Path, tmp_path: Path, precision: str, bound: float
+    ranks: Path, precision: str, bound: float
 ) -> None:
     """With dropout, whose masks must not depend on the process of a row."""
-    tensors_by_size = []
-    for n_processes in (1, 2, 4):
-        out = tmp_path / f"{n_processes}.safetensors"
-        words = [sys.executable, "-m", "tests.support.one_rank", tiny_folder, precision, out]
-        assert run_processes(n_processes, words, tmp_path) == [0] * n_processes
-        tensors_by_size.append(load_file(out))
-    for other in tensors_by_size[1:]:
-        for name, expected in tensors_by_size[0].items():
+    results = [load_file(ranks / f"{precision}-{n}.safetensors") for n in (1, 2, 4)]
+    for other in results[1:]:
+        for name, expected in results[0].items():
             distance = ((other[name] - expected).norm() / expected.norm()).item()
             assert distance < (bound if name != "nll" else 1e-6), name
             assert expected.norm() > 0
@@ -101,6 +84,11 @@ def train(lab: Lab, *options: object, cell: str = "r4-40") -> list[str]:
     return [*SLM_LORA, "train", *map(str, (lab.recipe, *where, *options))]
 
 
+def train_here(lab: Lab, *options: object) -> int:
+    """The same command in this process, which has its imports already."""
+    return command(*train(lab, *options)[len(SLM_LORA) :])
+
+
 def assert_same_results(one: Lab, other: Lab) -> None:
     losses, adapters = zip(loss_and_adapter(one), loss_and_adapter(other), strict=True)
     assert losses[0] == pytest.approx(losses[1], rel=1e-5)
@@ -112,7 +100,7 @@ def assert_same_results(one: Lab, other: Lab) -> None:
 def undisturbed(tmp_path_factory: pytest.TempPathFactory, tiny_folder: Path) -> Lab:
     """One process, never stopped."""
     lab = Lab(tmp_path_factory.mktemp("straight"), tiny_folder)
-    subprocess.run(train(lab), check=True, env=environment())
+    assert train_here(lab) == 0
     return lab
 
 
@@ -157,7 +145,11 @@ def test_torchrun(undisturbed: Lab, tmp_path: Path, tiny_folder: Path) -> None:
 # --- stops, deaths and mistakes ----------------------------------------------------------------
 
 
-LONG = ("training.num_train_epochs=100", "training.learning_rate=1e-4", "checkpoint_seconds=0")
+LONG_STEPS = 150
+LONG = (
+    "training.num_train_epochs=30", "training.learning_rate=1e-4", "training.compile=false",
+    "checkpoint_seconds=0",
+)  # fmt: skip
 
 
 def workers_of(starter: int) -> list[int]:
@@ -193,7 +185,7 @@ def running_training(
     started = subprocess.Popen(
         train(lab, "--processes", 2, *LONG), env=environment(), stderr=subprocess.PIPE, text=True
     )
-    wait_until(lambda: bool(list((lab.results / "checkpoints").glob("*/step-00001*"))))
+    wait_until(lambda: newest_step(lab) >= 10)
     yield lab, started
     pids = workers_of(started.pid)
     started.kill()
@@ -202,23 +194,26 @@ def running_training(
 
 
 def newest_step(lab: Lab) -> int:
-    folder = next((lab.results / "checkpoints").iterdir())
-    return int(generations(folder)[-1].name.removeprefix("step-"))
+    folders = (lab.results / "checkpoints").glob("r4-40-*")
+    saved = [path for folder in folders for path in generations(folder)]
+    return int(saved[-1].name.removeprefix("step-")) if saved else 0
 
 
 @pytest.fixture(scope="module")
 def undisturbed_long(tmp_path_factory: pytest.TempPathFactory, tiny_folder: Path) -> Lab:
     """The result of `running_training` in one process."""
     lab = Lab(tmp_path_factory.mktemp("long-straight"), tiny_folder)
-    words = train(lab, *LONG[:2])
-    subprocess.run(words, check=True, env=environment())
+    assert train_here(lab, *LONG[:-1]) == 0
     return lab
 
 
 @slow
 @pytest.mark.parametrize("whom", ["starter", "a worker"])
 def test_stop_of_all_and_resume_with_another_number(
-    running_training: tuple[Lab, subprocess.Popen[str]], whom: str, undisturbed_long: Lab
+    running_training: tuple[Lab, subprocess.Popen[str]],
+    whom: str,
+    undisturbed_long: Lab,
+    capsys: pytest.CaptureFixture[str],
 ) -> None:
     lab, started = running_training
     pids = workers_of(started.pid)
@@ -226,11 +221,11 @@ def test_stop_of_all_and_resume_with_another_number(
     assert started.wait(timeout=60) == 75
     wait_until(lambda: all_exited(pids))
     stopped = newest_step(lab)
-    assert 10 <= stopped < 500
-    done = subprocess.run(train(lab, *LONG), env=environment(), capture_output=True, text=True)
-    assert done.returncode == 0, done.stderr
-    assert f"going on from step-{stopped:06d}" in done.stderr
-    assert "processes 2 → 1" in done.stderr
+    assert 10 <= stopped < LONG_STEPS
+    assert train_here(lab, *LONG) == 0
+    log = capsys.readouterr().err
+    assert f"going on from step-{stopped:06d}" in log
+    assert "processes 2 → 1" in log
     losses, wanted = loss_and_adapter(lab)[0], loss_and_adapter(undisturbed_long)[0]
     assert losses == pytest.approx(wanted, rel=1e-4)
 
@@ -294,7 +289,7 @@ def test_error_is_reported_once_by_its_process(tmp_path: Path, tiny_folder: Path
 
 @slow
 def test_signal_to_all_processes_is_one_request(
-    running_training: tuple[Lab, subprocess.Popen[str]],
+    running_training: tuple[Lab, subprocess.Popen[str]], capsys: pytest.CaptureFixture[str]
 ) -> None:
     """A scheduler signals launcher and workers, and the launcher forwards the signal."""
     lab, started = running_training
@@ -305,10 +300,10 @@ def test_signal_to_all_processes_is_one_request(
     output = started.stderr.read()
     assert "a second signal stops at once" in output and "Traceback" not in output
     stopped = newest_step(lab)
-    done = subprocess.run(train(lab, *LONG), env=environment(), capture_output=True, text=True)
-    assert done.returncode == 0, done.stderr
-    assert f"going on from step-{stopped:06d}" in done.stderr
-    assert "passed over" not in done.stderr
+    assert train_here(lab, *LONG) == 0
+    log = capsys.readouterr().err
+    assert f"going on from step-{stopped:06d}" in log
+    assert "passed over" not in log
 
 
 def test_more_processes_than_examples(tmp_path: Path, tiny_folder: Path) -> None:

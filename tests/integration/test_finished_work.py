@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import shutil
 from pathlib import Path
 
 import pytest
@@ -21,6 +22,33 @@ def lab(tmp_path: Path, tiny_folder: Path) -> Lab:
     return Lab(tmp_path / "lab", tiny_folder)
 
 
+@pytest.fixture(scope="module")
+def finished(tmp_path_factory: pytest.TempPathFactory, tiny_folder: Path) -> dict[str, Lab]:
+    """Labs with `ONE` cell, and with the whole grid; tests change copies."""
+    labs = {}
+    for name, overrides in (("one", (ONE,)), ("grid", ())):
+        labs[name] = Lab(tmp_path_factory.mktemp("finished") / name, tiny_folder)
+        assert labs[name].run(*overrides) == 0
+    return labs
+
+
+def fill(lab: Lab, source: Lab) -> None:
+    """Results and adapters as if made in this lab, by the same recipe."""
+    lab.recipe, lab.rows = source.recipe, source.rows
+    shutil.copytree(source.results, lab.results)
+    shutil.copytree(source.adapters, lab.adapters)
+
+
+@pytest.fixture
+def one_finished(lab: Lab, finished: dict[str, Lab]) -> None:
+    fill(lab, finished["one"])
+
+
+@pytest.fixture
+def grid_finished(lab: Lab, finished: dict[str, Lab]) -> None:
+    fill(lab, finished["grid"])
+
+
 def contents(folder: Path) -> dict[str, str]:
     """SHA-256 of every file in a folder."""
     return {
@@ -35,10 +63,10 @@ def told(capsys: pytest.CaptureFixture[str]) -> tuple[str, str]:
     return said.out, said.err
 
 
+@pytest.mark.usefixtures("grid_finished")
 def test_another_grid_of_the_same_name_replaces_nothing(
     lab: Lab, capsys: pytest.CaptureFixture[str]
 ) -> None:
-    assert lab.run() == 0
     first, runs = contents(lab.adapters), contents(lab.results / "runs")
     table = (lab.results / "experiment_table.md").read_text()
     assert "other finished run" not in table
@@ -96,8 +124,8 @@ def test_a_whole_model_is_not_replaced_either(lab: Lab) -> None:
         first = after
 
 
+@pytest.mark.usefixtures("one_finished")
 def test_without_keeping_adapters_kept_ones_stay(lab: Lab) -> None:
-    assert lab.run(ONE) == 0
     first = contents(lab.adapters)
     assert lab.run(ONE, "keep_adapters=false", "training.learning_rate=5e-3") == 0
     assert contents(lab.adapters) == first
@@ -146,8 +174,8 @@ def test_an_empty_folder_is_no_hindrance(lab: Lab) -> None:
     assert [path.name for path in lab.adapters.iterdir()] == ["tiny-r2-40"]
 
 
+@pytest.mark.usefixtures("one_finished")
 def test_a_folder_of_before_is_finished(lab: Lab, capsys: pytest.CaptureFixture[str]) -> None:
-    assert lab.run(ONE) == 0
     # A folder that does not say its run is known by its weights.
     path = lab.adapters / "tiny-r2-40" / adapter_io.ABOUT
     about = json.loads(path.read_text())
@@ -160,10 +188,10 @@ def test_a_folder_of_before_is_finished(lab: Lab, capsys: pytest.CaptureFixture[
     assert contents(lab.adapters) == before
 
 
+@pytest.mark.usefixtures("one_finished")
 def test_answers_are_of_the_adapter_that_was_scored(
     lab: Lab, tiny_folder: Path, capsys: pytest.CaptureFixture[str]
 ) -> None:
-    assert lab.run(ONE) == 0
     assert lab.run(ONE, "training.learning_rate=5e-3") == 0
     words = ("--with-rows", lab.recipe, ONE, "--answers", "--adapters", lab.adapters)
     assert command("report", lab.results, *words) == 0
@@ -184,18 +212,18 @@ def test_contexts_that_no_model_saw_are_not_shown(lab: Lab) -> None:
     assert command("experiment", lab.recipe, *one, "--with-rows", "--results",
                    lab.results.parent, "--adapters", lab.adapters) == 0  # fmt: skip
     page = (lab.results / "report-with-rows.html").read_text()
-    assert "A note on" not in page and "Its context was no part of the text." in page
+    assert "A note on" not in page and "The context was not part of the text." in page
     seen = (ONE, "data.include_context=true")
     assert command("experiment", lab.recipe, *seen, "--with-rows", "--results",
                    lab.results.parent, "--adapters", lab.adapters) == 0  # fmt: skip
     page = (lab.results / "report-with-rows.html").read_text()
-    assert "A note on" in page and "Its context was no part" not in page
+    assert "A note on" in page and "The context was not part" not in page
 
 
+@pytest.mark.usefixtures("one_finished")
 def test_what_is_no_run_is_told_as_what_it_is(
     lab: Lab, tmp_path: Path, capsys: pytest.CaptureFixture[str]
 ) -> None:
-    assert lab.run(ONE) == 0
     runs = lab.results / "runs"
     run = next(runs.glob("r2-40-*"))
     capsys.readouterr()
@@ -224,10 +252,10 @@ def test_what_is_no_run_is_told_as_what_it_is(
 
 
 @pytest.mark.parametrize("name", ["run.json", "scores.parquet", "steps.jsonl"])
+@pytest.mark.usefixtures("one_finished")
 def test_a_broken_run_is_told_without_destroying_it(
     lab: Lab, name: str, capsys: pytest.CaptureFixture[str]
 ) -> None:
-    assert lab.run(ONE) == 0
     path = next((lab.results / "runs").glob("r2-40-*")) / name
     for text in ("{", None):
         if text is None:
@@ -243,10 +271,10 @@ def test_a_broken_run_is_told_without_destroying_it(
         assert contents(lab.results / "runs") == before
 
 
+@pytest.mark.usefixtures("grid_finished")
 def test_the_best_adapter_is_known_by_its_run(lab: Lab, tmp_path: Path) -> None:
     from slm_lora.cli.serving import best_adapter, last_experiment
 
-    assert lab.run() == 0
     assert lab.run(ONE, "training.learning_rate=1e-5") == 0
     runs = [json.loads(path.read_text()) for path in lab.results.glob("runs/r*/run.json")]
     best = min(runs, key=lambda run: run["evaluation"]["all"]["loss"])
@@ -262,10 +290,10 @@ def test_the_best_adapter_is_known_by_its_run(lab: Lab, tmp_path: Path) -> None:
     assert best_adapter([*found, lab.adapters / "other-r2-40"], lab.results.parent) is None
 
 
+@pytest.mark.usefixtures("grid_finished")
 def test_a_model_card_knows_the_losses_of_runs_that_the_last_table_leaves_out(
     lab: Lab, tmp_path: Path
 ) -> None:
-    assert lab.run() == 0
     card = ("push", lab.adapters / "tiny-r2-40", "me/x", "--results", lab.results.parent)
     assert command(*card, "--dry-run", tmp_path / "before") == 0
     assert lab.run(ONE, "training.learning_rate=5e-3") == 0

@@ -21,8 +21,12 @@ from ..support.lab import Lab, command
 
 pytestmark = pytest.mark.skipif(os.name == "nt", reason="signals of POSIX")
 slow = pytest.mark.slow
-LONG = ("training.num_train_epochs=60", "training.compile=false", "checkpoint_seconds=0.2")
+LONG = (
+    "training.num_train_epochs=60", "training.compile=false", "checkpoint_seconds=0.2",
+    "grid.cells=[{data.size: 40, adapter.r: 2}, {data.size: 40, adapter.r: 4}]",
+)  # fmt: skip
 """So that there is a middle of a training to kill something in."""
+SLURM = ("--executor", "slurm", "--executor-option", "cluster=local")
 
 
 def arguments(lab: Lab, *options: object) -> list[str]:
@@ -78,8 +82,9 @@ def checkpoints(lab: Lab) -> list[Path]:
 
 @pytest.fixture(scope="module")
 def undisturbed(tmp_path_factory: pytest.TempPathFactory, tiny_folder: Path) -> Lab:
+    """By this process, which has its imports already."""
     lab = Lab(tmp_path_factory.mktemp("straight"), tiny_folder)
-    wait_for_exit(start(lab, *LONG), 0)
+    assert lab.run(*LONG) == 0
     return lab
 
 
@@ -99,13 +104,13 @@ def test_jobs_match_a_single_process_and_outlive_the_driver(
 ) -> None:
     pytest.importorskip("submitit")
     lab = copy_of(undisturbed, tmp_path / "slurm", tiny_folder)
-    jobs = (*LONG, "--executor", "slurm", "--executor-option", "cluster=local")
-    driver = start(lab, *jobs)
+    driver = start(lab, *LONG, *SLURM)
     wait_until(lambda: checkpoints(lab))
     driver.kill()
     driver.wait()
-    # Those that are still at work are waited for, not run beside.
-    wait_for_exit(start(lab, *jobs), 0)
+    # Those that are still at work are waited for, not run twice. (The next driver is this
+    # process: it begins before they end.)
+    assert lab.run(*LONG, *SLURM) == 0
     assert run_results(lab) == run_results(undisturbed)
     assert not list((lab.results / "checkpoints").iterdir())
 
@@ -116,33 +121,32 @@ def test_stop_reaches_the_jobs_and_the_same_command_resumes(
 ) -> None:
     pytest.importorskip("submitit")
     lab = copy_of(undisturbed, tmp_path / "stopped", tiny_folder)
-    jobs = (*LONG, "--executor", "slurm", "--executor-option", "cluster=local")
-    driver = start(lab, *jobs)
+    driver = start(lab, *LONG, *SLURM)
     wait_until(lambda: checkpoints(lab))
     driver.send_signal(signal.SIGINT)
     assert "stopped; the same command continues" in wait_for_exit(driver, 75)
     assert checkpoints(lab)
-    wait_for_exit(start(lab, *LONG), 0)  # by this process alone: an engine is no part of a run
+    assert lab.run(*LONG) == 0  # by this process alone: an engine is no part of a run
     assert run_results(lab) == run_results(undisturbed)
 
 
 @slow
-def test_failed_cell_is_reported_and_others_run(tmp_path: Path, tiny_folder: Path) -> None:
+def test_failed_cell_is_reported_and_others_run(
+    tmp_path: Path, tiny_folder: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
     pytest.importorskip("submitit")
     lab = Lab(tmp_path / "failing", tiny_folder)
-    recipe = lab.recipe.read_text()
-    lab.recipe.write_text(recipe.replace("adapter.r: 2}", "training.learning_rate: 1e38}"))
-    output = wait_for_exit(
-        start(lab, "--executor", "slurm", "--executor-option", "cluster=local"), 5
-    )
-    assert output.splitlines()[-1].startswith("40-lr1e+38: step 1 of 10")
-    assert sorted(name[:-9] for name in run_results(lab)) == ["base", "r4-40", "r4-80"], output
+    cells = "[{data.size: 40, training.learning_rate: 1e38}, {data.size: 40, adapter.r: 4}]"
+    assert lab.run(f"grid.cells={cells}", *SLURM) == 5
+    log = capsys.readouterr().err
+    assert log.splitlines()[-1].startswith("40-lr1e+38: step 1 of 10")
+    assert sorted(name[:-9] for name in run_results(lab)) == ["base", "r4-40"], log
 
 
 # --- Ray ---------------------------------------------------------------------------------------
 
 
-@pytest.fixture
+@pytest.fixture(scope="module")
 def two_nodes() -> Iterator[Any]:
     """A Ray cluster on this machine: two nodes with a core each, and a head without."""
     pytest.importorskip("ray")
@@ -171,6 +175,19 @@ def at_work_on(checkpoint: str, nodes: list[Any]) -> Any:
 
 
 @slow
+def test_cluster_without_the_resources_of_a_cell_is_refused(
+    tmp_path: Path, tiny_folder: Path, two_nodes: Any
+) -> None:
+    cluster, _ = two_nodes
+    lab = Lab(tmp_path / "none", tiny_folder)
+    ray = ("--executor", "ray", "--address", cluster.address)
+    output = wait_for_exit(start(lab, *ray, "--executor-option", "num_gpus=1"), 6)
+    assert "no node with a CPU and 1 GPUs" in output
+    output = wait_for_exit(start(lab, *ray, "--executor-option", "colour=red"), 2)
+    assert "--executor-option" in output and "colour" in output
+
+
+@slow
 def test_lost_node_loses_no_results(
     undisturbed: Lab, tmp_path: Path, tiny_folder: Path, two_nodes: Any
 ) -> None:
@@ -182,19 +199,6 @@ def test_lost_node_loses_no_results(
     output = wait_for_exit(driver, 0)
     assert "again from its last checkpoint" in output
     assert run_results(lab) == run_results(undisturbed)
-
-
-@slow
-def test_cluster_without_the_resources_of_a_cell_is_refused(
-    undisturbed: Lab, tmp_path: Path, tiny_folder: Path, two_nodes: Any
-) -> None:
-    cluster, _ = two_nodes
-    lab = copy_of(undisturbed, tmp_path / "none", tiny_folder)
-    ray = ("--executor", "ray", "--address", cluster.address)
-    output = wait_for_exit(start(lab, *ray, "--executor-option", "num_gpus=1"), 6)
-    assert "no node with a CPU and 1 GPUs" in output
-    output = wait_for_exit(start(lab, *ray, "--executor-option", "colour=red"), 2)
-    assert "--executor-option" in output and "colour" in output
 
 
 # --- bad input ---------------------------------------------------------------------------------

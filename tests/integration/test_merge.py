@@ -41,53 +41,85 @@ def logits(model: Any) -> torch.Tensor:
     return values
 
 
-@pytest.mark.parametrize("kind", ["lora", "rslora", "dora", "pissa"])
-def test_merged_is_base_with_adapter(kind: str, tiny_source: ModelSource, tmp_path: Path) -> None:
-    folder = make_adapter(tiny_source, tmp_path / "adapter", kind)
-    verification = merge(read_trained(folder), tmp_path / "merged", "fp32", tiny_source.path)
+@pytest.fixture(scope="module")
+def adapter(tiny_source: ModelSource, tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """A LoRA adapter that no test changes."""
+    return make_adapter(tiny_source, tmp_path_factory.mktemp("adapters") / "adapter")
+
+
+@pytest.fixture(scope="module")
+def merged(
+    adapter: Path, tiny_source: ModelSource, tmp_path_factory: pytest.TempPathFactory
+) -> tuple[Path, Verification]:
+    """It, merged in fp32 and verified in a new process."""
+    folder = tmp_path_factory.mktemp("merged") / "merged"
+    return folder, merge(read_trained(adapter), folder, "fp32", tiny_source.path)
+
+
+def check_merged(
+    folder: Path, verification: Verification, adapter: Path, source: ModelSource
+) -> None:
     assert verification.prompts == verification.agree == len(set(PROMPTS)) == 80
     assert verification.worst_difference <= 1e-5 * verification.max_logit
-
-    base = AutoModelForCausalLM.from_pretrained(tiny_source.path, dtype=torch.float32)
+    base = AutoModelForCausalLM.from_pretrained(source.path, dtype=torch.float32)
     base_logits = logits(base)
-    expected = logits(PeftModel.from_pretrained(base, folder))
-    merged = logits(AutoModelForCausalLM.from_pretrained(tmp_path / "merged"))
+    expected = logits(PeftModel.from_pretrained(base, adapter))
+    merged = logits(AutoModelForCausalLM.from_pretrained(folder))
     assert (merged - expected).abs().max() <= 1e-5 * expected.abs().max()
     # Negative control: the adapter has a visible effect.
     assert (merged - base_logits).abs().max() > 0.05 * base_logits.abs().max()
 
 
-def test_a_merged_folder_is_complete(tiny_source: ModelSource, tmp_path: Path) -> None:
-    folder = make_adapter(tiny_source, tmp_path / "adapter")
-    merge(read_trained(folder), tmp_path / "merged", "fp32", tiny_source.path)
-    merged = tmp_path / "merged"
-    assert {path.name for path in merged.iterdir()} == {
+def test_merged_is_base_with_adapter(
+    merged: tuple[Path, Verification], adapter: Path, tiny_source: ModelSource
+) -> None:
+    check_merged(*merged, adapter, tiny_source)
+
+
+@pytest.mark.usefixtures("verify_in_process")
+@pytest.mark.parametrize("kind", ["rslora", "dora", "pissa"])
+def test_merged_is_base_with_adapter_of_other_methods(
+    kind: str, tiny_source: ModelSource, tmp_path: Path
+) -> None:
+    folder = make_adapter(tiny_source, tmp_path / "adapter", kind)
+    verification = merge(read_trained(folder), tmp_path / "merged", "fp32", tiny_source.path)
+    check_merged(tmp_path / "merged", verification, folder, tiny_source)
+
+
+def test_a_merged_folder_is_complete(
+    merged: tuple[Path, Verification], adapter: Path, tiny_source: ModelSource
+) -> None:
+    folder, _ = merged
+    assert {path.name for path in folder.iterdir()} == {
         "config.json", "generation_config.json", "model.safetensors", "tokenizer.json",
         "tokenizer_config.json", "chat_template.jinja", "slm_lora.json",
     }  # fmt: skip
-    template = (folder / "chat_template.jinja").read_bytes()
-    assert (merged / "chat_template.jinja").read_bytes() == template
-    prompt = AutoTokenizer.from_pretrained(merged).apply_chat_template(
+    template = (adapter / "chat_template.jinja").read_bytes()
+    assert (folder / "chat_template.jinja").read_bytes() == template
+    prompt = AutoTokenizer.from_pretrained(folder).apply_chat_template(
         [{"role": "user", "content": "Why?"}], tokenize=False
     )
     assert prompt == "Instruction:\nWhy?\nResponse:\n"
-    metadata = json.loads((merged / "slm_lora.json").read_text())
-    assert metadata["base"] == json.loads((folder / "slm_lora.json").read_text())["base"]
+    metadata = json.loads((folder / "slm_lora.json").read_text())
+    assert metadata["base"] == json.loads((adapter / "slm_lora.json").read_text())["base"]
     assert metadata["merged"]["dtype"] == "fp32"
-    assert str(tmp_path) not in "".join(p.read_text() for p in merged.glob("*.json"))
+    assert str(folder.parent.parent) not in "".join(p.read_text() for p in folder.glob("*.json"))
     # The base is unchanged.
     assert hash_weights(tiny_source.path) == tiny_source.sha256
-    assert read_trained(merged).is_full_model
+    assert read_trained(folder).is_full_model
 
 
+@pytest.mark.usefixtures("verify_in_process")
 @pytest.mark.parametrize("dtype", ["fp16", "bf16"])
 def test_half_precision_is_the_fp32_merge_rounded_once(
-    dtype: Any, tiny_source: ModelSource, tmp_path: Path
+    dtype: Any,
+    merged: tuple[Path, Verification],
+    adapter: Path,
+    tiny_source: ModelSource,
+    tmp_path: Path,
 ) -> None:
-    folder = make_adapter(tiny_source, tmp_path / "adapter")
-    merge(read_trained(folder), tmp_path / "exact", "fp32", tiny_source.path)
-    merge(read_trained(folder), tmp_path / "half", dtype, tiny_source.path)
-    exact = load_file(tmp_path / "exact" / "model.safetensors")
+    merge(read_trained(adapter), tmp_path / "half", dtype, tiny_source.path)
+    exact = load_file(merged[0] / "model.safetensors")
     half = load_file(tmp_path / "half" / "model.safetensors")
     dtype_ = {"fp16": torch.float16, "bf16": torch.bfloat16}[dtype]
     assert exact.keys() == half.keys()
@@ -141,6 +173,7 @@ def test_existing_folders_are_not_replaced(tiny_source: ModelSource, tmp_path: P
     assert sorted(folder.iterdir()) == before
 
 
+@pytest.mark.usefixtures("verify_in_process")
 def test_progress_lines(tiny_source: ModelSource, tmp_path: Path) -> None:
     folder = make_adapter(tiny_source, tmp_path / "adapter")
     output = io.StringIO()
@@ -153,6 +186,7 @@ def test_progress_lines(tiny_source: ModelSource, tmp_path: Path) -> None:
     assert output.getvalue().splitlines()[3:] == ["  writing merged-f16.gguf"]
 
 
+@pytest.mark.usefixtures("verify_in_process")
 def test_a_failed_verification_leaves_nothing(
     tiny_source: ModelSource, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
@@ -172,6 +206,7 @@ def test_a_failed_verification_leaves_nothing(
     assert [path.name for path in tmp_path.iterdir()] == ["adapter"]
 
 
+@pytest.mark.usefixtures("verify_in_process")
 def test_an_adapter_without_effect_is_refused(tiny_source: ModelSource, tmp_path: Path) -> None:
     folder = make_adapter(tiny_source, tmp_path / "adapter", scale=0.0)
     with pytest.raises(IntegrityError, match="too close to its base"):

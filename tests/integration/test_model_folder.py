@@ -32,6 +32,7 @@ from slm_lora.model.resolve import hash_config, resolve
 from ..support.exports import make_adapter
 from ..support.tiny_model import CHAT_TEMPLATE, tiny_tokenizer
 
+pytestmark = pytest.mark.usefixtures("verify_in_process")
 SPECIAL = ("<|endoftext|>", "<|im_start|>", "<|im_end|>")
 OLDER_TOKENIZER: dict[str, Any] = {
     "add_prefix_space": False,

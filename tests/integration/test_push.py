@@ -272,6 +272,7 @@ def test_the_cards_commands_run(adapter: Path, tiny_source: ModelSource, tmp_pat
     assert len(named) == 2 and all((tmp_path / name).is_file() for name in named)
 
 
+@pytest.mark.usefixtures("verify_in_process")
 def test_a_merged_model_is_pushed_as_a_full_model(
     adapter: Path, tiny_source: ModelSource, tmp_path: Path
 ) -> None:

@@ -36,6 +36,39 @@ def run(*arguments: object, **environment: str) -> subprocess.CompletedProcess[b
     )
 
 
+SEVERAL = """
+import json, sys
+from slm_lora.cli import main
+for words in json.loads(sys.argv[1]):
+    sys.argv = ["slm-lora", *words]
+    try:
+        main()
+    except SystemExit as end:
+        if end.code:
+            raise
+    print("\\f", flush=True)
+"""
+
+
+def run_each(*commands: tuple[object, ...], **environment: str) -> tuple[list[bytes], bytes]:
+    """Commands one after the other in one process; what each writes to stdout, and all to stderr.
+
+    The process imports torch once.
+    """
+    words = json.dumps([[str(word) for word in command] for command in commands])
+    done = subprocess.run(
+        [sys.executable, "-c", SEVERAL, words],
+        capture_output=True,
+        check=False,
+        stdin=subprocess.DEVNULL,
+        env={**os.environ, "OMP_NUM_THREADS": "1", **environment},
+    )
+    assert done.returncode == 0, done.stderr
+    *outputs, _ = done.stdout.split(b"\f")
+    assert len(outputs) == len(commands)
+    return outputs, done.stderr
+
+
 @pytest.mark.parametrize(
     ("environment", "shown"),
     [
@@ -47,27 +80,26 @@ def run(*arguments: object, **environment: str) -> subprocess.CompletedProcess[b
 )
 def test_rows_are_shown_on_any_console(lab: Lab, environment: dict[str, str], shown: str) -> None:
     encoding = environment.get("PYTHONIOENCODING", "ascii")
-    completed = run("data", "show", lab.recipe, **environment)
-    assert completed.returncode == 0, completed.stderr
-    assert shown in completed.stdout.decode(encoding)
-    completed = run("data", "check", lab.recipe, **environment)
-    assert completed.returncode == 0, completed.stderr
+    commands = (("data", "show", lab.recipe), ("data", "check", lab.recipe))
+    (rows, checks), _ = run_each(*commands, **environment)
+    assert shown in rows.decode(encoding)
     bar = "█" if encoding == "utf-8" else "#"
-    assert bar * 40 in completed.stdout.decode(encoding)
+    assert bar * 40 in checks.decode(encoding)
 
 
 def test_answers_are_shown_on_any_console(lab: Lab, tmp_path: Path, tiny_folder: Path) -> None:
     prompts = tmp_path / "prompts.jsonl"
     prompts.write_text(json.dumps({"instruction": TEXT}) + "\n")
-    for arguments in (
-        ("generate", TEXT), ("generate", "--prompts", prompts), ("compare-outputs", prompts),
-    ):  # fmt: skip
-        completed = run(
-            *arguments, "--base", tiny_folder, "--max-new-tokens", 20, PYTHONIOENCODING="cp1252"
-        )
-        assert completed.returncode == 0, completed.stderr
-        assert completed.stdout.decode("cp1252")
-        assert b"  loading /" in completed.stderr
+    options = ("--base", tiny_folder, "--max-new-tokens", 20)
+    outputs, log = run_each(
+        ("generate", TEXT, *options),
+        ("generate", "--prompts", prompts, *options),
+        ("compare-outputs", prompts, *options),
+        PYTHONIOENCODING="cp1252",
+    )
+    for output in outputs:
+        assert output.decode("cp1252").strip()
+    assert log.count(b"  loading /") == len(outputs)
 
 
 @pytest.mark.skipif(os.name == "nt", reason="pipes of POSIX")
