@@ -102,7 +102,7 @@ def load_tiny(tiny_source: ModelSource) -> Callable[..., Base]:
 @pytest.fixture
 def verify_in_process(monkeypatch: pytest.MonkeyPatch) -> None:
     """Verify merged models by the same comparison, without the imports of a new process."""
-    monkeypatch.setattr(merge, "verify", verify._compare)
+    monkeypatch.setattr(merge, "verify", verify.compare_logits)
 
 
 @pytest.fixture

@@ -42,7 +42,7 @@ def test_everything_is_there(lab: Lab) -> None:
     report = (lab.results / "report.md").read_text()
     for title in ("**[Recommended](#settings):**", "Effect of rank", "Effect of dataset size"):
         assert title in report
-    assert "change the held-out loss of tiny-llama on rows.jsonl?" in report
+    assert "How does the held-out loss of tiny-llama on rows.jsonl depend on the rank" in report
     for figure in re.findall(r"\]\((figures/[^)]+)\)", report):
         drawing = (lab.results / figure).read_text()
         assert drawing.startswith("<?xml") and drawing.rstrip().endswith("</svg>")

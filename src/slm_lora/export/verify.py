@@ -156,7 +156,8 @@ def check_bounds(measured: Verification, dtype: str, name: str) -> None:
         )
 
 
-def _compare(merged: Path, base: Path, adapter: Path, dtype: str) -> Verification:
+def compare_logits(merged: Path, base: Path, adapter: Path, dtype: str) -> Verification:
+    """Compare a merged model with base + adapter on the prompts, all computed in fp32."""
     import torch
     from peft import PeftModel
     from transformers import AutoModelForCausalLM, AutoTokenizer, PreTrainedModel
@@ -221,4 +222,4 @@ def _compare(merged: Path, base: Path, adapter: Path, dtype: str) -> Verificatio
 
 if __name__ == "__main__":
     _merged, _base, _adapter = map(Path, sys.argv[1:4])
-    print(json.dumps(asdict(_compare(_merged, _base, _adapter, sys.argv[4]))))
+    print(json.dumps(asdict(compare_logits(_merged, _base, _adapter, sys.argv[4]))))
