@@ -3,7 +3,10 @@
 from __future__ import annotations
 
 import json
+import subprocess
+import sys
 import urllib.request
+import weakref
 from pathlib import Path
 from typing import Any
 
@@ -22,27 +25,47 @@ PROMPTS = (
 )
 
 
+_SERVE = """
+import sys
+import xllamacpp
+
+params = xllamacpp.CommonParams()
+params.model.path = sys.argv[1]
+if len(sys.argv) > 2:
+    params.lora_adapters = [xllamacpp.CommonAdapterLoraInfo(sys.argv[2], 1.0)]
+params.n_ctx, params.n_parallel = 512, 1
+params.cpuparams.n_threads = params.cpuparams_batch.n_threads = 1
+params.warmup, params.verbosity = False, 0
+# Its default keeps keys and values in half precision.
+params.cache_type_k = params.cache_type_v = xllamacpp.ggml_type.GGML_TYPE_F32
+params.flash_attn_type = xllamacpp.llama_flash_attn_type.LLAMA_FLASH_ATTN_TYPE_DISABLED
+server = xllamacpp.Server(params)
+print(f"address {server.listening_address}", flush=True)
+sys.stdin.read()
+"""
+
+
 class LlamaCpp:
-    """One model, with an adapter on it or without, in fp32 throughout."""
+    """One model, with an adapter on it or without, in fp32 throughout.
+
+    In a process of its own, which is killed: the server may wait for itself when it is destroyed.
+    """
 
     def __init__(self, model: Path, adapter: Path | None = None) -> None:
-        xllamacpp = pytest.importorskip("xllamacpp", reason="xllamacpp is not installed")
-        params = xllamacpp.CommonParams()
-        params.model.path = str(model)
-        if adapter is not None:
-            params.lora_adapters = [xllamacpp.CommonAdapterLoraInfo(str(adapter), 1.0)]
-        params.n_ctx, params.n_parallel = 512, 1
-        params.cpuparams.n_threads = params.cpuparams_batch.n_threads = 1
-        params.warmup, params.verbosity = False, 0
-        # Its default keeps keys and values in half precision.
-        params.cache_type_k = params.cache_type_v = xllamacpp.ggml_type.GGML_TYPE_F32
-        off = xllamacpp.llama_flash_attn_type.LLAMA_FLASH_ATTN_TYPE_DISABLED
-        params.flash_attn_type = off
-        self._server = xllamacpp.Server(params)
+        pytest.importorskip("xllamacpp", reason="xllamacpp is not installed")
+        command = [sys.executable, "-c", _SERVE, str(model), *([str(adapter)] if adapter else [])]
+        process = subprocess.Popen(
+            command, stdin=subprocess.PIPE, stdout=subprocess.PIPE, text=True
+        )
+        weakref.finalize(self, _end, process)
+        assert process.stdout is not None
+        # (llama.cpp may print lines of its own.)
+        lines = iter(process.stdout.readline, "")
+        self._address = next(line.split()[1] for line in lines if line.startswith("address "))
 
     def post(self, path: str, body: dict[str, Any]) -> dict[str, Any]:
         request = urllib.request.Request(
-            self._server.listening_address + path,
+            self._address + path,
             json.dumps(body).encode(),
             {"Content-Type": "application/json"},
         )
@@ -66,6 +89,11 @@ class LlamaCpp:
         body = {"content": text, "add_special": True, "parse_special": special}
         found: list[int] = self.post("/tokenize", body)["tokens"]
         return found
+
+
+def _end(process: subprocess.Popen[str]) -> None:
+    process.kill()
+    process.communicate()
 
 
 def greedy(model: Any, tokenizer: Any, prompt: str, tokens: int = 40) -> list[int]:
