@@ -103,7 +103,7 @@ def test_lock_is_released_when_its_process_dies(tmp_path: Path) -> None:
     assert holder.stdout is not None
     assert holder.stdout.readline() == b"held\n"
     with (
-        pytest.raises(IntegrityError, match="another process is at work"),
+        pytest.raises(IntegrityError, match="another process is working on this"),
         exclusive_lock(tmp_path),
     ):
         pass
