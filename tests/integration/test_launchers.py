@@ -167,7 +167,7 @@ def at_work_on(checkpoint: str, nodes: list[Any]) -> Any:
     (process,) = (
         process
         for process in psutil.process_iter(["cmdline"])
-        if process.info["cmdline"][1:4] == [*command_line] and cell in process.info["cmdline"]
+        if (words := process.info["cmdline"] or [])[1:4] == [*command_line] and cell in words
     )
     above = {parent.pid for parent in process.parents()}
     (node,) = (n for n in nodes if n.all_processes["raylet"][0].process.pid in above)
