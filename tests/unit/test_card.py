@@ -9,7 +9,7 @@ from typing import Any
 
 import pytest
 
-from slm_lora.report.card import Card, make_card, terminal_card
+from slm_lora.report.card import Card, make_card
 from slm_lora.report.names import SettingNames, rate_name
 from slm_lora.runs.scored_run import ScoredRun
 from slm_lora.stats.comparisons import all_comparisons
@@ -45,7 +45,7 @@ def card_of(runs: list[ScoredRun], margin: float = 0.02) -> Card:
 
 
 def facts(card: Card) -> dict[str, str]:
-    return dict(terminal_card(card))
+    return {fact.label: fact.text for fact in card.facts}
 
 
 def test_lowest_loss_is_recommended_when_no_cheaper_setting_is_equivalent(tmp_path: Path) -> None:

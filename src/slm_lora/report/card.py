@@ -223,8 +223,3 @@ def _verdict_on_base(recommended: Setting, comparisons: Sequence[Comparison]) ->
                 else f"; significantly {direction} across test rows (one seed)"
             )
     return ""
-
-
-def terminal_card(card: Card) -> list[tuple[str, str]]:
-    """Label and text of every line, for a terminal."""
-    return [(fact.label, fact.text) for fact in card.facts]

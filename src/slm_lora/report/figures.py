@@ -203,7 +203,7 @@ def categories(
     axes.axvline(0, color=INK, lw=0.8)
     bottom_up = differences[::-1]
     for row, (_, _, difference) in enumerate(bottom_up):
-        significant = difference.excludes_zero and difference.p < 0.05
+        significant = difference.excludes_zero
         _interval(axes, row, difference, filled=significant)
     axes.set_yticks(range(len(differences)), [f"{name} ({rows})" for name, rows, _ in bottom_up])
     axes.set_ylim(-0.6, len(differences) - 0.4)
@@ -213,7 +213,7 @@ def categories(
         figure,
         f"{second} vs {first} by category (test rows in brackets; categories of {LEAST_GROUPS} "
         "groups or more), with 95 % intervals, not corrected for the number of "
-        "categories. Filled: the interval excludes zero and p < 0.05.",
+        "categories. Filled: the interval excludes zero.",
     )
 
 

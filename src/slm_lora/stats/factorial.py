@@ -13,6 +13,7 @@ from typing import Any, Literal, NamedTuple
 
 import numpy as np
 
+from slm_lora.stats.comparisons import ALPHA
 from slm_lora.stats.estimates import group_sums, paired_of_sums
 from slm_lora.stats.inference import Difference, difference, holm
 from slm_lora.stats.settings import (
@@ -60,7 +61,7 @@ class Contrast:
     @property
     def significant(self) -> bool:
         """After correction."""
-        return self.p_corrected < 0.05
+        return self.p_corrected < ALPHA
 
     def record(self) -> dict[str, Any]:
         """For metrics.json."""

@@ -149,16 +149,12 @@ def _sum(parts: Sequence[Error]) -> Error:
     return Error(size, 1 / sum((part.size / size) ** 4 / part.freedom for part in parts))
 
 
-def half_width(sample: Paired, tail: float) -> float:
-    """Distance from the mean difference to a bound that is exceeded with chance ``tail``."""
-    if sample.groups < 2:
-        return math.inf
-    return max(float(-stdtrit(error.freedom, tail)) * error.size for error in errors(sample))
-
-
 def interval(sample: Paired, confidence: float) -> tuple[float, float]:
     """Confidence interval of the mean difference; infinite for one group."""
-    half = half_width(sample, (1 - confidence) / 2)
+    if sample.groups < 2:
+        return -math.inf, math.inf
+    tail = (1 - confidence) / 2
+    half = max(float(-stdtrit(error.freedom, tail)) * error.size for error in errors(sample))
     return sample.value - half, sample.value + half
 
 
