@@ -48,7 +48,7 @@ def refusal(base: Base, folder: Path) -> str:
     return str(caught.value)
 
 
-def test_every_file_is_sealed(load_tiny: LoadTiny, tmp_path: Path) -> None:
+def test_saved_metadata_has_a_checksum_of_every_file(load_tiny: LoadTiny, tmp_path: Path) -> None:
     base = load_tiny()
     folder = saved(base, tmp_path / "a")
     about = json.loads((folder / adapter_io.ABOUT).read_text())
@@ -61,7 +61,9 @@ def test_every_file_is_sealed(load_tiny: LoadTiny, tmp_path: Path) -> None:
     "name",
     [adapter_io.WEIGHTS, "adapter_config.json", "chat_template.jinja", adapter_io.ABOUT],
 )
-def test_a_file_that_is_cut_flipped_or_gone(load_tiny: LoadTiny, tmp_path: Path, name: str) -> None:
+def test_truncated_flipped_or_missing_adapter_file_is_refused(
+    load_tiny: LoadTiny, tmp_path: Path, name: str
+) -> None:
     base = load_tiny()
     folder = saved(base, tmp_path / "a")
     path = folder / name
@@ -131,7 +133,7 @@ def test_another_base(
     assert [name for name, _ in base.model.named_parameters()] == before
 
 
-def test_weights_that_are_not_finite_are_not_saved(load_tiny: LoadTiny, tmp_path: Path) -> None:
+def test_adapter_with_non_finite_weights_is_not_saved(load_tiny: LoadTiny, tmp_path: Path) -> None:
     base = load_tiny()
     peft_model = attach.attach(base, AdapterSection(r=2), 0)
     list(attach.trainable_state(peft_model))
@@ -159,7 +161,9 @@ def canary(tmp_path: Path) -> Path:
     return tmp_path / "canary"
 
 
-def test_pickled_adapters_are_not_opened(load_tiny: LoadTiny, tmp_path: Path, canary: Path) -> None:
+def test_pickled_adapters_are_not_unpickled(
+    load_tiny: LoadTiny, tmp_path: Path, canary: Path
+) -> None:
     base = load_tiny()
     folder = saved(base, tmp_path / "a")
     (folder / adapter_io.ABOUT).unlink()
@@ -173,7 +177,7 @@ def test_pickled_adapters_are_not_opened(load_tiny: LoadTiny, tmp_path: Path, ca
     assert not canary.exists()
 
 
-def test_pickled_models_are_not_opened(tiny_folder: Path, tmp_path: Path, canary: Path) -> None:
+def test_pickled_models_are_not_unpickled(tiny_folder: Path, tmp_path: Path, canary: Path) -> None:
     folder = shutil.copytree(tiny_folder, tmp_path / "model")
     (folder / "model.safetensors").unlink()
     (folder / "pytorch_model.bin").write_bytes(pickle.dumps(Canary(canary)))
@@ -182,9 +186,7 @@ def test_pickled_models_are_not_opened(tiny_folder: Path, tmp_path: Path, canary
     assert not canary.exists()
 
 
-def test_code_that_comes_with_a_model_is_not_run(
-    tiny_folder: Path, tmp_path: Path, canary: Path
-) -> None:
+def test_code_in_a_model_folder_is_not_run(tiny_folder: Path, tmp_path: Path, canary: Path) -> None:
     folder = shutil.copytree(tiny_folder, tmp_path / "model")
     config = json.loads((folder / "config.json").read_text())
     code = f"import os; os.mkdir({str(canary)!r})\n"
@@ -209,7 +211,7 @@ def test_code_that_comes_with_a_model_is_not_run(
 
 
 @pytest.mark.parametrize("name", ["../x.safetensors", "/x.safetensors", "a/../../x.safetensors"])
-def test_shards_outside_of_the_model_are_refused(
+def test_shards_outside_the_model_folder_are_refused(
     tiny_folder: Path, tmp_path: Path, name: str
 ) -> None:
     folder = shutil.copytree(tiny_folder, tmp_path / "model")
@@ -231,7 +233,7 @@ def reseal(folder: Path, files: dict[str, str]) -> None:
 
 
 @pytest.mark.parametrize("name", ["../secret", "/etc/hostname", "a/../../secret", "C:\\x", ""])
-def test_names_that_lead_elsewhere_are_refused(
+def test_metadata_naming_files_outside_the_adapter_is_refused(
     load_tiny: LoadTiny, tmp_path: Path, name: str
 ) -> None:
     base = load_tiny()
@@ -241,7 +243,7 @@ def test_names_that_lead_elsewhere_are_refused(
     assert "names a file outside of itself" in refusal(base, folder)
 
 
-def test_links_out_of_the_folder_are_refused(load_tiny: LoadTiny, tmp_path: Path) -> None:
+def test_links_out_of_the_adapter_folder_are_refused(load_tiny: LoadTiny, tmp_path: Path) -> None:
     base = load_tiny()
     folder = saved(base, tmp_path / "a")
     (folder / adapter_io.WEIGHTS).rename(tmp_path / "elsewhere")
@@ -251,7 +253,9 @@ def test_links_out_of_the_folder_are_refused(load_tiny: LoadTiny, tmp_path: Path
     assert "a link out of its folder" in refusal(base, folder)
 
 
-def test_the_hubs_cache_keeps_files_behind_links(load_tiny: LoadTiny, tmp_path: Path) -> None:
+def test_adapter_in_the_hub_cache_is_loaded_through_its_links(
+    load_tiny: LoadTiny, tmp_path: Path
+) -> None:
     base = load_tiny()
     folder = saved(base, tmp_path / "models--x--y" / "snapshots" / "c0ffee")
     blobs = folder.parent.parent / "blobs"
@@ -272,7 +276,7 @@ def test_the_hubs_cache_keeps_files_behind_links(load_tiny: LoadTiny, tmp_path: 
         ({"target_modules": 7}, SlmLoraError),
     ],
 )
-def test_configurations_that_ask_for_something_else(
+def test_adapter_config_of_another_kind_is_refused_without_running_code(
     load_tiny: LoadTiny, tmp_path: Path, change: dict[str, Any], error: type[Exception],
     canary: Path, monkeypatch: pytest.MonkeyPatch,
 ) -> None:  # fmt: skip

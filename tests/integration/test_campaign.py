@@ -15,7 +15,7 @@ CAMPAIGN = Path(__file__).parents[2] / "benchmarks" / "faults" / "campaign.py"
 
 
 @pytest.mark.skipif(os.name == "nt", reason="forks")
-def test_a_sample_of_the_campaign() -> None:
+def test_every_sampled_fault_is_survived_or_detected() -> None:
     done = subprocess.run(
         [sys.executable, CAMPAIGN, "--every", "24"], capture_output=True, text=True, check=False
     )

@@ -60,7 +60,7 @@ def sitting(
 
 
 @pytest.mark.parametrize("stops", [[1], [3], [5, 6], [2, 4, 7]])
-def test_resumed_equals_straight(
+def test_resumed_training_has_the_bits_of_an_uninterrupted_one(
     load_tiny: Callable[..., Base], tmp_path: Path, stops: list[int]
 ) -> None:
     straight, wanted = sitting(load_tiny(), None)
@@ -75,7 +75,9 @@ def test_resumed_equals_straight(
 
 
 @pytest.mark.skipif(sys.platform != "linux", reason="the mark can only be reset on Linux")
-def test_the_peak_is_that_of_every_sitting(load_tiny: Callable[..., Base], tmp_path: Path) -> None:
+def test_peak_memory_after_resume_covers_earlier_processes(
+    load_tiny: Callable[..., Base], tmp_path: Path
+) -> None:
     checkpointer = Checkpointer(tmp_path / "point", "abc", every_seconds=0)
     hardware.reset_peak_memory("cpu")
     before = hardware.resident_bytes()
@@ -92,7 +94,7 @@ def test_the_peak_is_that_of_every_sitting(load_tiny: Callable[..., Base], tmp_p
 
 
 @pytest.mark.parametrize("stop_at", [1, 3, 4])
-def test_steps_ahead_change_nothing(
+def test_reading_results_a_step_late_changes_no_bit(
     load_tiny: Callable[..., Base], tmp_path: Path, stop_at: int
 ) -> None:
     """Numbers looked at a step later, as on a GPU: validated, stopped and resumed all the same."""
@@ -122,7 +124,7 @@ def test_steps_ahead_change_nothing(
     assert all(torch.equal(weights[name], found_weights[name]) for name in weights)
 
 
-def test_another_runs_checkpoint_is_not_taken_up(
+def test_checkpoint_of_another_run_is_not_loaded(
     load_tiny: Callable[..., Base], tmp_path: Path
 ) -> None:
     sitting(load_tiny(), Checkpointer(tmp_path / "point", "abc", every_seconds=0), 5)
@@ -164,7 +166,7 @@ DAMAGES = [
 
 @pytest.mark.parametrize(("file", "damage"), DAMAGES)
 @pytest.mark.parametrize("both", [False, True])
-def test_a_broken_checkpoint_is_passed_over_by_name(
+def test_resume_names_broken_checkpoints_and_uses_the_newest_intact_one(
     load_tiny: Callable[..., Base],
     tmp_path: Path,
     file: str,
@@ -195,7 +197,7 @@ def test_a_broken_checkpoint_is_passed_over_by_name(
         assert said[1:] == [f"  going on from {older.name} of point"]
 
 
-def test_two_checkpoints_stay_and_the_rest_goes(
+def test_only_the_two_newest_checkpoints_are_kept(
     load_tiny: Callable[..., Base], tmp_path: Path
 ) -> None:
     checkpointer = Checkpointer(tmp_path / "point", "abc", every_seconds=0)
@@ -207,7 +209,7 @@ def test_two_checkpoints_stay_and_the_rest_goes(
     assert read_manifest(checkpointer.folder / "step-000006")["step"] == 6
 
 
-def test_a_checkpoint_that_does_not_read_back_removes_no_older_one(
+def test_older_checkpoints_stay_when_the_new_one_cannot_be_read_back(
     load_tiny: Callable[..., Base], tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     checkpointer = Checkpointer(tmp_path / "point", "abc", every_seconds=0)
@@ -229,7 +231,7 @@ STEP = Step(1, 9, 0.1, 1.0, 0.1, 1.0, 1, 1, 1, 0.1)
 
 
 @pytest.mark.parametrize("value", [float("nan"), float("inf"), -float("inf")])
-def test_nothing_that_is_not_finite_is_saved(tmp_path: Path, value: float) -> None:
+def test_checkpoint_with_non_finite_weights_is_not_saved(tmp_path: Path, value: float) -> None:
     checkpointer = Checkpointer(tmp_path / "point", "abc")
     model = torch.nn.Linear(2, 2)
     model.weight.data[1, 1] = value
@@ -238,7 +240,7 @@ def test_nothing_that_is_not_finite_is_saved(tmp_path: Path, value: float) -> No
     assert not list(tmp_path.rglob("step-*"))
 
 
-def test_another_setting_is_said(tmp_path: Path) -> None:
+def test_resume_under_other_versions_is_noted(tmp_path: Path) -> None:
     said: list[str] = []
     model = torch.nn.Linear(2, 2)
     parameters, optimizer = dict(model.named_parameters()), torch.optim.AdamW(model.parameters())
@@ -251,7 +253,7 @@ def test_another_setting_is_said(tmp_path: Path) -> None:
     assert "other torch 1 → 2: the result may differ" in said[0]
 
 
-def test_a_stop_in_validation_keeps_the_step(
+def test_stop_during_validation_keeps_the_finished_step(
     load_tiny: Callable[..., Base], tmp_path: Path
 ) -> None:
     """The step is done, its validation is not: the next sitting begins with that."""

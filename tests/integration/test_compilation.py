@@ -40,7 +40,7 @@ def nothing_failed_before(monkeypatch: pytest.MonkeyPatch) -> Iterator[None]:
 
 
 @pytest.mark.parametrize("dropout", [0.0, 0.3])
-def test_compiled_gradients_are_those_of_fp64(
+def test_compiled_gradients_equal_fp64(
     load_tiny: LoadTiny, monkeypatch: pytest.MonkeyPatch, dropout: float
 ) -> None:
     examples = make_examples(LENGTHS)
@@ -56,7 +56,7 @@ def test_compiled_gradients_are_those_of_fp64(
     assert error("bf16", plain=False, on=True) < 1.1 * error("bf16", plain=True, on=False)
 
 
-def test_compiled_scores_equal_plain_ones(load_tiny: LoadTiny) -> None:
+def test_compiled_scores_equal_eager_scores(load_tiny: LoadTiny) -> None:
     base, batch = load_tiny(), collate(make_examples(LENGTHS), "all")
     plain = score_documents(base, batch).nll_all
     torch._dynamo.reset()
@@ -68,7 +68,7 @@ def test_compiled_scores_equal_plain_ones(load_tiny: LoadTiny) -> None:
 
 @pytest.mark.parametrize("on", [False, True])
 @pytest.mark.parametrize(("dtype", "rounding"), [(torch.float32, 1e-6), (torch.bfloat16, 4e-3)])
-def test_loss_and_gradient_are_those_of_the_logits(
+def test_loss_and_logit_gradient_equal_fp64_cross_entropy(
     dtype: torch.dtype, rounding: float, on: bool
 ) -> None:
     torch.manual_seed(0)
@@ -87,7 +87,7 @@ def test_loss_and_gradient_are_those_of_the_logits(
 
 
 @pytest.mark.parametrize("p", [0.05, 0.3, 0.6])
-def test_compiled_dropout_has_the_same_mask(p: float) -> None:
+def test_compiled_dropout_has_the_mask_of_eager_mode(p: float) -> None:
     # The same shape for every p, to detect reuse of cached code with another p's threshold.
     dropout = TokenDropout(p, "a", 96)
     dropout.keys = torch.randint(-(2**31), 2**31, (1, 37), dtype=torch.int64).to(torch.int32)
@@ -108,7 +108,9 @@ def test_compiled_dropout_has_the_same_mask(p: float) -> None:
 
 # Code is compiled for the first shapes, so seeds vary these.
 @pytest.mark.parametrize(("precision", "seed"), [("fp32", 0), ("fp32", 1), ("bf16", 2)])
-def test_new_shapes_compile_nothing_new(load_tiny: LoadTiny, precision: str, seed: int) -> None:
+def test_new_shapes_compile_no_further_graph(
+    load_tiny: LoadTiny, precision: str, seed: int
+) -> None:
     base = load_tiny(precision)
     peft_model = attach.attach(base, AdapterSection(r=4, lora_dropout=0.1), seed=0)
     peft_model.train()
@@ -144,7 +146,7 @@ def test_every_rank_of_a_grid_is_compiled(load_tiny: LoadTiny) -> None:
         compiled = counters["stats"]["unique_graphs"]
 
 
-def test_a_long_training_compiles_from_its_second_step(load_tiny: LoadTiny) -> None:
+def test_compiled_training_has_the_losses_of_eager_training(load_tiny: LoadTiny) -> None:
     examples = make_examples(LENGTHS)
 
     def losses(setting: bool, recompute: bool = False) -> list[float]:
@@ -168,7 +170,7 @@ def test_a_long_training_compiles_from_its_second_step(load_tiny: LoadTiny) -> N
     assert losses(True, recompute=True) == pytest.approx(plain, rel=1e-5)
 
 
-def test_where_compiling_fails_it_is_done_without() -> None:
+def test_failed_compilation_falls_back_to_eager_once_and_for_all() -> None:
     tried = []
 
     def work() -> str:
@@ -184,7 +186,7 @@ def test_where_compiling_fails_it_is_done_without() -> None:
     assert tried == [True, False, False]
 
 
-def test_too_many_variants_are_told() -> None:
+def test_exceeding_the_recompile_limit_is_reported() -> None:
     @compilation.compilable
     def doubled(x: torch.Tensor) -> torch.Tensor:
         return x * 2
@@ -204,7 +206,7 @@ def test_too_many_variants_are_told() -> None:
 @pytest.mark.parametrize(
     "error", [MemoryError(), torch.OutOfMemoryError(), DataError("x"), ValueError("in the work")]
 )
-def test_what_is_not_the_compilers_fault_is_not_blamed_on_it(error: Exception) -> None:
+def test_errors_of_the_work_itself_are_not_compile_failures(error: Exception) -> None:
     def work() -> None:
         raise error
 
@@ -213,7 +215,7 @@ def test_what_is_not_the_compilers_fault_is_not_blamed_on_it(error: Exception) -
     assert not compilation.failure()
 
 
-def test_short_runs_do_not_compile(monkeypatch: pytest.MonkeyPatch) -> None:
+def test_should_compile_needs_enough_tokens_and_a_compiler(monkeypatch: pytest.MonkeyPatch) -> None:
     cpu = torch.device("cpu")
     for low_precision, least in zip((True, False), compilation.MIN_TOKENS["cpu"], strict=True):
         assert not compilation.should_compile("auto", least - 1, cpu, low_precision)

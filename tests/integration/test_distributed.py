@@ -61,7 +61,7 @@ def ranks(tmp_path_factory: pytest.TempPathFactory, tiny_folder: Path) -> Path:
 @pytest.mark.parametrize(
     ("precision", "bound"), [("double", 1e-12), ("single", 1e-5), ("sharded", 1e-5)]
 )
-def test_gradients_and_scores_match_a_single_process(
+def test_gradients_and_scores_of_2_and_4_processes_equal_one_process(
     ranks: Path, precision: str, bound: float
 ) -> None:
     """With dropout, whose masks must not depend on the process of a row."""
@@ -104,7 +104,9 @@ def undisturbed(tmp_path_factory: pytest.TempPathFactory, tiny_folder: Path) -> 
     return lab
 
 
-def test_the_command_in_two_processes(undisturbed: Lab, tmp_path: Path, tiny_folder: Path) -> None:
+def test_training_in_two_processes_equals_one_process(
+    undisturbed: Lab, tmp_path: Path, tiny_folder: Path
+) -> None:
     lab = Lab(tmp_path / "two", tiny_folder)
     done = subprocess.run(
         train(lab, "--processes", 2), env=environment(), capture_output=True, text=True
@@ -133,7 +135,9 @@ def test_sharded_base_trains_to_the_same_adapter(
 
 
 @slow
-def test_torchrun(undisturbed: Lab, tmp_path: Path, tiny_folder: Path) -> None:
+def test_training_under_torchrun_equals_one_process(
+    undisturbed: Lab, tmp_path: Path, tiny_folder: Path
+) -> None:
     lab = Lab(tmp_path / "torchrun", tiny_folder)
     torchrun = [sys.executable, "-m", "torch.distributed.run", "--standalone"]
     words = [*torchrun, "--nproc-per-node", "2", *train(lab)[1:]]
@@ -209,7 +213,7 @@ def undisturbed_long(tmp_path_factory: pytest.TempPathFactory, tiny_folder: Path
 
 @slow
 @pytest.mark.parametrize("whom", ["starter", "a worker"])
-def test_stop_of_all_and_resume_with_another_number(
+def test_stopped_run_of_two_processes_resumes_in_one(
     running_training: tuple[Lab, subprocess.Popen[str]],
     whom: str,
     undisturbed_long: Lab,
@@ -231,7 +235,7 @@ def test_stop_of_all_and_resume_with_another_number(
 
 
 @slow
-def test_killed_process_is_reported_as_the_cause(
+def test_killed_worker_is_reported_as_the_cause(
     running_training: tuple[Lab, subprocess.Popen[str]],
 ) -> None:
     lab, started = running_training
@@ -267,7 +271,9 @@ if os.environ.get("RANK", "") in os.environ["SPOILT"]:
 
 
 @slow
-def test_error_is_reported_once_by_its_process(tmp_path: Path, tiny_folder: Path) -> None:
+def test_error_of_a_worker_is_reported_once_with_its_exit_code(
+    tmp_path: Path, tiny_folder: Path
+) -> None:
     """The first waits for the second in vain; the reason is the second's, and so is the exit code.
     Where all have the same, the first tells it."""
     lab = Lab(tmp_path / "spoilt", tiny_folder)
@@ -306,7 +312,9 @@ def test_signal_to_all_processes_is_one_request(
     assert "passed over" not in log
 
 
-def test_more_processes_than_examples(tmp_path: Path, tiny_folder: Path) -> None:
+def test_more_processes_than_examples_per_step_are_refused(
+    tmp_path: Path, tiny_folder: Path
+) -> None:
     lab = Lab(tmp_path / "many", tiny_folder)
     words = train(lab, "--processes", 2, "training.effective_batch_size=1")
     done = subprocess.run(words, env=environment(), capture_output=True, text=True, timeout=120)
@@ -318,7 +326,7 @@ def test_more_processes_than_examples(tmp_path: Path, tiny_folder: Path) -> None
     assert none.returncode == 2 and "--processes 0: must be 1 or more" in none.stderr
 
 
-def test_unequal_recipes(tmp_path: Path, tiny_folder: Path) -> None:
+def test_processes_with_unequal_recipes_are_refused(tmp_path: Path, tiny_folder: Path) -> None:
     lab, store = Lab(tmp_path / "unequal", tiny_folder), tmp_path / "store"
     started = [
         subprocess.Popen(
@@ -335,7 +343,7 @@ def test_unequal_recipes(tmp_path: Path, tiny_folder: Path) -> None:
         assert "the processes were given different recipes, rows or bases" in output
 
 
-def test_port_in_use(tmp_path: Path, tiny_folder: Path) -> None:
+def test_master_port_in_use_is_reported(tmp_path: Path, tiny_folder: Path) -> None:
     lab = Lab(tmp_path / "port", tiny_folder)
     with socket.socket() as taken:
         taken.bind(("127.0.0.1", 0))

@@ -21,7 +21,7 @@ def printed(kind: str) -> str:
     return found[1]
 
 
-def test_the_recipe_for_own_data_runs_on_rows_like_those_shown(
+def test_recipe_printed_in_start_md_runs_on_rows_like_those_printed(
     tmp_path: Path,
     tiny_folder: Path,
     monkeypatch: pytest.MonkeyPatch,

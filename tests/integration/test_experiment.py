@@ -33,7 +33,7 @@ def lab(tmp_path_factory: pytest.TempPathFactory, tiny_folder: Path) -> Lab:
     return made
 
 
-def test_everything_is_there(lab: Lab) -> None:
+def test_experiment_writes_tables_report_figures_and_adapters(lab: Lab) -> None:
     table = (lab.results / "experiment_table.md").read_text()
     assert "| Model | Dataset Size | r | Epochs | Eval Loss | Perplexity |" in table
     assert [line.split("|")[2:4] for line in table.splitlines() if line.startswith("| LoRA")] == [
@@ -81,7 +81,7 @@ def test_training_rows_are_nine_tenths_and_all_cells_share_the_test_rows(lab: La
     assert [r["cell"] for r in runs] == ["base", "r2-40", "r4-40", "r4-80"]
 
 
-def test_nothing_names_a_path_of_this_machine(lab: Lab) -> None:
+def test_results_and_adapters_name_no_path_of_this_machine(lab: Lab) -> None:
     for path in [*lab.results.rglob("*.json"), *lab.results.rglob("*.md"),
                  *lab.adapters.rglob("*.json")]:  # fmt: skip
         text = path.read_text()
@@ -94,7 +94,9 @@ def test_a_finished_experiment_is_not_run_again(lab: Lab) -> None:
     assert before == {p: p.stat().st_mtime_ns for p in (lab.results / "runs").rglob("*")}
 
 
-def test_an_interrupted_experiment_goes_on(lab: Lab, tmp_path: Path, tiny_folder: Path) -> None:
+def test_interrupted_experiment_resumes_with_the_same_losses(
+    lab: Lab, tmp_path: Path, tiny_folder: Path
+) -> None:
     other = Lab(tmp_path, tiny_folder)
     script = (
         "import sys, slm_lora.experiment.cell as r\n"
@@ -125,7 +127,7 @@ def test_an_interrupted_experiment_goes_on(lab: Lab, tmp_path: Path, tiny_folder
         assert mine["evaluation"]["all"]["loss"] == theirs["evaluation"]["all"]["loss"]
 
 
-def test_a_cell_whose_adapter_is_gone_is_trained_again(lab: Lab) -> None:
+def test_cell_with_a_missing_adapter_is_trained_again(lab: Lab) -> None:
     weights = lab.adapters / "tiny-r2-40" / adapter_io.WEIGHTS
     before = weights.read_bytes()
     run = next((lab.results / "runs").glob("r2-40-*"))
@@ -158,7 +160,7 @@ def test_logs_hold_no_text_of_rows(
     assert "7 malformed rows" in said and "zebracanary" not in said
 
 
-def test_without_keeping_adapters_scores_are_enough(lab: Lab, tmp_path: Path) -> None:
+def test_finished_cell_without_kept_adapter_is_not_trained_again(lab: Lab, tmp_path: Path) -> None:
     out = ("--results", tmp_path / "results", "--adapters", tmp_path / "adapter")
     words = ("grid.cells=[{data.size: 40, adapter.r: 2}]", "keep_adapters=false")
     assert command("experiment", lab.recipe, *words, *out) == 0
@@ -170,7 +172,7 @@ def test_without_keeping_adapters_scores_are_enough(lab: Lab, tmp_path: Path) ->
     assert (run / "run.json").stat().st_mtime_ns == written, "trained again"
 
 
-def test_a_report_names_rows_by_rule_and_shows_outputs(
+def test_report_lists_rows_of_extreme_and_median_change_and_shows_outputs(
     lab: Lab, tmp_path: Path, tiny_folder: Path
 ) -> None:
     results = shutil.copytree(lab.results, tmp_path / "tiny")
@@ -206,7 +208,7 @@ def test_a_report_names_rows_by_rule_and_shows_outputs(
     assert command("report", results) == 4
 
 
-def test_rows_are_quoted_only_on_a_page_of_its_own(
+def test_rows_are_quoted_only_in_report_with_rows(
     lab: Lab, tmp_path: Path, tiny_folder: Path
 ) -> None:
     results = shutil.copytree(lab.results, tmp_path / "tiny")
@@ -245,7 +247,7 @@ def test_a_single_test_row_has_no_interval(tmp_path: Path, tiny_folder: Path) ->
 
 
 @pytest.mark.parametrize("kind", ["rslora", "dora", "pissa", "full"])
-def test_other_methods_are_scored_as_they_were_saved(
+def test_saved_adapters_of_other_methods_score_as_in_training(
     lab: Lab, tmp_path: Path, kind: str, capsys: pytest.CaptureFixture[str]
 ) -> None:
     out = ("--results", tmp_path / "results", "--adapters", tmp_path / "adapter")
@@ -260,7 +262,7 @@ def test_other_methods_are_scored_as_they_were_saved(
 
 
 @pytest.mark.parametrize("kind", ["lora", "full"])
-def test_of_named_templates_that_write_the_date_others_get_what_was_trained(
+def test_saved_default_template_has_the_date_of_training(
     lab: Lab, tiny_folder: Path, tmp_path: Path, kind: str, capsys: pytest.CaptureFixture[str]
 ) -> None:
     base = shutil.copytree(tiny_folder, tmp_path / "base")
@@ -293,7 +295,9 @@ def test_of_named_templates_that_write_the_date_others_get_what_was_trained(
 
 
 @pytest.mark.parametrize("kind", ["full", "pissa"])
-def test_a_method_that_alters_the_base_leaves_no_trace(lab: Lab, tmp_path: Path, kind: str) -> None:
+def test_cell_after_a_base_altering_method_has_unchanged_weights(
+    lab: Lab, tmp_path: Path, kind: str
+) -> None:
     out = ("--results", tmp_path / "results", "--adapters", tmp_path / "adapter")
     cells = f"[{{adapter.kind: {kind}, data.size: 40}}, {{data.size: 40, adapter.r: 2}}]"
     assert command("experiment", lab.recipe, f"grid.cells={cells}", *out) == 0
@@ -313,7 +317,7 @@ def test_report_makes_the_same_files_again(lab: Lab) -> None:
     assert before == {name: (lab.results / name).read_text() for name in names}
 
 
-def test_the_page_is_whole_and_fetches_nothing(lab: Lab) -> None:
+def test_report_page_is_well_formed_and_fetches_nothing(lab: Lab) -> None:
     page = (lab.results / "report.html").read_text()
     assert page.count("<svg") == page.count("</svg>") >= 4
     assert "<script" not in page
@@ -324,7 +328,7 @@ def test_the_page_is_whole_and_fetches_nothing(lab: Lab) -> None:
         assert re.search(r"<figcaption>\w", figure)
 
 
-def test_compare_finds_what_the_experiment_found(
+def test_compare_gives_the_difference_of_the_experiment(
     lab: Lab, capsys: pytest.CaptureFixture[str]
 ) -> None:
     runs = lab.results / "runs"
@@ -339,7 +343,7 @@ def test_compare_finds_what_the_experiment_found(
     assert f"r4-40 vs r2-40: {found['value']:+.4f} nats" in said
 
 
-def test_compare_refuses_other_rows(
+def test_compare_refuses_runs_scored_on_other_rows(
     lab: Lab, tmp_path: Path, tiny_folder: Path, capsys: pytest.CaptureFixture[str]
 ) -> None:
     small = Lab(tmp_path, tiny_folder)
@@ -349,7 +353,7 @@ def test_compare_refuses_other_rows(
     assert "scored on different rows" in capsys.readouterr().err
 
 
-def test_evaluate_finds_the_tables_loss(lab: Lab, capsys: pytest.CaptureFixture[str]) -> None:
+def test_evaluate_gives_the_loss_of_the_table(lab: Lab, capsys: pytest.CaptureFixture[str]) -> None:
     reported = lab.metrics()["runs"][1]["evaluation"]["all"]["loss"]
     chosen = (
         "grid.cells=[{data.size: 40, adapter.r: 2}]",
@@ -415,7 +419,7 @@ def test_evaluate_shows_the_base_beside_the_adapter(
         ("data.test_rows=15", ""),
     ],
 )
-def test_evaluate_tells_where_the_score_is_of_something_else(
+def test_evaluate_warns_when_scored_otherwise_than_trained(
     lab: Lab, override: str, told: str, capsys: pytest.CaptureFixture[str]
 ) -> None:
     folder = lab.adapters / "tiny-r4-40"
@@ -427,7 +431,7 @@ def test_evaluate_tells_where_the_score_is_of_something_else(
     assert not told or f"{folder} {told}" in warnings[0]
 
 
-def test_evaluate_knows_a_foreign_adapters_template(
+def test_evaluate_warns_when_a_foreign_adapter_has_another_template(
     lab: Lab, tiny_folder: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]
 ) -> None:
     def warnings(*overrides: str) -> str:
@@ -475,7 +479,7 @@ def outside(lab: Lab, model: Path, trained: Path) -> float:
     return float(done.stdout.split()[-1])
 
 
-def test_transformers_and_peft_alone_find_the_same_loss(
+def test_transformers_and_peft_alone_compute_the_same_loss(
     lab: Lab, tiny_folder: Path, tmp_path: Path
 ) -> None:
     good = lab.adapters / "tiny-r4-80"
@@ -490,7 +494,7 @@ def test_transformers_and_peft_alone_find_the_same_loss(
     assert abs(outside(lab, tiny_folder, broken)) > 1e-4
 
 
-def test_an_adapter_goes_back_on_its_base_only(
+def test_evaluate_refuses_changed_weights_and_another_base(
     lab: Lab, load_tiny: Callable[..., Base], tmp_path: Path, capsys: pytest.CaptureFixture[str]
 ) -> None:
     folder = tmp_path / "adapter"
@@ -523,7 +527,9 @@ def test_an_adapter_goes_back_on_its_base_only(
     assert "was trained on tiny-llama with weights 000000000000" in capsys.readouterr().err
 
 
-def test_plan_trains_nothing(lab: Lab, tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+def test_plan_lists_cells_and_trains_nothing(
+    lab: Lab, tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
     assert command("experiment", lab.recipe, "--plan", "--results", tmp_path / "r") == 0
     shown = capsys.readouterr().out
     assert "r4-80" in shown and "nothing was trained" in shown
@@ -548,7 +554,7 @@ def test_plan_trains_nothing(lab: Lab, tmp_path: Path, capsys: pytest.CaptureFix
         (["data.template=missing.jinja"], 2, "missing.jinja: cannot be read"),
     ],
 )  # fmt: skip
-def test_a_mistake_is_one_line_with_its_exit_code(
+def test_mistakes_are_reported_in_one_line_with_their_exit_code(
     lab: Lab, tmp_path: Path, capfd: pytest.CaptureFixture[str], words: list[str], code: int,
     message: str,
 ) -> None:  # fmt: skip
@@ -562,7 +568,7 @@ def test_a_mistake_is_one_line_with_its_exit_code(
     assert not [p for p in out.rglob("*") if p.name.startswith(".")]
 
 
-def test_a_model_folder_without_weights(
+def test_model_folder_without_whole_weights_is_refused(
     lab: Lab, tiny_folder: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]
 ) -> None:
     folder = tmp_path / "hollow"
@@ -607,7 +613,7 @@ def test_data_check_names_every_bad_row(
     assert "5 malformed rows skipped" in capsys.readouterr().out
 
 
-def test_data_check_warns_of_what_may_not_be_meant(
+def test_data_check_warns_of_probable_mistakes(
     lab: Lab, tmp_path: Path, capsys: pytest.CaptureFixture[str]
 ) -> None:
     rows: list[dict[str, str]] = [
@@ -638,7 +644,7 @@ def test_data_check_warns_of_what_may_not_be_meant(
     assert "tokenised as special tokens (data.special_tokens_in" in capsys.readouterr().out
 
 
-def test_long_texts_are_trained_on_and_scored_whole_in_pieces(
+def test_long_rows_in_split_mode_have_every_token_trained_and_scored(
     tmp_path: Path, tiny_folder: Path, capsys: pytest.CaptureFixture[str]
 ) -> None:
     """Tokens counted by the tokenizer alone; no row of one side is on the other."""
@@ -687,7 +693,9 @@ def test_only_plain_text_can_be_split(lab: Lab, capsys: pytest.CaptureFixture[st
     assert "data.template = instruction_response: puts a prompt" in capsys.readouterr().err
 
 
-def test_data_commands(lab: Lab, capsys: pytest.CaptureFixture[str]) -> None:
+def test_data_check_and_show_print_statistics_and_tokens(
+    lab: Lab, capsys: pytest.CaptureFixture[str]
+) -> None:
     assert command("data", "check", lab.recipe) == 0
     checked = capsys.readouterr().out
     assert "120 rows in" in checked

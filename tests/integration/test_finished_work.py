@@ -64,7 +64,7 @@ def told(capsys: pytest.CaptureFixture[str]) -> tuple[str, str]:
 
 
 @pytest.mark.usefixtures("grid_finished")
-def test_another_grid_of_the_same_name_replaces_nothing(
+def test_another_grid_of_the_same_name_replaces_no_run_or_adapter(
     lab: Lab, capsys: pytest.CaptureFixture[str]
 ) -> None:
     first, runs = contents(lab.adapters), contents(lab.results / "runs")
@@ -110,7 +110,7 @@ def test_another_grid_of_the_same_name_replaces_nothing(
     assert "trained" not in told(capsys)[1] and contents(lab.adapters) == after
 
 
-def test_a_whole_model_is_not_replaced_either(lab: Lab) -> None:
+def test_finished_full_models_are_not_replaced(lab: Lab) -> None:
     full = ("adapter.kind=full", "grid.cells=[]", "data.size=40", "training.max_steps=2")
     assert lab.run(*full) == 0
     first = contents(lab.adapters)
@@ -125,7 +125,7 @@ def test_a_whole_model_is_not_replaced_either(lab: Lab) -> None:
 
 
 @pytest.mark.usefixtures("one_finished")
-def test_without_keeping_adapters_kept_ones_stay(lab: Lab) -> None:
+def test_keep_adapters_false_removes_no_kept_adapter(lab: Lab) -> None:
     first = contents(lab.adapters)
     assert lab.run(ONE, "keep_adapters=false", "training.learning_rate=5e-3") == 0
     assert contents(lab.adapters) == first
@@ -137,7 +137,7 @@ def test_without_keeping_adapters_kept_ones_stay(lab: Lab) -> None:
 
 
 @pytest.mark.parametrize("kind", ["folder", "file", "link", "foreign"])
-def test_what_others_put_there_stays(
+def test_foreign_files_at_the_adapter_path_stay(
     lab: Lab, kind: str, capsys: pytest.CaptureFixture[str]
 ) -> None:
     lab.adapters.mkdir()
@@ -168,14 +168,16 @@ def test_what_others_put_there_stays(
     assert weights.read_bytes() == b"changed"
 
 
-def test_an_empty_folder_is_no_hindrance(lab: Lab) -> None:
+def test_empty_folder_at_the_adapter_path_is_used(lab: Lab) -> None:
     (lab.adapters / "tiny-r2-40").mkdir(parents=True)
     assert lab.run(ONE) == 0
     assert [path.name for path in lab.adapters.iterdir()] == ["tiny-r2-40"]
 
 
 @pytest.mark.usefixtures("one_finished")
-def test_a_folder_of_before_is_finished(lab: Lab, capsys: pytest.CaptureFixture[str]) -> None:
+def test_adapter_without_run_id_is_matched_by_its_weights(
+    lab: Lab, capsys: pytest.CaptureFixture[str]
+) -> None:
     # A folder that does not say its run is known by its weights.
     path = lab.adapters / "tiny-r2-40" / adapter_io.ABOUT
     about = json.loads(path.read_text())
@@ -189,7 +191,7 @@ def test_a_folder_of_before_is_finished(lab: Lab, capsys: pytest.CaptureFixture[
 
 
 @pytest.mark.usefixtures("one_finished")
-def test_answers_are_of_the_adapter_that_was_scored(
+def test_report_answers_come_from_the_scored_adapter(
     lab: Lab, tiny_folder: Path, capsys: pytest.CaptureFixture[str]
 ) -> None:
     assert lab.run(ONE, "training.learning_rate=5e-3") == 0
@@ -202,7 +204,7 @@ def test_answers_are_of_the_adapter_that_was_scored(
     assert "--answers: the adapter of r2-40-" in capsys.readouterr().err
 
 
-def test_contexts_that_no_model_saw_are_not_shown(lab: Lab) -> None:
+def test_contexts_outside_the_prompt_are_not_shown(lab: Lab) -> None:
     rows = [
         {**row, "context": f"A note on {n}, {n * 7} and {n * 11}."}
         for n, row in enumerate(make_rows(120))
@@ -221,7 +223,7 @@ def test_contexts_that_no_model_saw_are_not_shown(lab: Lab) -> None:
 
 
 @pytest.mark.usefixtures("one_finished")
-def test_what_is_no_run_is_told_as_what_it_is(
+def test_compare_and_report_describe_paths_that_are_no_run(
     lab: Lab, tmp_path: Path, capsys: pytest.CaptureFixture[str]
 ) -> None:
     runs = lab.results / "runs"
@@ -253,7 +255,7 @@ def test_what_is_no_run_is_told_as_what_it_is(
 
 @pytest.mark.parametrize("name", ["run.json", "scores.parquet", "steps.jsonl"])
 @pytest.mark.usefixtures("one_finished")
-def test_a_broken_run_is_told_without_destroying_it(
+def test_broken_run_is_reported_and_left_unchanged(
     lab: Lab, name: str, capsys: pytest.CaptureFixture[str]
 ) -> None:
     path = next((lab.results / "runs").glob("r2-40-*")) / name
@@ -272,7 +274,9 @@ def test_a_broken_run_is_told_without_destroying_it(
 
 
 @pytest.mark.usefixtures("grid_finished")
-def test_the_best_adapter_is_known_by_its_run(lab: Lab, tmp_path: Path) -> None:
+def test_best_adapter_is_the_one_with_the_lowest_loss_of_comparable_runs(
+    lab: Lab, tmp_path: Path
+) -> None:
     from slm_lora.cli.serving import best_adapter, last_experiment
 
     assert lab.run(ONE, "training.learning_rate=1e-5") == 0
@@ -291,9 +295,7 @@ def test_the_best_adapter_is_known_by_its_run(lab: Lab, tmp_path: Path) -> None:
 
 
 @pytest.mark.usefixtures("grid_finished")
-def test_a_model_card_knows_the_losses_of_runs_that_the_last_table_leaves_out(
-    lab: Lab, tmp_path: Path
-) -> None:
+def test_model_card_has_losses_of_runs_outside_the_last_table(lab: Lab, tmp_path: Path) -> None:
     card = ("push", lab.adapters / "tiny-r2-40", "me/x", "--results", lab.results.parent)
     assert command(*card, "--dry-run", tmp_path / "before") == 0
     assert lab.run(ONE, "training.learning_rate=5e-3") == 0

@@ -84,7 +84,9 @@ def refusal(base: Path, folder: Path) -> str:
         {"init_lora_weights": "gaussian", "rank_pattern": {"q_proj": 2}, "use_rslora": True},
     ],
 )
-def test_what_is_computed_is_pefts(settings: dict[str, Any], untied: Path, tmp_path: Path) -> None:
+def test_foreign_adapter_logits_equal_those_of_peft(
+    settings: dict[str, Any], untied: Path, tmp_path: Path
+) -> None:
     folder = foreign(untied, tmp_path / "adapter", **settings)
     base = load(untied)
     adapter_io.load(base, folder)
@@ -99,7 +101,7 @@ def test_what_is_computed_is_pefts(settings: dict[str, Any], untied: Path, tmp_p
 
 
 @pytest.mark.parametrize("ties", [False, True])
-def test_without_an_adapter_the_base_is_as_it_was(
+def test_detaching_a_foreign_adapter_restores_the_base(
     ties: bool, untied: Path, tiny_folder: Path, tmp_path: Path
 ) -> None:
     """`evaluate` scores the base beside an adapter, which may hold whole modules in its place."""
@@ -122,7 +124,7 @@ def test_without_an_adapter_the_base_is_as_it_was(
     assert named() == parameters
 
 
-def test_adapters_that_do_not_go_together_are_named(untied: Path, tmp_path: Path) -> None:
+def test_adapters_peft_cannot_load_together_are_refused(untied: Path, tmp_path: Path) -> None:
     names = {
         "one": foreign(untied, tmp_path / "one", modules_to_save=["embed_tokens"]),
         "two": foreign(untied, tmp_path / "two", target_modules=["q_proj", "embed_tokens"]),
@@ -167,7 +169,7 @@ MERGE = r"merge it with PEFT \(merge_and_unload\), and name the merged folder in
         ),
     ],
 )
-def test_what_is_not_computed_is_named(
+def test_unsupported_foreign_adapters_are_refused_with_the_alternative(
     settings: dict[str, Any], said: str, untied: Path, tmp_path: Path
 ) -> None:
     rows = load(untied).model.config.vocab_size
@@ -177,14 +179,14 @@ def test_what_is_not_computed_is_named(
         adapter_io.load(load(untied), folder)
 
 
-def test_one_matrix_at_both_ends(tiny_folder: Path, tmp_path: Path) -> None:
+def test_adapter_on_a_tied_lm_head_is_refused(tiny_folder: Path, tmp_path: Path) -> None:
     folder = foreign(tiny_folder, tmp_path / "adapter", target_modules=["lm_head"])
     said = refusal(tiny_folder, folder)
     assert "an adapter on lm_head: " in said
     assert "one matrix, so merging would change both: use it with PEFT itself" in said
 
 
-def test_embeddings_that_are_not_the_bases(untied: Path, tmp_path: Path) -> None:
+def test_adapter_with_embeddings_of_another_base_is_refused(untied: Path, tmp_path: Path) -> None:
     folder = foreign(untied, tmp_path / "adapter", True)
     tensors = load_file(folder / "adapter_model.safetensors")
     name = next(name for name in tensors if "embed_tokens" in name)
@@ -194,7 +196,7 @@ def test_embeddings_that_are_not_the_bases(untied: Path, tmp_path: Path) -> None
     assert "contains embed_tokens that differ from those of untied" in said
 
 
-def test_trained_biases_are_named(tiny_folder: Path, tmp_path: Path) -> None:
+def test_adapter_with_trained_biases_is_refused(tiny_folder: Path, tmp_path: Path) -> None:
     from transformers import Qwen2Config, Qwen2ForCausalLM
 
     torch.manual_seed(0)
@@ -218,7 +220,7 @@ def test_trained_biases_are_named(tiny_folder: Path, tmp_path: Path) -> None:
         ({"use_something_new": False, "something_new_config": None, "new_size": 16}, False),
     ],
 )
-def test_what_newer_releases_of_peft_know(
+def test_unknown_peft_config_keys_are_refused_unless_off(
     change: dict[str, Any], refused: bool, tiny_folder: Path, tmp_path: Path
 ) -> None:
     folder = foreign(tiny_folder, tmp_path / "adapter")
@@ -232,7 +234,7 @@ def test_what_newer_releases_of_peft_know(
         adapter_io.load(load(tiny_folder), folder)
 
 
-def test_an_adapter_is_no_model(tiny_folder: Path, tmp_path: Path) -> None:
+def test_adapter_folder_given_as_model_is_refused(tiny_folder: Path, tmp_path: Path) -> None:
     folder = foreign(tiny_folder, tmp_path / "adapter")
     said = rf"an adapter, not a model; .*model.name={tiny_folder}.* --adapter; or merge"
     with pytest.raises(UsageError, match=said):
@@ -262,7 +264,7 @@ Said = dict[str, Any]
         ({"text_config": {"quantization_config": {"quant_method": "hqq"}}}, "hqq"),
     ],
 )
-def test_quantised_weights_are_named(
+def test_quantised_base_weights_are_refused_by_kind(
     change: Said, kind: str, tiny_folder: Path, tmp_path: Path
 ) -> None:
     folder = shutil.copytree(tiny_folder, tmp_path / "model")
@@ -273,7 +275,7 @@ def test_quantised_weights_are_named(
 
 
 @pytest.mark.parametrize("change", [{"quantization_config": None}, {"quantization_config": {}}])
-def test_plain_weights_are_not(
+def test_empty_quantization_config_is_no_quantisation(
     change: Said, tiny_folder: Path, tmp_path: Path, load_tiny: Callable[..., Base]
 ) -> None:
     folder = shutil.copytree(tiny_folder, tmp_path / "model")

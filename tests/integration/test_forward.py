@@ -27,7 +27,7 @@ from ..support.examples import LENGTHS, gradients, load, make_examples, save_mod
 LoadTiny = Callable[..., Base]
 
 
-def test_the_packed_way_is_taken(load_tiny: LoadTiny) -> None:
+def test_packed_forward_is_used_unless_padded_is_requested(load_tiny: LoadTiny) -> None:
     for precision in ("fp32", "bf16"):
         base = load_tiny(precision)
         assert base.packed
@@ -46,7 +46,7 @@ def test_packed_scores_equal_each_document_alone(load_tiny: LoadTiny) -> None:
         assert together.tokens_all[index] == example.length - 1
 
 
-def test_a_document_does_not_see_its_neighbours(load_tiny: LoadTiny) -> None:
+def test_nll_of_a_document_does_not_depend_on_its_neighbours(load_tiny: LoadTiny) -> None:
     base = load_tiny()
     first, *rest = make_examples(LENGTHS)
     others = make_examples(LENGTHS, seed=9)[1:]
@@ -59,7 +59,7 @@ def test_a_document_does_not_see_its_neighbours(load_tiny: LoadTiny) -> None:
 
 @settings(max_examples=15, deadline=None)
 @given(lengths=st.lists(st.integers(2, 60), min_size=1, max_size=9))
-def test_attention_equals_softmax_attention(lengths: list[int]) -> None:
+def test_packed_attention_equals_softmax_attention_with_gradients(lengths: list[int]) -> None:
     generator = torch.Generator().manual_seed(sum(lengths))
     total = sum(lengths)
     q = torch.randn(total, 6, 8, dtype=torch.float64, generator=generator, requires_grad=True)
@@ -82,7 +82,7 @@ def test_attention_equals_softmax_attention(lengths: list[int]) -> None:
 
 
 @pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
-def test_attention_is_a_sound_operator(dtype: torch.dtype) -> None:
+def test_packed_attention_passes_opcheck(dtype: torch.dtype) -> None:
     """It neither mutates nor returns its inputs, and its fake kernel gives the right shapes."""
     generator = torch.Generator().manual_seed(0)
     q, k, v, upstream = (
@@ -112,11 +112,11 @@ def error_to_fp64(
     return error
 
 
-def test_fp32_gradients_are_those_of_fp64(error_to_fp64: Callable[[str, bool], float]) -> None:
+def test_fp32_gradients_equal_fp64(error_to_fp64: Callable[[str, bool], float]) -> None:
     assert error_to_fp64("fp32", False) < 1e-5
 
 
-def test_bf16_is_no_further_from_fp64_than_transformers_own(
+def test_bf16_gradients_are_as_close_to_fp64_as_transformers(
     error_to_fp64: Callable[[str, bool], float],
 ) -> None:
     # A tolerance of a tenth, because rounding errors are of equal size but different.
@@ -155,7 +155,9 @@ def save_headed(kind: str, folder: Path, std: float) -> None:
 
 @pytest.mark.parametrize("kind", HEADS)
 @pytest.mark.parametrize("std", [0.1, 0.7])  # with 0.1, a cap of 30 has almost no effect
-def test_special_heads_give_the_loss_of_transformers(kind: str, std: float, tmp_path: Path) -> None:
+def test_special_output_heads_have_the_loss_of_transformers(
+    kind: str, std: float, tmp_path: Path
+) -> None:
     save_headed(kind, tmp_path, std)
     base = load(tmp_path)
     plain = transformers.AutoModelForCausalLM.from_pretrained(tmp_path, dtype=torch.float32)
@@ -172,7 +174,7 @@ def test_special_heads_give_the_loss_of_transformers(kind: str, std: float, tmp_
 
 
 @pytest.mark.parametrize("kind", ["Gemma2Config", "CohereConfig", "PhiConfig"])
-def test_special_heads_give_the_gradient_of_transformers(kind: str, tmp_path: Path) -> None:
+def test_special_output_heads_have_the_gradient_of_transformers(kind: str, tmp_path: Path) -> None:
     save_headed(kind, tmp_path, 0.7)
     base = load(tmp_path)
     plain = transformers.AutoModelForCausalLM.from_pretrained(tmp_path, dtype=torch.float32)
@@ -186,7 +188,7 @@ def test_special_heads_give_the_gradient_of_transformers(kind: str, tmp_path: Pa
         torch.testing.assert_close(ours[name].grad, parameter.grad, rtol=1e-3, atol=1e-4)
 
 
-def test_a_head_that_is_no_function_of_the_hidden_states_is_refused(tmp_path: Path) -> None:
+def test_model_whose_head_needs_more_than_hidden_states_is_refused(tmp_path: Path) -> None:
     config = transformers.ModernBertDecoderConfig(
         vocab_size=300, hidden_size=16, intermediate_size=24, num_hidden_layers=2,
         num_attention_heads=2, bos_token_id=0, eos_token_id=0, pad_token_id=0, cls_token_id=0,
@@ -198,7 +200,7 @@ def test_a_head_that_is_no_function_of_the_hidden_states_is_refused(tmp_path: Pa
 
 
 @pytest.mark.parametrize("precision", ["fp32", "bf16"])
-def test_documents_that_see_each_other_are_found_out(
+def test_attention_across_documents_falls_back_to_padding(
     load_tiny: LoadTiny, monkeypatch: pytest.MonkeyPatch, precision: PrecisionName
 ) -> None:
     right = attention_bmm.forward
@@ -213,7 +215,7 @@ def test_documents_that_see_each_other_are_found_out(
     assert "logits differ by" in base.fallback_reason
 
 
-def test_flash_attention_that_does_not_run_is_named_and_not_used(
+def test_flash_attention_that_fails_is_reported_and_not_used(
     monkeypatch: pytest.MonkeyPatch,
 ) -> None:
     # PyTorch has no FlashAttention operator on a CPU, so the check fails.
@@ -223,7 +225,7 @@ def test_flash_attention_that_does_not_run_is_named_and_not_used(
 
 
 @pytest.mark.parametrize("kind", ["MistralConfig", "Qwen2Config", "Qwen3Config"])
-def test_other_models_score_as_transformers_does(kind: str, tmp_path: Path) -> None:
+def test_other_model_families_score_as_transformers_does(kind: str, tmp_path: Path) -> None:
     config = getattr(transformers, kind)(
         vocab_size=300, hidden_size=16, intermediate_size=24, num_hidden_layers=2,
         num_attention_heads=4, num_key_value_heads=2, head_dim=4, sliding_window=8,
@@ -242,14 +244,14 @@ def test_other_models_score_as_transformers_does(kind: str, tmp_path: Path) -> N
         assert found[index] == pytest.approx(wanted, rel=1e-4)
 
 
-def test_micro_batches_give_the_gradient_of_the_whole(load_tiny: LoadTiny) -> None:
+def test_summed_micro_batch_gradients_equal_the_whole_batch(load_tiny: LoadTiny) -> None:
     examples = make_examples(LENGTHS)
     whole = gradients(load_tiny(), examples)
     parts = sum(gradients(load_tiny(), [example]) for example in examples)
     assert ((whole - parts).norm() / whole.norm()).item() < 1e-5
 
 
-def test_dropout_does_not_depend_on_packing(load_tiny: LoadTiny) -> None:
+def test_dropout_gradients_do_not_depend_on_packing(load_tiny: LoadTiny) -> None:
     examples = make_examples(LENGTHS)
     packed = gradients(load_tiny(), examples, dropout=0.3)
     padded = gradients(load_tiny(plain=True), examples, dropout=0.3)
@@ -291,7 +293,7 @@ def accurate(logits: torch.Tensor, labels: torch.Tensor) -> torch.Tensor:
 
 
 @pytest.mark.parametrize("plain", [False, True])
-def test_token_metrics_are_those_of_transformers_logits(
+def test_token_metrics_equal_those_of_transformers_logits(
     load_tiny: LoadTiny, monkeypatch: pytest.MonkeyPatch, plain: bool
 ) -> None:
     """A planted accuracy, over all labels and over the response's, per row."""

@@ -75,7 +75,7 @@ def said(
 
 
 @pytest.mark.parametrize("question", QUESTIONS)
-def test_greedy_replies_are_those_of_transformers_and_peft(
+def test_greedy_replies_equal_those_of_transformers_and_peft(
     variants: AdapterSet, tiny_source: ModelSource, folders: tuple[Path, ...], question: str
 ) -> None:
     texts = set()
@@ -101,7 +101,7 @@ def test_greedy_replies_are_those_of_transformers_and_peft(
     assert len(texts) == 3, "base and adapters say different things"
 
 
-def test_replies_in_turn_are_those_one_after_the_other(variants: AdapterSet) -> None:
+def test_interleaved_replies_equal_sequential_ones(variants: AdapterSet) -> None:
     wanted = {
         name: said(variants, name, QUESTIONS[0], Sampling(20, 0.9)) for name in variants.names
     }
@@ -119,7 +119,7 @@ def test_replies_in_turn_are_those_one_after_the_other(variants: AdapterSet) -> 
     assert {name: (texts[name], reply.ids) for name, reply in replies.items()} == wanted
 
 
-def test_sampling_follows_its_seed_and_its_limits(variants: AdapterSet) -> None:
+def test_sampling_follows_seed_top_k_and_top_p(variants: AdapterSet) -> None:
     first = said(variants, BASE, QUESTIONS[0], Sampling(20, 1.0, seed=1))
     assert first == said(variants, BASE, QUESTIONS[0], Sampling(20, 1.0, seed=1))
     assert first != said(variants, BASE, QUESTIONS[0], Sampling(20, 1.0, seed=2))
@@ -171,7 +171,9 @@ def by_formula(
 
 @settings(max_examples=60, deadline=None, suppress_health_check=[HealthCheck.filter_too_much])
 @given(data=st.data())
-def test_sampling_is_as_the_formulas_say(variants: AdapterSet, data: st.DataObject) -> None:
+def test_sampling_probabilities_equal_the_formulas(
+    variants: AdapterSet, data: st.DataObject
+) -> None:
     number = st.floats(-2, 2)
     how = Sampling(
         temperature=data.draw(st.floats(0.2, 3)),
@@ -195,7 +197,7 @@ def test_sampling_is_as_the_formulas_say(variants: AdapterSet, data: st.DataObje
     assert seen[0].tolist() == pytest.approx(wanted, abs=2e-5)
 
 
-def test_greedy_replies_are_penalised(variants: AdapterSet) -> None:
+def test_penalties_apply_to_greedy_replies(variants: AdapterSet) -> None:
     # Token 3 leads by half a nat.
     logits = [[0.0] * 3 + [2.0, 1.5] + [0.0] * 7] * 6
     assert chosen(variants, 6, Sampling(), logits) == [3] * 6
@@ -207,7 +209,7 @@ def test_greedy_replies_are_penalised(variants: AdapterSet) -> None:
     assert chosen(variants, 1, Sampling(temperature=1e-30), prompted) == [5]
 
 
-def test_ends_that_are_barred_ignored_or_added(variants: AdapterSet) -> None:
+def test_stop_tokens_min_tokens_and_ignore_eos_end_replies_as_set(variants: AdapterSet) -> None:
     text, ids = said(variants, BASE, QUESTIONS[0], Sampling(40, 1.0, seed=3))
     stop_at = ids[4]
     first = ids.index(stop_at)
@@ -231,7 +233,7 @@ def test_ends_that_are_barred_ignored_or_added(variants: AdapterSet) -> None:
     assert reply.ids == [own] * 4 and reply.finished == "length"
 
 
-def test_stop_texts_wait_for_the_least_tokens(variants: AdapterSet) -> None:
+def test_stop_texts_are_ignored_before_min_tokens(variants: AdapterSet) -> None:
     text, _ = said(variants, BASE, QUESTIONS[0], Sampling(30))
     stop = text[3:5]
     early = said(variants, BASE, QUESTIONS[0], Sampling(30, stop=(stop,)))[0]
@@ -242,7 +244,7 @@ def test_stop_texts_wait_for_the_least_tokens(variants: AdapterSet) -> None:
 
 @pytest.mark.parametrize("kind", ["instruction_response", "chat", "plain"])
 @pytest.mark.parametrize("question", QUESTIONS)
-def test_a_prompt_is_the_beginning_of_the_training_text(
+def test_prompt_is_the_beginning_of_the_training_text(
     tiny_source: ModelSource, kind: TemplateKind, question: str
 ) -> None:
     tokenize = RowTokenizer(load_tokenizer(tiny_source), Template(kind))
@@ -253,7 +255,9 @@ def test_a_prompt_is_the_beginning_of_the_training_text(
     assert example.response[: len(prompt)].sum() == 0 and example.response[len(prompt)]
 
 
-def test_a_context_is_where_training_had_it(tiny_source: ModelSource) -> None:
+def test_prompt_with_context_is_the_beginning_of_the_training_text(
+    tiny_source: ModelSource,
+) -> None:
     row = Row((Turn("user", "Why?"), Turn("assistant", "So.")), context="A note.")
     for kind in ("instruction_response", "chat"):
         tokenize = RowTokenizer(load_tokenizer(tiny_source), Template(kind, include_context=True))  # type: ignore[arg-type]
@@ -262,7 +266,7 @@ def test_a_context_is_where_training_had_it(tiny_source: ModelSource) -> None:
         assert example.ids[: len(prompt)].tolist() == prompt
 
 
-def test_a_conversation_goes_through_a_chat_template_only(tiny_source: ModelSource) -> None:
+def test_multi_turn_prompts_need_a_chat_template(tiny_source: ModelSource) -> None:
     turns = [
         Turn("system", "Be short."),
         Turn("user", "Tea?"),
@@ -282,7 +286,7 @@ def test_a_conversation_goes_through_a_chat_template_only(tiny_source: ModelSour
         chat.prompt(turns[:3])
 
 
-def test_the_loss_of_a_reference_is_that_of_plain_transformers(
+def test_reference_loss_equals_that_of_transformers(
     variants: AdapterSet, tiny_source: ModelSource, folders: tuple[Path, ...]
 ) -> None:
     prompt = Prompt((Turn("user", "Tea?"),), reference="Tea is made of leaves.")
@@ -302,7 +306,7 @@ def test_the_loss_of_a_reference_is_that_of_plain_transformers(
     assert reference_loss(variants, BASE, "one", asked("Tea?")) is None
 
 
-def test_a_prompt_that_leaves_no_room_is_refused(variants: AdapterSet) -> None:
+def test_prompt_as_long_as_the_context_is_refused(variants: AdapterSet) -> None:
     with pytest.raises(UsageError, match="shorten"):
         Generation(variants, BASE, [5] * 512, Sampling())
     reply = Generation(variants, BASE, [5] * 509, Sampling(100))
@@ -310,7 +314,7 @@ def test_a_prompt_that_leaves_no_room_is_refused(variants: AdapterSet) -> None:
     assert len(reply.ids) <= 3
 
 
-def test_another_template_beside_the_adapter_is_refused(
+def test_changed_chat_template_of_an_adapter_is_refused(
     tiny_source: ModelSource, folders: tuple[Path, ...], tmp_path: Path
 ) -> None:
     changed = shutil.copytree(folders[0], tmp_path / "changed")
@@ -336,7 +340,9 @@ def test_another_template_beside_the_adapter_is_refused(
     assert "has no record of its training prompts" in found.notes[0]
 
 
-def test_an_adapter_whose_template_writes_the_date(tiny_folder: Path, tmp_path: Path) -> None:
+def test_adapter_template_with_a_date_prompts_with_the_date_of_training(
+    tiny_folder: Path, tmp_path: Path
+) -> None:
     """Handed on is the date of the training; earlier versions handed on one that asks the clock."""
     base = shutil.copytree(tiny_folder, tmp_path / "dated")
     own = (base / "chat_template.jinja").read_text()
@@ -384,7 +390,7 @@ def test_an_adapter_whose_template_writes_the_date(tiny_folder: Path, tmp_path: 
     assert found.notes[0].endswith(", with the date 26 Jul 2024; not trained here")
 
 
-def test_a_base_with_several_named_templates(tiny_folder: Path, tmp_path: Path) -> None:
+def test_base_with_named_templates_uses_the_default(tiny_folder: Path, tmp_path: Path) -> None:
     base = shutil.copytree(tiny_folder, tmp_path / "named")
     own = (base / "chat_template.jinja").read_text()
     (base / "chat_template.jinja").unlink()
@@ -402,7 +408,7 @@ def test_a_base_with_several_named_templates(tiny_folder: Path, tmp_path: Path) 
 
 
 @pytest.mark.parametrize("special", [False, True])
-def test_special_tokens_are_said_where_responses_were_trained_to_hold_them(special: bool) -> None:
+def test_special_tokens_are_shown_only_if_trained_as_special(special: bool) -> None:
     variants = _text_only()
     ids = variants.tokenizer("a <|im_start|>call<|im_start|> b")["input_ids"]
     decode = StreamedText(variants, [], (), special)  # type: ignore[arg-type]
@@ -415,7 +421,7 @@ def test_special_tokens_are_said_where_responses_were_trained_to_hold_them(speci
     text=st.text("ab\n", min_size=1, max_size=40),
     stop=st.lists(st.text("ab\n", min_size=1, max_size=4), max_size=3),
 )
-def test_stop_texts_are_found_however_tokens_fall(text: str, stop: list[str]) -> None:
+def test_stop_texts_are_found_across_token_boundaries(text: str, stop: list[str]) -> None:
     variants = _text_only()
     ids = variants.tokenizer(text)["input_ids"]
     decode = StreamedText(variants, [], tuple(stop), special=False)  # type: ignore[arg-type]
@@ -484,7 +490,9 @@ def test_compare_outputs_writes_all_formats(
     assert run("compare-outputs", prompts, *words, "--out", tmp_path / "side.txt") == 2
 
 
-def test_bad_prompts_name_their_line(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+def test_malformed_prompts_are_reported_by_line(
+    tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
     for line, reason in (
         ("{", "bad JSON"), ("[]", "not a JSON object"), ('{"prompt": " "}', "has none of"),
         ('{"prompt": 3}', "must be text"), ('{"messages": [{"role": "user"}]}', "role and content"),
@@ -497,7 +505,7 @@ def test_bad_prompts_name_their_line(tmp_path: Path, capsys: pytest.CaptureFixtu
         assert f"{path}:2: " in (error := capsys.readouterr().err) and reason in error
 
 
-def test_invalid_unicode_is_refused_in_one_line(
+def test_prompts_with_invalid_unicode_are_refused_in_one_line(
     tmp_path: Path, capsys: pytest.CaptureFixture[str]
 ) -> None:
     path = tmp_path / "prompts.jsonl"
@@ -524,7 +532,9 @@ def test_invalid_input_does_not_end_the_chat(
     assert len(output.split("> ")) >= 3, "the chat continues"
 
 
-def test_chat_commands_are_not_sent(tiny_source: ModelSource, folders: tuple[Path, ...]) -> None:
+def test_chat_commands_are_not_sent_to_the_model(
+    tiny_source: ModelSource, folders: tuple[Path, ...]
+) -> None:
     lines = b"/help\n/hlep me\n/etc/hosts?\n\xff\xfe\n/new\n/quit\nTea?\n"
     completed = subprocess.run(
         [
@@ -545,7 +555,7 @@ def test_chat_commands_are_not_sent(tiny_source: ModelSource, folders: tuple[Pat
     assert replies[4].startswith("new conversation") and not replies[5].strip()
 
 
-def test_ctrl_c_stops_a_reply_and_not_the_chat(
+def test_ctrl_c_stops_the_reply_and_the_chat_continues(
     tiny_source: ModelSource, folders: tuple[Path, ...]
 ) -> None:
     process = subprocess.Popen(
@@ -574,7 +584,7 @@ def test_ctrl_c_stops_a_reply_and_not_the_chat(
     ("kind", "cached"),
     [("LlamaConfig", True), ("MambaConfig", False), ("Mamba2Config", False), ("RwkvConfig", False)],
 )
-def test_replies_of_models_with_a_state_of_their_own_are_transformers_own(
+def test_replies_of_recurrent_models_equal_those_of_transformers(
     kind: str, cached: bool, tmp_path: Path
 ) -> None:
     sizes = {

@@ -53,14 +53,18 @@ def distances(found: Tensors, wanted: Tensors) -> list[float]:
     heads=st.sampled_from([(1, 1), (4, 4), (9, 3), (8, 1)]),
     width=st.sampled_from([16, 64, 80, 128]),
 )
-def test_it_equals_fp64_to_rounding(lengths: list[int], heads: tuple[int, int], width: int) -> None:
+def test_attention_kernel_equals_fp64_to_rounding(
+    lengths: list[int], heads: tuple[int, int], width: int
+) -> None:
     given_ = tensors(lengths, *heads, width)
     wanted = computed(tuple(x.double() for x in given_), lengths, width**-0.5)
     for distance in distances(computed(given_, lengths, width**-0.5), wanted):
         assert distance < 1e-2
 
 
-def test_it_is_no_further_from_fp64_than_the_plain_way(monkeypatch: pytest.MonkeyPatch) -> None:
+def test_attention_kernel_is_as_close_to_fp64_as_eager_attention(
+    monkeypatch: pytest.MonkeyPatch,
+) -> None:
     lengths = [130, 97, 48, 47, 16, 1]
     given_ = tensors(lengths, 9, 3, 64)
     wanted = computed(tuple(x.double() for x in given_), lengths, 0.125)
@@ -71,7 +75,7 @@ def test_it_is_no_further_from_fp64_than_the_plain_way(monkeypatch: pytest.Monke
         assert one < 1.1 * other + 1e-6
 
 
-def test_threads_do_not_change_a_bit() -> None:
+def test_attention_kernel_bits_do_not_depend_on_threads() -> None:
     lengths = [200, 77, 60, 5]
     given_ = tensors(lengths, 9, 3, 64)
     found = []
@@ -83,7 +87,7 @@ def test_threads_do_not_change_a_bit() -> None:
         assert all(torch.equal(one, two) for one, two in zip(found[0], other, strict=True))
 
 
-def test_extreme_scores_stay_finite() -> None:
+def test_attention_kernel_stays_finite_with_extreme_scores() -> None:
     given_ = tensors([40, 7], 2, 1, 32)
     large = (given_[0] * 300, given_[1] * 300, *given_[2:])
     wanted = computed(tuple(x.double() for x in large), [40, 7], 1.0)
@@ -109,7 +113,7 @@ def matrix(rows: int, columns: int, seed: int) -> torch.Tensor:
     transpose_a=st.booleans(),
     transpose_b=st.booleans(),
 )
-def test_products_are_rounded_once(
+def test_amx_product_is_rounded_once(
     m: int, n: int, k: int, transpose_a: bool, transpose_b: bool
 ) -> None:
     a, b = matrix(m, k, m + k), matrix(k, n, n)
@@ -126,7 +130,7 @@ def test_products_are_rounded_once(
 
 
 @tiled
-def test_a_part_of_a_matrix_is_multiplied_where_it_lies() -> None:
+def test_amx_product_of_a_matrix_view_equals_that_of_a_copy() -> None:
     whole, b = matrix(70, 200, 1), matrix(64, 64, 2)
     part = whole[3:60, 64:128]
     found = linear.product(part, b, False, False)
@@ -139,7 +143,7 @@ def test_a_part_of_a_matrix_is_multiplied_where_it_lies() -> None:
 
 
 @tiled
-def test_threads_do_not_change_a_product() -> None:
+def test_amx_product_bits_do_not_depend_on_threads() -> None:
     a, b = matrix(333, 3200, 1), matrix(3200, 224, 2)
     found = []
     for threads in (1, 2, 3, 4):
@@ -151,7 +155,7 @@ def test_threads_do_not_change_a_product() -> None:
 
 @tiled
 @pytest.mark.parametrize("bias", [False, True])
-def test_a_tiled_layer_is_a_linear_one_gradients_included(bias: bool) -> None:
+def test_amx_linear_has_outputs_and_gradients_of_fp64_linear(bias: bool) -> None:
     plain = torch.nn.Linear(96, 64, bias=bias).to(torch.bfloat16)
     reference = torch.nn.Linear(96, 64, bias=bias).double()
     reference.load_state_dict(plain.state_dict())
@@ -173,7 +177,7 @@ def test_a_tiled_layer_is_a_linear_one_gradients_included(bias: bool) -> None:
 
 
 @tiled
-def test_a_frozen_layer_keeps_nothing_of_its_input() -> None:
+def test_frozen_amx_linear_saves_no_input_for_backward() -> None:
     layer = torch.nn.Sequential(torch.nn.Linear(96, 64, bias=False).to(torch.bfloat16))
     layer.requires_grad_(False)
     linear.patch_linears(layer, torch.device("cpu"))
@@ -191,7 +195,7 @@ def test_a_frozen_layer_keeps_nothing_of_its_input() -> None:
 
 @settings(max_examples=30, deadline=None)
 @given(positions=st.integers(1, 20), vocabulary=st.sampled_from([2, 15, 16, 17, 1000]))
-def test_the_loss_and_its_gradient_equal_fp64(positions: int, vocabulary: int) -> None:
+def test_cross_entropy_kernel_equals_fp64(positions: int, vocabulary: int) -> None:
     logits = matrix(positions, vocabulary, positions) * 4
     labels = torch.arange(positions) * 7 % vocabulary
     reference = logits.double().requires_grad_()
@@ -207,7 +211,7 @@ def test_the_loss_and_its_gradient_equal_fp64(positions: int, vocabulary: int) -
     assert ((gradient.double() - reference.grad).abs() <= 2**-8 * reference.grad.abs() + 1e-6).all()
 
 
-def test_logits_far_apart_leave_a_finite_loss() -> None:
+def test_cross_entropy_kernel_stays_finite_with_distant_logits() -> None:
     logits = torch.tensor([[300.0, -300.0, 0.0] * 10]).to(torch.bfloat16)
     nll, gradient = cross_entropy.nll_and_gradient(logits.clone(), torch.tensor([1]))
     assert nll.item() == pytest.approx(600 + math.log(10), abs=1e-3)
@@ -215,7 +219,7 @@ def test_logits_far_apart_leave_a_finite_loss() -> None:
 
 
 @pytest.mark.parametrize("at", [0, 17, 29])
-def test_what_is_not_a_number_is_not_lost(at: int) -> None:
+def test_kernels_propagate_nan(at: int) -> None:
     logits = matrix(2, 30, 1)
     logits[1, at] = math.nan
     nll, gradient = cross_entropy.nll_and_gradient(logits, torch.tensor([3, 4]))
@@ -238,7 +242,7 @@ def nothing_compiled(monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> Iterato
 
 
 @pytest.mark.usefixtures("nothing_compiled")
-def test_a_compiler_that_fails_is_named_and_done_without(
+def test_failing_compiler_is_named_and_eager_code_is_used(
     monkeypatch: pytest.MonkeyPatch, tmp_path: Path
 ) -> None:
     compiler = tmp_path / "c++"

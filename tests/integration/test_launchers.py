@@ -99,7 +99,7 @@ def copy_of(undisturbed: Lab, folder: Path, tiny_folder: Path) -> Lab:
 
 
 @slow
-def test_jobs_match_a_single_process_and_outlive_the_driver(
+def test_slurm_jobs_equal_one_process_and_outlive_the_driver(
     undisturbed: Lab, tmp_path: Path, tiny_folder: Path
 ) -> None:
     pytest.importorskip("submitit")
@@ -116,7 +116,7 @@ def test_jobs_match_a_single_process_and_outlive_the_driver(
 
 
 @slow
-def test_stop_reaches_the_jobs_and_the_same_command_resumes(
+def test_stop_reaches_slurm_jobs_and_the_same_command_resumes(
     undisturbed: Lab, tmp_path: Path, tiny_folder: Path
 ) -> None:
     pytest.importorskip("submitit")
@@ -131,7 +131,7 @@ def test_stop_reaches_the_jobs_and_the_same_command_resumes(
 
 
 @slow
-def test_failed_cell_is_reported_and_others_run(
+def test_failed_slurm_cell_is_reported_and_others_run(
     tmp_path: Path, tiny_folder: Path, capsys: pytest.CaptureFixture[str]
 ) -> None:
     pytest.importorskip("submitit")
@@ -175,7 +175,7 @@ def at_work_on(checkpoint: str, nodes: list[Any]) -> Any:
 
 
 @slow
-def test_cluster_without_the_resources_of_a_cell_is_refused(
+def test_ray_cluster_without_the_resources_of_a_cell_is_refused(
     tmp_path: Path, tiny_folder: Path, two_nodes: Any
 ) -> None:
     cluster, _ = two_nodes
@@ -188,7 +188,7 @@ def test_cluster_without_the_resources_of_a_cell_is_refused(
 
 
 @slow
-def test_lost_node_loses_no_results(
+def test_lost_ray_node_loses_no_results(
     undisturbed: Lab, tmp_path: Path, tiny_folder: Path, two_nodes: Any
 ) -> None:
     cluster, nodes = two_nodes
@@ -214,7 +214,7 @@ def test_lost_node_loses_no_results(
         (("--executor", "ray", "training.device=cuda"), 2, "name bf16, fp16 or fp32"),
     ],
 )
-def test_conflicting_options(
+def test_conflicting_launcher_options_are_refused(
     tmp_path: Path,
     tiny_folder: Path,
     capsys: pytest.CaptureFixture[str],
@@ -231,7 +231,7 @@ def test_conflicting_options(
     assert not (lab.results / "runs").exists()
 
 
-def test_unreachable_cluster(
+def test_unreachable_ray_cluster_is_reported(
     tmp_path: Path, tiny_folder: Path, capsys: pytest.CaptureFixture[str]
 ) -> None:
     pytest.importorskip("ray")
@@ -244,7 +244,7 @@ def test_unreachable_cluster(
 
 
 @pytest.mark.parametrize(("engine", "library"), [("ray", "ray"), ("slurm", "submitit")])
-def test_missing_engine_names_its_extra(
+def test_missing_launcher_library_names_its_extra(
     tmp_path: Path,
     tiny_folder: Path,
     monkeypatch: pytest.MonkeyPatch,
@@ -258,7 +258,7 @@ def test_missing_engine_names_its_extra(
     assert f"pip install '.[{engine}]'" in capsys.readouterr().err
 
 
-def test_machine_without_slurm(
+def test_machine_without_slurm_is_refused(
     tmp_path: Path, tiny_folder: Path, capsys: pytest.CaptureFixture[str]
 ) -> None:
     pytest.importorskip("submitit")
@@ -270,7 +270,7 @@ def test_machine_without_slurm(
 # --- by hand -----------------------------------------------------------------------------------
 
 
-def test_base_can_be_run_alone(tmp_path: Path, tiny_folder: Path) -> None:
+def test_train_command_runs_the_base_alone(tmp_path: Path, tiny_folder: Path) -> None:
     lab = Lab(tmp_path / "lab", tiny_folder)
     where = ("--results", lab.results.parent, "--adapters", lab.adapters)
     assert command("train", lab.recipe, "--cell", "base", *where) == 0
@@ -278,7 +278,9 @@ def test_base_can_be_run_alone(tmp_path: Path, tiny_folder: Path) -> None:
     assert base.startswith("base-")
 
 
-def test_waits_for_a_cell_of_another_process(tmp_path: Path, tiny_folder: Path) -> None:
+def test_train_waits_for_a_cell_locked_by_another_process(
+    tmp_path: Path, tiny_folder: Path
+) -> None:
     lab = Lab(tmp_path / "lab", tiny_folder)
     holder = (
         "import sys, time\n"

@@ -28,7 +28,7 @@ from ..support.exports import make_adapter
 pytest.importorskip("lm_eval", reason="needs lm-eval (make test-all)")
 
 
-def test_rolling_likelihood_is_our_nll(tiny_source: ModelSource, tmp_path: Path) -> None:
+def test_nll_equals_rolling_likelihood_of_lm_eval(tiny_source: ModelSource, tmp_path: Path) -> None:
     from lm_eval.api.instance import Instance
     from lm_eval.models.huggingface import HFLM
 

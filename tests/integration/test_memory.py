@@ -29,7 +29,7 @@ for rows in range(100, 700):
 
 
 @pytest.mark.skipif(sys.platform != "linux", reason="of the GNU C library")
-def test_primitive_cache_is_capped() -> None:
+def test_heap_does_not_grow_with_the_number_of_product_shapes() -> None:
     ended = subprocess.run(
         [sys.executable, "-c", PRODUCTS], capture_output=True, text=True, check=True
     )

@@ -42,7 +42,7 @@ def full_gradients(base: Base, seed: int, double: bool = False) -> torch.Tensor:
     return torch.cat([p.grad.double().flatten() for p in trained.parameters()])
 
 
-def test_full_gradients_are_those_of_fp64(
+def test_full_fine_tuning_gradients_equal_fp64(
     load_tiny: LoadTiny, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     monkeypatch.setitem(DTYPES, "fp64", torch.float64)
@@ -59,7 +59,9 @@ def test_full_gradients_are_those_of_fp64(
     assert error("bf16", plain=False) < 1.15 * error("bf16", plain=True)
 
 
-def test_full_training_is_saved_as_a_model_of_its_own(load_tiny: LoadTiny, tmp_path: Path) -> None:
+def test_fully_trained_model_is_saved_as_a_model_folder(
+    load_tiny: LoadTiny, tmp_path: Path
+) -> None:
     base = load_tiny("bf16")
     before = {name: p.detach().clone() for name, p in base.model.named_parameters()}
     trained = attach.attach(base, FULL, seed=0)
@@ -77,7 +79,7 @@ def test_full_training_is_saved_as_a_model_of_its_own(load_tiny: LoadTiny, tmp_p
         assert not torch.equal(parameter, before[name]), f"{name} did not train"
 
 
-def test_pissa_is_saved_as_what_fits_the_original_base(load_tiny: LoadTiny, tmp_path: Path) -> None:
+def test_saved_pissa_adapter_fits_the_original_base(load_tiny: LoadTiny, tmp_path: Path) -> None:
     base = load_tiny("fp32")
     peft_model = attach.attach(base, AdapterSection(kind="pissa", r=4, lora_dropout=0), seed=0)
     batch = collate(make_examples(LENGTHS), "all")
@@ -97,7 +99,7 @@ def test_pissa_is_saved_as_what_fits_the_original_base(load_tiny: LoadTiny, tmp_
     assert batch_nll(fresh, batch).item() == pytest.approx(trained, rel=1e-5)
 
 
-def test_loraplus_moves_b_so_many_times_faster(load_tiny: LoadTiny) -> None:
+def test_loraplus_ratio_scales_the_learning_rate_of_b(load_tiny: LoadTiny) -> None:
     def moved(ratio: float | None) -> float:
         """Largest change of a B in AdamW's first step, which is its learning rate."""
         base = load_tiny("fp32")
@@ -113,7 +115,7 @@ def test_loraplus_moves_b_so_many_times_faster(load_tiny: LoadTiny) -> None:
 
 
 @pytest.mark.parametrize("kind", ["full", "dora"])
-def test_norms_and_biases_do_not_decay(load_tiny: LoadTiny, kind: str) -> None:
+def test_norms_and_biases_have_no_weight_decay(load_tiny: LoadTiny, kind: str) -> None:
     trained = attach.attach(load_tiny("fp32"), AdapterSection(kind=kind, lora_dropout=0), seed=0)
     named = {name: p for name, p in trained.named_parameters() if p.requires_grad}
     optimizer = adamw(named, TrainingSection(weight_decay=0.1), trained)
@@ -151,7 +153,7 @@ def save_gemma_with_eyes(folder: Path) -> Path:
 
 
 @pytest.mark.parametrize("targets", [("q_proj", "v_proj"), "all-linear"])
-def test_no_adapter_lies_on_a_vision_tower(tmp_path: Path, targets: Any) -> None:
+def test_adapters_are_not_attached_to_a_vision_tower(tmp_path: Path, targets: Any) -> None:
     base = load(save_gemma_with_eyes(tmp_path))
     section = AdapterSection(r=4, target_modules=targets)
     peft_model = attach.attach(base, section, seed=0)
@@ -165,7 +167,7 @@ def test_no_adapter_lies_on_a_vision_tower(tmp_path: Path, targets: Any) -> None
         assert "without adapters stay" in attach.unadapted_note(peft_model)
 
 
-def test_all_weights_are_those_of_the_text_model(tmp_path: Path) -> None:
+def test_full_fine_tuning_freezes_vision_tower_and_projector(tmp_path: Path) -> None:
     base = load(save_gemma_with_eyes(tmp_path))
     trained = attach.attach(base, FULL, seed=0)
     still = [name for name, p in trained.named_parameters() if not p.requires_grad]
@@ -174,7 +176,7 @@ def test_all_weights_are_those_of_the_text_model(tmp_path: Path) -> None:
     assert "stay frozen" in attach.unadapted_note(trained)
 
 
-def test_all_linear_leaves_out_what_peft_refuses(tmp_path: Path) -> None:
+def test_all_linear_leaves_out_layers_peft_refuses(tmp_path: Path) -> None:
     config = transformers.Mamba2Config(
         vocab_size=500, hidden_size=32, num_hidden_layers=2, num_heads=4, head_dim=16,
         state_size=8, n_groups=1, chunk_size=16,
@@ -203,7 +205,7 @@ def save_mixture(folder: Path) -> Path:
     return folder
 
 
-def test_all_linear_takes_experts_where_peft_can(tmp_path: Path) -> None:
+def test_all_linear_adapts_experts_without_dropout(tmp_path: Path) -> None:
     folder = save_mixture(tmp_path)
     peft_model = attach.attach(load(folder), AdapterSection(target_modules="all-linear"), seed=0)
     assert "the experts" in attach.unadapted_note(peft_model)
@@ -215,7 +217,7 @@ def test_all_linear_takes_experts_where_peft_can(tmp_path: Path) -> None:
         attach.attach(load(folder), experts, seed=0)
 
 
-def test_an_unknown_target_is_named_before_anything_is_loaded(tmp_path: Path) -> None:
+def test_unknown_target_module_is_refused_before_loading(tmp_path: Path) -> None:
     source = resolve(ModelSection(name=str(save_mixture(tmp_path))))
     with pytest.raises(UsageError, match="has no q_porj"):
         resolve_targets(source, AdapterSection(target_modules=("q_porj", "v_proj")))
@@ -224,7 +226,7 @@ def test_an_unknown_target_is_named_before_anything_is_loaded(tmp_path: Path) ->
 @pytest.mark.parametrize(
     "settings", [{"target_modules": ["lm_head"]}, {"target_modules": ["q_proj", "lm_head"]}]
 )
-def test_an_adapter_outside_of_the_layers_is_not_scored_as_if_it_were_not_there(
+def test_check_forward_refuses_adapters_outside_the_layers(
     tmp_path: Path, settings: dict[str, Any]
 ) -> None:
     config = transformers.LlamaConfig(
@@ -239,7 +241,7 @@ def test_an_adapter_outside_of_the_layers_is_not_scored_as_if_it_were_not_there(
         check_forward(base, foreign)
 
 
-def test_what_only_peft_s_forward_knows_is_found_out(load_tiny: LoadTiny) -> None:
+def test_check_forward_refuses_activated_lora(load_tiny: LoadTiny) -> None:
     base = load_tiny("fp32", plain=True)
     activated = LoraConfig(
         r=4, task_type="CAUSAL_LM", target_modules=["q_proj"], alora_invocation_tokens=[3, 4]
@@ -249,7 +251,7 @@ def test_what_only_peft_s_forward_knows_is_found_out(load_tiny: LoadTiny) -> Non
         check_forward(base, foreign)
 
 
-def test_the_check_of_an_adapter_leaves_no_trace(load_tiny: LoadTiny) -> None:
+def test_check_forward_changes_no_weight_gradient_or_random_state(load_tiny: LoadTiny) -> None:
     base = load_tiny("fp32")
     peft_model = attach.attach(base, AdapterSection(r=4), seed=5)
     before = attach.trainable_state(peft_model)
@@ -277,7 +279,7 @@ def vera(section: AdapterSection, source: Any, targets: Any, seed: int) -> VeraC
 
 @pytest.mark.parametrize("precision", ["fp32", "bf16"])
 @pytest.mark.parametrize("plain", [False, True])
-def test_another_peft_type_needs_one_entry_of_the_registry(
+def test_registered_vera_method_trains_and_is_loaded_again(
     load_tiny: LoadTiny,
     tmp_path: Path,
     monkeypatch: pytest.MonkeyPatch,

@@ -113,7 +113,9 @@ EVERY_WAY = pytest.mark.parametrize("make", [merged, trained_whole])
 
 
 @EVERY_WAY
-def test_the_bases_own_files_with_what_must_change(older: Path, tmp_path: Path, make: Make) -> None:
+def test_model_folder_keeps_files_of_the_base_but_template_and_dtype(
+    older: Path, tmp_path: Path, make: Make
+) -> None:
     folder = make(older, tmp_path)
     template = (folder / "chat_template.jinja").read_text()
     copied = [path.name for path in older.iterdir() if path.name in TOKENIZER_FILES]
@@ -131,9 +133,7 @@ def test_the_bases_own_files_with_what_must_change(older: Path, tmp_path: Path, 
 
 
 @EVERY_WAY
-def test_named_templates_give_way_to_the_trained_one(
-    older: Path, tmp_path: Path, make: Make
-) -> None:
+def test_trained_template_replaces_named_templates(older: Path, tmp_path: Path, make: Make) -> None:
     names = [{"name": name, "template": CHAT_TEMPLATE} for name in ("default", "tool_use")]
     put(older / "tokenizer_config.json", chat_template=names)
     (older / "additional_chat_templates").mkdir()
@@ -146,7 +146,7 @@ def test_named_templates_give_way_to_the_trained_one(
 
 
 @EVERY_WAY
-def test_what_transformers_5_wrote_is_spelt_as_before_besides(
+def test_transformers_5_folders_get_the_keys_of_transformers_4(
     tiny_folder: Path, tmp_path: Path, make: Make
 ) -> None:
     folder = make(tiny_folder, tmp_path)
@@ -166,7 +166,7 @@ def test_what_transformers_5_wrote_is_spelt_as_before_besides(
 
 @pytest.mark.parametrize("several", [False, True])
 @pytest.mark.parametrize("kind", ["plain", "chat"])
-def test_a_template_that_cannot_be_written(
+def test_template_is_kept_only_if_rows_were_rendered_with_it(
     kind: str, several: bool, older: Path, tmp_path: Path
 ) -> None:
     """The folder has the base's own template if the rows were rendered with it, else none."""
@@ -183,7 +183,9 @@ def test_a_template_that_cannot_be_written(
     assert AutoTokenizer.from_pretrained(tmp_path / "whole").chat_template == own
 
 
-def test_two_matrices_though_the_base_says_one(older: Path, tmp_path: Path) -> None:
+def test_untied_weights_are_saved_with_tie_word_embeddings_false(
+    older: Path, tmp_path: Path
+) -> None:
     weights = load_file(older / "model.safetensors")
     weights["lm_head.weight"] = weights["model.embed_tokens.weight"] * 1.01
     save_file(weights, older / "model.safetensors", {"format": "pt"})
@@ -248,7 +250,7 @@ BY_LAYERS = {
         ("gpt2", None, {}),
     ],
 )
-def test_rotary_frequencies_in_older_words(
+def test_rope_parameters_get_the_keys_of_transformers_4(
     kind: str, parameters: dict[str, Any] | None, wanted: dict[str, Any], tmp_path: Path
 ) -> None:
     more = {} if parameters is None else {"rope_parameters": parameters}
@@ -272,7 +274,7 @@ def test_rotary_frequencies_in_older_words(
     assert hash_config(tmp_path) != digest
 
 
-def test_the_tokenizers_configuration_in_older_words() -> None:
+def test_tokenizer_config_gets_the_keys_of_transformers_4() -> None:
     assert transformers4_tokenizer_config(OLDER_TOKENIZER) == OLDER_TOKENIZER
     named = {"extra_special_tokens": {"image_token": "<image>"}, "tokenizer_class": "Own"}
     assert transformers4_tokenizer_config(named) == named
@@ -348,7 +350,7 @@ print(json.dumps(found))
 
 
 @pytest.mark.slow
-def test_transformers_4_computes_the_same(
+def test_transformers_4_computes_the_same_ids_and_logits(
     older: Path,
     tiny_folder: Path,
     tmp_path: Path,

@@ -78,14 +78,16 @@ def infinite(nll: torch.Tensor) -> torch.Tensor:
 
 
 @pytest.mark.parametrize("value", [math.nan, math.inf, -math.inf])
-def test_a_loss(load_tiny: LoadTiny, monkeypatch: pytest.MonkeyPatch, value: float) -> None:
+def test_non_finite_loss_is_reported_with_step_and_rows(
+    load_tiny: LoadTiny, monkeypatch: pytest.MonkeyPatch, value: float
+) -> None:
     spoil(monkeypatch, range(3, 4), lambda nll: nll * value)
     with pytest.raises(NumericError, match=r"step 3 of 6: loss (nan|-?inf), .*; rows 00\d\d, "):
         sitting(load_tiny(), lambda _: None)
 
 
 @pytest.mark.parametrize("spoilt", [3, 6])
-def test_a_loss_looked_at_later(
+def test_nan_loss_read_a_step_late_names_its_own_step(
     load_tiny: LoadTiny, monkeypatch: pytest.MonkeyPatch, spoilt: int
 ) -> None:
     """As on a GPU: the next step was handed over before, and still the right one is named."""
@@ -96,14 +98,18 @@ def test_a_loss_looked_at_later(
     assert told == list(range(1, spoilt))
 
 
-def test_a_gradient(load_tiny: LoadTiny, monkeypatch: pytest.MonkeyPatch) -> None:
+def test_non_finite_gradient_is_reported_with_step_and_rows(
+    load_tiny: LoadTiny, monkeypatch: pytest.MonkeyPatch
+) -> None:
     spoil(monkeypatch, range(3, 4), infinite)
     with pytest.raises(NumericError, match=r"step 3 of 6: loss \d.*gradient norm (nan|inf); rows"):
         sitting(load_tiny(), lambda _: None)
 
 
 @pytest.mark.parametrize("value", [math.nan, math.inf])
-def test_a_weight(load_tiny: LoadTiny, monkeypatch: pytest.MonkeyPatch, value: float) -> None:
+def test_non_finite_weight_is_reported_with_step_and_rows(
+    load_tiny: LoadTiny, monkeypatch: pytest.MonkeyPatch, value: float
+) -> None:
     update = torch.optim.AdamW.step
 
     def spoilt(self: torch.optim.AdamW, *arguments: Any) -> Any:
@@ -116,7 +122,7 @@ def test_a_weight(load_tiny: LoadTiny, monkeypatch: pytest.MonkeyPatch, value: f
         sitting(load_tiny(), lambda _: None)
 
 
-def test_a_validation_names_its_step(load_tiny: LoadTiny) -> None:
+def test_error_in_validation_names_its_step(load_tiny: LoadTiny) -> None:
     base = load_tiny()
     peft_model = attach.attach(base, AdapterSection(r=2), 0)
 
@@ -128,7 +134,7 @@ def test_a_validation_names_its_step(load_tiny: LoadTiny) -> None:
         train(base, peft_model, make_examples(TRAINING_LENGTHS), section, 0, validate=validate)
 
 
-def test_scores_name_their_row(load_tiny: LoadTiny) -> None:
+def test_nan_score_is_reported_with_its_row(load_tiny: LoadTiny) -> None:
     base = load_tiny()
     with torch.no_grad():
         base.model.get_output_embeddings().weight[5] = math.nan
@@ -136,7 +142,7 @@ def test_scores_name_their_row(load_tiny: LoadTiny) -> None:
         score(base, make_examples(TRAINING_LENGTHS), "test", 64)
 
 
-def test_an_overflow_of_fp16_skips_the_step_and_is_counted(
+def test_fp16_overflow_skips_the_step_and_keeps_the_weights(
     load_tiny: LoadTiny, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     base, before = load_tiny("fp16"), {}
@@ -158,7 +164,9 @@ def test_an_overflow_of_fp16_skips_the_step_and_is_counted(
         assert math.isfinite(done.loss) and done.loss > 0
 
 
-def test_fp16_does_not_skip_for_ever(load_tiny: LoadTiny, monkeypatch: pytest.MonkeyPatch) -> None:
+def test_repeated_fp16_overflow_stops_after_max_skipped_steps(
+    load_tiny: LoadTiny, monkeypatch: pytest.MonkeyPatch
+) -> None:
     spoil(monkeypatch, range(1, 1000), infinite)
     wanted = rf"step {MAX_SKIPPED + 1} of 40: loss \d.*gradient norm (nan|inf); rows"
     with pytest.raises(NumericError, match=wanted):
@@ -190,7 +198,7 @@ def gradient(base: Base, batches: list[int], double: bool) -> torch.Tensor:
 
 @pytest.mark.parametrize("rows", [8, 4, 1])
 @pytest.mark.parametrize(("double", "bound"), [(True, 1e-12), (False, 1e-5)])
-def test_a_step_is_the_same_however_it_is_divided(
+def test_gradient_does_not_depend_on_the_division_into_micro_batches(
     load_tiny: LoadTiny, rows: int, double: bool, bound: float
 ) -> None:
     """16×1, 8×2, 4×4 and 1×16."""
@@ -199,7 +207,7 @@ def test_a_step_is_the_same_however_it_is_divided(
     assert ((parts - whole).norm() / whole.norm()).item() < bound
 
 
-def test_the_loop_divides_as_exactly(load_tiny: LoadTiny) -> None:
+def test_step_result_does_not_depend_on_the_token_budget(load_tiny: LoadTiny) -> None:
     norms = []
     for budget in (10_000, 200, 60, 1):
         base = load_tiny()
@@ -217,9 +225,7 @@ def test_the_loop_divides_as_exactly(load_tiny: LoadTiny) -> None:
 
 
 @pytest.mark.parametrize("rows", [1, 8, 32])
-def test_a_loss_does_not_depend_on_how_many_rows_are_scored_at_once(
-    load_tiny: LoadTiny, rows: int
-) -> None:
+def test_held_out_loss_does_not_depend_on_rows_per_batch(load_tiny: LoadTiny, rows: int) -> None:
     base, examples = load_tiny(), make_examples([20] * 32)
     whole = held_out_loss(score(base, examples, "test", 10_000), "all").loss
     found = held_out_loss(score(base, examples, "test", 20 * rows), "all").loss

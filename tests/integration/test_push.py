@@ -149,7 +149,9 @@ def hub(monkeypatch: pytest.MonkeyPatch) -> Iterator[tuple[type[Hub], str]]:
     server.server_close()
 
 
-def test_uploaded_files(adapter: Path, tmp_path: Path, hub: tuple[type[Hub], str]) -> None:
+def test_push_uploads_adapter_and_card_only(
+    adapter: Path, tmp_path: Path, hub: tuple[type[Hub], str]
+) -> None:
     uploaded, endpoint = hub
     (adapter / "notes.txt").write_text("not for others")
     (adapter / "optimizer.pt").write_bytes(b"nor this")
@@ -168,7 +170,7 @@ def test_uploaded_files(adapter: Path, tmp_path: Path, hub: tuple[type[Hub], str
     assert {p.name: p.read_bytes() for p in (tmp_path / "dry").iterdir()} == uploaded.files
 
 
-def test_rejected_and_unreachable_uploads(
+def test_rejected_and_unreachable_uploads_are_reported(
     adapter: Path, tmp_path: Path, hub: tuple[type[Hub], str], monkeypatch: pytest.MonkeyPatch
 ) -> None:
     server, endpoint = hub
@@ -185,7 +187,7 @@ def test_rejected_and_unreachable_uploads(
         push(read_trained(adapter), "toy-adapter", tmp_path, endpoint=endpoint)
 
 
-def test_the_card_has_settings_and_losses_of_the_run(adapter: Path, tmp_path: Path) -> None:
+def test_card_has_settings_and_losses_of_the_run(adapter: Path, tmp_path: Path) -> None:
     results = Path(__file__).parents[2] / "results"
     record = json.loads((results / "quickstart" / "metrics.json").read_text())
     base, *_, run = record["runs"]
@@ -225,7 +227,7 @@ def test_the_card_has_settings_and_losses_of_the_run(adapter: Path, tmp_path: Pa
         (None, "no chat template gives other programs the same tokens."),
     ],
 )
-def test_the_card_describes_the_chat_template(
+def test_card_describes_the_chat_template(
     template: str | None, sentence: str, adapter: Path, tmp_path: Path
 ) -> None:
     path = adapter / "chat_template.jinja"
@@ -245,7 +247,7 @@ def test_the_card_describes_the_chat_template(
         ("tiny-llama", "ml-qa", "other", None),
     ],
 )  # fmt: skip
-def test_unknown_licences_and_ids_are_omitted(
+def test_card_omits_unknown_licences_and_ids(
     base: str, data: str, licence: str, dataset: list[str] | None, adapter: Path, tmp_path: Path
 ) -> None:
     set_metadata(adapter, base__name=base, recipe__data__name=data)
@@ -257,7 +259,7 @@ def test_unknown_licences_and_ids_are_omitted(
     assert "Held-out loss" not in (tmp_path / "dry" / "README.md").read_text()
 
 
-def test_the_cards_commands_run(adapter: Path, tiny_source: ModelSource, tmp_path: Path) -> None:
+def test_commands_of_the_card_run(adapter: Path, tiny_source: ModelSource, tmp_path: Path) -> None:
     dry_run(read_trained(adapter), REPOSITORY, tmp_path, tmp_path / "toy-adapter")
     readme = (tmp_path / "toy-adapter" / "README.md").read_text()
     # The folder stands in for the download.
@@ -273,7 +275,7 @@ def test_the_cards_commands_run(adapter: Path, tiny_source: ModelSource, tmp_pat
 
 
 @pytest.mark.usefixtures("verify_in_process")
-def test_a_merged_model_is_pushed_as_a_full_model(
+def test_merged_model_is_pushed_as_a_full_model(
     adapter: Path, tiny_source: ModelSource, tmp_path: Path
 ) -> None:
     merge(read_trained(adapter), tmp_path / "merged", "fp32", tiny_source.path)
@@ -309,7 +311,7 @@ def run_python(readme: str, folder: Path, **environment: str) -> None:
         ("hf_" + "a" * 34, "looks like a hub token"),
     ],
 )
-def test_paths_and_tokens_are_not_sent(
+def test_push_refuses_local_paths_and_hub_tokens(
     secret: str, message: str, adapter: Path, tmp_path: Path
 ) -> None:
     set_metadata(adapter, recipe__data__name=secret.format(home=Path.home()))
@@ -318,7 +320,9 @@ def test_paths_and_tokens_are_not_sent(
     assert not (tmp_path / "dry").exists()
 
 
-def test_the_command(adapter: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+def test_push_command_prints_files_and_refuses_bad_arguments(
+    adapter: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
     command = ["push", str(adapter), REPOSITORY, "--dry-run", str(tmp_path / "dry")]
     assert run_guarded(lambda: app(command, standalone_mode=False)) == 0
     assert {Path(line).name for line in capsys.readouterr().out.split()} == SENT

@@ -46,7 +46,7 @@ def trained(lab: Lab) -> dict[str, Any]:
 
 
 @needs_bitsandbytes
-def test_weights_are_in_four_bits_and_packed_scores_are_right(tiny_folder: Path) -> None:
+def test_nf4_base_has_4_bit_layers_and_packed_scores_equal_padded(tiny_folder: Path) -> None:
     source = resolve(ModelSection(name=str(tiny_folder)))
     cpu, examples = torch.device("cpu"), make_examples([30, 12, 5])
     found = {}
@@ -63,7 +63,9 @@ def test_weights_are_in_four_bits_and_packed_scores_are_right(tiny_folder: Path)
 
 
 @needs_bitsandbytes
-def test_it_learns_and_says_what_it_learnt_on(lab: Lab, trained: dict[str, Any]) -> None:
+def test_training_on_nf4_learns_and_records_the_quantization(
+    lab: Lab, trained: dict[str, Any]
+) -> None:
     steps = next(lab.results.rglob("steps.jsonl")).read_text().splitlines()
     losses = [json.loads(line)["loss"] for line in steps]
     assert losses[-1] < losses[0] - 0.5
@@ -73,7 +75,7 @@ def test_it_learns_and_says_what_it_learnt_on(lab: Lab, trained: dict[str, Any])
 
 
 @needs_bitsandbytes
-def test_the_saved_adapter_scores_as_it_did(
+def test_saved_adapter_of_nf4_scores_as_in_training(
     lab: Lab, trained: dict[str, Any], capsys: pytest.CaptureFixture[str]
 ) -> None:
     adapter = ("--adapter", lab.adapters / "tiny-r4-40")
@@ -88,7 +90,7 @@ def test_the_saved_adapter_scores_as_it_did(
 
 @needs_bitsandbytes
 @pytest.mark.usefixtures("trained")
-def test_it_is_merged_into_the_unquantised_base_and_says_so(
+def test_adapter_of_nf4_is_merged_into_the_unquantised_base(
     lab: Lab, tmp_path: Path, capsys: pytest.CaptureFixture[str], tiny_folder: Path
 ) -> None:
     out = tmp_path / "merged"
@@ -99,7 +101,9 @@ def test_it_is_merged_into_the_unquantised_base_and_says_so(
 
 
 @needs_bitsandbytes
-def test_a_grid_with_and_without_has_a_base_for_each(tmp_path: Path, tiny_folder: Path) -> None:
+def test_grid_with_and_without_nf4_compares_each_with_its_own_base(
+    tmp_path: Path, tiny_folder: Path
+) -> None:
     both = Lab(tmp_path / "both", tiny_folder)
     small = "adapter.r: 2, data.size: 40"
     cells = f"[{{{small}}}, {{{small}, model.quantization: nf4}}]"
@@ -120,7 +124,7 @@ def test_a_grid_with_and_without_has_a_base_for_each(tmp_path: Path, tiny_folder
 
 
 @pytest.mark.parametrize("kind", ["full", "pissa"])
-def test_what_changes_the_base_is_refused(
+def test_methods_that_change_the_base_are_refused_with_nf4(
     lab: Lab, capsys: pytest.CaptureFixture[str], kind: str
 ) -> None:
     words = ("model.quantization=nf4", f"adapter.kind={kind}")
@@ -128,7 +132,7 @@ def test_what_changes_the_base_is_refused(
     assert f"adapter.kind = {kind}: changes weights of the base" in capsys.readouterr().err
 
 
-def test_a_missing_extra_is_named(
+def test_missing_bitsandbytes_names_its_extra(
     lab: Lab, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
 ) -> None:
     monkeypatch.setattr(quantization.importlib.util, "find_spec", lambda name: None)
@@ -156,7 +160,7 @@ assert kernels.fetched == [], kernels.fetched
 @pytest.mark.skipif(
     not torch.cpu._is_avx512_bf16_supported(), reason="only CPUs with AVX512-BF16 are asked"
 )
-def test_an_adapter_fetches_no_code_and_says_nothing(tmp_path: Path, tiny_folder: Path) -> None:
+def test_attaching_with_bitsandbytes_fetches_no_kernels(tmp_path: Path, tiny_folder: Path) -> None:
     package = tmp_path / "kernels.py"  # in place of the package that downloads from the hub
     package.write_text(
         "fetched = []\ndef get_kernel(*a, **k):\n    fetched.append(a)\n    raise OSError\n"

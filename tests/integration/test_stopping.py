@@ -35,7 +35,7 @@ posix = pytest.mark.skipif(os.name == "nt", reason="signals and locks of POSIX")
 
 @posix
 @pytest.mark.parametrize("which", [signal.SIGINT, signal.SIGTERM])
-def test_the_first_signal_waits_and_the_second_does_not(which: signal.Signals) -> None:
+def test_first_signal_requests_a_stop_and_second_stops_at_once(which: signal.Signals) -> None:
     before = signal.getsignal(which)
 
     def signalled(times: int) -> None:
@@ -54,7 +54,7 @@ def test_the_first_signal_waits_and_the_second_does_not(which: signal.Signals) -
 
 
 @posix
-def test_unchecked_request_takes_effect_at_the_end() -> None:
+def test_unchecked_stop_request_takes_effect_at_the_end() -> None:
     with pytest.raises(StopRequested), graceful_stop():
         signal.raise_signal(signal.SIGINT)
     with graceful_stop() as stop:
@@ -72,7 +72,7 @@ def test_ignored_signals_stay_ignored() -> None:
         signal.signal(signal.SIGINT, before)
 
 
-def test_no_signals_outside_of_the_main_thread() -> None:
+def test_graceful_stop_works_outside_the_main_thread() -> None:
     requested: list[bool] = []
 
     def work() -> None:
@@ -141,7 +141,9 @@ DIE = (
 
 @posix
 @pytest.mark.parametrize(("renames", "left"), [(0, "old"), (1, "new"), (2, "new")])
-def test_killed_while_a_folder_is_replaced(tmp_path: Path, renames: int, left: str) -> None:
+def test_folder_is_whole_after_a_kill_while_it_is_replaced(
+    tmp_path: Path, renames: int, left: str
+) -> None:
     """Before the first rename, between the two, and before the old folder is removed."""
     target = tmp_path / "run"
     write(target, "old")
@@ -154,7 +156,7 @@ def test_killed_while_a_folder_is_replaced(tmp_path: Path, renames: int, left: s
     assert (target / "a").read_text() == left
 
 
-def test_concurrent_writers_of_a_folder(tmp_path: Path) -> None:
+def test_concurrent_writers_leave_the_folder_of_the_last(tmp_path: Path) -> None:
     with storage.atomic_folder(tmp_path / "model") as slower:
         (slower / "a").write_text("slower")
         write(tmp_path / "model", "faster")
@@ -260,7 +262,7 @@ def test_stopped_and_resumed_experiment_has_the_same_bits(
 
 
 @posix
-def test_a_changed_recipe_is_refused_beside_an_unfinished_training(
+def test_changed_recipe_beside_an_unfinished_training_is_refused(
     tmp_path: Path, tiny_folder: Path, monkeypatch: pytest.MonkeyPatch,
     capsys: pytest.CaptureFixture[str],
 ) -> None:  # fmt: skip
@@ -292,7 +294,7 @@ def test_a_changed_recipe_is_refused_beside_an_unfinished_training(
 
 
 @posix
-def test_killed_through_the_command_line(
+def test_killed_experiment_resumes_with_the_same_bits(
     tmp_path: Path, tiny_folder: Path, undisturbed: tuple[bytes, object, list[float]]
 ) -> None:
     lab = Lab(tmp_path, tiny_folder)

@@ -41,7 +41,7 @@ pytestmark = pytest.mark.skipif(
 )
 
 
-def test_the_described_recipe_says_what_was_described() -> None:
+def test_tinyllama_recipe_has_the_described_settings() -> None:
     recipe, cells = load_recipe(RECIPE)
     assert recipe.model.name == "TinyLlama/TinyLlama-1.1B-Chat-v1.0"
     assert recipe.data.name == "databricks/databricks-dolly-15k"
@@ -71,7 +71,7 @@ def folder(tmp_path_factory: pytest.TempPathFactory) -> Path:
 
 
 @pytest.mark.parametrize(("r", "trainable"), [(8, 1_126_400), (16, 2_252_800)])
-def test_the_described_parameter_counts(r: int, trainable: int) -> None:
+def test_tinyllama_adapters_have_the_described_parameter_counts(r: int, trainable: int) -> None:
     with torch.device("meta"):
         model = AutoModelForCausalLM.from_config(AutoConfig.from_pretrained(SHARED))
     source = ModelSource("tinyllama", None, SHARED, "")
@@ -82,7 +82,7 @@ def test_the_described_parameter_counts(r: int, trainable: int) -> None:
     assert counted.total == 1_100_048_384 + trainable
 
 
-def test_two_steps_saved_and_loaded_again(folder: Path, tmp_path: Path) -> None:
+def test_tinyllama_adapter_of_two_steps_is_saved_and_loaded(folder: Path, tmp_path: Path) -> None:
     rows = write_jsonl(tmp_path / "rows.jsonl", make_rows(120))
     # What this machine computes fast: in emulated bf16 two steps take many minutes.
     precision = choose_precision("auto", torch.device("cpu"))
@@ -117,7 +117,7 @@ def test_two_steps_saved_and_loaded_again(folder: Path, tmp_path: Path) -> None:
     torch.set_num_threads(1)
 
 
-def test_dolly_has_the_described_sizes() -> None:
+def test_dolly_splits_have_the_described_sizes() -> None:
     dolly = SHARED.parent / "data" / "databricks-dolly-15k.jsonl"
     if not dolly.is_file():
         pytest.skip(f"no {dolly}: the described sizes are NOT tested")
@@ -134,7 +134,7 @@ def test_dolly_has_the_described_sizes() -> None:
     assert {e.row_id for e in small.train} < {e.row_id for e in large.train}
 
 
-def test_resolve_refuses_the_folder_without_weights() -> None:
+def test_tinyllama_folder_without_weights_is_refused() -> None:
     from slm_lora.errors import UsageError
 
     with pytest.raises(UsageError, match="no weights"):

@@ -37,7 +37,7 @@ def steps(lab: Lab) -> list[float]:
 
 
 @needs("tensorboard")
-def test_tensorboard(lab: Lab) -> None:
+def test_tensorboard_gets_every_step_and_the_test_loss(lab: Lab) -> None:
     from tensorboard.backend.event_processing.event_accumulator import EventAccumulator
 
     assert train(lab, "tensorboard") == 0
@@ -52,7 +52,9 @@ def test_tensorboard(lab: Lab) -> None:
 
 
 @needs("wandb")
-def test_wandb_offline(lab: Lab, monkeypatch: pytest.MonkeyPatch) -> None:
+def test_wandb_offline_run_gets_the_training_loss(
+    lab: Lab, monkeypatch: pytest.MonkeyPatch
+) -> None:
     monkeypatch.setenv("WANDB_MODE", "offline")
     assert train(lab, "wandb") == 0
     written = list((lab.results / "wandb").glob("offline-run-*/*.wandb"))
@@ -62,7 +64,7 @@ def test_wandb_offline(lab: Lab, monkeypatch: pytest.MonkeyPatch) -> None:
 
 
 @needs("trackio")
-def test_trackio(lab: Lab, tmp_path: Path) -> None:
+def test_trackio_gets_every_step(lab: Lab, tmp_path: Path) -> None:
     """In a process of its own: it asks the environment where to write when it is imported."""
     import os
     import subprocess
@@ -84,7 +86,7 @@ def test_trackio(lab: Lab, tmp_path: Path) -> None:
     assert losses == pytest.approx(steps(lab), rel=1e-6)
 
 
-def test_one_that_is_not_installed_is_named_before_any_work(
+def test_missing_tracker_is_refused_before_any_work(
     lab: Lab, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
 ) -> None:
     monkeypatch.setattr(tracking.importlib.util, "find_spec", lambda name: None)
@@ -101,7 +103,7 @@ STEP = Step(
 
 
 @pytest.mark.parametrize("where", ["begin", "log", "finish"])
-def test_one_that_fails_is_said_once_and_the_others_go_on(
+def test_failing_tracker_is_noted_once_and_others_continue(
     monkeypatch: pytest.MonkeyPatch, tmp_path: Path, where: str
 ) -> None:
     told: list[str] = []

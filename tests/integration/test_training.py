@@ -42,7 +42,7 @@ def run(
 
 
 @pytest.mark.parametrize("kind", ["lora", "full"])
-def test_recomputed_layers_give_the_same_bits(
+def test_activation_checkpointing_gives_the_same_bits_with_less_memory(
     load_tiny: LoadTiny, monkeypatch: pytest.MonkeyPatch, kind: str
 ) -> None:
     forward = step.batch_nll
@@ -79,7 +79,7 @@ def distance(one: dict[str, torch.Tensor], other: dict[str, torch.Tensor]) -> fl
 
 
 @pytest.mark.parametrize("dropout", [0.0, 0.2])
-def test_a_step_does_not_depend_on_the_micro_batch(load_tiny: LoadTiny, dropout: float) -> None:
+def test_training_does_not_depend_on_the_micro_batch(load_tiny: LoadTiny, dropout: float) -> None:
     examples = make_examples(TRAINING_LENGTHS)
     # SGD-like comparison: AdamW's first steps turn rounding of tiny gradients into full steps,
     # so losses are compared over two epochs and gradient norms with them.
@@ -102,7 +102,7 @@ def test_step_loss_is_total_nll_over_label_tokens(load_tiny: LoadTiny) -> None:
     assert result.history[0].label_tokens == reference.tokens
 
 
-def test_same_seed_same_bits_other_seed_others(load_tiny: LoadTiny) -> None:
+def test_equal_seeds_give_equal_bits_and_other_seeds_others(load_tiny: LoadTiny) -> None:
     examples = make_examples(TRAINING_LENGTHS)
     first, one = run(load_tiny(), examples, seed=5, dropout=0.2)
     again, two = run(load_tiny(), examples, seed=5, dropout=0.2)
@@ -112,14 +112,14 @@ def test_same_seed_same_bits_other_seed_others(load_tiny: LoadTiny) -> None:
     assert distance(one, three) > 0
 
 
-def test_the_last_partial_step_is_kept(load_tiny: LoadTiny) -> None:
+def test_last_partial_step_of_an_epoch_is_trained(load_tiny: LoadTiny) -> None:
     result, _ = run(load_tiny(), make_examples(TRAINING_LENGTHS), num_train_epochs=2)
     assert [step.examples for step in result.history] == [16, 4, 16, 4]
     assert result.history[-1].epoch == 2
     assert result.tokens == 2 * sum(TRAINING_LENGTHS)
 
 
-def test_training_learns_and_leaves_the_base_alone(load_tiny: LoadTiny) -> None:
+def test_training_learns_and_leaves_the_base_unchanged(load_tiny: LoadTiny) -> None:
     base, examples = load_tiny(), make_examples(TRAINING_LENGTHS)
     before = {name: p.clone() for name, p in base.model.named_parameters()}
     result, _ = run(base, examples, num_train_epochs=15, learning_rate=5e-2)
@@ -138,14 +138,14 @@ def test_adapter_weights_are_fp32_on_a_bf16_base(load_tiny: LoadTiny) -> None:
     assert math.isfinite(result.history[-1].loss)
 
 
-def test_response_only_counts_response_tokens(load_tiny: LoadTiny) -> None:
+def test_loss_on_response_counts_response_tokens_only(load_tiny: LoadTiny) -> None:
     examples = make_examples(TRAINING_LENGTHS[:16])
     result, _ = run(load_tiny(), examples, num_train_epochs=1, loss_on="response")
     wanted = sum(int(example.response[1:].sum()) for example in examples)
     assert result.history[0].label_tokens == wanted
 
 
-def test_no_label_left_is_an_error(load_tiny: LoadTiny) -> None:
+def test_rows_without_any_label_are_refused(load_tiny: LoadTiny) -> None:
     examples = [
         Example(e.row_id, e.group_id, "", e.ids, e.response & False, 1, 0)
         for e in make_examples([8, 9])
@@ -154,7 +154,7 @@ def test_no_label_left_is_an_error(load_tiny: LoadTiny) -> None:
         run(load_tiny(), examples, loss_on="response")
 
 
-def test_rows_without_labels_are_left_out_and_counted(load_tiny: LoadTiny) -> None:
+def test_some_rows_without_labels_are_left_out_and_counted(load_tiny: LoadTiny) -> None:
     good = make_examples(TRAINING_LENGTHS[:4])
     empty = Example("zz", "zz", "", good[0].ids, good[0].response & False, 1, 0)
     result, _ = run(load_tiny(), [*good, empty], num_train_epochs=1, loss_on="response")
@@ -162,7 +162,7 @@ def test_rows_without_labels_are_left_out_and_counted(load_tiny: LoadTiny) -> No
     assert result.history[0].examples == 4
 
 
-def test_a_non_finite_loss_stops_and_names_step_and_rows(load_tiny: LoadTiny) -> None:
+def test_nan_loss_stops_and_names_step_and_rows(load_tiny: LoadTiny) -> None:
     base = load_tiny()
     with torch.no_grad():
         base.model.get_output_embeddings().weight[5] = float("nan")
@@ -170,7 +170,7 @@ def test_a_non_finite_loss_stops_and_names_step_and_rows(load_tiny: LoadTiny) ->
         run(base, make_examples(TRAINING_LENGTHS[:16]), num_train_epochs=2)
 
 
-def test_keep_best_and_early_stopping(load_tiny: LoadTiny) -> None:
+def test_early_stopping_keeps_the_weights_of_the_best_step(load_tiny: LoadTiny) -> None:
     base, examples = load_tiny(), make_examples(TRAINING_LENGTHS)
     section = TrainingSection(
         num_train_epochs=10, eval_steps=1, keep_best=True, early_stopping_patience=2
@@ -192,7 +192,7 @@ def test_keep_best_and_early_stopping(load_tiny: LoadTiny) -> None:
 
 @pytest.mark.parametrize("kind", ["linear", "cosine", "constant"])
 @pytest.mark.parametrize("warmup", [0.0, 0.25])
-def test_learning_rate_is_that_of_transformers(kind: str, warmup: float) -> None:
+def test_learning_rate_schedule_equals_that_of_transformers(kind: str, warmup: float) -> None:
     section = TrainingSection.model_validate(
         {"learning_rate": 0.5, "lr_scheduler_type": kind, "warmup_ratio": warmup}
     )
@@ -205,7 +205,7 @@ def test_learning_rate_is_that_of_transformers(kind: str, warmup: float) -> None
         scheduler.step()
 
 
-def test_total_steps() -> None:
+def test_total_steps_follow_rows_epochs_and_max_steps() -> None:
     # The described run: 1,350 rows, batch 16, three epochs.
     assert total_steps(1350, TrainingSection()) == 3 * 85
     assert total_steps(10, TrainingSection(num_train_epochs=0.5)) == 1

@@ -38,7 +38,7 @@ def zoo() -> ModuleType:
         ("modernbert-decoder", "refused"),  # layers between hidden states and output embedding
     ],
 )
-def test_a_family_gives_the_loss_of_transformers_and_peft(
+def test_model_family_has_the_loss_of_transformers_and_peft(
     zoo: ModuleType, family: str, how: str
 ) -> None:
     outcome = zoo.try_family(family, in_process=True)
@@ -46,7 +46,7 @@ def test_a_family_gives_the_loss_of_transformers_and_peft(
     assert outcome.passed, outcome
 
 
-def test_the_comparison_finds_a_wrong_loss(
+def test_zoo_comparison_detects_a_wrong_loss(
     zoo: ModuleType, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     from slm_lora.model import loading

@@ -29,7 +29,7 @@ def modules_of_the_page() -> set[str]:
     return found
 
 
-def test_the_page_names_every_module() -> None:
+def test_architecture_page_lists_every_module() -> None:
     page = modules_of_the_page()
     files = {path.relative_to(PACKAGE) for path in PACKAGE.rglob("*.py")}
     modules = {path.as_posix() for path in files if not path.name.startswith("__")}
@@ -45,7 +45,7 @@ def test_the_page_names_every_module() -> None:
     assert all((PACKAGE / name).is_dir() for name in page if name.endswith("/"))
 
 
-def test_the_lowest_versions_that_are_allowed_are_those_that_are_tested() -> None:
+def test_lowest_allowed_versions_equal_the_tested_ones() -> None:
     project = tomllib.loads((ROOT / "pyproject.toml").read_text(encoding="utf-8"))["project"]
     floors = dict(each.split(">=") for each in project["dependencies"])
     pinned = dict(

@@ -37,25 +37,25 @@ def comparison(seed: int, unlike: float, straddle: bool = False) -> Comparison:
 
 
 @pytest.mark.parametrize("straddle", [False, True])
-def test_equal_categories_are_called_unlike_at_the_stated_rate(straddle: bool) -> None:
+def test_equal_categories_are_called_different_at_the_stated_rate(straddle: bool) -> None:
     ps = [p_alike(comparison(seed, 0.0, straddle)) for seed in range(400)]
     rate = sum(p is not None and p < 0.05 for p in ps) / 400
     assert 0.02 <= rate <= 0.075
 
 
-def test_a_category_that_gains_less_is_found() -> None:
+def test_category_that_gains_less_is_detected() -> None:
     p = p_alike(comparison(0, 0.1))
     assert p is not None and p < 1e-4
 
 
-def test_the_parts_are_the_differences_within() -> None:
+def test_by_category_gives_the_difference_within_each_category() -> None:
     parts = by_category(comparison(0, 0.1))
     assert [(name, rows) for name, rows, _ in parts] == [(name, 50) for name in NAMES]
     assert parts[3][2].value == pytest.approx(0.0, abs=0.02)
     assert parts[0][2].value == pytest.approx(-0.1, abs=0.02)
 
 
-def test_one_category_and_small_ones_are_not_tested() -> None:
+def test_single_and_small_categories_are_not_compared() -> None:
     found = comparison(0, 0.0)
     scores = found.pairs[0][0].scores
     assert compared_categories(scores) == list(NAMES)
@@ -63,7 +63,7 @@ def test_one_category_and_small_ones_are_not_tested() -> None:
     assert compared_categories(few) == ["many"]
 
 
-def test_a_category_without_the_metric_is_left_out() -> None:
+def test_category_without_the_metric_is_left_out() -> None:
     found = comparison(0, 0.0)
 
     def emptied(setting: Setting) -> Setting:

@@ -239,7 +239,7 @@ def test_the_saved_template_gives_the_training_tokens(source: str, kind: Any, bo
 
 @pytest.mark.parametrize("kind", ["instruction_response", "plain", "chat"])
 @pytest.mark.parametrize("bos", [False, True])
-def test_no_difference_for_any_template(kind: Any, bos: bool, dolly_file: Path) -> None:
+def test_saved_template_of_any_kind_gets_no_note(kind: Any, bos: bool, dolly_file: Path) -> None:
     tokenizer = bos_tokenizer() if bos else tiny_tokenizer()
     section = DataSection(
         name=str(dolly_file), template=kind, include_context=kind == "chat", test_rows=30

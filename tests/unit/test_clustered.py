@@ -15,7 +15,7 @@ SIZES = st.lists(st.integers(1, 500), min_size=2, max_size=30)
 
 @settings(deadline=None)
 @given(SIZES, st.integers(0, 1000))
-def test_error_and_freedom_are_those_of_the_explicit_matrices(sizes: list[int], seed: int) -> None:
+def test_cr2_error_and_freedom_equal_the_explicit_matrices(sizes: list[int], seed: int) -> None:
     """Bell and McCaffrey 2002, written out: unbiased under the working model, and Satterthwaite's
     degrees of freedom from the trace of the quadratic form."""
     denominators = np.array(sizes, dtype=float)
@@ -36,7 +36,7 @@ def test_error_and_freedom_are_those_of_the_explicit_matrices(sizes: list[int], 
     assert found.freedom == pytest.approx(freedom)
 
 
-def test_equal_groups_have_the_error_of_a_mean() -> None:
+def test_equal_groups_have_the_standard_error_of_a_mean() -> None:
     values = np.random.default_rng(0).normal(size=12)
     found = clustered(7 * values, np.full(12, 7.0))
     assert found.standard_error == pytest.approx(stats.sem(values))
@@ -50,13 +50,13 @@ def test_one_large_group_leaves_few_degrees_of_freedom() -> None:
     assert clustered(sizes * np.arange(21), sizes).freedom < 2
 
 
-def test_one_group_has_no_error() -> None:
+def test_one_group_has_an_infinite_standard_error() -> None:
     found = clustered(np.array([3.0]), np.array([2.0]))
     assert (found.value, found.standard_error, found.freedom) == (1.5, np.inf, 0)
 
 
 @pytest.mark.parametrize("groups", [10, 20, 50])
-def test_intervals_of_few_unequal_groups_cover(groups: int) -> None:
+def test_intervals_of_few_unequal_groups_cover_the_truth(groups: int) -> None:
     """Groups of log-normal sizes whose ratios err partly together: Student's over plain clustered
     errors with groups - 1 degrees of freedom covers less than 93 % here."""
     rng = np.random.default_rng(groups)
@@ -74,7 +74,7 @@ def test_intervals_of_few_unequal_groups_cover(groups: int) -> None:
 
 
 @pytest.mark.parametrize("sizes", [[1e6, 1.0], [1e12, 1.0], [1e9, 1.0, 1.0], [1.0, 1e6, 5.0]])
-def test_one_group_with_almost_all_of_the_weight_is_no_crash(sizes: list[float]) -> None:
+def test_dominant_group_leaves_a_finite_error_and_valid_freedom(sizes: list[float]) -> None:
     denominators = np.array(sizes)
     found = clustered(denominators * np.arange(len(sizes)), denominators)
     assert np.isfinite(found.standard_error)

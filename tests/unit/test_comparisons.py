@@ -18,7 +18,7 @@ from slm_lora.stats.settings import Setting, group_settings, varied
 from ..support.runs import line
 
 
-def test_runs_of_before_a_key_are_those_of_its_default() -> None:
+def test_runs_recorded_without_a_later_key_have_its_default() -> None:
     """A record without the key is read as if it had it, so old and new seeds are one arm."""
     lines = [line("base", 3.0), *(line(f"s{n}", 2.0 + 0.01 * n, seed=n) for n in range(3))]
     old = lines[1].run.raw["recipe"]
@@ -34,7 +34,7 @@ def compared(lines: list[ScoredRun]) -> list[tuple[str, str, str]]:
     return [(each.key, each.first.name, each.second.name) for each in all_comparisons(lines)]
 
 
-def test_neighbours_along_each_key_and_every_arm_with_the_base() -> None:
+def test_neighbours_along_each_key_and_every_setting_with_the_base_are_compared() -> None:
     lines = [line("base", 3.0)] + [
         line(f"r{r}-{n}", 2.0, adapter__r=r, data__size=n)
         for r, n in ((4, 100), (8, 100), (16, 100), (16, 200))
@@ -47,7 +47,7 @@ def test_neighbours_along_each_key_and_every_arm_with_the_base() -> None:
     ]  # fmt: skip
 
 
-def test_keys_that_move_together_are_one_difference() -> None:
+def test_keys_that_change_together_are_one_comparison() -> None:
     lines = [
         line("lora", 2.0, adapter__kind="lora", training__learning_rate=1e-3),
         line("full", 1.9, adapter__kind="full", training__learning_rate=1e-4),
@@ -64,7 +64,7 @@ def test_keys_that_move_together_are_one_difference() -> None:
     ]  # fmt: skip
 
 
-def test_sizes_and_steps_that_match_are_one_difference() -> None:
+def test_sizes_and_steps_that_change_together_are_one_key() -> None:
     lines = [
         line(f"{n}", 2.0, data__size=n, training__max_steps=steps)
         for n, steps in ((100, 40), (200, 50), (400, 60))
@@ -72,7 +72,7 @@ def test_sizes_and_steps_that_match_are_one_difference() -> None:
     assert varied(group_settings(lines)) == {"data.size": ("training.max_steps",)}
 
 
-def test_ranks_mean_nothing_to_full_fine_tuning() -> None:
+def test_rank_is_ignored_for_full_fine_tuning() -> None:
     lines = [line(f"r{r}", 2.0, adapter__r=r) for r in (4, 8)]
     lines.append(line("full", 1.9, adapter__kind="full", adapter__r=16))
     assert compared(lines) == [
@@ -87,13 +87,13 @@ def test_methods_are_compared_with_lora() -> None:
     ]  # fmt: skip
 
 
-def test_all_rows_are_the_largest_size() -> None:
+def test_size_null_is_the_largest_size() -> None:
     lines = [line(name, 2.0, data__size=n) for name, n in (("all", None), ("100", 100))]
     lines[0].run.raw["data"]["sets"]["train"]["rows"] = 900
     assert compared(lines) == [("data.size", "100", "all")]
 
 
-def test_seeds_are_one_arm() -> None:
+def test_seeds_are_joined_into_one_setting() -> None:
     lines = [
         line(f"r{r}-seed{seed}", 2.0 - r / 100, adapter__r=r, seed=seed)
         for seed in (0, 1, 2)
@@ -105,7 +105,7 @@ def test_seeds_are_one_arm() -> None:
     assert found.second.estimate().value == pytest.approx(1.92)
 
 
-def test_categories_are_compared_apart() -> None:
+def test_categories_are_compared_separately() -> None:
     lines = [line("base", 3.0), line("r8", 2.0)]
     (found,) = all_comparisons(lines)
     parts = by_category(found)
@@ -125,7 +125,7 @@ def test_a_category_of_few_groups_has_no_interval() -> None:
     assert re.search(r"\| odd \| 18 \| 2\.\d+ \(1\.\d+ to 2\.\d+\) \|", table)
 
 
-def test_arms_of_unequal_seeds_are_compared_on_those_of_both() -> None:
+def test_settings_of_unequal_seeds_are_compared_on_common_seeds() -> None:
     lines = [line("base", 3.0)]
     lines += [line(f"r4-seed{n}", 2.0 + n / 100, adapter__r=4, seed=n) for n in (0, 1)]
     lines += [line("r8-seed0", 1.9, adapter__r=8, seed=0)]
@@ -140,7 +140,7 @@ def test_arms_of_unequal_seeds_are_compared_on_those_of_both() -> None:
     assert "| Lower (one seed). |" in table
 
 
-def test_verdicts_name_their_reason() -> None:
+def test_verdict_texts_name_their_reason() -> None:
     lines = [line("base", 3.0)]
     lines += [
         line(f"r{r}-seed{n}", loss, adapter__r=r, seed=n)
@@ -161,7 +161,7 @@ def test_verdicts_name_their_reason() -> None:
     assert not method.untuned(all_comparisons([lines[0], *rates]))
 
 
-def test_inconclusive_names_the_corrected_p() -> None:
+def test_inconclusive_verdict_names_the_corrected_p() -> None:
     """Two seeds far apart: the interval over rows excludes zero, the corrected p is large."""
     lines = [
         line(f"r{r}-seed{n}", loss, adapter__r=r, seed=n)

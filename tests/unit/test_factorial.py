@@ -33,7 +33,7 @@ def by_kind(found: list[Contrast]) -> dict[tuple[str, str], list[float]]:
     return values
 
 
-def test_contrasts_by_hand() -> None:
+def test_contrasts_of_a_grid_equal_those_by_hand() -> None:
     values = by_kind(grid(LOSSES))
     assert values.keys() == {
         ("ends", "adapter.r"), ("main effect", "adapter.r"), ("main effect", "data.size"),
@@ -53,12 +53,12 @@ def test_an_incomplete_grid_has_the_contrasts_of_its_complete_part() -> None:
     assert values["ends", "adapter.r"] == pytest.approx([-0.3])
 
 
-def test_a_grid_of_one_key_has_its_ends_only() -> None:
+def test_grid_of_one_key_has_only_the_contrast_of_its_ends() -> None:
     values = by_kind(grid({key: loss for key, loss in LOSSES.items() if key[1] == 100}))
     assert values == {("ends", "adapter.r"): [pytest.approx(-0.3)]}
 
 
-def test_methods_are_compared_with_the_usual_one() -> None:
+def test_method_contrasts_are_against_lora() -> None:
     lines = [
         line(f"{kind}-{n}", loss, adapter__kind=kind, data__size=n)
         for (kind, n), loss in {

@@ -39,7 +39,7 @@ def fitted(given: Arms) -> LearningCurve:
     return found
 
 
-def test_a_planted_curve_is_found_again() -> None:
+def test_fit_recovers_a_planted_curve() -> None:
     found = fitted(arms([100, 200, 400, 800, 1600], 2.0, 5.0, 0.5, noise=0.0))
     assert found.floor[0] == pytest.approx(2.0, abs=0.01)
     assert found.exponent[0] == pytest.approx(0.5, abs=0.02)
@@ -47,7 +47,7 @@ def test_a_planted_curve_is_found_again() -> None:
     assert found.rows[-1] == pytest.approx(3200), "twice the largest, and no further"
 
 
-def test_intervals_hold_the_truth_and_bands_hold_the_curve() -> None:
+def test_fitted_intervals_and_bands_cover_a_planted_curve() -> None:
     found = fitted(arms([200, 400, 800, 1600], 2.0, 5.0, 0.5, noise=0.05))
     assert found.floor[1] < 2.0 < found.floor[2]
     assert found.exponent[1] < 0.5 < found.exponent[2]
@@ -57,12 +57,12 @@ def test_intervals_hold_the_truth_and_bands_hold_the_curve() -> None:
     assert found.low[at] < truth < found.high[at]
 
 
-def test_a_flat_line_has_no_gain() -> None:
+def test_fit_of_equal_losses_is_flat() -> None:
     found = fitted(arms([100, 200, 400, 800], 2.0, 0.0, 0.5, noise=0.0))
     assert found.middle == pytest.approx(2.0)
 
 
-def test_three_sizes_are_too_few() -> None:
+def test_three_sizes_are_too_few_for_a_fit() -> None:
     given = arms([100, 200, 400], 2.0, 5.0, 0.5, noise=0.0)
     assert fit("LoRA", given, METRICS["all"]) is None
     assert fit("LoRA", [*given, given[0]], METRICS["all"]) is None, (
@@ -70,12 +70,12 @@ def test_three_sizes_are_too_few() -> None:
     )
 
 
-def test_its_record_is_json() -> None:
+def test_record_of_a_fit_is_finite() -> None:
     record = fitted(arms([100, 200, 400, 800], 2.0, 5.0, 0.5, noise=0.1)).record()
     assert all(math.isfinite(value) for value in (*record["floor"], *record["exponent"]))
 
 
-def test_losses_that_fall_ever_faster_are_no_such_curve() -> None:
+def test_fit_is_rejected_when_losses_fall_ever_faster() -> None:
     """E + A·N^(−β) falls ever slower."""
     given = arms([100, 200, 400, 800], 2.0, 5.0, 0.5, noise=0.01)
     assert fitted(given).fits
@@ -91,7 +91,7 @@ def test_losses_that_fall_ever_faster_are_no_such_curve() -> None:
     assert "E =" not in sentences.curve_text(found)
 
 
-def test_seeds_that_are_few_make_wide_intervals() -> None:
+def test_intervals_of_three_seeds_cover_the_truth() -> None:
     """Three seeds, rows that all chance alike: 95 % intervals are to hold the truth as often."""
     sizes = np.array([100.0, 200, 400, 800])
     truth = 2 + 5 * sizes**-0.5

@@ -58,13 +58,13 @@ def matched(run: ScoredRun, share: int) -> ScoredRun:
     return replace(run, scores=scores, headline="exact_match")
 
 
-def test_values_are_written_and_read_back(tmp_path: Path) -> None:
+def test_score_values_are_written_and_read_back(tmp_path: Path) -> None:
     scores = list(matched(line("r8", 2.0), 3).scores)
     write_scores(scores, tmp_path / "scores.parquet")
     assert read_scores(tmp_path / "scores.parquet") == scores
 
 
-def test_scores_without_values_have_the_columns_of_before(tmp_path: Path) -> None:
+def test_scores_without_values_have_the_fixed_columns(tmp_path: Path) -> None:
     write_scores(line("r8", 2.0).scores, tmp_path / "scores.parquet")
     assert pq.read_schema(tmp_path / "scores.parquet").names == [
         "row_id", "group_id", "category", "split", "nll_all", "tokens_all", "bytes_all",
@@ -80,7 +80,7 @@ def test_scores_without_values_have_the_columns_of_before(tmp_path: Path) -> Non
         max_size=3,
     )
 )
-def test_any_values_survive(
+def test_any_score_values_survive_a_round_trip(
     tmp_path_factory: pytest.TempPathFactory, values: dict[str, tuple[float, float]]
 ) -> None:
     score = replace(line("r8", 2.0).scores[0], values=values)
@@ -89,7 +89,7 @@ def test_any_values_survive(
     assert read_scores(path) == [score]
 
 
-def test_higher_is_better_is_recommended_and_tested(with_match: None) -> None:
+def test_highest_value_is_recommended_where_higher_is_better(with_match: None) -> None:
     runs = [
         matched(line("base", 3.0), 1),
         matched(line("r4", 2.0, adapter__r=4), 5),
@@ -118,7 +118,7 @@ def _with_steps(run: ScoredRun) -> ScoredRun:
     return replace(run, run=stand_in)  # type: ignore[arg-type]
 
 
-def test_paired_difference_has_the_interval_of_the_bootstrap(with_match: None) -> None:
+def test_metric_difference_has_the_interval_of_the_bootstrap(with_match: None) -> None:
     first, second = (matched(line(name, 2.0), share) for name, share in (("a", 3), ("b", 7)))
     sample = paired([(first.scores, second.scores)], MATCH)
     found = difference(sample, 0.01)
@@ -131,7 +131,7 @@ def test_paired_difference_has_the_interval_of_the_bootstrap(with_match: None) -
     assert MATCH.is_better(found.value) and not METRICS["all"].is_better(found.value)
 
 
-def test_rows_without_the_value_are_left_out(with_match: None) -> None:
+def test_rows_without_the_value_are_left_out_of_estimates(with_match: None) -> None:
     run = matched(line("r8", 2.0), 10)
     missing = tuple(
         replace(score, values={}) if index < 30 else score for index, score in enumerate(run.scores)
@@ -140,7 +140,7 @@ def test_rows_without_the_value_are_left_out(with_match: None) -> None:
     assert estimate([missing], MATCH).value == 1.0
 
 
-def test_the_table_of_metrics_shows_what_every_run_has(with_match: None) -> None:
+def test_metrics_table_shows_only_metrics_of_every_run(with_match: None) -> None:
     runs = [matched(line("base", 3.0), 1), _with_steps(matched(line("r8", 2.0), 4))]
     settings = group_settings(runs)
     card = make_card(settings, [], [], 0.01, SettingNames(settings))
@@ -157,7 +157,7 @@ def test_bits_per_byte_is_nats_over_ln_2_and_bytes() -> None:
     assert estimate([rows], METRICS["bits_per_byte"]).value == pytest.approx(3 / math.log(2) / 4)
 
 
-def test_a_gap_is_measured_in_the_metric_that_is_asked_for(with_match: None) -> None:
+def test_gap_is_measured_in_the_requested_metric(with_match: None) -> None:
     first, second = (matched(line(name, 2.0), share) for name, share in (("base", 2), ("r8", 6)))
     found = gap(Setting((first,)), Setting((second,)), MATCH)
     assert found is not None and found.value == pytest.approx(0.4)
@@ -178,7 +178,7 @@ def _match(row: RowScore) -> tuple[float, float]:
     return float(row.nll_all < 2 * row.tokens_all), 1.0
 
 
-def test_a_further_metric_is_compared_in_every_file(results: Path) -> None:
+def test_further_metric_is_compared_in_report_and_metrics_json(results: Path) -> None:
     analysis = write_report([read_run(folder) for folder in run_folders(results / "runs")], results)
     (pairs,) = analysis.other_metrics
     assert [pair.key for pair in pairs] == [pair.key for pair in analysis.comparisons]
@@ -193,7 +193,7 @@ def test_a_further_metric_is_compared_in_every_file(results: Path) -> None:
     assert "| First minus second | Exact match difference, share of rows (95 %) |" in report
 
 
-def test_a_run_of_before_a_metric_is_named(results: Path) -> None:
+def test_report_names_runs_without_the_further_metric(results: Path) -> None:
     (base,) = (results / "runs").glob("base-*")
     path = base / "scores.parquet"
     write_scores([replace(row, values={}) for row in read_scores(path)], path)
@@ -205,7 +205,7 @@ def test_a_run_of_before_a_metric_is_named(results: Path) -> None:
     )
 
 
-def test_a_further_metric_as_headline_is_reported(results: Path) -> None:
+def test_further_metric_as_headline_decides_the_recommendation(results: Path) -> None:
     runs = [read_run(folder) for folder in run_folders(results / "runs")]
     analysis = write_report(runs, results, headline="exact_match")
     assert analysis.card.recommended is not None
@@ -223,7 +223,7 @@ def test_a_further_metric_as_headline_is_reported(results: Path) -> None:
         ({"row_id": "01"}, "row 01 is there twice"),
     ],
 )
-def test_broken_scores_are_refused_by_row(
+def test_broken_score_file_is_refused_by_row(
     tmp_path: Path, change: dict[str, object], message: str
 ) -> None:
     path = tmp_path / "scores.parquet"

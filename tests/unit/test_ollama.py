@@ -16,7 +16,7 @@ CHATML = (
 )
 
 
-def test_instruction_and_response() -> None:
+def test_instruction_response_template_becomes_a_go_template() -> None:
     assert go_template(Template("instruction_response"), None, {"eos_token": "</s>"}) == (
         '{{ range .Messages }}{{ if eq .Role "user" }}{{ "Instruction:\\n" }}{{ .Content }}'
         '{{ "\\nResponse:\\n" }}{{ else if eq .Role "assistant" }}{{ .Content }}{{ "</s>" }}'

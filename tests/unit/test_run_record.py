@@ -42,13 +42,13 @@ def test_every_committed_experiment_is_listed_whole(results: Path) -> None:
     }
 
 
-def test_keys_of_later_versions_are_kept() -> None:
+def test_run_record_with_unknown_keys_is_read() -> None:
     raw = {**line("r8", 2.0).run.raw, "later": 1}
     assert Run(Path("r8"), raw).record.cell == "r8"
 
 
 @pytest.mark.parametrize("key", ["model", "data", "machine", "evaluation", "recipe"])
-def test_a_missing_part_is_named(key: str) -> None:
+def test_run_record_without_a_section_is_refused_by_name(key: str) -> None:
     raw = {name: value for name, value in line("r8", 2.0).run.raw.items() if name != key}
     with pytest.raises(IntegrityError, match=rf"run\.json: broken \({key}: Field required\)"):
         _ = Run(Path("r8"), raw).record

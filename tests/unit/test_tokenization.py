@@ -296,7 +296,7 @@ def test_the_end_mark_of_a_turn_may_differ_from_eos(plain_tokenizer: Any) -> Non
     assert responses(plain_tokenizer, example) == ["1<|im_start|>", "2<|im_start|><|im_end|>"]
 
 
-def test_a_chat_template_without_end_marks(plain_tokenizer: Any) -> None:
+def test_chat_template_without_end_marks_has_one_eos_at_the_end(plain_tokenizer: Any) -> None:
     """The only EOS is the one at the end of the row."""
     source = "{% for m in messages %}{{ m['role'] + ': ' + m['content'] + '\\n' }}{% endfor %}"
     row = chat(("user", "One?"), ("assistant", "1"), ("user", "Two?"), ("assistant", "2"))
@@ -387,7 +387,7 @@ def test_truncation_cuts_the_end_and_counts(tokenizer: Any) -> None:
         assert (after.ids[-1] == tokenizer.eos_token_id) == (before.length <= 10)
 
 
-def test_the_longest_row_that_is_whole(tokenizer: Any) -> None:
+def test_row_of_exactly_max_length_is_whole(tokenizer: Any) -> None:
     longest = max(lengths(tokenizer))
     assert encode(tokenizer, Template("plain"), LENGTHS, longest)[1].rows == 0
     assert encode(tokenizer, Template("plain"), LENGTHS, longest - 1)[1] == LongRows(1, 1, longest)
@@ -561,7 +561,7 @@ def test_rows_whose_prompt_has_other_tokens_alone_are_found(plain_tokenizer: Any
 
 
 @pytest.mark.parametrize("row", ROWS)
-def test_bytes_are_those_of_the_scored_text(tokenizer: Any, row: Row) -> None:
+def test_byte_counts_are_those_of_the_scored_text(tokenizer: Any, row: Row) -> None:
     question, answer = (turn.content for turn in row.turns)
     text = f"Instruction:\n{question}\nResponse:\n{answer}"
     example = encode_row(tokenizer, "instruction_response", row)
@@ -572,7 +572,7 @@ def test_bytes_are_those_of_the_scored_text(tokenizer: Any, row: Row) -> None:
     assert example.bytes_response == size(answer)
 
 
-def test_bytes_end_where_the_row_is_cut(bos_tokenizer: Any) -> None:
+def test_byte_counts_end_where_the_row_is_cut(bos_tokenizer: Any) -> None:
     row = pair("Where?", "日本 and beyond, 🙂.")
     whole = encode_row(bos_tokenizer, "instruction_response", row)
     prompt = "Instruction:\nWhere?\nResponse:\n"
@@ -643,7 +643,9 @@ def jinja_template(folder: Path, source: str) -> Template:
     return choose_template(str(folder / "mine.jinja"), "chat", False)
 
 
-def test_a_template_from_a_file(plain_tokenizer: Any, tmp_path: Path) -> None:
+def test_template_from_a_file_is_rendered_without_block_lines(
+    plain_tokenizer: Any, tmp_path: Path
+) -> None:
     template = jinja_template(
         tmp_path,
         "{% for message in messages %}\n"
@@ -720,7 +722,7 @@ def test_a_template_that_rewrites_earlier_turns_is_refused(
     assert responses(plain_tokenizer, example) == ["assistant: 22<|im_end|>"]
 
 
-def test_a_row_that_the_models_own_template_refuses(tiny_folder: Path) -> None:
+def test_row_refused_by_the_chat_template_is_reported_by_line(tiny_folder: Path) -> None:
     tokenizer = AutoTokenizer.from_pretrained(tiny_folder, local_files_only=True)
     tokenizer.chat_template = (
         "{% if messages[0]['role'] == 'system' %}{{ raise_exception('no system turn') }}"
@@ -750,7 +752,9 @@ def test_template_chat_needs_a_chat_template(tiny_folder: Path) -> None:
         ),
     ],
 )
-def test_rows_with_other_turns_than_a_pair(plain_tokenizer: Any, row: Row, instead: str) -> None:
+def test_rows_other_than_a_pair_are_refused_with_another_template(
+    plain_tokenizer: Any, row: Row, instead: str
+) -> None:
     with pytest.raises(DataError, match=rf"^rows\.jsonl:7: .*; set data\.template={instead}$"):
         encode_row(plain_tokenizer, "instruction_response", row)
     encode_row(plain_tokenizer, "plain" if instead == "plain" else "chat", row)
