@@ -26,6 +26,7 @@ from slm_lora.training.checkpoint import Checkpointer, generations, read_manifes
 from slm_lora.training.loop import TrainingResult, train
 
 from ..support.examples import TRAINING_LENGTHS, make_examples
+from ..support.tensors import assert_equal_bits
 
 SECTION = TrainingSection(num_train_epochs=4, learning_rate=1e-2, eval_steps=2, keep_best=True)
 
@@ -67,9 +68,9 @@ def test_resumed_training_has_the_bits_of_an_uninterrupted_one(
     checkpointer = Checkpointer(tmp_path / "point", "abc", every_seconds=0)
     for stop in stops:
         assert sitting(load_tiny(), checkpointer, stop)[0] is None
-    resumed, found = sitting(load_tiny(), checkpointer)
+    resumed, weights = sitting(load_tiny(), checkpointer)
     assert straight is not None and resumed is not None
-    assert all(torch.equal(wanted[name], found[name]) for name in wanted)
+    assert_equal_bits(weights, wanted)
     assert [s.loss for s in straight.history] == [s.loss for s in resumed.history]
     assert straight.kept_step == resumed.kept_step == 4
 
@@ -119,9 +120,9 @@ def test_reading_results_a_step_late_changes_no_bit(
         run(1, tmp_path / "stopped", stops=True)
     saved = int(generations(tmp_path / "stopped")[-1].name.removeprefix("step-"))
     assert stop_at <= saved <= stop_at + 1
-    found, found_weights = run(1, tmp_path / "stopped")
-    assert found == wanted
-    assert all(torch.equal(weights[name], found_weights[name]) for name in weights)
+    resumed, resumed_weights = run(1, tmp_path / "stopped")
+    assert resumed == wanted
+    assert_equal_bits(resumed_weights, weights)
 
 
 def test_checkpoint_of_another_run_is_not_loaded(
@@ -129,9 +130,12 @@ def test_checkpoint_of_another_run_is_not_loaded(
 ) -> None:
     sitting(load_tiny(), Checkpointer(tmp_path / "point", "abc", every_seconds=0), 5)
     (tmp_path / "point").rename(tmp_path / "moved")
-    other = Checkpointer(tmp_path / "moved", "xyz", every_seconds=1e9)
+    messages: list[str] = []
+    moved = Checkpointer(tmp_path / "moved", "xyz", every_seconds=1e9, say=messages.append)
     parameters: dict[str, torch.nn.Parameter] = {}
-    assert other.load(parameters, torch.optim.AdamW([torch.nn.Parameter(torch.zeros(1))])) is None
+    assert moved.load(parameters, torch.optim.AdamW([torch.nn.Parameter(torch.zeros(1))])) is None
+    assert len(messages) == 3
+    assert all("of another run" in message for message in messages[:2])
 
 
 def flip_the_middle(data: bytes) -> bytes:
@@ -189,8 +193,7 @@ def test_resume_names_broken_checkpoints_and_uses_the_newest_intact_one(
         base, peft_model, make_examples(TRAINING_LENGTHS), SECTION, 3,
         validate=lambda: next(losses), checkpointer=checkpointer,
     )  # fmt: skip
-    found = trainable_state(peft_model)
-    assert all(torch.equal(wanted[name], found[name]) for name in wanted)
+    assert_equal_bits(trainable_state(peft_model), wanted)
     assert newer.name in said[0] and "passed over" in said[0]
     assert ("from the beginning" in said[-1]) == both
     if not both:
@@ -289,10 +292,10 @@ def test_stop_during_validation_keeps_the_finished_step(
     assert [path.name for path in generations(checkpointer.folder)] == ["step-000004"]
     state = json.loads((generations(checkpointer.folder)[-1] / "state.json").read_text())
     assert state["history"][-1]["peak_memory_bytes"] > 0
-    resumed, found = once(None)
+    resumed, weights = once(None)
     assert straight is not None and resumed is not None
     assert counted == [1, 2, 3, 4, 5, 6, 7, 8]
-    assert all(torch.equal(wanted[name], found[name]) for name in wanted)
+    assert_equal_bits(weights, wanted)
     assert [s.validation_loss for s in straight.history] == [
         s.validation_loss for s in resumed.history
     ]

@@ -8,8 +8,7 @@ import signal
 import socket
 import subprocess
 import sys
-import time
-from collections.abc import Callable, Iterator
+from collections.abc import Iterator
 from pathlib import Path
 
 import pytest
@@ -22,6 +21,8 @@ from slm_lora.runtime import distributed
 from slm_lora.training.checkpoint import generations
 
 from ..support.lab import Lab, command
+from ..support.processes import wait_until
+from ..support.tensors import relative_error
 
 pytestmark = pytest.mark.skipif(os.name == "nt", reason="signals of POSIX")
 slow = pytest.mark.slow
@@ -68,7 +69,7 @@ def test_gradients_and_scores_of_2_and_4_processes_equal_one_process(
     results = [load_file(ranks / f"{precision}-{n}.safetensors") for n in (1, 2, 4)]
     for other in results[1:]:
         for name, expected in results[0].items():
-            distance = ((other[name] - expected).norm() / expected.norm()).item()
+            distance = relative_error(other[name], expected)
             assert distance < (bound if name != "nll" else 1e-6), name
             assert expected.norm() > 0
 
@@ -80,8 +81,8 @@ def loss_and_adapter(lab: Lab) -> tuple[list[float], dict[str, torch.Tensor]]:
 
 
 def train(lab: Lab, *options: object, cell: str = "r4-40") -> list[str]:
-    where = ("--results", lab.results.parent, "--adapters", lab.adapters, "--cell", cell)
-    return [*SLM_LORA, "train", *map(str, (lab.recipe, *where, *options))]
+    words = (lab.recipe, *lab.folders, "--cell", cell, *options)
+    return [*SLM_LORA, "train", *map(str, words)]
 
 
 def train_here(lab: Lab, *options: object) -> int:
@@ -93,7 +94,7 @@ def assert_same_results(one: Lab, other: Lab) -> None:
     losses, adapters = zip(loss_and_adapter(one), loss_and_adapter(other), strict=True)
     assert losses[0] == pytest.approx(losses[1], rel=1e-5)
     for name, tensor in adapters[0].items():
-        assert ((tensor - adapters[1][name]).norm() / tensor.norm()).item() < 1e-4
+        assert relative_error(adapters[1][name], tensor) < 1e-4
 
 
 @pytest.fixture(scope="module")
@@ -157,10 +158,13 @@ LONG = (
 
 
 def workers_of(starter: int) -> list[int]:
+    """Ids of the two worker processes."""
     listing = subprocess.run(
         ["ps", "-o", "pid=", "--ppid", f"{starter}"], capture_output=True, text=True, check=False
     )
-    return [int(word) for word in listing.stdout.split()]
+    pids = [int(word) for word in listing.stdout.split()]
+    assert len(pids) == 2
+    return pids
 
 
 def all_exited(pids: list[int]) -> bool:
@@ -171,13 +175,6 @@ def all_exited(pids: list[int]) -> bool:
             return True
 
     return all(is_gone(pid) for pid in pids)
-
-
-def wait_until(condition: Callable[[], bool], seconds: float = 90.0) -> None:
-    end = time.monotonic() + seconds
-    while not condition():
-        assert time.monotonic() < end, "waited in vain"
-        time.sleep(0.05)
 
 
 @pytest.fixture
@@ -191,10 +188,11 @@ def running_training(
     )
     wait_until(lambda: newest_step(lab) >= 10)
     yield lab, started
-    pids = workers_of(started.pid)
-    started.kill()
-    for pid in pids:
-        os.kill(pid, signal.SIGKILL)
+    if started.poll() is None:
+        pids = workers_of(started.pid)
+        started.kill()
+        for pid in pids:
+            os.kill(pid, signal.SIGKILL)
 
 
 def newest_step(lab: Lab) -> int:

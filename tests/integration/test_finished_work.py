@@ -17,11 +17,6 @@ from ..support.rows import make_rows, write_jsonl
 ONE = "grid.cells=[{data.size: 40, adapter.r: 2}]"
 
 
-@pytest.fixture
-def lab(tmp_path: Path, tiny_folder: Path) -> Lab:
-    return Lab(tmp_path / "lab", tiny_folder)
-
-
 @pytest.fixture(scope="module")
 def finished(tmp_path_factory: pytest.TempPathFactory, tiny_folder: Path) -> dict[str, Lab]:
     """Labs with `ONE` cell, and with the whole grid; tests change copies."""
@@ -211,13 +206,11 @@ def test_contexts_outside_the_prompt_are_not_shown(lab: Lab) -> None:
     ]
     write_jsonl(lab.rows, rows)
     one = (ONE, "data.include_context=false")
-    assert command("experiment", lab.recipe, *one, "--with-rows", "--results",
-                   lab.results.parent, "--adapters", lab.adapters) == 0  # fmt: skip
+    assert command("experiment", lab.recipe, *one, "--with-rows", *lab.folders) == 0
     page = (lab.results / "report-with-rows.html").read_text()
     assert "A note on" not in page and "The context was not part of the text." in page
     seen = (ONE, "data.include_context=true")
-    assert command("experiment", lab.recipe, *seen, "--with-rows", "--results",
-                   lab.results.parent, "--adapters", lab.adapters) == 0  # fmt: skip
+    assert command("experiment", lab.recipe, *seen, "--with-rows", *lab.folders) == 0
     page = (lab.results / "report-with-rows.html").read_text()
     assert "A note on" in page and "The context was not part" not in page
 
@@ -289,8 +282,8 @@ def test_best_adapter_is_the_one_with_the_lowest_loss_of_comparable_runs(
     assert best_adapter(found, tmp_path / "nowhere") is None
     assert best_adapter([lab.adapters / "gone"], lab.results.parent) is None
     # Losses of other rows cannot be compared.
-    other = ("--results", lab.results.parent, "--adapters", lab.adapters)
-    assert command("experiment", lab.recipe, "name=other", "data.test_rows=10", ONE, *other) == 0
+    other = ("name=other", "data.test_rows=10", ONE)
+    assert lab.run(*other) == 0
     assert best_adapter([*found, lab.adapters / "other-r2-40"], lab.results.parent) is None
 
 

@@ -23,7 +23,6 @@ from transformers import AutoModelForCausalLM, AutoTokenizer
 
 from slm_lora.adapters import io as adapter_io
 from slm_lora.adapters.multi import BASE, AdapterSet, load_adapter_set
-from slm_lora.cli import app, run_guarded
 from slm_lora.config.schema import ModelSection
 from slm_lora.data.prompts import Prompt
 from slm_lora.data.templates import Template, TemplateKind
@@ -44,6 +43,7 @@ from slm_lora.runtime.checksums import FILES, SEAL
 
 from ..support.examples import save_model
 from ..support.exports import change_metadata, make_adapter
+from ..support.lab import command
 from ..support.tiny_model import tiny_tokenizer
 
 QUESTIONS = ("Tell me fact 3 about bread.", "What of <|im_end|> and tea?", "Maps?\nAnd clocks?")
@@ -263,6 +263,7 @@ def test_prompt_with_context_is_the_beginning_of_the_training_text(
         tokenize = RowTokenizer(load_tokenizer(tiny_source), Template(kind, include_context=True))  # type: ignore[arg-type]
         example = tokenize.encode([row], {row.row_id: ""})[0][0]
         prompt = tokenize.prompt([Turn("user", "Why?")], "A note.")
+        assert "A note." in tokenize.tokenizer.decode(prompt)
         assert example.ids[: len(prompt)].tolist() == prompt
 
 
@@ -445,13 +446,7 @@ def test_stop_texts_are_found_across_token_boundaries(text: str, stop: list[str]
 
 
 class _text_only:
-    from tests.support.tiny_model import tiny_tokenizer
-
     tokenizer = tiny_tokenizer()
-
-
-def run(*words: object) -> int:
-    return run_guarded(lambda: app([str(word) for word in words], standalone_mode=False))
 
 
 def test_generate_writes_one_line_per_prompt(
@@ -463,7 +458,9 @@ def test_generate_writes_one_line_per_prompt(
     )
     out = tmp_path / "out.jsonl"
     words = ("--adapter", folders[0], "--base", tiny_source.path, "--precision", "fp32")
-    assert run("generate", "--prompts", prompts, "--out", out, "--max-new-tokens", 9, *words) == 0
+    assert (
+        command("generate", "--prompts", prompts, "--out", out, "--max-new-tokens", 9, *words) == 0
+    )
     lines = [json.loads(line) for line in out.read_text().splitlines()]
     assert [line["prompt"] for line in lines] == ["Tea?", "Salt?"]
     assert lines[0]["response"] == said(variants, "one", "Tea?", Sampling(9))[0]
@@ -479,7 +476,7 @@ def test_compare_outputs_writes_all_formats(
     outs = [tmp_path / f"side{end}" for end in (".md", ".html", ".json")]
     words = ("--adapter", folders[0], "--adapter", folders[1], "--base", tiny_source.path)
     named = [word for out in outs for word in ("--out", out)]
-    assert run("compare-outputs", prompts, *words, *named, "--max-new-tokens", 8) == 0
+    assert command("compare-outputs", prompts, *words, *named, "--max-new-tokens", 8) == 0
     markdown, page, record = (out.read_text() for out in outs)
     answers = json.loads(record)["prompts"][0]["answers"]
     assert [answer["variant"] for answer in answers] == ["base", "one", "two.5"]
@@ -487,7 +484,7 @@ def test_compare_outputs_writes_all_formats(
     assert "<b>Tea" not in page and "&lt;b&gt;Tea" in page
     assert "base: loss of the reference" in page and "one, sampled" in markdown
     assert "base  loss" in capsys.readouterr().out
-    assert run("compare-outputs", prompts, *words, "--out", tmp_path / "side.txt") == 2
+    assert command("compare-outputs", prompts, *words, "--out", tmp_path / "side.txt") == 2
 
 
 def test_malformed_prompts_are_reported_by_line(
@@ -501,7 +498,7 @@ def test_malformed_prompts_are_reported_by_line(
     ):  # fmt: skip
         path = tmp_path / "prompts.jsonl"
         path.write_text('{"prompt": "Tea?"}\n' + line + "\n")
-        assert run("generate", "--prompts", path) == 3
+        assert command("generate", "--prompts", path) == 3
         assert f"{path}:2: " in (error := capsys.readouterr().err) and reason in error
 
 
@@ -513,11 +510,11 @@ def test_prompts_with_invalid_unicode_are_refused_in_one_line(
     for words in (
         ("--prompts", path), ("half a \ud83d",), ("Tea?", "--stop", "\udcff"), ("\U000f0000",),
     ):  # fmt: skip
-        assert run("generate", *words) == 3
+        assert command("generate", *words) == 3
         error = capsys.readouterr().err
         assert "lone surrogate" in error or "private-use" in error
         assert error.count("\n") == 1 and "Traceback" not in error
-    assert run("chat", "--system", "\udcff") == 3
+    assert command("chat", "--system", "\udcff") == 3
 
 
 def test_invalid_input_does_not_end_the_chat(
@@ -526,7 +523,9 @@ def test_invalid_input_does_not_end_the_chat(
     monkeypatch.setattr(
         sys, "stdin", io.TextIOWrapper(io.BytesIO(b"caf\xe9\nTea?\n"), encoding="utf-8")
     )
-    assert run("chat", "--base", tiny_source.path, "--max-new-tokens", 4, "--temperature", 0) == 0
+    assert (
+        command("chat", "--base", tiny_source.path, "--max-new-tokens", 4, "--temperature", 0) == 0
+    )
     output = capsys.readouterr().out
     assert "the question has a lone surrogate" in output
     assert len(output.split("> ")) >= 3, "the chat continues"
@@ -603,6 +602,7 @@ def test_replies_of_recurrent_models_equal_those_of_transformers(
     list(reply.pieces())
     plain = transformers.AutoModelForCausalLM.from_pretrained(tmp_path, dtype=torch.float32).eval()
     ids = list(prompt)
+    assert reply.ids
     for token in reply.ids:
         with torch.no_grad():
             logits = plain(input_ids=torch.tensor([ids]), use_cache=False).logits[0, -1]

@@ -18,7 +18,6 @@ from safetensors.torch import load_file
 from tokenizers import Regex, pre_tokenizers
 from transformers import AutoModelForCausalLM, AutoTokenizer, LlamaConfig, LlamaForCausalLM
 
-from slm_lora.cli import app, run_guarded
 from slm_lora.config.schema import ModelSection
 from slm_lora.errors import UsageError
 from slm_lora.export import verify
@@ -31,6 +30,7 @@ from slm_lora.model.bundled import EMBEDDED, is_fetched
 from slm_lora.model.resolve import ModelSource, resolve
 
 from ..support.exports import make_adapter
+from ..support.lab import command
 from ..support.llama_cpp_client import PROMPTS, LlamaCpp, greedy
 from ..support.tiny_model import tiny_tokenizer
 
@@ -283,13 +283,12 @@ def test_export_command_prints_its_files_and_replaces_none(
     adapter: Path, tiny_source: ModelSource, tmp_path: Path, capsys: pytest.CaptureFixture[str]
 ) -> None:
     out = tmp_path / "out"
-    command = ["export", "gguf", str(adapter), str(out), "--as", "adapter", "--type", "q8_0"]
-    command += ["--base", str(tiny_source.path)]
-    assert run_guarded(lambda: app(command, standalone_mode=False)) == 0
+    words = ("export", "gguf", adapter, out, "--as", "adapter", "--type", "q8_0")
+    assert command(*words, "--base", tiny_source.path) == 0
     assert capsys.readouterr().out.split() == [
         str(out / name) for name in ("Modelfile", "tiny-llama-q8_0.gguf", "toy-lora.gguf")
     ]
-    assert run_guarded(lambda: app(command, standalone_mode=False)) == 2
+    assert command(*words, "--base", tiny_source.path) == 2
     assert "exists and is not replaced; choose another name" in capsys.readouterr().err
 
 

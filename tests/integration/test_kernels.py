@@ -14,6 +14,8 @@ from hypothesis import strategies as st
 from slm_lora.ops import attention, attention_cpu, cross_entropy, linear
 from slm_lora.ops.kernels import build
 
+from ..support.tensors import relative_error
+
 Tensors = tuple[torch.Tensor, ...]
 
 pytestmark = pytest.mark.skipif(
@@ -40,10 +42,10 @@ def computed(given: Tensors, lengths: list[int], scale: float) -> Tensors:
     return out, logsumexp, *gradients
 
 
-def distances(found: Tensors, wanted: Tensors) -> list[float]:
+def distances(actual: Tensors, expected: Tensors) -> list[float]:
     return [
-        ((one.double() - other).norm() / other.norm().clamp(min=1e-3)).item()
-        for one, other in zip(found, wanted, strict=True)
+        ((tensor.double() - exact).norm() / exact.norm().clamp(min=1e-3)).item()
+        for tensor, exact in zip(actual, expected, strict=True)
     ]
 
 
@@ -173,7 +175,7 @@ def test_amx_linear_has_outputs_and_gradients_of_fp64_linear(bias: bool) -> None
     ]
     for one, other in pairs:
         assert one is not None and other is not None
-        assert ((one.double() - other).norm() / other.norm()).item() < 4e-3
+        assert relative_error(one, other) < 4e-3
 
 
 @tiled

@@ -18,6 +18,7 @@ import psutil
 import pytest
 
 from ..support.lab import Lab, command
+from ..support.processes import wait_until
 
 pytestmark = pytest.mark.skipif(os.name == "nt", reason="signals of POSIX")
 slow = pytest.mark.slow
@@ -30,8 +31,7 @@ SLURM = ("--executor", "slurm", "--executor-option", "cluster=local")
 
 
 def arguments(lab: Lab, *options: object) -> list[str]:
-    where = ("--results", lab.results.parent, "--adapters", lab.adapters)
-    experiment = (lab.recipe, *where, *options)
+    experiment = (lab.recipe, *lab.folders, *options)
     return [sys.executable, "-m", "slm_lora", "experiment", *map(str, experiment)]
 
 
@@ -67,13 +67,6 @@ def run_results(lab: Lab) -> dict[str, Any]:
         )
         for folder in (lab.results / "runs").iterdir()
     }
-
-
-def wait_until(condition: Any, seconds: float = 120) -> None:
-    began = time.monotonic()
-    while not condition():
-        assert time.monotonic() - began < seconds
-        time.sleep(0.1)
 
 
 def checkpoints(lab: Lab) -> list[Path]:
@@ -215,14 +208,8 @@ def test_lost_ray_node_loses_no_results(
     ],
 )
 def test_conflicting_launcher_options_are_refused(
-    tmp_path: Path,
-    tiny_folder: Path,
-    capsys: pytest.CaptureFixture[str],
-    options: tuple[str, ...],
-    code: int,
-    part: str,
+    lab: Lab, capsys: pytest.CaptureFixture[str], options: tuple[str, ...], code: int, part: str
 ) -> None:
-    lab = Lab(tmp_path / "lab", tiny_folder)
     lab.recipe.write_text(lab.recipe.read_text().replace("precision: fp32", "precision: auto"))
     if "here:there" in options:
         pytest.importorskip("ray")
@@ -231,11 +218,8 @@ def test_conflicting_launcher_options_are_refused(
     assert not (lab.results / "runs").exists()
 
 
-def test_unreachable_ray_cluster_is_reported(
-    tmp_path: Path, tiny_folder: Path, capsys: pytest.CaptureFixture[str]
-) -> None:
+def test_unreachable_ray_cluster_is_reported(lab: Lab, capsys: pytest.CaptureFixture[str]) -> None:
     pytest.importorskip("ray")
-    lab = Lab(tmp_path / "lab", tiny_folder)
     with socket.socket() as free:
         free.bind(("127.0.0.1", 0))
         address = f"127.0.0.1:{free.getsockname()[1]}"
@@ -245,24 +229,19 @@ def test_unreachable_ray_cluster_is_reported(
 
 @pytest.mark.parametrize(("engine", "library"), [("ray", "ray"), ("slurm", "submitit")])
 def test_missing_launcher_library_names_its_extra(
-    tmp_path: Path,
-    tiny_folder: Path,
+    lab: Lab,
     monkeypatch: pytest.MonkeyPatch,
     capsys: pytest.CaptureFixture[str],
     engine: str,
     library: str,
 ) -> None:
-    monkeypatch.setitem(sys.modules, library, None)  # what `import` finds is no module
-    lab = Lab(tmp_path / "lab", tiny_folder)
+    monkeypatch.setitem(sys.modules, library, None)  # its import fails
     assert lab.run("--executor", engine) == 2
     assert f"pip install '.[{engine}]'" in capsys.readouterr().err
 
 
-def test_machine_without_slurm_is_refused(
-    tmp_path: Path, tiny_folder: Path, capsys: pytest.CaptureFixture[str]
-) -> None:
+def test_machine_without_slurm_is_refused(lab: Lab, capsys: pytest.CaptureFixture[str]) -> None:
     pytest.importorskip("submitit")
-    lab = Lab(tmp_path / "lab", tiny_folder)
     assert lab.run("--executor", "slurm") == 2
     assert "--executor slurm:" in capsys.readouterr().err
 
@@ -270,18 +249,13 @@ def test_machine_without_slurm_is_refused(
 # --- by hand -----------------------------------------------------------------------------------
 
 
-def test_train_command_runs_the_base_alone(tmp_path: Path, tiny_folder: Path) -> None:
-    lab = Lab(tmp_path / "lab", tiny_folder)
-    where = ("--results", lab.results.parent, "--adapters", lab.adapters)
-    assert command("train", lab.recipe, "--cell", "base", *where) == 0
+def test_train_command_runs_the_base_alone(lab: Lab) -> None:
+    assert command("train", lab.recipe, "--cell", "base", *lab.folders) == 0
     (base,) = run_results(lab)
     assert base.startswith("base-")
 
 
-def test_train_waits_for_a_cell_locked_by_another_process(
-    tmp_path: Path, tiny_folder: Path
-) -> None:
-    lab = Lab(tmp_path / "lab", tiny_folder)
+def test_train_waits_for_a_cell_locked_by_another_process(lab: Lab) -> None:
     holder = (
         "import sys, time\n"
         "from pathlib import Path\n"

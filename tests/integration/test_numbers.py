@@ -11,17 +11,16 @@ import torch
 
 from slm_lora.adapters import attach
 from slm_lora.config.schema import AdapterSection, TrainingSection
-from slm_lora.data.collate import collate
 from slm_lora.errors import NumericError
 from slm_lora.evaluation.scoring import held_out_loss, score
 from slm_lora.model.base import Base
-from slm_lora.model.forward import batch_nll
 from slm_lora.records import Step
 from slm_lora.training import step
 from slm_lora.training.loop import train
 from slm_lora.training.step import MAX_SKIPPED, StepRunner
 
-from ..support.examples import TRAINING_LENGTHS, make_examples
+from ..support.examples import TRAINING_LENGTHS, gradients, make_examples
+from ..support.tensors import assert_equal_bits, relative_error
 
 LoadTiny = Callable[..., Base]
 
@@ -152,7 +151,7 @@ def test_fp16_overflow_skips_the_step_and_keeps_the_weights(
     def on_step(done: Step) -> None:
         weights = attach.trainable_state(base.model)
         if done.skipped:
-            assert all(torch.equal(weights[name], before[name]) for name in weights)
+            assert_equal_bits(weights, before)
         before.update(weights)
         seen.append(done)
 
@@ -176,35 +175,16 @@ def test_repeated_fp16_overflow_stops_after_max_skipped_steps(
 # --- exactness ---------------------------------------------------------------------------------
 
 
-def gradient(base: Base, batches: list[int], double: bool) -> torch.Tensor:
-    """Gradient of a step of 16 rows, divided into micro-batches of so many rows."""
-    peft_model = attach.attach(base, AdapterSection(r=4, lora_dropout=0.0), 3)
-    peft_model.train()
-    generator = torch.Generator().manual_seed(1)
-    for name, parameter in peft_model.named_parameters():
-        if "lora_B" in name:
-            parameter.data.copy_(torch.randn(parameter.shape, generator=generator) * 0.1)
-    if double:
-        peft_model.double()
-    examples = sorted(make_examples(TRAINING_LENGTHS[:16]), key=lambda example: -example.length)
-    labels = sum(example.length - 1 for example in examples)
-    for many in batches:
-        torch.autograd.backward(batch_nll(base, collate(examples[:many], "all")) / labels)
-        examples = examples[many:]
-    found = [p.grad.double().flatten() for p in peft_model.parameters() if p.grad is not None]
-    attach.detach(peft_model)
-    return torch.cat(found)
-
-
 @pytest.mark.parametrize("rows", [8, 4, 1])
 @pytest.mark.parametrize(("double", "bound"), [(True, 1e-12), (False, 1e-5)])
 def test_gradient_does_not_depend_on_the_division_into_micro_batches(
     load_tiny: LoadTiny, rows: int, double: bool, bound: float
 ) -> None:
     """16×1, 8×2, 4×4 and 1×16."""
-    whole = gradient(load_tiny(), [16], double)
-    parts = gradient(load_tiny(), [rows] * (16 // rows), double)
-    assert ((parts - whole).norm() / whole.norm()).item() < bound
+    examples = sorted(make_examples(TRAINING_LENGTHS[:16]), key=lambda example: -example.length)
+    whole = gradients(load_tiny(), examples, double)
+    parts = gradients(load_tiny(), examples, double, micro_batch=rows)
+    assert relative_error(parts, whole) < bound
 
 
 def test_step_result_does_not_depend_on_the_token_budget(load_tiny: LoadTiny) -> None:

@@ -23,7 +23,6 @@ import pytest
 import yaml
 from huggingface_hub import ModelCard
 
-from slm_lora.cli import app, run_guarded
 from slm_lora.data.chat_templates import freeze_date
 from slm_lora.errors import IntegrityError, StorageError, UsageError
 from slm_lora.export.hub import dry_run, push
@@ -32,6 +31,7 @@ from slm_lora.export.trained import read_trained
 from slm_lora.model.resolve import ModelSource
 
 from ..support.exports import change_metadata, make_adapter
+from ..support.lab import command
 
 REPOSITORY = "somebody/toy-adapter"
 SENT = {"README.md", "adapter_config.json", "adapter_model.safetensors", "chat_template.jinja",
@@ -211,8 +211,8 @@ def test_card_has_settings_and_losses_of_the_run(adapter: Path, tmp_path: Path) 
     assert f"| base | {base['intervals']['all']['value']:.4f} | " in readme
     assert "BSD-3-Clause" in readme and "Apache-2.0" in readme
     assert "| training.learning_rate | 0.001 |" in readme
-    for command in ("PeftModel.from_pretrained", "vllm serve", "llama-server", "ollama create"):
-        assert command in readme
+    for usage in ("PeftModel.from_pretrained", "vllm serve", "llama-server", "ollama create"):
+        assert usage in readme
 
 
 @pytest.mark.parametrize(
@@ -266,9 +266,9 @@ def test_commands_of_the_card_run(adapter: Path, tiny_source: ModelSource, tmp_p
     run_python(readme, tmp_path, BASE=str(tiny_source.path))
     gguf = next(line for line in readme.splitlines() if line.startswith("slm-lora export gguf"))
     assert gguf == 'slm-lora export gguf toy-adapter toy-adapter-gguf --as adapter --base "$BASE"'
-    command = gguf.replace('"$BASE"', str(tiny_source.path)).split()[1:]
-    command[2:4] = [str(tmp_path / name) for name in command[2:4]]
-    assert run_guarded(lambda: app(command, standalone_mode=False)) == 0
+    words = gguf.replace('"$BASE"', str(tiny_source.path)).split()[1:]
+    words[2:4] = [str(tmp_path / name) for name in words[2:4]]
+    assert command(*words) == 0
     served = next(line for line in readme.splitlines() if line.startswith("llama-server"))
     named = [word for word in served.split() if word.endswith(".gguf")]
     assert len(named) == 2 and all((tmp_path / name).is_file() for name in named)
@@ -323,15 +323,10 @@ def test_push_refuses_local_paths_and_hub_tokens(
 def test_push_command_prints_files_and_refuses_bad_arguments(
     adapter: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]
 ) -> None:
-    command = ["push", str(adapter), REPOSITORY, "--dry-run", str(tmp_path / "dry")]
-    assert run_guarded(lambda: app(command, standalone_mode=False)) == 0
+    dry_run_option = ("--dry-run", tmp_path / "dry")
+    assert command("push", adapter, REPOSITORY, *dry_run_option) == 0
     assert {Path(line).name for line in capsys.readouterr().out.split()} == SENT
     shutil.rmtree(tmp_path / "dry")
-    assert (
-        run_guarded(lambda: app([*command[:2], "no-owner", *command[3:]], standalone_mode=False))
-        == 2
-    )
-    assert (
-        run_guarded(lambda: app(["push", str(tmp_path), *command[2:]], standalone_mode=False)) == 2
-    )
+    assert command("push", adapter, "no-owner", *dry_run_option) == 2
+    assert command("push", tmp_path, REPOSITORY, *dry_run_option) == 2
     assert "neither an adapter" in capsys.readouterr().err

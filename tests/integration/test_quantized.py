@@ -33,14 +33,10 @@ def lab(tmp_path_factory: pytest.TempPathFactory, tiny_folder: Path) -> Lab:
     return Lab(tmp_path_factory.mktemp("nf4"), tiny_folder)
 
 
-def paths(lab: Lab) -> tuple[object, ...]:
-    return ("--results", lab.results.parent, "--adapters", lab.adapters)
-
-
 @pytest.fixture(scope="module")
 def trained(lab: Lab) -> dict[str, Any]:
     words = ("model.quantization=nf4", "training.num_train_epochs=4")
-    assert command("train", lab.recipe, *words, "--cell", "r4-40", *paths(lab)) == 0
+    assert command("train", lab.recipe, *words, "--cell", "r4-40", *lab.folders) == 0
     run: dict[str, Any] = json.loads(next(lab.results.rglob("run.json")).read_text())
     return run
 

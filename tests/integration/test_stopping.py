@@ -285,8 +285,8 @@ def test_changed_recipe_beside_an_unfinished_training_is_refused(
     output = capsys.readouterr().err
     assert "data.name: rows.jsonl → rows2.jsonl; " in output
     assert "training rows: " in output and "learning_rate" not in output
-    monkeypatch.setattr(cell, "train", None)  # what is trained is not trained again
-    with pytest.raises(TypeError):
+    monkeypatch.setattr(cell, "train", None)
+    with pytest.raises(TypeError):  # the changed recipe is trained from the beginning
         lab.run(ONE, "training.learning_rate=2e-2", "--discard-checkpoints")
     assert not (lab.results / "checkpoints").exists() or not list(
         (lab.results / "checkpoints").iterdir()

@@ -21,14 +21,8 @@ def needs(name: str) -> pytest.MarkDecorator:
     return pytest.mark.skipif(not there, reason=f"{name} is not installed (make test-all)")
 
 
-@pytest.fixture
-def lab(tmp_path: Path, tiny_folder: Path) -> Lab:
-    return Lab(tmp_path / "lab", tiny_folder)
-
-
 def train(lab: Lab, names: str) -> int:
-    where = ("--results", lab.results.parent, "--adapters", lab.adapters, "--cell", "r2-40")
-    return command("train", lab.recipe, *where, f"report_to=[{names}]")
+    return command("train", lab.recipe, *lab.folders, "--cell", "r2-40", f"report_to=[{names}]")
 
 
 def steps(lab: Lab) -> list[float]:
@@ -71,8 +65,7 @@ def test_trackio_gets_every_step(lab: Lab, tmp_path: Path) -> None:
     import sys
 
     store = tmp_path / "trackio"
-    where = ("--results", lab.results.parent, "--adapters", lab.adapters, "--cell", "r2-40")
-    words = ["train", lab.recipe, *where, "report_to=[trackio]"]
+    words = ["train", lab.recipe, *lab.folders, "--cell", "r2-40", "report_to=[trackio]"]
     environment = {**os.environ, "TRACKIO_DIR": str(store), "HF_HUB_OFFLINE": "1"}
     done = subprocess.run(
         [sys.executable, "-m", "slm_lora", *map(str, words)],

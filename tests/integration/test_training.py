@@ -22,6 +22,7 @@ from slm_lora.training.loop import TrainingResult, train
 from slm_lora.training.schedule import learning_rate, total_steps
 
 from ..support.examples import TRAINING_LENGTHS, make_examples
+from ..support.tensors import assert_equal_bits
 
 LoadTiny = Callable[..., Base]
 
@@ -50,13 +51,13 @@ def test_activation_checkpointing_gives_the_same_bits_with_less_memory(
     def kept_bytes(base: Base, on: bool) -> tuple[TrainingResult, dict[str, torch.Tensor], int]:
         kept = 0
 
-        def collate(tensor: torch.Tensor) -> torch.Tensor:
+        def count_bytes(tensor: torch.Tensor) -> torch.Tensor:
             nonlocal kept
             kept += tensor.nbytes
             return tensor
 
         def watched(*arguments: Any) -> torch.Tensor:
-            with torch.autograd.graph.saved_tensors_hooks(collate, lambda tensor: tensor):
+            with torch.autograd.graph.saved_tensors_hooks(count_bytes, lambda tensor: tensor):
                 return forward(*arguments)
 
         monkeypatch.setattr(step, "batch_nll", watched)
@@ -69,7 +70,7 @@ def test_activation_checkpointing_gives_the_same_bits_with_less_memory(
     plain, weights, all_bytes = kept_bytes(load_tiny(), False)
     recomputed, same_weights, few_bytes = kept_bytes(load_tiny(), True)
     assert [s.loss for s in plain.history] == [s.loss for s in recomputed.history]
-    assert all(torch.equal(weights[name], same_weights[name]) for name in weights)
+    assert_equal_bits(same_weights, weights)
     assert few_bytes < 0.4 * all_bytes
 
 
@@ -127,8 +128,7 @@ def test_training_learns_and_leaves_the_base_unchanged(load_tiny: LoadTiny) -> N
     epochs = [sum(s.loss * s.label_tokens for s in result.history[i : i + 2]) for i in (0, 28)]
     assert epochs[1] < 0.97 * epochs[0]
     after = dict(base.model.named_parameters())
-    assert before.keys() == after.keys()
-    assert all(torch.equal(before[name], after[name]) for name in before)
+    assert_equal_bits(after, before)
 
 
 def test_adapter_weights_are_fp32_on_a_bf16_base(load_tiny: LoadTiny) -> None:

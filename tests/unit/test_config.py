@@ -718,7 +718,7 @@ def test_null_columns_and_include_context_values_are_kept() -> None:
     assert recipe.data.include_context == "auto"
     for value in (True, False, "auto"):
         data = DataSection(include_context=value)
-        assert data.include_context is value or value == "auto"
+        assert data.include_context is value
     with pytest.raises(UsageError, match=r"data\.include_context"):
         parse_recipe("name: x\ndata: {include_context: sometimes}\n", "x.yaml")
 

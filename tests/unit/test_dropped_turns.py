@@ -65,7 +65,7 @@ def test_rows_with_a_dropped_turn_are_refused(
 )
 @pytest.mark.parametrize("turns", [PAIR, SYSTEM, FOUR])
 def test_templates_that_change_a_turn_render(source: str, turns: tuple[Turn, ...]) -> None:
-    rendered(source, turns)
+    assert rendered(source, turns).count(": ") == len(turns)
 
 
 def test_an_empty_turn_is_never_reported_as_dropped() -> None:

@@ -293,10 +293,6 @@ def test_equivalence_p_values_of_a_family_are_corrected() -> None:
     assert uncorrected / families > 0.25
 
 
-def test_reports_are_repeatable() -> None:
-    assert difference(sample(4, seeds=3), 0.01) == difference(sample(4, seeds=3), 0.01)
-
-
 def test_incomplete_grid_of_draws_and_seeds_uses_its_largest_complete_part() -> None:
     """Seed 0 on five draws and four more seeds on one of them: five draws of one seed."""
     draws = [Draw(0, data) for data in range(5)] + [Draw(seed, 0) for seed in range(1, 5)]

@@ -62,6 +62,11 @@ def test_fit_of_equal_losses_is_flat() -> None:
     assert found.middle == pytest.approx(2.0)
 
 
+def test_fit_is_repeatable_although_it_resamples() -> None:
+    scores = arms([100, 200, 400, 800], 2.0, 5.0, 0.5, noise=0.05)
+    assert fitted(scores).record() == fitted(scores).record()
+
+
 def test_three_sizes_are_too_few_for_a_fit() -> None:
     given = arms([100, 200, 400], 2.0, 5.0, 0.5, noise=0.0)
     assert fit("LoRA", given, METRICS["all"]) is None

@@ -85,7 +85,9 @@ def test_context_system_and_reference_of_a_prompt_are_read(tmp_path: Path) -> No
          "system": "S", "context": "C", "tools": "[]", "images": None},
     ]  # fmt: skip
     content = "\n".join(map(json.dumps, rows))
-    for prompt in read(tmp_path / "p.jsonl", content):
+    prompts = read(tmp_path / "p.jsonl", content)
+    assert len(prompts) == len(rows)
+    for prompt in prompts:
         assert prompt.turns == (Turn("system", "S"), Turn("user", "Q?"))
         assert (prompt.context, prompt.reference) == ("C", "A")
 
