@@ -1,4 +1,4 @@
-"""An adapter folder is believed only as far as it can be checked, and nothing in it is run."""
+"""Adapter folders are verified by checksums and shapes, and no code in them is run."""
 
 from __future__ import annotations
 
@@ -42,10 +42,10 @@ def saved(base: Base, folder: Path, section: AdapterSection | None = None) -> Pa
 
 
 def refusal(base: Base, folder: Path) -> str:
-    with pytest.raises(IntegrityError) as caught:
+    with pytest.raises(IntegrityError) as refused:
         adapter_io.load(base, folder)
-    assert "\n" not in str(caught.value)
-    return str(caught.value)
+    assert "\n" not in str(refused.value)
+    return str(refused.value)
 
 
 def test_saved_metadata_has_a_checksum_of_every_file(load_tiny: LoadTiny, tmp_path: Path) -> None:
@@ -67,12 +67,12 @@ def test_truncated_flipped_or_missing_adapter_file_is_refused(
     base = load_tiny()
     folder = saved(base, tmp_path / "a")
     path = folder / name
-    whole = path.read_bytes()
+    content = path.read_bytes()
     for tenth in range(10):
-        path.write_bytes(whole[: len(whole) * tenth // 10])
+        path.write_bytes(content[: len(content) * tenth // 10])
         refusal(base, folder)
-    for position in range(0, len(whole), max(1, len(whole) // 40)):
-        flipped = bytearray(whole)
+    for position in range(0, len(content), max(1, len(content) // 40)):
+        flipped = bytearray(content)
         flipped[position] ^= 1 << position % 8
         path.write_bytes(flipped)
         refusal(base, folder)
@@ -81,7 +81,7 @@ def test_truncated_flipped_or_missing_adapter_file_is_refused(
         assert not adapter_io.is_sealed(folder)
     else:
         assert "missing" in refusal(base, folder)
-    path.write_bytes(whole)
+    path.write_bytes(content)
     attach.detach(adapter_io.load(base, folder))
 
 
@@ -146,7 +146,7 @@ def test_adapter_with_non_finite_weights_is_not_saved(load_tiny: LoadTiny, tmp_p
     assert not list(tmp_path.iterdir())
 
 
-# --- what would run, or read elsewhere ---------------------------------------------------------
+# --- code and paths outside the folder ---------------------------------------------------------
 
 
 class Canary:

@@ -33,7 +33,7 @@ pytestmark = pytest.mark.skipif(
 
 
 @pytest.fixture(autouse=True)
-def nothing_failed_before(monkeypatch: pytest.MonkeyPatch) -> Iterator[None]:
+def fresh_compilation_state(monkeypatch: pytest.MonkeyPatch) -> Iterator[None]:
     monkeypatch.setattr(compilation, "_failure", "")
     counters.clear()
     yield
@@ -50,8 +50,8 @@ def test_compiled_gradients_equal_fp64(
 
     def error(precision: str, plain: bool, on: bool) -> float:
         with compilation.enabled(on):
-            found = gradients(load_tiny(precision, plain=plain), examples, dropout=dropout)
-        return relative_error(found, reference)
+            actual = gradients(load_tiny(precision, plain=plain), examples, dropout=dropout)
+        return relative_error(actual, reference)
 
     assert error("fp32", plain=False, on=True) < 1e-5
     assert error("bf16", plain=False, on=True) < 1.1 * error("bf16", plain=True, on=False)
@@ -59,12 +59,12 @@ def test_compiled_gradients_equal_fp64(
 
 def test_compiled_scores_equal_eager_scores(load_tiny: LoadTiny) -> None:
     base, batch = load_tiny(), collate(make_examples(LENGTHS), "all")
-    plain = score_documents(base, batch).nll_all
+    eager = score_documents(base, batch).nll_all
     torch._dynamo.reset()
     with compilation.enabled(True):
         compiled = score_documents(base, batch).nll_all
     assert counters["stats"]["unique_graphs"] > 0
-    assert compiled == pytest.approx(plain, rel=1e-6)
+    assert compiled == pytest.approx(eager, rel=1e-6)
 
 
 @pytest.mark.parametrize("on", [False, True])
@@ -76,15 +76,17 @@ def test_loss_and_logit_gradient_equal_fp64_cross_entropy(
     logits = (torch.randn(2 * EAGER_BLOCK + 3, 5_000) * 8 + 50).to(dtype)
     labels = torch.randint(0, 5_000, (len(logits),))
     exact = logits.double().requires_grad_()
-    wanted = torch.nn.functional.cross_entropy(exact, labels, reduction="none")
-    gradient = torch.autograd.grad(wanted.sum(), exact)[0]
+    expected = torch.nn.functional.cross_entropy(exact, labels, reduction="none")
+    expected_gradient = torch.autograd.grad(expected.sum(), exact)[0]
     with compilation.enabled(on):
         scored = label_nll(logits.clone(), labels)
-        nll, found = nll_and_gradient(logits.clone(), labels)
-    assert found.dtype == dtype and nll.dtype == torch.float32
+        nll, logit_gradient = nll_and_gradient(logits.clone(), labels)
+    assert logit_gradient.dtype == dtype and nll.dtype == torch.float32
     assert torch.equal(scored, nll)
-    torch.testing.assert_close(nll.double(), wanted, rtol=1e-6, atol=5e-6)
-    torch.testing.assert_close(found.double(), gradient, rtol=4 * rounding, atol=1e-7)
+    torch.testing.assert_close(nll.double(), expected, rtol=1e-6, atol=5e-6)
+    torch.testing.assert_close(
+        logit_gradient.double(), expected_gradient, rtol=4 * rounding, atol=1e-7
+    )
 
 
 @pytest.mark.parametrize("p", [0.05, 0.3, 0.6])
@@ -99,13 +101,13 @@ def test_compiled_dropout_has_the_mask_of_eager_mode(p: float) -> None:
             return torch.nn.functional.linear(dropout(x.float()), weight)
 
     x = torch.ones(1, 37, 96, dtype=torch.bfloat16, requires_grad=True)
-    plain, compiled = product(x), torch.compile(product, dynamic=True)(x)
-    assert torch.equal(plain, compiled)
-    assert len(plain.unique()) > 1, "nothing was dropped"
-    for one, other in zip(
-        torch.autograd.grad(plain.sum(), x), torch.autograd.grad(compiled.sum(), x), strict=True
+    eager, compiled = product(x), torch.compile(product, dynamic=True)(x)
+    assert torch.equal(eager, compiled)
+    assert len(eager.unique()) > 1, "nothing was dropped"
+    for eager_gradient, compiled_gradient in zip(
+        torch.autograd.grad(eager.sum(), x), torch.autograd.grad(compiled.sum(), x), strict=True
     ):
-        assert torch.equal(one, other)
+        assert torch.equal(eager_gradient, compiled_gradient)
 
 
 # Code is compiled for the first shapes, so seeds vary these.
@@ -119,8 +121,8 @@ def test_new_shapes_compile_no_further_graph(
     generator = torch.Generator().manual_seed(seed)
 
     def step(number: int) -> None:
-        many = int(torch.randint(1, 12, (1,), generator=generator))
-        lengths = torch.randint(2, 400, (many,), generator=generator).tolist()
+        rows = int(torch.randint(1, 12, (1,), generator=generator))
+        lengths = torch.randint(2, 400, (rows,), generator=generator).tolist()
         batch_nll(base, collate(make_examples(lengths, seed=number), "all")).backward()
 
     torch._dynamo.reset()
@@ -219,9 +221,9 @@ def test_errors_of_the_work_itself_are_not_compile_failures(error: Exception) ->
 
 def test_should_compile_needs_enough_tokens_and_a_compiler(monkeypatch: pytest.MonkeyPatch) -> None:
     cpu = torch.device("cpu")
-    for low_precision, least in zip((True, False), compilation.MIN_TOKENS["cpu"], strict=True):
-        assert not compilation.should_compile("auto", least - 1, cpu, low_precision)
-        assert compilation.should_compile("auto", least, cpu, low_precision)
+    for low_precision, minimum in zip((True, False), compilation.MIN_TOKENS["cpu"], strict=True):
+        assert not compilation.should_compile("auto", minimum - 1, cpu, low_precision)
+        assert compilation.should_compile("auto", minimum, cpu, low_precision)
     assert compilation.should_compile(True, 1, cpu, low_precision=True)
     assert not compilation.should_compile(False, 10**9, cpu, low_precision=True)
     monkeypatch.delenv("CXX", raising=False)

@@ -67,9 +67,9 @@ def test_gradients_and_scores_of_2_and_4_processes_equal_one_process(
 ) -> None:
     """With dropout, whose masks must not depend on the process of a row."""
     results = [load_file(ranks / f"{precision}-{n}.safetensors") for n in (1, 2, 4)]
-    for other in results[1:]:
+    for result in results[1:]:
         for name, expected in results[0].items():
-            distance = relative_error(other[name], expected)
+            distance = relative_error(result[name], expected)
             assert distance < (bound if name != "nll" else 1e-6), name
             assert expected.norm() > 0
 
@@ -90,8 +90,8 @@ def train_here(lab: Lab, *options: object) -> int:
     return command(*train(lab, *options)[len(SLM_LORA) :])
 
 
-def assert_same_results(one: Lab, other: Lab) -> None:
-    losses, adapters = zip(loss_and_adapter(one), loss_and_adapter(other), strict=True)
+def assert_same_results(expected: Lab, actual: Lab) -> None:
+    losses, adapters = zip(loss_and_adapter(expected), loss_and_adapter(actual), strict=True)
     assert losses[0] == pytest.approx(losses[1], rel=1e-5)
     for name, tensor in adapters[0].items():
         assert relative_error(adapters[1][name], tensor) < 1e-4
@@ -109,18 +109,18 @@ def test_training_in_two_processes_equals_one_process(
     undisturbed: Lab, tmp_path: Path, tiny_folder: Path
 ) -> None:
     lab = Lab(tmp_path / "two", tiny_folder)
-    done = subprocess.run(
+    completed = subprocess.run(
         train(lab, "--processes", 2), env=environment(), capture_output=True, text=True
     )
-    assert done.returncode == 0, done.stderr
-    assert done.stderr.count("trained 10 steps") == 1, "one voice"
+    assert completed.returncode == 0, completed.stderr
+    assert completed.stderr.count("trained 10 steps") == 1, "logged by one process"
     assert_same_results(undisturbed, lab)
     run = json.loads(next(lab.results.rglob("run.json")).read_text())
     assert run["machine"]["processes"] == 2
-    wanted = json.loads(next(undisturbed.results.rglob("run.json")).read_text())
+    expected = json.loads(next(undisturbed.results.rglob("run.json")).read_text())
     assert run["evaluation"]["all"]["rows"] == 20
     assert run["evaluation"]["all"]["loss"] == pytest.approx(
-        wanted["evaluation"]["all"]["loss"], rel=1e-6
+        expected["evaluation"]["all"]["loss"], rel=1e-6
     )
 
 

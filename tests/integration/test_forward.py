@@ -51,11 +51,11 @@ def test_nll_of_a_document_does_not_depend_on_its_neighbours(load_tiny: LoadTiny
     base = load_tiny()
     first, *rest = make_examples(LENGTHS)
     others = make_examples(LENGTHS, seed=9)[1:]
-    one = score_documents(base, collate([first, *rest], "all")).nll_all[0]
-    other = score_documents(base, collate([first, *others], "all")).nll_all[0]
+    nll = score_documents(base, collate([first, *rest], "all")).nll_all[0]
+    with_others = score_documents(base, collate([first, *others], "all")).nll_all[0]
     moved = score_documents(base, collate([*others, first], "all")).nll_all[-1]
-    assert one == pytest.approx(other, rel=1e-6)
-    assert one == pytest.approx(moved, rel=1e-6)
+    assert nll == pytest.approx(with_others, rel=1e-6)
+    assert nll == pytest.approx(moved, rel=1e-6)
 
 
 @settings(max_examples=15, deadline=None)
@@ -70,16 +70,16 @@ def test_packed_attention_equals_softmax_attention_with_gradients(lengths: list[
     )
     up = torch.randn(total, 6, 8, dtype=torch.float64, generator=generator)
     out, _ = attention.packed_attention(q, k, v, torch.tensor(lengths), 0.3)
-    found = torch.autograd.grad((out * up).sum(), (q, k, v))
+    gradients = torch.autograd.grad((out * up).sum(), (q, k, v))
     document = torch.repeat_interleave(torch.arange(len(lengths)), torch.tensor(lengths))
     seen = (document[:, None] == document[None, :]).tril()
     scores = torch.einsum("thd,shd->hts", q, k.repeat_interleave(3, 1)) * 0.3
     weights = scores.masked_fill(~seen, float("-inf")).softmax(-1)
     reference = torch.einsum("hts,shd->thd", weights, v.repeat_interleave(3, 1))
-    wanted = torch.autograd.grad((reference * up).sum(), (q, k, v))
+    expected_gradients = torch.autograd.grad((reference * up).sum(), (q, k, v))
     torch.testing.assert_close(out, reference, rtol=1e-10, atol=1e-10)
-    for one, other in zip(found, wanted, strict=True):
-        torch.testing.assert_close(one, other, rtol=1e-9, atol=1e-10)
+    for gradient, expected in zip(gradients, expected_gradients, strict=True):
+        torch.testing.assert_close(gradient, expected, rtol=1e-9, atol=1e-10)
 
 
 @pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
@@ -87,8 +87,8 @@ def test_packed_attention_passes_opcheck(dtype: torch.dtype) -> None:
     """It neither mutates nor returns its inputs, and its fake kernel gives the right shapes."""
     generator = torch.Generator().manual_seed(0)
     q, k, v, upstream = (
-        torch.randn(12, many, 16, generator=generator).to(dtype).requires_grad_()
-        for many in (6, 2, 2, 6)
+        torch.randn(12, heads, 16, generator=generator).to(dtype).requires_grad_()
+        for heads in (6, 2, 2, 6)
     )
     lengths = torch.tensor([7, 5])
     torch.library.opcheck(attention.packed_attention, (q, k, v, lengths, 0.3))
@@ -107,8 +107,8 @@ def error_to_fp64(
     reference = gradients(load_tiny("fp64", plain=True), examples, double=True)
 
     def error(precision: str, plain: bool) -> float:
-        found = gradients(load_tiny(precision, plain=plain), examples)
-        return relative_error(found, reference)
+        actual = gradients(load_tiny(precision, plain=plain), examples)
+        return relative_error(actual, reference)
 
     return error
 
@@ -163,14 +163,14 @@ def test_special_output_heads_have_the_loss_of_transformers(
     base = load(tmp_path)
     plain = transformers.AutoModelForCausalLM.from_pretrained(tmp_path, dtype=torch.float32)
     examples = make_examples([30, 12, 5])
-    found = score_documents(base, collate(examples, "all")).nll_all
+    nll = score_documents(base, collate(examples, "all")).nll_all
     batch = collate(examples, "all")
     total = sum(
         plain(input_ids=ids, labels=ids, use_cache=False).loss * (ids.shape[1] - 1)
         for example in examples
         for ids in [torch.from_numpy(example.ids).long().unsqueeze(0)]
     )
-    assert found.sum() == pytest.approx(total.item(), rel=2e-6)
+    assert nll.sum() == pytest.approx(total.item(), rel=2e-6)
     assert batch_nll(base, batch).item() == pytest.approx(total.item(), rel=2e-6)
 
 
@@ -204,13 +204,15 @@ def test_model_whose_head_needs_more_than_hidden_states_is_refused(tmp_path: Pat
 def test_attention_across_documents_falls_back_to_padding(
     load_tiny: LoadTiny, monkeypatch: pytest.MonkeyPatch, precision: PrecisionName
 ) -> None:
-    right = attention_bmm.forward
+    forward = attention_bmm.forward
 
-    def wrong(q: Tensor, k: Tensor, v: Tensor, lengths: Tensor, scale: float) -> tuple[Tensor, ...]:
-        return right(q, k, v, lengths.sum().view(1), scale)
+    def across_documents(
+        q: Tensor, k: Tensor, v: Tensor, lengths: Tensor, scale: float
+    ) -> tuple[Tensor, ...]:
+        return forward(q, k, v, lengths.sum().view(1), scale)
 
-    for way in (attention_bmm, attention_cpu):
-        monkeypatch.setattr(way, "forward", wrong)
+    for backend in (attention_bmm, attention_cpu):
+        monkeypatch.setattr(backend, "forward", across_documents)
     base = load_tiny(precision)
     assert not base.packed
     assert "logits differ by" in base.fallback_reason
@@ -237,19 +239,19 @@ def test_other_model_families_score_as_transformers_does(kind: str, tmp_path: Pa
     # Only Mistral enables its sliding window by default; packed attention does not support one.
     assert base.packed == (kind != "MistralConfig"), base.fallback_reason
     examples = make_examples([30, 12, 5])
-    found = score_documents(base, collate(examples, "all")).nll_all
+    nll = score_documents(base, collate(examples, "all")).nll_all
     for index, example in enumerate(examples):
         ids = torch.from_numpy(example.ids).long().unsqueeze(0)
         plain = transformers.AutoModelForCausalLM.from_pretrained(tmp_path)
-        wanted = plain(input_ids=ids, labels=ids).loss.item() * (example.length - 1)
-        assert found[index] == pytest.approx(wanted, rel=1e-4)
+        expected = plain(input_ids=ids, labels=ids).loss.item() * (example.length - 1)
+        assert nll[index] == pytest.approx(expected, rel=1e-4)
 
 
 def test_summed_micro_batch_gradients_equal_the_whole_batch(load_tiny: LoadTiny) -> None:
     examples = make_examples(LENGTHS)
-    whole = gradients(load_tiny(), examples)
+    one_batch = gradients(load_tiny(), examples)
     parts = gradients(load_tiny(), examples, micro_batch=1)
-    assert relative_error(parts, whole) < 1e-5
+    assert relative_error(parts, one_batch) < 1e-5
 
 
 def test_dropout_gradients_do_not_depend_on_packing(load_tiny: LoadTiny) -> None:
@@ -258,8 +260,8 @@ def test_dropout_gradients_do_not_depend_on_packing(load_tiny: LoadTiny) -> None
     padded = gradients(load_tiny(plain=True), examples, dropout=0.3)
     alone = gradients(load_tiny(), examples, dropout=0.3, micro_batch=1)
     without = gradients(load_tiny(), examples)
-    for other in (padded, alone):
-        assert relative_error(other, packed) < 1e-5
+    for gradient in (padded, alone):
+        assert relative_error(gradient, packed) < 1e-5
     assert relative_error(without, packed) > 1e-2
 
 
@@ -274,17 +276,17 @@ def test_chunked_loss_equals_cross_entropy(positions: int, form: HeadForm, with_
     weight = torch.randn(50, 16, dtype=torch.float64, requires_grad=True)
     labels = torch.randint(0, 50, (positions,))
     bias = torch.randn(50, dtype=torch.float64, requires_grad=True) if with_bias else None
-    found = summed_nll(hidden, OutputHead(weight, bias, form), labels)
+    nll = summed_nll(hidden, OutputHead(weight, bias, form), labels)
     logits = form.scale * (hidden @ weight.t() + (0 if bias is None else bias))
     if form.cap is not None:
         logits = form.cap * torch.tanh(logits / form.cap)
     reference = torch.nn.functional.cross_entropy(logits, labels, reduction="sum")
-    assert found.item() == pytest.approx(reference.item(), rel=1e-12)
+    assert nll.item() == pytest.approx(reference.item(), rel=1e-12)
     trained = (hidden, weight) if bias is None else (hidden, weight, bias)
-    ours = torch.autograd.grad(found / 7, trained)
+    ours = torch.autograd.grad(nll / 7, trained)
     theirs = torch.autograd.grad(reference / 7, trained)
-    for one, other in zip(ours, theirs, strict=True):
-        torch.testing.assert_close(one, other, rtol=1e-10, atol=1e-12)
+    for gradient, expected in zip(ours, theirs, strict=True):
+        torch.testing.assert_close(gradient, expected, rtol=1e-10, atol=1e-12)
     rows = token_nll(hidden, OutputHead(weight, bias, form), labels)
     assert rows.sum().item() == pytest.approx(reference.item(), rel=1e-6)
 

@@ -196,11 +196,11 @@ def test_export_of_a_merged_folder_equals_export_as_merged(
         export(read_trained(tmp_path / "merged"), tmp_path / "out", "adapter", "f32")
     export(read_trained(tmp_path / "merged"), tmp_path / "out", "merged", "f32")
     export(read_trained(adapter), tmp_path / "direct", "merged", "f32", tiny_source.path)
-    one = GGUFReader(tmp_path / "out" / "merged-f32.gguf")
-    other = GGUFReader(tmp_path / "direct" / "toy-f32.gguf")
-    for name, weights in tensors(one).items():
-        assert np.array_equal(weights, tensors(other)[name]), name
-    fields = values(one), values(other)
+    from_folder = GGUFReader(tmp_path / "out" / "merged-f32.gguf")
+    direct = GGUFReader(tmp_path / "direct" / "toy-f32.gguf")
+    for name, weights in tensors(from_folder).items():
+        assert np.array_equal(weights, tensors(direct)[name]), name
+    fields = values(from_folder), values(direct)
     assert {k for k in fields[0] if fields[0][k] != fields[1][k]} <= {"general.name"}
     assert fields[0]["tokenizer.chat_template"] == (adapter / "chat_template.jinja").read_text()
 
@@ -306,8 +306,10 @@ def check_with_llama_cpp(base: Path, adapter: Path, folder: Path, tokens: int = 
     peft_model = PeftModel.from_pretrained(plain, adapter)
     adapted = [greedy(peft_model, tokenizer, prompt, tokens) for prompt in PROMPTS]
     # Negative control: an adapter that llama.cpp ignored would be noticed.
-    differ = sum(one != other for one, other in zip(alone, adapted, strict=True))
-    assert differ >= len(PROMPTS) / 2
+    changed = sum(
+        base_ids != adapter_ids for base_ids, adapter_ids in zip(alone, adapted, strict=True)
+    )
+    assert changed >= len(PROMPTS) / 2
     for client, expected in (
         (LlamaCpp(model), alone),
         (LlamaCpp(model, lora), adapted),

@@ -28,17 +28,19 @@ def tensors(lengths: list[int], heads: int, kv_heads: int, width: int) -> Tensor
     """Queries, keys, values, and the gradient of the output, in bf16."""
     generator = torch.Generator().manual_seed(sum(lengths) + width)
     return tuple(
-        torch.randn(sum(lengths), many, width, generator=generator).to(torch.bfloat16)
-        for many in (heads, kv_heads, kv_heads, heads)
+        torch.randn(sum(lengths), rows, width, generator=generator).to(torch.bfloat16)
+        for rows in (heads, kv_heads, kv_heads, heads)
     )
 
 
-def computed(given: Tensors, lengths: list[int], scale: float) -> Tensors:
+def attention_results(inputs: Tensors, lengths: list[int], scale: float) -> Tensors:
     """Output, log-sum-exp, and gradients of queries, keys and values."""
-    q, k, v, upstream = given
-    at = torch.tensor(lengths)
-    out, logsumexp = attention.packed_attention(q, k, v, at, scale)
-    gradients = attention.packed_attention_backward(upstream, q, k, v, out, logsumexp, at, scale)
+    q, k, v, upstream = inputs
+    length_tensor = torch.tensor(lengths)
+    out, logsumexp = attention.packed_attention(q, k, v, length_tensor, scale)
+    gradients = attention.packed_attention_backward(
+        upstream, q, k, v, out, logsumexp, length_tensor, scale
+    )
     return out, logsumexp, *gradients
 
 
@@ -58,9 +60,9 @@ def distances(actual: Tensors, expected: Tensors) -> list[float]:
 def test_attention_kernel_equals_fp64_to_rounding(
     lengths: list[int], heads: tuple[int, int], width: int
 ) -> None:
-    given_ = tensors(lengths, *heads, width)
-    wanted = computed(tuple(x.double() for x in given_), lengths, width**-0.5)
-    for distance in distances(computed(given_, lengths, width**-0.5), wanted):
+    inputs = tensors(lengths, *heads, width)
+    expected = attention_results(tuple(x.double() for x in inputs), lengths, width**-0.5)
+    for distance in distances(attention_results(inputs, lengths, width**-0.5), expected):
         assert distance < 1e-2
 
 
@@ -68,34 +70,36 @@ def test_attention_kernel_is_as_close_to_fp64_as_eager_attention(
     monkeypatch: pytest.MonkeyPatch,
 ) -> None:
     lengths = [130, 97, 48, 47, 16, 1]
-    given_ = tensors(lengths, 9, 3, 64)
-    wanted = computed(tuple(x.double() for x in given_), lengths, 0.125)
-    ours = distances(computed(given_, lengths, 0.125), wanted)
+    inputs = tensors(lengths, 9, 3, 64)
+    expected = attention_results(tuple(x.double() for x in inputs), lengths, 0.125)
+    kernel = distances(attention_results(inputs, lengths, 0.125), expected)
     monkeypatch.setattr(attention_cpu, "usable", lambda q: False)
-    plain = distances(computed(given_, lengths, 0.125), wanted)
-    for one, other in zip(ours, plain, strict=True):
-        assert one < 1.1 * other + 1e-6
+    eager = distances(attention_results(inputs, lengths, 0.125), expected)
+    for kernel_error, eager_error in zip(kernel, eager, strict=True):
+        assert kernel_error < 1.1 * eager_error + 1e-6
 
 
 def test_attention_kernel_bits_do_not_depend_on_threads() -> None:
     lengths = [200, 77, 60, 5]
-    given_ = tensors(lengths, 9, 3, 64)
-    found = []
+    inputs = tensors(lengths, 9, 3, 64)
+    results = []
     for threads in (1, 2, 3):
         torch.set_num_threads(threads)
-        found.append(computed(given_, lengths, 0.125))
+        results.append(attention_results(inputs, lengths, 0.125))
     torch.set_num_threads(1)
-    for other in found[1:]:
-        assert all(torch.equal(one, two) for one, two in zip(found[0], other, strict=True))
+    for result in results[1:]:
+        assert all(
+            torch.equal(first, second) for first, second in zip(results[0], result, strict=True)
+        )
 
 
 def test_attention_kernel_stays_finite_with_extreme_scores() -> None:
-    given_ = tensors([40, 7], 2, 1, 32)
-    large = (given_[0] * 300, given_[1] * 300, *given_[2:])
-    wanted = computed(tuple(x.double() for x in large), [40, 7], 1.0)
-    found = computed(large, [40, 7], 1.0)
-    assert all(torch.isfinite(x).all() for x in found)
-    assert distances(found, wanted)[0] < 1e-2
+    inputs = tensors([40, 7], 2, 1, 32)
+    large = (inputs[0] * 300, inputs[1] * 300, *inputs[2:])
+    expected = attention_results(tuple(x.double() for x in large), [40, 7], 1.0)
+    actual = attention_results(large, [40, 7], 1.0)
+    assert all(torch.isfinite(x).all() for x in actual)
+    assert distances(actual, expected)[0] < 1e-2
 
 
 tiled = pytest.mark.skipif(not build.has_amx(), reason="no CPU with AMX here")
@@ -119,40 +123,40 @@ def test_amx_product_is_rounded_once(
     m: int, n: int, k: int, transpose_a: bool, transpose_b: bool
 ) -> None:
     a, b = matrix(m, k, m + k), matrix(k, n, n)
-    wanted = a.double() @ b.double()
-    found = linear.product(
+    expected = a.double() @ b.double()
+    product = linear.product(
         a.t().contiguous() if transpose_a else a,
         b.t().contiguous() if transpose_b else b,
         transpose_a,
         transpose_b,
     )
     # Half a unit in the last place of bf16 (8 bits), and the error of the fp32 sum.
-    bound = 2**-8 * wanted.abs() + 1e-5 * (a.double().abs() @ b.double().abs())
-    assert ((found.double() - wanted).abs() <= bound).all()
+    bound = 2**-8 * expected.abs() + 1e-5 * (a.double().abs() @ b.double().abs())
+    assert ((product.double() - expected).abs() <= bound).all()
 
 
 @tiled
 def test_amx_product_of_a_matrix_view_equals_that_of_a_copy() -> None:
-    whole, b = matrix(70, 200, 1), matrix(64, 64, 2)
-    part = whole[3:60, 64:128]
-    found = linear.product(part, b, False, False)
-    assert torch.equal(found, linear.product(part.contiguous(), b, False, False))
-    room = torch.full((80, 96), 7.0, dtype=torch.bfloat16)
-    linear.multiply(part, b, False, False, room[10:67, 16:80])
-    assert torch.equal(room[10:67, 16:80], found)
-    room[10:67, 16:80] = 7
-    assert (room == 7).all()
+    full, b = matrix(70, 200, 1), matrix(64, 64, 2)
+    part = full[3:60, 64:128]
+    product = linear.product(part, b, False, False)
+    assert torch.equal(product, linear.product(part.contiguous(), b, False, False))
+    target = torch.full((80, 96), 7.0, dtype=torch.bfloat16)
+    linear.multiply(part, b, False, False, target[10:67, 16:80])
+    assert torch.equal(target[10:67, 16:80], product)
+    target[10:67, 16:80] = 7
+    assert (target == 7).all()
 
 
 @tiled
 def test_amx_product_bits_do_not_depend_on_threads() -> None:
     a, b = matrix(333, 3200, 1), matrix(3200, 224, 2)
-    found = []
+    products = []
     for threads in (1, 2, 3, 4):
         torch.set_num_threads(threads)
-        found.append(linear.product(a, b, False, False))
+        products.append(linear.product(a, b, False, False))
     torch.set_num_threads(1)
-    assert all(torch.equal(found[0], other) for other in found[1:])
+    assert all(torch.equal(products[0], product) for product in products[1:])
 
 
 @tiled
@@ -173,9 +177,9 @@ def test_amx_linear_has_outputs_and_gradients_of_fp64_linear(bias: bool) -> None
     pairs += [
         (p.grad, q.grad) for p, q in zip(plain.parameters(), reference.parameters(), strict=True)
     ]
-    for one, other in pairs:
-        assert one is not None and other is not None
-        assert relative_error(one, other) < 4e-3
+    for gradient, expected in pairs:
+        assert gradient is not None and expected is not None
+        assert relative_error(gradient, expected) < 4e-3
 
 
 @tiled
@@ -184,15 +188,15 @@ def test_frozen_amx_linear_saves_no_input_for_backward() -> None:
     layer.requires_grad_(False)
     linear.patch_linears(layer, torch.device("cpu"))
     x = matrix(100, 96, 3).requires_grad_()
-    kept: list[torch.Tensor] = []
+    saved: list[torch.Tensor] = []
 
-    def keep(tensor: torch.Tensor) -> torch.Tensor:
-        kept.append(tensor)
+    def record(tensor: torch.Tensor) -> torch.Tensor:
+        saved.append(tensor)
         return tensor.detach()
 
-    with torch.autograd.graph.saved_tensors_hooks(keep, lambda tensor: tensor):
+    with torch.autograd.graph.saved_tensors_hooks(record, lambda tensor: tensor):
         layer(x)
-    assert [tuple(tensor.shape) for tensor in kept] == [(64, 96)]
+    assert [tuple(tensor.shape) for tensor in saved] == [(64, 96)]
 
 
 @settings(max_examples=30, deadline=None)
@@ -201,15 +205,15 @@ def test_cross_entropy_kernel_equals_fp64(positions: int, vocabulary: int) -> No
     logits = matrix(positions, vocabulary, positions) * 4
     labels = torch.arange(positions) * 7 % vocabulary
     reference = logits.double().requires_grad_()
-    wanted = torch.nn.functional.cross_entropy(reference, labels, reduction="none")
-    wanted.sum().backward()
+    expected = torch.nn.functional.cross_entropy(reference, labels, reduction="none")
+    expected.sum().backward()
     assert reference.grad is not None
     for_loss, for_gradient = logits.clone(), logits.clone()
     nll = cross_entropy.label_nll(for_loss, labels)
-    also, gradient = cross_entropy.nll_and_gradient(for_gradient, labels)
+    nll_with_gradient, gradient = cross_entropy.nll_and_gradient(for_gradient, labels)
     assert torch.equal(for_loss, logits), "without gradient the logits are unchanged"
-    assert torch.equal(nll, also)
-    assert (nll.double() - wanted).abs().max() < 1e-5
+    assert torch.equal(nll, nll_with_gradient)
+    assert (nll.double() - expected).abs().max() < 1e-5
     assert ((gradient.double() - reference.grad).abs() <= 2**-8 * reference.grad.abs() + 1e-6).all()
 
 
@@ -229,7 +233,7 @@ def test_kernels_propagate_nan(at: int) -> None:
     assert torch.isfinite(gradient[0]).all()
     q, k, v, upstream = tensors([40], 2, 1, 32)
     k[20, 0, at] = math.nan
-    out, *_, dq, _dk, _dv = computed((q, k, v, upstream), [40], 1.0)
+    out, *_, dq, _dk, _dv = attention_results((q, k, v, upstream), [40], 1.0)
     assert torch.isfinite(out[:20]).all() and not torch.isfinite(out[20:]).any()
     assert not torch.isfinite(dq[20:]).any()
 
@@ -251,8 +255,8 @@ def test_failing_compiler_is_named_and_eager_code_is_used(
     compiler.write_text("#!/bin/sh\necho no such target >&2\nexit 1\n")
     compiler.chmod(0o755)
     monkeypatch.setenv("CXX", str(compiler))
-    given_ = tensors([5], 2, 1, 32)
-    assert not attention_cpu.usable(given_[0])
-    assert torch.isfinite(computed(given_, [5], 1.0)[0]).all()
+    inputs = tensors([5], 2, 1, 32)
+    assert not attention_cpu.usable(inputs[0])
+    assert torch.isfinite(attention_results(inputs, [5], 1.0)[0]).all()
     assert build.failure() == f"{compiler}: no such target"
     assert not list(tmp_path.rglob("*.so"))

@@ -269,8 +269,8 @@ def test_train_waits_for_a_cell_locked_by_another_process(lab: Lab) -> None:
         stdin=subprocess.PIPE,
         stdout=subprocess.PIPE,
         text=True,
-    ) as other:
-        assert other.stdout is not None and other.stdout.readline() == "held\n"
+    ) as lock_holder:
+        assert lock_holder.stdout is not None and lock_holder.stdout.readline() == "held\n"
         line = arguments(lab, "--cell", "r4-40")
         line[3] = "train"
         with subprocess.Popen(line, stderr=subprocess.PIPE, text=True) as waiting:
@@ -279,7 +279,7 @@ def test_train_waits_for_a_cell_locked_by_another_process(lab: Lab) -> None:
             assert "r4-40" in output
             time.sleep(1.5)
             assert not has_any_run(lab)
-            other.communicate()  # lets go
+            lock_holder.communicate()  # lets go
             waiting.communicate()
         assert waiting.returncode == 0
     assert has_any_run(lab)

@@ -129,13 +129,13 @@ def test_half_precision_merge_is_the_fp32_merge_rounded_once(
 
 def test_merge_on_another_base_is_refused(tiny_source: ModelSource, tmp_path: Path) -> None:
     folder = make_adapter(tiny_source, tmp_path / "adapter")
-    other = tmp_path / "other"
+    other_base = tmp_path / "other"
     model = AutoModelForCausalLM.from_pretrained(tiny_source.path)
     model.model.norm.weight.data *= 1.01
-    model.save_pretrained(other)
-    AutoTokenizer.from_pretrained(tiny_source.path).save_pretrained(other)
+    model.save_pretrained(other_base)
+    AutoTokenizer.from_pretrained(tiny_source.path).save_pretrained(other_base)
     with pytest.raises(IntegrityError, match="was trained on tiny-llama with weights"):
-        merge(read_trained(folder), tmp_path / "merged", "fp32", other)
+        merge(read_trained(folder), tmp_path / "merged", "fp32", other_base)
     with pytest.raises(UsageError, match="not found; give its folder: --base PATH"):
         merge(read_trained(folder), tmp_path / "merged", "fp32")
     assert not (tmp_path / "merged").exists()

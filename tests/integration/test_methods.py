@@ -1,4 +1,4 @@
-"""What is trained besides LoRA: all weights, PiSSA's beginning, LoRA+'s two rates."""
+"""Methods besides LoRA: full fine-tuning, PiSSA, LoRA+, and which modules they train."""
 
 from __future__ import annotations
 
@@ -51,8 +51,8 @@ def test_full_fine_tuning_gradients_equal_fp64(
     references = [full_gradients(load_tiny("fp64", plain=True), s, double=True) for s in seeds]
 
     def error(precision: str, plain: bool) -> float:
-        found = [full_gradients(load_tiny(precision, plain=plain), seed) for seed in seeds]
-        pairs = zip(found, references, strict=True)
+        gradients = [full_gradients(load_tiny(precision, plain=plain), seed) for seed in seeds]
+        pairs = zip(gradients, references, strict=True)
         return sum(relative_error(gradient, exact) for gradient, exact in pairs) / 4
 
     assert error("fp32", plain=False) < 1e-5
@@ -107,9 +107,11 @@ def test_loraplus_ratio_scales_the_learning_rate_of_b(load_tiny: LoadTiny) -> No
         peft_model = attach.attach(base, AdapterSection(r=4, lora_dropout=0), seed=0)
         section = TrainingSection(max_steps=1, learning_rate=1e-4, loraplus_lr_ratio=ratio)
         train(base, peft_model, make_examples(LENGTHS), section, seed=0)
-        found = max(p.abs().max().item() for n, p in peft_model.named_parameters() if "lora_B" in n)
+        change = max(
+            p.abs().max().item() for n, p in peft_model.named_parameters() if "lora_B" in n
+        )
         attach.detach(peft_model)
-        return found
+        return change
 
     assert moved(None) == pytest.approx(1e-4, rel=1e-3)
     assert moved(16) == pytest.approx(16e-4, rel=1e-3)
@@ -133,19 +135,19 @@ def test_norms_and_biases_have_no_weight_decay(load_tiny: LoadTiny, kind: str) -
         assert {n for n in named if n not in ours} == {n for n in named if "norm" in n}
 
 
-def save_gemma_with_eyes(folder: Path) -> Path:
+def save_gemma_with_vision(folder: Path) -> Path:
     """Gemma 3: text decoder and vision tower both have q_proj and v_proj."""
     text = transformers.Gemma3TextConfig(
         vocab_size=500, hidden_size=32, intermediate_size=48, num_hidden_layers=2,
         num_attention_heads=4, num_key_value_heads=2, head_dim=8, sliding_window=16,
         layer_types=["sliding_attention", "full_attention"], query_pre_attn_scalar=8,
     )  # fmt: skip
-    eyes = transformers.SiglipVisionConfig(
+    vision = transformers.SiglipVisionConfig(
         hidden_size=32, intermediate_size=48, num_hidden_layers=1, num_attention_heads=2,
         image_size=28, patch_size=14,
     )  # fmt: skip
     config = transformers.Gemma3Config(
-        text_config=text.to_dict(), vision_config=eyes.to_dict(), mm_tokens_per_image=4,
+        text_config=text.to_dict(), vision_config=vision.to_dict(), mm_tokens_per_image=4,
         image_token_index=5, boi_token_index=6, eoi_token_index=7,
     )  # fmt: skip
     torch.manual_seed(0)
@@ -155,7 +157,7 @@ def save_gemma_with_eyes(folder: Path) -> Path:
 
 @pytest.mark.parametrize("targets", [("q_proj", "v_proj"), "all-linear"])
 def test_adapters_are_not_attached_to_a_vision_tower(tmp_path: Path, targets: Any) -> None:
-    base = load(save_gemma_with_eyes(tmp_path))
+    base = load(save_gemma_with_vision(tmp_path))
     section = AdapterSection(r=4, target_modules=targets)
     peft_model = attach.attach(base, section, seed=0)
     names = [name for name, p in peft_model.named_parameters() if p.requires_grad]
@@ -169,11 +171,11 @@ def test_adapters_are_not_attached_to_a_vision_tower(tmp_path: Path, targets: An
 
 
 def test_full_fine_tuning_freezes_vision_tower_and_projector(tmp_path: Path) -> None:
-    base = load(save_gemma_with_eyes(tmp_path))
+    base = load(save_gemma_with_vision(tmp_path))
     trained = attach.attach(base, FULL, seed=0)
-    still = [name for name, p in trained.named_parameters() if not p.requires_grad]
-    assert still
-    assert all("vision_tower" in name or "projector" in name for name in still)
+    frozen = [name for name, p in trained.named_parameters() if not p.requires_grad]
+    assert frozen
+    assert all("vision_tower" in name or "projector" in name for name in frozen)
     assert "stay frozen" in attach.unadapted_note(trained)
 
 
@@ -291,8 +293,8 @@ def test_registered_vera_method_trains_and_is_loaded_again(
     section = AdapterSection(r=4, target_modules=["q_proj", "o_proj"])
     base = load_tiny(precision, plain=plain)
     peft_model = attach.attach(base, section, seed=3)
-    other = peft_config(section, base.source, resolve_targets(base.source, section), 4)
-    assert other.projection_prng_key == 4
+    config = peft_config(section, base.source, resolve_targets(base.source, section), 4)
+    assert config.projection_prng_key == 4
     training = TrainingSection(max_steps=3, effective_batch_size=2, learning_rate=1e-2)
     train(base, peft_model, make_examples(LENGTHS), training, seed=0)
     documents = [torch.arange(1, 9), torch.arange(3, 6)]
@@ -302,6 +304,6 @@ def test_registered_vera_method_trains_and_is_loaded_again(
     adapter_io.save(base, peft_model, tmp_path / "adapter", about, None)
     attach.detach(peft_model)
     assert not torch.equal(document_logits(base, documents), expected), "the adapter did nothing"
-    again = adapter_io.load(base, tmp_path / "adapter")
-    again.eval()
+    loaded = adapter_io.load(base, tmp_path / "adapter")
+    loaded.eval()
     assert torch.equal(document_logits(base, documents), expected)

@@ -158,9 +158,9 @@ def test_push_uploads_adapter_and_card_only(
     url = push(read_trained(adapter), REPOSITORY, tmp_path, private=True, endpoint=endpoint)
     assert url == f"{endpoint}/{REPOSITORY}"
     assert uploaded.tokens == {"Bearer a-token-of-the-test"}
-    assert [(made["name"], made["organization"]) for made in uploaded.created] == [
-        ("toy-adapter", "somebody")
-    ]
+    assert [
+        (repository["name"], repository["organization"]) for repository in uploaded.created
+    ] == [("toy-adapter", "somebody")]
     assert "private" in json.dumps(uploaded.created[0])
     assert uploaded.files.keys() == SENT
     for name in SENT - {"README.md"}:

@@ -22,9 +22,9 @@ from slm_lora.model.resolve import resolve
 from ..support.examples import make_examples
 from ..support.lab import Lab, command
 
-there = importlib.util.find_spec("bitsandbytes") is not None
+INSTALLED = importlib.util.find_spec("bitsandbytes") is not None
 needs_bitsandbytes = pytest.mark.skipif(
-    not there, reason="bitsandbytes is not installed (make test-all)"
+    not INSTALLED, reason="bitsandbytes is not installed (make test-all)"
 )
 
 
@@ -45,17 +45,17 @@ def trained(lab: Lab) -> dict[str, Any]:
 def test_nf4_base_has_4_bit_layers_and_packed_scores_equal_padded(tiny_folder: Path) -> None:
     source = resolve(ModelSection(name=str(tiny_folder)))
     cpu, examples = torch.device("cpu"), make_examples([30, 12, 5])
-    found = {}
+    nll = {}
     for kind in ("nf4", None):
         for plain in (False, True):
             base = load_base(source, device=cpu, precision="fp32", padded=plain, quantization=kind)
             assert base.packed != plain, base.fallback_reason
             scores = score(base, examples, "test", 100)
-            found[kind, plain] = [each.nll_all for each in scores]
+            nll[kind, plain] = [row.nll_all for row in scores]
         kinds = {type(m).__name__ for m in base.model.modules()}
         assert ("Linear4bit" in kinds) == (kind == "nf4")
-    assert found["nf4", False] == pytest.approx(found["nf4", True], rel=1e-4)
-    assert found["nf4", False] != pytest.approx(found[None, False], rel=1e-3)
+    assert nll["nf4", False] == pytest.approx(nll["nf4", True], rel=1e-4)
+    assert nll["nf4", False] != pytest.approx(nll[None, False], rel=1e-3)
 
 
 @needs_bitsandbytes
@@ -77,9 +77,9 @@ def test_saved_adapter_of_nf4_scores_as_in_training(
     adapter = ("--adapter", lab.adapters / "tiny-r4-40")
     capsys.readouterr()
     assert command("evaluate", lab.recipe, *adapter, "model.quantization=nf4") == 0
-    said = capsys.readouterr()
-    assert f"loss {trained['evaluation']['all']['loss']:.5f}" in said.out
-    assert "warning" not in said.err
+    output = capsys.readouterr()
+    assert f"loss {trained['evaluation']['all']['loss']:.5f}" in output.out
+    assert "warning" not in output.err
     assert command("evaluate", lab.recipe, *adapter) == 0
     assert "was trained on a base in nf4, and is scored on one in full" in capsys.readouterr().err
 
@@ -112,11 +112,11 @@ def test_grid_with_and_without_nf4_compares_each_with_its_own_base(
         for run in metrics["runs"]
     }
     assert len(loss) == 4
-    falls = [each["value"] for each in metrics["contrasts"] if each["key"] == "base"]
-    wanted = [loss[kind, True] - loss[kind, False] for kind in (None, "nf4")]
-    assert sorted(falls) == pytest.approx(sorted(wanted), abs=1e-9)
-    whole, packed = (run["adapter"] for run in metrics["runs"] if "adapter" in run)
-    assert whole["all_parameters"] == packed["all_parameters"], "two weights lie in a byte"
+    falls = [contrast["value"] for contrast in metrics["contrasts"] if contrast["key"] == "base"]
+    expected = [loss[kind, True] - loss[kind, False] for kind in (None, "nf4")]
+    assert sorted(falls) == pytest.approx(sorted(expected), abs=1e-9)
+    unquantised, quantised = (run["adapter"] for run in metrics["runs"] if "adapter" in run)
+    assert unquantised["all_parameters"] == quantised["all_parameters"], "two weights lie in a byte"
 
 
 @pytest.mark.parametrize("kind", ["full", "pissa"])

@@ -153,9 +153,9 @@ def test_seed_stop_and_conversations_are_honoured(served: Served, variants: Adap
         return content
 
     assert reply(seed=7) == reply(seed=7) != reply(seed=8)
-    whole = reply(temperature=0)
-    stop = whole[5:7]
-    assert reply(temperature=0, stop=stop) == whole[: whole.index(stop)]
+    full_reply = reply(temperature=0)
+    stop = full_reply[5:7]
+    assert reply(temperature=0, stop=stop) == full_reply[: full_reply.index(stop)]
     turns = [
         {"role": "system", "content": "Be short."}, *QUESTION,
         {"role": "assistant", "content": "It rises."}, {"role": "user", "content": "Why?"},
@@ -344,8 +344,8 @@ def test_sampling_fields_reach_the_sampler(served: Served, variants: AdapterSet)
     text = reference(variants, "base", QUESTION[0]["content"], sampling)[0]
     assert post(served, CHAT, max_tokens=20, **fields) == (200, text)
     for name in ("min_p", "frequency_penalty", "presence_penalty"):
-        other = Sampling(20, **{**fields, "stop_token_ids": (7,), name: 1.0})
-        assert reference(variants, "base", QUESTION[0]["content"], other)[0] != text, name
+        changed = Sampling(20, **{**fields, "stop_token_ids": (7,), name: 1.0})
+        assert reference(variants, "base", QUESTION[0]["content"], changed)[0] != text, name
 
 
 def test_max_tokens_is_clamped_to_the_limit_of_the_server(served: Served) -> None:

@@ -20,10 +20,10 @@ TEXT = "什么→🙂 é ±█ \x1b[31m"
 
 @pytest.fixture
 def lab(tmp_path: Path, tiny_folder: Path) -> Lab:
-    made = Lab(tmp_path / "lab", tiny_folder)
+    lab = Lab(tmp_path / "lab", tiny_folder)
     rows = [{**row, "category": "问答"} for row in make_rows(120)]
-    write_jsonl(made.rows, [{**row, "instruction": f"{TEXT} {row['instruction']}"} for row in rows])
-    return made
+    write_jsonl(lab.rows, [{**row, "instruction": f"{TEXT} {row['instruction']}"} for row in rows])
+    return lab
 
 
 def run(*arguments: object, **environment: str) -> subprocess.CompletedProcess[bytes]:
@@ -56,17 +56,17 @@ def run_each(*commands: tuple[object, ...], **environment: str) -> tuple[list[by
     The process imports torch once.
     """
     words = json.dumps([[str(word) for word in command] for command in commands])
-    done = subprocess.run(
+    completed = subprocess.run(
         [sys.executable, "-c", SEVERAL, words],
         capture_output=True,
         check=False,
         stdin=subprocess.DEVNULL,
         env={**os.environ, "OMP_NUM_THREADS": "1", **environment},
     )
-    assert done.returncode == 0, done.stderr
-    *outputs, _ = done.stdout.split(b"\f")
+    assert completed.returncode == 0, completed.stderr
+    *outputs, _ = completed.stdout.split(b"\f")
     assert len(outputs) == len(commands)
-    return outputs, done.stderr
+    return outputs, completed.stderr
 
 
 @pytest.mark.parametrize(

@@ -50,9 +50,9 @@ def test_tinyllama_recipe_has_the_described_settings() -> None:
         (1500, 8, 16), (1500, 16, 32), (3000, 16, 32),
     ]  # fmt: skip
     for cell in cells:
-        made, training = cell.config.adapter, cell.config.training
-        assert made.target_modules == ("q_proj", "v_proj")
-        assert (made.lora_dropout, made.bias) == (0.05, "none")
+        adapter, training = cell.config.adapter, cell.config.training
+        assert adapter.target_modules == ("q_proj", "v_proj")
+        assert (adapter.lora_dropout, adapter.bias) == (0.05, "none")
         assert (training.num_train_epochs, training.learning_rate) == (3, 2e-4)
         assert (training.effective_batch_size, training.precision) == (16, "fp16")
 
@@ -65,10 +65,10 @@ def folder(tmp_path_factory: pytest.TempPathFactory) -> Path:
     small.chmod(0o755)
     config = json.loads((SHARED / "config.json").read_text())
     (small / "config.json").write_text(json.dumps({**config, "num_hidden_layers": 2}))
-    made = small.parent / "tinyllama-random"
+    model = small.parent / "tinyllama-random"
     script = REPOSITORY / "benchmarks" / "random_weights.py"
-    subprocess.run([sys.executable, script, small, made], check=True)
-    return made
+    subprocess.run([sys.executable, script, small, model], check=True)
+    return model
 
 
 @pytest.mark.parametrize(("r", "trainable"), [(8, 1_126_400), (16, 2_252_800)])

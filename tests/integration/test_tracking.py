@@ -1,4 +1,4 @@
-"""Trackers are told of every step, and none of them can stop a run."""
+"""Trackers get every step, and a failing one does not stop a run."""
 
 from __future__ import annotations
 
@@ -17,8 +17,8 @@ from ..support.lab import Lab, command
 
 
 def needs(name: str) -> pytest.MarkDecorator:
-    there = importlib.util.find_spec(name) is not None
-    return pytest.mark.skipif(not there, reason=f"{name} is not installed (make test-all)")
+    installed = importlib.util.find_spec(name) is not None
+    return pytest.mark.skipif(not installed, reason=f"{name} is not installed (make test-all)")
 
 
 def train(lab: Lab, names: str) -> int:
@@ -39,9 +39,9 @@ def test_tensorboard_gets_every_step_and_the_test_loss(lab: Lab) -> None:
     assert folder.name == next((lab.results / "runs").iterdir()).name
     events = EventAccumulator(str(folder))
     events.Reload()
-    told = events.Scalars("train/loss")
-    assert [each.step for each in told] == list(range(1, 11))
-    assert [each.value for each in told] == pytest.approx(steps(lab), rel=1e-6)
+    logged = events.Scalars("train/loss")
+    assert [event.step for event in logged] == list(range(1, 11))
+    assert [event.value for event in logged] == pytest.approx(steps(lab), rel=1e-6)
     assert events.Scalars("test/loss")[0].step == 10
 
 
@@ -67,15 +67,15 @@ def test_trackio_gets_every_step(lab: Lab, tmp_path: Path) -> None:
     store = tmp_path / "trackio"
     words = ["train", lab.recipe, *lab.folders, "--cell", "r2-40", "report_to=[trackio]"]
     environment = {**os.environ, "TRACKIO_DIR": str(store), "HF_HUB_OFFLINE": "1"}
-    done = subprocess.run(
+    completed = subprocess.run(
         [sys.executable, "-m", "slm_lora", *map(str, words)],
         env=environment, capture_output=True, text=True, timeout=200,
     )  # fmt: skip
-    assert done.returncode == 0, done.stderr
-    assert "is left out" not in done.stderr
+    assert completed.returncode == 0, completed.stderr
+    assert "is left out" not in completed.stderr
     database = sqlite3.connect(next(store.glob("*.db")))
-    told = [json.loads(row[0]) for row in database.execute("select metrics from metrics")]
-    losses = [each["train/loss"] for each in told if "train/loss" in each]
+    logged = [json.loads(row[0]) for row in database.execute("select metrics from metrics")]
+    losses = [entry["train/loss"] for entry in logged if "train/loss" in entry]
     assert losses == pytest.approx(steps(lab), rel=1e-6)
 
 
@@ -84,8 +84,8 @@ def test_missing_tracker_is_refused_before_any_work(
 ) -> None:
     monkeypatch.setattr(tracking.importlib.util, "find_spec", lambda name: None)
     assert train(lab, "wandb") == 2
-    said = capsys.readouterr().err
-    assert "report_to: wandb is not installed; pip install '.[trackers]' in a checkout" in said
+    error = capsys.readouterr().err
+    assert "report_to: wandb is not installed; pip install '.[trackers]' in a checkout" in error
     assert not lab.results.exists()
 
 
@@ -95,28 +95,28 @@ STEP = Step(
 )  # fmt: skip
 
 
-@pytest.mark.parametrize("where", ["begin", "log", "finish"])
+@pytest.mark.parametrize("failing", ["begin", "log", "finish"])
 def test_failing_tracker_is_noted_once_and_others_continue(
-    monkeypatch: pytest.MonkeyPatch, tmp_path: Path, where: str
+    monkeypatch: pytest.MonkeyPatch, tmp_path: Path, failing: str
 ) -> None:
-    told: list[str] = []
+    calls: list[str] = []
 
     class Good:
         def __init__(self, run: Tracked) -> None:
-            told.append("begin")
+            calls.append("begin")
 
         def log(self, numbers: tracking.Numbers, step: int) -> None:
-            told.append("log")
+            calls.append("log")
 
         def finish(self) -> None:
-            told.append("finish")
+            calls.append("finish")
 
     class Bad:
         def __init__(self, run: Tracked) -> None:
             self.fail("begin")
 
-        def fail(self, now: str) -> None:
-            if now == where:
+        def fail(self, call: str) -> None:
+            if call == failing:
                 raise OSError("the server\nis gone")
 
         def log(self, numbers: tracking.Numbers, step: int) -> None:
@@ -126,11 +126,11 @@ def test_failing_tracker_is_noted_once_and_others_continue(
             self.fail("finish")
 
     monkeypatch.setattr(tracking, "_KINDS", {"wandb": Bad, "trackio": Good})
-    said: list[str] = []
+    notes: list[str] = []
     run = Tracked("tiny", "r2", {}, tmp_path)
-    with open_trackers(("wandb", "trackio"), run, said.append) as some:
-        some.step(STEP)
-        some.step(STEP)
-        some.scored(2.0, 7.4, 2)
-    assert told == ["begin", "log", "log", "log", "finish"]
-    assert said == ["  note: wandb failed and is left out (the server)"]
+    with open_trackers(("wandb", "trackio"), run, notes.append) as trackers:
+        trackers.step(STEP)
+        trackers.step(STEP)
+        trackers.scored(2.0, 7.4, 2)
+    assert calls == ["begin", "log", "log", "log", "finish"]
+    assert notes == ["  note: wandb failed and is left out (the server)"]

@@ -1,4 +1,4 @@
-"""The loop: exact for any micro-batch, the same for the same seed, honest when it fails."""
+"""The training loop: exact for any micro-batch, repeatable, stopped by non-finite values."""
 
 from __future__ import annotations
 
@@ -74,9 +74,9 @@ def test_activation_checkpointing_gives_the_same_bits_with_less_memory(
     assert few_bytes < 0.4 * all_bytes
 
 
-def distance(one: dict[str, torch.Tensor], other: dict[str, torch.Tensor]) -> float:
-    assert one.keys() == other.keys()
-    return max((one[name] - other[name]).abs().max().item() for name in one)
+def distance(first: dict[str, torch.Tensor], second: dict[str, torch.Tensor]) -> float:
+    assert first.keys() == second.keys()
+    return max((first[name] - second[name]).abs().max().item() for name in first)
 
 
 @pytest.mark.parametrize("dropout", [0.0, 0.2])
@@ -85,14 +85,18 @@ def test_training_does_not_depend_on_the_micro_batch(load_tiny: LoadTiny, dropou
     # SGD-like comparison: AdamW's first steps turn rounding of tiny gradients into full steps,
     # so losses are compared over two epochs and gradient norms with them.
     settings = {"effective_batch_size": 16, "dropout": dropout}
-    whole, _ = run(load_tiny(), examples, micro_batch_tokens=4096, **settings)
+    large_batches, _ = run(load_tiny(), examples, micro_batch_tokens=4096, **settings)
     for budget in (1, 60, 200):
-        parts, _ = run(load_tiny(), examples, micro_batch_tokens=budget, **settings)
-        for one, other in zip(whole.history, parts.history, strict=True):
-            assert one.loss == pytest.approx(other.loss, rel=1e-4)
-            assert one.label_tokens == other.label_tokens
-        assert whole.history[0].loss == pytest.approx(parts.history[0].loss, rel=1e-6)
-        assert whole.history[0].grad_norm == pytest.approx(parts.history[0].grad_norm, rel=1e-5)
+        small_batches, _ = run(load_tiny(), examples, micro_batch_tokens=budget, **settings)
+        for expected, actual in zip(large_batches.history, small_batches.history, strict=True):
+            assert expected.loss == pytest.approx(actual.loss, rel=1e-4)
+            assert expected.label_tokens == actual.label_tokens
+        assert large_batches.history[0].loss == pytest.approx(
+            small_batches.history[0].loss, rel=1e-6
+        )
+        assert large_batches.history[0].grad_norm == pytest.approx(
+            small_batches.history[0].grad_norm, rel=1e-5
+        )
 
 
 def test_step_loss_is_total_nll_over_label_tokens(load_tiny: LoadTiny) -> None:
@@ -105,12 +109,12 @@ def test_step_loss_is_total_nll_over_label_tokens(load_tiny: LoadTiny) -> None:
 
 def test_equal_seeds_give_equal_bits_and_other_seeds_others(load_tiny: LoadTiny) -> None:
     examples = make_examples(TRAINING_LENGTHS)
-    first, one = run(load_tiny(), examples, seed=5, dropout=0.2)
-    again, two = run(load_tiny(), examples, seed=5, dropout=0.2)
-    assert distance(one, two) == 0
+    first, weights = run(load_tiny(), examples, seed=5, dropout=0.2)
+    again, same_weights = run(load_tiny(), examples, seed=5, dropout=0.2)
+    assert distance(weights, same_weights) == 0
     assert [s.loss for s in first.history] == [s.loss for s in again.history]
-    _, three = run(load_tiny(), examples, seed=6, dropout=0.2)
-    assert distance(one, three) > 0
+    _, other_weights = run(load_tiny(), examples, seed=6, dropout=0.2)
+    assert distance(weights, other_weights) > 0
 
 
 def test_last_partial_step_of_an_epoch_is_trained(load_tiny: LoadTiny) -> None:
@@ -141,8 +145,8 @@ def test_adapter_weights_are_fp32_on_a_bf16_base(load_tiny: LoadTiny) -> None:
 def test_loss_on_response_counts_response_tokens_only(load_tiny: LoadTiny) -> None:
     examples = make_examples(TRAINING_LENGTHS[:16])
     result, _ = run(load_tiny(), examples, num_train_epochs=1, loss_on="response")
-    wanted = sum(int(example.response[1:].sum()) for example in examples)
-    assert result.history[0].label_tokens == wanted
+    expected = sum(int(example.response[1:].sum()) for example in examples)
+    assert result.history[0].label_tokens == expected
 
 
 def test_rows_without_any_label_are_refused(load_tiny: LoadTiny) -> None:

@@ -25,7 +25,7 @@ def zoo() -> ModuleType:
 
 
 @pytest.mark.parametrize(
-    ("family", "how"),
+    ("family", "batches"),
     [
         ("gemma3n_text", "padded"),  # a cap of 30, of little effect here
         ("granite", "packed"),  # a scale
@@ -39,10 +39,10 @@ def zoo() -> ModuleType:
     ],
 )
 def test_model_family_has_the_loss_of_transformers_and_peft(
-    zoo: ModuleType, family: str, how: str
+    zoo: ModuleType, family: str, batches: str
 ) -> None:
     outcome = zoo.try_family(family, in_process=True)
-    assert outcome.batches == how, outcome
+    assert outcome.batches == batches, outcome
     assert outcome.passed, outcome
 
 

@@ -177,10 +177,10 @@ def test_a_frozen_template_writes_the_fixed_date(spelt: bool, parts: Any) -> Non
 )
 @pytest.mark.usefixtures("on_template_date")
 def test_the_date_is_fixed_in_every_construct(source: str, monkeypatch: pytest.MonkeyPatch) -> None:
-    wanted = rendered(source)
+    expected = rendered(source)
     monkeypatch.undo()  # the clock goes on
     chat_template_utils._compile_jinja_template.cache_clear()
-    assert rendered(freeze_date(source)) == wanted
+    assert rendered(freeze_date(source)) == expected
     assert freeze_date(freeze_date(source)) == freeze_date(source)
 
 
@@ -230,10 +230,10 @@ def test_the_saved_template_gives_the_training_tokens(source: str, kind: Any, bo
         (example,), _ = tokenize.encode([Row(turns)], {Row(turns).row_id: ""})
         ids: Any = holder.apply_chat_template(messages, return_dict=False)
         assert ids[: example.length] == example.ids.tolist()
-        asked: Any = holder.apply_chat_template(
+        prompt: Any = holder.apply_chat_template(
             messages[:-1], add_generation_prompt=True, return_dict=False
         )
-        assert asked == tokenize.prompt(turns[:-1])
+        assert prompt == tokenize.prompt(turns[:-1])
     assert first_difference(tokenizer, tokenize, [ROW]) == ""
 
 
@@ -250,7 +250,7 @@ def test_saved_template_of_any_kind_gets_no_note(kind: Any, bos: bool, dolly_fil
 
 
 @pytest.mark.parametrize(
-    ("other", "difference"),
+    ("changed", "difference"),
     [
         (CHAT_TEMPLATE.replace("'\\n' + m", "' ' + m"), "of a text of 2 turns"),
         ("{{ strftime_now('%Y') }}" + CHAT_TEMPLATE, "from token 1 of a text of 2 turns"),
@@ -261,13 +261,13 @@ def test_saved_template_of_any_kind_gets_no_note(kind: Any, bos: bool, dolly_fil
         (CHAT_TEMPLATE.replace("for message in messages", "for message in messages[:3]"), "of 4"),
     ],
 )
-def test_a_template_with_other_tokens_is_not_saved(other: str, difference: str) -> None:
-    assert other != CHAT_TEMPLATE
+def test_a_template_with_other_tokens_is_not_saved(changed: str, difference: str) -> None:
+    assert changed != CHAT_TEMPLATE
     tokenizer = tiny_tokenizer()
     tokenize = RowTokenizer(tokenizer, Template("chat"))
     spaced = Row((Turn("user", " Which day? "), Turn("assistant", "That one.")))
     assert first_difference(tokenizer, tokenize, [spaced]) == ""
-    tokenize.chat_template = other
+    tokenize.chat_template = changed
     assert difference in first_difference(tokenizer, tokenize, [spaced])
     (note,) = template_notes(tokenizer, tokenize, [spaced])
     assert note.startswith("no chat_template.jinja is saved: ")

@@ -64,9 +64,9 @@ def test_response_labels_leave_out_the_prompt() -> None:
     batch = collate([SHORT, ALONE, LONG], "response")
     none = IGNORE_INDEX
     assert batch.labels.tolist() == [none, 7, none, none, 12, 13, none, 15, none]
-    whole = collate([SHORT, ALONE, LONG], "all")
-    assert batch.ids.tolist() == whole.ids.tolist()
-    assert batch.response.tolist() == whole.response.tolist()
+    all_labels = collate([SHORT, ALONE, LONG], "all")
+    assert batch.ids.tolist() == all_labels.ids.tolist()
+    assert batch.response.tolist() == all_labels.response.tolist()
 
 
 @pytest.mark.parametrize("loss_on", ["all", "response"])

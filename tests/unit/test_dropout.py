@@ -51,7 +51,7 @@ def test_dropout_rate_holds_overall_by_token_and_by_column(p: float) -> None:
 
 
 @pytest.mark.parametrize(
-    ("one", "other"),
+    ("first", "second"),
     [
         (mask(0.5, "a", keys(), 64), mask(0.5, "b", keys(), 64)),
         (mask(0.5, "a", keys("step 1"), 64), mask(0.5, "a", keys("step 2"), 64)),
@@ -61,8 +61,8 @@ def test_dropout_rate_holds_overall_by_token_and_by_column(p: float) -> None:
     ],
     ids=["modules", "steps", "tokens", "columns", "rows"],
 )
-def test_dropout_masks_are_independent(one: torch.Tensor, other: torch.Tensor) -> None:
-    assert_share(one == other, 0.5)
+def test_dropout_masks_are_independent(first: torch.Tensor, second: torch.Tensor) -> None:
+    assert_share(first == second, 0.5)
 
 
 @settings(max_examples=30, deadline=None)

@@ -24,12 +24,12 @@ def add(results: Path, *patterns: str) -> None:
 
 def metrics(results: Path) -> dict[str, object]:
     write_report([read_run(folder) for folder in run_folders(results / "runs")], results)
-    found: dict[str, object] = json.loads((results / "metrics.json").read_text())
-    return found
+    content: dict[str, object] = json.loads((results / "metrics.json").read_text())
+    return content
 
 
-def added(found: dict[str, object]) -> set[int]:
-    return {pair["added_after_a_report"] for pair in found["contrasts"]}  # type: ignore[attr-defined]
+def added(content: dict[str, object]) -> set[int]:
+    return {pair["added_after_a_report"] for pair in content["contrasts"]}  # type: ignore[attr-defined]
 
 
 def test_seeds_added_after_the_first_report_stay_marked(tmp_path: Path) -> None:

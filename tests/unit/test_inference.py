@@ -27,11 +27,11 @@ def score(row: str, group: str, nll: float, tokens: int) -> RowScore:
 
 def test_loss_is_total_nll_over_tokens_and_groups_are_the_units() -> None:
     rows = [score("a", "g1", 10.0, 4), score("b", "g1", 2.0, 4), score("c", "g2", 3.0, 2)]
-    found = estimate([rows], METRICS["all"])
-    assert found.value == pytest.approx(1.5)
+    result = estimate([rows], METRICS["all"])
+    assert result.value == pytest.approx(1.5)
     # Residuals by hand: g1 12 - 1.5·8 = 0, g2 3 - 1.5·2 = 0.
-    assert found.standard_error == pytest.approx(0)
-    assert found.groups == 2
+    assert result.standard_error == pytest.approx(0)
+    assert result.groups == 2
     # Groups of one size: the standard error of a mean.
     equal = [score(f"r{i}", f"g{i}", nll, 4) for i, nll in enumerate((10.0, 2.0, 3.0))]
     assert estimate([equal], METRICS["all"]).standard_error == pytest.approx(
@@ -48,9 +48,9 @@ def test_estimate_of_several_seeds_is_the_mean_of_their_losses() -> None:
 
 def test_mean_over_rows_weighs_rows_equally() -> None:
     rows = [score("a", "g", 10.0, 4), score("b", "g", 2.0, 4), score("c", "h", 3.0, 2)]
-    found = estimate([rows], mean_over_rows(METRICS["all"]))
-    assert found.value == pytest.approx((2.5 + 0.5 + 1.5) / 3)
-    assert found.groups == 2
+    result = estimate([rows], mean_over_rows(METRICS["all"]))
+    assert result.value == pytest.approx((2.5 + 0.5 + 1.5) / 3)
+    assert result.groups == 2
     empty = RowScore("d", "i", "", "test", 5.0, 2, 1, 0.0, 0, 1)
     assert estimate([[*rows, empty]], mean_over_rows(METRICS["response"])).groups == 2, (
         "no token, no mean"
@@ -71,10 +71,10 @@ def test_paired_does_not_depend_on_the_order_of_rows(order: Sequence[int]) -> No
     rng = np.random.default_rng(1)
     first = [score(f"r{i}", f"g{i % 5}", float(rng.random()), 3) for i in range(12)]
     second = [score(s.row_id, s.group_id, s.nll_all + 0.1, 3) for s in first]
-    wanted = paired([(first, second)], METRICS["all"])
-    found = paired([(first, [second[i] for i in order])], METRICS["all"])
-    assert np.array_equal(wanted.nats, found.nats)
-    assert found.value == pytest.approx(0.4 / 12)
+    expected = paired([(first, second)], METRICS["all"])
+    reordered = paired([(first, [second[i] for i in order])], METRICS["all"])
+    assert np.array_equal(expected.nats, reordered.nats)
+    assert reordered.value == pytest.approx(0.4 / 12)
 
 
 @pytest.mark.parametrize(
@@ -93,25 +93,25 @@ def test_runs_on_other_rows_cannot_be_paired(change: RowScore, message: str) -> 
 
 def test_difference_of_a_run_with_itself_is_zero() -> None:
     rows = [score(f"r{i}", f"g{i}", float(i), 3) for i in range(12)]
-    found = difference(paired([(rows, rows)], METRICS["all"]), 0.01)
-    assert (found.value, found.low, found.high, found.p) == (0, 0, 0, 1)
-    assert found.p_equivalence == 0
+    result = difference(paired([(rows, rows)], METRICS["all"]), 0.01)
+    assert (result.value, result.low, result.high, result.p) == (0, 0, 0, 1)
+    assert result.p_equivalence == 0
 
 
 def test_swapping_the_runs_flips_the_sign() -> None:
-    one = sample(3, effect=0.01)
-    other = difference(Paired(-one.nats, one.tokens), 0.01)
-    found = difference(one, 0.01)
-    assert other.value == pytest.approx(-found.value)
-    assert other.low == pytest.approx(-found.high)
-    assert other.p == pytest.approx(found.p)
+    planted = sample(3, effect=0.01)
+    swapped = difference(Paired(-planted.nats, planted.tokens), 0.01)
+    result = difference(planted, 0.01)
+    assert swapped.value == pytest.approx(-result.value)
+    assert swapped.low == pytest.approx(-result.high)
+    assert swapped.p == pytest.approx(result.p)
 
 
-@pytest.mark.parametrize(("effect", "found"), [(0.05, True), (-0.05, True), (0.0, False)])
-def test_planted_effect_is_significant_and_none_is_not(effect: float, found: bool) -> None:
+@pytest.mark.parametrize(("effect", "significant"), [(0.05, True), (-0.05, True), (0.0, False)])
+def test_planted_effect_is_significant_and_none_is_not(effect: float, significant: bool) -> None:
     result = difference(sample(5, effect=effect), 0.01)
-    assert result.excludes_zero == found
-    assert (result.p < 0.05) == found
+    assert result.excludes_zero == significant
+    assert (result.p < 0.05) == significant
     assert result.low < effect < result.high
 
 
@@ -120,11 +120,11 @@ def test_seeds_that_disagree_widen_the_interval() -> None:
     # Of this one pair of adapters it is true that they differ; of the settings it is not.
     assert difference(one_seed, 0.01).excludes_zero
     several = sample(7, groups=1000, seeds=4, effect=0.0, seed_spread=0.05)
-    found = difference(several, 0.01)
-    assert found.covers == "rows and seeds"
-    assert not found.excludes_zero
-    assert found.p > 0.05
-    assert found.p_equivalence > 0.05
+    result = difference(several, 0.01)
+    assert result.covers == "rows and seeds"
+    assert not result.excludes_zero
+    assert result.p > 0.05
+    assert result.p_equivalence > 0.05
 
 
 def test_equivalence_needs_a_narrow_interval() -> None:
@@ -135,9 +135,9 @@ def test_equivalence_needs_a_narrow_interval() -> None:
 
 def test_few_groups_have_a_wide_interval_and_no_equivalence() -> None:
     few = Paired(np.array([[0.1, 0.2]]), np.array([100.0, 100.0]))
-    found = difference(few, 0.01)
+    result = difference(few, 0.01)
     # Student's of one degree of freedom, by hand: 0.0015 ± 12.706 · 0.0005.
-    assert found.low == pytest.approx(0.0015 - 12.706 * 0.0005, rel=1e-4)
+    assert result.low == pytest.approx(0.0015 - 12.706 * 0.0005, rel=1e-4)
     same = Paired(np.zeros((1, LEAST_GROUPS - 1)), np.ones(LEAST_GROUPS - 1))
     enough = Paired(np.zeros((1, LEAST_GROUPS)), np.ones(LEAST_GROUPS))
     assert difference(same, 0.01).p_equivalence == 1
@@ -152,13 +152,13 @@ def test_variances_of_rows_and_seeds_add_in_interval_and_p() -> None:
     of_rows = (of_rows - of_rows.mean()) / of_rows.std(ddof=1) * 100 * 0.001 * math.sqrt(groups)
     of_seeds = rng.standard_normal((seeds, 1))
     of_seeds = (of_seeds - of_seeds.mean()) / of_seeds.std(ddof=1) * 0.001 * math.sqrt(seeds)
-    found = Paired(of_rows + 100 * (of_seeds + 0.0024), tokens)
-    assert found.row_error == pytest.approx(0.001)
-    assert found.unit_deviation / math.sqrt(seeds) == pytest.approx(0.001)
+    planted = Paired(of_rows + 100 * (of_seeds + 0.0024), tokens)
+    assert planted.row_error == pytest.approx(0.001)
+    assert planted.unit_deviation / math.sqrt(seeds) == pytest.approx(0.001)
     # Satterthwaite's degrees of freedom by hand: 4 / (1/9 + 1/399).
     freedom = 4 / (1 / 9 + 1 / 399)
-    assert p_value(found) == pytest.approx(2 * stats.t.sf(2.4 / math.sqrt(2), freedom))
-    low, high = interval(found, 0.95)
+    assert p_value(planted) == pytest.approx(2 * stats.t.sf(2.4 / math.sqrt(2), freedom))
+    low, high = interval(planted, 0.95)
     assert high - low >= 2 * stats.t.isf(0.025, freedom) * 0.001 * math.sqrt(2) * 0.999
     assert low < 0
 
@@ -190,19 +190,19 @@ def test_p_values_agree_with_intervals(
     seed: int, groups: int, seeds: int, effect: float, margin: float
 ) -> None:
     planted = sample(seed, groups=groups, seeds=seeds, effect=effect, seed_spread=0.02)
-    found = difference(planted, margin)
-    assert (found.p < 0.05) == found.excludes_zero
+    result = difference(planted, margin)
+    assert (result.p < 0.05) == result.excludes_zero
     low, high = interval(planted, 0.90)
     within = groups >= LEAST_GROUPS and -margin < low and high < margin
-    assert (found.p_equivalence < 0.05) == within
+    assert (result.p_equivalence < 0.05) == within
 
 
 def test_one_seed_of_equal_groups_has_the_p_of_the_one_sample_t_test() -> None:
     values = np.random.default_rng(3).normal(0.02, 0.1, 17)
     expected = stats.ttest_1samp(values, 0)
-    found = difference(Paired(values[None] * 50, np.full(17, 50.0)), 0.01)
-    assert found.p == pytest.approx(expected.pvalue)
-    assert (found.low, found.high) == pytest.approx(tuple(expected.confidence_interval()))
+    result = difference(Paired(values[None] * 50, np.full(17, 50.0)), 0.01)
+    assert result.p == pytest.approx(expected.pvalue)
+    assert (result.low, result.high) == pytest.approx(tuple(expected.confidence_interval()))
 
 
 def test_large_difference_is_significant_in_a_family_of_2000() -> None:
@@ -267,10 +267,10 @@ def test_the_next_seed_is_within_its_prediction_interval() -> None:
     tokens, predicted, in_mean = np.full(50, 10.0), 0, 0
     for _ in range(2000):
         by_seed = 0.02 + 0.01 * rng.standard_normal(11)
-        found = difference(Paired(by_seed[:10, None] * tokens, tokens), 0.01)
-        assert found.next_low is not None and found.next_high is not None
-        predicted += found.next_low < by_seed[10] < found.next_high
-        in_mean += found.low < by_seed[10] < found.high
+        result = difference(Paired(by_seed[:10, None] * tokens, tokens), 0.01)
+        assert result.next_low is not None and result.next_high is not None
+        predicted += result.next_low < by_seed[10] < result.next_high
+        in_mean += result.low < by_seed[10] < result.high
     assert 0.935 < predicted / 2000 < 0.965
     assert in_mean / 2000 < 0.6
     assert difference(sample(1), 0.01).next_low is None
@@ -296,13 +296,17 @@ def test_equivalence_p_values_of_a_family_are_corrected() -> None:
 def test_incomplete_grid_of_draws_and_seeds_uses_its_largest_complete_part() -> None:
     """Seed 0 on five draws and four more seeds on one of them: five draws of one seed."""
     draws = [Draw(0, data) for data in range(5)] + [Draw(seed, 0) for seed in range(1, 5)]
-    found = paired_of_sums(np.arange(27.0).reshape(9, 3), np.ones(3), draws)
-    assert (found.units, found.unit, found.several_seeds) == (5, "data draw", False)
-    assert difference(found, 0.01).covers == "rows and training rows"
+    differences = paired_of_sums(np.arange(27.0).reshape(9, 3), np.ones(3), draws)
+    assert (differences.units, differences.unit, differences.several_seeds) == (
+        5,
+        "data draw",
+        False,
+    )
+    assert difference(differences, 0.01).covers == "rows and training rows"
     three = [Draw(seed, data) for data, seed in ((0, 0), (0, 1), (0, 2), (1, 0), (1, 1), (2, 2))]
-    found = paired_of_sums(np.arange(18.0).reshape(6, 3), np.ones(3), three)
-    assert (found.units, found.several_seeds) == (2, True)
-    assert np.array_equal(found.nats[0], np.arange(18.0).reshape(6, 3)[:2].mean(0))
+    differences = paired_of_sums(np.arange(18.0).reshape(6, 3), np.ones(3), three)
+    assert (differences.units, differences.several_seeds) == (2, True)
+    assert np.array_equal(differences.nats[0], np.arange(18.0).reshape(6, 3)[:2].mean(0))
 
 
 @pytest.mark.parametrize("draw_spread", [0.01, 0.0])
@@ -318,5 +322,5 @@ def test_many_draws_of_few_seeds_keep_the_false_positive_rate(draw_spread: float
 
 def test_draws_of_training_rows_have_no_prediction_interval() -> None:
     crossed = [Draw(seed, data) for data in range(3) for seed in range(3)]
-    found = difference(paired_of_sums(_trainings(0, crossed, 0, 0), TOKENS, crossed), 0.01)
-    assert found.next_low is None and found.units == 3
+    result = difference(paired_of_sums(_trainings(0, crossed, 0, 0), TOKENS, crossed), 0.01)
+    assert result.next_low is None and result.units == 3

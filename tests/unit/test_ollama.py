@@ -28,8 +28,8 @@ def test_instruction_response_template_becomes_a_go_template() -> None:
 def test_chatml_is_recognised_by_its_output(kind: str) -> None:
     template = Template(kind)  # type: ignore[arg-type]
     assert go_template(template, CHAT_TEMPLATE, TOKENS) == CHATML
-    other = CHAT_TEMPLATE.replace("message['role'] +", "message.role ~")
-    assert go_template(template, other, TOKENS) == CHATML
+    respelt = CHAT_TEMPLATE.replace("message['role'] +", "message.role ~")
+    assert go_template(template, respelt, TOKENS) == CHATML
 
 
 def test_a_default_system_turn_is_kept() -> None:

@@ -17,11 +17,11 @@ TOKENS = np.full(300, 100.0)
 
 
 def test_plan_from_one_seed_asks_for_rows_only() -> None:
-    found = sample(2, groups=300, effect=0.004)
-    plan = needed(found, rows=400, margin=0.002)
+    pilot = sample(2, groups=300, effect=0.004)
+    plan = needed(pilot, rows=400, margin=0.002)
     assert plan is not None and plan.seeds is None
-    freedom = found.over_rows.freedom
-    upper = found.row_error * math.sqrt(freedom / stats.chi2.ppf(1 - ASSURANCE, freedom))
+    freedom = pilot.over_rows.freedom
+    upper = pilot.row_error * math.sqrt(freedom / stats.chi2.ppf(1 - ASSURANCE, freedom))
     # Equivalence asks for most: one-sided 5 %, and 10 % on either side for 80 % power.
     assert plan.rows == math.ceil(
         400 * (float(-stats.norm.ppf([0.05, 0.1]).sum()) * upper / 0.002) ** 2
@@ -82,18 +82,18 @@ def test_plans_from_small_pilots_have_the_promised_power(spread: float, seeds: i
 def test_plan_from_the_true_spread_is_at_most_1_4_times_the_exact_one() -> None:
     spread = 0.01
     apart = np.linspace(-1, 1, 40)[:, None]
-    many = Paired(TOKENS * (apart / apart.std(ddof=1) * spread), TOKENS)
-    plan = needed(many, 300, 0.01)
+    pilot = Paired(TOKENS * (apart / apart.std(ddof=1) * spread), TOKENS)
+    plan = needed(pilot, 300, 0.01)
     assert plan is not None and plan.seeds == 40, "fewer than now are not asked for"
-    plan = needed(many, 300, 0.002)
+    plan = needed(pilot, 300, 0.002)
     assert plan is not None and plan.seeds is not None and plan.rows == 300
     exact = (spread / 0.002 * (1.96 + 0.8416)) ** 2
     assert exact < plan.seeds < 1.4 * exact
 
 
 def test_plan_for_a_family_asks_for_more_seeds() -> None:
-    found = sample(2, groups=300, seeds=3, seed_spread=0.005)
-    alone, one_of_nine = (needed(found, 300, 0.01, family=family) for family in (1, 9))
+    pilot = sample(2, groups=300, seeds=3, seed_spread=0.005)
+    alone, one_of_nine = (needed(pilot, 300, 0.01, family=family) for family in (1, 9))
     assert alone is not None and alone.seeds is not None
     assert one_of_nine is not None and one_of_nine.seeds is not None
     assert one_of_nine.seeds > alone.seeds

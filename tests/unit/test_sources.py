@@ -873,10 +873,12 @@ def test_hub_keys_without_effect_are_reported(tmp_path: Path) -> None:
 def test_deeply_nested_values_are_read(tmp_path: Path) -> None:
     deep = "[" * 900 + "]" * 900
     path = tmp_path / "rows.jsonl"
-    for more, column in ((f'"tools": {deep}', ""), (f'"tools": {deep[:900]}1{deep[900:]}', "tools"),
-                       (f'"category": {deep[:900]}1{deep[900:]}', "")):  # fmt: skip
+    filled = f"{deep[:900]}1{deep[900:]}"
+    for field, column in (
+        (f'"tools": {deep}', ""), (f'"tools": {filled}', "tools"), (f'"category": {filled}', ""),
+    ):  # fmt: skip
         path.write_text(
-            "".join(f'{{"instruction": "q{n}", "response": "a", {more}}}\n' for n in range(3))
+            "".join(f'{{"instruction": "q{n}", "response": "a", {field}}}\n' for n in range(3))
         )
         if column:
             assert f"column {column} has content" in refusal(path)

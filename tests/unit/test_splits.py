@@ -119,7 +119,7 @@ def test_a_smaller_test_set_of_single_rows_is_part_of_a_larger_one() -> None:
 def test_every_row_is_equally_likely_to_be_held_out() -> None:
     """Over 400 seeds every row is held out about 40 times."""
     rows = in_groups([1] * 50)
-    times = dict.fromkeys((each.row_id for each in rows), 0)
+    times = dict.fromkeys((count.row_id for count in rows), 0)
     for seed in range(400):
         for row_id in split(rows, test_rows=5, validation_rows=1, split_seed=seed).test:
             times[row_id] += 1
@@ -226,7 +226,7 @@ def test_texts_under_one_system_turn_are_not_one_group() -> None:
 
 def test_the_group_id_is_the_smallest_row_id() -> None:
     rows = in_groups([7])
-    assert set(group_rows(rows).group_of.values()) == {min(each.row_id for each in rows)}
+    assert set(group_rows(rows).group_of.values()) == {min(row.row_id for row in rows)}
 
 
 @settings(max_examples=100, deadline=None)

@@ -376,12 +376,12 @@ def lengths(tokenizer: Any) -> list[int]:
 
 
 def test_truncation_cuts_the_end_and_counts(tokenizer: Any) -> None:
-    whole, counted = encode(tokenizer, Template("plain"), LENGTHS)
-    assert counted == LongRows(rows=0, tokens_cut=0, longest=whole[3].length)
+    full, counted = encode(tokenizer, Template("plain"), LENGTHS)
+    assert counted == LongRows(rows=0, tokens_cut=0, longest=full[3].length)
     cut, counted = encode(tokenizer, Template("plain"), LENGTHS, 10, "truncate")
-    over = [example.length - 10 for example in whole if example.length > 10]
-    assert counted == LongRows(rows=2, tokens_cut=sum(over), longest=whole[3].length)
-    for before, after in zip(whole, cut, strict=True):
+    over = [example.length - 10 for example in full if example.length > 10]
+    assert counted == LongRows(rows=2, tokens_cut=sum(over), longest=full[3].length)
+    for before, after in zip(full, cut, strict=True):
         assert after.ids.tolist() == before.ids[:10].tolist()
         assert after.response.tolist() == before.response[:10].tolist()
         assert (after.ids[-1] == tokenizer.eos_token_id) == (before.length <= 10)
@@ -432,16 +432,16 @@ TEXTS_OF = {row.row_id: row.turns[0].content for row in TEXTS}
 def test_every_token_of_a_long_text_is_a_label_once(tokenizer: Any, limit: int) -> None:
     """Compare the labels of the pieces with the ids of the whole text."""
     bos = tokenizer.bos_token_id
-    whole, _ = encode(tokenizer, Template("plain"), TEXTS)
+    full, _ = encode(tokenizer, Template("plain"), TEXTS)
     pieces, counted = encode(tokenizer, Template("plain"), TEXTS, limit, "split")
     assert counted.tokens_cut == 0
-    assert counted.rows == sum(example.length > limit for example in whole)
+    assert counted.rows == sum(example.length > limit for example in full)
     assert max(example.length for example in pieces) <= limit
     of_row: dict[str, list[Example]] = {}
     for example in pieces:
         of_row.setdefault(example.row_id.partition(".")[0], []).append(example)
     assert list(of_row) == [row.row_id for row in TEXTS], "their order is kept"
-    for before, parts in zip(whole, of_row.values(), strict=True):
+    for before, parts in zip(full, of_row.values(), strict=True):
         expected = [*ids(tokenizer, TEXTS_OF[before.row_id]), tokenizer.eos_token_id]
         labels = [label for part in parts for label in collate([part], "all").labels[:-1].tolist()]
         assert labels == expected[1:] == before.ids[1:].tolist()
@@ -547,11 +547,11 @@ def test_rows_whose_prompt_has_other_tokens_alone_are_found(plain_tokenizer: Any
     differs = tokenize.differs_from_prompt(rows)
     for row, differs_here in zip(rows, differs, strict=True):
         question = row.turns[0].content if len(row.turns) > 1 else ""
-        alone, whole = (
+        alone, row_ids = (
             ids(plain_tokenizer, question),
             ids(plain_tokenizer, question + row.turns[-1].content),
         )
-        assert differs_here == (whole[: len(alone)] != alone)
+        assert differs_here == (row_ids[: len(alone)] != alone)
     assert differs[:4] == [False, True, True, False]
     in_words = RowTokenizer(plain_tokenizer, Template("instruction_response"))
     assert in_words.differs_from_prompt(rows[:3]) == [False, False, False]
@@ -574,10 +574,10 @@ def test_byte_counts_are_those_of_the_scored_text(tokenizer: Any, row: Row) -> N
 
 def test_byte_counts_end_where_the_row_is_cut(bos_tokenizer: Any) -> None:
     row = pair("Where?", "日本 and beyond, 🙂.")
-    whole = encode_row(bos_tokenizer, "instruction_response", row)
+    full = encode_row(bos_tokenizer, "instruction_response", row)
     prompt = "Instruction:\nWhere?\nResponse:\n"
     seen = set()
-    for limit in range(2, whole.length + 1):
+    for limit in range(2, full.length + 1):
         (cut,), _ = encode(bos_tokenizer, Template("instruction_response"), [row], limit)
         text = decoded(bos_tokenizer, cut.ids[1:]).removesuffix("<|im_end|>")
         if "\ufffd" in text:

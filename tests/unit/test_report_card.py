@@ -15,14 +15,14 @@ from slm_lora.runs.scored_run import ScoredRun
 from slm_lora.stats.comparisons import all_comparisons
 from slm_lora.stats.settings import Setting, group_settings
 
-from ..support.runs import line
+from ..support.runs import scored_run
 
 
 def run(
     folder: Path, name: str, loss: float, steps: int = 200, falling: bool = False, **keys: Any
 ) -> ScoredRun:
-    """A run of `line` with its training: ``steps`` losses, at the end falling or level."""
-    scored = line(name, loss, **keys)
+    """A run of `scored_run` with its training: ``steps`` losses, at the end falling or level."""
+    scored = scored_run(name, loss, **keys)
     record = dict(scored.run.raw)
     path = folder / name
     path.mkdir()

@@ -16,13 +16,13 @@ CAMPAIGN = Path(__file__).parents[2] / "benchmarks" / "faults" / "campaign.py"
 
 @pytest.mark.skipif(os.name == "nt", reason="forks")
 def test_every_sampled_fault_is_survived_or_detected() -> None:
-    done = subprocess.run(
+    completed = subprocess.run(
         [sys.executable, CAMPAIGN, "--every", "24"], capture_output=True, text=True, check=False
     )
-    assert done.returncode == 0, done.stdout[-3000:] + done.stderr[-3000:]
-    found: dict[str, Any] = json.loads(done.stdout[done.stdout.index("{") :])
-    assert found["failed"] == []
-    assert found["kills"] == found["kills_equal"] >= 10
-    assert found["corruptions"] == found["corruptions_detected"] >= 140
-    assert found["numbers"] == found["numbers_held"] == 7
-    assert found["bad_rows_kinds"] == 15
+    assert completed.returncode == 0, completed.stdout[-3000:] + completed.stderr[-3000:]
+    summary: dict[str, Any] = json.loads(completed.stdout[completed.stdout.index("{") :])
+    assert summary["failed"] == []
+    assert summary["kills"] == summary["kills_equal"] >= 10
+    assert summary["corruptions"] == summary["corruptions_detected"] >= 140
+    assert summary["numbers"] == summary["numbers_held"] == 7
+    assert summary["bad_rows_kinds"] == 15
