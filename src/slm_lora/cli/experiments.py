@@ -65,10 +65,12 @@ def experiment(
     after an interruption the same command continues.
     """
     from slm_lora.config.load import load_recipe
+    from slm_lora.experiment.candidates import CandidateRunner
     from slm_lora.experiment.job import ComputedName
     from slm_lora.experiment.remote import CommandLine, run_elsewhere
-    from slm_lora.experiment.resolve_jobs import make_jobs
+    from slm_lora.experiment.resolve_jobs import JobResolver
     from slm_lora.experiment.runner import run_jobs
+    from slm_lora.experiment.tuning import TuningPhase, log_choice
     from slm_lora.report.examples import Quoted
     from slm_lora.report.write import write_report
     from slm_lora.runtime.progress import Reporter
@@ -83,12 +85,18 @@ def experiment(
         reporter.info("  reading rows and model; what is missing is downloaded or built")
         runs_here = executor is Executor.local
         where_computed: ComputedName = "nowhere" if plan else "here" if runs_here else "elsewhere"
-        jobs = distributed.main_process_first(lambda: make_jobs(cells, where_computed))
+        resolver = JobResolver(where_computed)
+        jobs = distributed.main_process_first(lambda: resolver.jobs(cells))
         _report_data(jobs[0], reporter)
         if plan:
             if distributed.is_main():
                 print_plan(jobs, paths, reporter)
             return
+        if parsed_recipe.tuning is not None:
+            phase = TuningPhase(parsed_recipe, cells, resolver, paths)
+            record = phase.run(CandidateRunner(reporter, phase.race_of, discard), reporter)
+            log_choice(record, reporter)
+            jobs = resolver.jobs(phase.final_cells(record))
         if runs_here:
             _warn_if_too_large(jobs, paths, reporter)
             runs = run_jobs(jobs, paths, reporter, discard)

@@ -253,11 +253,11 @@ def _plan_cell(
 
 
 def _scoring_seconds(counts: _JobCounts, probe: ProbeResult) -> float:
-    compiled = scoring_compiles(counts.job, counts.job.data.test)
+    compiled = scoring_compiles(counts.job, counts.job.scored_rows)
     return (
         _test_tokens(counts.job) * probe.scoring_s_per_token + COMPILE_SECONDS["scoring"] * compiled
     )
 
 
 def _test_tokens(job: Job) -> int:
-    return sum(example.length for example in job.data.test)
+    return sum(example.length for example in job.scored_rows)

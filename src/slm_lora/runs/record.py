@@ -102,6 +102,7 @@ class EvaluationRecord(_Part):
     """Scores of the test rows."""
 
     headline: str
+    split: str = "test"
     all: LossRecord
     response: LossRecord | None = None
     seconds: float = 0.0
