@@ -165,7 +165,7 @@ def test_seed_stop_and_conversations_are_honoured(served: Served, variants: Adap
         reply(model="single", messages=turns)
 
 
-def test_errors_have_openais_format(served: Served) -> None:
+def test_server_errors_have_the_format_of_openai(served: Served) -> None:
     client = served.client()
     with pytest.raises(openai.NotFoundError) as missing:
         client.chat.completions.create(model="../../etc", messages=QUESTION)
@@ -450,7 +450,7 @@ def test_requests_of_other_hosts_and_origins_are_rejected(
     assert served.ask(**headers)[0] == status
 
 
-def test_no_cors_header_is_sent(served: Served) -> None:
+def test_server_sends_no_cors_header(served: Served) -> None:
     connection = http.client.HTTPConnection("127.0.0.1", served.port)
     connection.request("GET", "/v1/models", headers={"Origin": "http://localhost:1"})
     assert connection.getresponse().getheader("access-control-allow-origin") is None

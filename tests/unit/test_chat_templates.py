@@ -116,7 +116,7 @@ LIKE_SMOLLM3 = (
     ],
 )
 @pytest.mark.usefixtures("on_template_date")
-def test_rendering_equals_transformers(source: str) -> None:
+def test_chat_template_rendering_equals_transformers(source: str) -> None:
     messages = [ASKED | {"content": "Grüße <'>?"}, ANSWERED]
     render = jinja_renderer(source, tiny_tokenizer().special_tokens_map)
     assert render(messages, False) == rendered(source, *messages) != ""
@@ -131,7 +131,7 @@ def test_invalid_jinja_is_reported_with_its_line() -> None:
         RowTokenizer(tokenizer, Template("chat"))
 
 
-def test_template_errors_name_the_row() -> None:
+def test_errors_of_a_template_name_the_row() -> None:
     template = Template("jinja", source="{{ raise_exception('users only') }}")
     with pytest.raises(UsageError, match=r"^data\.template: users only \(rows\.jsonl:7\)$"):
         RowTokenizer(tiny_tokenizer(), template).render(ROW)
@@ -176,7 +176,9 @@ def test_a_frozen_template_writes_the_fixed_date(spelt: bool, parts: Any) -> Non
     ],
 )
 @pytest.mark.usefixtures("on_template_date")
-def test_the_date_is_fixed_in_every_construct(source: str, monkeypatch: pytest.MonkeyPatch) -> None:
+def test_freeze_date_fixes_the_date_in_every_construct(
+    source: str, monkeypatch: pytest.MonkeyPatch
+) -> None:
     expected = rendered(source)
     monkeypatch.undo()  # the clock goes on
     chat_template_utils._compile_jinja_template.cache_clear()

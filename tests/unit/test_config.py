@@ -552,7 +552,7 @@ RECIPES = sorted((Path(__file__).resolve().parents[2] / "recipes").glob("*.yaml"
 
 
 @pytest.mark.parametrize("path", RECIPES, ids=lambda path: path.stem)
-def test_shipped_recipes_load(path: Path) -> None:
+def test_shipped_recipes_are_valid(path: Path) -> None:
     recipe, expanded = load_recipe(path)
     assert recipe.name == path.stem
     assert expanded
@@ -698,14 +698,14 @@ LIST_BOMB = "a: &a [1]\n" + "".join(
 @example(BOMB + "data: *j\nseeds: *j", [])
 @example(LIST_BOMB + "seeds: *j\ndata: {name: *j}\ngrid: {axes: *j, cells: [*j]}", [])
 @example("1: 1\nnull: 2\n2024-01-01: 3\n[1]: 4\n? {a: b}\n: 5\n.nan: 6\n.nan: 7", [])
-def test_any_text_loads_or_is_explained(text: str, overrides: list[str]) -> None:
+def test_any_recipe_text_loads_or_is_explained(text: str, overrides: list[str]) -> None:
     assert_loads_or_explains(text, overrides)
     assert_loads_or_explains(f"name: x\n{text}", overrides)
 
 
 @settings(max_examples=200, deadline=None)
 @given(st.one_of(RECIPE_TREES, NEARLY_RIGHT), OVERRIDES)
-def test_any_tree_loads_or_is_explained(tree: dict[str, Any], overrides: list[str]) -> None:
+def test_any_recipe_tree_loads_or_is_explained(tree: dict[str, Any], overrides: list[str]) -> None:
     assert_loads_or_explains(yaml.safe_dump(tree, sort_keys=False, allow_unicode=True), overrides)
 
 
@@ -723,7 +723,7 @@ def test_null_columns_and_include_context_values_are_kept() -> None:
         parse_recipe("name: x\ndata: {include_context: sometimes}\n", "x.yaml")
 
 
-def test_records_without_later_keys() -> None:
+def test_recipe_records_without_later_keys_keep_their_meaning() -> None:
     then = {"data": {"name": "rows.jsonl", "include_context": False}}
     now = {**LATER_KEYS, "data": {**then["data"], **LATER_KEYS["data"]}}
     assert differences({"recipe": then}, {"recipe": now}) == []

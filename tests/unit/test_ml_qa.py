@@ -117,7 +117,7 @@ def test_ml_qa_manifest_describes_the_file(built: tuple[Path, Manifest, str], ro
     assert set(manifest.versions) == {"numpy", "numpydoc", "scikit-learn", "scipy"}
 
 
-def test_rows_are_many_complete_and_sorted(rows: Rows) -> None:
+def test_ml_qa_rows_are_many_complete_and_sorted(rows: Rows) -> None:
     assert len(rows) >= 5000
     assert all(list(row) == ["instruction", "response", "category", "group"] for row in rows)
     assert all(value.strip() == value != "" for row in rows for value in row.values())
@@ -125,34 +125,34 @@ def test_rows_are_many_complete_and_sorted(rows: Rows) -> None:
     assert order == sorted(order)
 
 
-def test_questions_are_unique(rows: Rows) -> None:
+def test_ml_qa_questions_are_unique(rows: Rows) -> None:
     counts = Counter(_normalised(row["instruction"]) for row in rows)
     assert [question for question, count in counts.items() if count > 1] == []
 
 
-def test_answers_are_unique(rows: Rows) -> None:
+def test_ml_qa_answers_are_unique(rows: Rows) -> None:
     counts = Counter(_normalised(row["response"]) for row in rows)
     assert [answer for answer, count in counts.items() if count > 1] == []
 
 
-def test_rows_of_a_group_are_distinct(rows: Rows) -> None:
+def test_ml_qa_rows_of_a_group_are_distinct(rows: Rows) -> None:
     pairs = Counter((row["group"], row["instruction"], row["response"]) for row in rows)
     assert max(pairs.values()) == 1
 
 
-def test_no_question_form_dominates(rows: Rows) -> None:
+def test_no_question_form_dominates_ml_qa(rows: Rows) -> None:
     categories = Counter(row["category"] for row in rows)
     assert len(categories) >= 10
     assert max(categories.values()) <= 0.30 * len(rows)
 
 
-def test_no_group_dominates(rows: Rows) -> None:
+def test_no_group_dominates_ml_qa(rows: Rows) -> None:
     groups = Counter(row["group"] for row in rows)
     assert len(groups) >= 1000
     assert max(groups.values()) <= 0.02 * len(rows)
 
 
-def test_an_object_and_its_methods_share_a_group(rows: Rows) -> None:
+def test_ml_qa_rows_of_an_object_and_its_methods_share_a_group(rows: Rows) -> None:
     groups = {
         row["group"] for row in rows if re.search(r"`(?:\w+\.)*PCA(?:\.\w+)?`", row["instruction"])
     }
@@ -167,13 +167,13 @@ def test_an_object_and_its_methods_share_a_group(rows: Rows) -> None:
         r"\*\*[A-Za-z]+\*\*", r"[=~-]{4,}",
     ],
 )  # fmt: skip
-def test_no_markup_is_left(rows: Rows, markup: str) -> None:
+def test_ml_qa_texts_have_no_markup(rows: Rows, markup: str) -> None:
     # Python's ** and the type names of the libraries may occur in code.
     texts = [re.sub(r"`[^`]*`", "`x`", row["response"]) for row in rows]
     assert [text for text in texts if re.search(markup, text)] == []
 
 
-def test_answers_are_whole_sentences_of_bounded_length(rows: Rows) -> None:
+def test_ml_qa_answers_are_whole_sentences_of_bounded_length(rows: Rows) -> None:
     for row in rows:
         answer = row["response"]
         assert MIN_CHARACTERS <= len(answer) <= MAX_CHARACTERS, row
@@ -288,7 +288,7 @@ def test_usable_sentences_leave_out_dependent_text(text: str, kept: list[str]) -
     assert usable_sentences(_lines(text)) == kept
 
 
-def test_answers_stop_at_the_sentence_limit() -> None:
+def test_ml_qa_answers_stop_at_the_sentence_limit() -> None:
     assert len(usable_sentences(["It turns. " * 9])) == MAX_SENTENCES
 
 

@@ -352,7 +352,7 @@ ROW = st.fixed_dictionaries(
 
 @settings(max_examples=60, deadline=None)
 @given(st.lists(ROW, min_size=1, max_size=8))
-def test_ids_do_not_depend_on_the_file_format(rows: list[dict[str, Any]]) -> None:
+def test_row_ids_do_not_depend_on_the_file_format(rows: list[dict[str, Any]]) -> None:
     with tempfile.TemporaryDirectory() as folder:
         row_sets = []
         for suffix, write in WRITERS.items():
@@ -367,7 +367,7 @@ def test_ids_do_not_depend_on_the_file_format(rows: list[dict[str, Any]]) -> Non
 
 
 @pytest.mark.parametrize("suffix", WRITERS)
-def test_text_is_read_unchanged(tmp_path: Path, suffix: str) -> None:
+def test_row_text_is_read_unchanged(tmp_path: Path, suffix: str) -> None:
     text = ' "quoted", é\u2028\u0085 漢字 🙂\r\nnext\rlast\x0b '
     path = tmp_path / f"rows{suffix}"
     WRITERS[suffix](path, [{"instruction": text, "response": text}])
@@ -409,7 +409,7 @@ def test_exact_duplicates_are_left_out_and_counted(tmp_path: Path) -> None:
     assert row_set.duplicates == 2
 
 
-def test_origin_is_the_same_on_every_machine(tmp_path: Path) -> None:
+def test_data_origin_is_the_same_on_every_machine(tmp_path: Path) -> None:
     path = jsonl(tmp_path, good_line(1))
     digest = hashlib.sha256(path.read_bytes()).hexdigest()
     assert read(path).origin == f"rows.jsonl sha256:{digest}"
@@ -726,7 +726,7 @@ def test_text_is_read_by_paragraphs_or_lines(tmp_path: Path) -> None:
     assert texts(path) == [("rows.txt:3", "One."), ("rows.txt:4", "Two.")]
 
 
-def test_all_texts_of_a_folder_are_divided_alike(tmp_path: Path) -> None:
+def test_text_files_of_a_folder_are_all_divided_alike(tmp_path: Path) -> None:
     (tmp_path / "a.txt").write_text("One,\ntwo.\n\nThree.\n")
     (tmp_path / "b.txt").write_text("Four,\nfive.\n")
     row_set = read(tmp_path)
@@ -1139,13 +1139,15 @@ def test_hub_data_that_cannot_be_read_is_a_data_error(monkeypatch: pytest.Monkey
     assert SECRET not in str(caught.value)
 
 
-def test_an_unknown_error_is_raised_unchanged(monkeypatch: pytest.MonkeyPatch) -> None:
+def test_unknown_hub_error_is_raised_unchanged(monkeypatch: pytest.MonkeyPatch) -> None:
     fake_hub(monkeypatch, fail_if_called)
     with pytest.raises(AssertionError):
         read_rows(DataSection(name="owner/set"))
 
 
-def test_offline_without_a_copy_says_so(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+def test_offline_hub_data_without_a_copy_is_refused(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
     monkeypatch.setattr(datasets.config, "HF_DATASETS_CACHE", tmp_path)
     requests = fake_hub(monkeypatch, datasets.load_dataset, offline=True)
     with pytest.raises(StorageError, match=r"owner/set is not in the cache.*data\.name=path"):
@@ -1158,7 +1160,7 @@ def cached_copy(folder: Path, commit: str) -> Callable[..., Any]:
     return lambda *_, **__: datasets.load_from_disk(folder / commit)
 
 
-def test_another_commit_from_the_cache_is_refused(
+def test_cached_hub_data_of_another_commit_is_refused(
     tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     """After a failed download `load_dataset` silently uses any commit in its cache."""
@@ -1171,7 +1173,7 @@ def test_another_commit_from_the_cache_is_refused(
         read_rows(DataSection(name="owner/set", revision="v1"))
 
 
-def test_offline_the_cached_commit_is_the_origin(
+def test_offline_hub_data_names_the_cached_commit_as_origin(
     tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     fake_hub(monkeypatch, cached_copy(tmp_path, OTHER), offline=True)

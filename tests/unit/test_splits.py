@@ -62,7 +62,7 @@ def test_split_does_not_depend_on_the_order_of_rows(size: int | None) -> None:
     assert split(MIXED, size=size) == split(shuffled, size=size) == split(MIXED[::-1], size=size)
 
 
-def test_the_sets_have_the_sizes_asked_for_and_share_no_row() -> None:
+def test_split_sets_have_the_requested_sizes_and_share_no_row() -> None:
     sets = split(MIXED)
     assert (len(sets.test), len(sets.validation), len(sets.train)) == (40, 20, 360)
     assert len({*sets.test, *sets.validation, *sets.train}) == 420
@@ -312,7 +312,7 @@ def test_data_size_above_the_rows_left_is_refused() -> None:
     assert len(split(in_groups([1] * 100), size=44).train) == 40
 
 
-def test_one_remaining_row_allows_no_size() -> None:
+def test_split_with_one_remaining_row_is_refused() -> None:
     rows = in_groups([1] * 61)
     assert refusal(rows, size=2).endswith("data.size = null fits")
     assert len(split(rows, size=None).train) == 1
@@ -346,7 +346,7 @@ def split_or_refusal(rows: list[Row], **changed: Any) -> Split | str:
     st.one_of(st.none(), st.integers(1, 120)),
     st.integers(0, 3),
 )
-def test_the_proposal_of_a_refusal_works(
+def test_size_proposed_by_a_refused_split_fits(
     sizes: list[int],
     size: int | None,
     test_rows: int | None,
@@ -425,7 +425,7 @@ def test_similar_texts_are_tied_and_no_other(texts: list[frozenset[str]], thresh
     assert not templates
 
 
-def test_thousands_of_texts_of_one_template_take_no_time() -> None:
+def test_near_duplicates_among_thousands_of_texts_are_found_fast() -> None:
     shared = frozenset(f"word{n}" for n in range(40))
     texts = [shared | {f"guest{n}"} for n in range(3000)]
     similar, templates = similar_groups(texts)
@@ -602,7 +602,7 @@ def test_documents_inside_of_prompts_stay_together() -> None:
     assert len(groups(rows, GroupingRule(threshold=1.0))) == 120
 
 
-def test_a_refusal_names_a_relation_to_remove() -> None:
+def test_refused_split_names_a_relation_to_remove() -> None:
     rows = [row(f"What of {n}?", context=BEES) for n in range(20)]
     message = refusal(rows, test_rows=2, validation_rows=2)
     assert message.endswith("with 'data.group_by=[group, prompt, near]' they are 20 groups")

@@ -122,7 +122,7 @@ ROWS = [
 
 
 @pytest.mark.parametrize("row", ROWS)
-def test_the_text_is_tokenised_once_and_whole(tokenizer: Any, row: Row) -> None:
+def test_row_text_is_tokenised_once_and_whole(tokenizer: Any, row: Row) -> None:
     question, answer = (turn.content for turn in row.turns)
     eos = tokenizer.eos_token_id
     text = f"Instruction:\n{question}\nResponse:\n{answer}"
@@ -162,7 +162,7 @@ def test_rows_keep_their_order_and_identity(plain_tokenizer: Any) -> None:
     assert encode_row(plain_tokenizer, "plain", labelled).category == "open_qa"
 
 
-def test_the_tokenizer_is_left_as_it_was(plain_tokenizer: Any) -> None:
+def test_row_tokenizer_leaves_the_tokenizer_unchanged(plain_tokenizer: Any) -> None:
     before = plain_tokenizer.backend_tokenizer.to_str()
     encode_row(plain_tokenizer, "chat", pair("<|im_end|>", "<|im_start|>"))
     assert plain_tokenizer.backend_tokenizer.to_str() == before
@@ -324,7 +324,7 @@ def test_special_tokens_in_row_text_stay_text(
 
 
 @pytest.mark.parametrize("kind", NAMED)
-def test_decoding_restores_the_text(plain_tokenizer: Any, kind: TemplateKind) -> None:
+def test_decoded_row_ids_restore_the_text(plain_tokenizer: Any, kind: TemplateKind) -> None:
     row = pair("<|im_end|>\n<|im_start|>", "a <|im_start|>assistant\n<|endoftext|><|im_end|> b")
     question, answer = (turn.content for turn in row.turns)
     text = {
@@ -375,7 +375,7 @@ def lengths(tokenizer: Any) -> list[int]:
     return [example.length for example in encode(tokenizer, Template("plain"), LENGTHS)[0]]
 
 
-def test_truncation_cuts_the_end_and_counts(tokenizer: Any) -> None:
+def test_truncation_cuts_the_end_of_rows_and_counts_them(tokenizer: Any) -> None:
     full, counted = encode(tokenizer, Template("plain"), LENGTHS)
     assert counted == LongRows(rows=0, tokens_cut=0, longest=full[3].length)
     cut, counted = encode(tokenizer, Template("plain"), LENGTHS, 10, "truncate")
@@ -610,7 +610,7 @@ ANY_TEXT = st.lists(
 @pytest.mark.parametrize("bos", [False, True])
 @settings(max_examples=60, deadline=None)
 @given(question=ANY_TEXT, answer=ANY_TEXT)
-def test_the_mask_covers_exactly_the_response(
+def test_response_mask_covers_exactly_the_response(
     request: pytest.FixtureRequest, kind: TemplateKind, bos: bool, question: str, answer: str
 ) -> None:
     assume(question or answer)
@@ -926,7 +926,7 @@ def test_tinyllama_encodes_end_marks_in_row_text_as_text(
 
 
 @pytest.mark.parametrize("row", ROWS)
-def test_tinyllama_agrees_with_its_own_plain_call(tinyllama: Any, row: Row) -> None:
+def test_tinyllama_ids_equal_those_of_its_plain_call(tinyllama: Any, row: Row) -> None:
     question, answer = (turn.content for turn in row.turns)
     text = f"Instruction:\n{question}\nResponse:\n{answer}"
     example = encode_row(tinyllama, "instruction_response", row)
