@@ -28,8 +28,8 @@ def tensors(lengths: list[int], heads: int, kv_heads: int, width: int) -> Tensor
     """Queries, keys, values, and the gradient of the output, in bf16."""
     generator = torch.Generator().manual_seed(sum(lengths) + width)
     return tuple(
-        torch.randn(sum(lengths), rows, width, generator=generator).to(torch.bfloat16)
-        for rows in (heads, kv_heads, kv_heads, heads)
+        torch.randn(sum(lengths), n_heads, width, generator=generator).to(torch.bfloat16)
+        for n_heads in (heads, kv_heads, kv_heads, heads)
     )
 
 
