@@ -273,7 +273,7 @@ def curves(phase: Tuned, settings: Sequence[Setting], names: SettingNames) -> Pi
         return None
     figure, axes = new_axes(3.6)
     top = min(max(losses), max(record.base_loss, min(losses)) + 0.05)
-    room = top - min(losses)
+    room = max(top - min(losses), 0.01)
     axes.axhline(record.base_loss, color=SHADE, lw=0.8, ls=":")
     for index, (setting, arm, points) in enumerate(lines):
         color = INK if index % 2 == 0 else SHADE
