@@ -70,7 +70,7 @@ def test_packed_attention_equals_softmax_attention_with_gradients(lengths: list[
     )
     up = torch.randn(total, 6, 8, dtype=torch.float64, generator=generator)
     out, _ = attention.packed_attention(q, k, v, torch.tensor(lengths), 0.3)
-    gradients = torch.autograd.grad((out * up).sum(), (q, k, v))
+    actual_gradients = torch.autograd.grad((out * up).sum(), (q, k, v))
     document = torch.repeat_interleave(torch.arange(len(lengths)), torch.tensor(lengths))
     seen = (document[:, None] == document[None, :]).tril()
     scores = torch.einsum("thd,shd->hts", q, k.repeat_interleave(3, 1)) * 0.3
@@ -78,7 +78,7 @@ def test_packed_attention_equals_softmax_attention_with_gradients(lengths: list[
     reference = torch.einsum("hts,shd->thd", weights, v.repeat_interleave(3, 1))
     expected_gradients = torch.autograd.grad((reference * up).sum(), (q, k, v))
     torch.testing.assert_close(out, reference, rtol=1e-10, atol=1e-10)
-    for gradient, expected in zip(gradients, expected_gradients, strict=True):
+    for gradient, expected in zip(actual_gradients, expected_gradients, strict=True):
         torch.testing.assert_close(gradient, expected, rtol=1e-9, atol=1e-10)
 
 

@@ -46,8 +46,8 @@ def draw_lora_b(peft_model: torch.nn.Module) -> None:
 
 def flat_gradient(module: torch.nn.Module) -> torch.Tensor:
     """All gradients in fp64, one after the other."""
-    gradients = [p.grad.double().flatten() for p in module.parameters() if p.grad is not None]
-    return torch.cat(gradients)
+    parts = [p.grad.double().flatten() for p in module.parameters() if p.grad is not None]
+    return torch.cat(parts)
 
 
 def gradients(

@@ -161,8 +161,8 @@ def test_gap_is_measured_in_the_requested_metric(with_match: None) -> None:
     first, second = (
         matched(scored_run(name, 2.0), share) for name, share in (("base", 2), ("r8", 6))
     )
-    difference = gap(Setting((first,)), Setting((second,)), MATCH)
-    assert difference is not None and difference.value == pytest.approx(0.4)
+    result = gap(Setting((first,)), Setting((second,)), MATCH)
+    assert result is not None and result.value == pytest.approx(0.4)
 
 
 @pytest.fixture

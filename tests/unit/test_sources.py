@@ -989,12 +989,12 @@ def test_broken_parquet_is_refused(tmp_path: Path) -> None:
     path.write_bytes(b"xyzzy" * 100)
     assert refusal(path).startswith("rows.parquet: broken, or not a Parquet file")
     write_parquet(path, [good(n) for n in range(100)])
-    pretty_json = path.read_bytes()
-    path.write_bytes(pretty_json[:-20])
+    content = path.read_bytes()
+    path.write_bytes(content[:-20])
     assert refusal(path).startswith("rows.parquet: broken, or not a Parquet file")
     refused = 0
-    for position in range(0, len(pretty_json), 23):
-        path.write_bytes(pretty_json[:position] + b"\xff" * 4 + pretty_json[position + 4 :])
+    for position in range(0, len(content), 23):
+        path.write_bytes(content[:position] + b"\xff" * 4 + content[position + 4 :])
         try:
             read(path)
         except DataError:  # anything else is a traceback
@@ -1085,8 +1085,8 @@ def test_hub_rows_carry_commit_and_index(monkeypatch: pytest.MonkeyPatch) -> Non
 
 def test_hub_rows_follow_a_selection(monkeypatch: pytest.MonkeyPatch) -> None:
     rows = [good(n) for n in range(5)]
-    pretty_json = datasets.Dataset.from_list(rows)
-    fake_hub(monkeypatch, lambda *_, **__: pretty_json.select([3, 1]))
+    dataset = datasets.Dataset.from_list(rows)
+    fake_hub(monkeypatch, lambda *_, **__: dataset.select([3, 1]))
     row_set = read_rows(DataSection(name="owner/set"))
     assert [row.turns[0].content for row in row_set.rows] == [
         rows[3]["instruction"],
