@@ -50,8 +50,9 @@ class Contrasts:
 
     def upper(self, error: float) -> float:
         """Upper bound of the largest, each at a one-sided error; at least 0."""
-        quantiles = -stdtrit(self.freedom, error)
-        return float(np.max(self.values + quantiles * self.errors, initial=0.0))
+        known = np.where(np.isfinite(self.errors), self.errors, 0.0)
+        ends = self.values - stdtrit(self.freedom, error) * known
+        return float(np.max(np.where(np.isfinite(self.errors), ends, math.inf), initial=0.0))
 
 
 @dataclass(frozen=True, eq=False)
@@ -178,6 +179,27 @@ def regret_of_sums(
     return Regret(contrasts(observed), contrasts(fitted))
 
 
+def own_best_interval(
+    sample: Paired, confidence: float, first: Regret, second: Regret
+) -> tuple[float, float]:
+    """Confidence interval of the difference of two settings at their own best values, second minus
+    first; contains the ordinary one.
+
+    Args:
+        sample: of the final runs at the chosen values.
+        confidence: of the interval.
+        first: regret of the reference.
+        second: regret of the other setting.
+    """
+    below, above = _sides(first, second)
+    low, high = interval(sample, confidence)
+    half, tail = (high - low) / 2, (1 - confidence) / 2
+    return (
+        min(low, sample.value - math.hypot(half, below.upper(tail))),
+        max(high, sample.value + math.hypot(half, above.upper(tail))),
+    )
+
+
 def at_own_best(
     difference: Difference, sample: Paired, first: Regret, second: Regret
 ) -> Difference:
@@ -193,26 +215,24 @@ def at_own_best(
         first: regret of the reference.
         second: regret of the other setting.
     """
-    if first.higher_is_better:  # a regret of the first setting lowers the difference then
-        first, second = second, first
-    tail = (1 - CONFIDENCE) / 2
-    low, high = interval(sample, CONFIDENCE)
-    half, value = (high - low) / 2, difference.value
-    below, above = (value, second), (-value, first)
-    p_zero = min(_p_within(sample, *side) for side in (below, above))
-    margin = difference.margin
+    below, above = _sides(first, second)
+    value, margin = sample.value, difference.margin
+    p_zero = _p_within(sample, *((value, below) if value > 0 else (-value, above)))
     p_equivalence = (
-        max(_p_within(sample, margin + distance, regret) for distance, regret in (below, above))
+        max(_p_within(sample, margin + value, below), _p_within(sample, margin - value, above))
         if sample.groups >= LEAST_GROUPS
         else 1.0
     )
+    low, high = own_best_interval(sample, CONFIDENCE, first, second)
     return replace(
-        difference,
-        low=min(low, value - math.hypot(half, second.upper(tail))),
-        high=max(high, value + math.hypot(half, first.upper(tail))),
-        p=min(1.0, 2 * p_zero),
-        p_equivalence=p_equivalence,
+        difference, low=low, high=high, p=min(1.0, 2 * p_zero), p_equivalence=p_equivalence
     )
+
+
+def _sides(first: Regret, second: Regret) -> tuple[Regret, Regret]:
+    """The regrets that lower and raise the difference: at its best value the second setting has a
+    lower cost, which is a higher value of some metrics."""
+    return (first, second) if first.higher_is_better else (second, first)
 
 
 def _p_within(sample: Paired, distance: float, regret: Regret) -> float:
@@ -222,8 +242,10 @@ def _p_within(sample: Paired, distance: float, regret: Regret) -> float:
         return p_below(sample, distance)
 
     def p(error: float) -> float:
-        remaining = max(0.0, distance**2 - regret.upper(error) ** 2)
-        return p_below(sample, math.sqrt(remaining))
+        bound = regret.upper(error)
+        if bound >= distance:
+            return p_below(sample, 0.0)
+        return p_below(sample, math.sqrt((distance - bound) * (distance + bound)))
 
     # p falls with the error from 0.5: the end is reached where p equals it.
     low, high = _LEAST_P, 0.5
@@ -235,4 +257,4 @@ def _p_within(sample: Paired, distance: float, regret: Regret) -> float:
     return high
 
 
-_LEAST_P = 1e-300
+_LEAST_P = 1e-100
