@@ -307,7 +307,10 @@ def widening(world: TunedWorld, count: int) -> list[dict[str, float]]:
                 tuning_seeds=tuning_seeds,
                 validation_groups=round(rows * VALIDATION_GROUPS / 300),
             )
-            bounds, regrets, ordinary, chosen = [], [], [], []
+            bounds: list[float] = []
+            regrets: list[float] = []
+            ordinary: list[float] = []
+            chosen: list[float] = []
             for _, case in tuned_cases(world, plan, count):
                 bounds += [regret.bound for regret in case.regrets]
                 regrets += [arm.loss(own.rate) - own.lowest for arm, own in case.pairs]

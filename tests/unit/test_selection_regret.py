@@ -12,7 +12,8 @@ from hypothesis import strategies as st
 from scipy import stats
 
 from slm_lora.records import RowScore
-from slm_lora.runs.metrics import Metric
+from slm_lora.runs.metrics import METRICS, Metric
+from slm_lora.runs.tuning import ArmRecord, CandidateRecord
 from slm_lora.stats.clustered import Floats, clustered, clustered_covariance
 from slm_lora.stats.estimates import Paired
 from slm_lora.stats.inference import difference, interval
@@ -23,9 +24,11 @@ from slm_lora.stats.selection_regret import (
     own_best_interval,
     pooled_training_variance,
     regret_bound,
+    regret_of_arm,
     regret_of_sums,
 )
 from slm_lora.stats.settings import Setting
+from slm_lora.stats.tuned_arms import TunedArm
 
 from ..support.runs import line
 
@@ -73,7 +76,7 @@ def test_observed_losses_bound_the_regret_by_paired_t_intervals() -> None:
     found = regret_of_sums(nats, tokens, 3)
     assert found.fitted is None
     assert found.upper(0.025) == pytest.approx(max(0.0, *bounds))
-    assert found.bound == found.upper(0.025)
+    assert found.bound == pytest.approx(found.upper(0.05))
 
 
 def test_training_variance_adds_to_every_difference() -> None:
@@ -138,7 +141,7 @@ def test_the_ends_move_by_the_regret_on_their_side() -> None:
     sample = Paired(rng.normal(0.05, 0.3, (3, 30)), np.full(30, 10.0))
     low, high = interval(sample, 0.95)
     half = (high - low) / 2
-    bound = stats.t.isf(0.025, 20) * 0.004
+    bound = stats.t.isf(0.05, 20) * 0.004
     found = own_best_interval(sample, 0.95, NO_CHOICE, regret(0.0, 0.004))
     assert found == pytest.approx((sample.value - math.hypot(half, bound), high))
     found = own_best_interval(sample, 0.95, regret(0.0, 0.004), NO_CHOICE)
@@ -170,7 +173,7 @@ def test_interval_and_p_values_are_one_statement(
     assert found.p_equivalence >= ordinary.p_equivalence * (1 - 1e-6)
     assert (found.p < 0.05) == found.excludes_zero
     low, high = own_best_interval(sample, 0.90, first, second)
-    assert (found.p_equivalence < 0.05) == (-0.02 < low and high < 0.02)
+    assert (found.p_equivalence < 0.05) == (low > -0.02 and high < 0.02)
     # At any other level, as Holm's correction asks for it.
     for confidence in (0.5, 0.99, 0.9999):
         low, high = own_best_interval(sample, confidence, first, second)
@@ -204,24 +207,56 @@ def test_settings_are_compared_by_the_seeds_that_all_have() -> None:
     found = regret_bound(settings_, settings_[3], RATES, 1e-5, 4.0)
     expected = regret_of_sums(10 * nats[:, 1:], np.full(40, 10.0), 3, RATES, 1e-5, 4.0)
     assert found.bound == pytest.approx(expected.bound)
-    with pytest.raises(ValueError, match="not in"):
+    with pytest.raises(ValueError, match="none of the candidates"):
         regret_bound(settings_[:3], settings_[3], RATES[:3], None, 0.0)
 
 
-def test_a_metric_that_is_better_when_higher_has_regret_too() -> None:
-    accuracy = Metric(
-        "accuracy", "Accuracy", "", "", lambda row: (row.nll, row.tokens), higher_is_better=True
+def test_the_regret_of_a_search_is_that_of_its_finished_values() -> None:
+    nats = candidates(np.random.default_rng(11)) / 10
+    key = "training.learning_rate"
+
+    def searched(**more: float) -> ArmRecord:
+        records = tuple(
+            CandidateRecord(values={key: rate, **more}, loss=2.6, tokens=1, tokens_to_end=1)
+            for rate in RATES
+        )
+        return ArmRecord(
+            name="r8", settings={}, chosen={key: 5e-3, **more}, edges={}, candidates=records
+        )
+
+    finished = {
+        place: scored(rate, [(1000, own[0])])
+        for place, (rate, own) in enumerate(zip(RATES, nats, strict=True))
+        if place != 1  # stopped
+    }
+    arm = TunedArm(searched(), finished)
+    kept = [place for place in range(len(RATES)) if place != 1]
+    expected = regret_of_sums(
+        10 * nats[kept], np.full(40, 10.0), 2, [RATES[place] for place in kept], 1e-5, 4.0
     )
+    assert expected.fitted is not None
+    assert regret_of_arm(arm, 1e-5, 4.0).bound == pytest.approx(expected.bound)
+    # Of two keys there is no curve.
+    arm = TunedArm(searched(alpha=8.0), finished)
+    assert regret_of_arm(arm, 1e-5, 4.0).fitted is None
+
+
+def test_of_a_metric_that_is_better_when_higher_the_costs_count(
+    monkeypatch: pytest.MonkeyPatch,
+) -> None:
+    accuracy = Metric(
+        "accuracy", "", "", "", lambda row: (row.nll_all, row.tokens_all), higher_is_better=True
+    )
+    monkeypatch.setitem(METRICS, "accuracy", accuracy)
     nats = candidates(np.random.default_rng(8)) / 10
-    lower = [scored(rate, [(1000, own[0])]) for rate, own in zip(RATES, nats, strict=True)]
-    higher = [scored(rate, [(1000, 5 - own[0])]) for rate, own in zip(RATES, nats, strict=True)]
-    sums = [
-        regret_of_sums(sign * 10 * nats, np.full(40, 10.0), 3, RATES).bound for sign in (1, -1)
-    ]
-    assert sums[0] != pytest.approx(sums[1])
-    assert regret_bound(lower, lower[3], RATES, None, 0.0).bound == pytest.approx(sums[0])
-    assert accuracy.cost(1.0) == -1
-    assert not regret_bound(higher, higher[3], RATES, None, 0.0).higher_is_better
+    settings_ = []
+    for rate, own in zip(RATES, 5 - nats, strict=True):
+        (run,) = scored(rate, [(1000, own[0])]).runs
+        settings_.append(Setting((replace(run, headline="accuracy"),)))
+    found = regret_bound(settings_, settings_[3], RATES, None, 0.0)
+    assert found.higher_is_better
+    expected = regret_of_sums(10 * nats, np.full(40, 10.0), 3, RATES)
+    assert found.bound == pytest.approx(expected.bound)
 
 
 def test_the_training_variance_is_pooled_over_settings() -> None:

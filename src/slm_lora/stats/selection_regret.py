@@ -7,7 +7,7 @@ the chosen values, minus the regret of the second setting, plus the regret of th
 at least zero, so the ordinary interval ``d ± h`` is widened by their upper bounds. Validation and
 tuning seeds are independent of test rows and final seeds, so lengths add as in the method of
 variance estimates recovery (Zou and Donner 2008): ``d - √(h² + U_second²)`` to
-``d + √(h² + U_first²)``, all at the same one-sided level.
+``d + √(h² + U_first²)``, with one-sided 95 % bounds in a 95 % interval.
 
 `make calibration` measures the rates of this interval and of other ways to include the choice.
 """
@@ -25,6 +25,7 @@ from slm_lora.stats.clustered import Floats, clustered_covariance
 from slm_lora.stats.estimates import Paired, group_sums
 from slm_lora.stats.inference import LEAST_GROUPS, Difference, interval, p_below
 from slm_lora.stats.settings import Setting, common_draws, draw_of
+from slm_lora.stats.tuned_arms import TunedArm
 
 WINDOW = math.log(5) + 0.1
 """Half width of a fitted curve, in the logarithm of the value: a factor of five either way, with
@@ -82,8 +83,8 @@ class Regret:
 
     @property
     def bound(self) -> float:
-        """Upper bound in a 95 % interval."""
-        return self.upper((1 - CONFIDENCE) / 2)
+        """Upper bound with 95 % confidence."""
+        return self.upper(1 - CONFIDENCE)
 
 
 def pooled_training_variance(settings: Sequence[Setting]) -> tuple[float | None, float]:
@@ -127,10 +128,25 @@ def regret_bound(
     ]
     numerators, denominators = group_sums([run.scores for own in runs for run in own], metric)
     costs = metric.cost(1.0) * numerators.reshape(len(runs), len(shared), -1)
-    regret = regret_of_sums(
-        costs, denominators, candidates.index(chosen), values, training_variance, freedom
-    )
+    place = next((i for i, candidate in enumerate(candidates) if candidate is chosen), None)
+    if place is None:
+        raise ValueError("the chosen setting is none of the candidates")
+    regret = regret_of_sums(costs, denominators, place, values, training_variance, freedom)
     return replace(regret, higher_is_better=metric.higher_is_better)
+
+
+def regret_of_arm(arm: TunedArm, training_variance: float | None, freedom: float) -> Regret:
+    """As `regret_bound`, of a search. Values whose runs were stopped are left out."""
+    places = sorted(arm.settings)
+    keys = list(arm.record.chosen)
+    values = [arm.record.candidates[place].values[keys[0]] for place in places]
+    return regret_bound(
+        [arm.settings[place] for place in places],
+        arm.chosen,
+        values if len(keys) == 1 else None,
+        training_variance,
+        freedom,
+    )
 
 
 def regret_of_sums(
@@ -193,10 +209,10 @@ def own_best_interval(
     """
     below, above = _sides(first, second)
     low, high = interval(sample, confidence)
-    half, tail = (high - low) / 2, (1 - confidence) / 2
+    half, error = (high - low) / 2, 1 - confidence
     return (
-        min(low, sample.value - math.hypot(half, below.upper(tail))),
-        max(high, sample.value + math.hypot(half, above.upper(tail))),
+        min(low, sample.value - math.hypot(half, below.upper(error))),
+        max(high, sample.value + math.hypot(half, above.upper(error))),
     )
 
 
@@ -242,7 +258,7 @@ def _p_within(sample: Paired, distance: float, regret: Regret) -> float:
         return p_below(sample, distance)
 
     def p(error: float) -> float:
-        bound = regret.upper(error)
+        bound = regret.upper(2 * error)
         if bound >= distance:
             return p_below(sample, 0.0)
         return p_below(sample, math.sqrt((distance - bound) * (distance + bound)))
