@@ -207,6 +207,8 @@ def test_settings_are_compared_by_the_seeds_that_all_have() -> None:
     found = regret_bound(settings_, settings_[3], RATES, 1e-5, 4.0)
     expected = regret_of_sums(10 * nats[:, 1:], np.full(40, 10.0), 3, RATES, 1e-5, 4.0)
     assert found.bound == pytest.approx(expected.bound)
+    settings_[1] = Setting(settings_[1].runs[1:])
+    assert regret_bound(settings_, settings_[3], RATES, 1e-5, 4.0).bound == math.inf
     with pytest.raises(ValueError, match="none of the candidates"):
         regret_bound(settings_[:3], settings_[3], RATES[:3], None, 0.0)
 

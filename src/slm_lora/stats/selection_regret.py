@@ -110,7 +110,7 @@ def regret_bound(
 
     Args:
         candidates: finished tuning runs by value, scored on the same validation rows; compared by
-            the seeds that all have.
+            the seeds that all have. Without one the bound is infinite.
         chosen: one of them.
         values: of the tuned key, one per candidate; None with several keys: no curve is fitted.
         training_variance: of one run's loss between seeds, `pooled_training_variance` of the final
@@ -121,16 +121,18 @@ def regret_bound(
         IntegrityError: candidates were not scored on the same tokens of the same rows.
         ValueError: ``chosen`` is no candidate.
     """
+    place = next((i for i, candidate in enumerate(candidates) if candidate is chosen), None)
+    if place is None:
+        raise ValueError("the chosen setting is none of the candidates")
     shared, metric = common_draws(candidates), chosen.metric
+    if not shared:
+        return Regret(_unknown(len(candidates) - 1), None, metric.higher_is_better)
     runs = [
         sorted((run for run in candidate.runs if draw_of(run) in shared), key=draw_of)
         for candidate in candidates
     ]
     numerators, denominators = group_sums([run.scores for own in runs for run in own], metric)
     costs = metric.cost(1.0) * numerators.reshape(len(runs), len(shared), -1)
-    place = next((i for i, candidate in enumerate(candidates) if candidate is chosen), None)
-    if place is None:
-        raise ValueError("the chosen setting is none of the candidates")
     regret = regret_of_sums(costs, denominators, place, values, training_variance, freedom)
     return replace(regret, higher_is_better=metric.higher_is_better)
 
@@ -149,6 +151,10 @@ def regret_of_arm(arm: TunedArm, training_variance: float | None, freedom: float
     )
 
 
+def _unknown(others: int) -> Contrasts:
+    return Contrasts(np.zeros(others), np.full(others, math.inf), np.ones(others))
+
+
 def regret_of_sums(
     numerators: Floats,
     denominators: Floats,
@@ -160,8 +166,7 @@ def regret_of_sums(
     """As `regret_bound`, from sums by group of rows, [candidates, seeds, groups]."""
     count, seeds, groups = numerators.shape
     if groups < 2:
-        others = np.full(count - 1, math.inf)
-        return Regret(Contrasts(np.zeros(count - 1), others, np.ones(count - 1)))
+        return Regret(_unknown(count - 1))
     losses, over_rows, freedom_rows = clustered_covariance(numerators.mean(1), denominators)
     variance = 0.0 if training_variance is None else training_variance / seeds
 
