@@ -61,7 +61,7 @@ class TunedPlan:
         skew: curvature above the optimum, relative to that below.
         quartic: coefficient of the fourth power: flat at the optimum, steep further away.
         apart: ratio of the two optimal rates.
-        planted: difference of the lowest losses, second minus first.
+        planted: difference of the lowest losses among the rates tried, second minus first.
         noise: deviation of trainings, relative to the real one.
         growth: exponent by which it grows with the rate.
         share: share of a seed's variance that all rates and both settings have in common.
@@ -258,10 +258,10 @@ class TunedCase:
         return Paired(self.final[1] - self.final[0], self.tokens)
 
     @property
-    def truth(self) -> float:
-        """Difference of the lowest expected losses among the rates that were tried."""
-        first, second = self.searches
-        return second.lowest - first.lowest
+    def truth_of_all(self) -> float:
+        """Difference of the lowest expected losses among all rates, also those not tried."""
+        first, second = (own.lowest - arm.lowest for arm, own in self.pairs)
+        return self.arms[0].plan.planted - (second - first)
 
     @functools.cached_property
     def regrets(self) -> tuple[Regret, Regret]:
@@ -303,19 +303,22 @@ def tuned_cases(
         optima = [optimum, optimum / plan.apart]
         rng.shuffle(optima)
         first, second = (
-            Arm(world, plan, shape, LEAST_LOSS + lowest, own, curvature)
-            for shape, lowest, own, curvature in zip(
-                world.shapes, (0.0, plan.planted), optima, plan.curvature, strict=True
-            )
+            Arm(world, plan, shape, LEAST_LOSS, own, curvature)
+            for shape, own, curvature in zip(world.shapes, optima, plan.curvature, strict=True)
         )
         rows = rng.integers(0, groups, plan.validation_groups)
         test_rows = rng.integers(0, groups, groups)
         searches = searches_of(rng, (first, second), rows, plan.tuning_seeds)
         choices = [(first, searches[0].rate), (second, searches[1].rate)]
         final = final_runs(rng, choices, test_rows, plan.seeds)
-        yield rng, TunedCase((first, second), searches, test_rows, final, world.tokens[test_rows])
+        tokens = world.tokens[test_rows]
+        # A level for the second setting, which no search depends on: the planted truth is exact.
+        final[1] += tokens * lift(plan, [searches])
+        yield rng, TunedCase((first, second), searches, test_rows, final, tokens)
 
 
-def repeated_truth(case: TunedCase, searches: Sequence[tuple[Search, Search]]) -> float:
-    """`TunedCase.truth` over the rates of several searches."""
-    return min(own[1].lowest for own in searches) - min(own[0].lowest for own in searches)
+def lift(plan: TunedPlan, searches: Sequence[tuple[Search, Search]]) -> float:
+    """Nats per token to add to the second setting, so that the lowest losses among the rates that
+    either tried, in any of the searches, differ by the planted amount."""
+    first, second = (min(own[place].lowest for own in searches) for place in (0, 1))
+    return plan.planted - (second - first)

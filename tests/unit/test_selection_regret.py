@@ -76,7 +76,7 @@ def test_observed_losses_bound_the_regret_by_paired_t_intervals() -> None:
     found = regret_of_sums(nats, tokens, 3)
     assert found.fitted is None
     assert found.upper(0.025) == pytest.approx(max(0.0, *bounds))
-    assert found.bound == pytest.approx(found.upper(0.05))
+    assert found.bound == pytest.approx(found.upper(0.025))
 
 
 def test_training_variance_adds_to_every_difference() -> None:
@@ -141,7 +141,7 @@ def test_the_ends_move_by_the_regret_on_their_side() -> None:
     sample = Paired(rng.normal(0.05, 0.3, (3, 30)), np.full(30, 10.0))
     low, high = interval(sample, 0.95)
     half = (high - low) / 2
-    bound = stats.t.isf(0.05, 20) * 0.004
+    bound = stats.t.isf(0.025, 20) * 0.004
     found = own_best_interval(sample, 0.95, NO_CHOICE, regret(0.0, 0.004))
     assert found == pytest.approx((sample.value - math.hypot(half, bound), high))
     found = own_best_interval(sample, 0.95, regret(0.0, 0.004), NO_CHOICE)

@@ -7,7 +7,7 @@ the chosen values, minus the regret of the second setting, plus the regret of th
 at least zero, so the ordinary interval ``d ± h`` is widened by their upper bounds. Validation and
 tuning seeds are independent of test rows and final seeds, so lengths add as in the method of
 variance estimates recovery (Zou and Donner 2008): ``d - √(h² + U_second²)`` to
-``d + √(h² + U_first²)``, with one-sided 95 % bounds in a 95 % interval.
+``d + √(h² + U_first²)``, all at the same one-sided level.
 
 `make calibration` measures the rates of this interval and of other ways to include the choice.
 """
@@ -83,8 +83,8 @@ class Regret:
 
     @property
     def bound(self) -> float:
-        """Upper bound with 95 % confidence."""
-        return self.upper(1 - CONFIDENCE)
+        """Upper bound in a 95 % interval."""
+        return self.upper((1 - CONFIDENCE) / 2)
 
 
 def pooled_training_variance(settings: Sequence[Setting]) -> tuple[float | None, float]:
@@ -214,7 +214,7 @@ def own_best_interval(
     """
     below, above = _sides(first, second)
     low, high = interval(sample, confidence)
-    half, error = (high - low) / 2, 1 - confidence
+    half, error = (high - low) / 2, (1 - confidence) / 2
     return (
         min(low, sample.value - math.hypot(half, below.upper(error))),
         max(high, sample.value + math.hypot(half, above.upper(error))),
@@ -263,7 +263,7 @@ def _p_within(sample: Paired, distance: float, regret: Regret) -> float:
         return p_below(sample, distance)
 
     def p(error: float) -> float:
-        bound = regret.upper(2 * error)
+        bound = regret.upper(error)
         if bound >= distance:
             return p_below(sample, 0.0)
         return p_below(sample, math.sqrt((distance - bound) * (distance + bound)))
