@@ -94,14 +94,20 @@ def _text(result: dict[str, Any]) -> str:
 
 def _widening_table(records: list[dict[str, float]]) -> str:
     header = [
-        "validation rows", "tuning seeds", "mean regret", "mean bound", "half-length, choice "
-        "ignored", "half-length",
-    ]  # fmt: skip
+        "deviation between seeds",
+        "validation rows",
+        "tuning seeds",
+        "mean regret",
+        "mean bound",
+        "half-length, choice ignored",
+        "half-length",
+    ]
     names = ("regret", "bound", "half_length_ordinary", "half_length")
     return markdown_table(
         header,
         [
             [
+                f"{row['seed_deviation']:.4f}",
                 f"{row['validation_rows']:,}",
                 f"{row['tuning_seeds']}",
                 *(f"{row[name]:.4f}" for name in names),

@@ -3,6 +3,7 @@ length of intervals that include the choice in different ways."""
 
 from __future__ import annotations
 
+import itertools
 import math
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass, replace
@@ -300,30 +301,32 @@ def _check_others(world: TunedWorld, count: int) -> list[Check]:
 
 
 def widening(world: TunedWorld, count: int) -> list[dict[str, float]]:
-    """Mean bound of a setting's regret, and mean half-lengths without and with it, nats per token,
-    by validation rows and tuning seeds, of flat curves, where the choice is least certain."""
+    """Mean regret and bound of a setting, and mean half-lengths without and with them, nats per
+    token, by the deviation between seeds, validation rows and tuning seeds; of flat curves, where
+    the choice is least certain."""
     records = []
-    for rows in (100, 300, 1000):
-        for tuning_seeds in (1, 2, 3):
-            plan = TunedPlan(
-                curvature=FLAT,
-                tuning_seeds=tuning_seeds,
-                validation_groups=round(rows * VALIDATION_GROUPS / 300),
+    for noise, rows, seeds in itertools.product((1.0, 2.5), (100, 300, 1000), (1, 2)):
+        plan = TunedPlan(
+            curvature=FLAT,
+            noise=noise,
+            tuning_seeds=seeds,
+            validation_groups=round(rows * VALIDATION_GROUPS / 300),
+        )
+        values = [
+            (
+                np.mean([arm.loss(own.rate) - own.lowest for arm, own in case.pairs]),
+                np.mean([regret.bound for regret in case.regrets]),
+                *(np.diff(WAYS[way](case))[0] / 2 for way in ("ordinary", "chosen")),
             )
-            bounds: list[float] = []
-            regrets: list[float] = []
-            ordinary: list[float] = []
-            chosen: list[float] = []
-            for _, case in tuned_cases(world, plan, count):
-                bounds += [regret.bound for regret in case.regrets]
-                regrets += [arm.loss(own.rate) - own.lowest for arm, own in case.pairs]
-                for lengths, way in ((ordinary, "ordinary"), (chosen, "chosen")):
-                    low, high = WAYS[way](case)
-                    lengths.append((high - low) / 2)
-            means = map(float, map(np.mean, (regrets, bounds, ordinary, chosen)))
-            names = ("regret", "bound", "half_length_ordinary", "half_length")
-            records.append(
-                {"validation_rows": rows, "tuning_seeds": tuning_seeds}
-                | dict(zip(names, means, strict=True))
-            )
+            for _, case in tuned_cases(world, plan, count)
+        ]
+        names = ("regret", "bound", "half_length_ordinary", "half_length")
+        records.append(
+            {
+                "seed_deviation": noise * world.seed_deviation,
+                "validation_rows": rows,
+                "tuning_seeds": seeds,
+            }
+            | dict(zip(names, map(float, np.mean(values, 0)), strict=True))
+        )
     return records

@@ -105,6 +105,11 @@ class TunedWorld:
     shapes: tuple[Floats, ...]
     deviations: Floats
 
+    @property
+    def seed_deviation(self) -> float:
+        """Standard deviation of the loss between seeds, nats per token."""
+        return math.sqrt(float(np.mean((self.deviations.sum(1) / self.tokens.sum()) ** 2)))
+
     def noise(self, rng: np.random.Generator) -> Floats:
         """Deviation of a new training, [groups]."""
         count = len(self.deviations)
