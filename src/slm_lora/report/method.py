@@ -161,8 +161,8 @@ def confounds(comparisons: Sequence[Comparison]) -> str:
         first = ranks[0].first
         ratio = first.setting("adapter.lora_alpha") / first.setting("adapter.r")
         if not ranks[0].tied:
-            same = "" if RATE in first.first_run.tuned else " and learning rate"
-            items.append(f"Ranks are compared at the same alpha/r ({ratio:g}){same}.")
+            equal = "" if RATE in first.first_run.tuned else " and learning rate"
+            items.append(f"Ranks are compared at the same alpha/r ({ratio:g}){equal}.")
         items.append(f"A larger rank trains more weights ({_weights(ranks)}).")
     if modules := by_key.get("adapter.target_modules"):
         items.append(f"More target modules also mean more trainable weights ({_weights(modules)}).")
