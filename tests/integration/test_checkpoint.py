@@ -33,7 +33,9 @@ SECTION = TrainingSection(num_train_epochs=4, learning_rate=1e-2, eval_steps=2, 
 def sitting(
     base: Base, checkpointer: Checkpointer | None, stop_after: int | None = None
 ) -> tuple[TrainingResult | None, dict[str, torch.Tensor]]:
-    peft_model = attach.attach(base, AdapterSection(r=4, lora_dropout=0.1), 3)
+    peft_model = attach.attach(
+        base, AdapterSection(r=4, lora_dropout=0.1, target_modules=("q_proj", "v_proj")), 3
+    )
     losses = {2: 2.0, 4: 1.0, 6: 1.5, 8: 1.2}
     steps: list[int] = []
 
@@ -99,7 +101,9 @@ def test_steps_ahead_change_nothing(
 
     def run(ahead: int, folder: Path, stops: bool = False) -> tuple[Any, ...]:
         base, stop = load_tiny(), Stop()
-        peft_model = attach.attach(base, AdapterSection(r=4, lora_dropout=0.1), 3)
+        peft_model = attach.attach(
+            base, AdapterSection(r=4, lora_dropout=0.1, target_modules=("q_proj", "v_proj")), 3
+        )
 
         def on_step(step: Step) -> None:
             stop.requested |= stops and step.step == stop_at
@@ -182,7 +186,9 @@ def test_a_broken_checkpoint_is_passed_over_by_name(
     said.clear()
     losses = iter([2.0, 1.0, 1.5, 1.2] if both else [1.0, 1.5, 1.2])
     base = load_tiny()
-    peft_model = attach.attach(base, AdapterSection(r=4, lora_dropout=0.1), 3)
+    peft_model = attach.attach(
+        base, AdapterSection(r=4, lora_dropout=0.1, target_modules=("q_proj", "v_proj")), 3
+    )
     train(
         base, peft_model, make_examples(TRAINING_LENGTHS), SECTION, 3,
         validate=lambda: next(losses), checkpointer=checkpointer,
@@ -260,7 +266,9 @@ def test_a_stop_in_validation_keeps_the_step(
 
     def once(asked: int | None) -> tuple[TrainingResult | None, dict[str, torch.Tensor]]:
         base = load_tiny()
-        peft_model = attach.attach(base, AdapterSection(r=4, lora_dropout=0.1), 3)
+        peft_model = attach.attach(
+            base, AdapterSection(r=4, lora_dropout=0.1, target_modules=("q_proj", "v_proj")), 3
+        )
         stop, steps = Stop(), list(counted)
 
         def validate() -> float:

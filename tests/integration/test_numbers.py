@@ -44,7 +44,9 @@ def spoil(
 def sitting(
     base: Base, on_step: Callable[[Step], None], epochs: int = 3, ahead: int = 0
 ) -> tuple[Step, ...]:
-    peft_model = attach.attach(base, AdapterSection(r=2, lora_dropout=0.0), 0)
+    peft_model = attach.attach(
+        base, AdapterSection(r=2, lora_dropout=0.0, target_modules=("q_proj", "v_proj")), 0
+    )
     section = TrainingSection(num_train_epochs=epochs, learning_rate=1e-2)
     try:
         return train(
@@ -118,12 +120,12 @@ def test_a_weight(load_tiny: LoadTiny, monkeypatch: pytest.MonkeyPatch, value: f
 
 def test_a_validation_names_its_step(load_tiny: LoadTiny) -> None:
     base = load_tiny()
-    peft_model = attach.attach(base, AdapterSection(r=2), 0)
+    peft_model = attach.attach(base, AdapterSection(r=2, target_modules=("q_proj", "v_proj")), 0)
 
     def validate() -> float:
         raise NumericError("row 0001: loss nan")
 
-    section = TrainingSection(num_train_epochs=1, eval_steps=2)
+    section = TrainingSection(num_train_epochs=1, learning_rate=2e-4, eval_steps=2)
     with pytest.raises(NumericError, match="validation after step 2: row 0001"):
         train(base, peft_model, make_examples(TRAINING_LENGTHS), section, 0, validate=validate)
 
@@ -170,7 +172,9 @@ def test_fp16_does_not_skip_for_ever(load_tiny: LoadTiny, monkeypatch: pytest.Mo
 
 def gradient(base: Base, batches: list[int], double: bool) -> torch.Tensor:
     """Gradient of a step of 16 rows, divided into micro-batches of so many rows."""
-    peft_model = attach.attach(base, AdapterSection(r=4, lora_dropout=0.0), 3)
+    peft_model = attach.attach(
+        base, AdapterSection(r=4, lora_dropout=0.0, target_modules=("q_proj", "v_proj")), 3
+    )
     peft_model.train()
     generator = torch.Generator().manual_seed(1)
     for name, parameter in peft_model.named_parameters():
@@ -203,7 +207,9 @@ def test_the_loop_divides_as_exactly(load_tiny: LoadTiny) -> None:
     norms = []
     for budget in (10_000, 200, 60, 1):
         base = load_tiny()
-        peft_model = attach.attach(base, AdapterSection(r=4, lora_dropout=0.0), 3)
+        peft_model = attach.attach(
+            base, AdapterSection(r=4, lora_dropout=0.0, target_modules=("q_proj", "v_proj")), 3
+        )
         parameters = [p for p in peft_model.parameters() if p.requires_grad]
         optimizer = torch.optim.SGD(parameters, lr=0.0)
         scaler = torch.amp.GradScaler("cpu", enabled=False)

@@ -40,7 +40,9 @@ def gradients(
     base: Base, examples: list[Example], double: bool = False, dropout: float = 0.0
 ) -> torch.Tensor:
     """Adapter gradients of the summed NLL, with a B that is not zero."""
-    peft_model = attach.attach(base, AdapterSection(r=4, lora_dropout=dropout), seed=3)
+    peft_model = attach.attach(
+        base, AdapterSection(r=4, lora_dropout=dropout, target_modules=("q_proj", "v_proj")), seed=3
+    )
     peft_model.train()
     generator = torch.Generator().manual_seed(1)
     for name, parameter in peft_model.named_parameters():

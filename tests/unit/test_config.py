@@ -360,8 +360,8 @@ def test_single_target_module() -> None:
 
 
 def test_equal_settings_serialise_equally() -> None:
-    once = read("name: x\ntraining: {learning_rate: 2e-4}\nadapter: {r: 8}")[0]
-    again = read("adapter:\n  r: 8.0\nname: 'x'\n")[0]
+    once = read("name: x\ntraining: {learning_rate: 2e-4, num_train_epochs: 3}\nadapter: {r: 8}")[0]
+    again = read("adapter:\n  r: 8.0\nname: 'x'\ntraining:\n  learning_rate: 0.0002\n")[0]
     assert once.model_dump_json() == again.model_dump_json()
     assert once != read("name: x", "adapter.r=4")[0]
 

@@ -42,10 +42,21 @@ def print_plan(jobs: Any, paths: Any, reporter: Any) -> None:
         "estimated by timing a slice of the model; nothing was trained",
         soft_wrap=True,
     )
+    for line in _rate_lines(jobs):
+        out.print(line, soft_wrap=True)
     if warning := estimate.warning():
         out.print(f"warning: {warning}", soft_wrap=True)
     if mismatch:
         out.print(f"warning: {mismatch}", soft_wrap=True)
+
+
+def _rate_lines(jobs: Any) -> list[str]:
+    """One line per learning rate that follows from a rule."""
+    rates = dict.fromkeys(job.suggested_rate for job in jobs if job.suggested_rate is not None)
+    return [
+        f"training.learning_rate = auto: {rate.value:g} = {rate.formula}; a starting point"
+        for rate in rates
+    ]
 
 
 def _device_mismatch(jobs: Any) -> str:

@@ -11,8 +11,9 @@ import math
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass, replace
 
-from slm_lora.config.axes import TuningSection
+from slm_lora.config.axes import AUTO, TuningSection
 from slm_lora.config.grid import Cell, arms_of, tuned_cell, tuning_cell
+from slm_lora.config.learning_rate import rates_around
 from slm_lora.config.schema import Recipe
 from slm_lora.errors import UsageError
 from slm_lora.experiment.job import Job
@@ -86,7 +87,15 @@ class TuningPhase:
             replace(arm, options=replace(arm.options, keep_adapters=False))
             for arm in arms_of(cells)
         ]
+        self._sections = [self._section_of(arm) for arm in self.arms]
         self._jobs: dict[tuple[int, Point], list[Job]] = {}
+
+    def _section_of(self, arm: Cell) -> TuningSection:
+        """The recipe's section with numbers for ``auto``, which depend on the setting."""
+        if AUTO not in self.section.values:
+            return self.section
+        suggested = self._resolver.suggested_rate(arm.config)
+        return self.section.with_rates(rates_around(suggested.value))
 
     def jobs_of(self, arm: int, point: Point) -> list[Job]:
         """The runs of a point, one per tuning seed."""
@@ -111,7 +120,9 @@ class TuningPhase:
         """Where one search stands, from the runs on disk."""
         outcomes: dict[Point, float] = {}
         while True:
-            state = progress(self.section, outcomes, lambda point: self._is_valid(arm, point))
+            state = progress(
+                self._sections[arm], outcomes, lambda point: self._is_valid(arm, point)
+            )
             found = {
                 point: outcome.loss
                 for point in state.missing
@@ -188,8 +199,10 @@ class TuningPhase:
         return find_run(self.paths.results, BASE, self._first_job().base_identity)
 
     def _first_points(self) -> list[tuple[int, Point]]:
-        first = tuple(values[0] for values in self.section.values)
-        return [(arm, first) for arm in range(len(self.arms))]
+        return [
+            (arm, tuple(values[0] for values in section.first_values))
+            for arm, section in enumerate(self._sections)
+        ]
 
     def _choose(self, search: str) -> TuningRecord:
         arms = [self._arm(index) for index in range(len(self.arms))]
