@@ -697,6 +697,7 @@ LIST_BOMB = "a: &a [1]\n" + "".join(
 @example('name: x\ngrid: {cells: [{data.name: !!binary gIGC}, {data.name: "\\ud800"}]}', [])
 @example(BOMB + "data: *j\nseeds: *j", [])
 @example(LIST_BOMB + "seeds: *j\ndata: {name: *j}\ngrid: {axes: *j, cells: [*j]}", [])
+@example(f"!!{'0' * 600}", [])
 @example("1: 1\nnull: 2\n2024-01-01: 3\n[1]: 4\n? {a: b}\n: 5\n.nan: 6\n.nan: 7", [])
 def test_any_text_loads_or_is_explained(text: str, overrides: list[str]) -> None:
     assert_loads_or_explains(text, overrides)
