@@ -2,8 +2,6 @@
 
 from __future__ import annotations
 
-import json
-import shutil
 from dataclasses import replace
 from pathlib import Path
 
@@ -13,6 +11,7 @@ import torch
 from slm_lora.adapters import attach
 from slm_lora.config.load import load_recipe
 from slm_lora.errors import UsageError
+from slm_lora.experiment import resolve_jobs
 from slm_lora.experiment.job import Job
 from slm_lora.experiment.paths import ExperimentPaths
 from slm_lora.experiment.resolve_jobs import JobResolver, make_jobs
@@ -148,14 +147,11 @@ def test_the_plan_prints_the_rule(lab: Lab, capsys: pytest.CaptureFixture[str]) 
     assert "auto" not in capsys.readouterr().out
 
 
-def test_a_model_without_a_width_needs_a_number(lab: Lab, tmp_path: Path) -> None:
-    source = job_of(lab).source.path
-    model = tmp_path / "model"
-    shutil.copytree(source, model)
-    config = json.loads((model / "config.json").read_text())
-    (model / "config.json").write_text(json.dumps({**config, "hidden_size": None}))
-    with pytest.raises(UsageError, match=r"learning_rate = auto: config\.json of model gives no "):
-        job_of(lab, f"model.name={model}", "training.learning_rate=auto")
+def test_a_model_without_a_width_needs_a_number(lab: Lab, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(resolve_jobs, "text_config", lambda source: {"hidden_sizes": [48, 96]})
+    with pytest.raises(UsageError, match=r"auto: config\.json of tiny-llama gives no hidden_size"):
+        job_of(lab, "training.learning_rate=auto")
+    assert job_of(lab, "training.learning_rate=1e-3").suggested_rate is None
 
 
 def test_tuning_begins_around_the_rule(lab: Lab) -> None:
