@@ -8,8 +8,9 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 from slm_lora.adapters.targets import resolve_targets
+from slm_lora.config.axes import AUTO, TuningSection
 from slm_lora.config.grid import Cell, at_learning_rate
-from slm_lora.config.learning_rate import SuggestedRate, suggested_rate
+from slm_lora.config.learning_rate import SuggestedRate, rates_around, suggested_rate
 from slm_lora.config.schema import (
     LATER_KEYS,
     CellConfig,
@@ -61,7 +62,7 @@ class JobResolver:
     """
 
     def __init__(self, computed: ComputedName = "here") -> None:
-        self._computed = computed
+        self.computed = computed
         self._sources: dict[ModelSection, ModelSource] = {}
         self._tokenizers: dict[ModelSource, PreTrainedTokenizerBase] = {}
         self._row_sets: dict[str, RowSet] = {}
@@ -91,13 +92,13 @@ class JobResolver:
             check_token_ids(prepared, source, tokenizer)
             check_headline(cell.config, prepared)
             check_frozen(cell.config)
-            if self._computed != "nowhere":
+            if self.computed != "nowhere":
                 resolve_targets(source, cell.config.adapter)
             suggested = None
             if cell.config.training.learning_rate == "auto":
                 suggested = self.suggested_rate(cell.config)
                 cell = at_learning_rate(cell, suggested.value)
-            job = _job(cell, source, prepared, rows, self._computed, scored_set)
+            job = _job(cell, source, prepared, rows, self.computed, scored_set)
             jobs.append(replace(job, suggested_rate=suggested))
         check_same_test_rows(jobs)
         return jobs
@@ -119,6 +120,12 @@ class JobResolver:
             )
         model_type = str(settings.get("model_type", ""))
         return suggested_rate(model_type, width, config.adapter, config.training)
+
+    def tuning_section(self, section: TuningSection, config: CellConfig) -> TuningSection:
+        """The section with numbers for ``auto``, which depend on the setting."""
+        if AUTO not in section.values:
+            return section
+        return section.with_rates(rates_around(self.suggested_rate(config).value))
 
     def _source(self, section: ModelSection) -> ModelSource:
         if section not in self._sources:
