@@ -5,14 +5,23 @@ from __future__ import annotations
 import itertools
 import math
 from collections.abc import Sequence
-from typing import Any, Literal
+from typing import TYPE_CHECKING, Annotated, Any, Literal
 
-from pydantic import Field, field_validator, model_validator
+from pydantic import Field, PlainSerializer, WrapValidator, field_validator, model_validator
 
 from slm_lora.config.types import Float, Int, Section
 
 AUTO: Literal["auto"] = "auto"
 LEARNING_RATE = "training.learning_rate"
+
+if TYPE_CHECKING:
+    FirstValues = tuple[float, ...] | Literal["auto"]
+else:  # not a union, whose errors name its branches
+    FirstValues = Annotated[
+        tuple[Float, ...],
+        WrapValidator(lambda value, validate: value if value == AUTO else validate(value)),
+        PlainSerializer(lambda value: value if value == AUTO else list(value)),
+    ]
 
 
 class GridSection(Section):
@@ -67,7 +76,7 @@ class TuningSection(Section):
         (LEARNING_RATE,),
         description="A numeric key, or a list of keys, that the grid does not vary.",
     )
-    values: tuple[tuple[Float, ...] | Literal["auto"], ...] = Field(
+    values: tuple[FirstValues, ...] = Field(
         ("auto",),
         description="Values to try first, at least two, all above 0; with several keys a list of "
         "lists, in the order of the keys, of which all combinations are tried. `auto`, for the "
