@@ -3,8 +3,10 @@
 from __future__ import annotations
 
 import math
+from collections.abc import Sequence
+from dataclasses import dataclass
 from pathlib import Path
-from typing import Annotated, Any
+from typing import TYPE_CHECKING, Annotated, Any
 
 import typer
 
@@ -33,6 +35,10 @@ from slm_lora.cli.result import print_result
 from slm_lora.errors import UsageError
 from slm_lora.records import LossOn
 from slm_lora.runtime import distributed
+
+if TYPE_CHECKING:
+    from slm_lora.report.contents import Analysis
+    from slm_lora.runs.tuning import TuningRecord
 
 
 def experiment(
@@ -64,6 +70,66 @@ def experiment(
     Scores the base, then trains and scores each cell of the grid. Finished cells are skipped, so
     after an interruption the same command continues.
     """
+    check_executor(executor, address, executor_option or [])
+    where = Where(executor, address, tuple(executor_option or ()))
+    result = run_experiment(
+        recipe, overrides or (), results, adapters, discard, with_rows, plan, where
+    )
+    if result is not None:
+        print_result(result.analysis, result.results, result.adapters, with_rows)
+
+
+@dataclass(frozen=True)
+class Where:
+    """Where an experiment is computed: an executor, its address and its options."""
+
+    executor: Executor = Executor.local
+    address: str = ""
+    options: tuple[str, ...] = ()
+
+
+@dataclass(frozen=True)
+class ExperimentResult:
+    """What an experiment left.
+
+    Attributes:
+        analysis: that its report shows.
+        results: its folder.
+        adapters: folders of the kept adapters.
+        tuning: the choice of tuned values, where the recipe tunes any.
+    """
+
+    analysis: Analysis
+    results: Path
+    adapters: list[Path]
+    tuning: TuningRecord | None
+
+
+def run_experiment(
+    recipe: Path,
+    overrides: Sequence[str],
+    results: Path,
+    adapters: Path,
+    discard: bool = False,
+    with_rows: bool = False,
+    plan: bool = False,
+    where: Where | None = None,
+) -> ExperimentResult | None:
+    """Run what is not finished of a recipe, and write its report.
+
+    Args:
+        recipe: its file.
+        overrides: of its keys.
+        results: folder of all experiments.
+        adapters: folder of all adapters.
+        discard: as ``--discard-checkpoints``.
+        with_rows: as ``--with-rows``.
+        plan: as ``--plan``.
+        where: it is computed; None: here.
+
+    Returns:
+        The result; None with ``plan``, and in all processes but the first.
+    """
     from slm_lora.config.load import load_recipe
     from slm_lora.experiment.candidates import CandidateRunner
     from slm_lora.experiment.job import ComputedName
@@ -75,15 +141,15 @@ def experiment(
     from slm_lora.report.write import write_report
     from slm_lora.runtime.progress import Reporter
 
-    check_executor(executor, address, executor_option or [])
-    parsed_recipe, cells = load_recipe(recipe, overrides or [])
+    where = where or Where()
+    parsed_recipe, cells = load_recipe(recipe, overrides)
     paths = _experiment_paths(parsed_recipe, results, adapters)
     quiet_libraries()
     with distributed.process_group():
         reporter = Reporter(quiet=not distributed.is_main())
         reporter.info(f"{parsed_recipe.name}: {parsed_recipe.description or recipe.name}")
         reporter.info("  reading rows and model; what is missing is downloaded or built")
-        runs_here = executor is Executor.local
+        runs_here = where.executor is Executor.local
         where_computed: ComputedName = "nowhere" if plan else "here" if runs_here else "elsewhere"
         resolver = JobResolver(where_computed)
         jobs = distributed.main_process_first(lambda: resolver.jobs(cells))
@@ -91,7 +157,8 @@ def experiment(
         if plan:
             if distributed.is_main():
                 print_plan(jobs, paths, reporter)
-            return
+            return None
+        record = None
         if parsed_recipe.tuning is not None:
             phase = TuningPhase(parsed_recipe, cells, resolver, paths)
             record = phase.run(CandidateRunner(reporter, discard), reporter)
@@ -101,16 +168,18 @@ def experiment(
             _warn_if_too_large(jobs, paths, reporter)
             runs = run_jobs(jobs, paths, reporter, discard)
         else:
-            command_line = CommandLine(recipe, tuple(overrides or ()), results, adapters)
+            command_line = CommandLine(recipe, tuple(overrides), results, adapters)
             gpus = int(jobs[0].device.type == "cuda")
-            with engine(executor, address, executor_option or [], paths, gpus) as started_engine:
+            with engine(
+                where.executor, where.address, where.options, paths, gpus
+            ) as started_engine:
                 runs = run_elsewhere(jobs, paths, reporter, started_engine, command_line, discard)
         if not distributed.is_main():
-            return
+            return None
     headline = jobs[0].config.evaluation.headline
     quoted_rows = Quoted({row.row_id: row for row in jobs[0].rows.rows}) if with_rows else None
     analysis = write_report(runs, paths.results, headline, quoted_rows)
-    print_result(analysis, paths.results, _kept_adapters(runs, paths), with_rows)
+    return ExperimentResult(analysis, paths.results, _kept_adapters(runs, paths), record)
 
 
 def train(
