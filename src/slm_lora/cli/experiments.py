@@ -114,6 +114,7 @@ def run_experiment(
     with_rows: bool = False,
     plan: bool = False,
     where: Where | None = None,
+    announce: bool = True,
 ) -> ExperimentResult | None:
     """Run what is not finished of a recipe, and write its report.
 
@@ -126,6 +127,7 @@ def run_experiment(
         with_rows: as ``--with-rows``.
         plan: as ``--plan``.
         where: it is computed; None: here.
+        announce: describe experiment and rows first.
 
     Returns:
         The result; None with ``plan``, and in all processes but the first.
@@ -147,13 +149,15 @@ def run_experiment(
     quiet_libraries()
     with distributed.process_group():
         reporter = Reporter(quiet=not distributed.is_main())
-        reporter.info(f"{parsed_recipe.name}: {parsed_recipe.description or recipe.name}")
-        reporter.info("  reading rows and model; what is missing is downloaded or built")
+        if announce:
+            reporter.info(f"{parsed_recipe.name}: {parsed_recipe.description or recipe.name}")
+            reporter.info("  reading rows and model; what is missing is downloaded or built")
         runs_here = where.executor is Executor.local
         where_computed: ComputedName = "nowhere" if plan else "here" if runs_here else "elsewhere"
         resolver = JobResolver(where_computed)
         jobs = distributed.main_process_first(lambda: resolver.jobs(cells))
-        _report_data(jobs[0], reporter)
+        if announce:
+            report_data(jobs[0], reporter)
         if plan:
             if distributed.is_main():
                 print_plan(jobs, paths, reporter)
@@ -213,7 +217,7 @@ def train(
     with distributed.process_group():
         reporter = Reporter(quiet=not distributed.is_main())
         jobs = distributed.main_process_first(lambda: make_jobs(selected))
-        _report_data(jobs[0], reporter)
+        report_data(jobs[0], reporter)
         _warn_if_too_large(jobs, paths, reporter)
         if cell == BASE:
             runs = run_bases(jobs, paths, reporter)
@@ -258,7 +262,7 @@ def evaluate(
     quiet_libraries()
     reporter = Reporter()
     job = make_jobs([chosen_cell(cells, cell)])[0]
-    _report_data(job, reporter)
+    report_data(job, reporter)
     result = evaluate_adapter(job, adapter, reporter, with_base=not no_base)
     out = console()
     scopes: list[tuple[LossOn, str]] = [("all", "whole text"), ("response", "response only")]
@@ -383,7 +387,8 @@ def _experiment_paths(recipe: Any, results: Path, adapters: Path) -> Any:
     return ExperimentPaths(recipe.name, results / recipe.name, adapters)
 
 
-def _report_data(job: Any, reporter: Any) -> None:
+def report_data(job: Any, reporter: Any) -> None:
+    """Log model, source and sets of the rows, and notes on them."""
     data = job.data
     reporter.info(
         f"{job.source.name} · {job.rows.origin.split(' ')[0]} · {data.rows_available} rows in "

@@ -1,0 +1,286 @@
+"""The end of `slm-lora tune`: which setting to use, what it gains, and what is not known."""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Iterator, Sequence
+from dataclasses import dataclass
+from typing import Any
+
+from slm_lora.report.card import Gap
+from slm_lora.report.contents import Analysis
+from slm_lora.report.names import rate_name
+from slm_lora.runs.tuning import ArmRecord, CandidateRecord, TuningRecord
+from slm_lora.stats.comparisons import Comparison
+from slm_lora.stats.estimates import perplexity
+from slm_lora.stats.settings import Setting
+
+RATE = "training.learning_rate"
+
+
+@dataclass(frozen=True)
+class Outcome:
+    """The result of an experiment that tuned the learning rate of each setting.
+
+    Attributes:
+        analysis: of the experiment.
+        tuning: the choices of the learning rates.
+        recommended: the setting to use.
+        base: the base model against it.
+        to_base: the comparison of the recommended setting with its base.
+        arm: the search for the recommended setting's learning rate.
+    """
+
+    analysis: Analysis
+    tuning: TuningRecord
+    recommended: Setting
+    base: Gap
+    to_base: Comparison
+    arm: ArmRecord
+
+    @property
+    def is_better(self) -> bool:
+        """Whether the recommended setting is shown to be better than the base."""
+        difference = self.to_base.difference
+        return self.to_base.verdict == "different" and difference.value < 0
+
+    @property
+    def margin(self) -> float:
+        """Of equivalence, nats per token."""
+        return self.analysis.card.margin
+
+    @property
+    def rate(self) -> float:
+        """Learning rate of the recommended setting."""
+        return float(self.recommended.setting(RATE))
+
+    @property
+    def usual(self) -> CandidateRecord | None:
+        """The candidate at the common learning rate."""
+        common = self.tuning.section.get("common_value")
+        return next((c for c in self.arm.candidates if c.values[RATE] == common), None)
+
+    @property
+    def between(self) -> list[Comparison]:
+        """Comparisons of settings with each other."""
+        return [pair for pair in self.analysis.comparisons if pair.key != "base"]
+
+
+def outcome_of(analysis: Analysis, tuning: TuningRecord) -> Outcome | None:
+    """The outcome of an experiment; None without a recommended setting and its base."""
+    recommended, base = analysis.card.recommended, analysis.card.base
+    to_base = [
+        pair
+        for pair in analysis.comparisons
+        if recommended
+        and pair.key == "base"
+        and pair.second.first_run.run.folder == recommended.first_run.run.folder
+    ]
+    if recommended is None or base is None or not to_base:
+        return None
+    arm = next(
+        arm
+        for arm in tuning.arms
+        if all(_same(recommended.setting(key), value) for key, value in arm.settings.items())
+    )
+    return Outcome(analysis, tuning, recommended, base, to_base[0], arm)
+
+
+def _same(value: object, other: object) -> bool:
+    return value == other or str(value) == str(other)
+
+
+def sentences(outcome: Outcome) -> list[str]:
+    """The result, one statement each, in their order."""
+    return [_headline(outcome), _gain(outcome), *_settings(outcome), *_rates(outcome)]
+
+
+def _headline(outcome: Outcome) -> str:
+    name = outcome.analysis.names.of(outcome.recommended)
+    at = f"{name} at learning rate {rate_name(outcome.rate)}"
+    if not outcome.is_better:
+        return f"Not shown to be better than the base: no adapter. The best tried was {at}."
+    lowest = outcome.analysis.card.lowest
+    if lowest is None or lowest is outcome.recommended:
+        return f"Use {at}: the lowest loss of {len(outcome.analysis.settings)} settings."
+    other = outcome.analysis.names.of(lowest)
+    return f"Use {at}: as good as {other} within {outcome.margin:g} nats, and cheaper."
+
+
+def _gain(outcome: Outcome) -> str:
+    base, after = outcome.base, outcome.recommended.estimate().value
+    seeds, rows = outcome.to_base.difference.units, len(outcome.recommended.first_run.scores)
+    scored = f"{rows} test rows, {seeds} seed{'s' * (seeds > 1)}"
+    shown = f"loss {after:.4f} ({base.setting.estimate().value:.4f} without it)"
+    change = _percent(-base.value)
+    span = ""
+    if math.isfinite(base.low + base.high):
+        span = f" ({_percent(-base.high)} to {_percent(-base.low)})"
+    return (
+        f"Perplexity {perplexity(after):.2f}, {change} against the base{span}; {shown}; {scored}."
+    )
+
+
+def _percent(nats: float) -> str:
+    """A difference of losses as change of perplexity."""
+    return f"{100 * math.expm1(nats):+.1f} %"
+
+
+def _settings(outcome: Outcome) -> Iterator[str]:
+    """Whether smaller settings are equivalent to larger ones."""
+    names = outcome.analysis.names
+    for pair in outcome.between:
+        small, large = names.of(pair.first), names.of(pair.second)
+        d = pair.difference
+        interval = f"{d.value:+.4f} nats"
+        if math.isfinite(d.low + d.high):
+            interval += f", {d.low:+.4f} to {d.high:+.4f}"
+        if pair.negligible:
+            yield f"{small} and {large} are equivalent within {d.margin:g} nats ({interval})."
+        elif pair.verdict == "different":
+            better, worse = (large, small) if d.value < 0 else (small, large)
+            yield f"{better} is better than {worse} ({interval})."
+        else:
+            yield f"Not decided: {large} against {small} ({interval}){_would_decide(pair)}."
+
+
+def _would_decide(pair: Comparison) -> str:
+    needed = pair.needed()
+    if needed is None:
+        return ""
+    seeds = f" and {needed.seeds} seeds" if needed.seeds else ""
+    return f"; about {needed.rows:,} test rows{seeds} would decide"
+
+
+def _rates(outcome: Outcome) -> Iterator[str]:
+    candidates = [c for arm in outcome.tuning.arms for c in arm.candidates]
+    stopped = sum(bool(c.stopped) for c in candidates)
+    kept = sorted(c.values[RATE] for c in outcome.arm.kept)
+    best = f"{rate_name(kept[0])} to {rate_name(kept[-1])}" if len(kept) > 1 else "no other"
+    yield (
+        f"Learning rates: {len(candidates)} tried over {len(outcome.tuning.arms)} settings, "
+        f"{stopped} stopped early; {best} may be the best here."
+    )
+    usual = outcome.usual
+    if usual is None:
+        return
+    rate = rate_name(usual.values[RATE])
+    if usual.values == outcome.arm.chosen:
+        yield f"The usual {rate} is the best of those tried."
+    elif usual.loss is None:
+        yield f"At the usual {rate} training was stopped: {usual.stopped}."
+    else:
+        value, low, high = usual.above_lowest or (math.nan,) * 3
+        interval = f" ({low:+.3f} to {high:+.3f})" if math.isfinite(low + high) else ""
+        if not math.isfinite(value):  # one group of rows: no interval was recorded
+            value = usual.loss - _loss_of_chosen(outcome.arm)
+        yield (
+            f"At the usual {rate} you would lose {value:.3f} nats{interval} on the validation "
+            f"rows: perplexity {_percent(value)}."
+        )
+
+
+def _loss_of_chosen(arm: ArmRecord) -> float:
+    losses = [c.loss for c in arm.candidates if c.values == arm.chosen and c.loss is not None]
+    return losses[0]
+
+
+def not_known(outcome: Outcome) -> list[str]:
+    """What the result does not cover, one phrase each."""
+    run = outcome.recommended.first_run
+    rows, seeds = len(run.scores), len(outcome.recommended.runs)
+    found = [f"rows unlike these {rows}"]
+    if not outcome.is_better and (enough := _would_decide(outcome.to_base)):
+        found.append(f"whether it gains less than these rows can show{enough}")
+    if seeds == 1:
+        found.append("how much another seed differs: one was trained")
+    for end in outcome.arm.edges.values():
+        word = "larger" if end == "high" else "smaller"
+        found.append(
+            f"{word} learning rates: {rate_name(outcome.rate)} is at the end of those tried"
+        )
+    if wanted := _validation_rows(outcome):
+        found.append(
+            f"the best rate more closely: {outcome.tuning.validation_rows} validation rows; about "
+            f"{wanted:,} tell {outcome.margin:g} nats apart"
+        )
+    facts = {fact.label: fact.text for fact in outcome.analysis.card.facts}
+    if "Training length" in facts:
+        found.append(f"longer training: {facts['Training length'].partition(':')[0]}")
+    return found
+
+
+def _validation_rows(outcome: Outcome) -> int:
+    """Validation rows whose intervals would be no wider than the margin to each side; 0 where they
+    are narrow enough."""
+    halves = [
+        (c.above_lowest[2] - c.above_lowest[1]) / 2
+        for c in outcome.arm.kept
+        if c.above_lowest is not None and c.values != outcome.arm.chosen
+    ]
+    widest = max((half for half in halves if math.isfinite(half)), default=0.0)
+    if widest <= outcome.margin:
+        return 0
+    return math.ceil(outcome.tuning.validation_rows * (widest / outcome.margin) ** 2)
+
+
+def record(outcome: Outcome) -> dict[str, Any]:
+    """For ``--json``; what is not known is null."""
+    names, analysis = outcome.analysis.names, outcome.analysis
+    d, base, usual = outcome.to_base.difference, outcome.base, outcome.usual
+    after = outcome.recommended.estimate().value
+    before = base.setting.estimate().value
+    document = {
+        "better_than_base": outcome.is_better,
+        "recommended": {
+            "setting": names.of(outcome.recommended),
+            "adapter.r": outcome.recommended.setting("adapter.r"),
+            RATE: outcome.rate,
+            "loss": after,
+            "perplexity": perplexity(after),
+            "seeds": len(outcome.recommended.runs),
+        },
+        "base": {"loss": before, "perplexity": perplexity(before)},
+        "gain": {
+            "nats": base.value,
+            "low": base.low,
+            "high": base.high,
+            "verdict": outcome.to_base.verdict,
+            "p_corrected": outcome.to_base.p_corrected,
+            "covers": d.covers,
+        },
+        "settings": [
+            {
+                "first": names.of(pair.first),
+                "second": names.of(pair.second),
+                "difference": pair.difference.value,
+                "low": pair.difference.low,
+                "high": pair.difference.high,
+                "verdict": pair.verdict,
+                "equivalent": pair.negligible,
+            }
+            for pair in outcome.between
+        ],
+        "usual": None
+        if usual is None
+        else {
+            RATE: usual.values[RATE],
+            "validation_loss": usual.loss,
+            "lost": usual.above_lowest and list(usual.above_lowest),
+            "chosen": usual.values == outcome.arm.chosen,
+        },
+        "summary": sentences(outcome),
+        "not_known": not_known(outcome),
+        "card": analysis.card.record(names),
+        "tuning": [arm.model_dump(mode="json") for arm in outcome.tuning.arms],
+    }
+    return {key: _finite(value) for key, value in document.items()}
+
+
+def _finite(value: Any) -> Any:
+    """The value with null for numbers that JSON does not have."""
+    if isinstance(value, dict):
+        return {key: _finite(item) for key, item in value.items()}
+    if isinstance(value, Sequence) and not isinstance(value, str):
+        return [_finite(item) for item in value]
+    return None if isinstance(value, float) and not math.isfinite(value) else value
