@@ -165,7 +165,7 @@ def run_experiment(
         record = None
         if parsed_recipe.tuning is not None:
             phase = TuningPhase(parsed_recipe, cells, resolver, paths)
-            record = phase.run(CandidateRunner(reporter, discard), reporter)
+            record = phase.run(CandidateRunner(reporter, phase.race_of, discard), reporter)
             log_choice(record, reporter)
             jobs = resolver.jobs(phase.final_cells(record))
         if runs_here:

@@ -4,8 +4,9 @@ from __future__ import annotations
 
 import functools
 import shutil
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from dataclasses import asdict
+from typing import Any
 
 from slm_lora.errors import NumericError
 from slm_lora.experiment.base_cache import LoadedBase
@@ -18,6 +19,7 @@ from slm_lora.records import Step
 from slm_lora.runs.tuning import read_stopped, write_stopped
 from slm_lora.runtime import distributed
 from slm_lora.runtime.progress import Reporter
+from slm_lora.stats.racing import Race
 
 
 class CandidateStopped(Exception):
@@ -29,11 +31,17 @@ class CandidateRunner:
 
     Args:
         reporter: for progress.
+        race_of: what a job is compared with while it trains; None: it runs to its end.
         discard: as for `runner.run_jobs`.
     """
 
-    def __init__(self, reporter: Reporter, discard: bool = False) -> None:
-        self._reporter, self._discard = reporter, discard
+    def __init__(
+        self,
+        reporter: Reporter,
+        race_of: Callable[[Job], Race | None] = lambda job: None,
+        discard: bool = False,
+    ) -> None:
+        self._reporter, self._race_of, self._discard = reporter, race_of, discard
         self._loaded = LoadedBase(reporter)
         self._tried = False
 
@@ -56,9 +64,16 @@ class CandidateRunner:
             if distributed.run_on_main(lambda: is_done(job, paths)):
                 return
             history: list[Step] = []
+            # Read by the first of several processes: another may see the files late.
+            known = distributed.run_on_main(lambda: _as_json(self._race_of(job)))
+            race = _from_json(known)
 
             def watch(steps: Sequence[Step]) -> None:
                 history[:] = steps
+                if race is None or len(steps) not in race.rungs:
+                    return
+                if reason := race.stop_reason([asdict(step) for step in steps]):
+                    raise CandidateStopped(reason)
 
             reason = self._reason(job, paths, watch)
             if not reason:
@@ -82,6 +97,21 @@ class CandidateRunner:
             # A rate that is too large for a setting is an outcome of the search, no failure.
             return f"diverged ({str(error).split(';')[0]})"
         return ""
+
+
+def _as_json(race: Race | None) -> Any:
+    if race is None:
+        return None
+    return {**asdict(race), "rivals": list(race.rivals.items()), "margins": None}
+
+
+def _from_json(known: Any) -> Race | None:
+    if known is None:
+        return None
+    rivals = {float(value): steps for value, steps in known["rivals"]}
+    fields = {**known, "rivals": rivals, "rungs": tuple(known["rungs"])}
+    del fields["margins"]
+    return Race(**fields)
 
 
 def is_done(job: Job, paths: ExperimentPaths) -> bool:

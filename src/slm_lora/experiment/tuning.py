@@ -7,6 +7,7 @@ on after an interruption. The choice is sealed in tuning.json before a final run
 
 from __future__ import annotations
 
+import itertools
 import math
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass, replace
@@ -14,6 +15,7 @@ from dataclasses import dataclass, replace
 from slm_lora.config.axes import TuningSection
 from slm_lora.config.grid import Cell, arms_of, tuned_cell, tuning_cell
 from slm_lora.config.schema import Recipe
+from slm_lora.data.collate import steps_per_epoch
 from slm_lora.errors import UsageError
 from slm_lora.experiment.job import Job
 from slm_lora.experiment.paths import BASE, ExperimentPaths
@@ -33,8 +35,9 @@ from slm_lora.runtime import distributed, hardware
 from slm_lora.runtime.checksums import content_hash
 from slm_lora.runtime.progress import Reporter
 from slm_lora.stats.choice import Candidate, arm_record
+from slm_lora.stats.racing import Race, rungs
 from slm_lora.stats.tuning import Point, Progress, progress
-from slm_lora.training.schedule import training_tokens, usable_examples
+from slm_lora.training.schedule import total_steps, training_tokens, usable_examples
 
 RunTuningJobs = Callable[[Sequence[Job], ExperimentPaths], None]
 """Computes tuning jobs that are not finished, and the base's validation scores."""
@@ -87,6 +90,7 @@ class TuningPhase:
             for arm in arms_of(cells)
         ]
         self._jobs: dict[tuple[int, Point], list[Job]] = {}
+        self._places: dict[str, tuple[int, Point]] = {}
 
     def jobs_of(self, arm: int, point: Point) -> list[Job]:
         """The runs of a point, one per tuning seed."""
@@ -95,6 +99,7 @@ class TuningPhase:
             values = self._values(point)
             cells = [tuning_cell(self.arms[arm], values, seed) for seed in self.section.seeds]
             self._jobs[key] = self._resolver.jobs(cells, "validation")
+            self._places |= {job.identity: key for job in self._jobs[key]}
         return self._jobs[key]
 
     def _values(self, point: Point) -> dict[str, float]:
@@ -144,6 +149,38 @@ class TuningPhase:
             ]
         )
         return [job for arm, point in points for job in self.jobs_of(arm, tuple(point))]
+
+    def race_of(self, job: Job) -> Race | None:
+        """What a tuning job is compared with while it trains; None where nothing is stopped.
+
+        Rivals are the runs before it in the search, of the same setting, seed and other values.
+        """
+        arm, point = self._places[job.identity]
+        forced = point[0] == self.section.common_value
+        base = self._base()
+        if not self.section.race or forced or base is None:
+            return None
+        rivals = {}
+        for other in itertools.takewhile(lambda tried: tried != point, self.progress(arm).tried):
+            if other[1:] != point[1:]:
+                continue
+            rival = next(
+                rival for rival in self.jobs_of(arm, other) if rival.config.seed == job.config.seed
+            )
+            if (run := find_run(self.paths.results, rival.name, rival.identity)) is not None:
+                rivals[other[0]] = run.steps()
+            elif stopped := read_stopped(self.paths.results, rival.name, rival.identity):
+                rivals[other[0]] = [dict(step) for step in stopped.steps]
+        training = job.config.training
+        rows = usable_examples(job.data.train, training)
+        in_epoch = steps_per_epoch(len(rows), training.effective_batch_size)
+        return Race(
+            point[0],
+            rivals,
+            rungs(in_epoch, total_steps(len(rows), training)),
+            _headline(base),
+            training.num_train_epochs,
+        )
 
     def run(self, compute: RunTuningJobs, reporter: Reporter) -> TuningRecord:
         """Run all searches to their end, and seal the choice.

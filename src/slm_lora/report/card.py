@@ -10,6 +10,7 @@ from typing import Any
 from slm_lora.report.blocks import Fact
 from slm_lora.report.limits import limits
 from slm_lora.report.names import SettingNames
+from slm_lora.report.tuning import Tuned
 from slm_lora.runs.metrics import Metric
 from slm_lora.stats.comparisons import Comparison
 from slm_lora.stats.estimates import perplexity
@@ -103,6 +104,7 @@ def make_card(
     comparisons: Sequence[Comparison],
     margin: float,
     names: SettingNames,
+    phase: Tuned | None = None,
 ) -> Card:
     """The recommended setting: the cheapest one that is equivalent to the one of the lowest loss.
 
@@ -112,6 +114,7 @@ def make_card(
         comparisons: of the experiment.
         margin: of equivalence, nats per token.
         names: of the settings.
+        phase: of tuning; None without one.
     """
     if not settings:
         return Card(None, None, (), (), None, margin, ())
@@ -135,7 +138,7 @@ def make_card(
         Fact("Recommended", _why(recommended, lowest, given_up, settings, names), "settings"),
         *_best_fact(best, by_cost, names),
         *([_gain(recommended, to_base, comparisons)] if to_base else []),
-        *limits(recommended, settings, comparisons, names),
+        *limits(recommended, settings, comparisons, names, phase),
     ]
     shown = tuple(each for each in gaps if each is not None)
     return Card(recommended, lowest, tuple(best), shown, to_base, margin, tuple(facts))

@@ -6,7 +6,7 @@ from collections.abc import Iterator, Sequence
 from dataclasses import dataclass, replace
 from pathlib import Path
 
-from slm_lora.report import examples, figures, method, sentences
+from slm_lora.report import examples, figures, method, sentences, tuning
 from slm_lora.report.blocks import Picture, Section, plain
 from slm_lora.report.card import Card, make_card
 from slm_lora.report.names import SettingNames, key_name
@@ -22,6 +22,7 @@ from slm_lora.report.tables import described_table, losses_table
 from slm_lora.runs.folder import named
 from slm_lora.runs.metrics import METRICS
 from slm_lora.runs.scored_run import ScoredRun, has_metric
+from slm_lora.runs.tuning import TuningRecord
 from slm_lora.stats import learning_curve
 from slm_lora.stats.categories import by_category, p_alike
 from slm_lora.stats.comparisons import ALPHA, Comparison, all_comparisons
@@ -52,6 +53,7 @@ class Analysis:
         curves: loss against data size.
         names: of the settings.
         card: the result in a few lines.
+        tuned: the search for each setting's own values; None without one.
     """
 
     runs: tuple[ScoredRun, ...]
@@ -63,14 +65,20 @@ class Analysis:
     curves: tuple[learning_curve.LearningCurve, ...]
     names: SettingNames
     card: Card
+    tuned: tuning.Tuned | None = None
 
 
-def analyse(runs: Sequence[ScoredRun], seen: frozenset[str] | None = None) -> Analysis:
+def analyse(
+    runs: Sequence[ScoredRun],
+    seen: frozenset[str] | None = None,
+    choice: tuple[Path, TuningRecord] | None = None,
+) -> Analysis:
     """Statistics of runs on the same test rows.
 
     Args:
         runs: of one experiment.
         seen: folders of the runs that its first report showed; None: this is the first.
+        choice: folder of the experiment and its tuning.json, where the runs are at its values.
 
     Raises:
         IntegrityError: they were scored on different rows.
@@ -93,7 +101,8 @@ def analyse(runs: Sequence[ScoredRun], seen: frozenset[str] | None = None) -> An
         for setting in settings
         if not bases or _same_tokens(setting.first_run, bases[0].first_run)
     ]
-    card = make_card(comparable, bases, comparisons, equivalence_margin(runs[0]), names)
+    phase = tuning.tuned(*choice, comparisons) if choice else None
+    card = make_card(comparable, bases, comparisons, equivalence_margin(runs[0]), names, phase)
     base = card.base.setting if card.base else bases[0] if bases else None
     return Analysis(
         tuple(runs),
@@ -105,6 +114,7 @@ def analyse(runs: Sequence[ScoredRun], seen: frozenset[str] | None = None) -> An
         tuple(curves),
         names,
         card,
+        phase,
     )
 
 
@@ -137,6 +147,7 @@ def sections(
     names, settings, comparisons = analysis.names, analysis.settings, analysis.comparisons
     between = [pair for pair in comparisons if pair.key != "base"]
     note = method.untuned(comparisons)
+    phase = analysis.tuned
     forests = [
         figures.forest(
             "against-base",
@@ -156,13 +167,14 @@ def sections(
     return [
         Section(
             "Settings",
-            settings_table(analysis.card, settings, analysis.base, names)
+            settings_table(analysis.card, settings, analysis.base, names, phase)
             + "\nLoss in nats per token (lower is better), mean over seeds. Time: mean per "
             "training. Memory: largest peak over seeds. Against the recommended: setting minus "
             "recommended; intervals are for one setting at a time, that of the base allows for the "
             "selection of the recommended setting." + _pareto(settings, names),
             anchor="settings",
         ),
+        *([tuning.section(phase, settings, names)] if phase else []),
         Section(
             "All comparisons",
             "\n\n".join(filter(None, [note, _LEGEND, comparisons_table(comparisons, names)])),

@@ -153,7 +153,7 @@ def base_of(setting: Setting, bases: Sequence[Setting]) -> Setting | None:
 
 
 def flat_settings(run: ScoredRun, without: Sequence[str] = ()) -> list[tuple[str, str]]:
-    """The recipe flat, without seeds, and without some keys (the rank takes alpha/r along)."""
+    """The recipe flat, without seeds, tuned keys and some others (the rank takes alpha/r along)."""
     recipe = {
         section: dict(value) if isinstance(value, dict) else value
         for section, value in run.resolved.items()
@@ -165,7 +165,8 @@ def flat_settings(run: ScoredRun, without: Sequence[str] = ()) -> list[tuple[str
         for section, value in recipe.items()
         for name, entry in value.items()
     }
-    return sorted((key, value) for key, value in flat.items() if key not in without)
+    left_out = {*without, *run.tuned}
+    return sorted((key, value) for key, value in flat.items() if key not in left_out)
 
 
 def varied(settings: Sequence[Setting]) -> dict[str, tuple[str, ...]]:

@@ -58,10 +58,10 @@ def progress(
     lowest = min(finite, key=lambda point: (outcomes[point], point)) if finite else None
     edges: dict[int, End] = {}
     if lowest is not None and not search.missing:
-        for index in range(len(lowest)):
-            line = search.line(lowest, index)
-            if len(line) > 1 and lowest in (line[0], line[-1]):
-                edges[index] = "low" if lowest == line[0] else "high"
+        for index, own in enumerate(lowest):
+            values = search.values(index)
+            if len(values) > 1 and own in (values[0], values[-1]):
+                edges[index] = "low" if own == values[0] else "high"
     return Progress(tuple(search.tried), tuple(search.missing), lowest, edges)
 
 
@@ -108,52 +108,44 @@ class _Search:
         """The point of the lowest loss, the smallest where none was finite."""
         return min(self.tried, key=lambda point: (self._outcomes[point], point))
 
-    def line(self, point: Point, index: int) -> list[Point]:
-        """Points that differ from one in a single key, in the order of its values."""
-        rest = point[:index] + point[index + 1 :]
-        return sorted(other for other in self.tried if other[:index] + other[index + 1 :] == rest)
+    def values(self, index: int) -> list[float]:
+        """All values of a key that were tried, whatever the others."""
+        return sorted({point[index] for point in self.tried})
 
     def _beyond(self) -> list[Point]:
         """The next value beyond every end where the lowest lies, at the distance of the last."""
         lowest = self._lowest()
         points = []
-        for index in range(len(lowest)):
-            line = self.line(lowest, index)
-            if len(line) < 2 or lowest not in (line[0], line[-1]):
-                continue
-            neighbour = line[1] if lowest == line[0] else line[-2]
-            value = _rounded(lowest[index] ** 2 / neighbour[index], self._whole(index))
-            points.append((*lowest[:index], value, *lowest[index + 1 :]))
+        for index, own in enumerate(lowest):
+            values = self.values(index)
+            if len(values) > 1 and own in (values[0], values[-1]):
+                neighbour = values[1] if own == values[0] else values[-2]
+                value = _rounded(own**2 / neighbour, self._whole(index))
+                points.append(_replaced(lowest, index, value))
         return points
 
     def _between(self) -> list[Point]:
         """The geometric means of the lowest value and its neighbours, for every key."""
         lowest = self._lowest()
         points = []
-        for index in range(len(lowest)):
-            line = self.line(lowest, index)
-            place = line.index(lowest)
-            neighbours = line[max(0, place - 1) : place] + line[place + 1 : place + 2]
-            if (
-                self._tuning.race
-                and len(neighbours) == 2
-                and self._is_flat(lowest, neighbours, index)
-            ):
+        for index, own in enumerate(lowest):
+            values = self.values(index)
+            place = values.index(own)
+            neighbours = values[max(0, place - 1) : place] + values[place + 1 : place + 2]
+            if self._tuning.race and self._is_flat(lowest, index, neighbours):
                 continue
             for neighbour in neighbours:
-                mean = math.sqrt(lowest[index] * neighbour[index])
-                value = _rounded(mean, self._whole(index))
-                if (
-                    min(lowest[index], neighbour[index])
-                    < value
-                    < max(lowest[index], neighbour[index])
-                ):
-                    points.append((*lowest[:index], value, *lowest[index + 1 :]))
+                value = _rounded(math.sqrt(own * neighbour), self._whole(index))
+                if min(own, neighbour) < value < max(own, neighbour):
+                    points.append(_replaced(lowest, index, value))
         return points
 
-    def _is_flat(self, lowest: Point, neighbours: Sequence[Point], index: int) -> bool:
-        points = [neighbours[0], lowest, neighbours[1]]
-        losses = [self._outcomes[point] for point in points]
+    def _is_flat(self, lowest: Point, index: int, neighbours: Sequence[float]) -> bool:
+        if len(neighbours) < 2:
+            return False
+        points = [_replaced(lowest, index, value) for value in neighbours]
+        points.insert(1, lowest)
+        losses = [self._outcomes.get(point, math.inf) for point in points]
         if not all(map(math.isfinite, losses)):
             return False
         return gain_of_parabola([math.log(point[index]) for point in points], losses) < FLAT
@@ -168,6 +160,10 @@ def first_points(tuning: TuningSection) -> list[Point]:
     if tuning.common_value is not None and tuning.common_value not in values[0]:
         values[0].append(tuning.common_value)
     return list(itertools.product(*values))
+
+
+def _replaced(point: Point, index: int, value: float) -> Point:
+    return (*point[:index], value, *point[index + 1 :])
 
 
 def _rounded(value: float, whole: bool) -> float:
