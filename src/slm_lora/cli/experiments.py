@@ -38,7 +38,6 @@ from slm_lora.runtime import distributed
 
 if TYPE_CHECKING:
     from slm_lora.report.contents import Analysis
-    from slm_lora.runs.tuning import TuningRecord
 
 
 def experiment(
@@ -96,13 +95,11 @@ class ExperimentResult:
         analysis: that its report shows.
         results: its folder.
         adapters: folders of the kept adapters.
-        tuning: the choice of tuned values, where the recipe tunes any.
     """
 
     analysis: Analysis
     results: Path
     adapters: list[Path]
-    tuning: TuningRecord | None
 
 
 def run_experiment(
@@ -162,7 +159,6 @@ def run_experiment(
             if distributed.is_main():
                 print_plan(jobs, paths, reporter)
             return None
-        record = None
         if parsed_recipe.tuning is not None:
             phase = TuningPhase(parsed_recipe, cells, resolver, paths)
             record = phase.run(CandidateRunner(reporter, phase.race_of, discard), reporter)
@@ -183,7 +179,7 @@ def run_experiment(
     headline = jobs[0].config.evaluation.headline
     quoted_rows = Quoted({row.row_id: row for row in jobs[0].rows.rows}) if with_rows else None
     analysis = write_report(runs, paths.results, headline, quoted_rows)
-    return ExperimentResult(analysis, paths.results, _kept_adapters(runs, paths), record)
+    return ExperimentResult(analysis, paths.results, _kept_adapters(runs, paths))
 
 
 def train(

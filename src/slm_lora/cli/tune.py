@@ -200,10 +200,9 @@ def _show(result: ExperimentResult, recipe: Path, as_json: bool) -> int:
     from slm_lora.cli.result import adapter_of
     from slm_lora.report.outcome import outcome_of, record
 
-    if result.tuning is None:
-        raise UsageError(f"{recipe}: has no section 'tuning'; run slm-lora experiment {recipe}")
-    outcome = outcome_of(result.analysis, result.tuning)
-    assert outcome is not None
+    outcome = outcome_of(result.analysis)
+    if outcome is None:
+        raise UsageError(f"{recipe}: no longer tunes; run it with slm-lora experiment {recipe}")
     adapter = adapter_of(outcome.recommended.first_run.run, result.adapters)
     files = {
         "adapter": str(adapter) if adapter else None,

@@ -147,7 +147,7 @@ def fit(budget: float, material: Material, speed: Speed) -> Sizes | None:
 
 
 def least_budget(material: Material, speed: Speed, search: Search = SEARCHES[-1]) -> float:
-    """Seconds of the smallest experiment of a search, rounded up to half minutes."""
+    """Seconds of the smallest experiment of a search, rounded up to minutes."""
     low, high = 0.0, 60.0
     while _fit(search, high, material, speed) is None:
         low, high = high, 2 * high
@@ -157,7 +157,7 @@ def least_budget(material: Material, speed: Speed, search: Search = SEARCHES[-1]
             low = middle
         else:
             high = middle
-    return 30.0 * math.ceil(high / 30)
+    return 60.0 * math.ceil(high / 60)
 
 
 def _is_enough(sizes: Sizes, steps: int) -> bool:
@@ -204,5 +204,5 @@ def _affordable(
 
 
 def _scored_rows(search: Search, test: int, validation: int) -> int:
-    """Rows scored by all runs and the base; tuning runs may be scored half-way too."""
-    return (search.final_runs + 1) * test + (2 * search.tuning_runs + 1) * validation
+    """Rows scored by all runs and the base."""
+    return (search.final_runs + 1) * test + (search.tuning_runs + 1) * validation

@@ -24,7 +24,6 @@ class Outcome:
 
     Attributes:
         analysis: of the experiment.
-        tuning: the choices of the learning rates.
         recommended: the setting to use.
         base: the base model against it.
         to_base: the comparison of the recommended setting with its base.
@@ -32,7 +31,6 @@ class Outcome:
     """
 
     analysis: Analysis
-    tuning: TuningRecord
     recommended: Setting
     base: Gap
     to_base: Comparison
@@ -55,6 +53,12 @@ class Outcome:
         return float(self.recommended.setting(RATE))
 
     @property
+    def tuning(self) -> TuningRecord:
+        """The choices of all learning rates."""
+        assert self.analysis.tuned is not None
+        return self.analysis.tuned.record
+
+    @property
     def usual(self) -> CandidateRecord | None:
         """The candidate at the common learning rate."""
         common = self.tuning.section.get("common_value")
@@ -66,28 +70,16 @@ class Outcome:
         return [pair for pair in self.analysis.comparisons if pair.key != "base"]
 
 
-def outcome_of(analysis: Analysis, tuning: TuningRecord) -> Outcome | None:
-    """The outcome of an experiment; None without a recommended setting and its base."""
+def outcome_of(analysis: Analysis) -> Outcome | None:
+    """The outcome of an experiment; None without tuning, a recommended setting and its base."""
     recommended, base = analysis.card.recommended, analysis.card.base
-    to_base = [
-        pair
-        for pair in analysis.comparisons
-        if recommended
-        and pair.key == "base"
-        and pair.second.first_run.run.folder == recommended.first_run.run.folder
-    ]
-    if recommended is None or base is None or not to_base:
+    if analysis.tuned is None or recommended is None or base is None:
         return None
-    arm = next(
-        arm
-        for arm in tuning.arms
-        if all(_same(recommended.setting(key), value) for key, value in arm.settings.items())
-    )
-    return Outcome(analysis, tuning, recommended, base, to_base[0], arm)
-
-
-def _same(value: object, other: object) -> bool:
-    return value == other or str(value) == str(other)
+    for pair in analysis.comparisons:
+        if pair.key == "base" and pair.second.first_run is recommended.first_run:
+            arm = analysis.tuned.arm_of(recommended)
+            return Outcome(analysis, recommended, base, pair, arm)
+    return None
 
 
 def sentences(outcome: Outcome) -> list[str]:
