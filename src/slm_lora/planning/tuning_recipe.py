@@ -2,11 +2,12 @@
 
 from __future__ import annotations
 
-import json
 import re
 import shlex
 from dataclasses import dataclass
 from pathlib import Path
+
+import yaml
 
 from slm_lora.config.schema import ModelSection
 from slm_lora.config.validation import escape_unprintable
@@ -94,7 +95,7 @@ def recipe_text(request: Request, sizes: Sizes, data: DataChoices) -> str:
         f"# {request.command}",
         "# wrote this recipe, and goes on with it. Change it as you like, and run it with",
         f"#   slm-lora experiment {name}.yaml",
-        f"name: {name}",
+        f"name: {_quoted(name)}",
         f"description: {_quoted(f'LoRA of rank {ranks}, each at its own learning rate')}",
         "",
         "model:",
@@ -163,4 +164,7 @@ def _quoted(value: str) -> str:
     """A YAML string; quoted where it has to be."""
     words = ("y", "n", "yes", "no", "on", "off", "true", "false", "null")
     simple = re.fullmatch(r"([A-Za-z/]|\.\.?/|~/)([\w./ ,-]*\w)?", value, re.ASCII)
-    return value if simple and value.lower() not in words else json.dumps(value)
+    if simple and value.lower() not in words:
+        return value
+    quoted: str = yaml.safe_dump(value, default_style='"', allow_unicode=True, width=10**6)
+    return quoted.strip()
