@@ -101,21 +101,23 @@ def _headline(outcome: Outcome) -> str:
 
 def _gain(outcome: Outcome) -> str:
     base, after = outcome.base, outcome.recommended.estimate().value
-    seeds, rows = outcome.to_base.difference.units, len(outcome.recommended.first_run.scores)
+    seeds, rows = len(outcome.recommended.runs), len(outcome.recommended.first_run.scores)
+    shown = f"loss {after:.4f}, base {base.setting.estimate().value:.4f}"
     scored = f"{rows} test rows, {seeds} seed{'s' * (seeds > 1)}"
-    shown = f"loss {after:.4f} ({base.setting.estimate().value:.4f} without it)"
-    change = _percent(-base.value)
-    span = ""
-    if math.isfinite(base.low + base.high):
-        span = f" ({_percent(-base.high)} to {_percent(-base.low)})"
-    return (
-        f"Perplexity {perplexity(after):.2f}, {change} against the base{span}; {shown}; {scored}."
-    )
+    change = _change(-base.value, -base.high, -base.low)
+    return f"Perplexity {perplexity(after):.2f}: {change} the base; {shown}; {scored}."
 
 
-def _percent(nats: float) -> str:
-    """A difference of losses as change of perplexity."""
-    return f"{100 * math.expm1(nats):+.1f} %"
+def _change(nats: float, low: float, high: float) -> str:
+    """A difference of losses as change of perplexity: ``31.2 % below (30.1 to 32.4 %)``."""
+    value, ends = 100 * math.expm1(nats), sorted((100 * math.expm1(low), 100 * math.expm1(high)))
+    if not all(map(math.isfinite, ends)):
+        return f"{abs(value):.1f} % {'below' if value < 0 else 'above'}"
+    if ends[1] < 0:
+        return f"{-value:.1f} % ({-ends[1]:.1f} to {-ends[0]:.1f} %) below"
+    if ends[0] > 0:
+        return f"{value:.1f} % ({ends[0]:.1f} to {ends[1]:.1f} %) above"
+    return f"{value:+.1f} % ({ends[0]:+.1f} to {ends[1]:+.1f} %) against"
 
 
 def _settings(outcome: Outcome) -> Iterator[str]:
@@ -148,27 +150,28 @@ def _rates(outcome: Outcome) -> Iterator[str]:
     candidates = [c for arm in outcome.tuning.arms for c in arm.candidates]
     stopped = sum(bool(c.stopped) for c in candidates)
     kept = sorted(c.values[RATE] for c in outcome.arm.kept)
-    best = f"{rate_name(kept[0])} to {rate_name(kept[-1])}" if len(kept) > 1 else "no other"
-    yield (
-        f"Learning rates: {len(candidates)} tried over {len(outcome.tuning.arms)} settings, "
-        f"{stopped} stopped early; {best} may be the best here."
-    )
+    name = outcome.analysis.names.of(outcome.recommended)
+    best = f"of {name}'s, {rate_name(kept[0])} to {rate_name(kept[-1])} may be the best"
+    if len(kept) == 1:
+        best = f"no other of {name}'s is as good"
+    yield f"Learning rates: {len(candidates)} tried, {stopped} stopped early; {best}."
     usual = outcome.usual
     if usual is None:
         return
     rate = rate_name(usual.values[RATE])
     if usual.values == outcome.arm.chosen:
-        yield f"The usual {rate} is the best of those tried."
+        yield f"It is the usual one: none of the others tried was better than {rate}."
     elif usual.loss is None:
         yield f"At the usual {rate} training was stopped: {usual.stopped}."
     else:
         value, low, high = usual.above_lowest or (math.nan,) * 3
-        interval = f" ({low:+.3f} to {high:+.3f})" if math.isfinite(low + high) else ""
         if not math.isfinite(value):  # one group of rows: no interval was recorded
             value = usual.loss - _loss_of_chosen(outcome.arm)
+        interval = f" ({low:.3f} to {high:.3f})" if math.isfinite(low + high) else ""
+        rows = outcome.tuning.validation_rows
         yield (
-            f"At the usual {rate} you would lose {value:.3f} nats{interval} on the validation "
-            f"rows: perplexity {_percent(value)}."
+            f"At the usual {rate} it would lose {value:.3f} nats{interval} of that, by "
+            f"{rows} validation rows."
         )
 
 
@@ -180,26 +183,26 @@ def _loss_of_chosen(arm: ArmRecord) -> float:
 def not_known(outcome: Outcome) -> list[str]:
     """What the result does not cover, one phrase each."""
     run = outcome.recommended.first_run
-    rows, seeds = len(run.scores), len(outcome.recommended.runs)
-    found = [f"rows unlike these {rows}"]
-    if not outcome.is_better and (enough := _would_decide(outcome.to_base)):
-        found.append(f"whether it gains less than these rows can show{enough}")
-    if seeds == 1:
-        found.append("how much another seed differs: one was trained")
+    phrases = [f"rows unlike these {len(run.scores)}"]
+    if not outcome.is_better and (decides := _would_decide(outcome.to_base)):
+        phrases.append(f"a gain too small for these rows{decides}")
+    if len(outcome.recommended.runs) == 1:
+        phrases.append("other seeds (one was trained)")
     for end in outcome.arm.edges.values():
-        word = "larger" if end == "high" else "smaller"
-        found.append(
-            f"{word} learning rates: {rate_name(outcome.rate)} is at the end of those tried"
-        )
+        word, most = ("larger", "largest") if end == "high" else ("smaller", "smallest")
+        phrases.append(f"{word} learning rates ({rate_name(outcome.rate)} is the {most} tried)")
     if wanted := _validation_rows(outcome):
-        found.append(
-            f"the best rate more closely: {outcome.tuning.validation_rows} validation rows; about "
-            f"{wanted:,} tell {outcome.margin:g} nats apart"
-        )
+        rows = outcome.tuning.validation_rows
+        enough = f"about {wanted:,}" if wanted <= MOST_TIMES * rows else "many more"
+        phrases.append(f"which rate is best ({enough} validation rows would tell, here {rows})")
     facts = {fact.label: fact.text for fact in outcome.analysis.card.facts}
     if "Training length" in facts:
-        found.append(f"longer training: {facts['Training length'].partition(':')[0]}")
-    return found
+        phrases.append(f"longer training ({facts['Training length'].partition(':')[0]})")
+    return phrases
+
+
+MOST_TIMES = 50
+"""A number of rows so many times the present one is no plan."""
 
 
 def _validation_rows(outcome: Outcome) -> int:
