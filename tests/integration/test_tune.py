@@ -108,7 +108,7 @@ def test_rates_that_change_nothing_give_exit_code_10(
         text.replace("[2e-4, 1e-3, 5e-3]", "[1e-12, 2e-12]").replace("value: 2e-4", "value: 1e-12")
     )
     assert command("tune", *words) == NOT_SHOWN_BETTER
-    assert "Not shown to be better than the base" in capsys.readouterr().out
+    assert "No adapter is shown to be better than the base" in capsys.readouterr().out
     assert command("tune", *words, "--json") == NOT_SHOWN_BETTER
     out = json.loads(capsys.readouterr().out)
     assert out["better_than_base"] is False and out["gain"]["verdict"] != "different"

@@ -91,7 +91,7 @@ def _headline(outcome: Outcome) -> str:
     name = outcome.analysis.names.of(outcome.recommended)
     at = f"{name} at learning rate {rate_name(outcome.rate)}"
     if not outcome.is_better:
-        return f"Not shown to be better than the base: no adapter. The best tried was {at}."
+        return f"No adapter is shown to be better than the base; the best tried is {at}."
     lowest = outcome.analysis.card.lowest
     if lowest is None or lowest is outcome.recommended:
         return f"Use {at}: the lowest loss of {len(outcome.analysis.settings)} settings."
@@ -170,7 +170,7 @@ def _rates(outcome: Outcome) -> Iterator[str]:
         interval = f" ({low:.3f} to {high:.3f})" if math.isfinite(low + high) else ""
         rows = outcome.tuning.validation_rows
         yield (
-            f"At the usual {rate} it would lose {value:.3f} nats{interval} of that, by "
+            f"At the usual {rate} the loss would be {value:.3f} nats higher{interval}, by "
             f"{rows} validation rows."
         )
 
