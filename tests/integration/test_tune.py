@@ -71,7 +71,7 @@ def test_interrupted_tune_goes_on_and_ends_with_adapter_and_exit_code_0(
     assert len(screen) <= 24 and max(map(len, screen)) <= 100
     assert screen[0].startswith("Use r=") and "learning rate" in screen[0]
     text = "\n".join(screen)
-    assert "against the base" in text and "Not known: " in text and "usual 2e-4" in text
+    assert "below the base" in text and "Not known: " in text and "usual 2e-4" in text
 
     assert command(*words, "--json") == 0
     out = json.loads(capsys.readouterr().out)
@@ -156,3 +156,16 @@ def test_malformed_rows_are_skipped_and_at_most_three_remarks_are_printed(
     assert "1 malformed row skipped, first rows.jsonl:8" in remarks[0]
     recipe, _ = load_recipe(here / "rows.yaml")
     assert recipe.data.on_bad_row == "skip"
+
+
+def test_columns_that_no_format_has_are_guessed_and_written_down(
+    here: Path, tiny_folder: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    lines = [f"What is {n} of {n * 7}?,It is {n * n}." for n in range(60)]
+    (here / "faq.csv").write_text("\n".join(["question,answer", *lines]))
+    assert command("init", "faq.csv", "--model", tiny_folder, "--budget", "20m") == 0
+    assert "'question' as instruction, 'answer' as response is a guess" in capsys.readouterr().err
+    recipe, cells = load_recipe(here / "faq.yaml")
+    assert recipe.data.columns == {"instruction": "question", "response": "answer"}
+    job = make_jobs(cells)[0]
+    assert job.rows.format == "dolly" and len(job.rows.rows) == 60

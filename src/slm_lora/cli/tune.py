@@ -5,6 +5,7 @@ from __future__ import annotations
 import re
 import shlex
 import sys
+from collections.abc import Mapping
 from pathlib import Path
 from typing import TYPE_CHECKING, Annotated, Any
 
@@ -162,13 +163,20 @@ def _write_recipe(request: Request, path: Path, reporter: Reporter) -> None:
         f"{' (one seed)' if seeds == 1 else ''}, {minutes(sizes.seconds)} of "
         f"{duration(request.budget)}"
     )
-    remarks = _remarks(job)
+    remarks = [*_column_remarks(plan.data.columns), *_remarks(job)]
     for remark in remarks[:MAX_REMARKS]:
         reporter.info(f"  note: {remark}")
     if (more := len(remarks) - MAX_REMARKS) > 0:
         reporter.info(f"  {more} more: slm-lora data check {path}")
     atomic_write_text(path, plan.text)
     reporter.info(f"  recipe: {path}")
+
+
+def _column_remarks(columns: Mapping[str, str]) -> list[str]:
+    if not columns:
+        return []
+    pairs = ", ".join(f"{column!r} as {field}" for field, column in columns.items())
+    return [f"no format has these columns; {pairs} is a guess (data.columns)"]
 
 
 def minutes(seconds: float) -> str:

@@ -3,9 +3,10 @@
 from __future__ import annotations
 
 from collections.abc import Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 
 from slm_lora.config.load import parse_recipe
+from slm_lora.data.column_kinds import NoFormatError
 from slm_lora.data.split_sizes import GroupedRows
 from slm_lora.data.tokenization import RowTokenizer
 from slm_lora.errors import UsageError
@@ -38,11 +39,13 @@ class TuningPlan:
         text: the recipe.
         sizes: of the experiment.
         job: one of its final runs.
+        data: treatment of the rows.
     """
 
     text: str
     sizes: Sizes
     job: Job
+    data: DataChoices
 
 
 def plan_tuning(request: Request, resolver: JobResolver) -> TuningPlan:
@@ -52,10 +55,16 @@ def plan_tuning(request: Request, resolver: JobResolver) -> TuningPlan:
         SlmLoraError: whatever is wrong with model or rows.
         UsageError: nothing fits the budget.
     """
-    draft = Sizes(SEARCHES[-1], 0, 0, None, 0, 1.0, 0.0)
-    job = _job(request, draft, DataChoices(skips_bad_rows=True), resolver)
+    draft = DataChoices(skips_bad_rows=True)
+    try:
+        job = _job(request, draft, resolver)
+    except NoFormatError as error:
+        if not error.mapping:
+            raise
+        draft = replace(draft, columns=error.mapping)
+        job = _job(request, draft, resolver)
     lengths = _lengths(job)
-    data = _data_choices(job, lengths)
+    data = replace(_data_choices(job, lengths), columns=draft.columns)
     grouped = GroupedRows(job.rows.rows, job.data.rule)
     tokens = sum(min(length, data.max_length) for length in lengths)
     if data.on_long_row == "split":
@@ -66,12 +75,12 @@ def plan_tuning(request: Request, resolver: JobResolver) -> TuningPlan:
         raise UsageError(_too_small(request.budget, material, speed))
     text = recipe_text(request, sizes, data)
     _, cells = parse_recipe(text, f"{request.experiment}.yaml")
-    return TuningPlan(text, sizes, resolver.jobs(cells[-1:])[0])
+    return TuningPlan(text, sizes, resolver.jobs(cells[-1:])[0], data)
 
 
-def _job(request: Request, sizes: Sizes, data: DataChoices, resolver: JobResolver) -> Job:
+def _job(request: Request, data: DataChoices, resolver: JobResolver) -> Job:
     """The job of a draft with the default sets, which every number of rows has."""
-    text = recipe_text(request, sizes, data)
+    text = recipe_text(request, Sizes(SEARCHES[-1], 0, 0, None, 0, 1.0, 0.0), data)
     defaults = ["data.test_rows=null", "data.validation_rows=null"]
     _, cells = parse_recipe(text, f"{request.experiment}.yaml", defaults)
     return resolver.jobs(cells[-1:])[0]

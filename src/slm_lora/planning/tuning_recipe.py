@@ -4,7 +4,8 @@ from __future__ import annotations
 
 import re
 import shlex
-from dataclasses import dataclass
+from collections.abc import Mapping
+from dataclasses import dataclass, field
 from pathlib import Path
 
 import yaml
@@ -79,12 +80,14 @@ class DataChoices:
         max_length: limit in tokens.
         on_long_row: treatment of longer rows.
         skips_bad_rows: whether malformed rows are skipped.
+        columns: value of ``data.columns``.
     """
 
     note: str = ""
     max_length: int = 512
     on_long_row: str = "truncate"
     skips_bad_rows: bool = False
+    columns: Mapping[str, str] = field(default_factory=dict)
 
 
 def recipe_text(request: Request, sizes: Sizes, data: DataChoices) -> str:
@@ -103,6 +106,7 @@ def recipe_text(request: Request, sizes: Sizes, data: DataChoices) -> str:
         "",
         "data:",
         _line(f"  name: {_quoted(request.rows)}", escape_unprintable(data.note)),
+        *_columns_lines(data.columns),
         _line(f"  test_rows: {sizes.test_rows}", "the gain over the base is measured on them"),
         _line(f"  validation_rows: {sizes.validation_rows}", "learning rates are chosen on them"),
         _size_line(sizes),
@@ -134,6 +138,13 @@ def recipe_text(request: Request, sizes: Sizes, data: DataChoices) -> str:
         _seeds_line(search.seeds),
     ]
     return "\n".join(lines) + "\n"
+
+
+def _columns_lines(columns: Mapping[str, str]) -> list[str]:
+    if not columns:
+        return []
+    pairs = ", ".join(f"{name}: {_quoted(column)}" for name, column in columns.items())
+    return [_line(f"  columns: {{{pairs}}}", "no format has these columns: a guess")]
 
 
 def _size_line(sizes: Sizes) -> str:
