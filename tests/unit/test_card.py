@@ -88,7 +88,7 @@ def test_one_seed_and_untuned_rate_are_pointed_out(tmp_path: Path) -> None:
     runs = [run(tmp_path, f"r{r}", 2.0 - r / 50, adapter__r=r) for r in (4, 8)]
     shown = facts(card_of(runs))
     assert shown["Seeds"].startswith("one:")
-    assert "2e-4 for all settings, not tuned" in shown["Learning rate"]
+    assert "2e-4 for all settings: this compares how fast they learn" in shown["Learning rate"]
     assert shown["Edge of the grid"].startswith("8 is the largest rank tried")
 
 

@@ -385,7 +385,8 @@ def runs_text(runs: Sequence[ScoredRun]) -> str:
         f"Base: {record.model.name}, {record.model.precision}; data: {data.origin}; "
         f"template: {data.template.kind}; seeds: {seeds}.",
         f"Run on {machine.processor}, {machine.cores} cores, {machine.memory_gb} GB{gpu}. "
-        "Tokens/s: training tokens without padding, first two steps excluded.",
+        "Scale: factor on the adapter's output, alpha/r (rsLoRA: alpha/√r). Tokens/s: training "
+        "tokens without padding, first two steps excluded.",
     ]
     return (
         f"{described_table(runs)}\n"

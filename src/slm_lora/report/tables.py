@@ -2,12 +2,14 @@
 
 from __future__ import annotations
 
+import math
 from collections.abc import Sequence
 from typing import Any
 
 from slm_lora.config.types import METHOD_LABELS
 from slm_lora.records import LossOn
 from slm_lora.report.blocks import markdown_table
+from slm_lora.report.names import rate_name
 from slm_lora.runs.metrics import METRICS, mean_over_rows
 from slm_lora.runs.scored_run import ScoredRun
 from slm_lora.runtime.progress import clock
@@ -16,13 +18,17 @@ from slm_lora.stats.inference import LEAST_GROUPS
 
 DESCRIBED = ("Model", "Dataset Size", "r", "Epochs", "Eval Loss", "Perplexity")
 MEASURED = (
-    "Training Rows", "Trainable Parameters", "Trainable %", "Tokens/s", "Time", "Peak Memory",
+    "Learning Rate", "Scale", "Training Rows", "Trainable Parameters", "Trainable %", "Tokens/s",
+    "Time", "Peak Memory",
 )  # fmt: skip
 
 
 def varied_keys(runs: Sequence[ScoredRun]) -> list[str]:
-    """Keys beyond rank, alpha and size that differ between the adapters' cells."""
-    shown = {"adapter.r", "adapter.lora_alpha", "data.size", "training.num_train_epochs"}
+    """Keys that differ between the adapters' cells and have no column of their own."""
+    shown = {
+        "adapter.r", "adapter.lora_alpha", "data.size", "training.num_train_epochs",
+        "training.learning_rate",
+    }  # fmt: skip
     seen: dict[str, set[str]] = {}
     for run in runs:
         if not run.is_base:
@@ -60,6 +66,8 @@ def cells(run: ScoredRun, runs: Sequence[ScoredRun]) -> list[str]:
         else f"{training.epochs:.2f}",
         *scores,
         *[_shown(run.setting(key)) for key in varied_keys(runs)],
+        rate_name(float(run.setting("training.learning_rate"))),
+        "–" if full else f"{scale(run):g}",
         f"{record.data.sets.train.rows}",
         f"{adapter.trainable_parameters:,}",
         f"{adapter.percent:.3f}",
@@ -67,6 +75,13 @@ def cells(run: ScoredRun, runs: Sequence[ScoredRun]) -> list[str]:
         clock(training.seconds),
         f"{training.peak_memory_bytes / 1e9:.2f} GB",
     ]  # fmt: skip
+
+
+def scale(run: ScoredRun) -> float:
+    """Factor on the adapter's output: alpha/r, and alpha/√r of rsLoRA."""
+    rank, alpha = run.setting("adapter.r"), run.setting("adapter.lora_alpha")
+    root = run.setting("adapter.kind") == "rslora"
+    return round(float(alpha / (math.sqrt(rank) if root else rank)), 3)
 
 
 def _shown(value: Any) -> str:

@@ -118,16 +118,23 @@ def facts(phase: Tuned, settings: Sequence[Setting], names: SettingNames) -> lis
         dict.fromkeys(value_text(record.keys[0], end) for end in (min(chosen), max(chosen)))
     )
     counts = " to ".join(map(str, dict.fromkeys((kept[0], kept[-1]))))
+    counts = "only that value" if kept[-1] == 1 else f"{counts} values"
     lines = [
         Fact(
             key_name(record.keys[0]).capitalize(),
             f"each setting's own ({span}), the lowest on {record.validation_rows} validation rows "
-            f"({seeds}); {counts} values per setting may be the best.",
+            f"({seeds}); {counts} per setting may be the best.",
             "tuning",
         )
     ]
     if part := _largest(phase.splits):
-        lines.append(Fact("Due to the setting", split_text(part, phase, names), "tuning"))
+        lines.append(
+            Fact(
+                "One rate for all" if RATE in record.keys else "One value for all",
+                split_text(part, phase, names),
+                "tuning",
+            )
+        )
     at_edge = [
         f"{names.of(setting)}: {value_text(key, arm.chosen[key])} is the "
         f"{'largest' if end == 'high' else 'smallest'} {key_name(key)} tried"
@@ -154,18 +161,19 @@ def split_text(part: Split, phase: Tuned, names: SettingNames) -> str:
     key = keys_text(phase.record)
     share = part.share
     if share is None:
-        gone = ""
+        rest = f"it is {own:+.4f}"
+    elif not part.at_own.excludes_zero:
+        rest = f"no clear difference is left ({own:+.4f}): it was due to the {key}"
     elif share > 1:
-        gone = "; the order turns round"
+        rest = f"the order turns round ({own:+.4f})"
     elif share < 0:
-        gone = "; the difference is larger"
+        rest = f"it is larger ({own:+.4f})"
     else:
-        gone = f": {100 * share:.0f} % of the difference is due to the {key}"
+        rest = f"{own:+.4f} is left: {100 * share:.0f} % were due to the {key}"
     direction = "lower" if common < 0 else "higher"
     return (
         f"with {values_text(phase.common)} for both, {second} is {abs(common):.4f} nats {direction}"
-        f" than {first}; each at its own {key} the difference is {own:+.4f}{gone} (validation "
-        "rows)."
+        f" than {first}; each at its own {key} {rest} (validation rows)."
     )
 
 
@@ -253,6 +261,16 @@ def _candidate_text(candidate: CandidateRecord, arm: ArmRecord) -> str:
     return f"**{text}**" if candidate.values == arm.chosen else text
 
 
+def _ticks(key: str, values: Sequence[float]) -> tuple[list[float], list[str]]:
+    """Ticks at values that were tried, as many as have room for their labels."""
+    span = math.log(values[-1] / values[0]) or 1.0
+    shown: list[float] = []
+    for value in values:
+        if not shown or math.log(value / shown[-1]) > span / 9:
+            shown.append(value)
+    return shown, [value_text(key, value) for value in shown]
+
+
 @styled
 def curves(phase: Tuned, settings: Sequence[Setting], names: SettingNames) -> Picture | None:
     """Validation loss against the first tuned key, a curve per setting."""
@@ -273,7 +291,7 @@ def curves(phase: Tuned, settings: Sequence[Setting], names: SettingNames) -> Pi
         return None
     figure, axes = new_axes(3.6)
     top = min(max(losses), max(record.base_loss, min(losses)) + 0.05)
-    room = top - min(losses)
+    room = max(top - min(losses), 0.01)
     axes.axhline(record.base_loss, color=SHADE, lw=0.8, ls=":")
     for index, (setting, arm, points) in enumerate(lines):
         color = INK if index % 2 == 0 else SHADE
@@ -293,6 +311,9 @@ def curves(phase: Tuned, settings: Sequence[Setting], names: SettingNames) -> Pi
         gone = [x for x, c in points if c.loss is None]
         axes.plot(gone, [top + 0.04 * room] * len(gone), "x", ms=5, color=color)
     axes.set_xscale("log")
+    values = sorted({x for _, _, points in lines for x, _ in points})
+    axes.set_xticks(*_ticks(key, values))
+    axes.minorticks_off()
     axes.set_ylim(min(losses) - 0.06 * room, top + 0.09 * room)
     axes.set_xlabel(key_name(key))
     axes.set_ylabel("validation loss, nats per token")

@@ -6,7 +6,7 @@ loss. Later it is not: a rate that is too large learns the rows by heart.
 
 A smaller rate that is behind a larger one is stopped by less than a larger rate that is behind a
 smaller one: decaying schedules help larger rates, whose loss falls at the end. The margins were
-chosen on the full grid of results/dolly-tuned (`python benchmarks/racing.py`).
+set by results/learning-rates, and are tested on results/dolly-tuned (`benchmarks/racing.py`).
 """
 
 from __future__ import annotations
