@@ -23,9 +23,9 @@ if TYPE_CHECKING:
 Rows = Annotated[
     str,
     typer.Argument(
-        metavar="[ROWS]",
-        help="A file (JSON lines, JSON, CSV, TSV, text, Parquet), a folder of such files, or a hub "
-        "id. Default: the embedded data set ml-qa.",
+        metavar="ROWS",
+        help="A file (JSON lines, JSON, CSV, TSV, text, Parquet), a folder of such files, a hub "
+        "id, or ml-qa, the embedded data set.",
     ),
 ]
 Model = Annotated[
@@ -74,7 +74,7 @@ def tune(
     adapters: AdaptersDir = Path("adapter"),
     discard: DiscardCheckpoints = False,
 ) -> None:
-    """Find the best LoRA adapter for rows within a time budget; no recipe is needed.
+    """Train a tuned adapter for rows in limited time.
 
     Checks the rows, writes a recipe that fits the budget (NAME.yaml), chooses a learning rate for
     a small and a large rank, and compares the trained adapters with the base on test rows. After
@@ -83,8 +83,14 @@ def tune(
     Exit code: 0 if the adapter is better than the base, 10 if this is not shown.
     """
     from slm_lora.cli.experiments import run_experiment
+    from slm_lora.runtime import distributed
     from slm_lora.runtime.progress import Reporter
 
+    if distributed.is_launched():
+        raise UsageError(
+            "tune: runs in one process; write the recipe with slm-lora init, and run it with "
+            "slm-lora experiment --processes"
+        )
     request = _request(rows, model, budget, name)
     path = Path(f"{request.experiment}.yaml")
     quiet_libraries()
@@ -210,7 +216,9 @@ def _show(result: ExperimentResult, recipe: Path, as_json: bool) -> int:
 
     outcome = outcome_of(result.analysis)
     if outcome is None:
-        raise UsageError(f"{recipe}: no longer tunes; run it with slm-lora experiment {recipe}")
+        raise UsageError(
+            f"{recipe}: no longer tunes the learning rate; run it with slm-lora experiment {recipe}"
+        )
     adapter = adapter_of(outcome.recommended.first_run.run, result.adapters)
     files = {
         "adapter": str(adapter) if adapter else None,

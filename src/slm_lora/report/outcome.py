@@ -71,9 +71,12 @@ class Outcome:
 
 
 def outcome_of(analysis: Analysis) -> Outcome | None:
-    """The outcome of an experiment; None without tuning, a recommended setting and its base."""
+    """The outcome of an experiment; None without a tuned learning rate, a recommended
+    setting and its base."""
     recommended, base = analysis.card.recommended, analysis.card.base
-    if analysis.tuned is None or recommended is None or base is None:
+    if analysis.tuned is None or RATE not in analysis.tuned.record.keys:
+        return None
+    if recommended is None or base is None:
         return None
     for pair in analysis.comparisons:
         if pair.key == "base" and pair.second.first_run is recommended.first_run:
