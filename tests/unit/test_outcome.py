@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import json
 import math
+import re
 from dataclasses import replace
 from typing import Any
 
@@ -15,6 +16,7 @@ from slm_lora.report.tuning import Tuned
 from slm_lora.runs.folder import Run
 from slm_lora.runs.scored_run import ScoredRun
 from slm_lora.runs.tuning import ArmRecord, CandidateRecord, TuningRecord
+from slm_lora.stats.settings import Setting
 from slm_lora.stats.tuned_arms import TunedArm
 
 from ..support.runs import line
@@ -53,7 +55,11 @@ STOPPED = candidate(5e-3, None, stopped="0.4 behind")
 
 
 def outcome(
-    base: float, losses: dict[int, float], seeds: int = 1, arms: tuple[ArmRecord, ...] = ()
+    base: float,
+    losses: dict[int, float],
+    seeds: int = 1,
+    arms: tuple[ArmRecord, ...] = (),
+    searched: dict[int, Setting] | None = None,
 ) -> Outcome:
     runs = [
         run(f"r{r}-seed{s}", loss, r, 1e-3, s) for r, loss in losses.items() for s in range(seeds)
@@ -65,7 +71,7 @@ def outcome(
         metric="all", validation_rows=60, validation_groups=60, base_loss=base, machine={},
         arms=arms,
     )  # fmt: skip
-    tuned = Tuned(choice, tuple(TunedArm(a, {}) for a in arms), None, ())
+    tuned = Tuned(choice, tuple(TunedArm(a, searched or {}) for a in arms), None, ())
     result = outcome_of(replace(analysis, tuned=tuned))
     assert result is not None
     return result
@@ -105,14 +111,25 @@ def test_nothing_is_recommended_where_the_base_is_as_good_or_better(after: float
 
 def test_seeds_edges_and_few_validation_rows_are_pointed_out() -> None:
     ends = tuple(arm(r, USUAL, BEST, RIVAL, chosen=1e-3, edge="high") for r in (4, 16))
-    unknown = not_known(outcome(3.0, {4: 2.2, 16: 2.0}, arms=ends))
+    spread = [0.1 * (-1) ** (n // 2) for n in range(40)]  # nats, on rows of equal length
+    lowest, rival = run("a", 2.2, 16, 1e-3), run("b", 2.2, 16, 2e-3)
+    scores = zip(rival.scores, spread, strict=True)
+    noisy = tuple(replace(score, nll_all=score.nll_all + 10 * nats) for score, nats in scores)
+    searched = {1: Setting((lowest,)), 2: Setting((replace(rival, scores=noisy),))}
+    unknown = not_known(outcome(3.0, {4: 2.2, 16: 2.0}, 1, ends, searched))
     assert unknown[:3] == [
         "rows unlike these 40",
         "other seeds (one was trained)",
         "larger learning rates (1e-3 is the largest tried)",
     ]
-    # Half the interval is 0.03 nats: nine times the rows for 0.01.
-    assert unknown[3] == "which rate is best (about 540 validation rows would tell, here 60)"
+    match = re.fullmatch(
+        r"which rate is best \(about ([\d,]+) validation rows would tell, here 60\)", unknown[3]
+    )
+    assert match
+    # (1.96 + 0.84)² · (0.1 / 0.01)² groups of deviation 0.1 for 60/40 rows each, and the assurance
+    # of a pilot's deviation.
+    textbook = (1.96 + 0.8416) ** 2 * (0.1 / 0.01) ** 2 * 60 / 40
+    assert textbook < int(match[1].replace(",", "")) < 1.6 * textbook
     more = not_known(outcome(3.0, {4: 2.2, 16: 2.0}, seeds=3))
     assert not any("seeds" in phrase or "rate" in phrase for phrase in more)
 

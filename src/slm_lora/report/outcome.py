@@ -13,7 +13,9 @@ from slm_lora.report.names import rate_name
 from slm_lora.runs.tuning import ArmRecord, CandidateRecord, TuningRecord
 from slm_lora.stats.comparisons import Comparison
 from slm_lora.stats.estimates import perplexity
-from slm_lora.stats.settings import Setting
+from slm_lora.stats.power import needed
+from slm_lora.stats.settings import Setting, pair_runs, sample_of
+from slm_lora.stats.tuned_arms import arm_of
 
 RATE = "training.learning_rate"
 
@@ -142,11 +144,11 @@ def _settings(outcome: Outcome) -> Iterator[str]:
 
 
 def _would_decide(pair: Comparison) -> str:
-    needed = pair.needed()
-    if needed is None:
+    enough = pair.needed()
+    if enough is None:
         return ""
-    seeds = f" and {needed.seeds} seeds" if needed.seeds else ""
-    return f"; about {needed.rows:,} test rows{seeds} would decide"
+    seeds = f" and {enough.seeds} seeds" if enough.seeds else ""
+    return f"; about {enough.rows:,} test rows{seeds} would decide"
 
 
 def _rates(outcome: Outcome) -> Iterator[str]:
@@ -209,17 +211,23 @@ MOST_TIMES = 50
 
 
 def _validation_rows(outcome: Outcome) -> int:
-    """Validation rows whose intervals would be no wider than the margin to each side; 0 where they
-    are narrow enough."""
-    halves = [
-        (c.above_lowest[2] - c.above_lowest[1]) / 2
-        for c in outcome.arm.kept
-        if c.above_lowest is not None and c.values != outcome.arm.chosen
+    """Validation rows that tell the chosen rate from the others that may be the best, if the
+    difference is the margin; 0 where there are none, or enough rows."""
+    assert outcome.analysis.tuned is not None
+    searched = arm_of(outcome.recommended, outcome.analysis.tuned.arms)
+    assert searched is not None
+    rows, chosen = outcome.tuning.validation_rows, searched.at(outcome.arm.chosen)
+    rivals = [
+        setting
+        for index, setting in searched.settings.items()
+        if outcome.arm.candidates[index].kept and setting is not chosen
     ]
-    widest = max((half for half in halves if math.isfinite(half)), default=0.0)
-    if widest <= outcome.margin:
+    if chosen is None:
         return 0
-    return math.ceil(outcome.tuning.validation_rows * (widest / outcome.margin) ** 2)
+    samples = [sample_of(pair_runs(chosen, rival), chosen.metric) for rival in rivals]
+    plans = [needed(sample, rows, outcome.margin) for sample in samples]
+    most = max((plan.rows for plan in plans if plan is not None), default=0)
+    return most if most > rows else 0
 
 
 def record(outcome: Outcome) -> dict[str, Any]:
