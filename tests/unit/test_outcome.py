@@ -19,7 +19,7 @@ from slm_lora.runs.tuning import ArmRecord, CandidateRecord, TuningRecord
 from slm_lora.stats.settings import Setting
 from slm_lora.stats.tuned_arms import TunedArm
 
-from ..support.runs import line
+from ..support.runs import scored_run
 
 RATE = "training.learning_rate"
 
@@ -31,7 +31,7 @@ def no_steps(monkeypatch: pytest.MonkeyPatch) -> None:
 
 
 def run(name: str, loss: float, rank: int, rate: float, seed: int = 0) -> ScoredRun:
-    scored = line(name, loss, adapter__r=rank, training__learning_rate=rate, seed=seed)
+    scored = scored_run(name, loss, adapter__r=rank, training__learning_rate=rate, seed=seed)
     raw = {**scored.run.raw, "settings": {"adapter.r": rank, RATE: rate}}
     return replace(scored, run=replace(scored.run, raw=raw), tuned=(RATE,))
 
@@ -64,7 +64,7 @@ def outcome(
     runs = [
         run(f"r{r}-seed{s}", loss, r, 1e-3, s) for r, loss in losses.items() for s in range(seeds)
     ]
-    analysis = analyse([line("base", base), *runs])
+    analysis = analyse([scored_run("base", base), *runs])
     arms = arms or tuple(arm(r, USUAL, BEST, STOPPED, chosen=1e-3) for r in losses)
     choice = TuningRecord(
         format=1, experiment="x", search="", section={"common_value": 2e-4, "key": [RATE]},
