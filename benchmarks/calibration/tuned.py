@@ -27,8 +27,9 @@ from tuned_world import (
 from slm_lora.stats.clustered import Floats, clustered_covariance
 from slm_lora.stats.estimates import Paired
 from slm_lora.stats.inference import difference, interval
+from slm_lora.stats.regret import Regret
 from slm_lora.stats.selection import best_members
-from slm_lora.stats.selection_regret import Regret, at_own_best, own_best_interval
+from slm_lora.stats.selection_regret import at_own_best, own_best_interval
 
 FLAT, USUAL, MIXED = (0.01, 0.01), (0.03, 0.03), (0.01, 0.1)
 """Curvatures of both settings, nats per squared unit of the logarithm; the real ones are 0.02 to

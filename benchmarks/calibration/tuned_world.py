@@ -26,7 +26,8 @@ from slm_lora.runs.metrics import METRICS
 from slm_lora.runs.scored_run import read_scored_runs
 from slm_lora.stats.clustered import Floats
 from slm_lora.stats.estimates import Paired, group_sums
-from slm_lora.stats.selection_regret import Regret, regret_of_sums
+from slm_lora.stats.regret import Regret
+from slm_lora.stats.selection_regret import regret_of_sums
 from slm_lora.stats.tuning import Point, progress
 
 RANKS, RATES, SIZES, SEEDS = (4, 16), (2e-4, 3e-3, 1e-2), (375, 750, 1500), (0, 1, 2)

@@ -13,7 +13,7 @@ from slm_lora.errors import NOT_SHOWN_BETTER, STOPPED_RESUMABLE
 from slm_lora.experiment import candidates
 from slm_lora.experiment.paths import ExperimentPaths
 from slm_lora.experiment.resolve_jobs import make_jobs
-from slm_lora.planning import budget, tuning_plan
+from slm_lora.planning import budget, rows_to_recipe
 from slm_lora.planning.budget import Search
 from slm_lora.planning.plan import plan
 from slm_lora.runs.scores import read_scores
@@ -26,7 +26,7 @@ from ..support.rows import make_rows, write_jsonl
 def here(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Path:
     """A working directory with rows; searches are short."""
     searches = (Search(0, 0, 2), Search(0, 0, 1))
-    for module in (budget, tuning_plan):
+    for module in (budget, rows_to_recipe):
         monkeypatch.setattr(module, "SEARCHES", searches)
     monkeypatch.setattr(budget, "MAX_EPOCHS", 1)
     monkeypatch.chdir(tmp_path)

@@ -18,12 +18,15 @@ from slm_lora.runtime.signals import StopRequested
 
 from ..support.lab import Lab, command
 
-ONE_RANK = ("grid.cells=[{adapter.r: 2}]", "data.size=40", "keep_adapters=false")
+ONE_RANK = (
+    "grid.cells=[{adapter.r: 2}]", "data.size=40", "keep_adapters=false", "data.validation_rows=20",
+)  # fmt: skip
 TUNED = (
     "grid.cells=[{adapter.r: 2}, {adapter.r: 4}]",
     "data.size=40",
     "keep_adapters=false",
     "seeds=[0, 1]",
+    "data.validation_rows=20",  # ten are one group of near duplicates
     "tuning.values=[1e-3, 1e-2]",
     "tuning.refine=1",
     "tuning.extend=1",
@@ -51,7 +54,7 @@ def test_tuning_runs_are_scored_on_validation_rows_and_final_runs_on_test_rows(t
     final = run_folders(tuned.results / "runs")
     validation = set().union(*map(row_ids, tuning))
     test = set().union(*map(row_ids, final))
-    assert (len(validation), len(test)) == (10, 20)
+    assert (len(validation), len(test)) == (20, 20)
     assert not validation & test
     assert {read_run(folder).record.evaluation.split for folder in tuning} == {"validation"}
 

@@ -10,7 +10,7 @@ from hypothesis import strategies as st
 
 from slm_lora.cli.tune import parse_budget, screen
 from slm_lora.config.load import parse_recipe
-from slm_lora.data.split_sizes import GroupedRows
+from slm_lora.data.split_sizes import LEAST_GROUPS, GroupedRows
 from slm_lora.data.splits import GroupingRule, split_rows, training_rows_for
 from slm_lora.errors import UsageError
 from slm_lora.planning.budget import (
@@ -119,18 +119,20 @@ def test_wanted_sizes_become_sizes_that_whole_groups_give() -> None:
             (Turn("user", f"question {n}"), Turn("assistant", f"answer {n}")),
             group_hint=f"{n // 4}",
         )
-        for n in range(60)
+        for n in range(160)
     ]
     rule = GroupingRule()
     grouped = GroupedRows(rows, rule)
-    for test, validation in itertools.product((1, 10, 21, 59), (1, 6, 30)):
+    for test, validation in itertools.product((1, 50, 61, 9999), (1, 45, 70)):
         sizes = grouped.sizes_near(test, validation)
         split = split_rows(
             rows, size=None, test_rows=sizes[0], validation_rows=sizes[1], split_seed=0,
             data_seed=0, rule=rule,
         )  # fmt: skip
         assert (len(split.test), len(split.validation)) == sizes
-        assert sizes[0] % 4 == sizes[1] % 4 == 0 and split.train
+        assert sizes[0] % 4 == sizes[1] % 4 == 0
+        assert min(sizes) >= 4 * LEAST_GROUPS and len(split.train) >= 4 * LEAST_GROUPS
+    assert grouped.sizes_near(50, 45) == (48, 44)
 
 
 @pytest.mark.parametrize(

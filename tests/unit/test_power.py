@@ -9,7 +9,14 @@ import pytest
 from scipy import stats
 
 from slm_lora.stats.estimates import Paired
-from slm_lora.stats.power import ASSURANCE, Needed, failure_bound, needed
+from slm_lora.stats.power import (
+    ASSURANCE,
+    Needed,
+    detectable,
+    failure_bound,
+    groups_to_detect,
+    needed,
+)
 
 from ..support.samples import sample
 
@@ -121,3 +128,16 @@ def test_failure_bound_equals_clopper_pearson(units: int, failures: int, share: 
     assert failure_bound(units, failures) == pytest.approx(expected)
     assert failure_bound(units, failures) == pytest.approx(share, abs=5e-4)
     assert failure_bound(2, 2) == 1
+
+
+@pytest.mark.parametrize("size", [0.2, 0.5])
+def test_groups_to_detect_a_paired_difference(size: float) -> None:
+    """Student's test, whose power is known exactly, takes two more (34 at 0.5, 199 at 0.2)."""
+
+    def power(groups: int) -> float:
+        limit = stats.t.isf(0.025, groups - 1)
+        return float(stats.nct.sf(limit, groups - 1, size * math.sqrt(groups)))
+
+    groups = groups_to_detect(size, 1.0)
+    assert power(groups + 1) < 0.8 <= power(groups + 2)
+    assert detectable(groups, 1.0) == pytest.approx(size, rel=0.02)

@@ -30,7 +30,7 @@ from slm_lora.stats.selection_regret import (
 from slm_lora.stats.settings import Setting
 from slm_lora.stats.tuned_arms import TunedArm
 
-from ..support.runs import line
+from ..support.runs import scored_run
 
 RATES = (2e-4, 1e-3, 2.2e-3, 5e-3, 1.1e-2, 2.5e-2)
 NO_CHOICE = Regret(Contrasts(np.zeros(0), np.zeros(0), np.zeros(0)))
@@ -184,7 +184,7 @@ def scored(value: float, rates: list[tuple[int, Floats]]) -> Setting:
     """A setting with one run per seed, with a loss per row."""
     runs = []
     for seed, losses in rates:
-        run = line(f"lr{value:g}-seed{seed}", 2.0, seed=seed, training__learning_rate=value)
+        run = scored_run(f"lr{value:g}-seed{seed}", 2.0, seed=seed, training__learning_rate=value)
         scores = tuple(
             RowScore(f"{i:03d}", f"{i:03d}", "", "test", 10 * loss, 10, 1, 0.0, 10, 1)
             for i, loss in enumerate(losses)

@@ -151,7 +151,7 @@ MAX_REMARKS = 3
 
 def _write_recipe(request: Request, path: Path, reporter: Reporter) -> None:
     from slm_lora.experiment.resolve_jobs import JobResolver
-    from slm_lora.planning.tuning_plan import plan_tuning
+    from slm_lora.planning.rows_to_recipe import plan_tuning
     from slm_lora.planning.tuning_recipe import duration
     from slm_lora.runtime.storage import atomic_write_text
 

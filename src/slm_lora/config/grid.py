@@ -188,12 +188,24 @@ def arms_of(cells: Sequence[Cell]) -> list[Cell]:
     return list(first.values())
 
 
+def arm_name(arm: Cell) -> str:
+    """Name of a setting: that of its cells without seeds."""
+    seeds = {f"seed{arm.config.seed}", f"data{arm.config.data_seed}"}
+    parts = [part for part in arm.name.split("-") if part not in seeds]
+    return "-".join(parts) or f"r{arm.config.adapter.r}"
+
+
 def tuning_cell(arm: Cell, values: Mapping[str, float], seed: int) -> Cell:
     """A setting with values of its tuned keys and a tuning seed, which also draws its rows."""
     config = _with(arm.config, {**values, "seed": seed, "data_seed": seed})
     settings = {key: value for key, value in arm.settings.items() if key != "data_seed"}
     settings |= {**values, "seed": seed}
     return replace(arm, name=_cell_name(config, settings), settings=settings, config=config)
+
+
+def name_without(config: CellConfig, settings: Mapping[str, Any], keys: Sequence[str]) -> str:
+    """Name of a tuning cell without the values of its tuned keys: `r16-1500-seed1000`."""
+    return _cell_name(config, {key: settings[key] for key in settings if key not in keys})
 
 
 def tuned_cell(cell: Cell, values: Mapping[str, float]) -> Cell:

@@ -8,6 +8,9 @@ from collections.abc import Sequence
 from slm_lora.data.splits import GroupingRule, draw_groups, group_rows, seeded_order
 from slm_lora.records import Row
 
+LEAST_GROUPS = 10
+"""Groups of a set below which intervals do not hold (docs/statistics.md)."""
+
 
 class GroupedRows:
     """The rows of a data set by groups of related rows, in the order of the held-out draw.
@@ -25,15 +28,25 @@ class GroupedRows:
         self._groups = [members[group] for group in seeded_order(members, "held out", split_seed)]
         self.rows = len(rows)
 
+    @property
+    def count(self) -> int:
+        """Number of groups."""
+        return len(self._groups)
+
     def sizes_near(self, test: int, validation: int) -> tuple[int, int]:
-        """The largest sizes up to the wanted ones that `splits.split_rows` can draw exactly; at
-        least one group each, with one left to train on."""
+        """Sizes near the wanted ones that `splits.split_rows` draws exactly.
+
+        Both sets get at least `LEAST_GROUPS` groups, and leave as many for each later set; of fewer
+        groups in all, each set gets a third.
+        """
         groups, sizes = self._groups, []
-        for wanted, reserved in ((test, 2), (validation, 1)):
-            taken = draw_groups(groups, wanted)[: len(groups) - reserved]
-            if not taken:
-                taken = [min(groups, key=len)]
-            sizes.append(sum(map(len, taken)))
+        least = max(1, min(LEAST_GROUPS, self.count // 3))
+        for wanted, later in ((test, 2), (validation, 1)):
+            taken = draw_groups(groups, wanted)
+            while len(taken) < least:
+                wanted += 1
+                taken = draw_groups(groups, wanted)
+            sizes.append(sum(map(len, taken[: len(groups) - later * least])))
             drawn = {group[0] for group in draw_groups(groups, sizes[-1])}
             groups = [group for group in groups if group[0] not in drawn]
         return sizes[0], sizes[1]

@@ -6,6 +6,7 @@ import functools
 import shutil
 from collections.abc import Callable, Sequence
 from dataclasses import asdict
+from pathlib import Path
 from typing import Any
 
 from slm_lora.errors import NumericError
@@ -13,10 +14,10 @@ from slm_lora.experiment.base_cache import LoadedBase
 from slm_lora.experiment.cell import Watch
 from slm_lora.experiment.job import Job
 from slm_lora.experiment.paths import ExperimentPaths
-from slm_lora.experiment.resume import finished, lock_cell, lock_experiment
+from slm_lora.experiment.resume import check_unfinished, finished, lock_cell, lock_experiment
 from slm_lora.experiment.runner import first_only, run_bases, run_cell, together, try_adapters
 from slm_lora.records import Step
-from slm_lora.runs.tuning import read_stopped, write_stopped
+from slm_lora.runs.tuning import read_stopped, stopped_folder, write_stopped
 from slm_lora.runtime import distributed
 from slm_lora.runtime.progress import Reporter
 from slm_lora.stats.racing import Race
@@ -57,6 +58,13 @@ class CandidateRunner:
                 run_bases(jobs, paths, self._reporter, self._loaded)
             for job in jobs:
                 self._run(job, paths)
+
+    def run_one(self, job: Job, paths: ExperimentPaths) -> None:
+        """Run one candidate while others may run others; the base is scored by its own command."""
+        with together([job]):
+            distributed.run_on_main(lambda: check_unfinished([job], paths, self._discard))
+            try_adapters([job], paths, self._reporter, self._loaded)
+            self._run(job, paths)
 
     def _run(self, job: Job, paths: ExperimentPaths) -> None:
         reporter = self._reporter
@@ -120,3 +128,9 @@ def is_done(job: Job, paths: ExperimentPaths) -> bool:
         finished(job, paths) is not None
         or read_stopped(paths.results, job.name, job.identity) is not None
     )
+
+
+def outcome_folder(job: Job, paths: ExperimentPaths) -> Path:
+    """Folder of the run of a tuning job that is done, or of the record that it was stopped."""
+    run = finished(job, paths)
+    return run.folder if run else stopped_folder(paths.results, job.name, job.identity)

@@ -58,7 +58,7 @@ class JobResolver:
     """
 
     def __init__(self, computed: ComputedName = "here") -> None:
-        self._computed = computed
+        self.computed = computed
         self._sources: dict[ModelSection, ModelSource] = {}
         self._tokenizers: dict[ModelSource, PreTrainedTokenizerBase] = {}
         self._row_sets: dict[str, RowSet] = {}
@@ -90,9 +90,9 @@ class JobResolver:
             check_token_ids(prepared, source, tokenizer)
             check_headline(cell.config, prepared)
             check_frozen(cell.config)
-            if self._computed != "nowhere":
+            if self.computed != "nowhere":
                 resolve_targets(source, cell.config.adapter)
-            jobs.append(_job(cell, source, prepared, rows, self._computed, scored_set))
+            jobs.append(_job(cell, source, prepared, rows, self.computed, scored_set))
         check_same_test_rows(jobs)
         return jobs
 

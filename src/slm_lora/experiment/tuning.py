@@ -9,29 +9,37 @@ from __future__ import annotations
 
 import itertools
 import math
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass, replace
+from pathlib import Path
+from typing import Any
 
 from slm_lora.config.axes import TuningSection
-from slm_lora.config.grid import Cell, arms_of, tuned_cell, tuning_cell
+from slm_lora.config.grid import Cell, arm_name, arms_of, name_without, tuned_cell, tuning_cell
 from slm_lora.config.schema import Recipe
 from slm_lora.data.collate import steps_per_epoch
 from slm_lora.errors import UsageError
+from slm_lora.experiment.choice import (
+    check_runs,
+    check_validation,
+    find_choice,
+    note_machine,
+    seal_choice,
+)
 from slm_lora.experiment.job import Job
 from slm_lora.experiment.paths import BASE, ExperimentPaths
 from slm_lora.experiment.resolve_jobs import JobResolver
-from slm_lora.runs.folder import Run, find_run
+from slm_lora.runs.folder import Run, find_run, named
 from slm_lora.runs.scored_run import ScoredRun, read_scored_run
 from slm_lora.runs.tuning import (
+    TUNING_FILE,
     ArmRecord,
     StoppedRun,
     TuningRecord,
     read_stopped,
-    read_tuning,
     tuning_folder,
-    write_tuning,
 )
-from slm_lora.runtime import distributed, hardware
+from slm_lora.runtime import distributed
 from slm_lora.runtime.checksums import content_hash
 from slm_lora.runtime.progress import Reporter
 from slm_lora.stats.choice import Candidate, arm_record
@@ -82,7 +90,7 @@ class TuningPhase:
         assert recipe.tuning is not None
         self.section: TuningSection = recipe.tuning
         self.paths = replace(paths, results=tuning_folder(paths.results))
-        self._results, self._resolver = paths.results, resolver
+        self.experiment, self._resolver = paths, resolver
         self._cells = cells
         # Adapters of tuning runs are scored and removed.
         self.arms = [
@@ -102,10 +110,36 @@ class TuningPhase:
             self._places |= {job.identity: key for job in self._jobs[key]}
         return self._jobs[key]
 
+    def job_at(self, cell: str, values: Mapping[str, float]) -> Job:
+        """One tuning run.
+
+        Args:
+            cell: of a setting with a tuning seed, without tuned values: ``r16-1500-seed1000``.
+            values: of every tuned key.
+
+        Raises:
+            UsageError: there is no such cell, or a value is missing or not allowed.
+        """
+        if set(values) != set(self.section.key):
+            raise UsageError(f"--at: give a value of each of {', '.join(self.section.key)}")
+        point = tuple(values[key] for key in self.section.key)
+        places = {}
+        for arm, seed in itertools.product(range(len(self.arms)), self.section.seeds):
+            if not self.is_valid(arm, point):
+                given = " ".join(f"{key}={value:g}" for key, value in values.items())
+                raise UsageError(f"--at {given}: beyond the limits of the key")
+            tuned = tuning_cell(self.arms[arm], values, seed)
+            places[name_without(tuned.config, tuned.settings, self.section.key)] = arm, seed
+        if cell not in places:
+            raise UsageError(f"--cell {cell}: no tuning cell; they are {named(list(places))}")
+        arm, seed = places[cell]
+        return next(job for job in self.jobs_of(arm, point) if job.config.seed == seed)
+
     def _values(self, point: Point) -> dict[str, float]:
         return dict(zip(self.section.key, point, strict=True))
 
-    def _is_valid(self, arm: int, point: Point) -> bool:
+    def is_valid(self, arm: int, point: Point) -> bool:
+        """Whether the recipe allows a point."""
         try:
             tuning_cell(self.arms[arm], self._values(point), self.section.seeds[0])
         except ValueError:  # beyond a limit of the key
@@ -114,16 +148,20 @@ class TuningPhase:
 
     def progress(self, arm: int) -> Progress:
         """Where one search stands, from the runs on disk."""
+        return self.known(arm)[0]
+
+    def known(self, arm: int) -> tuple[Progress, dict[Point, float]]:
+        """Where one search stands, and the losses that led there."""
         outcomes: dict[Point, float] = {}
         while True:
-            state = progress(self.section, outcomes, lambda point: self._is_valid(arm, point))
+            state = progress(self.section, outcomes, lambda point: self.is_valid(arm, point))
             found = {
                 point: outcome.loss
                 for point in state.missing
                 if (outcome := self._outcome(arm, point)) is not None
             }
             if not found:
-                return state
+                return state, outcomes
             outcomes |= found
 
     def _outcome(self, arm: int, point: Point) -> _Outcome | None:
@@ -193,19 +231,59 @@ class TuningPhase:
             UsageError: every run of a setting was stopped or diverged.
             IntegrityError: a run or tuning.json is broken.
         """
-        search = self._identity()
-        sealed = read_tuning(self._results) if distributed.is_main() else None
-        if distributed.run_on_main(lambda: sealed is not None and sealed.search == search):
-            reporter.info(f"  tuning  finished earlier ({self._results / 'tuning.json'})")
-            return TuningRecord.model_validate(
-                distributed.run_on_main(lambda: sealed.model_dump(mode="json") if sealed else None)
-            )
+        check_validation(self.first_job().data, reporter)
+        if (sealed := self.sealed(reporter)) is not None:
+            distributed.run_on_main(lambda: check_runs(sealed, self.experiment))
+            reporter.info(f"  tuning  finished earlier ({self.experiment.results / TUNING_FILE})")
+            return sealed
         while jobs := self.next_jobs():
             compute(jobs, self.paths)
         if distributed.run_on_main(lambda: self._base() is None):
             compute(self.jobs_of(0, self.progress(0).tried[0]), self.paths)
-        record = distributed.run_on_main(lambda: self._choose(search).model_dump(mode="json"))
-        return TuningRecord.model_validate(record)
+
+        def choose() -> Any:
+            record = self._choose(self._identity())
+            seal_choice(self.experiment, record, reporter)
+            return record.model_dump(mode="json")
+
+        return TuningRecord.model_validate(distributed.run_on_main(choose))
+
+    def sealed(self, reporter: Reporter) -> TuningRecord | None:
+        """The choice, if it was made, as the first of several processes reads it.
+
+        Raises:
+            UsageError: it was made on another device, or in another precision.
+            IntegrityError: tuning.json is broken.
+        """
+
+        def read() -> Any:
+            record = self.read_sealed(reporter)
+            return record.model_dump(mode="json") if record else None
+
+        document = distributed.run_on_main(read)
+        return TuningRecord.model_validate(document) if document else None
+
+    def read_sealed(self, reporter: Reporter) -> TuningRecord | None:
+        """As `sealed`, in one process; a note where this machine is another than the choice's."""
+        search, job = self._identity(), self.first_job()
+        section = self.section.model_dump(mode="json")
+        record = find_choice(self.experiment, search, section, job, reporter)
+        if record is not None and self._resolver.computed == "here":
+            note_machine(record, job.device.type, reporter)
+        return record
+
+    def chosen_cells(self, recipe: Path, reporter: Reporter) -> list[Cell]:
+        """`final_cells` of the sealed choice, for runs of single cells.
+
+        Raises:
+            UsageError: no choice was made; names the command that makes it.
+        """
+        if (record := self.sealed(reporter)) is None:
+            raise UsageError(
+                f"{self.experiment.results / TUNING_FILE}: missing, or of another recipe; its "
+                f"{', '.join(self.section.key)} is chosen first: run slm-lora experiment {recipe}"
+            )
+        return self.final_cells(record)
 
     def _identity(self) -> str:
         """Of the search: what its outcome depends on, but for the machine."""
@@ -217,12 +295,13 @@ class TuningPhase:
             }
         )
 
-    def _first_job(self) -> Job:
+    def first_job(self) -> Job:
+        """Any tuning run; the base on the validation set is the same for all of one model."""
         return self.jobs_of(*self._first_points()[0])[0]
 
     def _base(self) -> Run | None:
         """The base model's run on the validation set."""
-        return find_run(self.paths.results, BASE, self._first_job().base_identity)
+        return find_run(self.paths.results, BASE, self.first_job().base_identity)
 
     def _first_points(self) -> list[tuple[int, Point]]:
         first = tuple(values[0] for values in self.section.values)
@@ -230,10 +309,10 @@ class TuningPhase:
 
     def _choose(self, search: str) -> TuningRecord:
         arms = [self._arm(index) for index in range(len(self.arms))]
-        job, base = self._first_job(), self._base()
+        job, base = self.first_job(), self._base()
         assert base is not None
         scored = read_scored_run(base)
-        record = TuningRecord(
+        return TuningRecord(
             format=1,
             experiment=self.paths.experiment,
             search=search,
@@ -242,16 +321,14 @@ class TuningPhase:
             validation_rows=len(scored.scores),
             validation_groups=len({score.group_id for score in scored.scores}),
             base_loss=_headline(base),
-            machine=hardware.describe(job.device.type),
+            machine={**base.raw["machine"], "precision": job.precision},
             arms=tuple(arms),
         )
-        write_tuning(self._results, record)
-        return record
 
     def _arm(self, index: int) -> ArmRecord:
         state = self.progress(index)
         arm = self.arms[index]
-        name = _arm_name(arm)
+        name = arm_name(arm)
         if state.lowest is None:
             reasons = {
                 stopped.reason
@@ -300,12 +377,6 @@ class TuningPhase:
 
 def _arm_key(cell: Cell) -> str:
     return content_hash(cell.config.model_dump(mode="json", exclude={"seed", "data_seed"}))
-
-
-def _arm_name(arm: Cell) -> str:
-    seeds = {f"seed{arm.config.seed}", f"data{arm.config.data_seed}"}
-    parts = [part for part in arm.name.split("-") if part not in seeds]
-    return "-".join(parts) or f"r{arm.config.adapter.r}"
 
 
 def log_choice(record: TuningRecord, reporter: Reporter) -> None:

@@ -1,150 +1,181 @@
-"""Plan of `slm-lora tune`: rows read, this machine timed, sizes chosen, the recipe's text."""
+"""Plan of an experiment with tuning: the searches, and final runs at values not chosen yet."""
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass, replace
 
-from slm_lora.config.load import parse_recipe
-from slm_lora.data.column_kinds import NoFormatError
-from slm_lora.data.split_sizes import GroupedRows
-from slm_lora.data.tokenization import RowTokenizer
-from slm_lora.errors import UsageError
+from slm_lora.config.grid import Cell, arm_name, tuned_cell
+from slm_lora.experiment.candidates import is_done
+from slm_lora.experiment.choice import check_validation
 from slm_lora.experiment.job import Job
-from slm_lora.experiment.preflight import text_config
 from slm_lora.experiment.resolve_jobs import JobResolver
-from slm_lora.ops import compilation
-from slm_lora.planning.budget import (
-    SEARCHES,
-    Material,
-    Sizes,
-    Speed,
-    fit,
-    least_budget,
-)
-from slm_lora.planning.plan import COMPILE_SECONDS
-from slm_lora.planning.probe import measure
-from slm_lora.planning.tuning_recipe import DataChoices, Request, duration, recipe_text
+from slm_lora.experiment.tuning import TuningPhase
+from slm_lora.planning.plan import Estimator, Plan, PlannedCell, plan
+from slm_lora.runtime import hardware
+from slm_lora.runtime.progress import Reporter
+from slm_lora.stats.search_cost import cost_range
+from slm_lora.stats.tuning import Point, first_points
 
-LENGTHS = (512, 1024, 2048)
-"""Limits of length to choose from: the smallest that keeps `KEPT_TOKENS`."""
-KEPT_TOKENS = 0.95
+_FREE_KEYS = frozenset(
+    (
+        "training.learning_rate",
+        "training.weight_decay",
+        "adapter.lora_alpha",
+        "adapter.lora_dropout",
+    )
+)
+"""Tuned keys whose value does not change the cost of a run."""
 
 
 @dataclass(frozen=True, slots=True)
-class TuningPlan:
-    """What `slm-lora tune` will do.
+class Range:
+    """Least and most of a number."""
+
+    least: float
+    most: float
+
+    def __add__(self, other: Range) -> Range:
+        return Range(self.least + other.least, self.most + other.most)
+
+
+@dataclass(frozen=True, slots=True)
+class PlannedSearch:
+    """The search of one setting.
 
     Attributes:
-        text: the recipe.
-        sizes: of the experiment.
-        job: one of its final runs.
-        data: treatment of the rows.
+        name: of the setting.
+        values: points that are tried for certain.
+        finished: runs that are finished or were stopped.
+        runs: left to run, without races.
+        seconds: of these.
+        run: one tuning run, at the dearest of the first values.
     """
 
-    text: str
-    sizes: Sizes
-    job: Job
-    data: DataChoices
+    name: str
+    values: tuple[Point, ...]
+    finished: int
+    runs: Range
+    seconds: Range
+    run: PlannedCell
 
 
-def plan_tuning(request: Request, resolver: JobResolver) -> TuningPlan:
-    """Choose sizes that fit the budget, and write the recipe's text.
+@dataclass(frozen=True, slots=True)
+class TunedPlan:
+    """Both phases.
+
+    Attributes:
+        base: on the validation set.
+        searches: one per setting; empty where the choice was made.
+        final: bases and cells on the test set; each at the dearest of its first values until the
+            choice is made.
+        final_seconds: of those that are not finished.
+    """
+
+    base: PlannedCell | None
+    searches: tuple[PlannedSearch, ...]
+    final: Plan
+    final_seconds: Range
+
+    @property
+    def seconds(self) -> Range:
+        """Of both phases."""
+        total = self.final_seconds
+        for search in self.searches:
+            total += search.seconds
+        base = self.base.seconds if self.base and not self.base.finished else 0.0
+        return total + Range(base, base)
+
+    def memory(self) -> Plan:
+        """All runs of both phases, for warnings about memory."""
+        runs = [search.run for search in self.searches]
+        return replace(self.final, cells=(*runs, *self.final.cells))
+
+
+def plan_tuned(
+    phase: TuningPhase,
+    cells: Sequence[Cell],
+    resolver: JobResolver,
+    reporter: Reporter,
+) -> TunedPlan:
+    """Estimate both phases; nothing is trained.
+
+    Args:
+        phase: the searches.
+        cells: of the grid.
+        resolver: makes jobs.
+        reporter: for notes on the validation set.
 
     Raises:
-        SlmLoraError: whatever is wrong with model or rows.
-        UsageError: nothing fits the budget.
+        DataError: the validation set is too small to choose by.
+        IntegrityError, UsageError: tuning.json is broken, or of another machine.
     """
-    draft = DataChoices(skips_bad_rows=True)
-    try:
-        job = _job(request, draft, resolver)
-    except NoFormatError as error:
-        if not error.mapping:
-            raise
-        draft = replace(draft, columns=error.mapping)
-        job = _job(request, draft, resolver)
-    lengths = _lengths(job)
-    data = replace(_data_choices(job, lengths), columns=draft.columns)
-    grouped = GroupedRows(job.rows.rows, job.data.rule)
-    tokens = sum(min(length, data.max_length) for length in lengths)
-    if data.on_long_row == "split":
-        tokens = sum(lengths)
-    material = Material(grouped.rows, tokens / len(lengths), grouped.sizes_near)
-    sizes, speed = _sizes(request.budget, material, job)
-    if sizes is None:
-        raise UsageError(_too_small(request.budget, material, speed))
-    text = recipe_text(request, sizes, data)
-    _, cells = parse_recipe(text, f"{request.experiment}.yaml")
-    return TuningPlan(text, sizes, resolver.jobs(cells[-1:])[0], data)
-
-
-def _job(request: Request, data: DataChoices, resolver: JobResolver) -> Job:
-    """The job of a draft with the default sets, which every number of rows has."""
-    text = recipe_text(request, Sizes(SEARCHES[-1], 0, 0, None, 0, 1.0, 0.0), data)
-    defaults = ["data.test_rows=null", "data.validation_rows=null"]
-    _, cells = parse_recipe(text, f"{request.experiment}.yaml", defaults)
-    return resolver.jobs(cells[-1:])[0]
-
-
-def _lengths(job: Job) -> list[int]:
-    """Tokens of every row, however long."""
-    from slm_lora.model.loading import load_tokenizer
-
-    rows = job.rows.rows
-    tokenize = RowTokenizer(load_tokenizer(job.source), job.data.template)
-    examples, _ = tokenize.encode(rows, {row.row_id: row.row_id for row in rows})
-    return [example.length for example in examples]
-
-
-def _data_choices(job: Job, lengths: Sequence[int]) -> DataChoices:
-    config = text_config(job.source)
-    most = config.get("max_position_embeddings") or config.get("n_positions") or LENGTHS[0]
-    limits = [min(limit, most) for limit in LENGTHS]
-    plain = job.rows.format == "text" and job.data.template.kind == "plain"
-    if plain:  # cut into pieces without loss
-        limit = limits[0]
-    else:
-        kept = {limit: sum(min(length, limit) for length in lengths) for limit in limits}
-        enough = [limit for limit in limits if kept[limit] >= KEPT_TOKENS * sum(lengths)]
-        limit = enough[0] if enough else limits[-1]
-    mean = sum(lengths) / len(lengths)
-    return DataChoices(
-        note=f"{job.rows.format}, {len(lengths):,} rows of about {mean:.0f} tokens",
-        max_length=limit,
-        on_long_row="split" if plain and max(lengths) > limit else "truncate",
-        skips_bad_rows=bool(job.rows.bad_rows),
+    paths = phase.experiment
+    check_validation(phase.first_job().data, reporter)
+    record = phase.read_sealed(reporter)
+    if record is not None:
+        final = plan(resolver.jobs(phase.final_cells(record)), paths)
+        left = sum(cell.seconds for cell in final.cells if not cell.finished)
+        return TunedPlan(None, (), final, Range(left, left))
+    points = first_points(phase.section)
+    estimator = Estimator(resolver.jobs(cells))
+    searches = tuple(_search(arm, points, phase, estimator) for arm in range(len(phase.arms)))
+    base = estimator.base(phase.first_job(), phase.paths)
+    bases, dearest, seconds = {}, [], Range(0.0, 0.0)
+    for cell in cells:
+        jobs = resolver.jobs(
+            [tuned_cell(cell, dict(zip(phase.section.key, point, strict=True))) for point in points]
+        )
+        # Which run it will be is open: one at a first value may have been made for another end.
+        runs = [replace(estimator.cell(job, paths), finished=False) for job in jobs]
+        costs = [run.seconds for run in runs]
+        seconds += Range(min(costs), max(costs))
+        dearest.append(max(runs, key=lambda run: run.seconds))
+        if jobs[0].base_identity not in bases:
+            bases[jobs[0].base_identity] = estimator.base(jobs[0], paths)
+    left = sum(base.seconds for base in bases.values() if not base.finished)
+    final = Plan(
+        (*bases.values(), *dearest), hardware.available_bytes(phase.first_job().device.type)
     )
+    return TunedPlan(base, searches, final, seconds + Range(left, left))
 
 
-def _sizes(budget: float, material: Material, job: Job) -> tuple[Sizes | None, Speed]:
-    """Sizes at the speed of eager code, and at that of compiled where they are enough for it."""
-    speed = _speed(job, compiled=False)
-    sizes = fit(budget, material, speed)
-    if sizes is not None and _compiles(job, material, sizes):
-        compiled = _speed(job, compiled=True)
-        if (larger := fit(budget, material, compiled)) is not None:
-            return larger, compiled
-    return sizes, speed
+def _search(
+    arm: int, points: Sequence[Point], phase: TuningPhase, estimator: Estimator
+) -> PlannedSearch:
+    _, outcomes = phase.known(arm)
+    estimates: dict[tuple[float, ...], PlannedCell] = {}
+    unfinished: dict[Point, list[Job]] = {}
 
+    def left(point: Point) -> list[Job]:
+        if point not in unfinished:
+            jobs = phase.jobs_of(arm, point)
+            unfinished[point] = [job for job in jobs if not is_done(job, phase.paths)]
+        return unfinished[point]
 
-def _speed(job: Job, compiled: bool) -> Speed:
-    probe = measure(job, compiled)
-    seconds = sum(COMPILE_SECONDS.values()) if compiled else 0
-    return Speed(probe.training_s_per_token, probe.scoring_s_per_token, seconds)
+    def estimate(point: Point) -> PlannedCell:
+        keys = zip(phase.section.key, point, strict=True)
+        kind = tuple(value for key, value in keys if key not in _FREE_KEYS)
+        if kind not in estimates:
+            estimates[kind] = estimator.cell(phase.jobs_of(arm, point)[0], phase.paths)
+        return estimates[kind]
 
+    def range_of(cost: Callable[[Point], float]) -> Range:
+        least, most = cost_range(
+            phase.section,
+            outcomes,
+            lambda point: len(left(point)) * cost(point),
+            lambda point: phase.is_valid(arm, point),
+        )
+        return Range(least, most)
 
-def _compiles(job: Job, material: Material, sizes: Sizes) -> bool:
-    tokens = round(material.tokens_per_row * sizes.training_rows * sizes.epochs)
-    return compilation.should_compile("auto", tokens, job.device, job.low_precision)
-
-
-def _too_small(budget: float, material: Material, speed: Speed) -> str:
-    least, repeated = (
-        least_budget(material, speed, search) for search in (SEARCHES[-1], SEARCHES[0])
-    )
-    rate = f"{1 / speed.training:.0f} tokens/s"
-    return (
-        f"--budget {duration(budget)}: too little for {material.rows:,} rows of about "
-        f"{material.tokens_per_row:.0f} tokens at {rate}; --budget {duration(least)} would do, "
-        f"with one seed; {duration(repeated)} with three; or take a smaller model"
+    certain = tuple(point for point in points if phase.is_valid(arm, point))
+    known = dict.fromkeys((*certain, *outcomes))
+    return PlannedSearch(
+        arm_name(phase.arms[arm]),
+        certain,
+        sum(len(phase.section.seeds) - len(left(point)) for point in known),
+        range_of(lambda point: 1.0),
+        range_of(lambda point: estimate(point).seconds),
+        max((estimate(point) for point in certain), key=lambda run: run.seconds),
     )

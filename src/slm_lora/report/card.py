@@ -16,6 +16,7 @@ from slm_lora.stats.comparisons import Comparison
 from slm_lora.stats.estimates import perplexity
 from slm_lora.stats.inference import interval
 from slm_lora.stats.selection import best_set, cost, equivalent_to, lowest_of, selected_interval
+from slm_lora.stats.selection_regret import own_best_interval
 from slm_lora.stats.settings import (
     Setting,
     base_of,
@@ -95,7 +96,11 @@ def gap(reference: Setting, other: Setting, metric: Metric | None = None) -> Gap
     if not pairs:
         return None
     sample = sample_of(pairs, metric or reference.metric)
-    return Gap(other, sample.value, *interval(sample, 0.95), len(pairs))
+    if metric is None:
+        span = own_best_interval(sample, 0.95, reference.regret, other.regret)
+    else:
+        span = interval(sample, 0.95)
+    return Gap(other, sample.value, *span, len(pairs))
 
 
 def make_card(
@@ -163,8 +168,8 @@ def _best_fact(
 
 def interval_text(value: float, low: float, high: float, unit: str = " nats") -> str:
     """``+0.0235 nats (+0.0211 to +0.0259)``."""
-    if not math.isfinite(low):
-        return f"{value:+.4f}{unit} (no interval from one group)"
+    if not math.isfinite(low + high):
+        return f"{value:+.4f}{unit} (no interval: too few groups of rows)"
     return f"{value:+.4f}{unit} ({low:+.4f} to {high:+.4f})"
 
 
@@ -202,7 +207,11 @@ def _gain(recommended: Setting, to_base: Gap, comparisons: Sequence[Comparison])
         return Fact("Against the base", text, "comparisons")
     change = 100 * (perplexity(after - before) - 1)
     ends = sorted(100 * (perplexity(-end) - 1) for end in (to_base.low, to_base.high))
-    span = f" ({ends[0]:+.1f} to {ends[1]:+.1f} %)" if math.isfinite(to_base.low) else ""
+    span = (
+        f" ({ends[0]:+.1f} to {ends[1]:+.1f} %)"
+        if math.isfinite(to_base.low + to_base.high)
+        else ""
+    )
     text = (
         f"perplexity {perplexity(before):.2f} → {perplexity(after):.2f}, {change:+.1f} %{span}"
         f"{verdict}."

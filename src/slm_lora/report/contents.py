@@ -18,7 +18,7 @@ from slm_lora.report.summary import (
     metrics_table,
     settings_table,
 )
-from slm_lora.report.tables import described_table, losses_table
+from slm_lora.report.tables import runs_text
 from slm_lora.runs.folder import named
 from slm_lora.runs.metrics import METRICS
 from slm_lora.runs.scored_run import ScoredRun, has_metric
@@ -29,6 +29,7 @@ from slm_lora.stats.comparisons import ALPHA, Comparison, all_comparisons
 from slm_lora.stats.factorial import Contrast, contrasts
 from slm_lora.stats.inference import LEAST_GROUPS, holm
 from slm_lora.stats.selection import pareto_set
+from slm_lora.stats.selection_regret import with_regrets
 from slm_lora.stats.settings import (
     Setting,
     draw_of,
@@ -36,6 +37,7 @@ from slm_lora.stats.settings import (
     group_settings,
     series_along,
 )
+from slm_lora.stats.tuned_arms import read_arms
 
 
 @dataclass(frozen=True)
@@ -83,8 +85,10 @@ def analyse(
     Raises:
         IntegrityError: they were scored on different rows.
     """
-    comparisons = all_comparisons(runs, seen)
     settings = group_settings(runs)
+    arms = read_arms(*choice) if choice else []
+    settings = with_regrets(settings, arms) if arms else settings
+    comparisons = all_comparisons(runs, seen, settings)
     bases = [Setting((run,)) for run in runs if run.is_base]
     names = SettingNames(settings)
     curves = []
@@ -101,7 +105,7 @@ def analyse(
         for setting in settings
         if not bases or _same_tokens(setting.first_run, bases[0].first_run)
     ]
-    phase = tuning.tuned(*choice, comparisons) if choice else None
+    phase = tuning.tuned(choice[1], arms, comparisons) if choice else None
     card = make_card(comparable, bases, comparisons, equivalence_margin(runs[0]), names, phase)
     base = card.base.setting if card.base else bases[0] if bases else None
     return Analysis(
@@ -287,6 +291,7 @@ def _metrics(analysis: Analysis) -> list[Section]:
         "number of metrics. *Mean over rows* averages the loss of each row, so short rows count as "
         "much as long ones."
     )
+    note += " Intervals below do not include the choice of tuned values." * bool(analysis.tuned)
     parts = [f"{table}\n{note}", *_unscored(analysis.runs)]
     for pairs in analysis.other_metrics:
         if pairs:
@@ -369,29 +374,3 @@ def table_text(analysis: Analysis, results: Path) -> str:
     """The table of all runs with its notes, for a file of its own."""
     others = not_shown([run.run for run in analysis.runs], results)
     return runs_text(analysis.runs) + (f"\n\n{plain(others)}" if others else "")
-
-
-def runs_text(runs: Sequence[ScoredRun]) -> str:
-    """Every run in the described columns, losses with their intervals, and what they are."""
-    record = runs[0].run.record
-    data, machine = record.data, record.machine
-    tokens = "the whole text" if runs[0].headline == "all" else "the response"
-    seeds = ", ".join(map(str, sorted({run.resolved["seed"] for run in runs})))
-    gpu = f", {machine.gpu}" if machine.gpu else ""
-    notes = [
-        f"Eval Loss: total negative log-likelihood over the tokens of {tokens} (end-of-sequence "
-        f"token included), in nats per token, on the same {data.sets.test.rows} test rows "
-        "for every run; Perplexity is its exponential.",
-        f"Base: {record.model.name}, {record.model.precision}; data: {data.origin}; "
-        f"template: {data.template.kind}; seeds: {seeds}.",
-        f"Run on {machine.processor}, {machine.cores} cores, {machine.memory_gb} GB{gpu}. "
-        "Scale: factor on the adapter's output, alpha/r (rsLoRA: alpha/√r). Tokens/s: training "
-        "tokens without padding, first two steps excluded.",
-    ]
-    return (
-        f"{described_table(runs)}\n"
-        + "\n".join(f"- {note}" for note in notes)
-        + f"\n\n### Whole text, with 95 % intervals\n\n{losses_table(runs, 'all')}"
-        + f"\n### Response only, with 95 % intervals\n\n{losses_table(runs, 'response')}\n"
-        "Intervals cover the choice of test rows, not the training seed."
-    )

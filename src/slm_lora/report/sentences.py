@@ -185,7 +185,7 @@ def _per_doubling(difference: Difference, amounts: Sequence[float]) -> str:
     if abs(doublings - 1) < 0.005:  # 338 to 675 rows count as one
         return " (one doubling)"
     ends = sorted((difference.low / doublings, difference.high / doublings))
-    span = f" ({ends[0]:+.4f} to {ends[1]:+.4f})" if math.isfinite(ends[0]) else ""
+    span = f" ({ends[0]:+.4f} to {ends[1]:+.4f})" if math.isfinite(sum(ends)) else ""
     return f", {difference.value / doublings:+.4f}{span} per doubling"
 
 

@@ -77,7 +77,7 @@ def _setting_row(
 def _gap_cell(difference: Gap | None) -> str:
     if difference is None:
         return "–"
-    if not math.isfinite(difference.low):
+    if not math.isfinite(difference.low + difference.high):
         return f"{difference.value:+.4f}"
     return f"{difference.value:+.4f} ({difference.low:+.4f}, {difference.high:+.4f})"
 
@@ -143,7 +143,7 @@ def comparisons_table(
 
 def _gap_text(pair: Comparison) -> str:
     difference = pair.difference
-    if not math.isfinite(difference.low):
+    if not math.isfinite(difference.low + difference.high):
         return f"{difference.value:+.4f}"
     return f"{difference.value:+.4f} ({difference.low:+.4f}, {difference.high:+.4f})"
 

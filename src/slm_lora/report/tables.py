@@ -117,3 +117,29 @@ def loss_shown(loss: Estimate, digits: int = 4) -> str:
     if loss.groups < LEAST_GROUPS:
         return value
     return f"{value} ({loss.low:.{digits}f} to {loss.high:.{digits}f})"
+
+
+def runs_text(runs: Sequence[ScoredRun]) -> str:
+    """Every run in the described columns, losses with their intervals, and what they are."""
+    record = runs[0].run.record
+    data, machine = record.data, record.machine
+    tokens = "the whole text" if runs[0].headline == "all" else "the response"
+    seeds = ", ".join(map(str, sorted({run.resolved["seed"] for run in runs})))
+    gpu = f", {machine.gpu}" if machine.gpu else ""
+    notes = [
+        f"Eval Loss: total negative log-likelihood over the tokens of {tokens} (end-of-sequence "
+        f"token included), in nats per token, on the same {data.sets.test.rows} test rows "
+        "for every run; Perplexity is its exponential.",
+        f"Base: {record.model.name}, {record.model.precision}; data: {data.origin}; "
+        f"template: {data.template.kind}; seeds: {seeds}.",
+        f"Run on {machine.processor}, {machine.cores} cores, {machine.memory_gb} GB{gpu}. "
+        "Scale: factor on the adapter's output, alpha/r (rsLoRA: alpha/√r). Tokens/s: training "
+        "tokens without padding, first two steps excluded.",
+    ]
+    return (
+        f"{described_table(runs)}\n"
+        + "\n".join(f"- {note}" for note in notes)
+        + f"\n\n### Whole text, with 95 % intervals\n\n{losses_table(runs, 'all')}"
+        + f"\n### Response only, with 95 % intervals\n\n{losses_table(runs, 'response')}\n"
+        "Intervals cover the choice of test rows, not the training seed."
+    )

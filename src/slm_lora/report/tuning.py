@@ -6,7 +6,6 @@ from __future__ import annotations
 import math
 from collections.abc import Sequence
 from dataclasses import dataclass
-from pathlib import Path
 from typing import Any
 
 from slm_lora.report.blocks import Fact, Picture, Section, markdown_table, plain
@@ -17,7 +16,8 @@ from slm_lora.runs.tuning import ArmRecord, CandidateRecord, TuningRecord
 from slm_lora.stats.comparisons import Comparison
 from slm_lora.stats.inference import Difference
 from slm_lora.stats.settings import Setting
-from slm_lora.stats.tuned_arms import Split, TunedArm, arm_of, common_values, read_arms, splits
+from slm_lora.stats.splits import Split, splits
+from slm_lora.stats.tuned_arms import TunedArm, arm_of, common_values
 
 RATE = "training.learning_rate"
 
@@ -84,9 +84,10 @@ def _as_json(value: object) -> object:
     return list(value) if isinstance(value, tuple) else value
 
 
-def tuned(results: Path, record: TuningRecord, comparisons: Sequence[Comparison]) -> Tuned:
+def tuned(
+    record: TuningRecord, arms: Sequence[TunedArm], comparisons: Sequence[Comparison]
+) -> Tuned:
     """The tuning phase with its validation scores."""
-    arms = read_arms(results, record)
     common = common_values(arms, record)
     parts = splits(comparisons, arms, common) if common else []
     return Tuned(record, tuple(arms), common, tuple(parts))
@@ -234,7 +235,7 @@ def _splits_table(phase: Tuned, names: SettingNames) -> list[str]:
 
 
 def _span(difference: Difference) -> str:
-    if not math.isfinite(difference.low):
+    if not math.isfinite(difference.low + difference.high):
         return f"{difference.value:+.4f}"
     return f"{difference.value:+.4f} ({difference.low:+.4f}, {difference.high:+.4f})"
 

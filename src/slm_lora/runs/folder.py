@@ -167,7 +167,7 @@ def list_runs(results: Path) -> list[Run]:
     """The runs of an experiment's last table; all that are there, before there is a table.
 
     Raises:
-        UsageError: no finished run, or the folder of something else.
+        UsageError: no finished run, runs of a tuning phase, or the folder of something else.
         IntegrityError: a run is broken, or one of the last table is gone.
     """
     folders = {folder.name: folder for folder in run_folders(results / "runs")}
@@ -188,7 +188,13 @@ def list_runs(results: Path) -> list[Run]:
             "made of; put it back, or run the experiment again, or move the table away for one of "
             "all runs that are there"
         )
-    return [read_run(folders[name]) for name in sorted(last)]
+    runs = [read_run(folders[name]) for name in sorted(last)]
+    if any(run.raw["evaluation"].get("split") == "validation" for run in runs):
+        raise UsageError(
+            f"{results}: runs that chose values of an experiment, scored on the validation set; "
+            f"no report is made of them, but of {results.parent}"
+        )
+    return runs
 
 
 @contextmanager

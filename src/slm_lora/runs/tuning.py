@@ -149,7 +149,7 @@ class TuningRecord(_Part):
         validation_rows: that it was made on.
         validation_groups: of related rows among them.
         base_loss: of the base model on them.
-        machine: that wrote the file.
+        machine: that scored the base, with its device and precision.
         arms: one search per setting.
     """
 
@@ -181,13 +181,22 @@ def write_tuning(results: Path, record: TuningRecord) -> None:
     atomic_write_text(results / TUNING_FILE, to_json({**document, SEAL: content_hash(document)}))
 
 
-def read_tuning(results: Path) -> TuningRecord | None:
+def kept_file(search: str) -> str:
+    """Name that tuning.json gets when the choice of another search takes its place."""
+    return f"tuning-{search[:8]}.json"
+
+
+def read_tuning(results: Path, file: str = TUNING_FILE) -> TuningRecord | None:
     """The choice of an experiment with tuning, if it was made.
+
+    Args:
+        results: folder of the experiment.
+        file: name of the choice, where it is an earlier one.
 
     Raises:
         IntegrityError: the file was changed, or is broken.
     """
-    path = results / TUNING_FILE
+    path = results / file
     try:
         document = read_sealed(path)
     except FileNotFoundError:

@@ -16,75 +16,22 @@ from __future__ import annotations
 
 import math
 from collections.abc import Sequence
-from dataclasses import dataclass, replace
+from dataclasses import replace
 
 import numpy as np
-from scipy.special import stdtrit
 
 from slm_lora.stats.clustered import Floats, clustered_covariance
 from slm_lora.stats.estimates import Paired, group_sums
 from slm_lora.stats.inference import LEAST_GROUPS, Difference, interval, p_below
+from slm_lora.stats.regret import CONFIDENCE, Contrasts, Regret
 from slm_lora.stats.settings import Setting, common_draws, draw_of
-from slm_lora.stats.tuned_arms import TunedArm
+from slm_lora.stats.tuned_arms import TunedArm, arm_of
 
 WINDOW = math.log(5) + 0.1
 """Half width of a fitted curve, in the logarithm of the value: a factor of five either way, with
 room for rounded values."""
 LEAST_FITTED = 4
 """Values that a curve of three parameters is fitted to, at least."""
-CONFIDENCE = 0.95
-
-
-@dataclass(frozen=True, eq=False)
-class Contrasts:
-    """Loss of the chosen value minus the loss of each of some others, with errors.
-
-    Attributes:
-        values: nats per token, [others].
-        errors: standard errors, [others].
-        freedom: degrees of freedom, [others].
-    """
-
-    values: Floats
-    errors: Floats
-    freedom: Floats
-
-    def upper(self, error: float) -> float:
-        """Upper bound of the largest, each at a one-sided error; at least 0."""
-        known = np.where(np.isfinite(self.errors), self.errors, 0.0)
-        ends = self.values - stdtrit(self.freedom, error) * known
-        return float(np.max(np.where(np.isfinite(self.errors), ends, math.inf), initial=0.0))
-
-
-@dataclass(frozen=True, eq=False)
-class Regret:
-    """Expected loss of the chosen value minus the lowest of those tried.
-
-    Attributes:
-        observed: from the losses of the values.
-        fitted: from a parabola through them; None where there are too few, or several keys.
-        higher_is_better: direction of the metric; regrets are costs, at least zero, either way.
-    """
-
-    observed: Contrasts
-    fitted: Contrasts | None = None
-    higher_is_better: bool = False
-
-    def upper(self, error: float) -> float:
-        """Upper bound at a one-sided error: the smaller of that from the losses and that from the
-        parabola, which is the tighter where it fits."""
-        bound = self.observed.upper(error)
-        return bound if self.fitted is None else min(bound, self.fitted.upper(error))
-
-    @property
-    def estimate(self) -> float:
-        """Of the parabola if there is one; from losses alone it is 0 for the lowest of them."""
-        return float(np.max((self.fitted or self.observed).values, initial=0.0))
-
-    @property
-    def bound(self) -> float:
-        """Upper bound in a 95 % interval."""
-        return self.upper((1 - CONFIDENCE) / 2)
 
 
 def pooled_training_variance(settings: Sequence[Setting]) -> tuple[float | None, float]:
@@ -149,6 +96,17 @@ def regret_of_arm(arm: TunedArm, training_variance: float | None, freedom: float
         training_variance,
         freedom,
     )
+
+
+def with_regrets(settings: Sequence[Setting], arms: Sequence[TunedArm]) -> list[Setting]:
+    """Settings with the regret of their chosen values, so that comparisons include the choice."""
+    variance, freedom = pooled_training_variance(settings)
+    return [
+        setting
+        if (arm := arm_of(setting, arms)) is None
+        else replace(setting, regret=regret_of_arm(arm, variance, freedom))
+        for setting in settings
+    ]
 
 
 def _unknown(others: int) -> Contrasts:
@@ -236,6 +194,8 @@ def at_own_best(
         first: regret of the reference.
         second: regret of the other setting.
     """
+    if not (first.observed.values.size or second.observed.values.size):
+        return difference
     below, above = _sides(first, second)
     value, margin = sample.value, difference.margin
     p_zero = _p_within(sample, *((value, below) if value > 0 else (-value, above)))
@@ -248,6 +208,14 @@ def at_own_best(
     return replace(
         difference, low=low, high=high, p=min(1.0, 2 * p_zero), p_equivalence=p_equivalence
     )
+
+
+def p_worse(sample: Paired, first: Regret, second: Regret) -> float:
+    """One-sided p of the second setting being as good as the first, each at its own best value."""
+    below, above = _sides(first, second)
+    if first.higher_is_better:
+        return _p_within(sample, -sample.value, above)
+    return _p_within(sample, sample.value, below)
 
 
 def _sides(first: Regret, second: Regret) -> tuple[Regret, Regret]:

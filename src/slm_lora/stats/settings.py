@@ -14,13 +14,20 @@ from slm_lora.errors import UsageError
 from slm_lora.runs.metrics import Metric
 from slm_lora.runs.scored_run import ScoredRun
 from slm_lora.stats.estimates import Draw, Estimate, Paired, estimate, paired
+from slm_lora.stats.regret import NO_REGRET, Regret
 
 
 @dataclass(frozen=True)
 class Setting:
-    """One setting of the grid over its seeds; the base model is a setting of one run."""
+    """One setting of the grid over its seeds; the base model is a setting of one run.
+
+    Attributes:
+        runs: one per seed.
+        regret: of its tuned values, in the headline; none without tuning.
+    """
 
     runs: tuple[ScoredRun, ...]
+    regret: Regret = NO_REGRET
 
     @property
     def is_full(self) -> bool:

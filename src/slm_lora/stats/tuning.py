@@ -6,6 +6,7 @@ not been, on any number of machines.
 
 from __future__ import annotations
 
+import functools
 import itertools
 import math
 from collections.abc import Callable, Mapping, Sequence
@@ -52,7 +53,7 @@ def progress(
         outcomes: validation loss of every point that was run, infinite where it was stopped.
         is_valid: whether the recipe allows a point.
     """
-    search = _Search(tuning, outcomes, is_valid)
+    search = Search(tuning, outcomes, is_valid)
     search.run()
     finite = [point for point in search.tried if math.isfinite(outcomes.get(point, math.inf))]
     lowest = min(finite, key=lambda point: (outcomes[point], point)) if finite else None
@@ -65,7 +66,7 @@ def progress(
     return Progress(tuple(search.tried), tuple(search.missing), lowest, edges)
 
 
-class _Search:
+class Search:
     """The steps of a search, repeated on known outcomes until one is missing."""
 
     def __init__(
@@ -79,30 +80,38 @@ class _Search:
         self.missing: list[Point] = []
 
     def run(self) -> None:
+        """Try points in their order, to the first that has no outcome."""
         if not self._try(first_points(self._tuning)):
             return
         for _ in range(self._tuning.extend):
-            beyond = self._beyond()
+            beyond = self.beyond(self._lowest())
             if not self._try(beyond):
                 return
             if not beyond:
                 break
         for _ in range(self._tuning.refine):
-            if not self._try(self._between()):
+            lowest = self._lowest()
+            if not self._try(self.between(lowest, functools.partial(self.is_flat, lowest))):
                 return
 
     def _try(self, points: Sequence[Point]) -> bool:
         """Whether all points have outcomes; in a race one is run at a time, larger ones first, so
         that the others have a rival."""
-        for point in sorted(set(points), reverse=True):
-            if point in self.tried or not self._is_valid(point):
-                continue
+        for point in self.new_points(points):
             self.tried.append(point)
             if point not in self._outcomes:
                 self.missing.append(point)
                 if self._tuning.race:
                     return False
         return not self.missing
+
+    def new_points(self, points: Sequence[Point]) -> list[Point]:
+        """Those that are not tried and that the recipe allows, in the order of their runs."""
+        return [
+            point
+            for point in sorted(set(points), reverse=True)
+            if point not in self.tried and self._is_valid(point)
+        ]
 
     def _lowest(self) -> Point:
         """The point of the lowest loss, the smallest where none was finite."""
@@ -112,9 +121,8 @@ class _Search:
         """All values of a key that were tried, whatever the others."""
         return sorted({point[index] for point in self.tried})
 
-    def _beyond(self) -> list[Point]:
+    def beyond(self, lowest: Point) -> list[Point]:
         """The next value beyond every end where the lowest lies, at the distance of the last."""
-        lowest = self._lowest()
         points = []
         for index, own in enumerate(lowest):
             values = self.values(index)
@@ -124,27 +132,37 @@ class _Search:
                 points.append(_replaced(lowest, index, value))
         return points
 
-    def _between(self) -> list[Point]:
-        """The geometric means of the lowest value and its neighbours, for every key."""
-        lowest = self._lowest()
+    def between(self, lowest: Point, is_flat: Callable[[int], bool]) -> list[Point]:
+        """The geometric means of the lowest value and its neighbours, for every key; in a race not
+        for keys along which it is flat."""
         points = []
         for index, own in enumerate(lowest):
-            values = self.values(index)
-            place = values.index(own)
-            neighbours = values[max(0, place - 1) : place] + values[place + 1 : place + 2]
-            if self._tuning.race and self._is_flat(lowest, index, neighbours):
+            if self._tuning.race and is_flat(index):
                 continue
-            for neighbour in neighbours:
+            for neighbour in self.neighbours(lowest, index):
                 value = _rounded(math.sqrt(own * neighbour), self._whole(index))
                 if min(own, neighbour) < value < max(own, neighbour):
                     points.append(_replaced(lowest, index, value))
         return points
 
-    def _is_flat(self, lowest: Point, index: int, neighbours: Sequence[float]) -> bool:
+    def neighbours(self, point: Point, index: int) -> list[float]:
+        """The next values of a key that were tried, one or two."""
+        values = self.values(index)
+        place = values.index(point[index])
+        return values[max(0, place - 1) : place] + values[place + 1 : place + 2]
+
+    def across(self, point: Point, index: int) -> list[Point]:
+        """A point between those with the neighbours of its value; none without two."""
+        neighbours = self.neighbours(point, index)
         if len(neighbours) < 2:
+            return []
+        before, after = (_replaced(point, index, value) for value in neighbours)
+        return [before, point, after]
+
+    def is_flat(self, lowest: Point, index: int) -> bool:
+        """Whether values between a point and its two neighbours promise less than `FLAT`."""
+        if not (points := self.across(lowest, index)):
             return False
-        points = [_replaced(lowest, index, value) for value in neighbours]
-        points.insert(1, lowest)
         losses = [self._outcomes.get(point, math.inf) for point in points]
         if not all(map(math.isfinite, losses)):
             return False
