@@ -12,11 +12,13 @@ from slm_lora.config.load import load_recipe
 from slm_lora.errors import NOT_SHOWN_BETTER, STOPPED_RESUMABLE
 from slm_lora.experiment import candidates
 from slm_lora.experiment.paths import ExperimentPaths
-from slm_lora.experiment.resolve_jobs import make_jobs
+from slm_lora.experiment.resolve_jobs import JobResolver, make_jobs
+from slm_lora.experiment.tuning import TuningPhase
 from slm_lora.planning import budget, rows_to_recipe
 from slm_lora.planning.budget import Search
-from slm_lora.planning.plan import plan
+from slm_lora.planning.tuning_plan import plan_tuned
 from slm_lora.runs.scores import read_scores
+from slm_lora.runtime.progress import Reporter
 
 from ..support.lab import command
 from ..support.rows import make_rows, write_jsonl
@@ -123,11 +125,12 @@ def test_recipe_of_init_is_within_the_budget_by_the_plan_and_is_never_overwritte
     words = ("init", "rows.jsonl", "--model", tiny_folder)
     assert command(*words, "--budget", "20m") == 0
     recipe, cells = load_recipe(here / "rows.yaml")
-    estimate = plan(make_jobs(cells), ExperimentPaths("rows", here / "none", here / "none"))
-    runs = sum(cell.seconds for cell in estimate.cells if cell.name != "base")
-    tuning_runs = 2 * 3 * runs / len(cells)
     assert recipe.adapter.target_modules == "all-linear"
-    assert runs + tuning_runs + estimate.cells[0].seconds < 20 * 60
+    resolver, paths = JobResolver(), ExperimentPaths("rows", here / "none", here / "none")
+    phase = TuningPhase(recipe, cells, resolver, paths)
+    estimate = plan_tuned(phase, cells, resolver, Reporter(quiet=True))
+    assert estimate.seconds.most < 20 * 60
+    assert sum(search.runs.most for search in estimate.searches) == Search(0, 0, 2).tuning_runs
     before = (here / "rows.yaml").read_bytes()
     assert command(*words, "--budget", "20m") == 2
     assert "rows.yaml: exists, and is not overwritten" in capsys.readouterr().err

@@ -17,6 +17,7 @@ from slm_lora.planning.budget import (
     BATCH,
     LEAST_STEPS,
     MAX_EPOCHS,
+    RANKS,
     SEARCHES,
     Material,
     Sizes,
@@ -27,6 +28,7 @@ from slm_lora.planning.budget import (
 )
 from slm_lora.planning.tuning_recipe import DataChoices, Request, duration, recipe_text
 from slm_lora.records import Row, Turn
+from slm_lora.stats.search_cost import cost_range
 from slm_lora.stats.tuning import progress
 
 
@@ -87,8 +89,8 @@ def test_larger_budget_repeats_with_three_seeds_then_uses_all_rows() -> None:
     small, middle, large = (size for size in sizes if size is not None)
     assert small.search.seeds == 1 and middle.search.seeds == 3
     assert small.size is not None and large.size is None
-    assert (large.test_rows, large.validation_rows) == (120, 60)
-    assert large.training_rows == 1204 - 180 and large.epochs == MAX_EPOCHS
+    assert (large.test_rows, large.validation_rows) == (200, 120)
+    assert large.training_rows == 1204 - 320 and large.epochs == MAX_EPOCHS
 
 
 def test_no_search_has_more_runs_than_were_counted() -> None:
@@ -103,12 +105,14 @@ def test_no_search_has_more_runs_than_were_counted() -> None:
             outcomes: dict[tuple[float, ...], float] = {}
             while missing := progress(tuning, outcomes).missing:
                 outcomes |= {p: abs(p[0] / valley - 1) + abs(valley / p[0] - 1) for p in missing}
-            assert len(outcomes) * 2 <= design.tuning_runs
+            assert len(outcomes) * len(RANKS) <= design.tuning_runs
+        assert cost_range(tuning, {}, lambda point: len(RANKS))[1] == design.tuning_runs
 
 
 def test_few_rows_give_larger_shares_to_the_held_out_sets() -> None:
     assert held_out_rows(200) == (40, 30)
-    assert held_out_rows(1204) == (120, 60)
+    assert held_out_rows(1204) == (200, 120)
+    assert held_out_rows(3000) == (300, 150)
     assert held_out_rows(8000) == (800, 300)
     assert held_out_rows(3) == (1, 1)
 

@@ -121,11 +121,12 @@ class Sizes:
 def held_out_rows(rows: int) -> tuple[int, int]:
     """Test and validation rows: a tenth and a twentieth of many rows, more of few.
 
-    A fifth and three twentieths of few rows, up to 100 and 60: an interval from 20 test rows says
-    little, and 20 more training rows change little.
+    Of few rows a fifth and three twentieths, up to 200 and 120: a budget rarely trains on all of
+    them, and 120 validation rows tell rates apart that differ by about 0.013 nats
+    (`experiment.choice`).
     """
-    test = min(1000, max(rows // 10, min(rows // 5, 100)))
-    validation = min(300, max(rows // 20, min(3 * rows // 20, 60)))
+    test = min(1000, max(rows // 10, min(rows // 5, 200)))
+    validation = min(300, max(rows // 20, min(3 * rows // 20, 120)))
     return max(1, test), max(1, validation)
 
 
