@@ -15,7 +15,7 @@ from slm_lora.cli.options import AdaptersDir, DiscardCheckpoints, ResultsDir, qu
 from slm_lora.errors import NOT_SHOWN_BETTER, UsageError
 
 if TYPE_CHECKING:
-    from slm_lora.cli.experiments import ExperimentResult
+    from slm_lora.cli.experiment_run import ExperimentResult
     from slm_lora.experiment.job import Job
     from slm_lora.planning.tuning_recipe import Request
     from slm_lora.runtime.progress import Reporter
@@ -82,7 +82,7 @@ def tune(
 
     Exit code: 0 if the adapter is better than the base, 10 if this is not shown.
     """
-    from slm_lora.cli.experiments import run_experiment
+    from slm_lora.cli.experiment_run import run_experiment
     from slm_lora.runtime import distributed
     from slm_lora.runtime.progress import Reporter
 
