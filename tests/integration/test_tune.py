@@ -114,9 +114,11 @@ def test_rates_that_change_nothing_give_exit_code_10(
     assert command("tune", *words, "--json") == NOT_SHOWN_BETTER
     out = json.loads(capsys.readouterr().out)
     assert out["better_than_base"] is False and out["gain"]["verdict"] != "different"
-    # The screen never speaks of a recipe of another request.
+    # Another request does not run this recipe.
     assert command("tune", *words[:-1], "30m") == 2
-    assert "was not written by" in capsys.readouterr().err
+    message = capsys.readouterr().err
+    assert "rows.yaml: exists, written by 'slm-lora tune rows.jsonl" in message
+    assert "--budget 30m'; remove it, choose --name" in message
 
 
 def test_recipe_of_init_is_within_the_budget_by_the_plan_and_is_never_overwritten(

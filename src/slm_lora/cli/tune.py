@@ -135,15 +135,20 @@ def parse_budget(text: str) -> int:
 
 
 def _check_own(request: Request, path: Path) -> None:
+    from slm_lora.config.validation import escape_unprintable
+
     try:
         first = path.read_text(encoding="utf-8").partition("\n")[0]
     except (OSError, ValueError) as error:
         raise UsageError(f"{path}: cannot be read ({error})") from error
-    if first != f"# {request.command}":
-        raise UsageError(
-            f"{path}: exists, and was not written by '{request.command}'; remove it, choose "
-            f"--name, or run it as it is: slm-lora experiment {path}"
-        )
+    if first == f"# {request.command}":
+        return
+    earlier = escape_unprintable(first[2:200])
+    origin = f"written by '{earlier}'" if first.startswith("# slm-lora tune") else "written by hand"
+    raise UsageError(
+        f"{path}: exists, {origin}, not by '{request.command}'; remove it, choose --name, or run "
+        f"it as it is: slm-lora experiment {path}"
+    )
 
 
 MAX_REMARKS = 3
@@ -246,16 +251,16 @@ def _print_screen(outcome: Any, files: dict[str, str | None]) -> None:
 
 
 def screen(
-    said: list[str], unknown: list[str], files: dict[str, str | None], width: int
+    statements: list[str], phrases: list[str], files: dict[str, str | None], width: int
 ) -> list[str]:
     """The lines of the result, none longer than the width but for paths and commands."""
     import textwrap
 
-    lines = textwrap.wrap(said[0], width)
-    for sentence in said[1:]:
+    lines = textwrap.wrap(statements[0], width)
+    for sentence in statements[1:]:
         lines += textwrap.wrap(sentence, width, initial_indent="  ", subsequent_indent="    ")
-    unknowns = "; ".join(unknown)
-    lines += textwrap.wrap(f"Not known: {unknowns}.", width, subsequent_indent="  ")
+    unknown = "; ".join(phrases)
+    lines += textwrap.wrap(f"Not known: {unknown}.", width, subsequent_indent="  ")
     lines.append("")
     adapter = files["adapter"]
     for label in ("adapter", "report", "recipe"):
