@@ -69,6 +69,8 @@ def _relations(record: RunRecord) -> str:
 
 def _cut_rows(runs: Sequence[ScoredRun]) -> list[str]:
     counted = runs[0].run.record.data.long_rows
+    if not counted.keys() & {"test", "all"}:
+        return []
     which, test = ("test rows", counted["test"]) if "test" in counted else ("rows", counted["all"])
     if not test.rows:
         return []

@@ -8,6 +8,7 @@ from typing import Any
 from slm_lora.config.types import METHOD_LABELS
 from slm_lora.records import LossOn
 from slm_lora.report.blocks import markdown_table
+from slm_lora.report.names import MOST_MODULES
 from slm_lora.runs.metrics import METRICS, mean_over_rows
 from slm_lora.runs.scored_run import ScoredRun
 from slm_lora.runtime.progress import clock
@@ -70,6 +71,8 @@ def cells(run: ScoredRun, runs: Sequence[ScoredRun]) -> list[str]:
 
 
 def _shown(value: Any) -> str:
+    if isinstance(value, list) and len(value) > MOST_MODULES:
+        return f"{len(value)} modules"
     return ", ".join(map(str, value)) if isinstance(value, list) else str(value)
 
 
