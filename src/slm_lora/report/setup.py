@@ -57,10 +57,10 @@ def _relations(record: RunRecord) -> str:
         "context": "same context",
         "near": "nearly the same prompt",
     }
-    chosen = record.recipe["data"].get("group_by")
+    chosen = record.recipe.data.group_by
     if chosen is not None:
         return (
-            ", ".join(named[relation] for relation in chosen)
+            ", ".join(named.get(relation, relation) for relation in chosen)
             or "no relation: each row is its own group"
         )
     near = ", or nearly the same prompt" if record.data.split_version > 1 else ""
