@@ -11,6 +11,7 @@ from pydantic import BaseModel
 from pydantic_core import PydanticUndefined
 
 from slm_lora.config.schema import Recipe
+from slm_lora.config.validation import section_of
 
 TARGET = Path(__file__).parent / "recipe.md"
 HEAD = """# Recipe reference
@@ -26,8 +27,8 @@ def sections() -> Iterator[tuple[str, str, type[BaseModel]]]:
     """Title, dotted prefix and schema of every section; the top level first."""
     yield "Top level", "", Recipe
     for name, info in Recipe.model_fields.items():
-        if isinstance(info.annotation, type) and issubclass(info.annotation, BaseModel):
-            yield f"`{name}`", f"{name}.", info.annotation
+        if (section := section_of(info)) is not None:
+            yield f"`{name}`", f"{name}.", section
 
 
 def default(info: Any) -> str:
@@ -61,7 +62,7 @@ def page() -> str:
         parts.append(f"## {title}\n\n{(model.__doc__ or '').strip()}\n\n")
         parts.append("| Key | Default | Meaning |\n| :-- | :-- | :-- |\n")
         for name, info in model.model_fields.items():
-            if isinstance(info.annotation, type) and issubclass(info.annotation, BaseModel):
+            if section_of(info) is not None:
                 continue
             meaning = (info.description or "").replace("|", "\\|") + allowed(info.annotation)
             parts.append(f"| `{prefix}{name}` | {default(info)} | {meaning} |\n")

@@ -1,4 +1,4 @@
-"""A tiny Llama with a tokenizer of its own, made here: real architecture, random weights."""
+"""Fixtures of all tests: a tiny Llama of random weights with its own tokenizer, and no network."""
 
 from __future__ import annotations
 
@@ -17,6 +17,7 @@ from slm_lora.model.base import Base
 from slm_lora.model.loading import load_base
 from slm_lora.model.resolve import ModelSource, resolve
 
+from .support.lab import Lab
 from .support.rows import make_rows, write_jsonl
 from .support.tiny_model import tiny_tokenizer
 
@@ -28,27 +29,27 @@ def one_thread() -> None:
 
 
 @pytest.fixture(scope="session", autouse=True)
-def imports_are_no_garbage() -> None:
+def freeze_imported_objects() -> None:
     """Runs collect garbage, and would search a million objects of imported libraries each time."""
     gc.collect()
     gc.freeze()
 
 
 @pytest.fixture(autouse=True)
-def nobody_asks_the_network(monkeypatch: pytest.MonkeyPatch) -> Iterator[None]:
+def no_name_lookups(monkeypatch: pytest.MonkeyPatch) -> Iterator[None]:
     """Fails a test in which a name is looked up: libraries ask hubs, and swallow the failure."""
-    asked: list[str] = []
+    looked_up: list[str] = []
     real = socket.getaddrinfo
 
     def look_up(host: str, *rest: Any, **more: Any) -> Any:
         if host not in ("localhost", "127.0.0.1", "::1", None):
-            asked.append(host)
+            looked_up.append(host)
             raise socket.gaierror(f"{host}: no network in tests")
         return real(host, *rest, **more)
 
     monkeypatch.setattr(socket, "getaddrinfo", look_up)
     yield
-    assert not asked, f"asked the network for {asked}"
+    assert not looked_up, f"names looked up: {looked_up}"
 
 
 @pytest.fixture(scope="session")
@@ -76,6 +77,12 @@ def tiny_folder(tmp_path_factory: pytest.TempPathFactory) -> Path:
     model.save_pretrained(folder)
     tokenizer.save_pretrained(folder)
     return folder
+
+
+@pytest.fixture
+def lab(tmp_path: Path, tiny_folder: Path) -> Lab:
+    """A recipe, rows and the tiny model, without results."""
+    return Lab(tmp_path / "lab", tiny_folder)
 
 
 @pytest.fixture(scope="session")

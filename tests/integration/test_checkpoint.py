@@ -1,4 +1,4 @@
-"""A training that was stopped and taken up again ends with the same bits."""
+"""A training that was stopped and resumed ends with the same bits."""
 
 from __future__ import annotations
 
@@ -26,11 +26,12 @@ from slm_lora.training.checkpoint import Checkpointer, generations, read_manifes
 from slm_lora.training.loop import TrainingResult, train
 
 from ..support.examples import TRAINING_LENGTHS, make_examples
+from ..support.tensors import assert_equal_bits
 
 SECTION = TrainingSection(num_train_epochs=4, learning_rate=1e-2, eval_steps=2, keep_best=True)
 
 
-def sitting(
+def train_until(
     base: Base, checkpointer: Checkpointer | None, stop_after: int | None = None
 ) -> tuple[TrainingResult | None, dict[str, torch.Tensor]]:
     peft_model = attach.attach(base, AdapterSection(r=4, lora_dropout=0.1), 3)
@@ -46,8 +47,8 @@ def sitting(
         return losses[(steps[-1] if steps else stop_before) + 1]
 
     stop_before = 0
-    if checkpointer is not None and (found := generations(checkpointer.folder)):
-        stop_before = int(found[-1].name.removeprefix("step-"))
+    if checkpointer is not None and (saved := generations(checkpointer.folder)):
+        stop_before = int(saved[-1].name.removeprefix("step-"))
     result = None
     with contextlib.suppress(KeyboardInterrupt):
         result = train(
@@ -60,30 +61,32 @@ def sitting(
 
 
 @pytest.mark.parametrize("stops", [[1], [3], [5, 6], [2, 4, 7]])
-def test_resumed_equals_straight(
+def test_resumed_training_has_the_bits_of_an_uninterrupted_one(
     load_tiny: Callable[..., Base], tmp_path: Path, stops: list[int]
 ) -> None:
-    straight, wanted = sitting(load_tiny(), None)
+    straight, expected = train_until(load_tiny(), None)
     checkpointer = Checkpointer(tmp_path / "point", "abc", every_seconds=0)
     for stop in stops:
-        assert sitting(load_tiny(), checkpointer, stop)[0] is None
-    resumed, found = sitting(load_tiny(), checkpointer)
+        assert train_until(load_tiny(), checkpointer, stop)[0] is None
+    resumed, weights = train_until(load_tiny(), checkpointer)
     assert straight is not None and resumed is not None
-    assert all(torch.equal(wanted[name], found[name]) for name in wanted)
+    assert_equal_bits(weights, expected)
     assert [s.loss for s in straight.history] == [s.loss for s in resumed.history]
     assert straight.kept_step == resumed.kept_step == 4
 
 
 @pytest.mark.skipif(sys.platform != "linux", reason="the mark can only be reset on Linux")
-def test_the_peak_is_that_of_every_sitting(load_tiny: Callable[..., Base], tmp_path: Path) -> None:
+def test_peak_memory_after_resume_covers_earlier_processes(
+    load_tiny: Callable[..., Base], tmp_path: Path
+) -> None:
     checkpointer = Checkpointer(tmp_path / "point", "abc", every_seconds=0)
     hardware.reset_peak_memory("cpu")
     before = hardware.resident_bytes()
-    large = torch.ones(100_000_000)  # 400 MB that only the first sitting holds
-    assert sitting(load_tiny(), checkpointer, 3)[0] is None
+    large = torch.ones(100_000_000)  # 400 MB, held by the first training only
+    assert train_until(load_tiny(), checkpointer, 3)[0] is None
     del large
     hardware.reset_peak_memory("cpu")
-    resumed, _ = sitting(load_tiny(), checkpointer)
+    resumed, _ = train_until(load_tiny(), checkpointer)
     assert resumed is not None
     assert hardware.peak_memory_bytes("cpu") < before + 300_000_000
     assert resumed.peak_memory_bytes > before + 350_000_000
@@ -92,10 +95,10 @@ def test_the_peak_is_that_of_every_sitting(load_tiny: Callable[..., Base], tmp_p
 
 
 @pytest.mark.parametrize("stop_at", [1, 3, 4])
-def test_steps_ahead_change_nothing(
+def test_reading_results_a_step_late_changes_no_bit(
     load_tiny: Callable[..., Base], tmp_path: Path, stop_at: int
 ) -> None:
-    """Numbers looked at a step later, as on a GPU: validated, stopped and resumed all the same."""
+    """Results are read a step late, as on a GPU; validation, stop and resume are the same."""
 
     def run(ahead: int, folder: Path, stops: bool = False) -> tuple[Any, ...]:
         base, stop = load_tiny(), Stop()
@@ -112,24 +115,27 @@ def test_steps_ahead_change_nothing(
         history = [replace(step, seconds=0, peak_memory_bytes=0) for step in result.history]
         return history, trainable_state(peft_model)
 
-    wanted, weights = run(0, tmp_path / "straight")
+    expected, weights = run(0, tmp_path / "straight")
     with pytest.raises(StopRequested):
         run(1, tmp_path / "stopped", stops=True)
     saved = int(generations(tmp_path / "stopped")[-1].name.removeprefix("step-"))
     assert stop_at <= saved <= stop_at + 1
-    found, found_weights = run(1, tmp_path / "stopped")
-    assert found == wanted
-    assert all(torch.equal(weights[name], found_weights[name]) for name in weights)
+    resumed, resumed_weights = run(1, tmp_path / "stopped")
+    assert resumed == expected
+    assert_equal_bits(resumed_weights, weights)
 
 
-def test_another_runs_checkpoint_is_not_taken_up(
+def test_checkpoint_of_another_run_is_not_loaded(
     load_tiny: Callable[..., Base], tmp_path: Path
 ) -> None:
-    sitting(load_tiny(), Checkpointer(tmp_path / "point", "abc", every_seconds=0), 5)
+    train_until(load_tiny(), Checkpointer(tmp_path / "point", "abc", every_seconds=0), 5)
     (tmp_path / "point").rename(tmp_path / "moved")
-    other = Checkpointer(tmp_path / "moved", "xyz", every_seconds=1e9)
+    messages: list[str] = []
+    moved = Checkpointer(tmp_path / "moved", "xyz", every_seconds=1e9, say=messages.append)
     parameters: dict[str, torch.nn.Parameter] = {}
-    assert other.load(parameters, torch.optim.AdamW([torch.nn.Parameter(torch.zeros(1))])) is None
+    assert moved.load(parameters, torch.optim.AdamW([torch.nn.Parameter(torch.zeros(1))])) is None
+    assert len(messages) == 3
+    assert all("of another run" in message for message in messages[:2])
 
 
 def flip_the_middle(data: bytes) -> bytes:
@@ -164,22 +170,22 @@ DAMAGES = [
 
 @pytest.mark.parametrize(("file", "damage"), DAMAGES)
 @pytest.mark.parametrize("both", [False, True])
-def test_a_broken_checkpoint_is_passed_over_by_name(
+def test_resume_names_broken_checkpoints_and_uses_the_newest_intact_one(
     load_tiny: Callable[..., Base],
     tmp_path: Path,
     file: str,
     damage: Callable[[bytes], bytes],
     both: bool,
 ) -> None:
-    said: list[str] = []
-    _, wanted = sitting(load_tiny(), None)
-    checkpointer = Checkpointer(tmp_path / "point", "abc", every_seconds=0, say=said.append)
-    sitting(load_tiny(), checkpointer, 5)
+    messages: list[str] = []
+    _, expected = train_until(load_tiny(), None)
+    checkpointer = Checkpointer(tmp_path / "point", "abc", every_seconds=0, say=messages.append)
+    train_until(load_tiny(), checkpointer, 5)
     older, newer = generations(checkpointer.folder)
     for generation in (older, newer) if both else (newer,):
         path = generation / file
         path.write_bytes(damage(path.read_bytes()))
-    said.clear()
+    messages.clear()
     losses = iter([2.0, 1.0, 1.5, 1.2] if both else [1.0, 1.5, 1.2])
     base = load_tiny()
     peft_model = attach.attach(base, AdapterSection(r=4, lora_dropout=0.1), 3)
@@ -187,19 +193,18 @@ def test_a_broken_checkpoint_is_passed_over_by_name(
         base, peft_model, make_examples(TRAINING_LENGTHS), SECTION, 3,
         validate=lambda: next(losses), checkpointer=checkpointer,
     )  # fmt: skip
-    found = trainable_state(peft_model)
-    assert all(torch.equal(wanted[name], found[name]) for name in wanted)
-    assert newer.name in said[0] and "passed over" in said[0]
-    assert ("from the beginning" in said[-1]) == both
+    assert_equal_bits(trainable_state(peft_model), expected)
+    assert newer.name in messages[0] and "passed over" in messages[0]
+    assert ("from the beginning" in messages[-1]) == both
     if not both:
-        assert said[1:] == [f"  going on from {older.name} of point"]
+        assert messages[1:] == [f"  going on from {older.name} of point"]
 
 
-def test_two_checkpoints_stay_and_the_rest_goes(
+def test_only_the_two_newest_checkpoints_are_kept(
     load_tiny: Callable[..., Base], tmp_path: Path
 ) -> None:
     checkpointer = Checkpointer(tmp_path / "point", "abc", every_seconds=0)
-    sitting(load_tiny(), checkpointer, 7)
+    train_until(load_tiny(), checkpointer, 7)
     assert [path.name for path in generations(checkpointer.folder)] == [
         "step-000005",
         "step-000006",
@@ -207,11 +212,11 @@ def test_two_checkpoints_stay_and_the_rest_goes(
     assert read_manifest(checkpointer.folder / "step-000006")["step"] == 6
 
 
-def test_a_checkpoint_that_does_not_read_back_removes_no_older_one(
+def test_older_checkpoints_stay_when_the_new_one_cannot_be_read_back(
     load_tiny: Callable[..., Base], tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     checkpointer = Checkpointer(tmp_path / "point", "abc", every_seconds=0)
-    sitting(load_tiny(), checkpointer, 4)
+    train_until(load_tiny(), checkpointer, 4)
 
     def broken(generation: Path) -> dict[str, Any]:
         raise IntegrityError("other bytes")
@@ -229,7 +234,7 @@ STEP = Step(1, 9, 0.1, 1.0, 0.1, 1.0, 1, 1, 1, 0.1)
 
 
 @pytest.mark.parametrize("value", [float("nan"), float("inf"), -float("inf")])
-def test_nothing_that_is_not_finite_is_saved(tmp_path: Path, value: float) -> None:
+def test_checkpoint_with_non_finite_weights_is_not_saved(tmp_path: Path, value: float) -> None:
     checkpointer = Checkpointer(tmp_path / "point", "abc")
     model = torch.nn.Linear(2, 2)
     model.weight.data[1, 1] = value
@@ -238,33 +243,35 @@ def test_nothing_that_is_not_finite_is_saved(tmp_path: Path, value: float) -> No
     assert not list(tmp_path.rglob("step-*"))
 
 
-def test_another_setting_is_said(tmp_path: Path) -> None:
-    said: list[str] = []
+def test_resume_under_other_versions_is_noted(tmp_path: Path) -> None:
+    messages: list[str] = []
     model = torch.nn.Linear(2, 2)
     parameters, optimizer = dict(model.named_parameters()), torch.optim.AdamW(model.parameters())
     before = Checkpointer(tmp_path / "point", "abc", setting={"torch": "1", "threads": "2"})
     before.save(parameters, optimizer, [STEP], None, {})
     after = Checkpointer(
-        tmp_path / "point", "abc", setting={"torch": "2", "threads": "2"}, say=said.append
+        tmp_path / "point", "abc", setting={"torch": "2", "threads": "2"}, say=messages.append
     )
     assert after.load(parameters, optimizer) is not None
-    assert "other torch 1 → 2: the result may differ" in said[0]
+    assert "other torch 1 → 2: the result may differ" in messages[0]
 
 
-def test_a_stop_in_validation_keeps_the_step(
+def test_stop_during_validation_keeps_the_finished_step(
     load_tiny: Callable[..., Base], tmp_path: Path
 ) -> None:
-    """The step is done, its validation is not: the next sitting begins with that."""
+    """The step is saved without its validation, with which the resumed training begins."""
     losses = {2: 2.0, 4: 1.0, 6: 1.5, 8: 1.2}
     counted: list[int] = []
 
-    def once(asked: int | None) -> tuple[TrainingResult | None, dict[str, torch.Tensor]]:
+    def train_with_stop(
+        stop_step: int | None,
+    ) -> tuple[TrainingResult | None, dict[str, torch.Tensor]]:
         base = load_tiny()
         peft_model = attach.attach(base, AdapterSection(r=4, lora_dropout=0.1), 3)
         stop, steps = Stop(), list(counted)
 
         def validate() -> float:
-            stop.requested = len(steps) + 1 == asked
+            stop.requested = len(steps) + 1 == stop_step
             stop.check()
             return losses[len(steps) + 1]
 
@@ -279,20 +286,20 @@ def test_a_stop_in_validation_keeps_the_step(
         return result, trainable_state(peft_model)
 
     checkpointer = Checkpointer(tmp_path / "straight", "abc")
-    straight, wanted = once(None)
+    straight, expected = train_with_stop(None)
     counted.clear()
     checkpointer = Checkpointer(tmp_path / "stopped", "abc")
-    assert once(4)[0] is None
+    assert train_with_stop(4)[0] is None
     assert counted == [1, 2, 3]
     assert [path.name for path in generations(checkpointer.folder)] == ["step-000004"]
     state = json.loads((generations(checkpointer.folder)[-1] / "state.json").read_text())
     assert state["history"][-1]["peak_memory_bytes"] > 0
-    resumed, found = once(None)
+    resumed, weights = train_with_stop(None)
     assert straight is not None and resumed is not None
     assert counted == [1, 2, 3, 4, 5, 6, 7, 8]
-    assert all(torch.equal(wanted[name], found[name]) for name in wanted)
+    assert_equal_bits(weights, expected)
     assert [s.validation_loss for s in straight.history] == [
         s.validation_loss for s in resumed.history
     ]
-    assert once(None)[0] is not None, "what is trained is not trained again"
+    assert train_with_stop(None)[0] is not None, "a finished training is loaded"
     assert len(counted) == 8

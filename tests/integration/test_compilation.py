@@ -22,6 +22,7 @@ from slm_lora.ops.kernels import build
 from slm_lora.training.loop import train
 
 from ..support.examples import LENGTHS, gradients, make_examples
+from ..support.tensors import relative_error
 
 LoadTiny = Callable[..., Base]
 
@@ -32,7 +33,7 @@ pytestmark = pytest.mark.skipif(
 
 
 @pytest.fixture(autouse=True)
-def nothing_failed_before(monkeypatch: pytest.MonkeyPatch) -> Iterator[None]:
+def fresh_compilation_state(monkeypatch: pytest.MonkeyPatch) -> Iterator[None]:
     monkeypatch.setattr(compilation, "_failure", "")
     counters.clear()
     yield
@@ -40,7 +41,7 @@ def nothing_failed_before(monkeypatch: pytest.MonkeyPatch) -> Iterator[None]:
 
 
 @pytest.mark.parametrize("dropout", [0.0, 0.3])
-def test_compiled_gradients_are_those_of_fp64(
+def test_compiled_gradients_equal_fp64(
     load_tiny: LoadTiny, monkeypatch: pytest.MonkeyPatch, dropout: float
 ) -> None:
     examples = make_examples(LENGTHS)
@@ -49,45 +50,47 @@ def test_compiled_gradients_are_those_of_fp64(
 
     def error(precision: str, plain: bool, on: bool) -> float:
         with compilation.enabled(on):
-            found = gradients(load_tiny(precision, plain=plain), examples, dropout=dropout)
-        return ((found - reference).norm() / reference.norm()).item()
+            actual = gradients(load_tiny(precision, plain=plain), examples, dropout=dropout)
+        return relative_error(actual, reference)
 
     assert error("fp32", plain=False, on=True) < 1e-5
     assert error("bf16", plain=False, on=True) < 1.1 * error("bf16", plain=True, on=False)
 
 
-def test_compiled_scores_equal_plain_ones(load_tiny: LoadTiny) -> None:
+def test_compiled_scores_equal_eager_scores(load_tiny: LoadTiny) -> None:
     base, batch = load_tiny(), collate(make_examples(LENGTHS), "all")
-    plain = score_documents(base, batch).nll_all
+    eager = score_documents(base, batch).nll_all
     torch._dynamo.reset()
     with compilation.enabled(True):
         compiled = score_documents(base, batch).nll_all
     assert counters["stats"]["unique_graphs"] > 0
-    assert compiled == pytest.approx(plain, rel=1e-6)
+    assert compiled == pytest.approx(eager, rel=1e-6)
 
 
 @pytest.mark.parametrize("on", [False, True])
 @pytest.mark.parametrize(("dtype", "rounding"), [(torch.float32, 1e-6), (torch.bfloat16, 4e-3)])
-def test_loss_and_gradient_are_those_of_the_logits(
+def test_loss_and_logit_gradient_equal_fp64_cross_entropy(
     dtype: torch.dtype, rounding: float, on: bool
 ) -> None:
     torch.manual_seed(0)
     logits = (torch.randn(2 * EAGER_BLOCK + 3, 5_000) * 8 + 50).to(dtype)
     labels = torch.randint(0, 5_000, (len(logits),))
     exact = logits.double().requires_grad_()
-    wanted = torch.nn.functional.cross_entropy(exact, labels, reduction="none")
-    gradient = torch.autograd.grad(wanted.sum(), exact)[0]
+    expected = torch.nn.functional.cross_entropy(exact, labels, reduction="none")
+    expected_gradient = torch.autograd.grad(expected.sum(), exact)[0]
     with compilation.enabled(on):
         scored = label_nll(logits.clone(), labels)
-        nll, found = nll_and_gradient(logits.clone(), labels)
-    assert found.dtype == dtype and nll.dtype == torch.float32
+        nll, logit_gradient = nll_and_gradient(logits.clone(), labels)
+    assert logit_gradient.dtype == dtype and nll.dtype == torch.float32
     assert torch.equal(scored, nll)
-    torch.testing.assert_close(nll.double(), wanted, rtol=1e-6, atol=5e-6)
-    torch.testing.assert_close(found.double(), gradient, rtol=4 * rounding, atol=1e-7)
+    torch.testing.assert_close(nll.double(), expected, rtol=1e-6, atol=5e-6)
+    torch.testing.assert_close(
+        logit_gradient.double(), expected_gradient, rtol=4 * rounding, atol=1e-7
+    )
 
 
 @pytest.mark.parametrize("p", [0.05, 0.3, 0.6])
-def test_compiled_dropout_has_the_same_mask(p: float) -> None:
+def test_compiled_dropout_has_the_mask_of_eager_mode(p: float) -> None:
     # The same shape for every p, to detect reuse of cached code with another p's threshold.
     dropout = TokenDropout(p, "a", 96)
     dropout.keys = torch.randint(-(2**31), 2**31, (1, 37), dtype=torch.int64).to(torch.int32)
@@ -98,25 +101,28 @@ def test_compiled_dropout_has_the_same_mask(p: float) -> None:
             return torch.nn.functional.linear(dropout(x.float()), weight)
 
     x = torch.ones(1, 37, 96, dtype=torch.bfloat16, requires_grad=True)
-    plain, compiled = product(x), torch.compile(product, dynamic=True)(x)
-    assert torch.equal(plain, compiled)
-    for one, other in zip(
-        torch.autograd.grad(plain.sum(), x), torch.autograd.grad(compiled.sum(), x), strict=True
+    eager, compiled = product(x), torch.compile(product, dynamic=True)(x)
+    assert torch.equal(eager, compiled)
+    assert len(eager.unique()) > 1, "nothing was dropped"
+    for eager_gradient, compiled_gradient in zip(
+        torch.autograd.grad(eager.sum(), x), torch.autograd.grad(compiled.sum(), x), strict=True
     ):
-        assert torch.equal(one, other)
+        assert torch.equal(eager_gradient, compiled_gradient)
 
 
 # Code is compiled for the first shapes, so seeds vary these.
 @pytest.mark.parametrize(("precision", "seed"), [("fp32", 0), ("fp32", 1), ("bf16", 2)])
-def test_new_shapes_compile_nothing_new(load_tiny: LoadTiny, precision: str, seed: int) -> None:
+def test_new_shapes_compile_no_further_graph(
+    load_tiny: LoadTiny, precision: str, seed: int
+) -> None:
     base = load_tiny(precision)
     peft_model = attach.attach(base, AdapterSection(r=4, lora_dropout=0.1), seed=0)
     peft_model.train()
     generator = torch.Generator().manual_seed(seed)
 
     def step(number: int) -> None:
-        many = int(torch.randint(1, 12, (1,), generator=generator))
-        lengths = torch.randint(2, 400, (many,), generator=generator).tolist()
+        rows = int(torch.randint(1, 12, (1,), generator=generator))
+        lengths = torch.randint(2, 400, (rows,), generator=generator).tolist()
         batch_nll(base, collate(make_examples(lengths, seed=number), "all")).backward()
 
     torch._dynamo.reset()
@@ -144,7 +150,7 @@ def test_every_rank_of_a_grid_is_compiled(load_tiny: LoadTiny) -> None:
         compiled = counters["stats"]["unique_graphs"]
 
 
-def test_a_long_training_compiles_from_its_second_step(load_tiny: LoadTiny) -> None:
+def test_compiled_training_has_the_losses_of_eager_training(load_tiny: LoadTiny) -> None:
     examples = make_examples(LENGTHS)
 
     def losses(setting: bool, recompute: bool = False) -> list[float]:
@@ -168,7 +174,7 @@ def test_a_long_training_compiles_from_its_second_step(load_tiny: LoadTiny) -> N
     assert losses(True, recompute=True) == pytest.approx(plain, rel=1e-5)
 
 
-def test_where_compiling_fails_it_is_done_without() -> None:
+def test_failed_compilation_falls_back_to_eager_once_and_for_all() -> None:
     tried = []
 
     def work() -> str:
@@ -184,7 +190,7 @@ def test_where_compiling_fails_it_is_done_without() -> None:
     assert tried == [True, False, False]
 
 
-def test_too_many_variants_are_told() -> None:
+def test_exceeding_the_recompile_limit_is_reported() -> None:
     @compilation.compilable
     def doubled(x: torch.Tensor) -> torch.Tensor:
         return x * 2
@@ -204,7 +210,7 @@ def test_too_many_variants_are_told() -> None:
 @pytest.mark.parametrize(
     "error", [MemoryError(), torch.OutOfMemoryError(), DataError("x"), ValueError("in the work")]
 )
-def test_what_is_not_the_compilers_fault_is_not_blamed_on_it(error: Exception) -> None:
+def test_errors_of_the_work_itself_are_not_compile_failures(error: Exception) -> None:
     def work() -> None:
         raise error
 
@@ -213,11 +219,11 @@ def test_what_is_not_the_compilers_fault_is_not_blamed_on_it(error: Exception) -
     assert not compilation.failure()
 
 
-def test_short_runs_do_not_compile(monkeypatch: pytest.MonkeyPatch) -> None:
+def test_should_compile_needs_enough_tokens_and_a_compiler(monkeypatch: pytest.MonkeyPatch) -> None:
     cpu = torch.device("cpu")
-    for low_precision, least in zip((True, False), compilation.MIN_TOKENS["cpu"], strict=True):
-        assert not compilation.should_compile("auto", least - 1, cpu, low_precision)
-        assert compilation.should_compile("auto", least, cpu, low_precision)
+    for low_precision, minimum in zip((True, False), compilation.MIN_TOKENS["cpu"], strict=True):
+        assert not compilation.should_compile("auto", minimum - 1, cpu, low_precision)
+        assert compilation.should_compile("auto", minimum, cpu, low_precision)
     assert compilation.should_compile(True, 1, cpu, low_precision=True)
     assert not compilation.should_compile(False, 10**9, cpu, low_precision=True)
     monkeypatch.delenv("CXX", raising=False)

@@ -8,8 +8,7 @@ import signal
 import socket
 import subprocess
 import sys
-import time
-from collections.abc import Callable, Iterator
+from collections.abc import Iterator
 from pathlib import Path
 
 import pytest
@@ -22,6 +21,8 @@ from slm_lora.runtime import distributed
 from slm_lora.training.checkpoint import generations
 
 from ..support.lab import Lab, command
+from ..support.processes import wait_until
+from ..support.tensors import relative_error
 
 pytestmark = pytest.mark.skipif(os.name == "nt", reason="signals of POSIX")
 slow = pytest.mark.slow
@@ -61,14 +62,14 @@ def ranks(tmp_path_factory: pytest.TempPathFactory, tiny_folder: Path) -> Path:
 @pytest.mark.parametrize(
     ("precision", "bound"), [("double", 1e-12), ("single", 1e-5), ("sharded", 1e-5)]
 )
-def test_gradients_and_scores_match_a_single_process(
+def test_gradients_and_scores_of_2_and_4_processes_equal_one_process(
     ranks: Path, precision: str, bound: float
 ) -> None:
     """With dropout, whose masks must not depend on the process of a row."""
     results = [load_file(ranks / f"{precision}-{n}.safetensors") for n in (1, 2, 4)]
-    for other in results[1:]:
+    for result in results[1:]:
         for name, expected in results[0].items():
-            distance = ((other[name] - expected).norm() / expected.norm()).item()
+            distance = relative_error(result[name], expected)
             assert distance < (bound if name != "nll" else 1e-6), name
             assert expected.norm() > 0
 
@@ -80,8 +81,8 @@ def loss_and_adapter(lab: Lab) -> tuple[list[float], dict[str, torch.Tensor]]:
 
 
 def train(lab: Lab, *options: object, cell: str = "r4-40") -> list[str]:
-    where = ("--results", lab.results.parent, "--adapters", lab.adapters, "--cell", cell)
-    return [*SLM_LORA, "train", *map(str, (lab.recipe, *where, *options))]
+    words = (lab.recipe, *lab.folders, "--cell", cell, *options)
+    return [*SLM_LORA, "train", *map(str, words)]
 
 
 def train_here(lab: Lab, *options: object) -> int:
@@ -89,11 +90,11 @@ def train_here(lab: Lab, *options: object) -> int:
     return command(*train(lab, *options)[len(SLM_LORA) :])
 
 
-def assert_same_results(one: Lab, other: Lab) -> None:
-    losses, adapters = zip(loss_and_adapter(one), loss_and_adapter(other), strict=True)
+def assert_same_results(expected: Lab, actual: Lab) -> None:
+    losses, adapters = zip(loss_and_adapter(expected), loss_and_adapter(actual), strict=True)
     assert losses[0] == pytest.approx(losses[1], rel=1e-5)
     for name, tensor in adapters[0].items():
-        assert ((tensor - adapters[1][name]).norm() / tensor.norm()).item() < 1e-4
+        assert relative_error(adapters[1][name], tensor) < 1e-4
 
 
 @pytest.fixture(scope="module")
@@ -104,20 +105,22 @@ def undisturbed(tmp_path_factory: pytest.TempPathFactory, tiny_folder: Path) -> 
     return lab
 
 
-def test_the_command_in_two_processes(undisturbed: Lab, tmp_path: Path, tiny_folder: Path) -> None:
+def test_training_in_two_processes_equals_one_process(
+    undisturbed: Lab, tmp_path: Path, tiny_folder: Path
+) -> None:
     lab = Lab(tmp_path / "two", tiny_folder)
-    done = subprocess.run(
+    completed = subprocess.run(
         train(lab, "--processes", 2), env=environment(), capture_output=True, text=True
     )
-    assert done.returncode == 0, done.stderr
-    assert done.stderr.count("trained 10 steps") == 1, "one voice"
+    assert completed.returncode == 0, completed.stderr
+    assert completed.stderr.count("trained 10 steps") == 1, "logged by one process"
     assert_same_results(undisturbed, lab)
     run = json.loads(next(lab.results.rglob("run.json")).read_text())
     assert run["machine"]["processes"] == 2
-    wanted = json.loads(next(undisturbed.results.rglob("run.json")).read_text())
+    expected = json.loads(next(undisturbed.results.rglob("run.json")).read_text())
     assert run["evaluation"]["all"]["rows"] == 20
     assert run["evaluation"]["all"]["loss"] == pytest.approx(
-        wanted["evaluation"]["all"]["loss"], rel=1e-6
+        expected["evaluation"]["all"]["loss"], rel=1e-6
     )
 
 
@@ -133,7 +136,9 @@ def test_sharded_base_trains_to_the_same_adapter(
 
 
 @slow
-def test_torchrun(undisturbed: Lab, tmp_path: Path, tiny_folder: Path) -> None:
+def test_training_under_torchrun_equals_one_process(
+    undisturbed: Lab, tmp_path: Path, tiny_folder: Path
+) -> None:
     lab = Lab(tmp_path / "torchrun", tiny_folder)
     torchrun = [sys.executable, "-m", "torch.distributed.run", "--standalone"]
     words = [*torchrun, "--nproc-per-node", "2", *train(lab)[1:]]
@@ -153,10 +158,13 @@ LONG = (
 
 
 def workers_of(starter: int) -> list[int]:
+    """Ids of the two worker processes."""
     listing = subprocess.run(
         ["ps", "-o", "pid=", "--ppid", f"{starter}"], capture_output=True, text=True, check=False
     )
-    return [int(word) for word in listing.stdout.split()]
+    pids = [int(word) for word in listing.stdout.split()]
+    assert len(pids) == 2
+    return pids
 
 
 def all_exited(pids: list[int]) -> bool:
@@ -167,13 +175,6 @@ def all_exited(pids: list[int]) -> bool:
             return True
 
     return all(is_gone(pid) for pid in pids)
-
-
-def wait_until(condition: Callable[[], bool], seconds: float = 90.0) -> None:
-    end = time.monotonic() + seconds
-    while not condition():
-        assert time.monotonic() < end, "waited in vain"
-        time.sleep(0.05)
 
 
 @pytest.fixture
@@ -187,10 +188,11 @@ def running_training(
     )
     wait_until(lambda: newest_step(lab) >= 10)
     yield lab, started
-    pids = workers_of(started.pid)
-    started.kill()
-    for pid in pids:
-        os.kill(pid, signal.SIGKILL)
+    if started.poll() is None:
+        pids = workers_of(started.pid)
+        started.kill()
+        for pid in pids:
+            os.kill(pid, signal.SIGKILL)
 
 
 def newest_step(lab: Lab) -> int:
@@ -209,7 +211,7 @@ def undisturbed_long(tmp_path_factory: pytest.TempPathFactory, tiny_folder: Path
 
 @slow
 @pytest.mark.parametrize("whom", ["starter", "a worker"])
-def test_stop_of_all_and_resume_with_another_number(
+def test_stopped_run_of_two_processes_resumes_in_one(
     running_training: tuple[Lab, subprocess.Popen[str]],
     whom: str,
     undisturbed_long: Lab,
@@ -231,7 +233,7 @@ def test_stop_of_all_and_resume_with_another_number(
 
 
 @slow
-def test_killed_process_is_reported_as_the_cause(
+def test_killed_worker_is_reported_as_the_cause(
     running_training: tuple[Lab, subprocess.Popen[str]],
 ) -> None:
     lab, started = running_training
@@ -267,7 +269,9 @@ if os.environ.get("RANK", "") in os.environ["SPOILT"]:
 
 
 @slow
-def test_error_is_reported_once_by_its_process(tmp_path: Path, tiny_folder: Path) -> None:
+def test_error_of_a_worker_is_reported_once_with_its_exit_code(
+    tmp_path: Path, tiny_folder: Path
+) -> None:
     """The first waits for the second in vain; the reason is the second's, and so is the exit code.
     Where all have the same, the first tells it."""
     lab = Lab(tmp_path / "spoilt", tiny_folder)
@@ -306,7 +310,9 @@ def test_signal_to_all_processes_is_one_request(
     assert "passed over" not in log
 
 
-def test_more_processes_than_examples(tmp_path: Path, tiny_folder: Path) -> None:
+def test_more_processes_than_examples_per_step_are_refused(
+    tmp_path: Path, tiny_folder: Path
+) -> None:
     lab = Lab(tmp_path / "many", tiny_folder)
     words = train(lab, "--processes", 2, "training.effective_batch_size=1")
     done = subprocess.run(words, env=environment(), capture_output=True, text=True, timeout=120)
@@ -318,7 +324,7 @@ def test_more_processes_than_examples(tmp_path: Path, tiny_folder: Path) -> None
     assert none.returncode == 2 and "--processes 0: must be 1 or more" in none.stderr
 
 
-def test_unequal_recipes(tmp_path: Path, tiny_folder: Path) -> None:
+def test_processes_with_unequal_recipes_are_refused(tmp_path: Path, tiny_folder: Path) -> None:
     lab, store = Lab(tmp_path / "unequal", tiny_folder), tmp_path / "store"
     started = [
         subprocess.Popen(
@@ -335,7 +341,7 @@ def test_unequal_recipes(tmp_path: Path, tiny_folder: Path) -> None:
         assert "the processes were given different recipes, rows or bases" in output
 
 
-def test_port_in_use(tmp_path: Path, tiny_folder: Path) -> None:
+def test_master_port_in_use_is_reported(tmp_path: Path, tiny_folder: Path) -> None:
     lab = Lab(tmp_path / "port", tiny_folder)
     with socket.socket() as taken:
         taken.bind(("127.0.0.1", 0))

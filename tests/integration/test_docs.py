@@ -1,4 +1,4 @@
-"""What docs/start.md prints runs as it is printed."""
+"""The recipe of docs/start.md runs as printed, and links and targets of all pages exist."""
 
 from __future__ import annotations
 
@@ -16,12 +16,12 @@ PAGE = Path(__file__).parents[2] / "docs" / "start.md"
 
 
 def printed(kind: str) -> str:
-    found = re.search(rf"```{kind}\n(.*?)```", PAGE.read_text(encoding="utf-8"), re.DOTALL)
-    assert found is not None
-    return found[1]
+    block = re.search(rf"```{kind}\n(.*?)```", PAGE.read_text(encoding="utf-8"), re.DOTALL)
+    assert block is not None
+    return block[1]
 
 
-def test_the_recipe_for_own_data_runs_on_rows_like_those_shown(
+def test_recipe_printed_in_start_md_runs_on_rows_like_those_printed(
     tmp_path: Path,
     tiny_folder: Path,
     monkeypatch: pytest.MonkeyPatch,

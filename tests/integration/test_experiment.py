@@ -1,4 +1,4 @@
-"""The command, end to end on a tiny model: files, numbers, restarts, clients from elsewhere."""
+"""The command, end to end on a tiny model: files, losses, restarts, recomputation by others."""
 
 from __future__ import annotations
 
@@ -28,12 +28,12 @@ from ..support.rows import make_rows, write_jsonl
 
 @pytest.fixture(scope="module")
 def lab(tmp_path_factory: pytest.TempPathFactory, tiny_folder: Path) -> Lab:
-    made = Lab(tmp_path_factory.mktemp("lab"), tiny_folder)
-    assert made.run() == 0
-    return made
+    lab = Lab(tmp_path_factory.mktemp("lab"), tiny_folder)
+    assert lab.run() == 0
+    return lab
 
 
-def test_everything_is_there(lab: Lab) -> None:
+def test_experiment_writes_tables_report_figures_and_adapters(lab: Lab) -> None:
     table = (lab.results / "experiment_table.md").read_text()
     assert "| Model | Dataset Size | r | Epochs | Eval Loss | Perplexity |" in table
     assert [line.split("|")[2:4] for line in table.splitlines() if line.startswith("| LoRA")] == [
@@ -60,10 +60,10 @@ def test_perplexity_is_exp_of_the_loss_of_the_same_scores(lab: Lab) -> None:
     for run in lab.metrics()["runs"]:
         scores = pq.read_table(lab.results / "runs" / run["folder"] / "scores.parquet").to_pydict()
         for kind in ("all", "response"):
-            found = run["evaluation"][kind]
+            evaluation = run["evaluation"][kind]
             loss = math.fsum(scores[f"nll_{kind}"]) / sum(scores[f"tokens_{kind}"])
-            assert found["loss"] == pytest.approx(loss, rel=1e-12)
-            assert found["perplexity"] == math.exp(found["loss"])
+            assert evaluation["loss"] == pytest.approx(loss, rel=1e-12)
+            assert evaluation["perplexity"] == math.exp(evaluation["loss"])
         assert scores["row_id"] == sorted(scores["row_id"])
         assert len(scores["row_id"]) == 20
     schema = pq.read_schema(lab.results / "runs" / run["folder"] / "scores.parquet")
@@ -81,9 +81,11 @@ def test_training_rows_are_nine_tenths_and_all_cells_share_the_test_rows(lab: La
     assert [r["cell"] for r in runs] == ["base", "r2-40", "r4-40", "r4-80"]
 
 
-def test_nothing_names_a_path_of_this_machine(lab: Lab) -> None:
-    for path in [*lab.results.rglob("*.json"), *lab.results.rglob("*.md"),
-                 *lab.adapters.rglob("*.json")]:  # fmt: skip
+def test_results_and_adapters_name_no_path_of_this_machine(lab: Lab) -> None:
+    paths = [*lab.results.rglob("*.json"), *lab.results.rglob("*.md"),
+             *lab.adapters.rglob("*.json")]  # fmt: skip
+    assert len(paths) > 10
+    for path in paths:
         text = path.read_text()
         assert str(lab.folder) not in text and "/tmp" not in text and "/root" not in text
 
@@ -94,8 +96,10 @@ def test_a_finished_experiment_is_not_run_again(lab: Lab) -> None:
     assert before == {p: p.stat().st_mtime_ns for p in (lab.results / "runs").rglob("*")}
 
 
-def test_an_interrupted_experiment_goes_on(lab: Lab, tmp_path: Path, tiny_folder: Path) -> None:
-    other = Lab(tmp_path, tiny_folder)
+def test_interrupted_experiment_resumes_with_the_same_losses(
+    lab: Lab, tmp_path: Path, tiny_folder: Path
+) -> None:
+    interrupted = Lab(tmp_path, tiny_folder)
     script = (
         "import sys, slm_lora.experiment.cell as r\n"
         "old = r.train\n"
@@ -110,28 +114,30 @@ def test_an_interrupted_experiment_goes_on(lab: Lab, tmp_path: Path, tiny_folder
         "sys.argv = ['slm-lora', 'experiment', *sys.argv[1:]]\n"
         "main()\n"
     )
-    where = ["--results", str(other.results.parent), "--adapters", str(other.adapters)]
+    where = ["--results", str(interrupted.results.parent), "--adapters", str(interrupted.adapters)]
     stopped = subprocess.run(
-        [sys.executable, "-c", script, str(other.recipe), *where],
+        [sys.executable, "-c", script, str(interrupted.recipe), *where],
         capture_output=True, text=True, check=False,
     )  # fmt: skip
     assert stopped.returncode == 75, stopped.stderr
     assert "the same command continues" in stopped.stderr
-    done = sorted(p.name for p in (other.results / "runs").iterdir())
-    assert [name.rsplit("-", 1)[0] for name in done] == ["base", "r2-40"]
-    assert other.run() == 0
-    for mine, theirs in zip(other.metrics()["runs"], lab.metrics()["runs"], strict=True):
-        assert mine["hash"] == theirs["hash"]
-        assert mine["evaluation"]["all"]["loss"] == theirs["evaluation"]["all"]["loss"]
+    finished = sorted(p.name for p in (interrupted.results / "runs").iterdir())
+    assert [name.rsplit("-", 1)[0] for name in finished] == ["base", "r2-40"]
+    assert interrupted.run() == 0
+    actual, expected = (
+        [(run["hash"], run["evaluation"]["all"]["loss"]) for run in experiment.metrics()["runs"]]
+        for experiment in (interrupted, lab)
+    )
+    assert actual == expected
 
 
-def test_a_cell_whose_adapter_is_gone_is_trained_again(lab: Lab) -> None:
+def test_cell_with_a_missing_adapter_is_trained_again(lab: Lab) -> None:
     weights = lab.adapters / "tiny-r2-40" / adapter_io.WEIGHTS
     before = weights.read_bytes()
     run = next((lab.results / "runs").glob("r2-40-*"))
     weights.unlink()
     assert lab.run() == 0
-    assert weights.read_bytes() == before, "the same bits again"
+    assert weights.read_bytes() == before, "other bits than before"
     assert next((lab.results / "runs").glob("r2-40-*")) == run
 
 
@@ -154,23 +160,23 @@ def test_logs_hold_no_text_of_rows(
         file.write("\n".join(bad) + "\n")
     assert small.run("grid.cells=[{data.size: 40}]") == 3
     assert small.run("grid.cells=[{data.size: 40}]", "data.on_bad_row=skip") == 0
-    said = "".join(capfd.readouterr())
-    assert "7 malformed rows" in said and "zebracanary" not in said
+    output = "".join(capfd.readouterr())
+    assert "7 malformed rows" in output and "zebracanary" not in output
 
 
-def test_without_keeping_adapters_scores_are_enough(lab: Lab, tmp_path: Path) -> None:
+def test_finished_cell_without_kept_adapter_is_not_trained_again(lab: Lab, tmp_path: Path) -> None:
     out = ("--results", tmp_path / "results", "--adapters", tmp_path / "adapter")
     words = ("grid.cells=[{data.size: 40, adapter.r: 2}]", "keep_adapters=false")
     assert command("experiment", lab.recipe, *words, *out) == 0
     assert not list(tmp_path.rglob("*.safetensors"))
     run = next((tmp_path / "results" / "tiny" / "runs").glob("r2-40-*"))
-    assert run.name == next((lab.results / "runs").glob("r2-40-*")).name, "the same run"
+    assert run.name == next((lab.results / "runs").glob("r2-40-*")).name, "another run"
     written = (run / "run.json").stat().st_mtime_ns
     assert command("experiment", lab.recipe, *words, *out) == 0
     assert (run / "run.json").stat().st_mtime_ns == written, "trained again"
 
 
-def test_a_report_names_rows_by_rule_and_shows_outputs(
+def test_report_lists_rows_of_extreme_and_median_change_and_shows_outputs(
     lab: Lab, tmp_path: Path, tiny_folder: Path
 ) -> None:
     results = shutil.copytree(lab.results, tmp_path / "tiny")
@@ -193,20 +199,20 @@ def test_a_report_names_rows_by_rule_and_shows_outputs(
         pq.read_table(results / "runs" / folder / "scores.parquet").to_pydict()
         for folder in best["pairs"][0]
     ]
-    every = sorted(
+    all_changes = sorted(
         after / tokens - before / tokens
         for before, after, tokens in zip(
             scores[0]["nll_all"], scores[1]["nll_all"], scores[0]["tokens_all"], strict=True
         )
     )
-    wanted = [*every[:2], every[len(every) // 2], *every[-2:]]
-    assert changes[:5] == pytest.approx(wanted, abs=1e-4)
+    expected = [*all_changes[:2], all_changes[len(all_changes) // 2], *all_changes[-2:]]
+    assert changes[:5] == pytest.approx(expected, abs=1e-4)
     assert len({cells[2] for cells in picked}) == len(picked) == 8
     (results / "outputs.json").write_text("{}")
     assert command("report", results) == 4
 
 
-def test_rows_are_quoted_only_on_a_page_of_its_own(
+def test_rows_are_quoted_only_in_report_with_rows(
     lab: Lab, tmp_path: Path, tiny_folder: Path
 ) -> None:
     results = shutil.copytree(lab.results, tmp_path / "tiny")
@@ -223,16 +229,16 @@ def test_rows_are_quoted_only_on_a_page_of_its_own(
     assert with_rows.count("<h3>Largest fall: ") == 2
     assert not any(text in file for file in files.values() for text in quoted)
     # With answers: of the base, and of the adapter that it is about.
-    asked = ("--with-rows", lab.recipe, *words, "--answers", "--adapters", lab.adapters)
-    assert command("report", results, *asked) == 0
+    options = ("--with-rows", lab.recipe, *words, "--answers", "--adapters", lab.adapters)
+    assert command("report", results, *options) == 0
     with_answers = (results / "report-with-rows.html").read_text()
     assert with_answers.count("answer of base") == with_answers.count("answer of tiny-r4-80") == 8
     assert "answer of" not in with_rows
     assert command("report", results, "--answers") == 2
     # Another data set's rows are not passed off as those that were scored.
     (tmp_path / "other.jsonl").write_text('{"instruction": "a", "response": "b"}\n' * 3)
-    other = (words[0], f"data.name={tmp_path / 'other.jsonl'}")
-    assert command("report", results, "--with-rows", lab.recipe, *other) == 2
+    other_rows = (words[0], f"data.name={tmp_path / 'other.jsonl'}")
+    assert command("report", results, "--with-rows", lab.recipe, *other_rows) == 2
     assert command("report", results, "data.size=3") == 2
 
 
@@ -245,22 +251,23 @@ def test_a_single_test_row_has_no_interval(tmp_path: Path, tiny_folder: Path) ->
 
 
 @pytest.mark.parametrize("kind", ["rslora", "dora", "pissa", "full"])
-def test_other_methods_are_scored_as_they_were_saved(
+def test_saved_adapters_of_other_methods_score_as_in_training(
     lab: Lab, tmp_path: Path, kind: str, capsys: pytest.CaptureFixture[str]
 ) -> None:
     out = ("--results", tmp_path / "results", "--adapters", tmp_path / "adapter")
-    one = (f"adapter.kind={kind}", "grid.cells=[{data.size: 40}]")
-    assert command("train", lab.recipe, *one, *out) == 0
+    overrides = (f"adapter.kind={kind}", "grid.cells=[{data.size: 40}]")
+    assert command("train", lab.recipe, *overrides, *out) == 0
     record = json.loads(next(tmp_path.rglob("run.json")).read_text())
     capsys.readouterr()
-    assert command("evaluate", lab.recipe, *one, "--adapter", tmp_path / "adapter/tiny-40") == 0
+    adapter = ("--adapter", tmp_path / "adapter/tiny-40")
+    assert command("evaluate", lab.recipe, *overrides, *adapter) == 0
     assert f"loss {record['evaluation']['all']['loss']:.5f}" in capsys.readouterr().out
     untrained = next(run for run in lab.metrics()["runs"] if "adapter" not in run)
     assert record["evaluation"]["all"]["loss"] < untrained["evaluation"]["all"]["loss"] - 0.1
 
 
 @pytest.mark.parametrize("kind", ["lora", "full"])
-def test_of_named_templates_that_write_the_date_others_get_what_was_trained(
+def test_saved_default_template_has_the_date_of_training(
     lab: Lab, tiny_folder: Path, tmp_path: Path, kind: str, capsys: pytest.CaptureFixture[str]
 ) -> None:
     base = shutil.copytree(tiny_folder, tmp_path / "base")
@@ -270,10 +277,10 @@ def test_of_named_templates_that_write_the_date_others_get_what_was_trained(
     (base / "additional_chat_templates" / "tool_use.jinja").write_text("{{ 'tools' }}")
     words = (f"adapter.kind={kind}", f"model.name={base}", "data.template=chat")
     out = ("--results", tmp_path / "results", "--adapters", tmp_path / "adapter")
-    one = ("grid.cells=[{data.size: 40}]", "training.max_steps=2")
-    assert command("train", lab.recipe, *words, *one, *out) == 0
-    said = capsys.readouterr()
-    assert (said.out + said.err).count("26 Jul 2024 is used instead, in training and in") == 1
+    short = ("grid.cells=[{data.size: 40}]", "training.max_steps=2")
+    assert command("train", lab.recipe, *words, *short, *out) == 0
+    output = capsys.readouterr()
+    assert (output.out + output.err).count("26 Jul 2024 is used instead, in training and in") == 1
     folder = tmp_path / "adapter" / "tiny-40"
     tokenizer = AutoTokenizer.from_pretrained(folder if kind == "full" else base)
     if kind == "lora":
@@ -286,14 +293,16 @@ def test_of_named_templates_that_write_the_date_others_get_what_was_trained(
     where = ("--base", folder) if kind == "full" else ("--base", base, "--adapter", folder)
     assert command("generate", "Why?", "--max-new-tokens", 2, *where) == 0
     assert command("evaluate", lab.recipe, *words, "--adapter", folder) == 0
-    (scored,) = (each for each in losses_told(capsys.readouterr().out)[:1])
+    scored = printed_losses(capsys.readouterr().out)[0]
     record = json.loads(next((tmp_path / "results").rglob("run.json")).read_text())
     assert scored[0] == round(record["evaluation"]["all"]["loss"], 5)
     assert scored[2] == pytest.approx(scored[0] - scored[1], abs=2e-5) and scored[2] < 0
 
 
 @pytest.mark.parametrize("kind", ["full", "pissa"])
-def test_a_method_that_alters_the_base_leaves_no_trace(lab: Lab, tmp_path: Path, kind: str) -> None:
+def test_cell_after_a_base_altering_method_has_unchanged_weights(
+    lab: Lab, tmp_path: Path, kind: str
+) -> None:
     out = ("--results", tmp_path / "results", "--adapters", tmp_path / "adapter")
     cells = f"[{{adapter.kind: {kind}, data.size: 40}}, {{data.size: 40, adapter.r: 2}}]"
     assert command("experiment", lab.recipe, f"grid.cells={cells}", *out) == 0
@@ -313,43 +322,46 @@ def test_report_makes_the_same_files_again(lab: Lab) -> None:
     assert before == {name: (lab.results / name).read_text() for name in names}
 
 
-def test_the_page_is_whole_and_fetches_nothing(lab: Lab) -> None:
+def test_report_page_is_well_formed_and_fetches_nothing(lab: Lab) -> None:
     page = (lab.results / "report.html").read_text()
     assert page.count("<svg") == page.count("</svg>") >= 4
     assert "<script" not in page
     # Names of XML and licences are no addresses that a browser would follow by itself.
     assert not re.search(r"(src|href)=[\"'](?!#)", page)
     assert not re.search(r"url\((?!#)", page)
-    for figure in re.findall(r"<figure>.*?</figure>", page, re.DOTALL):
-        assert re.search(r"<figcaption>\w", figure)
+    figures = re.findall(r"<figure.*?</figure>", page, re.DOTALL)
+    assert len(figures) >= 4
+    assert all(re.search(r"<figcaption>\w", figure) for figure in figures)
 
 
-def test_compare_finds_what_the_experiment_found(
+def test_compare_gives_the_difference_of_the_experiment(
     lab: Lab, capsys: pytest.CaptureFixture[str]
 ) -> None:
     runs = lab.results / "runs"
-    found = next(c for c in lab.metrics()["contrasts"] if c["key"] == "adapter.r")
-    names = found["pairs"][0]
+    contrast = next(c for c in lab.metrics()["contrasts"] if c["key"] == "adapter.r")
+    names = contrast["pairs"][0]
     assert command("compare", *(runs / name for name in names), "--json") == 0
     compared = json.loads(capsys.readouterr().out)
     for key in ("pairs", "value", "low", "high", "p", "groups", "margin"):
-        assert compared[key] == found[key]
+        assert compared[key] == contrast[key]
     assert command("compare", *(runs / name for name in names)) == 0
-    said = " ".join(capsys.readouterr().out.split())
-    assert f"r4-40 vs r2-40: {found['value']:+.4f} nats" in said
+    output = " ".join(capsys.readouterr().out.split())
+    assert f"r4-40 vs r2-40: {contrast['value']:+.4f} nats" in output
 
 
-def test_compare_refuses_other_rows(
+def test_compare_refuses_runs_scored_on_other_rows(
     lab: Lab, tmp_path: Path, tiny_folder: Path, capsys: pytest.CaptureFixture[str]
 ) -> None:
     small = Lab(tmp_path, tiny_folder)
     assert small.run("data.test_rows=10", "grid.cells=[{data.size: 40}]") == 0
-    one, other = (next((each.results / "runs").glob("base-*")) for each in (lab, small))
-    assert command("compare", one, other) == 4
+    first, second = (
+        next((experiment.results / "runs").glob("base-*")) for experiment in (lab, small)
+    )
+    assert command("compare", first, second) == 4
     assert "scored on different rows" in capsys.readouterr().err
 
 
-def test_evaluate_finds_the_tables_loss(lab: Lab, capsys: pytest.CaptureFixture[str]) -> None:
+def test_evaluate_gives_the_loss_of_the_table(lab: Lab, capsys: pytest.CaptureFixture[str]) -> None:
     reported = lab.metrics()["runs"][1]["evaluation"]["all"]["loss"]
     chosen = (
         "grid.cells=[{data.size: 40, adapter.r: 2}]",
@@ -360,41 +372,41 @@ def test_evaluate_finds_the_tables_loss(lab: Lab, capsys: pytest.CaptureFixture[
     assert f"loss {reported:.5f}" in capsys.readouterr().out
 
 
-def losses_told(text: str) -> list[tuple[float, float, float]]:
+def printed_losses(text: str) -> list[tuple[float, float, float]]:
     """Of every kind of loss: the adapter's, the base's and the difference."""
-    found = re.findall(
+    matches = re.findall(
         r"(?:whole text|response only) +loss (\S+).*\n  base +loss (\S+).*\n"
         r"  difference +([+-]\S+) nats per token, 95 % ([+-]\S+) to ([+-]\S+);",
         text,
     )
-    for *_, value, low, high in found:
+    for *_, value, low, high in matches:
         assert float(low) < float(value) < float(high)
-    return [(float(a), float(b), float(c)) for a, b, c, _, _ in found]
+    return [(float(a), float(b), float(c)) for a, b, c, _, _ in matches]
 
 
 def test_evaluate_shows_the_base_beside_the_adapter(
     lab: Lab, capsys: pytest.CaptureFixture[str]
 ) -> None:
-    base, one = (run["evaluation"] for run in lab.metrics()["runs"][:2])
+    base, adapter = (run["evaluation"] for run in lab.metrics()["runs"][:2])
     words = ("grid.cells=[{data.size: 40, adapter.r: 2}]", "--adapter", lab.adapters / "tiny-r2-40")
     capsys.readouterr()
     assert command("evaluate", lab.recipe, *words) == 0
-    said = capsys.readouterr()
-    wanted = [(one[kind]["loss"], base[kind]["loss"]) for kind in ("all", "response")]
-    assert losses_told(said.out) == [
-        (round(a, 5), round(b, 5), round(a - b, 5)) for a, b in wanted
+    output = capsys.readouterr()
+    expected = [(adapter[kind]["loss"], base[kind]["loss"]) for kind in ("all", "response")]
+    assert printed_losses(output.out) == [
+        (round(a, 5), round(b, 5), round(a - b, 5)) for a, b in expected
     ]  # fmt: skip
-    assert "warning" not in said.out + said.err
+    assert "warning" not in output.out + output.err
     assert command("evaluate", lab.recipe, *words, "--no-base") == 0
     out = capsys.readouterr().out
-    assert f"loss {wanted[0][0]:.5f}" in out and "difference" not in out
+    assert f"loss {expected[0][0]:.5f}" in out and "difference" not in out
     assert command("evaluate", lab.recipe) == 0
     out = capsys.readouterr().out
-    assert f"loss {wanted[0][1]:.5f}" in out and "difference" not in out
+    assert f"loss {expected[0][1]:.5f}" in out and "difference" not in out
 
 
 @pytest.mark.parametrize(
-    ("override", "told"),
+    ("override", "warning"),
     [
         (
             "data.template=chat",
@@ -415,35 +427,35 @@ def test_evaluate_shows_the_base_beside_the_adapter(
         ("data.test_rows=15", ""),
     ],
 )
-def test_evaluate_tells_where_the_score_is_of_something_else(
-    lab: Lab, override: str, told: str, capsys: pytest.CaptureFixture[str]
+def test_evaluate_warns_when_scored_otherwise_than_trained(
+    lab: Lab, override: str, warning: str, capsys: pytest.CaptureFixture[str]
 ) -> None:
     folder = lab.adapters / "tiny-r4-40"
     capsys.readouterr()
     assert command("evaluate", lab.recipe, override, "--adapter", folder, "--no-base") == 0
-    said = capsys.readouterr()
-    warnings = [line for line in (said.out + said.err).splitlines() if "warning: " in line]
-    assert len(warnings) == bool(told)
-    assert not told or f"{folder} {told}" in warnings[0]
+    output = capsys.readouterr()
+    warnings = [line for line in (output.out + output.err).splitlines() if "warning: " in line]
+    assert len(warnings) == bool(warning)
+    assert not warning or f"{folder} {warning}" in warnings[0]
 
 
-def test_evaluate_knows_a_foreign_adapters_template(
+def test_evaluate_warns_when_a_foreign_adapter_has_another_template(
     lab: Lab, tiny_folder: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]
 ) -> None:
     def warnings(*overrides: str) -> str:
         capsys.readouterr()
         words = (*overrides, "--adapter", folder, "--no-base")
         assert command("evaluate", lab.recipe, *words) == 0
-        said = capsys.readouterr()
-        return said.out + said.err
+        output = capsys.readouterr()
+        return output.out + output.err
 
     folder = shutil.copytree(lab.adapters / "tiny-r4-40", tmp_path / "foreign")
     (folder / adapter_io.ABOUT).unlink()
     assert "template" not in warnings()
     shipped = folder / "chat_template.jinja"
-    told = warnings("data.template=chat")
-    assert "has a chat_template.jinja of its own, and is scored in template chat: " in told
-    assert f"data.template={shipped} scores it in its own" in told
+    warning = warnings("data.template=chat")
+    assert "has a chat_template.jinja of its own, and is scored in template chat: " in warning
+    assert f"data.template={shipped} scores it in its own" in warning
     assert "of its own" not in warnings(f"data.template={shipped}")
     shutil.copy(tiny_folder / "chat_template.jinja", shipped)
     assert "of its own" not in warnings("data.template=chat")
@@ -459,12 +471,12 @@ def test_loss_does_not_depend_on_the_evaluation_batch(
     scores = lab.folder / f"scores-{budget}.parquet"
     words = (f"evaluation.micro_batch_tokens={budget}", "--adapter", lab.adapters / "tiny-r4-40")
     assert command("evaluate", lab.recipe, *words, "--scores", scores) == 0
-    found = pq.read_table(scores).to_pydict()
-    loss = sum(found["nll_all"]) / sum(found["tokens_all"])
+    columns = pq.read_table(scores).to_pydict()
+    loss = sum(columns["nll_all"]) / sum(columns["tokens_all"])
     assert abs(loss - reported) < 1e-5
 
 
-def outside(lab: Lab, model: Path, trained: Path) -> float:
+def recompute_difference(lab: Lab, model: Path, trained: Path) -> float:
     run = next((lab.results / "runs").glob("r4-80-*"))
     script = Path(__file__).parents[1] / "support" / "recompute_loss.py"
     assert "slm_lora" not in script.read_text().split('"""')[2]
@@ -475,11 +487,11 @@ def outside(lab: Lab, model: Path, trained: Path) -> float:
     return float(done.stdout.split()[-1])
 
 
-def test_transformers_and_peft_alone_find_the_same_loss(
+def test_transformers_and_peft_alone_compute_the_same_loss(
     lab: Lab, tiny_folder: Path, tmp_path: Path
 ) -> None:
     good = lab.adapters / "tiny-r4-80"
-    assert abs(outside(lab, tiny_folder, good)) < 1e-5
+    assert abs(recompute_difference(lab, tiny_folder, good)) < 1e-5
     broken = tmp_path / "broken"
     broken.mkdir()
     for path in good.iterdir():
@@ -487,10 +499,10 @@ def test_transformers_and_peft_alone_find_the_same_loss(
     tensors = load_file(good / adapter_io.WEIGHTS)
     name = next(name for name in sorted(tensors) if "lora_B" in name)
     save_file({**tensors, name: torch.zeros_like(tensors[name])}, broken / adapter_io.WEIGHTS)
-    assert abs(outside(lab, tiny_folder, broken)) > 1e-4
+    assert abs(recompute_difference(lab, tiny_folder, broken)) > 1e-4
 
 
-def test_an_adapter_goes_back_on_its_base_only(
+def test_evaluate_refuses_changed_weights_and_another_base(
     lab: Lab, load_tiny: Callable[..., Base], tmp_path: Path, capsys: pytest.CaptureFixture[str]
 ) -> None:
     folder = tmp_path / "adapter"
@@ -523,7 +535,9 @@ def test_an_adapter_goes_back_on_its_base_only(
     assert "was trained on tiny-llama with weights 000000000000" in capsys.readouterr().err
 
 
-def test_plan_trains_nothing(lab: Lab, tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+def test_plan_lists_cells_and_trains_nothing(
+    lab: Lab, tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
     assert command("experiment", lab.recipe, "--plan", "--results", tmp_path / "r") == 0
     shown = capsys.readouterr().out
     assert "r4-80" in shown and "nothing was trained" in shown
@@ -548,21 +562,21 @@ def test_plan_trains_nothing(lab: Lab, tmp_path: Path, capsys: pytest.CaptureFix
         (["data.template=missing.jinja"], 2, "missing.jinja: cannot be read"),
     ],
 )  # fmt: skip
-def test_a_mistake_is_one_line_with_its_exit_code(
+def test_mistakes_are_reported_in_one_line_with_their_exit_code(
     lab: Lab, tmp_path: Path, capfd: pytest.CaptureFixture[str], words: list[str], code: int,
     message: str,
 ) -> None:  # fmt: skip
     out = tmp_path / "results"
-    assert command("experiment", lab.recipe, *words, "--results", out,
-                   "--adapters", tmp_path / "adapter") == code  # fmt: skip
-    said = capfd.readouterr().err
-    assert message in said
-    assert "Traceback" not in said
+    folders = ("--results", out, "--adapters", tmp_path / "adapter")
+    assert command("experiment", lab.recipe, *words, *folders) == code
+    error = capfd.readouterr().err
+    assert message in error
+    assert "Traceback" not in error
     assert not list(tmp_path.rglob("adapter_model*"))
     assert not [p for p in out.rglob("*") if p.name.startswith(".")]
 
 
-def test_a_model_folder_without_weights(
+def test_model_folder_without_whole_weights_is_refused(
     lab: Lab, tiny_folder: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]
 ) -> None:
     folder = tmp_path / "hollow"
@@ -578,17 +592,6 @@ def test_a_model_folder_without_weights(
     assert "not a whole safetensors file" in capsys.readouterr().err
 
 
-def test_help_is_quick_and_needs_no_torch() -> None:
-    script = (
-        "import sys; from slm_lora.cli import run_guarded, app\n"
-        "run_guarded(lambda: app(['--help'], standalone_mode=False))\n"
-        "sys.exit('torch' in sys.modules or 'transformers' in sys.modules)"
-    )
-    done = subprocess.run([sys.executable, "-c", script], capture_output=True, check=False)
-    assert done.returncode == 0
-    assert b"experiment" in done.stdout
-
-
 def test_data_check_names_every_bad_row(
     lab: Lab, tmp_path: Path, capsys: pytest.CaptureFixture[str]
 ) -> None:
@@ -597,17 +600,17 @@ def test_data_check_names_every_bad_row(
         rows[index]["response"] = " "
     path = write_jsonl(tmp_path / "bad.jsonl", rows)
     assert command("data", "check", lab.recipe, f"data.name={path}") == 3
-    said = capsys.readouterr()
-    assert [line.split(" ")[0] for line in said.out.splitlines()] == [
+    output = capsys.readouterr()
+    assert [line.split(" ")[0] for line in output.out.splitlines()] == [
         f"bad.jsonl:{number}:" for number in (4, 8, 21, 51, 52)
     ]
-    assert "set data.on_bad_row=skip" in said.err
+    assert "set data.on_bad_row=skip" in output.err
     words = (f"data.name={path}", "data.on_bad_row=skip")
     assert command("data", "check", lab.recipe, *words) == 0
     assert "5 malformed rows skipped" in capsys.readouterr().out
 
 
-def test_data_check_warns_of_what_may_not_be_meant(
+def test_data_check_warns_of_probable_mistakes(
     lab: Lab, tmp_path: Path, capsys: pytest.CaptureFixture[str]
 ) -> None:
     rows: list[dict[str, str]] = [
@@ -621,24 +624,26 @@ def test_data_check_warns_of_what_may_not_be_meant(
     words = (f"data.name={path}", "data.test_rows=8", "data.validation_rows=4", "data.size=null")
     plain = (*words, "grid.cells=[{adapter.r: 2}]", "training.loss_on=response")
     assert command("data", "check", lab.recipe, *plain) == 0
-    said = [line for line in capsys.readouterr().out.splitlines() if line.startswith("warning: ")]
-    assert len(said) == 6
-    assert said[0].startswith("warning: 8 test rows: fewer than 30 give wide ")
-    assert "1 of 48 training rows have no label token (loss on response)" in said[1]
-    assert said[2].startswith(
+    warnings = [
+        line for line in capsys.readouterr().out.splitlines() if line.startswith("warning: ")
+    ]
+    assert len(warnings) == 6
+    assert warnings[0].startswith("warning: 8 test rows: fewer than 30 give wide ")
+    assert "1 of 48 training rows have no label token (loss on response)" in warnings[1]
+    assert warnings[2].startswith(
         "warning: 1 rows are longer than data.max_length = 128 and are truncated"
     )
-    assert "1 rows contain what looks like an unfilled placeholder" in said[3]
-    assert "({{name}}), first odd.jsonl:5" in said[3]
-    assert "rows are tokenised differently in training and in generation" in said[4]
-    assert "responses: 1 rows contain special tokens (<|im_" in said[5]
-    assert "data.special_tokens_in_responses=special makes them" in said[5]
+    assert "1 rows contain what looks like an unfilled placeholder" in warnings[3]
+    assert "({{name}}), first odd.jsonl:5" in warnings[3]
+    assert "rows are tokenised differently in training and in generation" in warnings[4]
+    assert "responses: 1 rows contain special tokens (<|im_" in warnings[5]
+    assert "data.special_tokens_in_responses=special makes them" in warnings[5]
     special = "data.special_tokens_in_responses=special"
     assert command("data", "check", lab.recipe, *plain, special) == 0
     assert "tokenised as special tokens (data.special_tokens_in" in capsys.readouterr().out
 
 
-def test_long_texts_are_trained_on_and_scored_whole_in_pieces(
+def test_long_rows_in_split_mode_have_every_token_trained_and_scored(
     tmp_path: Path, tiny_folder: Path, capsys: pytest.CaptureFixture[str]
 ) -> None:
     """Tokens counted by the tokenizer alone; no row of one side is on the other."""
@@ -651,10 +656,10 @@ def test_long_texts_are_trained_on_and_scored_whole_in_pieces(
     ]
     path = write_jsonl(tmp_path / "texts.jsonl", texts)
     words = (f"data.name={path}", "data.test_rows=6", "data.validation_rows=2")
-    one = (*words, "grid.cells=[{adapter.r: 2}]", "training.num_train_epochs=1")
-    assert command("data", "check", lab.recipe, *one) == 0
+    one_cell = (*words, "grid.cells=[{adapter.r: 2}]", "training.num_train_epochs=1")
+    assert command("data", "check", lab.recipe, *one_cell) == 0
     assert "data.on_long_row=split uses the whole text" in capsys.readouterr().out
-    split = (*one, "data.on_long_row=split", "data.max_length=50")
+    split = (*one_cell, "data.on_long_row=split", "data.max_length=50")
     assert command("data", "check", lab.recipe, *split) == 0
     checked = capsys.readouterr().out
     assert "warning: 6 test rows" in checked and "are truncated" not in checked
@@ -664,21 +669,20 @@ def test_long_texts_are_trained_on_and_scored_whole_in_pieces(
     (run,) = (lab.results / "runs").glob("r2-*")
     record = json.loads((run / "run.json").read_text())
     scores = pq.read_table(run / "scores.parquet").to_pylist()
-    rows = {each["row_id"].partition(".")[0] for each in scores}
+    rows = {entry["row_id"].partition(".")[0] for entry in scores}
     assert len(rows) == 6 and len(scores) > 12
-    assert len({each["group_id"] for each in scores}) == 6
+    assert len({entry["group_id"] for entry in scores}) == 6
     counts = {
-        Row((Turn("assistant", each["text"]),)).row_id: len(tokenizer(each["text"])["input_ids"])
-        for each in texts
+        Row((Turn("assistant", entry["text"]),)).row_id: len(tokenizer(entry["text"])["input_ids"])
+        for entry in texts
     }
     # Of n tokens and an EOS the first is nobody's label.
-    assert sum(each["tokens_all"] for each in scores) == sum(counts[row] for row in rows)
+    assert sum(entry["tokens_all"] for entry in scores) == sum(counts[row] for row in rows)
     sets = record["data"]["sets"]
-    labels = sum(found["tokens"] - found["rows"] for found in sets.values())
+    labels = sum(part["tokens"] - part["rows"] for part in sets.values())
     assert labels == sum(counts.values())
     assert record["data"]["long_rows"]["test"]["tokens_cut"] == 0
-    recipe = (lab.recipe, *split, "--results", lab.results.parent, "--adapters", lab.adapters)
-    assert command("experiment", *recipe, "--with-rows") == 0
+    assert command("experiment", lab.recipe, *split, *lab.folders, "--with-rows") == 0
     assert "river" in (lab.results / "report-with-rows.html").read_text()
 
 
@@ -687,7 +691,9 @@ def test_only_plain_text_can_be_split(lab: Lab, capsys: pytest.CaptureFixture[st
     assert "data.template = instruction_response: puts a prompt" in capsys.readouterr().err
 
 
-def test_data_commands(lab: Lab, capsys: pytest.CaptureFixture[str]) -> None:
+def test_data_check_and_show_print_statistics_and_tokens(
+    lab: Lab, capsys: pytest.CaptureFixture[str]
+) -> None:
     assert command("data", "check", lab.recipe) == 0
     checked = capsys.readouterr().out
     assert "120 rows in" in checked
@@ -701,8 +707,8 @@ def test_data_commands(lab: Lab, capsys: pytest.CaptureFixture[str]) -> None:
     assert record["recipe"]["data"]["include_context"] is True
     assert record["data"]["template"]["include_context"] is True
     assert command("data", "check", lab.recipe, "data.include_context=false") == 0
-    told = capsys.readouterr().out
-    assert "note: contexts are left out of the prompts, in 40 of 120 rows" in told
+    without_context = capsys.readouterr().out
+    assert "note: contexts are left out of the prompts, in 40 of 120 rows" in without_context
     assert command("data", "show", lab.recipe, "--rows", 1) == 0
     shown = capsys.readouterr().out
     assert "Response" in shown and "<|im_end|>]" in shown

@@ -1,4 +1,4 @@
-"""Adapters of others: computed as PEFT does, or refused with what they are and the way out."""
+"""Adapters by PEFT alone: computed as by PEFT, or refused with kind and alternative."""
 
 from __future__ import annotations
 
@@ -39,15 +39,15 @@ def untied(tiny_folder: Path, tmp_path: Path) -> Path:
 def foreign(
     base: Path,
     folder: Path,
-    whole: bool | str = "auto",
-    grow: int = 0,
+    save_embeddings: bool | str = "auto",
+    extra_tokens: int = 0,
     config: Any = None,
     **settings: Any,
 ) -> Path:
     """An adapter by PEFT alone, none of whose numbers are zero."""
     model = AutoModelForCausalLM.from_pretrained(base, dtype=torch.float32)
-    if grow:
-        model.resize_token_embeddings(model.config.vocab_size + grow, mean_resizing=False)
+    if extra_tokens:
+        model.resize_token_embeddings(model.config.vocab_size + extra_tokens, mean_resizing=False)
     if config is None:
         settings = {"target_modules": ["q_proj"], **settings}
         config = LoraConfig(task_type="CAUSAL_LM", r=4, lora_alpha=8, **settings)
@@ -56,7 +56,7 @@ def foreign(
     for parameter in peft_model.parameters():
         if parameter.requires_grad:
             parameter.data += 0.1 * torch.randn_like(parameter)
-    peft_model.save_pretrained(folder, save_embedding_layers=whole)
+    peft_model.save_pretrained(folder, save_embedding_layers=save_embeddings)
     return folder
 
 
@@ -66,11 +66,11 @@ def load(folder: Path) -> Base:
 
 
 def refusal(base: Path, folder: Path) -> str:
-    with pytest.raises(SlmLoraError) as caught:
+    with pytest.raises(SlmLoraError) as refused:
         adapter_io.load(load(base), folder)
-    said = str(caught.value)
-    assert "\n" not in said
-    return said
+    message = str(refused.value)
+    assert "\n" not in message
+    return message
 
 
 @pytest.mark.parametrize(
@@ -78,13 +78,15 @@ def refusal(base: Path, folder: Path) -> str:
     [
         {"modules_to_save": ["lm_head", "embed_tokens"]},
         {"target_modules": ["q_proj", "embed_tokens"]},  # with PEFT's copy of the base's
-        {"target_modules": ["q_proj", "embed_tokens"], "whole": False},
+        {"target_modules": ["q_proj", "embed_tokens"], "save_embeddings": False},
         {"trainable_token_indices": [7, 40, 41, 300]},
-        {"whole": True},  # copies beside an adapter on layers
+        {"save_embeddings": True},  # copies beside an adapter on layers
         {"init_lora_weights": "gaussian", "rank_pattern": {"q_proj": 2}, "use_rslora": True},
     ],
 )
-def test_what_is_computed_is_pefts(settings: dict[str, Any], untied: Path, tmp_path: Path) -> None:
+def test_foreign_adapter_logits_equal_those_of_peft(
+    settings: dict[str, Any], untied: Path, tmp_path: Path
+) -> None:
     folder = foreign(untied, tmp_path / "adapter", **settings)
     base = load(untied)
     adapter_io.load(base, folder)
@@ -99,30 +101,32 @@ def test_what_is_computed_is_pefts(settings: dict[str, Any], untied: Path, tmp_p
 
 
 @pytest.mark.parametrize("ties", [False, True])
-def test_without_an_adapter_the_base_is_as_it_was(
+def test_detaching_a_foreign_adapter_restores_the_base(
     ties: bool, untied: Path, tiny_folder: Path, tmp_path: Path
 ) -> None:
     """`evaluate` scores the base beside an adapter, which may hold whole modules in its place."""
     path = tiny_folder if ties else untied
-    whole = {"modules_to_save": ["embed_tokens"], "ensure_weight_tying": True}
-    both = {"modules_to_save": ["lm_head", "embed_tokens"]}
-    folder = foreign(path, tmp_path / "adapter", **(whole if ties else both))
+    embeddings = {"modules_to_save": ["embed_tokens"], "ensure_weight_tying": True}
+    head_and_embeddings = {"modules_to_save": ["lm_head", "embed_tokens"]}
+    folder = foreign(path, tmp_path / "adapter", **(embeddings if ties else head_and_embeddings))
     base = load(path)
 
     def named() -> list[tuple[str, int, bool]]:
-        every = base.model.named_parameters(remove_duplicate=False)
-        return [(name, each.data_ptr(), each.requires_grad) for name, each in every]
+        parameters = base.model.named_parameters(remove_duplicate=False)
+        return [
+            (name, parameter.data_ptr(), parameter.requires_grad) for name, parameter in parameters
+        ]
 
     with torch.no_grad():
-        before, parameters = document_logits(base, [IDS]), named()
+        before, named_before = document_logits(base, [IDS]), named()
         peft_model = adapter_io.load(base, folder)
         assert not torch.equal(document_logits(base, [IDS]), before)
         attach.detach(peft_model)
         assert torch.equal(document_logits(base, [IDS]), before)
-    assert named() == parameters
+    assert named() == named_before
 
 
-def test_adapters_that_do_not_go_together_are_named(untied: Path, tmp_path: Path) -> None:
+def test_adapters_peft_cannot_load_together_are_refused(untied: Path, tmp_path: Path) -> None:
     names = {
         "one": foreign(untied, tmp_path / "one", modules_to_save=["embed_tokens"]),
         "two": foreign(untied, tmp_path / "two", target_modules=["q_proj", "embed_tokens"]),
@@ -141,10 +145,13 @@ MERGE = r"merge it with PEFT \(merge_and_unload\), and name the merged folder in
 
 
 @pytest.mark.parametrize(
-    ("settings", "said"),
+    ("settings", "message"),
     [
         ({"target_modules": ["lm_head"]}, f"an adapter on lm_head: .*{MERGE}"),
-        ({"target_modules": ["lm_head"], "whole": False}, f"an adapter on lm_head: .*{MERGE}"),
+        (
+            {"target_modules": ["lm_head"], "save_embeddings": False},
+            f"an adapter on lm_head: .*{MERGE}",
+        ),
         (
             {"alora_invocation_tokens": [5, 9]},
             r"activated LoRA \(alora_invocation_tokens\).* use it with PEFT itself",
@@ -153,7 +160,7 @@ MERGE = r"merge it with PEFT \(merge_and_unload\), and name the merged folder in
         ({"init_lora_weights": "pissa"}, f"init_lora_weights = pissa: .*{MERGE}"),
         ({"init_lora_weights": "olora"}, f"init_lora_weights = olora: .*{MERGE}"),
         (
-            {"grow": 3, "whole": True},
+            {"extra_tokens": 3, "save_embeddings": True},
             r"vocabulary was changed: its lm_head and embed_tokens have 437 rows, untied has 434; "
             rf"give the base that many \(resize_token_embeddings\), {MERGE}",
         ),
@@ -167,34 +174,34 @@ MERGE = r"merge it with PEFT \(merge_and_unload\), and name the merged folder in
         ),
     ],
 )
-def test_what_is_not_computed_is_named(
-    settings: dict[str, Any], said: str, untied: Path, tmp_path: Path
+def test_unsupported_foreign_adapters_are_refused_with_the_alternative(
+    settings: dict[str, Any], message: str, untied: Path, tmp_path: Path
 ) -> None:
     rows = load(untied).model.config.vocab_size
-    said = said.replace("437", str(rows + 3)).replace("434", str(rows))
+    message = message.replace("437", str(rows + 3)).replace("434", str(rows))
     folder = foreign(untied, tmp_path / "adapter", **settings)
-    with pytest.raises(SlmLoraError, match=said):
+    with pytest.raises(SlmLoraError, match=message):
         adapter_io.load(load(untied), folder)
 
 
-def test_one_matrix_at_both_ends(tiny_folder: Path, tmp_path: Path) -> None:
+def test_adapter_on_a_tied_lm_head_is_refused(tiny_folder: Path, tmp_path: Path) -> None:
     folder = foreign(tiny_folder, tmp_path / "adapter", target_modules=["lm_head"])
-    said = refusal(tiny_folder, folder)
-    assert "an adapter on lm_head: " in said
-    assert "one matrix, so merging would change both: use it with PEFT itself" in said
+    message = refusal(tiny_folder, folder)
+    assert "an adapter on lm_head: " in message
+    assert "one matrix, so merging would change both: use it with PEFT itself" in message
 
 
-def test_embeddings_that_are_not_the_bases(untied: Path, tmp_path: Path) -> None:
+def test_adapter_with_embeddings_of_another_base_is_refused(untied: Path, tmp_path: Path) -> None:
     folder = foreign(untied, tmp_path / "adapter", True)
     tensors = load_file(folder / "adapter_model.safetensors")
     name = next(name for name in tensors if "embed_tokens" in name)
     tensors[name] = tensors[name] + 1e-3
     save_file(tensors, folder / "adapter_model.safetensors", {"format": "pt"})
-    said = refusal(untied, folder)
-    assert "contains embed_tokens that differ from those of untied" in said
+    message = refusal(untied, folder)
+    assert "contains embed_tokens that differ from those of untied" in message
 
 
-def test_trained_biases_are_named(tiny_folder: Path, tmp_path: Path) -> None:
+def test_adapter_with_trained_biases_is_refused(tiny_folder: Path, tmp_path: Path) -> None:
     from transformers import Qwen2Config, Qwen2ForCausalLM
 
     torch.manual_seed(0)
@@ -206,7 +213,7 @@ def test_trained_biases_are_named(tiny_folder: Path, tmp_path: Path) -> None:
     ).save_pretrained(tmp_path / "biased")  # fmt: skip
     folder = foreign(tmp_path / "biased", tmp_path / "adapter", bias="all")
     assert "bias = 'all': 3 biases of the base were trained" in refusal(tmp_path / "biased", folder)
-    # Where the base has none, there is nothing to it.
+    # Without biases in the base, the setting has no effect.
     adapter_io.load(load(tiny_folder), foreign(tiny_folder, tmp_path / "other", bias="all"))
 
 
@@ -218,7 +225,7 @@ def test_trained_biases_are_named(tiny_folder: Path, tmp_path: Path) -> None:
         ({"use_something_new": False, "something_new_config": None, "new_size": 16}, False),
     ],
 )
-def test_what_newer_releases_of_peft_know(
+def test_unknown_peft_config_keys_are_refused_unless_off(
     change: dict[str, Any], refused: bool, tiny_folder: Path, tmp_path: Path
 ) -> None:
     folder = foreign(tiny_folder, tmp_path / "adapter")
@@ -232,10 +239,10 @@ def test_what_newer_releases_of_peft_know(
         adapter_io.load(load(tiny_folder), folder)
 
 
-def test_an_adapter_is_no_model(tiny_folder: Path, tmp_path: Path) -> None:
+def test_adapter_folder_given_as_model_is_refused(tiny_folder: Path, tmp_path: Path) -> None:
     folder = foreign(tiny_folder, tmp_path / "adapter")
-    said = rf"an adapter, not a model; .*model.name={tiny_folder}.* --adapter; or merge"
-    with pytest.raises(UsageError, match=said):
+    message = rf"an adapter, not a model; .*model.name={tiny_folder}.* --adapter; or merge"
+    with pytest.raises(UsageError, match=message):
         resolve(ModelSection(name=str(folder)))
     # transformers would load the adapter's base in the place of what lies beside it.
     shutil.copytree(tiny_folder, tmp_path / "both")
@@ -244,7 +251,7 @@ def test_an_adapter_is_no_model(tiny_folder: Path, tmp_path: Path) -> None:
         resolve(ModelSection(name=str(tmp_path / "both")))
 
 
-Said = dict[str, Any]
+Json = dict[str, Any]
 
 
 @pytest.mark.parametrize(
@@ -262,22 +269,22 @@ Said = dict[str, Any]
         ({"text_config": {"quantization_config": {"quant_method": "hqq"}}}, "hqq"),
     ],
 )
-def test_quantised_weights_are_named(
-    change: Said, kind: str, tiny_folder: Path, tmp_path: Path
+def test_quantised_base_weights_are_refused_by_kind(
+    change: Json, kind: str, tiny_folder: Path, tmp_path: Path
 ) -> None:
     folder = shutil.copytree(tiny_folder, tmp_path / "model")
-    config: Said = json.loads((folder / "config.json").read_text())
+    config: Json = json.loads((folder / "config.json").read_text())
     (folder / "config.json").write_text(json.dumps(config | change))
     with pytest.raises(UsageError, match=rf"quantised \({kind}\); .*model.quantization=nf4"):
         resolve(ModelSection(name=str(folder)))
 
 
 @pytest.mark.parametrize("change", [{"quantization_config": None}, {"quantization_config": {}}])
-def test_plain_weights_are_not(
-    change: Said, tiny_folder: Path, tmp_path: Path, load_tiny: Callable[..., Base]
+def test_empty_quantization_config_is_no_quantisation(
+    change: Json, tiny_folder: Path, tmp_path: Path, load_tiny: Callable[..., Base]
 ) -> None:
     folder = shutil.copytree(tiny_folder, tmp_path / "model")
-    config: Said = json.loads((folder / "config.json").read_text())
+    config: Json = json.loads((folder / "config.json").read_text())
     (folder / "config.json").write_text(json.dumps(config | change))
     assert resolve(ModelSection(name=str(folder))).sha256 == load_tiny().source.sha256
     (folder / "quantize_config.json").write_text('{"bits": 4}')

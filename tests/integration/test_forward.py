@@ -23,11 +23,12 @@ from slm_lora.ops.output_head import HeadForm, OutputHead
 from slm_lora.ops.token_metrics import TOKEN_METRICS
 
 from ..support.examples import LENGTHS, gradients, load, make_examples, save_model
+from ..support.tensors import relative_error
 
 LoadTiny = Callable[..., Base]
 
 
-def test_the_packed_way_is_taken(load_tiny: LoadTiny) -> None:
+def test_packed_forward_is_used_unless_padded_is_requested(load_tiny: LoadTiny) -> None:
     for precision in ("fp32", "bf16"):
         base = load_tiny(precision)
         assert base.packed
@@ -46,20 +47,20 @@ def test_packed_scores_equal_each_document_alone(load_tiny: LoadTiny) -> None:
         assert together.tokens_all[index] == example.length - 1
 
 
-def test_a_document_does_not_see_its_neighbours(load_tiny: LoadTiny) -> None:
+def test_nll_of_a_document_does_not_depend_on_its_neighbours(load_tiny: LoadTiny) -> None:
     base = load_tiny()
     first, *rest = make_examples(LENGTHS)
     others = make_examples(LENGTHS, seed=9)[1:]
-    one = score_documents(base, collate([first, *rest], "all")).nll_all[0]
-    other = score_documents(base, collate([first, *others], "all")).nll_all[0]
+    nll = score_documents(base, collate([first, *rest], "all")).nll_all[0]
+    with_others = score_documents(base, collate([first, *others], "all")).nll_all[0]
     moved = score_documents(base, collate([*others, first], "all")).nll_all[-1]
-    assert one == pytest.approx(other, rel=1e-6)
-    assert one == pytest.approx(moved, rel=1e-6)
+    assert nll == pytest.approx(with_others, rel=1e-6)
+    assert nll == pytest.approx(moved, rel=1e-6)
 
 
 @settings(max_examples=15, deadline=None)
 @given(lengths=st.lists(st.integers(2, 60), min_size=1, max_size=9))
-def test_attention_equals_softmax_attention(lengths: list[int]) -> None:
+def test_packed_attention_equals_softmax_attention_with_gradients(lengths: list[int]) -> None:
     generator = torch.Generator().manual_seed(sum(lengths))
     total = sum(lengths)
     q = torch.randn(total, 6, 8, dtype=torch.float64, generator=generator, requires_grad=True)
@@ -69,25 +70,25 @@ def test_attention_equals_softmax_attention(lengths: list[int]) -> None:
     )
     up = torch.randn(total, 6, 8, dtype=torch.float64, generator=generator)
     out, _ = attention.packed_attention(q, k, v, torch.tensor(lengths), 0.3)
-    found = torch.autograd.grad((out * up).sum(), (q, k, v))
+    actual_gradients = torch.autograd.grad((out * up).sum(), (q, k, v))
     document = torch.repeat_interleave(torch.arange(len(lengths)), torch.tensor(lengths))
     seen = (document[:, None] == document[None, :]).tril()
     scores = torch.einsum("thd,shd->hts", q, k.repeat_interleave(3, 1)) * 0.3
     weights = scores.masked_fill(~seen, float("-inf")).softmax(-1)
     reference = torch.einsum("hts,shd->thd", weights, v.repeat_interleave(3, 1))
-    wanted = torch.autograd.grad((reference * up).sum(), (q, k, v))
+    expected_gradients = torch.autograd.grad((reference * up).sum(), (q, k, v))
     torch.testing.assert_close(out, reference, rtol=1e-10, atol=1e-10)
-    for one, other in zip(found, wanted, strict=True):
-        torch.testing.assert_close(one, other, rtol=1e-9, atol=1e-10)
+    for gradient, expected in zip(actual_gradients, expected_gradients, strict=True):
+        torch.testing.assert_close(gradient, expected, rtol=1e-9, atol=1e-10)
 
 
 @pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
-def test_attention_is_a_sound_operator(dtype: torch.dtype) -> None:
+def test_packed_attention_passes_opcheck(dtype: torch.dtype) -> None:
     """It neither mutates nor returns its inputs, and its fake kernel gives the right shapes."""
     generator = torch.Generator().manual_seed(0)
     q, k, v, upstream = (
-        torch.randn(12, many, 16, generator=generator).to(dtype).requires_grad_()
-        for many in (6, 2, 2, 6)
+        torch.randn(12, heads, 16, generator=generator).to(dtype).requires_grad_()
+        for heads in (6, 2, 2, 6)
     )
     lengths = torch.tensor([7, 5])
     torch.library.opcheck(attention.packed_attention, (q, k, v, lengths, 0.3))
@@ -106,17 +107,17 @@ def error_to_fp64(
     reference = gradients(load_tiny("fp64", plain=True), examples, double=True)
 
     def error(precision: str, plain: bool) -> float:
-        found = gradients(load_tiny(precision, plain=plain), examples)
-        return ((found - reference).norm() / reference.norm()).item()
+        actual = gradients(load_tiny(precision, plain=plain), examples)
+        return relative_error(actual, reference)
 
     return error
 
 
-def test_fp32_gradients_are_those_of_fp64(error_to_fp64: Callable[[str, bool], float]) -> None:
+def test_fp32_gradients_equal_fp64(error_to_fp64: Callable[[str, bool], float]) -> None:
     assert error_to_fp64("fp32", False) < 1e-5
 
 
-def test_bf16_is_no_further_from_fp64_than_transformers_own(
+def test_bf16_gradients_are_as_close_to_fp64_as_transformers(
     error_to_fp64: Callable[[str, bool], float],
 ) -> None:
     # A tolerance of a tenth, because rounding errors are of equal size but different.
@@ -155,24 +156,26 @@ def save_headed(kind: str, folder: Path, std: float) -> None:
 
 @pytest.mark.parametrize("kind", HEADS)
 @pytest.mark.parametrize("std", [0.1, 0.7])  # with 0.1, a cap of 30 has almost no effect
-def test_special_heads_give_the_loss_of_transformers(kind: str, std: float, tmp_path: Path) -> None:
+def test_special_output_heads_have_the_loss_of_transformers(
+    kind: str, std: float, tmp_path: Path
+) -> None:
     save_headed(kind, tmp_path, std)
     base = load(tmp_path)
     plain = transformers.AutoModelForCausalLM.from_pretrained(tmp_path, dtype=torch.float32)
     examples = make_examples([30, 12, 5])
-    found = score_documents(base, collate(examples, "all")).nll_all
+    nll = score_documents(base, collate(examples, "all")).nll_all
     batch = collate(examples, "all")
     total = sum(
         plain(input_ids=ids, labels=ids, use_cache=False).loss * (ids.shape[1] - 1)
         for example in examples
         for ids in [torch.from_numpy(example.ids).long().unsqueeze(0)]
     )
-    assert found.sum() == pytest.approx(total.item(), rel=2e-6)
+    assert nll.sum() == pytest.approx(total.item(), rel=2e-6)
     assert batch_nll(base, batch).item() == pytest.approx(total.item(), rel=2e-6)
 
 
 @pytest.mark.parametrize("kind", ["Gemma2Config", "CohereConfig", "PhiConfig"])
-def test_special_heads_give_the_gradient_of_transformers(kind: str, tmp_path: Path) -> None:
+def test_special_output_heads_have_the_gradient_of_transformers(kind: str, tmp_path: Path) -> None:
     save_headed(kind, tmp_path, 0.7)
     base = load(tmp_path)
     plain = transformers.AutoModelForCausalLM.from_pretrained(tmp_path, dtype=torch.float32)
@@ -186,7 +189,7 @@ def test_special_heads_give_the_gradient_of_transformers(kind: str, tmp_path: Pa
         torch.testing.assert_close(ours[name].grad, parameter.grad, rtol=1e-3, atol=1e-4)
 
 
-def test_a_head_that_is_no_function_of_the_hidden_states_is_refused(tmp_path: Path) -> None:
+def test_model_whose_head_needs_more_than_hidden_states_is_refused(tmp_path: Path) -> None:
     config = transformers.ModernBertDecoderConfig(
         vocab_size=300, hidden_size=16, intermediate_size=24, num_hidden_layers=2,
         num_attention_heads=2, bos_token_id=0, eos_token_id=0, pad_token_id=0, cls_token_id=0,
@@ -198,22 +201,24 @@ def test_a_head_that_is_no_function_of_the_hidden_states_is_refused(tmp_path: Pa
 
 
 @pytest.mark.parametrize("precision", ["fp32", "bf16"])
-def test_documents_that_see_each_other_are_found_out(
+def test_attention_across_documents_falls_back_to_padding(
     load_tiny: LoadTiny, monkeypatch: pytest.MonkeyPatch, precision: PrecisionName
 ) -> None:
-    right = attention_bmm.forward
+    forward = attention_bmm.forward
 
-    def wrong(q: Tensor, k: Tensor, v: Tensor, lengths: Tensor, scale: float) -> tuple[Tensor, ...]:
-        return right(q, k, v, lengths.sum().view(1), scale)
+    def across_documents(
+        q: Tensor, k: Tensor, v: Tensor, lengths: Tensor, scale: float
+    ) -> tuple[Tensor, ...]:
+        return forward(q, k, v, lengths.sum().view(1), scale)
 
-    for way in (attention_bmm, attention_cpu):
-        monkeypatch.setattr(way, "forward", wrong)
+    for backend in (attention_bmm, attention_cpu):
+        monkeypatch.setattr(backend, "forward", across_documents)
     base = load_tiny(precision)
     assert not base.packed
     assert "logits differ by" in base.fallback_reason
 
 
-def test_flash_attention_that_does_not_run_is_named_and_not_used(
+def test_flash_attention_that_fails_is_reported_and_not_used(
     monkeypatch: pytest.MonkeyPatch,
 ) -> None:
     # PyTorch has no FlashAttention operator on a CPU, so the check fails.
@@ -223,7 +228,7 @@ def test_flash_attention_that_does_not_run_is_named_and_not_used(
 
 
 @pytest.mark.parametrize("kind", ["MistralConfig", "Qwen2Config", "Qwen3Config"])
-def test_other_models_score_as_transformers_does(kind: str, tmp_path: Path) -> None:
+def test_other_model_families_score_as_transformers_does(kind: str, tmp_path: Path) -> None:
     config = getattr(transformers, kind)(
         vocab_size=300, hidden_size=16, intermediate_size=24, num_hidden_layers=2,
         num_attention_heads=4, num_key_value_heads=2, head_dim=4, sliding_window=8,
@@ -234,30 +239,30 @@ def test_other_models_score_as_transformers_does(kind: str, tmp_path: Path) -> N
     # Only Mistral enables its sliding window by default; packed attention does not support one.
     assert base.packed == (kind != "MistralConfig"), base.fallback_reason
     examples = make_examples([30, 12, 5])
-    found = score_documents(base, collate(examples, "all")).nll_all
+    nll = score_documents(base, collate(examples, "all")).nll_all
     for index, example in enumerate(examples):
         ids = torch.from_numpy(example.ids).long().unsqueeze(0)
         plain = transformers.AutoModelForCausalLM.from_pretrained(tmp_path)
-        wanted = plain(input_ids=ids, labels=ids).loss.item() * (example.length - 1)
-        assert found[index] == pytest.approx(wanted, rel=1e-4)
+        expected = plain(input_ids=ids, labels=ids).loss.item() * (example.length - 1)
+        assert nll[index] == pytest.approx(expected, rel=1e-4)
 
 
-def test_micro_batches_give_the_gradient_of_the_whole(load_tiny: LoadTiny) -> None:
+def test_summed_micro_batch_gradients_equal_the_whole_batch(load_tiny: LoadTiny) -> None:
     examples = make_examples(LENGTHS)
-    whole = gradients(load_tiny(), examples)
-    parts = sum(gradients(load_tiny(), [example]) for example in examples)
-    assert ((whole - parts).norm() / whole.norm()).item() < 1e-5
+    one_batch = gradients(load_tiny(), examples)
+    parts = gradients(load_tiny(), examples, micro_batch=1)
+    assert relative_error(parts, one_batch) < 1e-5
 
 
-def test_dropout_does_not_depend_on_packing(load_tiny: LoadTiny) -> None:
+def test_dropout_gradients_do_not_depend_on_packing(load_tiny: LoadTiny) -> None:
     examples = make_examples(LENGTHS)
     packed = gradients(load_tiny(), examples, dropout=0.3)
     padded = gradients(load_tiny(plain=True), examples, dropout=0.3)
-    alone = sum(gradients(load_tiny(), [example], dropout=0.3) for example in examples)
+    alone = gradients(load_tiny(), examples, dropout=0.3, micro_batch=1)
     without = gradients(load_tiny(), examples)
-    for other in (padded, alone):
-        assert ((packed - other).norm() / packed.norm()).item() < 1e-5
-    assert ((packed - without).norm() / packed.norm()).item() > 1e-2
+    for gradient in (padded, alone):
+        assert relative_error(gradient, packed) < 1e-5
+    assert relative_error(without, packed) > 1e-2
 
 
 @pytest.mark.parametrize("with_bias", [False, True])
@@ -271,17 +276,17 @@ def test_chunked_loss_equals_cross_entropy(positions: int, form: HeadForm, with_
     weight = torch.randn(50, 16, dtype=torch.float64, requires_grad=True)
     labels = torch.randint(0, 50, (positions,))
     bias = torch.randn(50, dtype=torch.float64, requires_grad=True) if with_bias else None
-    found = summed_nll(hidden, OutputHead(weight, bias, form), labels)
+    nll = summed_nll(hidden, OutputHead(weight, bias, form), labels)
     logits = form.scale * (hidden @ weight.t() + (0 if bias is None else bias))
     if form.cap is not None:
         logits = form.cap * torch.tanh(logits / form.cap)
     reference = torch.nn.functional.cross_entropy(logits, labels, reduction="sum")
-    assert found.item() == pytest.approx(reference.item(), rel=1e-12)
+    assert nll.item() == pytest.approx(reference.item(), rel=1e-12)
     trained = (hidden, weight) if bias is None else (hidden, weight, bias)
-    ours = torch.autograd.grad(found / 7, trained)
+    ours = torch.autograd.grad(nll / 7, trained)
     theirs = torch.autograd.grad(reference / 7, trained)
-    for one, other in zip(ours, theirs, strict=True):
-        torch.testing.assert_close(one, other, rtol=1e-10, atol=1e-12)
+    for gradient, expected in zip(ours, theirs, strict=True):
+        torch.testing.assert_close(gradient, expected, rtol=1e-10, atol=1e-12)
     rows = token_nll(hidden, OutputHead(weight, bias, form), labels)
     assert rows.sum().item() == pytest.approx(reference.item(), rel=1e-6)
 
@@ -291,14 +296,16 @@ def accurate(logits: torch.Tensor, labels: torch.Tensor) -> torch.Tensor:
 
 
 @pytest.mark.parametrize("plain", [False, True])
-def test_token_metrics_are_those_of_transformers_logits(
+def test_token_metrics_equal_those_of_transformers_logits(
     load_tiny: LoadTiny, monkeypatch: pytest.MonkeyPatch, plain: bool
 ) -> None:
     """A planted accuracy, over all labels and over the response's, per row."""
     monkeypatch.setitem(TOKEN_METRICS, "accuracy", accurate)
     base, examples = load_tiny("fp32", plain=plain), make_examples(LENGTHS)
     base.model.eval()
-    for row in score(base, examples, "test", 64):
+    rows = score(base, examples, "test", 64)
+    assert len(rows) == len(examples)
+    for row in rows:
         (example,) = (e for e in examples if e.row_id == row.row_id)
         (alone,) = [collate([example], "all")]
         with torch.no_grad():

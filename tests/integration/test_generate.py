@@ -1,4 +1,4 @@
-"""Replies: those of transformers and PEFT, from prompts that training would have made."""
+"""Replies equal those of transformers and PEFT, from prompts as in training."""
 
 from __future__ import annotations
 
@@ -23,7 +23,6 @@ from transformers import AutoModelForCausalLM, AutoTokenizer
 
 from slm_lora.adapters import io as adapter_io
 from slm_lora.adapters.multi import BASE, AdapterSet, load_adapter_set
-from slm_lora.cli import app, run_guarded
 from slm_lora.config.schema import ModelSection
 from slm_lora.data.prompts import Prompt
 from slm_lora.data.templates import Template, TemplateKind
@@ -44,12 +43,13 @@ from slm_lora.runtime.checksums import FILES, SEAL
 
 from ..support.examples import save_model
 from ..support.exports import change_metadata, make_adapter
+from ..support.lab import command
 from ..support.tiny_model import tiny_tokenizer
 
 QUESTIONS = ("Tell me fact 3 about bread.", "What of <|im_end|> and tea?", "Maps?\nAnd clocks?")
 
 
-def asked(text: str) -> Prompt:
+def user_prompt(text: str) -> Prompt:
     return Prompt((Turn("user", text),))
 
 
@@ -67,47 +67,47 @@ def variants(tiny_source: ModelSource, folders: tuple[Path, ...]) -> AdapterSet:
     return load_adapter_set(str(tiny_source.path), folders, precision="fp32")
 
 
-def said(
+def generate(
     variants: AdapterSet, name: str, question: str, sampling: Sampling
 ) -> tuple[str, list[int]]:
-    reply = Generation(variants, name, prompt_ids(variants, name, asked(question)), sampling)
+    reply = Generation(variants, name, prompt_ids(variants, name, user_prompt(question)), sampling)
     return "".join(reply.pieces()), reply.ids
 
 
 @pytest.mark.parametrize("question", QUESTIONS)
-def test_greedy_replies_are_those_of_transformers_and_peft(
+def test_greedy_replies_equal_those_of_transformers_and_peft(
     variants: AdapterSet, tiny_source: ModelSource, folders: tuple[Path, ...], question: str
 ) -> None:
     texts = set()
     for name, folder in zip(variants.names, (None, *folders), strict=True):
         plain = AutoModelForCausalLM.from_pretrained(tiny_source.path)
         model = plain if folder is None else PeftModel.from_pretrained(plain, str(folder))
-        ids = torch.tensor([prompt_ids(variants, name, asked(question))])
-        wanted = (
+        prompt = torch.tensor([prompt_ids(variants, name, user_prompt(question))])
+        expected = (
             model.eval()
             .generate(
-                input_ids=ids,
-                attention_mask=torch.ones_like(ids),
+                input_ids=prompt,
+                attention_mask=torch.ones_like(prompt),
                 max_new_tokens=30,
                 do_sample=False,
-            )[0, ids.shape[1] :]
+            )[0, prompt.shape[1] :]
             .tolist()
         )
-        text, found = said(variants, name, question, Sampling(30))
-        assert found == wanted
-        decoded = variants.tokenizer.decode(wanted, skip_special_tokens=True)
+        text, ids = generate(variants, name, question, Sampling(30))
+        assert ids == expected
+        decoded = variants.tokenizer.decode(expected, skip_special_tokens=True)
         assert text == decoded.rstrip("�")  # a character cut at the end is not shown
         texts.add(text)
-    assert len(texts) == 3, "base and adapters say different things"
+    assert len(texts) == 3, "base and adapters give different replies"
 
 
-def test_replies_in_turn_are_those_one_after_the_other(variants: AdapterSet) -> None:
-    wanted = {
-        name: said(variants, name, QUESTIONS[0], Sampling(20, 0.9)) for name in variants.names
+def test_interleaved_replies_equal_sequential_ones(variants: AdapterSet) -> None:
+    expected = {
+        name: generate(variants, name, QUESTIONS[0], Sampling(20, 0.9)) for name in variants.names
     }
     replies = {
         name: Generation(
-            variants, name, prompt_ids(variants, name, asked(QUESTIONS[0])), Sampling(20, 0.9)
+            variants, name, prompt_ids(variants, name, user_prompt(QUESTIONS[0])), Sampling(20, 0.9)
         )
         for name in variants.names
     }
@@ -116,64 +116,68 @@ def test_replies_in_turn_are_those_one_after_the_other(variants: AdapterSet) -> 
         for name, reply in replies.items():
             if not reply.finished:
                 texts[name] += reply.advance()
-    assert {name: (texts[name], reply.ids) for name, reply in replies.items()} == wanted
+    assert {name: (texts[name], reply.ids) for name, reply in replies.items()} == expected
 
 
-def test_sampling_follows_its_seed_and_its_limits(variants: AdapterSet) -> None:
-    first = said(variants, BASE, QUESTIONS[0], Sampling(20, 1.0, seed=1))
-    assert first == said(variants, BASE, QUESTIONS[0], Sampling(20, 1.0, seed=1))
-    assert first != said(variants, BASE, QUESTIONS[0], Sampling(20, 1.0, seed=2))
-    greedy = said(variants, BASE, QUESTIONS[0], Sampling(20))
+def test_sampling_follows_seed_top_k_and_top_p(variants: AdapterSet) -> None:
+    first = generate(variants, BASE, QUESTIONS[0], Sampling(20, 1.0, seed=1))
+    assert first == generate(variants, BASE, QUESTIONS[0], Sampling(20, 1.0, seed=1))
+    assert first != generate(variants, BASE, QUESTIONS[0], Sampling(20, 1.0, seed=2))
+    greedy = generate(variants, BASE, QUESTIONS[0], Sampling(20))
     for narrow in (Sampling(20, 1.0, top_k=1), Sampling(20, 1.0, top_p=1e-6)):
-        assert said(variants, BASE, QUESTIONS[0], narrow) == greedy
+        assert generate(variants, BASE, QUESTIONS[0], narrow) == greedy
 
 
-def chosen(
-    variants: AdapterSet, many: int, how: Sampling, logits_of: list[list[float]]
+def chosen_tokens(
+    variants: AdapterSet, count: int, sampling: Sampling, logits_of: list[list[float]]
 ) -> list[int]:
     """Tokens of a reply whose logits are given, step by step."""
-    reply = Generation(variants, BASE, [5, 6], how)
-    for step in range(many):
+    reply = Generation(variants, BASE, [5, 6], sampling)
+    for step in range(count):
         reply.ids.append(reply._choose(torch.tensor([logits_of[step]])))
     return reply.ids
 
 
 def by_formula(
-    prompt: list[int], ids: list[int], logits: list[float], how: Sampling
+    prompt: list[int], ids: list[int], logits: list[float], sampling: Sampling
 ) -> list[float]:
     """Chances of the next token, in plain Python: penalties, temperature, min p, top k, top p."""
-    found = list(logits)
+    scores = list(logits)
     for token in {*prompt, *ids}:
-        penalty = how.repetition_penalty
-        found[token] = found[token] / penalty if found[token] > 0 else found[token] * penalty
+        penalty = sampling.repetition_penalty
+        scores[token] = scores[token] / penalty if scores[token] > 0 else scores[token] * penalty
     for token in set(ids):
-        found[token] -= how.frequency_penalty * ids.count(token) + how.presence_penalty
-    found = [value / how.temperature for value in found]
-    most = max(found)
-    chances = [math.exp(value - most) for value in found]
+        scores[token] -= sampling.frequency_penalty * ids.count(token) + sampling.presence_penalty
+    scores = [value / sampling.temperature for value in scores]
+    highest = max(scores)
+    chances = [math.exp(value - highest) for value in scores]
     # What rounding may put on either side of a limit shows nothing.
-    assume(all(abs(chance / max(chances) - how.min_p) > 1e-4 or chance == 1 for chance in chances))
-    assume(all(b - a > 1e-4 for a, b in itertools.pairwise(sorted(found))))
-    kept = {i for i, chance in enumerate(chances) if chance >= how.min_p * max(chances)}
-    if how.top_k:
+    assume(
+        all(abs(chance / max(chances) - sampling.min_p) > 1e-4 or chance == 1 for chance in chances)
+    )
+    assume(all(b - a > 1e-4 for a, b in itertools.pairwise(sorted(scores))))
+    kept = {i for i, chance in enumerate(chances) if chance >= sampling.min_p * max(chances)}
+    if sampling.top_k:
         order = sorted(kept, key=lambda i: -chances[i])
-        kept = set(order[: how.top_k])
+        kept = set(order[: sampling.top_k])
     total, sum_so_far, nucleus = sum(chances[i] for i in kept), 0.0, set()
     for i in sorted(kept, key=lambda i: -chances[i]):
-        if sum_so_far >= how.top_p:
+        if sum_so_far >= sampling.top_p:
             break
         nucleus.add(i)
         sum_so_far += chances[i] / total
-        assume(abs(sum_so_far - how.top_p) > 1e-4 or how.top_p == 1)
+        assume(abs(sum_so_far - sampling.top_p) > 1e-4 or sampling.top_p == 1)
     total = sum(chances[i] for i in nucleus)
     return [chances[i] / total if i in nucleus else 0.0 for i in range(len(chances))]
 
 
 @settings(max_examples=60, deadline=None, suppress_health_check=[HealthCheck.filter_too_much])
 @given(data=st.data())
-def test_sampling_is_as_the_formulas_say(variants: AdapterSet, data: st.DataObject) -> None:
+def test_sampling_probabilities_equal_the_formulas(
+    variants: AdapterSet, data: st.DataObject
+) -> None:
     number = st.floats(-2, 2)
-    how = Sampling(
+    sampling = Sampling(
         temperature=data.draw(st.floats(0.2, 3)),
         top_p=data.draw(st.sampled_from([1.0, 0.9, 0.5, 0.2])),
         top_k=data.draw(st.sampled_from([0, 1, 3, 8])),
@@ -185,42 +189,48 @@ def test_sampling_is_as_the_formulas_say(variants: AdapterSet, data: st.DataObje
     steps = data.draw(st.permutations(range(12)))
     logits = [step - 6 + data.draw(st.floats(-0.4, 0.4)) for step in steps]
     ids = data.draw(st.lists(st.integers(0, 11), max_size=9))
-    wanted = by_formula([5, 6], ids, logits, how)
-    seen: list[torch.Tensor] = []
-    reply = Generation(variants, BASE, [5, 6], how)
+    expected = by_formula([5, 6], ids, logits, sampling)
+    drawn_from: list[torch.Tensor] = []
+    reply = Generation(variants, BASE, [5, 6], sampling)
     reply.ids = list(ids)
     with pytest.MonkeyPatch.context() as patch:
-        patch.setattr(torch, "multinomial", lambda chances, *_, **__: seen.append(chances) or 0)  # type: ignore[func-returns-value]
+        patch.setattr(
+            torch, "multinomial", lambda chances, *_, **__: drawn_from.append(chances) or 0
+        )  # type: ignore[func-returns-value]
         reply._choose(torch.tensor([logits]))
-    assert seen[0].tolist() == pytest.approx(wanted, abs=2e-5)
+    assert drawn_from[0].tolist() == pytest.approx(expected, abs=2e-5)
 
 
-def test_greedy_replies_are_penalised(variants: AdapterSet) -> None:
+def test_penalties_apply_to_greedy_replies(variants: AdapterSet) -> None:
     # Token 3 leads by half a nat.
     logits = [[0.0] * 3 + [2.0, 1.5] + [0.0] * 7] * 6
-    assert chosen(variants, 6, Sampling(), logits) == [3] * 6
-    assert chosen(variants, 6, Sampling(frequency_penalty=0.3), logits) == [3, 3, 4, 3, 4, 3]
-    assert chosen(variants, 6, Sampling(presence_penalty=0.6), logits) == [3, 4, 3, 3, 3, 3]
+    assert chosen_tokens(variants, 6, Sampling(), logits) == [3] * 6
+    assert chosen_tokens(variants, 6, Sampling(frequency_penalty=0.3), logits) == [3, 3, 4, 3, 4, 3]
+    assert chosen_tokens(variants, 6, Sampling(presence_penalty=0.6), logits) == [3, 4, 3, 3, 3, 3]
     # The prompt's tokens count for neither.
     prompted = [[0.0] * 5 + [2.0, 1.9] + [0.0] * 5]
-    assert chosen(variants, 1, Sampling(frequency_penalty=2, presence_penalty=2), prompted) == [5]
-    assert chosen(variants, 1, Sampling(temperature=1e-30), prompted) == [5]
+    assert chosen_tokens(
+        variants, 1, Sampling(frequency_penalty=2, presence_penalty=2), prompted
+    ) == [5]
+    assert chosen_tokens(variants, 1, Sampling(temperature=1e-30), prompted) == [5]
 
 
-def test_ends_that_are_barred_ignored_or_added(variants: AdapterSet) -> None:
-    text, ids = said(variants, BASE, QUESTIONS[0], Sampling(40, 1.0, seed=3))
+def test_stop_tokens_min_tokens_and_ignore_eos_end_replies_as_set(variants: AdapterSet) -> None:
+    text, ids = generate(variants, BASE, QUESTIONS[0], Sampling(40, 1.0, seed=3))
     stop_at = ids[4]
     first = ids.index(stop_at)
-    cut = said(variants, BASE, QUESTIONS[0], Sampling(40, 1.0, seed=3, stop_token_ids=(stop_at,)))
+    cut = generate(
+        variants, BASE, QUESTIONS[0], Sampling(40, 1.0, seed=3, stop_token_ids=(stop_at,))
+    )
     assert cut[1] == ids[: first + 1] and text.startswith(cut[0])
-    how = Sampling(40, 1.0, seed=3, stop_token_ids=(stop_at,), min_tokens=12)
-    assert stop_at not in said(variants, BASE, QUESTIONS[0], how)[1][:12]
+    sampling = Sampling(40, 1.0, seed=3, stop_token_ids=(stop_at,), min_tokens=12)
+    assert stop_at not in generate(variants, BASE, QUESTIONS[0], sampling)[1][:12]
     # Whatever would end a reply at once does not.
-    every = tuple(set(range(len(variants.tokenizer))) - {7})
-    end = Sampling(40, 1.0, seed=3, stop_token_ids=every)
-    assert len(said(variants, BASE, QUESTIONS[0], end)[1]) == 1
-    how = Sampling(40, 1.0, seed=3, stop_token_ids=every, min_tokens=9)
-    assert said(variants, BASE, QUESTIONS[0], how)[1][:9] == [7] * 9
+    all_but_one = tuple(set(range(len(variants.tokenizer))) - {7})
+    end = Sampling(40, 1.0, seed=3, stop_token_ids=all_but_one)
+    assert len(generate(variants, BASE, QUESTIONS[0], end)[1]) == 1
+    sampling = Sampling(40, 1.0, seed=3, stop_token_ids=all_but_one, min_tokens=9)
+    assert generate(variants, BASE, QUESTIONS[0], sampling)[1][:9] == [7] * 9
     # The model's own end, made the likeliest token there is.
     (own,) = variants.stop_ids
     biased = [0.0] * len(variants.tokenizer)
@@ -231,18 +241,18 @@ def test_ends_that_are_barred_ignored_or_added(variants: AdapterSet) -> None:
     assert reply.ids == [own] * 4 and reply.finished == "length"
 
 
-def test_stop_texts_wait_for_the_least_tokens(variants: AdapterSet) -> None:
-    text, _ = said(variants, BASE, QUESTIONS[0], Sampling(30))
+def test_stop_texts_are_ignored_before_min_tokens(variants: AdapterSet) -> None:
+    text, _ = generate(variants, BASE, QUESTIONS[0], Sampling(30))
     stop = text[3:5]
-    early = said(variants, BASE, QUESTIONS[0], Sampling(30, stop=(stop,)))[0]
+    early = generate(variants, BASE, QUESTIONS[0], Sampling(30, stop=(stop,)))[0]
     assert early == text[: text.index(stop)]
-    late, ids = said(variants, BASE, QUESTIONS[0], Sampling(30, stop=(stop,), min_tokens=10))
+    late, ids = generate(variants, BASE, QUESTIONS[0], Sampling(30, stop=(stop,), min_tokens=10))
     assert late.startswith(early + stop) and len(ids) >= 10
 
 
 @pytest.mark.parametrize("kind", ["instruction_response", "chat", "plain"])
 @pytest.mark.parametrize("question", QUESTIONS)
-def test_a_prompt_is_the_beginning_of_the_training_text(
+def test_prompt_is_the_beginning_of_the_training_text(
     tiny_source: ModelSource, kind: TemplateKind, question: str
 ) -> None:
     tokenize = RowTokenizer(load_tokenizer(tiny_source), Template(kind))
@@ -253,16 +263,19 @@ def test_a_prompt_is_the_beginning_of_the_training_text(
     assert example.response[: len(prompt)].sum() == 0 and example.response[len(prompt)]
 
 
-def test_a_context_is_where_training_had_it(tiny_source: ModelSource) -> None:
+def test_prompt_with_context_is_the_beginning_of_the_training_text(
+    tiny_source: ModelSource,
+) -> None:
     row = Row((Turn("user", "Why?"), Turn("assistant", "So.")), context="A note.")
     for kind in ("instruction_response", "chat"):
         tokenize = RowTokenizer(load_tokenizer(tiny_source), Template(kind, include_context=True))  # type: ignore[arg-type]
         example = tokenize.encode([row], {row.row_id: ""})[0][0]
         prompt = tokenize.prompt([Turn("user", "Why?")], "A note.")
+        assert "A note." in load_tokenizer(tiny_source).decode(prompt)
         assert example.ids[: len(prompt)].tolist() == prompt
 
 
-def test_a_conversation_goes_through_a_chat_template_only(tiny_source: ModelSource) -> None:
+def test_multi_turn_prompts_need_a_chat_template(tiny_source: ModelSource) -> None:
     turns = [
         Turn("system", "Be short."),
         Turn("user", "Tea?"),
@@ -273,8 +286,8 @@ def test_a_conversation_goes_through_a_chat_template_only(tiny_source: ModelSour
     chat = RowTokenizer(tokenizer, Template("chat"))
     assert chat.is_multi_turn
     messages = [{"role": turn.role, "content": turn.content} for turn in turns]
-    wanted = tokenizer.apply_chat_template(messages, add_generation_prompt=True)["input_ids"]
-    assert chat.prompt(turns) == list(wanted)
+    expected = tokenizer.apply_chat_template(messages, add_generation_prompt=True)["input_ids"]
+    assert chat.prompt(turns) == list(expected)
     single = RowTokenizer(tokenizer, Template("instruction_response"))
     with pytest.raises(UsageError, match="one instruction at a time"):
         single.prompt(turns)
@@ -282,7 +295,7 @@ def test_a_conversation_goes_through_a_chat_template_only(tiny_source: ModelSour
         chat.prompt(turns[:3])
 
 
-def test_the_loss_of_a_reference_is_that_of_plain_transformers(
+def test_reference_loss_equals_that_of_transformers(
     variants: AdapterSet, tiny_source: ModelSource, folders: tuple[Path, ...]
 ) -> None:
     prompt = Prompt((Turn("user", "Tea?"),), reference="Tea is made of leaves.")
@@ -290,19 +303,19 @@ def test_the_loss_of_a_reference_is_that_of_plain_transformers(
         AutoModelForCausalLM.from_pretrained(tiny_source.path), str(folders[0])
     ).eval()
     tokenizer = AutoTokenizer.from_pretrained(tiny_source.path)
-    asked_ids = tokenizer("Instruction:\nTea?\nResponse:\n")["input_ids"]
-    whole = tokenizer(f"Instruction:\nTea?\nResponse:\n{prompt.reference}")["input_ids"]
-    ids = torch.tensor([[*whole, tokenizer.eos_token_id]])
+    question_ids = tokenizer("Instruction:\nTea?\nResponse:\n")["input_ids"]
+    text_ids = tokenizer(f"Instruction:\nTea?\nResponse:\n{prompt.reference}")["input_ids"]
+    ids = torch.tensor([[*text_ids, tokenizer.eos_token_id]])
     with torch.no_grad():
         scores = model(ids).logits.log_softmax(-1)[0, :-1].gather(1, ids[0, 1:, None])[:, 0]
-    wanted = -scores[len(asked_ids) - 1 :].mean().item()
-    assert reference_loss(variants, "one", "one", prompt) == pytest.approx(wanted, abs=1e-5)
-    other = reference_loss(variants, BASE, "one", prompt)
-    assert other is not None and abs(other - wanted) > 1e-3
-    assert reference_loss(variants, BASE, "one", asked("Tea?")) is None
+    expected = -scores[len(question_ids) - 1 :].mean().item()
+    assert reference_loss(variants, "one", "one", prompt) == pytest.approx(expected, abs=1e-5)
+    base_loss = reference_loss(variants, BASE, "one", prompt)
+    assert base_loss is not None and abs(base_loss - expected) > 1e-3
+    assert reference_loss(variants, BASE, "one", user_prompt("Tea?")) is None
 
 
-def test_a_prompt_that_leaves_no_room_is_refused(variants: AdapterSet) -> None:
+def test_prompt_as_long_as_the_context_is_refused(variants: AdapterSet) -> None:
     with pytest.raises(UsageError, match="shorten"):
         Generation(variants, BASE, [5] * 512, Sampling())
     reply = Generation(variants, BASE, [5] * 509, Sampling(100))
@@ -310,7 +323,7 @@ def test_a_prompt_that_leaves_no_room_is_refused(variants: AdapterSet) -> None:
     assert len(reply.ids) <= 3
 
 
-def test_another_template_beside_the_adapter_is_refused(
+def test_changed_chat_template_of_an_adapter_is_refused(
     tiny_source: ModelSource, folders: tuple[Path, ...], tmp_path: Path
 ) -> None:
     changed = shutil.copytree(folders[0], tmp_path / "changed")
@@ -325,19 +338,21 @@ def test_another_template_beside_the_adapter_is_refused(
         load_adapter_set(str(tiny_source.path), [changed], precision="fp32")
     foreign = shutil.copytree(folders[0], tmp_path / "foreign")
     (foreign / adapter_io.ABOUT).unlink()
-    found = load_adapter_set(str(tiny_source.path), [foreign], precision="fp32")
-    assert "not trained here" in found.notes[0]
+    adapters = load_adapter_set(str(tiny_source.path), [foreign], precision="fp32")
+    assert "not trained here" in adapters.notes[0]
     assert (
-        found.row_tokenizers["foreign"].prompt([Turn("user", "Tea?")])
-        == found.tokenizer("Instruction:\nTea?\nResponse:\n")["input_ids"]
+        adapters.row_tokenizers["foreign"].prompt([Turn("user", "Tea?")])
+        == adapters.tokenizer("Instruction:\nTea?\nResponse:\n")["input_ids"]
     )
     (foreign / "chat_template.jinja").unlink()
-    found = load_adapter_set(str(tiny_source.path), [foreign], precision="fp32")
-    assert "has no record of its training prompts" in found.notes[0]
+    adapters = load_adapter_set(str(tiny_source.path), [foreign], precision="fp32")
+    assert "has no record of its training prompts" in adapters.notes[0]
 
 
-def test_an_adapter_whose_template_writes_the_date(tiny_folder: Path, tmp_path: Path) -> None:
-    """Handed on is the date of the training; earlier versions handed on one that asks the clock."""
+def test_adapter_template_with_a_date_prompts_with_the_date_of_training(
+    tiny_folder: Path, tmp_path: Path
+) -> None:
+    """Saved templates have the date of training; those of earlier versions read the clock."""
     base = shutil.copytree(tiny_folder, tmp_path / "dated")
     own = (base / "chat_template.jinja").read_text()
     dated = "{{ strftime_now('%d %b %Y') + '\\n' }}" + own
@@ -354,18 +369,18 @@ def test_an_adapter_whose_template_writes_the_date(tiny_folder: Path, tmp_path: 
     shipped = adapter / "chat_template.jinja"
     holder = AutoTokenizer.from_pretrained(base)
     holder.chat_template = shipped.read_text()
-    asked = holder.apply_chat_template(
+    expected = holder.apply_chat_template(
         [{"role": "user", "content": "Tea?"}], add_generation_prompt=True, return_dict=False
     )
-    assert holder.decode(asked).startswith("26 Jul 2024\n<|im_start|>user\nTea?")
-    found = load_adapter_set(str(base), [adapter], precision="fp32")
-    assert found.row_tokenizers["one"].prompt([Turn("user", "Tea?")]) == asked
-    assert found.notes == ()
+    assert holder.decode(expected).startswith("26 Jul 2024\n<|im_start|>user\nTea?")
+    adapters = load_adapter_set(str(base), [adapter], precision="fp32")
+    assert adapters.row_tokenizers["one"].prompt([Turn("user", "Tea?")]) == expected
+    assert adapters.notes == ()
     shipped.write_text(dated)
     change_metadata(adapter)
-    found = load_adapter_set(str(base), [adapter], precision="fp32")
-    assert found.row_tokenizers["one"].prompt([Turn("user", "Tea?")]) == asked
-    (note,) = found.notes
+    adapters = load_adapter_set(str(base), [adapter], precision="fp32")
+    assert adapters.row_tokenizers["one"].prompt([Turn("user", "Tea?")]) == expected
+    (note,) = adapters.notes
     assert note == (
         "one: its chat_template.jinja writes today's date; training, prompts here, merge and "
         "export use 26 Jul 2024"
@@ -380,11 +395,11 @@ def test_an_adapter_whose_template_writes_the_date(tiny_folder: Path, tmp_path: 
     with pytest.raises(IntegrityError, match=r"chat_template\.jinja: not UTF-8"):
         load_adapter_set(str(base), [adapter], precision="fp32")
     shipped.write_text(dated)
-    found = load_adapter_set(str(base), [adapter], precision="fp32")
-    assert found.notes[0].endswith(", with the date 26 Jul 2024; not trained here")
+    adapters = load_adapter_set(str(base), [adapter], precision="fp32")
+    assert adapters.notes[0].endswith(", with the date 26 Jul 2024; not trained here")
 
 
-def test_a_base_with_several_named_templates(tiny_folder: Path, tmp_path: Path) -> None:
+def test_base_with_named_templates_uses_the_default(tiny_folder: Path, tmp_path: Path) -> None:
     base = shutil.copytree(tiny_folder, tmp_path / "named")
     own = (base / "chat_template.jinja").read_text()
     (base / "chat_template.jinja").unlink()
@@ -397,12 +412,15 @@ def test_a_base_with_several_named_templates(tiny_folder: Path, tmp_path: Path) 
     source = resolve(ModelSection(name=str(base)))
     adapter = make_adapter(source, tmp_path / "one", template="chat")
     assert (adapter / "chat_template.jinja").read_text() == own
-    found = load_adapter_set(str(base), [adapter], precision="fp32")
-    assert [each.template.kind for each in found.row_tokenizers.values()] == ["chat", "chat"]
+    adapters = load_adapter_set(str(base), [adapter], precision="fp32")
+    assert [tokenizer.template.kind for tokenizer in adapters.row_tokenizers.values()] == [
+        "chat",
+        "chat",
+    ]
 
 
 @pytest.mark.parametrize("special", [False, True])
-def test_special_tokens_are_said_where_responses_were_trained_to_hold_them(special: bool) -> None:
+def test_special_tokens_are_shown_only_if_trained_as_special(special: bool) -> None:
     variants = _text_only()
     ids = variants.tokenizer("a <|im_start|>call<|im_start|> b")["input_ids"]
     decode = StreamedText(variants, [], (), special)  # type: ignore[arg-type]
@@ -415,7 +433,7 @@ def test_special_tokens_are_said_where_responses_were_trained_to_hold_them(speci
     text=st.text("ab\n", min_size=1, max_size=40),
     stop=st.lists(st.text("ab\n", min_size=1, max_size=4), max_size=3),
 )
-def test_stop_texts_are_found_however_tokens_fall(text: str, stop: list[str]) -> None:
+def test_stop_texts_are_found_across_token_boundaries(text: str, stop: list[str]) -> None:
     variants = _text_only()
     ids = variants.tokenizer(text)["input_ids"]
     decode = StreamedText(variants, [], tuple(stop), special=False)  # type: ignore[arg-type]
@@ -428,24 +446,18 @@ def test_stop_texts_are_found_however_tokens_fall(text: str, stop: list[str]) ->
     else:
         shown += decode.rest()
     # The first stop text that is complete ends the reply, not one that begins earlier.
-    wanted, so_far = text, ""
+    expected, so_far = text, ""
     for token in ids:
         so_far += variants.tokenizer.decode([token])
-        if ends := [so_far.find(each) for each in stop if each in so_far]:
-            wanted = text[: min(ends)]
+        if ends := [so_far.find(stop_text) for stop_text in stop if stop_text in so_far]:
+            expected = text[: min(ends)]
             break
-    assert shown == wanted
-    assert stopped == (wanted != text)
+    assert shown == expected
+    assert stopped == (expected != text)
 
 
 class _text_only:
-    from tests.support.tiny_model import tiny_tokenizer
-
     tokenizer = tiny_tokenizer()
-
-
-def run(*words: object) -> int:
-    return run_guarded(lambda: app([str(word) for word in words], standalone_mode=False))
 
 
 def test_generate_writes_one_line_per_prompt(
@@ -457,10 +469,12 @@ def test_generate_writes_one_line_per_prompt(
     )
     out = tmp_path / "out.jsonl"
     words = ("--adapter", folders[0], "--base", tiny_source.path, "--precision", "fp32")
-    assert run("generate", "--prompts", prompts, "--out", out, "--max-new-tokens", 9, *words) == 0
+    assert (
+        command("generate", "--prompts", prompts, "--out", out, "--max-new-tokens", 9, *words) == 0
+    )
     lines = [json.loads(line) for line in out.read_text().splitlines()]
     assert [line["prompt"] for line in lines] == ["Tea?", "Salt?"]
-    assert lines[0]["response"] == said(variants, "one", "Tea?", Sampling(9))[0]
+    assert lines[0]["response"] == generate(variants, "one", "Tea?", Sampling(9))[0]
     assert lines[0]["tokens"] <= 9 and lines[0]["finish_reason"] in ("stop", "length")
 
 
@@ -473,7 +487,7 @@ def test_compare_outputs_writes_all_formats(
     outs = [tmp_path / f"side{end}" for end in (".md", ".html", ".json")]
     words = ("--adapter", folders[0], "--adapter", folders[1], "--base", tiny_source.path)
     named = [word for out in outs for word in ("--out", out)]
-    assert run("compare-outputs", prompts, *words, *named, "--max-new-tokens", 8) == 0
+    assert command("compare-outputs", prompts, *words, *named, "--max-new-tokens", 8) == 0
     markdown, page, record = (out.read_text() for out in outs)
     answers = json.loads(record)["prompts"][0]["answers"]
     assert [answer["variant"] for answer in answers] == ["base", "one", "two.5"]
@@ -481,10 +495,12 @@ def test_compare_outputs_writes_all_formats(
     assert "<b>Tea" not in page and "&lt;b&gt;Tea" in page
     assert "base: loss of the reference" in page and "one, sampled" in markdown
     assert "base  loss" in capsys.readouterr().out
-    assert run("compare-outputs", prompts, *words, "--out", tmp_path / "side.txt") == 2
+    assert command("compare-outputs", prompts, *words, "--out", tmp_path / "side.txt") == 2
 
 
-def test_bad_prompts_name_their_line(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+def test_malformed_prompts_are_reported_by_line(
+    tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
     for line, reason in (
         ("{", "bad JSON"), ("[]", "not a JSON object"), ('{"prompt": " "}', "has none of"),
         ('{"prompt": 3}', "must be text"), ('{"messages": [{"role": "user"}]}', "role and content"),
@@ -493,11 +509,11 @@ def test_bad_prompts_name_their_line(tmp_path: Path, capsys: pytest.CaptureFixtu
     ):  # fmt: skip
         path = tmp_path / "prompts.jsonl"
         path.write_text('{"prompt": "Tea?"}\n' + line + "\n")
-        assert run("generate", "--prompts", path) == 3
+        assert command("generate", "--prompts", path) == 3
         assert f"{path}:2: " in (error := capsys.readouterr().err) and reason in error
 
 
-def test_invalid_unicode_is_refused_in_one_line(
+def test_prompts_with_invalid_unicode_are_refused_in_one_line(
     tmp_path: Path, capsys: pytest.CaptureFixture[str]
 ) -> None:
     path = tmp_path / "prompts.jsonl"
@@ -505,11 +521,11 @@ def test_invalid_unicode_is_refused_in_one_line(
     for words in (
         ("--prompts", path), ("half a \ud83d",), ("Tea?", "--stop", "\udcff"), ("\U000f0000",),
     ):  # fmt: skip
-        assert run("generate", *words) == 3
+        assert command("generate", *words) == 3
         error = capsys.readouterr().err
         assert "lone surrogate" in error or "private-use" in error
         assert error.count("\n") == 1 and "Traceback" not in error
-    assert run("chat", "--system", "\udcff") == 3
+    assert command("chat", "--system", "\udcff") == 3
 
 
 def test_invalid_input_does_not_end_the_chat(
@@ -518,13 +534,17 @@ def test_invalid_input_does_not_end_the_chat(
     monkeypatch.setattr(
         sys, "stdin", io.TextIOWrapper(io.BytesIO(b"caf\xe9\nTea?\n"), encoding="utf-8")
     )
-    assert run("chat", "--base", tiny_source.path, "--max-new-tokens", 4, "--temperature", 0) == 0
+    assert (
+        command("chat", "--base", tiny_source.path, "--max-new-tokens", 4, "--temperature", 0) == 0
+    )
     output = capsys.readouterr().out
     assert "the question has a lone surrogate" in output
     assert len(output.split("> ")) >= 3, "the chat continues"
 
 
-def test_chat_commands_are_not_sent(tiny_source: ModelSource, folders: tuple[Path, ...]) -> None:
+def test_chat_commands_are_not_sent_to_the_model(
+    tiny_source: ModelSource, folders: tuple[Path, ...]
+) -> None:
     lines = b"/help\n/hlep me\n/etc/hosts?\n\xff\xfe\n/new\n/quit\nTea?\n"
     completed = subprocess.run(
         [
@@ -545,7 +565,7 @@ def test_chat_commands_are_not_sent(tiny_source: ModelSource, folders: tuple[Pat
     assert replies[4].startswith("new conversation") and not replies[5].strip()
 
 
-def test_ctrl_c_stops_a_reply_and_not_the_chat(
+def test_ctrl_c_stops_the_reply_and_the_chat_continues(
     tiny_source: ModelSource, folders: tuple[Path, ...]
 ) -> None:
     process = subprocess.Popen(
@@ -574,7 +594,7 @@ def test_ctrl_c_stops_a_reply_and_not_the_chat(
     ("kind", "cached"),
     [("LlamaConfig", True), ("MambaConfig", False), ("Mamba2Config", False), ("RwkvConfig", False)],
 )
-def test_replies_of_models_with_a_state_of_their_own_are_transformers_own(
+def test_replies_of_recurrent_models_equal_those_of_transformers(
     kind: str, cached: bool, tmp_path: Path
 ) -> None:
     sizes = {
@@ -593,6 +613,7 @@ def test_replies_of_models_with_a_state_of_their_own_are_transformers_own(
     list(reply.pieces())
     plain = transformers.AutoModelForCausalLM.from_pretrained(tmp_path, dtype=torch.float32).eval()
     ids = list(prompt)
+    assert reply.ids
     for token in reply.ids:
         with torch.no_grad():
             logits = plain(input_ids=torch.tensor([ids]), use_cache=False).logits[0, -1]

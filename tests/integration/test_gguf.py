@@ -18,7 +18,6 @@ from safetensors.torch import load_file
 from tokenizers import Regex, pre_tokenizers
 from transformers import AutoModelForCausalLM, AutoTokenizer, LlamaConfig, LlamaForCausalLM
 
-from slm_lora.cli import app, run_guarded
 from slm_lora.config.schema import ModelSection
 from slm_lora.errors import UsageError
 from slm_lora.export import verify
@@ -31,6 +30,7 @@ from slm_lora.model.bundled import EMBEDDED, is_fetched
 from slm_lora.model.resolve import ModelSource, resolve
 
 from ..support.exports import make_adapter
+from ..support.lab import command
 from ..support.llama_cpp_client import PROMPTS, LlamaCpp, greedy
 from ..support.tiny_model import tiny_tokenizer
 
@@ -59,7 +59,9 @@ def exported(
     return out
 
 
-def test_model_metadata(exported: Path, adapter: Path) -> None:
+def test_exported_model_has_metadata_and_vocabulary_of_the_base(
+    exported: Path, adapter: Path
+) -> None:
     fields = values(GGUFReader(exported / "tiny-llama-f32.gguf"))
     tokenizer = tiny_tokenizer()
     expected = {
@@ -96,7 +98,7 @@ def test_model_metadata(exported: Path, adapter: Path) -> None:
     assert fields["tokenizer.ggml.merges"] == [" ".join(pair) for pair in merges]
 
 
-def test_q_and_k_rows_are_interleaved(exported: Path, tiny_source: ModelSource) -> None:
+def test_exported_q_and_k_rows_are_interleaved(exported: Path, tiny_source: ModelSource) -> None:
     written = tensors(GGUFReader(exported / "tiny-llama-f32.gguf"))
     weights = load_file(tiny_source.path / "model.safetensors")
     # Tied embeddings are written once.
@@ -112,7 +114,9 @@ def test_q_and_k_rows_are_interleaved(exported: Path, tiny_source: ModelSource) 
             assert np.array_equal(permuted[8 * head + 2 * i + 1], q[8 * head + i + 4])
 
 
-def test_adapter_tensors_and_metadata(exported: Path, adapter: Path) -> None:
+def test_exported_adapter_has_tensors_and_metadata_of_the_adapter(
+    exported: Path, adapter: Path
+) -> None:
     reader = GGUFReader(exported / "toy-lora.gguf")
     fields, written = values(reader), tensors(reader)
     assert fields["general.type"] == "adapter"
@@ -133,7 +137,7 @@ def test_adapter_tensors_and_metadata(exported: Path, adapter: Path) -> None:
 
 
 @pytest.mark.parametrize(("kind", "bound"), [("f16", 1e-3), ("q8_0", 5e-3)])
-def test_f16_and_q8_0_round_the_weights(
+def test_f16_and_q8_0_exports_are_the_rounded_weights(
     kind: Any, bound: float, exported: Path, adapter: Path, tiny_source: ModelSource, tmp_path: Path
 ) -> None:
     export(read_trained(adapter), tmp_path / "out", "adapter", kind, tiny_source.path)
@@ -151,7 +155,7 @@ def test_f16_and_q8_0_round_the_weights(
     assert types["blk.0.ffn_down.weight"] == kind.upper()
 
 
-def test_rslora_keeps_its_scale(tiny_source: ModelSource, tmp_path: Path) -> None:
+def test_exported_rslora_adapter_keeps_its_scale(tiny_source: ModelSource, tmp_path: Path) -> None:
     folder = make_adapter(tiny_source, tmp_path / "adapter", "rslora", r=8)
     export(read_trained(folder), tmp_path / "out", "adapter", "f32", tiny_source.path)
     fields = values(GGUFReader(tmp_path / "out" / "adapter-lora.gguf"))
@@ -159,7 +163,7 @@ def test_rslora_keeps_its_scale(tiny_source: ModelSource, tmp_path: Path) -> Non
     assert fields["adapter.lora.alpha"] / 8 == pytest.approx(16 / math.sqrt(8))
 
 
-def test_modelfile(exported: Path) -> None:
+def test_modelfile_names_model_adapter_template_and_stop(exported: Path) -> None:
     assert (exported / "Modelfile").read_text().splitlines() == [
         "FROM ./tiny-llama-f32.gguf",
         "ADAPTER ./toy-lora.gguf",
@@ -171,7 +175,9 @@ def test_modelfile(exported: Path) -> None:
 
 
 @pytest.mark.usefixtures("verify_in_process")
-def test_dora_is_refused_and_exports_merged(tiny_source: ModelSource, tmp_path: Path) -> None:
+def test_dora_adapter_is_refused_but_exported_merged(
+    tiny_source: ModelSource, tmp_path: Path
+) -> None:
     folder = make_adapter(tiny_source, tmp_path / "adapter", "dora")
     with pytest.raises(UsageError, match="adapters with DoRA; export the merged model instead"):
         export(read_trained(folder), tmp_path / "out", "adapter", "f32", tiny_source.path)
@@ -182,7 +188,7 @@ def test_dora_is_refused_and_exports_merged(tiny_source: ModelSource, tmp_path: 
 
 
 @pytest.mark.usefixtures("verify_in_process")
-def test_exporting_a_merged_folder_equals_exporting_merged(
+def test_export_of_a_merged_folder_equals_export_as_merged(
     adapter: Path, tiny_source: ModelSource, tmp_path: Path
 ) -> None:
     merge(read_trained(adapter), tmp_path / "merged", "fp32", tiny_source.path)
@@ -190,16 +196,16 @@ def test_exporting_a_merged_folder_equals_exporting_merged(
         export(read_trained(tmp_path / "merged"), tmp_path / "out", "adapter", "f32")
     export(read_trained(tmp_path / "merged"), tmp_path / "out", "merged", "f32")
     export(read_trained(adapter), tmp_path / "direct", "merged", "f32", tiny_source.path)
-    one = GGUFReader(tmp_path / "out" / "merged-f32.gguf")
-    other = GGUFReader(tmp_path / "direct" / "toy-f32.gguf")
-    for name, weights in tensors(one).items():
-        assert np.array_equal(weights, tensors(other)[name]), name
-    fields = values(one), values(other)
+    from_folder = GGUFReader(tmp_path / "out" / "merged-f32.gguf")
+    direct = GGUFReader(tmp_path / "direct" / "toy-f32.gguf")
+    for name, weights in tensors(from_folder).items():
+        assert np.array_equal(weights, tensors(direct)[name]), name
+    fields = values(from_folder), values(direct)
     assert {k for k in fields[0] if fields[0][k] != fields[1][k]} <= {"general.name"}
     assert fields[0]["tokenizer.chat_template"] == (adapter / "chat_template.jinja").read_text()
 
 
-def test_other_adapters_are_refused() -> None:
+def test_unsupported_adapter_settings_are_refused_by_export() -> None:
     settings = {"peft_type": "LORA", "r": 4, "lora_alpha": 8, "bias": "none"}
     check_adapter(Path("it"), settings)
     for unsupported in (
@@ -211,7 +217,9 @@ def test_other_adapters_are_refused() -> None:
             check_adapter(Path("it"), {**settings, **unsupported})
 
 
-def test_other_families_are_refused(tiny_source: ModelSource, tmp_path: Path) -> None:
+def test_other_model_families_are_refused_by_export(
+    tiny_source: ModelSource, tmp_path: Path
+) -> None:
     from transformers import Qwen2Config, Qwen2ForCausalLM
 
     folder = tmp_path / "tiny-qwen"
@@ -249,7 +257,7 @@ def split(pattern: str) -> Any:
         ([byte_level(), pre_tokenizers.Digits(individual_digits=True)], False, None),
     ],
 )
-def test_the_pre_tokenizer_is_named_by_its_specification(
+def test_pre_tokenizer_name_follows_its_specification(
     steps: list[Any], ignore_merges: bool, name: str | None
 ) -> None:
     tokenizer = tiny_tokenizer()
@@ -262,7 +270,7 @@ def test_the_pre_tokenizer_is_named_by_its_specification(
         describe_tokenizer(tokenizer, len(tokenizer), False, "it")
 
 
-def test_ids_without_a_token_get_placeholders() -> None:
+def test_ids_without_a_token_get_placeholder_tokens() -> None:
     tokenizer = tiny_tokenizer()
     vocab = describe_tokenizer(tokenizer, len(tokenizer) + 3, False, "it")
     assert vocab.types[-3:] == (5, 5, 5)
@@ -271,17 +279,16 @@ def test_ids_without_a_token_get_placeholders() -> None:
         describe_tokenizer(tokenizer, 7, False, "it")
 
 
-def test_the_command_prints_the_files(
+def test_export_command_prints_its_files_and_replaces_none(
     adapter: Path, tiny_source: ModelSource, tmp_path: Path, capsys: pytest.CaptureFixture[str]
 ) -> None:
     out = tmp_path / "out"
-    command = ["export", "gguf", str(adapter), str(out), "--as", "adapter", "--type", "q8_0"]
-    command += ["--base", str(tiny_source.path)]
-    assert run_guarded(lambda: app(command, standalone_mode=False)) == 0
+    words = ("export", "gguf", adapter, out, "--as", "adapter", "--type", "q8_0")
+    assert command(*words, "--base", tiny_source.path) == 0
     assert capsys.readouterr().out.split() == [
         str(out / name) for name in ("Modelfile", "tiny-llama-q8_0.gguf", "toy-lora.gguf")
     ]
-    assert run_guarded(lambda: app(command, standalone_mode=False)) == 2
+    assert command(*words, "--base", tiny_source.path) == 2
     assert "exists and is not replaced; choose another name" in capsys.readouterr().err
 
 
@@ -299,8 +306,10 @@ def check_with_llama_cpp(base: Path, adapter: Path, folder: Path, tokens: int = 
     peft_model = PeftModel.from_pretrained(plain, adapter)
     adapted = [greedy(peft_model, tokenizer, prompt, tokens) for prompt in PROMPTS]
     # Negative control: an adapter that llama.cpp ignored would be noticed.
-    differ = sum(one != other for one, other in zip(alone, adapted, strict=True))
-    assert differ >= len(PROMPTS) / 2
+    changed = sum(
+        base_ids != adapter_ids for base_ids, adapter_ids in zip(alone, adapted, strict=True)
+    )
+    assert changed >= len(PROMPTS) / 2
     for client, expected in (
         (LlamaCpp(model), alone),
         (LlamaCpp(model, lora), adapted),
@@ -317,7 +326,7 @@ def check_with_llama_cpp(base: Path, adapter: Path, folder: Path, tokens: int = 
 
 @pytest.mark.usefixtures("verify_in_process")
 @pytest.mark.parametrize("kind", ["lora", "rslora", "pissa"])
-def test_llama_cpp_answers_as_transformers(
+def test_llama_cpp_generates_the_tokens_of_transformers(
     kind: str, tiny_source: ModelSource, tmp_path: Path
 ) -> None:
     pytest.importorskip("xllamacpp", reason="xllamacpp is not installed")
@@ -327,7 +336,9 @@ def test_llama_cpp_answers_as_transformers(
 
 @pytest.mark.usefixtures("verify_in_process")
 @pytest.mark.parametrize("rope", ["default", "linear", "llama3"])
-def test_llama_cpp_with_sentencepiece_and_scaled_rope(rope: str, tmp_path: Path) -> None:
+def test_llama_cpp_generates_the_same_with_sentencepiece_and_scaled_rope(
+    rope: str, tmp_path: Path
+) -> None:
     pytest.importorskip("xllamacpp", reason="xllamacpp is not installed")
     if not TINYLLAMA.is_dir():
         pytest.skip("TinyLlama's tokenizer is not on this machine")
@@ -371,7 +382,9 @@ def test_llama_cpp_with_sentencepiece_and_scaled_rope(rope: str, tmp_path: Path)
 
 
 @pytest.mark.usefixtures("verify_in_process")
-def test_llama_cpp_with_the_embedded_model(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+def test_llama_cpp_generates_the_same_with_the_embedded_model(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
     """Of a real model fewer tokens, and a fifth of the prompts of a merge: each is slow."""
     pytest.importorskip("xllamacpp", reason="xllamacpp is not installed")
     embedded = EMBEDDED["smollm2-135m-instruct-q4_1"]
@@ -391,7 +404,7 @@ def test_llama_cpp_with_the_embedded_model(tmp_path: Path, monkeypatch: pytest.M
         ("strftime_now('%-d.' ~ '%m.%Y')", "26.07.2024"),
     ],
 )
-def test_llama_cpp_renders_the_date_of_the_training(
+def test_llama_cpp_renders_the_date_of_training(
     expression: str, date: str, tiny_folder: Path, tmp_path: Path
 ) -> None:
     base = shutil.copytree(tiny_folder, tmp_path / "dated")

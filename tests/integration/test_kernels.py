@@ -14,6 +14,8 @@ from hypothesis import strategies as st
 from slm_lora.ops import attention, attention_cpu, cross_entropy, linear
 from slm_lora.ops.kernels import build
 
+from ..support.tensors import relative_error
+
 Tensors = tuple[torch.Tensor, ...]
 
 pytestmark = pytest.mark.skipif(
@@ -26,24 +28,26 @@ def tensors(lengths: list[int], heads: int, kv_heads: int, width: int) -> Tensor
     """Queries, keys, values, and the gradient of the output, in bf16."""
     generator = torch.Generator().manual_seed(sum(lengths) + width)
     return tuple(
-        torch.randn(sum(lengths), many, width, generator=generator).to(torch.bfloat16)
-        for many in (heads, kv_heads, kv_heads, heads)
+        torch.randn(sum(lengths), n_heads, width, generator=generator).to(torch.bfloat16)
+        for n_heads in (heads, kv_heads, kv_heads, heads)
     )
 
 
-def computed(given: Tensors, lengths: list[int], scale: float) -> Tensors:
+def attention_results(inputs: Tensors, lengths: list[int], scale: float) -> Tensors:
     """Output, log-sum-exp, and gradients of queries, keys and values."""
-    q, k, v, upstream = given
-    at = torch.tensor(lengths)
-    out, logsumexp = attention.packed_attention(q, k, v, at, scale)
-    gradients = attention.packed_attention_backward(upstream, q, k, v, out, logsumexp, at, scale)
+    q, k, v, upstream = inputs
+    length_tensor = torch.tensor(lengths)
+    out, logsumexp = attention.packed_attention(q, k, v, length_tensor, scale)
+    gradients = attention.packed_attention_backward(
+        upstream, q, k, v, out, logsumexp, length_tensor, scale
+    )
     return out, logsumexp, *gradients
 
 
-def distances(found: Tensors, wanted: Tensors) -> list[float]:
+def distances(actual: Tensors, expected: Tensors) -> list[float]:
     return [
-        ((one.double() - other).norm() / other.norm().clamp(min=1e-3)).item()
-        for one, other in zip(found, wanted, strict=True)
+        ((tensor.double() - exact).norm() / exact.norm().clamp(min=1e-3)).item()
+        for tensor, exact in zip(actual, expected, strict=True)
     ]
 
 
@@ -53,43 +57,49 @@ def distances(found: Tensors, wanted: Tensors) -> list[float]:
     heads=st.sampled_from([(1, 1), (4, 4), (9, 3), (8, 1)]),
     width=st.sampled_from([16, 64, 80, 128]),
 )
-def test_it_equals_fp64_to_rounding(lengths: list[int], heads: tuple[int, int], width: int) -> None:
-    given_ = tensors(lengths, *heads, width)
-    wanted = computed(tuple(x.double() for x in given_), lengths, width**-0.5)
-    for distance in distances(computed(given_, lengths, width**-0.5), wanted):
+def test_attention_kernel_equals_fp64_to_rounding(
+    lengths: list[int], heads: tuple[int, int], width: int
+) -> None:
+    inputs = tensors(lengths, *heads, width)
+    expected = attention_results(tuple(x.double() for x in inputs), lengths, width**-0.5)
+    for distance in distances(attention_results(inputs, lengths, width**-0.5), expected):
         assert distance < 1e-2
 
 
-def test_it_is_no_further_from_fp64_than_the_plain_way(monkeypatch: pytest.MonkeyPatch) -> None:
+def test_attention_kernel_is_as_close_to_fp64_as_eager_attention(
+    monkeypatch: pytest.MonkeyPatch,
+) -> None:
     lengths = [130, 97, 48, 47, 16, 1]
-    given_ = tensors(lengths, 9, 3, 64)
-    wanted = computed(tuple(x.double() for x in given_), lengths, 0.125)
-    ours = distances(computed(given_, lengths, 0.125), wanted)
+    inputs = tensors(lengths, 9, 3, 64)
+    expected = attention_results(tuple(x.double() for x in inputs), lengths, 0.125)
+    kernel = distances(attention_results(inputs, lengths, 0.125), expected)
     monkeypatch.setattr(attention_cpu, "usable", lambda q: False)
-    plain = distances(computed(given_, lengths, 0.125), wanted)
-    for one, other in zip(ours, plain, strict=True):
-        assert one < 1.1 * other + 1e-6
+    eager = distances(attention_results(inputs, lengths, 0.125), expected)
+    for kernel_error, eager_error in zip(kernel, eager, strict=True):
+        assert kernel_error < 1.1 * eager_error + 1e-6
 
 
-def test_threads_do_not_change_a_bit() -> None:
+def test_attention_kernel_bits_do_not_depend_on_threads() -> None:
     lengths = [200, 77, 60, 5]
-    given_ = tensors(lengths, 9, 3, 64)
-    found = []
+    inputs = tensors(lengths, 9, 3, 64)
+    results = []
     for threads in (1, 2, 3):
         torch.set_num_threads(threads)
-        found.append(computed(given_, lengths, 0.125))
+        results.append(attention_results(inputs, lengths, 0.125))
     torch.set_num_threads(1)
-    for other in found[1:]:
-        assert all(torch.equal(one, two) for one, two in zip(found[0], other, strict=True))
+    for result in results[1:]:
+        assert all(
+            torch.equal(first, second) for first, second in zip(results[0], result, strict=True)
+        )
 
 
-def test_extreme_scores_stay_finite() -> None:
-    given_ = tensors([40, 7], 2, 1, 32)
-    large = (given_[0] * 300, given_[1] * 300, *given_[2:])
-    wanted = computed(tuple(x.double() for x in large), [40, 7], 1.0)
-    found = computed(large, [40, 7], 1.0)
-    assert all(torch.isfinite(x).all() for x in found)
-    assert distances(found, wanted)[0] < 1e-2
+def test_attention_kernel_stays_finite_with_extreme_scores() -> None:
+    inputs = tensors([40, 7], 2, 1, 32)
+    large = (inputs[0] * 300, inputs[1] * 300, *inputs[2:])
+    expected = attention_results(tuple(x.double() for x in large), [40, 7], 1.0)
+    actual = attention_results(large, [40, 7], 1.0)
+    assert all(torch.isfinite(x).all() for x in actual)
+    assert distances(actual, expected)[0] < 1e-2
 
 
 tiled = pytest.mark.skipif(not build.has_amx(), reason="no CPU with AMX here")
@@ -109,49 +119,49 @@ def matrix(rows: int, columns: int, seed: int) -> torch.Tensor:
     transpose_a=st.booleans(),
     transpose_b=st.booleans(),
 )
-def test_products_are_rounded_once(
+def test_amx_product_is_rounded_once(
     m: int, n: int, k: int, transpose_a: bool, transpose_b: bool
 ) -> None:
     a, b = matrix(m, k, m + k), matrix(k, n, n)
-    wanted = a.double() @ b.double()
-    found = linear.product(
+    expected = a.double() @ b.double()
+    product = linear.product(
         a.t().contiguous() if transpose_a else a,
         b.t().contiguous() if transpose_b else b,
         transpose_a,
         transpose_b,
     )
     # Half a unit in the last place of bf16 (8 bits), and the error of the fp32 sum.
-    bound = 2**-8 * wanted.abs() + 1e-5 * (a.double().abs() @ b.double().abs())
-    assert ((found.double() - wanted).abs() <= bound).all()
+    bound = 2**-8 * expected.abs() + 1e-5 * (a.double().abs() @ b.double().abs())
+    assert ((product.double() - expected).abs() <= bound).all()
 
 
 @tiled
-def test_a_part_of_a_matrix_is_multiplied_where_it_lies() -> None:
-    whole, b = matrix(70, 200, 1), matrix(64, 64, 2)
-    part = whole[3:60, 64:128]
-    found = linear.product(part, b, False, False)
-    assert torch.equal(found, linear.product(part.contiguous(), b, False, False))
-    room = torch.full((80, 96), 7.0, dtype=torch.bfloat16)
-    linear.multiply(part, b, False, False, room[10:67, 16:80])
-    assert torch.equal(room[10:67, 16:80], found)
-    room[10:67, 16:80] = 7
-    assert (room == 7).all()
+def test_amx_product_of_a_matrix_view_equals_that_of_a_copy() -> None:
+    full, b = matrix(70, 200, 1), matrix(64, 64, 2)
+    part = full[3:60, 64:128]
+    product = linear.product(part, b, False, False)
+    assert torch.equal(product, linear.product(part.contiguous(), b, False, False))
+    target = torch.full((80, 96), 7.0, dtype=torch.bfloat16)
+    linear.multiply(part, b, False, False, target[10:67, 16:80])
+    assert torch.equal(target[10:67, 16:80], product)
+    target[10:67, 16:80] = 7
+    assert (target == 7).all()
 
 
 @tiled
-def test_threads_do_not_change_a_product() -> None:
+def test_amx_product_bits_do_not_depend_on_threads() -> None:
     a, b = matrix(333, 3200, 1), matrix(3200, 224, 2)
-    found = []
+    products = []
     for threads in (1, 2, 3, 4):
         torch.set_num_threads(threads)
-        found.append(linear.product(a, b, False, False))
+        products.append(linear.product(a, b, False, False))
     torch.set_num_threads(1)
-    assert all(torch.equal(found[0], other) for other in found[1:])
+    assert all(torch.equal(products[0], product) for product in products[1:])
 
 
 @tiled
 @pytest.mark.parametrize("bias", [False, True])
-def test_a_tiled_layer_is_a_linear_one_gradients_included(bias: bool) -> None:
+def test_amx_linear_has_outputs_and_gradients_of_fp64_linear(bias: bool) -> None:
     plain = torch.nn.Linear(96, 64, bias=bias).to(torch.bfloat16)
     reference = torch.nn.Linear(96, 64, bias=bias).double()
     reference.load_state_dict(plain.state_dict())
@@ -167,47 +177,47 @@ def test_a_tiled_layer_is_a_linear_one_gradients_included(bias: bool) -> None:
     pairs += [
         (p.grad, q.grad) for p, q in zip(plain.parameters(), reference.parameters(), strict=True)
     ]
-    for one, other in pairs:
-        assert one is not None and other is not None
-        assert ((one.double() - other).norm() / other.norm()).item() < 4e-3
+    for gradient, expected in pairs:
+        assert gradient is not None and expected is not None
+        assert relative_error(gradient, expected) < 4e-3
 
 
 @tiled
-def test_a_frozen_layer_keeps_nothing_of_its_input() -> None:
+def test_frozen_amx_linear_saves_no_input_for_backward() -> None:
     layer = torch.nn.Sequential(torch.nn.Linear(96, 64, bias=False).to(torch.bfloat16))
     layer.requires_grad_(False)
     linear.patch_linears(layer, torch.device("cpu"))
     x = matrix(100, 96, 3).requires_grad_()
-    kept: list[torch.Tensor] = []
+    saved: list[torch.Tensor] = []
 
-    def keep(tensor: torch.Tensor) -> torch.Tensor:
-        kept.append(tensor)
+    def record(tensor: torch.Tensor) -> torch.Tensor:
+        saved.append(tensor)
         return tensor.detach()
 
-    with torch.autograd.graph.saved_tensors_hooks(keep, lambda tensor: tensor):
+    with torch.autograd.graph.saved_tensors_hooks(record, lambda tensor: tensor):
         layer(x)
-    assert [tuple(tensor.shape) for tensor in kept] == [(64, 96)]
+    assert [tuple(tensor.shape) for tensor in saved] == [(64, 96)]
 
 
 @settings(max_examples=30, deadline=None)
 @given(positions=st.integers(1, 20), vocabulary=st.sampled_from([2, 15, 16, 17, 1000]))
-def test_the_loss_and_its_gradient_equal_fp64(positions: int, vocabulary: int) -> None:
+def test_cross_entropy_kernel_equals_fp64(positions: int, vocabulary: int) -> None:
     logits = matrix(positions, vocabulary, positions) * 4
     labels = torch.arange(positions) * 7 % vocabulary
     reference = logits.double().requires_grad_()
-    wanted = torch.nn.functional.cross_entropy(reference, labels, reduction="none")
-    wanted.sum().backward()
+    expected = torch.nn.functional.cross_entropy(reference, labels, reduction="none")
+    expected.sum().backward()
     assert reference.grad is not None
     for_loss, for_gradient = logits.clone(), logits.clone()
     nll = cross_entropy.label_nll(for_loss, labels)
-    also, gradient = cross_entropy.nll_and_gradient(for_gradient, labels)
+    nll_with_gradient, gradient = cross_entropy.nll_and_gradient(for_gradient, labels)
     assert torch.equal(for_loss, logits), "without gradient the logits are unchanged"
-    assert torch.equal(nll, also)
-    assert (nll.double() - wanted).abs().max() < 1e-5
+    assert torch.equal(nll, nll_with_gradient)
+    assert (nll.double() - expected).abs().max() < 1e-5
     assert ((gradient.double() - reference.grad).abs() <= 2**-8 * reference.grad.abs() + 1e-6).all()
 
 
-def test_logits_far_apart_leave_a_finite_loss() -> None:
+def test_cross_entropy_kernel_stays_finite_with_distant_logits() -> None:
     logits = torch.tensor([[300.0, -300.0, 0.0] * 10]).to(torch.bfloat16)
     nll, gradient = cross_entropy.nll_and_gradient(logits.clone(), torch.tensor([1]))
     assert nll.item() == pytest.approx(600 + math.log(10), abs=1e-3)
@@ -215,7 +225,7 @@ def test_logits_far_apart_leave_a_finite_loss() -> None:
 
 
 @pytest.mark.parametrize("at", [0, 17, 29])
-def test_what_is_not_a_number_is_not_lost(at: int) -> None:
+def test_kernels_propagate_nan(at: int) -> None:
     logits = matrix(2, 30, 1)
     logits[1, at] = math.nan
     nll, gradient = cross_entropy.nll_and_gradient(logits, torch.tensor([3, 4]))
@@ -223,7 +233,7 @@ def test_what_is_not_a_number_is_not_lost(at: int) -> None:
     assert torch.isfinite(gradient[0]).all()
     q, k, v, upstream = tensors([40], 2, 1, 32)
     k[20, 0, at] = math.nan
-    out, *_, dq, _dk, _dv = computed((q, k, v, upstream), [40], 1.0)
+    out, *_, dq, _dk, _dv = attention_results((q, k, v, upstream), [40], 1.0)
     assert torch.isfinite(out[:20]).all() and not torch.isfinite(out[20:]).any()
     assert not torch.isfinite(dq[20:]).any()
 
@@ -238,15 +248,15 @@ def nothing_compiled(monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> Iterato
 
 
 @pytest.mark.usefixtures("nothing_compiled")
-def test_a_compiler_that_fails_is_named_and_done_without(
+def test_failing_compiler_is_named_and_eager_code_is_used(
     monkeypatch: pytest.MonkeyPatch, tmp_path: Path
 ) -> None:
     compiler = tmp_path / "c++"
     compiler.write_text("#!/bin/sh\necho no such target >&2\nexit 1\n")
     compiler.chmod(0o755)
     monkeypatch.setenv("CXX", str(compiler))
-    given_ = tensors([5], 2, 1, 32)
-    assert not attention_cpu.usable(given_[0])
-    assert torch.isfinite(computed(given_, [5], 1.0)[0]).all()
+    inputs = tensors([5], 2, 1, 32)
+    assert not attention_cpu.usable(inputs[0])
+    assert torch.isfinite(attention_results(inputs, [5], 1.0)[0]).all()
     assert build.failure() == f"{compiler}: no such target"
     assert not list(tmp_path.rglob("*.so"))

@@ -18,6 +18,7 @@ import psutil
 import pytest
 
 from ..support.lab import Lab, command
+from ..support.processes import wait_until
 
 pytestmark = pytest.mark.skipif(os.name == "nt", reason="signals of POSIX")
 slow = pytest.mark.slow
@@ -30,8 +31,7 @@ SLURM = ("--executor", "slurm", "--executor-option", "cluster=local")
 
 
 def arguments(lab: Lab, *options: object) -> list[str]:
-    where = ("--results", lab.results.parent, "--adapters", lab.adapters)
-    experiment = (lab.recipe, *where, *options)
+    experiment = (lab.recipe, *lab.folders, *options)
     return [sys.executable, "-m", "slm_lora", "experiment", *map(str, experiment)]
 
 
@@ -69,13 +69,6 @@ def run_results(lab: Lab) -> dict[str, Any]:
     }
 
 
-def wait_until(condition: Any, seconds: float = 120) -> None:
-    began = time.monotonic()
-    while not condition():
-        assert time.monotonic() - began < seconds
-        time.sleep(0.1)
-
-
 def checkpoints(lab: Lab) -> list[Path]:
     return list(lab.results.glob("checkpoints/*/step-*"))
 
@@ -99,7 +92,7 @@ def copy_of(undisturbed: Lab, folder: Path, tiny_folder: Path) -> Lab:
 
 
 @slow
-def test_jobs_match_a_single_process_and_outlive_the_driver(
+def test_slurm_jobs_equal_one_process_and_outlive_the_driver(
     undisturbed: Lab, tmp_path: Path, tiny_folder: Path
 ) -> None:
     pytest.importorskip("submitit")
@@ -116,7 +109,7 @@ def test_jobs_match_a_single_process_and_outlive_the_driver(
 
 
 @slow
-def test_stop_reaches_the_jobs_and_the_same_command_resumes(
+def test_stop_reaches_slurm_jobs_and_the_same_command_resumes(
     undisturbed: Lab, tmp_path: Path, tiny_folder: Path
 ) -> None:
     pytest.importorskip("submitit")
@@ -131,7 +124,7 @@ def test_stop_reaches_the_jobs_and_the_same_command_resumes(
 
 
 @slow
-def test_failed_cell_is_reported_and_others_run(
+def test_failed_slurm_cell_is_reported_and_others_run(
     tmp_path: Path, tiny_folder: Path, capsys: pytest.CaptureFixture[str]
 ) -> None:
     pytest.importorskip("submitit")
@@ -175,7 +168,7 @@ def at_work_on(checkpoint: str, nodes: list[Any]) -> Any:
 
 
 @slow
-def test_cluster_without_the_resources_of_a_cell_is_refused(
+def test_ray_cluster_without_the_resources_of_a_cell_is_refused(
     tmp_path: Path, tiny_folder: Path, two_nodes: Any
 ) -> None:
     cluster, _ = two_nodes
@@ -188,7 +181,7 @@ def test_cluster_without_the_resources_of_a_cell_is_refused(
 
 
 @slow
-def test_lost_node_loses_no_results(
+def test_lost_ray_node_loses_no_results(
     undisturbed: Lab, tmp_path: Path, tiny_folder: Path, two_nodes: Any
 ) -> None:
     cluster, nodes = two_nodes
@@ -214,15 +207,9 @@ def test_lost_node_loses_no_results(
         (("--executor", "ray", "training.device=cuda"), 2, "name bf16, fp16 or fp32"),
     ],
 )
-def test_conflicting_options(
-    tmp_path: Path,
-    tiny_folder: Path,
-    capsys: pytest.CaptureFixture[str],
-    options: tuple[str, ...],
-    code: int,
-    part: str,
+def test_conflicting_launcher_options_are_refused(
+    lab: Lab, capsys: pytest.CaptureFixture[str], options: tuple[str, ...], code: int, part: str
 ) -> None:
-    lab = Lab(tmp_path / "lab", tiny_folder)
     lab.recipe.write_text(lab.recipe.read_text().replace("precision: fp32", "precision: auto"))
     if "here:there" in options:
         pytest.importorskip("ray")
@@ -231,11 +218,8 @@ def test_conflicting_options(
     assert not (lab.results / "runs").exists()
 
 
-def test_unreachable_cluster(
-    tmp_path: Path, tiny_folder: Path, capsys: pytest.CaptureFixture[str]
-) -> None:
+def test_unreachable_ray_cluster_is_reported(lab: Lab, capsys: pytest.CaptureFixture[str]) -> None:
     pytest.importorskip("ray")
-    lab = Lab(tmp_path / "lab", tiny_folder)
     with socket.socket() as free:
         free.bind(("127.0.0.1", 0))
         address = f"127.0.0.1:{free.getsockname()[1]}"
@@ -244,25 +228,20 @@ def test_unreachable_cluster(
 
 
 @pytest.mark.parametrize(("engine", "library"), [("ray", "ray"), ("slurm", "submitit")])
-def test_missing_engine_names_its_extra(
-    tmp_path: Path,
-    tiny_folder: Path,
+def test_missing_launcher_library_names_its_extra(
+    lab: Lab,
     monkeypatch: pytest.MonkeyPatch,
     capsys: pytest.CaptureFixture[str],
     engine: str,
     library: str,
 ) -> None:
-    monkeypatch.setitem(sys.modules, library, None)  # what `import` finds is no module
-    lab = Lab(tmp_path / "lab", tiny_folder)
+    monkeypatch.setitem(sys.modules, library, None)  # its import fails
     assert lab.run("--executor", engine) == 2
     assert f"pip install '.[{engine}]'" in capsys.readouterr().err
 
 
-def test_machine_without_slurm(
-    tmp_path: Path, tiny_folder: Path, capsys: pytest.CaptureFixture[str]
-) -> None:
+def test_machine_without_slurm_is_refused(lab: Lab, capsys: pytest.CaptureFixture[str]) -> None:
     pytest.importorskip("submitit")
-    lab = Lab(tmp_path / "lab", tiny_folder)
     assert lab.run("--executor", "slurm") == 2
     assert "--executor slurm:" in capsys.readouterr().err
 
@@ -270,16 +249,13 @@ def test_machine_without_slurm(
 # --- by hand -----------------------------------------------------------------------------------
 
 
-def test_base_can_be_run_alone(tmp_path: Path, tiny_folder: Path) -> None:
-    lab = Lab(tmp_path / "lab", tiny_folder)
-    where = ("--results", lab.results.parent, "--adapters", lab.adapters)
-    assert command("train", lab.recipe, "--cell", "base", *where) == 0
+def test_train_command_runs_the_base_alone(lab: Lab) -> None:
+    assert command("train", lab.recipe, "--cell", "base", *lab.folders) == 0
     (base,) = run_results(lab)
     assert base.startswith("base-")
 
 
-def test_waits_for_a_cell_of_another_process(tmp_path: Path, tiny_folder: Path) -> None:
-    lab = Lab(tmp_path / "lab", tiny_folder)
+def test_train_waits_for_a_cell_locked_by_another_process(lab: Lab) -> None:
     holder = (
         "import sys, time\n"
         "from pathlib import Path\n"
@@ -293,8 +269,8 @@ def test_waits_for_a_cell_of_another_process(tmp_path: Path, tiny_folder: Path) 
         stdin=subprocess.PIPE,
         stdout=subprocess.PIPE,
         text=True,
-    ) as other:
-        assert other.stdout is not None and other.stdout.readline() == "held\n"
+    ) as lock_holder:
+        assert lock_holder.stdout is not None and lock_holder.stdout.readline() == "held\n"
         line = arguments(lab, "--cell", "r4-40")
         line[3] = "train"
         with subprocess.Popen(line, stderr=subprocess.PIPE, text=True) as waiting:
@@ -303,7 +279,7 @@ def test_waits_for_a_cell_of_another_process(tmp_path: Path, tiny_folder: Path) 
             assert "r4-40" in output
             time.sleep(1.5)
             assert not has_any_run(lab)
-            other.communicate()  # lets go
+            lock_holder.communicate()  # lets go
             waiting.communicate()
         assert waiting.returncode == 0
     assert has_any_run(lab)

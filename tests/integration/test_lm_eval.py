@@ -28,7 +28,7 @@ from ..support.exports import make_adapter
 pytest.importorskip("lm_eval", reason="needs lm-eval (make test-all)")
 
 
-def test_rolling_likelihood_is_our_nll(tiny_source: ModelSource, tmp_path: Path) -> None:
+def test_nll_equals_rolling_likelihood_of_lm_eval(tiny_source: ModelSource, tmp_path: Path) -> None:
     from lm_eval.api.instance import Instance
     from lm_eval.models.huggingface import HFLM
 
@@ -39,17 +39,17 @@ def test_rolling_likelihood_is_our_nll(tiny_source: ModelSource, tmp_path: Path)
         AutoModelForCausalLM.from_pretrained(tiny_source.path), str(folder)
     ).eval()
     harness = HFLM(pretrained=model, tokenizer=tokenizer, max_length=512, batch_size=1)
-    asked = Instance("loglikelihood_rolling", {}, (text,), 0)
-    theirs = -float(harness.loglikelihood_rolling([asked], disable_tqdm=True)[0])
+    instance = Instance("loglikelihood_rolling", {}, (text,), 0)
+    theirs = -float(harness.loglikelihood_rolling([instance], disable_tqdm=True)[0])
 
     variants = load_adapter_set(str(tiny_source.path), [folder], precision="fp32")
     row = Row((Turn("assistant", text),))
-    whole = RowTokenizer(variants.tokenizer, Template("plain")).encode([row], {row.row_id: ""})[0][
+    example = RowTokenizer(variants.tokenizer, Template("plain")).encode([row], {row.row_id: ""})[
         0
-    ]
-    assert whole.ids[-1] == tokenizer.eos_token_id
-    ids = np.array([harness.prefix_token_id, *whole.ids[:-1]], np.int32)
-    same_rules = replace(whole, ids=ids, response=np.ones(len(ids), np.bool_))
+    ][0]
+    assert example.ids[-1] == tokenizer.eos_token_id
+    ids = np.array([harness.prefix_token_id, *example.ids[:-1]], np.int32)
+    same_rules = replace(example, ids=ids, response=np.ones(len(ids), np.bool_))
     ours = score_documents(variants.base, collate([same_rules], "all"))
     assert ours.tokens_all[0] == len(tokenizer(text)["input_ids"])
     assert float(ours.nll_all[0]) == pytest.approx(theirs, rel=1e-5)

@@ -70,7 +70,7 @@ def check_merged(
     assert (merged - base_logits).abs().max() > 0.05 * base_logits.abs().max()
 
 
-def test_merged_is_base_with_adapter(
+def test_merged_model_equals_base_with_adapter(
     merged: tuple[Path, Verification], adapter: Path, tiny_source: ModelSource
 ) -> None:
     check_merged(*merged, adapter, tiny_source)
@@ -78,7 +78,7 @@ def test_merged_is_base_with_adapter(
 
 @pytest.mark.usefixtures("verify_in_process")
 @pytest.mark.parametrize("kind", ["rslora", "dora", "pissa"])
-def test_merged_is_base_with_adapter_of_other_methods(
+def test_merged_model_equals_base_with_adapter_of_other_methods(
     kind: str, tiny_source: ModelSource, tmp_path: Path
 ) -> None:
     folder = make_adapter(tiny_source, tmp_path / "adapter", kind)
@@ -86,7 +86,7 @@ def test_merged_is_base_with_adapter_of_other_methods(
     check_merged(tmp_path / "merged", verification, folder, tiny_source)
 
 
-def test_a_merged_folder_is_complete(
+def test_merged_folder_has_all_files_and_no_path_of_this_machine(
     merged: tuple[Path, Verification], adapter: Path, tiny_source: ModelSource
 ) -> None:
     folder, _ = merged
@@ -111,7 +111,7 @@ def test_a_merged_folder_is_complete(
 
 @pytest.mark.usefixtures("verify_in_process")
 @pytest.mark.parametrize("dtype", ["fp16", "bf16"])
-def test_half_precision_is_the_fp32_merge_rounded_once(
+def test_half_precision_merge_is_the_fp32_merge_rounded_once(
     dtype: Any,
     merged: tuple[Path, Verification],
     adapter: Path,
@@ -127,21 +127,21 @@ def test_half_precision_is_the_fp32_merge_rounded_once(
         assert torch.equal(half[name], tensor.to(dtype_)), name
 
 
-def test_another_base_is_refused(tiny_source: ModelSource, tmp_path: Path) -> None:
+def test_merge_on_another_base_is_refused(tiny_source: ModelSource, tmp_path: Path) -> None:
     folder = make_adapter(tiny_source, tmp_path / "adapter")
-    other = tmp_path / "other"
+    other_base = tmp_path / "other"
     model = AutoModelForCausalLM.from_pretrained(tiny_source.path)
     model.model.norm.weight.data *= 1.01
-    model.save_pretrained(other)
-    AutoTokenizer.from_pretrained(tiny_source.path).save_pretrained(other)
+    model.save_pretrained(other_base)
+    AutoTokenizer.from_pretrained(tiny_source.path).save_pretrained(other_base)
     with pytest.raises(IntegrityError, match="was trained on tiny-llama with weights"):
-        merge(read_trained(folder), tmp_path / "merged", "fp32", other)
+        merge(read_trained(folder), tmp_path / "merged", "fp32", other_base)
     with pytest.raises(UsageError, match="not found; give its folder: --base PATH"):
         merge(read_trained(folder), tmp_path / "merged", "fp32")
     assert not (tmp_path / "merged").exists()
 
 
-def test_a_full_model_is_refused(load_tiny: LoadTiny, tmp_path: Path) -> None:
+def test_merge_of_a_full_model_is_refused(load_tiny: LoadTiny, tmp_path: Path) -> None:
     base = load_tiny("fp32")
     trained = attach.attach(base, AdapterSection(kind="full"), seed=0)
     metadata = {
@@ -154,7 +154,9 @@ def test_a_full_model_is_refused(load_tiny: LoadTiny, tmp_path: Path) -> None:
 
 
 @pytest.mark.parametrize("target", ["embed_tokens", "lm_head"])
-def test_tied_embeddings_are_refused(target: str, tiny_source: ModelSource, tmp_path: Path) -> None:
+def test_merge_into_tied_embeddings_is_refused(
+    target: str, tiny_source: ModelSource, tmp_path: Path
+) -> None:
     folder = make_adapter(tiny_source, tmp_path / "adapter")
     base = AutoModelForCausalLM.from_pretrained(tiny_source.path)
     config = LoraConfig(task_type="CAUSAL_LM", r=4, target_modules=["q_proj", target])
@@ -165,7 +167,7 @@ def test_tied_embeddings_are_refused(target: str, tiny_source: ModelSource, tmp_
     assert not (tmp_path / "merged").exists()
 
 
-def test_existing_folders_are_not_replaced(tiny_source: ModelSource, tmp_path: Path) -> None:
+def test_merge_replaces_no_existing_folder(tiny_source: ModelSource, tmp_path: Path) -> None:
     folder = make_adapter(tiny_source, tmp_path / "adapter")
     before = sorted(folder.iterdir())
     with pytest.raises(UsageError, match="exists and is not replaced; choose another name"):
@@ -174,7 +176,7 @@ def test_existing_folders_are_not_replaced(tiny_source: ModelSource, tmp_path: P
 
 
 @pytest.mark.usefixtures("verify_in_process")
-def test_progress_lines(tiny_source: ModelSource, tmp_path: Path) -> None:
+def test_merge_and_export_print_their_progress(tiny_source: ModelSource, tmp_path: Path) -> None:
     folder = make_adapter(tiny_source, tmp_path / "adapter")
     output = io.StringIO()
     reporter = Reporter(Console(file=output, width=200))
@@ -187,7 +189,7 @@ def test_progress_lines(tiny_source: ModelSource, tmp_path: Path) -> None:
 
 
 @pytest.mark.usefixtures("verify_in_process")
-def test_a_failed_verification_leaves_nothing(
+def test_failed_verification_leaves_no_merged_folder(
     tiny_source: ModelSource, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     folder = make_adapter(tiny_source, tmp_path / "adapter")
@@ -207,7 +209,9 @@ def test_a_failed_verification_leaves_nothing(
 
 
 @pytest.mark.usefixtures("verify_in_process")
-def test_an_adapter_without_effect_is_refused(tiny_source: ModelSource, tmp_path: Path) -> None:
+def test_merge_of_an_adapter_without_effect_is_refused(
+    tiny_source: ModelSource, tmp_path: Path
+) -> None:
     folder = make_adapter(tiny_source, tmp_path / "adapter", scale=0.0)
     with pytest.raises(IntegrityError, match="too close to its base"):
         merge(read_trained(folder), tmp_path / "merged", "fp32", tiny_source.path)
@@ -215,7 +219,7 @@ def test_an_adapter_without_effect_is_refused(tiny_source: ModelSource, tmp_path
 
 
 @pytest.mark.parametrize("dtype", BOUNDS)
-def test_bounds_of_the_verification(dtype: str) -> None:
+def test_verification_beyond_any_bound_is_refused(dtype: str) -> None:
     passing = Verification(80, 70, 900, 1.0, 1e-6, 2e-5, 3.0, 1.0)
     check_bounds(passing, dtype, "it")
     nan = float("nan")

@@ -1,4 +1,4 @@
-"""What is trained besides LoRA: all weights, PiSSA's beginning, LoRA+'s two rates."""
+"""Methods besides LoRA: full fine-tuning, PiSSA, LoRA+, and which modules they train."""
 
 from __future__ import annotations
 
@@ -27,6 +27,7 @@ from slm_lora.training.loop import train
 from slm_lora.training.optimizer import adamw
 
 from ..support.examples import LENGTHS, load, make_examples, save_model
+from ..support.tensors import assert_equal_bits, relative_error
 
 LoadTiny = Callable[..., Base]
 FULL = AdapterSection(kind="full")
@@ -42,7 +43,7 @@ def full_gradients(base: Base, seed: int, double: bool = False) -> torch.Tensor:
     return torch.cat([p.grad.double().flatten() for p in trained.parameters()])
 
 
-def test_full_gradients_are_those_of_fp64(
+def test_full_fine_tuning_gradients_equal_fp64(
     load_tiny: LoadTiny, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     monkeypatch.setitem(DTYPES, "fp64", torch.float64)
@@ -50,16 +51,18 @@ def test_full_gradients_are_those_of_fp64(
     references = [full_gradients(load_tiny("fp64", plain=True), s, double=True) for s in seeds]
 
     def error(precision: str, plain: bool) -> float:
-        found = [full_gradients(load_tiny(precision, plain=plain), seed) for seed in seeds]
-        pairs = zip(found, references, strict=True)
-        return sum(((one - other).norm() / other.norm()).item() for one, other in pairs) / 4
+        gradients = [full_gradients(load_tiny(precision, plain=plain), seed) for seed in seeds]
+        pairs = zip(gradients, references, strict=True)
+        return sum(relative_error(gradient, exact) for gradient, exact in pairs) / 4
 
     assert error("fp32", plain=False) < 1e-5
     # One rounding moves all that lies below it: single draws differ by a fifth either way.
     assert error("bf16", plain=False) < 1.15 * error("bf16", plain=True)
 
 
-def test_full_training_is_saved_as_a_model_of_its_own(load_tiny: LoadTiny, tmp_path: Path) -> None:
+def test_fully_trained_model_is_saved_as_a_model_folder(
+    load_tiny: LoadTiny, tmp_path: Path
+) -> None:
     base = load_tiny("bf16")
     before = {name: p.detach().clone() for name, p in base.model.named_parameters()}
     trained = attach.attach(base, FULL, seed=0)
@@ -77,7 +80,7 @@ def test_full_training_is_saved_as_a_model_of_its_own(load_tiny: LoadTiny, tmp_p
         assert not torch.equal(parameter, before[name]), f"{name} did not train"
 
 
-def test_pissa_is_saved_as_what_fits_the_original_base(load_tiny: LoadTiny, tmp_path: Path) -> None:
+def test_saved_pissa_adapter_fits_the_original_base(load_tiny: LoadTiny, tmp_path: Path) -> None:
     base = load_tiny("fp32")
     peft_model = attach.attach(base, AdapterSection(kind="pissa", r=4, lora_dropout=0), seed=0)
     batch = collate(make_examples(LENGTHS), "all")
@@ -97,23 +100,25 @@ def test_pissa_is_saved_as_what_fits_the_original_base(load_tiny: LoadTiny, tmp_
     assert batch_nll(fresh, batch).item() == pytest.approx(trained, rel=1e-5)
 
 
-def test_loraplus_moves_b_so_many_times_faster(load_tiny: LoadTiny) -> None:
+def test_loraplus_ratio_scales_the_learning_rate_of_b(load_tiny: LoadTiny) -> None:
     def moved(ratio: float | None) -> float:
         """Largest change of a B in AdamW's first step, which is its learning rate."""
         base = load_tiny("fp32")
         peft_model = attach.attach(base, AdapterSection(r=4, lora_dropout=0), seed=0)
         section = TrainingSection(max_steps=1, learning_rate=1e-4, loraplus_lr_ratio=ratio)
         train(base, peft_model, make_examples(LENGTHS), section, seed=0)
-        found = max(p.abs().max().item() for n, p in peft_model.named_parameters() if "lora_B" in n)
+        change = max(
+            p.abs().max().item() for n, p in peft_model.named_parameters() if "lora_B" in n
+        )
         attach.detach(peft_model)
-        return found
+        return change
 
     assert moved(None) == pytest.approx(1e-4, rel=1e-3)
     assert moved(16) == pytest.approx(16e-4, rel=1e-3)
 
 
 @pytest.mark.parametrize("kind", ["full", "dora"])
-def test_norms_and_biases_do_not_decay(load_tiny: LoadTiny, kind: str) -> None:
+def test_norms_and_biases_have_no_weight_decay(load_tiny: LoadTiny, kind: str) -> None:
     trained = attach.attach(load_tiny("fp32"), AdapterSection(kind=kind, lora_dropout=0), seed=0)
     named = {name: p for name, p in trained.named_parameters() if p.requires_grad}
     optimizer = adamw(named, TrainingSection(weight_decay=0.1), trained)
@@ -130,19 +135,19 @@ def test_norms_and_biases_do_not_decay(load_tiny: LoadTiny, kind: str) -> None:
         assert {n for n in named if n not in ours} == {n for n in named if "norm" in n}
 
 
-def save_gemma_with_eyes(folder: Path) -> Path:
+def save_gemma_with_vision(folder: Path) -> Path:
     """Gemma 3: text decoder and vision tower both have q_proj and v_proj."""
     text = transformers.Gemma3TextConfig(
         vocab_size=500, hidden_size=32, intermediate_size=48, num_hidden_layers=2,
         num_attention_heads=4, num_key_value_heads=2, head_dim=8, sliding_window=16,
         layer_types=["sliding_attention", "full_attention"], query_pre_attn_scalar=8,
     )  # fmt: skip
-    eyes = transformers.SiglipVisionConfig(
+    vision = transformers.SiglipVisionConfig(
         hidden_size=32, intermediate_size=48, num_hidden_layers=1, num_attention_heads=2,
         image_size=28, patch_size=14,
     )  # fmt: skip
     config = transformers.Gemma3Config(
-        text_config=text.to_dict(), vision_config=eyes.to_dict(), mm_tokens_per_image=4,
+        text_config=text.to_dict(), vision_config=vision.to_dict(), mm_tokens_per_image=4,
         image_token_index=5, boi_token_index=6, eoi_token_index=7,
     )  # fmt: skip
     torch.manual_seed(0)
@@ -151,8 +156,8 @@ def save_gemma_with_eyes(folder: Path) -> Path:
 
 
 @pytest.mark.parametrize("targets", [("q_proj", "v_proj"), "all-linear"])
-def test_no_adapter_lies_on_a_vision_tower(tmp_path: Path, targets: Any) -> None:
-    base = load(save_gemma_with_eyes(tmp_path))
+def test_adapters_are_not_attached_to_a_vision_tower(tmp_path: Path, targets: Any) -> None:
+    base = load(save_gemma_with_vision(tmp_path))
     section = AdapterSection(r=4, target_modules=targets)
     peft_model = attach.attach(base, section, seed=0)
     names = [name for name, p in peft_model.named_parameters() if p.requires_grad]
@@ -165,16 +170,16 @@ def test_no_adapter_lies_on_a_vision_tower(tmp_path: Path, targets: Any) -> None
         assert "without adapters stay" in attach.unadapted_note(peft_model)
 
 
-def test_all_weights_are_those_of_the_text_model(tmp_path: Path) -> None:
-    base = load(save_gemma_with_eyes(tmp_path))
+def test_full_fine_tuning_freezes_vision_tower_and_projector(tmp_path: Path) -> None:
+    base = load(save_gemma_with_vision(tmp_path))
     trained = attach.attach(base, FULL, seed=0)
-    still = [name for name, p in trained.named_parameters() if not p.requires_grad]
-    assert still
-    assert all("vision_tower" in name or "projector" in name for name in still)
+    frozen = [name for name, p in trained.named_parameters() if not p.requires_grad]
+    assert frozen
+    assert all("vision_tower" in name or "projector" in name for name in frozen)
     assert "stay frozen" in attach.unadapted_note(trained)
 
 
-def test_all_linear_leaves_out_what_peft_refuses(tmp_path: Path) -> None:
+def test_all_linear_leaves_out_layers_peft_refuses(tmp_path: Path) -> None:
     config = transformers.Mamba2Config(
         vocab_size=500, hidden_size=32, num_hidden_layers=2, num_heads=4, head_dim=16,
         state_size=8, n_groups=1, chunk_size=16,
@@ -203,7 +208,7 @@ def save_mixture(folder: Path) -> Path:
     return folder
 
 
-def test_all_linear_takes_experts_where_peft_can(tmp_path: Path) -> None:
+def test_all_linear_adapts_experts_without_dropout(tmp_path: Path) -> None:
     folder = save_mixture(tmp_path)
     peft_model = attach.attach(load(folder), AdapterSection(target_modules="all-linear"), seed=0)
     assert "the experts" in attach.unadapted_note(peft_model)
@@ -215,7 +220,7 @@ def test_all_linear_takes_experts_where_peft_can(tmp_path: Path) -> None:
         attach.attach(load(folder), experts, seed=0)
 
 
-def test_an_unknown_target_is_named_before_anything_is_loaded(tmp_path: Path) -> None:
+def test_unknown_target_module_is_refused_before_loading(tmp_path: Path) -> None:
     source = resolve(ModelSection(name=str(save_mixture(tmp_path))))
     with pytest.raises(UsageError, match="has no q_porj"):
         resolve_targets(source, AdapterSection(target_modules=("q_porj", "v_proj")))
@@ -224,7 +229,7 @@ def test_an_unknown_target_is_named_before_anything_is_loaded(tmp_path: Path) ->
 @pytest.mark.parametrize(
     "settings", [{"target_modules": ["lm_head"]}, {"target_modules": ["q_proj", "lm_head"]}]
 )
-def test_an_adapter_outside_of_the_layers_is_not_scored_as_if_it_were_not_there(
+def test_check_forward_refuses_adapters_outside_the_layers(
     tmp_path: Path, settings: dict[str, Any]
 ) -> None:
     config = transformers.LlamaConfig(
@@ -239,7 +244,7 @@ def test_an_adapter_outside_of_the_layers_is_not_scored_as_if_it_were_not_there(
         check_forward(base, foreign)
 
 
-def test_what_only_peft_s_forward_knows_is_found_out(load_tiny: LoadTiny) -> None:
+def test_check_forward_refuses_activated_lora(load_tiny: LoadTiny) -> None:
     base = load_tiny("fp32", plain=True)
     activated = LoraConfig(
         r=4, task_type="CAUSAL_LM", target_modules=["q_proj"], alora_invocation_tokens=[3, 4]
@@ -249,7 +254,7 @@ def test_what_only_peft_s_forward_knows_is_found_out(load_tiny: LoadTiny) -> Non
         check_forward(base, foreign)
 
 
-def test_the_check_of_an_adapter_leaves_no_trace(load_tiny: LoadTiny) -> None:
+def test_check_forward_changes_no_weight_gradient_or_random_state(load_tiny: LoadTiny) -> None:
     base = load_tiny("fp32")
     peft_model = attach.attach(base, AdapterSection(r=4), seed=5)
     before = attach.trainable_state(peft_model)
@@ -259,8 +264,7 @@ def test_the_check_of_an_adapter_leaves_no_trace(load_tiny: LoadTiny) -> None:
     check_forward(base, peft_model)
     reached, unreached = reached_modules(base, peft_model)
     assert torch.equal(torch.rand(1), drawn)
-    after = attach.trainable_state(peft_model)
-    assert all(torch.equal(before[name], after[name]) for name in before)
+    assert_equal_bits(attach.trainable_state(peft_model), before)
     assert all(p.grad is None for p in peft_model.parameters())
     assert len(reached) == 4
     assert not unreached
@@ -277,7 +281,7 @@ def vera(section: AdapterSection, source: Any, targets: Any, seed: int) -> VeraC
 
 @pytest.mark.parametrize("precision", ["fp32", "bf16"])
 @pytest.mark.parametrize("plain", [False, True])
-def test_another_peft_type_needs_one_entry_of_the_registry(
+def test_registered_vera_method_trains_and_is_loaded_again(
     load_tiny: LoadTiny,
     tmp_path: Path,
     monkeypatch: pytest.MonkeyPatch,
@@ -289,8 +293,8 @@ def test_another_peft_type_needs_one_entry_of_the_registry(
     section = AdapterSection(r=4, target_modules=["q_proj", "o_proj"])
     base = load_tiny(precision, plain=plain)
     peft_model = attach.attach(base, section, seed=3)
-    other = peft_config(section, base.source, resolve_targets(base.source, section), 4)
-    assert other.projection_prng_key == 4
+    config = peft_config(section, base.source, resolve_targets(base.source, section), 4)
+    assert config.projection_prng_key == 4
     training = TrainingSection(max_steps=3, effective_batch_size=2, learning_rate=1e-2)
     train(base, peft_model, make_examples(LENGTHS), training, seed=0)
     documents = [torch.arange(1, 9), torch.arange(3, 6)]
@@ -299,6 +303,7 @@ def test_another_peft_type_needs_one_entry_of_the_registry(
     about = {"base": {"name": base.source.name, "sha256": base.source.sha256}}
     adapter_io.save(base, peft_model, tmp_path / "adapter", about, None)
     attach.detach(peft_model)
-    again = adapter_io.load(base, tmp_path / "adapter")
-    again.eval()
+    assert not torch.equal(document_logits(base, documents), expected), "the adapter did nothing"
+    loaded = adapter_io.load(base, tmp_path / "adapter")
+    loaded.eval()
     assert torch.equal(document_logits(base, documents), expected)

@@ -55,13 +55,13 @@ OLDER_TOKENIZER: dict[str, Any] = {
 }  # fmt: skip
 
 
-def written(path: Path) -> dict[str, Any]:
-    found: dict[str, Any] = json.loads(path.read_text())
-    return found
+def read_json(path: Path) -> dict[str, Any]:
+    content: dict[str, Any] = json.loads(path.read_text())
+    return content
 
 
-def put(path: Path, **keys: Any) -> None:
-    path.write_text(json.dumps({**written(path), **keys}))
+def change_json(path: Path, **keys: Any) -> None:
+    path.write_text(json.dumps({**read_json(path), **keys}))
 
 
 @pytest.fixture
@@ -69,13 +69,13 @@ def older(tiny_folder: Path, tmp_path: Path) -> Path:
     """The tiny model in the files of transformers 4, as for most models on the hub."""
     folder = tmp_path / "models" / "older"
     shutil.copytree(tiny_folder, folder)
-    config = written(folder / "config.json")
+    config = read_json(folder / "config.json")
     del config["rope_parameters"], config["dtype"]
     config |= {"rope_theta": 500000.0, "rope_scaling": None, "torch_dtype": "float32"}
     config |= {"transformers_version": "4.46.0", "_name_or_path": "/home/somebody/model"}
     (folder / "config.json").write_text(json.dumps(config, indent=4))
     (folder / "tokenizer_config.json").write_text(json.dumps(OLDER_TOKENIZER, indent=1))
-    raw = written(folder / "tokenizer.json")["model"]
+    raw = read_json(folder / "tokenizer.json")["model"]
     (folder / "vocab.json").write_text(json.dumps(raw["vocab"]))
     (folder / "merges.txt").write_text("\n".join(" ".join(pair) for pair in raw["merges"]))
     (folder / "special_tokens_map.json").write_text('{"eos_token": "<|im_end|>"}')
@@ -109,11 +109,13 @@ def trained_whole(base: Path, tmp_path: Path) -> Path:
 
 
 Make = Callable[[Path, Path], Path]
-EVERY_WAY = pytest.mark.parametrize("make", [merged, trained_whole])
+MERGED_AND_FULL = pytest.mark.parametrize("make", [merged, trained_whole])
 
 
-@EVERY_WAY
-def test_the_bases_own_files_with_what_must_change(older: Path, tmp_path: Path, make: Make) -> None:
+@MERGED_AND_FULL
+def test_model_folder_keeps_files_of_the_base_but_template_and_dtype(
+    older: Path, tmp_path: Path, make: Make
+) -> None:
     folder = make(older, tmp_path)
     template = (folder / "chat_template.jinja").read_text()
     copied = [path.name for path in older.iterdir() if path.name in TOKENIZER_FILES]
@@ -123,37 +125,35 @@ def test_the_bases_own_files_with_what_must_change(older: Path, tmp_path: Path, 
     # The same template in every file that may contain one.
     assert template != CHAT_TEMPLATE
     tokenizer = {**OLDER_TOKENIZER, "chat_template": template}
-    assert written(folder / "tokenizer_config.json") == tokenizer
-    config = {**written(older / "config.json"), "torch_dtype": "bfloat16"}
+    assert read_json(folder / "tokenizer_config.json") == tokenizer
+    config = {**read_json(older / "config.json"), "torch_dtype": "bfloat16"}
     del config["_name_or_path"]
-    assert written(folder / "config.json") == config
+    assert read_json(folder / "config.json") == config
     assert AutoConfig.from_pretrained(folder).rope_parameters["rope_theta"] == 500000.0
 
 
-@EVERY_WAY
-def test_named_templates_give_way_to_the_trained_one(
-    older: Path, tmp_path: Path, make: Make
-) -> None:
+@MERGED_AND_FULL
+def test_trained_template_replaces_named_templates(older: Path, tmp_path: Path, make: Make) -> None:
     names = [{"name": name, "template": CHAT_TEMPLATE} for name in ("default", "tool_use")]
-    put(older / "tokenizer_config.json", chat_template=names)
+    change_json(older / "tokenizer_config.json", chat_template=names)
     (older / "additional_chat_templates").mkdir()
     (older / "additional_chat_templates" / "rag.jinja").write_text(CHAT_TEMPLATE)
     folder = make(older, tmp_path)
     template = (folder / "chat_template.jinja").read_text()
-    assert written(folder / "tokenizer_config.json")["chat_template"] == template
+    assert read_json(folder / "tokenizer_config.json")["chat_template"] == template
     assert AutoTokenizer.from_pretrained(folder).chat_template == template
     assert not (folder / "additional_chat_templates").exists()
 
 
-@EVERY_WAY
-def test_what_transformers_5_wrote_is_spelt_as_before_besides(
+@MERGED_AND_FULL
+def test_transformers_5_folders_get_the_keys_of_transformers_4(
     tiny_folder: Path, tmp_path: Path, make: Make
 ) -> None:
     folder = make(tiny_folder, tmp_path)
-    config, before = (written(path / "config.json") for path in (folder, tiny_folder))
+    config, before = (read_json(path / "config.json") for path in (folder, tiny_folder))
     assert "rope_theta" not in before
     assert config == {**before, "dtype": "bfloat16", "rope_theta": 10000.0, "rope_scaling": None}
-    tokenizer = written(folder / "tokenizer_config.json")
+    tokenizer = read_json(folder / "tokenizer_config.json")
     assert tokenizer["tokenizer_class"] == "PreTrainedTokenizerFast"
     assert tokenizer["additional_special_tokens"] == ["<|im_start|>"]
     assert "extra_special_tokens" not in tokenizer
@@ -166,32 +166,34 @@ def test_what_transformers_5_wrote_is_spelt_as_before_besides(
 
 @pytest.mark.parametrize("several", [False, True])
 @pytest.mark.parametrize("kind", ["plain", "chat"])
-def test_a_template_that_cannot_be_written(
+def test_template_is_kept_only_if_rows_were_rendered_with_it(
     kind: str, several: bool, older: Path, tmp_path: Path
 ) -> None:
     """The folder has the base's own template if the rows were rendered with it, else none."""
     if several:
         names = {"default": CHAT_TEMPLATE, "tool_use": "{{ 'tools' }}"}
         listed = [{"name": name, "template": template} for name, template in names.items()]
-        put(older / "tokenizer_config.json", chat_template=listed)
+        change_json(older / "tokenizer_config.json", chat_template=listed)
     source = resolve(ModelSection(name=str(older)))
     base = load_base(source, device=torch.device("cpu"), precision="fp32")
     trained = attach.attach(base, AdapterSection(kind="full"), seed=0)
     adapter_io.save(base, trained, tmp_path / "whole", {"template": {"kind": kind}}, None)
     own = CHAT_TEMPLATE if kind == "chat" else None
-    assert written(tmp_path / "whole" / "tokenizer_config.json").get("chat_template") == own
+    assert read_json(tmp_path / "whole" / "tokenizer_config.json").get("chat_template") == own
     assert AutoTokenizer.from_pretrained(tmp_path / "whole").chat_template == own
 
 
-def test_two_matrices_though_the_base_says_one(older: Path, tmp_path: Path) -> None:
+def test_untied_weights_are_saved_with_tie_word_embeddings_false(
+    older: Path, tmp_path: Path
+) -> None:
     weights = load_file(older / "model.safetensors")
     weights["lm_head.weight"] = weights["model.embed_tokens.weight"] * 1.01
     save_file(weights, older / "model.safetensors", {"format": "pt"})
     folder = trained_whole(older, tmp_path)
     # transformers 5 detects different embeddings; 4 would use the input embedding for both.
-    assert written(folder / "config.json")["tie_word_embeddings"] is False
-    found = load_file(folder / "model.safetensors")
-    assert not torch.equal(found["lm_head.weight"], found["model.embed_tokens.weight"])
+    assert read_json(folder / "config.json")["tie_word_embeddings"] is False
+    saved = load_file(folder / "model.safetensors")
+    assert not torch.equal(saved["lm_head.weight"], saved["model.embed_tokens.weight"])
 
 
 LLAMA3 = {
@@ -205,7 +207,7 @@ BY_LAYERS = {
 
 
 @pytest.mark.parametrize(
-    ("kind", "parameters", "wanted"),
+    ("kind", "parameters", "expected"),
     [
         ("llama", LLAMA3, {"rope_theta": 500000.0, "rope_scaling": {"rope_type": "llama3"}}),
         ("qwen3", {"rope_type": "default", "rope_theta": 1e6}, {"rope_theta": 1e6}),
@@ -248,31 +250,31 @@ BY_LAYERS = {
         ("gpt2", None, {}),
     ],
 )
-def test_rotary_frequencies_in_older_words(
-    kind: str, parameters: dict[str, Any] | None, wanted: dict[str, Any], tmp_path: Path
+def test_rope_parameters_get_the_keys_of_transformers_4(
+    kind: str, parameters: dict[str, Any] | None, expected: dict[str, Any], tmp_path: Path
 ) -> None:
-    more = {} if parameters is None else {"rope_parameters": parameters}
-    AutoConfig.for_model(kind, **more).save_pretrained(tmp_path)
-    before, digest = written(tmp_path / "config.json"), hash_config(tmp_path)
+    settings = {} if parameters is None else {"rope_parameters": parameters}
+    AutoConfig.for_model(kind, **settings).save_pretrained(tmp_path)
+    before, digest = read_json(tmp_path / "config.json"), hash_config(tmp_path)
     read_before = AutoConfig.from_pretrained(tmp_path).to_dict()
     add_transformers4_format(tmp_path)
-    after = written(tmp_path / "config.json")
+    after = read_json(tmp_path / "config.json")
     assert before.items() <= after.items()
     added = {key: value for key, value in after.items() if key not in before}
-    assert added.keys() == wanted.keys() | ({"rope_scaling"} if parameters else set())
-    for key, value in wanted.items():
+    assert added.keys() == expected.keys() | ({"rope_scaling"} if parameters else set())
+    for key, value in expected.items():
         assert value.items() <= added[key].items() if key == "rope_scaling" else added[key] == value
-    assert (added.get("rope_scaling") is None) == ("rope_scaling" not in wanted)
-    found = AutoConfig.from_pretrained(tmp_path).to_dict()
-    assert {**found, **read_before} == found
-    assert found.get("rope_parameters") == read_before.get("rope_parameters")
+    assert (added.get("rope_scaling") is None) == ("rope_scaling" not in expected)
+    read_after = AutoConfig.from_pretrained(tmp_path).to_dict()
+    assert {**read_after, **read_before} == read_after
+    assert read_after.get("rope_parameters") == read_before.get("rope_parameters")
     # The hash of the configuration, part of run identities, is unchanged.
     assert hash_config(tmp_path) == digest
-    put(tmp_path / "config.json", rope_theta=11.0)
+    change_json(tmp_path / "config.json", rope_theta=11.0)
     assert hash_config(tmp_path) != digest
 
 
-def test_the_tokenizers_configuration_in_older_words() -> None:
+def test_tokenizer_config_gets_the_keys_of_transformers_4() -> None:
     assert transformers4_tokenizer_config(OLDER_TOKENIZER) == OLDER_TOKENIZER
     named = {"extra_special_tokens": {"image_token": "<image>"}, "tokenizer_class": "Own"}
     assert transformers4_tokenizer_config(named) == named
@@ -313,10 +315,10 @@ FAMILIES: dict[str, tuple[str, dict[str, Any], dict[str, Any]]] = {
 
 def family(name: str, folder: Path) -> Path:
     """A small model of a family as transformers 5 writes it, with transformers 4's keys added."""
-    kind, rope, more = FAMILIES[name]
+    kind, rope, settings = FAMILIES[name]
     parameters = rope if "full_attention" in rope else {"rope_type": "default", **rope}
     torch.manual_seed(0)
-    config = AutoConfig.for_model(kind, **SIZES, rope_parameters=parameters, **more)
+    config = AutoConfig.for_model(kind, **SIZES, rope_parameters=parameters, **settings)
     AutoModelForCausalLM.from_config(config, dtype=torch.float32).save_pretrained(folder / name)
     tiny_tokenizer().save_pretrained(folder / name)
     add_transformers4_format(folder / name)
@@ -348,7 +350,7 @@ print(json.dumps(found))
 
 
 @pytest.mark.slow
-def test_transformers_4_computes_the_same(
+def test_transformers_4_computes_the_same_ids_and_logits(
     older: Path,
     tiny_folder: Path,
     tmp_path: Path,
@@ -372,9 +374,9 @@ def test_transformers_4_computes_the_same(
         env=environment, capture_output=True, text=True, check=False,
     )  # fmt: skip
     assert result.returncode == 0, result.stderr[-2000:]
-    found = json.loads(result.stdout.splitlines()[-1])
+    outputs = json.loads(result.stdout.splitlines()[-1])
     for folder in folders:
-        theirs = found[str(folder)]
+        theirs = outputs[str(folder)]
         tokenizer = AutoTokenizer.from_pretrained(folder)
         assert theirs["ids"] == tokenizer(text)["input_ids"]
         assert theirs["special"] == sorted(tokenizer.all_special_ids)
@@ -389,5 +391,5 @@ def test_transformers_4_computes_the_same(
             ours = model(input_ids=ids).logits
         difference = (torch.tensor(theirs["logits"]) - ours).abs().max()
         assert difference <= 1e-5 * ours.abs().max()
-    thetas = [found[str(folder)]["rope_theta"] for folder in folders[:4]]
+    thetas = [outputs[str(folder)]["rope_theta"] for folder in folders[:4]]
     assert thetas == [500000.0, 500000.0, 10000.0, 10000.0]

@@ -37,7 +37,7 @@ def planned(lab: Lab, *overrides: str) -> PlannedCell:
 
 
 @pytest.mark.parametrize("targets", ["[q_proj,v_proj]", "all-linear"])
-def test_the_slice_predicts_the_adapter_size(lab: Lab, targets: str) -> None:
+def test_probe_predicts_the_adapter_size(lab: Lab, targets: str) -> None:
     job = job_of(lab, f"adapter.target_modules={targets}")
     base = load_base(job.source, device=job.device, precision=job.precision)
     whole_parameters = attach.count_parameters(attach.attach(base, job.config.adapter, 0)).trainable
@@ -46,7 +46,7 @@ def test_the_slice_predicts_the_adapter_size(lab: Lab, targets: str) -> None:
     assert probe.training_s_per_token > 0 and probe.scoring_s_per_token > 0
 
 
-def test_saved_bytes_per_token(lab: Lab) -> None:
+def test_saved_bytes_per_token_fall_with_checkpointing_and_grow_with_targets(lab: Lab) -> None:
     def saved(*overrides: str) -> float:
         return measure(job_of(lab, *overrides), compiled=False).saved_bytes_per_token
 
@@ -56,7 +56,7 @@ def test_saved_bytes_per_token(lab: Lab) -> None:
     assert two_modules < saved("adapter.target_modules=all-linear")
 
 
-def test_memory_grows_with_the_micro_batch(lab: Lab) -> None:
+def test_planned_memory_grows_with_micro_batch_and_full_fine_tuning(lab: Lab) -> None:
     small, large = (
         planned(lab, f"training.micro_batch_tokens={tokens}").training_bytes for tokens in (64, 400)
     )
@@ -66,7 +66,7 @@ def test_memory_grows_with_the_micro_batch(lab: Lab) -> None:
     assert full > small
 
 
-def test_a_finished_base_and_unfinished_cells(lab: Lab) -> None:
+def test_plan_estimates_base_and_cells_from_one_probe(lab: Lab) -> None:
     jobs = [job_of(lab, f"adapter.r={r}") for r in (2, 4)]
     estimate = plan(jobs, ExperimentPaths("tiny", lab.folder / "none", lab.folder / "none"))
     assert [cell.name for cell in estimate.cells] == ["base", "r2", "r4"]
@@ -81,7 +81,7 @@ def test_a_finished_base_and_unfinished_cells(lab: Lab) -> None:
     ).warning().startswith("base, r2, r4 will not fit: ")
 
 
-def test_warning_about_memory_before_the_run(
+def test_plan_and_run_warn_when_memory_is_short(
     lab: Lab, capsys: pytest.CaptureFixture[str], monkeypatch: pytest.MonkeyPatch
 ) -> None:
     monkeypatch.setattr(hardware, "available_bytes", lambda device: 5_000_000)
@@ -94,12 +94,14 @@ def test_warning_about_memory_before_the_run(
     assert "warning: 40 will not fit: weights and optimizer of 40 alone take" in output
 
 
-def test_available_memory() -> None:
+def test_available_memory_exceeds_resident_memory() -> None:
     assert 10**7 < hardware.resident_bytes() < hardware.available_bytes("cpu")
 
 
 @pytest.mark.skipif(torch.cuda.is_available(), reason="there is a GPU")
-def test_warning_about_a_missing_device(lab: Lab, capsys: pytest.CaptureFixture[str]) -> None:
+def test_plan_warns_and_run_refuses_when_the_device_is_missing(
+    lab: Lab, capsys: pytest.CaptureFixture[str]
+) -> None:
     one_cell = ("grid.cells=[{data.size: 40}]", "--plan", "--results", lab.folder / "r")
     overrides = ("training.device=cuda", "training.precision=fp16")
     assert command("experiment", lab.recipe, *overrides, *one_cell) == 0

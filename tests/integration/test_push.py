@@ -23,7 +23,6 @@ import pytest
 import yaml
 from huggingface_hub import ModelCard
 
-from slm_lora.cli import app, run_guarded
 from slm_lora.data.chat_templates import freeze_date
 from slm_lora.errors import IntegrityError, StorageError, UsageError
 from slm_lora.export.hub import dry_run, push
@@ -32,6 +31,7 @@ from slm_lora.export.trained import read_trained
 from slm_lora.model.resolve import ModelSource
 
 from ..support.exports import change_metadata, make_adapter
+from ..support.lab import command
 
 REPOSITORY = "somebody/toy-adapter"
 SENT = {"README.md", "adapter_config.json", "adapter_model.safetensors", "chat_template.jinja",
@@ -149,16 +149,18 @@ def hub(monkeypatch: pytest.MonkeyPatch) -> Iterator[tuple[type[Hub], str]]:
     server.server_close()
 
 
-def test_uploaded_files(adapter: Path, tmp_path: Path, hub: tuple[type[Hub], str]) -> None:
+def test_push_uploads_adapter_and_card_only(
+    adapter: Path, tmp_path: Path, hub: tuple[type[Hub], str]
+) -> None:
     uploaded, endpoint = hub
     (adapter / "notes.txt").write_text("not for others")
     (adapter / "optimizer.pt").write_bytes(b"nor this")
     url = push(read_trained(adapter), REPOSITORY, tmp_path, private=True, endpoint=endpoint)
     assert url == f"{endpoint}/{REPOSITORY}"
     assert uploaded.tokens == {"Bearer a-token-of-the-test"}
-    assert [(made["name"], made["organization"]) for made in uploaded.created] == [
-        ("toy-adapter", "somebody")
-    ]
+    assert [
+        (repository["name"], repository["organization"]) for repository in uploaded.created
+    ] == [("toy-adapter", "somebody")]
     assert "private" in json.dumps(uploaded.created[0])
     assert uploaded.files.keys() == SENT
     for name in SENT - {"README.md"}:
@@ -168,7 +170,7 @@ def test_uploaded_files(adapter: Path, tmp_path: Path, hub: tuple[type[Hub], str
     assert {p.name: p.read_bytes() for p in (tmp_path / "dry").iterdir()} == uploaded.files
 
 
-def test_rejected_and_unreachable_uploads(
+def test_rejected_and_unreachable_uploads_are_reported(
     adapter: Path, tmp_path: Path, hub: tuple[type[Hub], str], monkeypatch: pytest.MonkeyPatch
 ) -> None:
     server, endpoint = hub
@@ -185,7 +187,7 @@ def test_rejected_and_unreachable_uploads(
         push(read_trained(adapter), "toy-adapter", tmp_path, endpoint=endpoint)
 
 
-def test_the_card_has_settings_and_losses_of_the_run(adapter: Path, tmp_path: Path) -> None:
+def test_card_has_settings_and_losses_of_the_run(adapter: Path, tmp_path: Path) -> None:
     results = Path(__file__).parents[2] / "results"
     record = json.loads((results / "quickstart" / "metrics.json").read_text())
     base, *_, run = record["runs"]
@@ -209,8 +211,8 @@ def test_the_card_has_settings_and_losses_of_the_run(adapter: Path, tmp_path: Pa
     assert f"| base | {base['intervals']['all']['value']:.4f} | " in readme
     assert "BSD-3-Clause" in readme and "Apache-2.0" in readme
     assert "| training.learning_rate | 0.001 |" in readme
-    for command in ("PeftModel.from_pretrained", "vllm serve", "llama-server", "ollama create"):
-        assert command in readme
+    for usage in ("PeftModel.from_pretrained", "vllm serve", "llama-server", "ollama create"):
+        assert usage in readme
 
 
 @pytest.mark.parametrize(
@@ -225,7 +227,7 @@ def test_the_card_has_settings_and_losses_of_the_run(adapter: Path, tmp_path: Pa
         (None, "no chat template gives other programs the same tokens."),
     ],
 )
-def test_the_card_describes_the_chat_template(
+def test_card_describes_the_chat_template(
     template: str | None, sentence: str, adapter: Path, tmp_path: Path
 ) -> None:
     path = adapter / "chat_template.jinja"
@@ -245,7 +247,7 @@ def test_the_card_describes_the_chat_template(
         ("tiny-llama", "ml-qa", "other", None),
     ],
 )  # fmt: skip
-def test_unknown_licences_and_ids_are_omitted(
+def test_card_omits_unknown_licences_and_ids(
     base: str, data: str, licence: str, dataset: list[str] | None, adapter: Path, tmp_path: Path
 ) -> None:
     set_metadata(adapter, base__name=base, recipe__data__name=data)
@@ -257,23 +259,23 @@ def test_unknown_licences_and_ids_are_omitted(
     assert "Held-out loss" not in (tmp_path / "dry" / "README.md").read_text()
 
 
-def test_the_cards_commands_run(adapter: Path, tiny_source: ModelSource, tmp_path: Path) -> None:
+def test_commands_of_the_card_run(adapter: Path, tiny_source: ModelSource, tmp_path: Path) -> None:
     dry_run(read_trained(adapter), REPOSITORY, tmp_path, tmp_path / "toy-adapter")
     readme = (tmp_path / "toy-adapter" / "README.md").read_text()
     # The folder stands in for the download.
     run_python(readme, tmp_path, BASE=str(tiny_source.path))
     gguf = next(line for line in readme.splitlines() if line.startswith("slm-lora export gguf"))
     assert gguf == 'slm-lora export gguf toy-adapter toy-adapter-gguf --as adapter --base "$BASE"'
-    command = gguf.replace('"$BASE"', str(tiny_source.path)).split()[1:]
-    command[2:4] = [str(tmp_path / name) for name in command[2:4]]
-    assert run_guarded(lambda: app(command, standalone_mode=False)) == 0
+    words = gguf.replace('"$BASE"', str(tiny_source.path)).split()[1:]
+    words[2:4] = [str(tmp_path / name) for name in words[2:4]]
+    assert command(*words) == 0
     served = next(line for line in readme.splitlines() if line.startswith("llama-server"))
     named = [word for word in served.split() if word.endswith(".gguf")]
     assert len(named) == 2 and all((tmp_path / name).is_file() for name in named)
 
 
 @pytest.mark.usefixtures("verify_in_process")
-def test_a_merged_model_is_pushed_as_a_full_model(
+def test_merged_model_is_pushed_as_a_full_model(
     adapter: Path, tiny_source: ModelSource, tmp_path: Path
 ) -> None:
     merge(read_trained(adapter), tmp_path / "merged", "fp32", tiny_source.path)
@@ -309,7 +311,7 @@ def run_python(readme: str, folder: Path, **environment: str) -> None:
         ("hf_" + "a" * 34, "looks like a hub token"),
     ],
 )
-def test_paths_and_tokens_are_not_sent(
+def test_push_refuses_local_paths_and_hub_tokens(
     secret: str, message: str, adapter: Path, tmp_path: Path
 ) -> None:
     set_metadata(adapter, recipe__data__name=secret.format(home=Path.home()))
@@ -318,16 +320,13 @@ def test_paths_and_tokens_are_not_sent(
     assert not (tmp_path / "dry").exists()
 
 
-def test_the_command(adapter: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
-    command = ["push", str(adapter), REPOSITORY, "--dry-run", str(tmp_path / "dry")]
-    assert run_guarded(lambda: app(command, standalone_mode=False)) == 0
+def test_push_command_prints_files_and_refuses_bad_arguments(
+    adapter: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    dry_run_option = ("--dry-run", tmp_path / "dry")
+    assert command("push", adapter, REPOSITORY, *dry_run_option) == 0
     assert {Path(line).name for line in capsys.readouterr().out.split()} == SENT
     shutil.rmtree(tmp_path / "dry")
-    assert (
-        run_guarded(lambda: app([*command[:2], "no-owner", *command[3:]], standalone_mode=False))
-        == 2
-    )
-    assert (
-        run_guarded(lambda: app(["push", str(tmp_path), *command[2:]], standalone_mode=False)) == 2
-    )
+    assert command("push", adapter, "no-owner", *dry_run_option) == 2
+    assert command("push", tmp_path, REPOSITORY, *dry_run_option) == 2
     assert "neither an adapter" in capsys.readouterr().err

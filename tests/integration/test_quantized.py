@@ -22,9 +22,9 @@ from slm_lora.model.resolve import resolve
 from ..support.examples import make_examples
 from ..support.lab import Lab, command
 
-there = importlib.util.find_spec("bitsandbytes") is not None
+INSTALLED = importlib.util.find_spec("bitsandbytes") is not None
 needs_bitsandbytes = pytest.mark.skipif(
-    not there, reason="bitsandbytes is not installed (make test-all)"
+    not INSTALLED, reason="bitsandbytes is not installed (make test-all)"
 )
 
 
@@ -33,37 +33,35 @@ def lab(tmp_path_factory: pytest.TempPathFactory, tiny_folder: Path) -> Lab:
     return Lab(tmp_path_factory.mktemp("nf4"), tiny_folder)
 
 
-def paths(lab: Lab) -> tuple[object, ...]:
-    return ("--results", lab.results.parent, "--adapters", lab.adapters)
-
-
 @pytest.fixture(scope="module")
 def trained(lab: Lab) -> dict[str, Any]:
     words = ("model.quantization=nf4", "training.num_train_epochs=4")
-    assert command("train", lab.recipe, *words, "--cell", "r4-40", *paths(lab)) == 0
+    assert command("train", lab.recipe, *words, "--cell", "r4-40", *lab.folders) == 0
     run: dict[str, Any] = json.loads(next(lab.results.rglob("run.json")).read_text())
     return run
 
 
 @needs_bitsandbytes
-def test_weights_are_in_four_bits_and_packed_scores_are_right(tiny_folder: Path) -> None:
+def test_nf4_base_has_4_bit_layers_and_packed_scores_equal_padded(tiny_folder: Path) -> None:
     source = resolve(ModelSection(name=str(tiny_folder)))
     cpu, examples = torch.device("cpu"), make_examples([30, 12, 5])
-    found = {}
+    nll = {}
     for kind in ("nf4", None):
         for plain in (False, True):
             base = load_base(source, device=cpu, precision="fp32", padded=plain, quantization=kind)
             assert base.packed != plain, base.fallback_reason
             scores = score(base, examples, "test", 100)
-            found[kind, plain] = [each.nll_all for each in scores]
+            nll[kind, plain] = [row.nll_all for row in scores]
         kinds = {type(m).__name__ for m in base.model.modules()}
         assert ("Linear4bit" in kinds) == (kind == "nf4")
-    assert found["nf4", False] == pytest.approx(found["nf4", True], rel=1e-4)
-    assert found["nf4", False] != pytest.approx(found[None, False], rel=1e-3)
+    assert nll["nf4", False] == pytest.approx(nll["nf4", True], rel=1e-4)
+    assert nll["nf4", False] != pytest.approx(nll[None, False], rel=1e-3)
 
 
 @needs_bitsandbytes
-def test_it_learns_and_says_what_it_learnt_on(lab: Lab, trained: dict[str, Any]) -> None:
+def test_training_on_nf4_learns_and_records_the_quantization(
+    lab: Lab, trained: dict[str, Any]
+) -> None:
     steps = next(lab.results.rglob("steps.jsonl")).read_text().splitlines()
     losses = [json.loads(line)["loss"] for line in steps]
     assert losses[-1] < losses[0] - 0.5
@@ -73,22 +71,22 @@ def test_it_learns_and_says_what_it_learnt_on(lab: Lab, trained: dict[str, Any])
 
 
 @needs_bitsandbytes
-def test_the_saved_adapter_scores_as_it_did(
+def test_saved_adapter_of_nf4_scores_as_in_training(
     lab: Lab, trained: dict[str, Any], capsys: pytest.CaptureFixture[str]
 ) -> None:
     adapter = ("--adapter", lab.adapters / "tiny-r4-40")
     capsys.readouterr()
     assert command("evaluate", lab.recipe, *adapter, "model.quantization=nf4") == 0
-    said = capsys.readouterr()
-    assert f"loss {trained['evaluation']['all']['loss']:.5f}" in said.out
-    assert "warning" not in said.err
+    output = capsys.readouterr()
+    assert f"loss {trained['evaluation']['all']['loss']:.5f}" in output.out
+    assert "warning" not in output.err
     assert command("evaluate", lab.recipe, *adapter) == 0
     assert "was trained on a base in nf4, and is scored on one in full" in capsys.readouterr().err
 
 
 @needs_bitsandbytes
 @pytest.mark.usefixtures("trained")
-def test_it_is_merged_into_the_unquantised_base_and_says_so(
+def test_adapter_of_nf4_is_merged_into_the_unquantised_base(
     lab: Lab, tmp_path: Path, capsys: pytest.CaptureFixture[str], tiny_folder: Path
 ) -> None:
     out = tmp_path / "merged"
@@ -99,7 +97,9 @@ def test_it_is_merged_into_the_unquantised_base_and_says_so(
 
 
 @needs_bitsandbytes
-def test_a_grid_with_and_without_has_a_base_for_each(tmp_path: Path, tiny_folder: Path) -> None:
+def test_grid_with_and_without_nf4_compares_each_with_its_own_base(
+    tmp_path: Path, tiny_folder: Path
+) -> None:
     both = Lab(tmp_path / "both", tiny_folder)
     small = "adapter.r: 2, data.size: 40"
     cells = f"[{{{small}}}, {{{small}, model.quantization: nf4}}]"
@@ -112,15 +112,15 @@ def test_a_grid_with_and_without_has_a_base_for_each(tmp_path: Path, tiny_folder
         for run in metrics["runs"]
     }
     assert len(loss) == 4
-    falls = [each["value"] for each in metrics["contrasts"] if each["key"] == "base"]
-    wanted = [loss[kind, True] - loss[kind, False] for kind in (None, "nf4")]
-    assert sorted(falls) == pytest.approx(sorted(wanted), abs=1e-9)
-    whole, packed = (run["adapter"] for run in metrics["runs"] if "adapter" in run)
-    assert whole["all_parameters"] == packed["all_parameters"], "two weights lie in a byte"
+    falls = [contrast["value"] for contrast in metrics["contrasts"] if contrast["key"] == "base"]
+    expected = [loss[kind, True] - loss[kind, False] for kind in (None, "nf4")]
+    assert sorted(falls) == pytest.approx(sorted(expected), abs=1e-9)
+    unquantised, quantised = (run["adapter"] for run in metrics["runs"] if "adapter" in run)
+    assert unquantised["all_parameters"] == quantised["all_parameters"], "two weights lie in a byte"
 
 
 @pytest.mark.parametrize("kind", ["full", "pissa"])
-def test_what_changes_the_base_is_refused(
+def test_methods_that_change_the_base_are_refused_with_nf4(
     lab: Lab, capsys: pytest.CaptureFixture[str], kind: str
 ) -> None:
     words = ("model.quantization=nf4", f"adapter.kind={kind}")
@@ -128,7 +128,7 @@ def test_what_changes_the_base_is_refused(
     assert f"adapter.kind = {kind}: changes weights of the base" in capsys.readouterr().err
 
 
-def test_a_missing_extra_is_named(
+def test_missing_bitsandbytes_names_its_extra(
     lab: Lab, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
 ) -> None:
     monkeypatch.setattr(quantization.importlib.util, "find_spec", lambda name: None)
@@ -156,7 +156,7 @@ assert kernels.fetched == [], kernels.fetched
 @pytest.mark.skipif(
     not torch.cpu._is_avx512_bf16_supported(), reason="only CPUs with AVX512-BF16 are asked"
 )
-def test_an_adapter_fetches_no_code_and_says_nothing(tmp_path: Path, tiny_folder: Path) -> None:
+def test_attaching_with_bitsandbytes_fetches_no_kernels(tmp_path: Path, tiny_folder: Path) -> None:
     package = tmp_path / "kernels.py"  # in place of the package that downloads from the hub
     package.write_text(
         "fetched = []\ndef get_kernel(*a, **k):\n    fetched.append(a)\n    raise OSError\n"

@@ -103,7 +103,7 @@ def reference(
     return "".join(reply.pieces()), reply
 
 
-def test_openai_client_gets_the_models_replies(served: Served, variants: AdapterSet) -> None:
+def test_openai_client_gets_the_replies_of_each_model(served: Served, variants: AdapterSet) -> None:
     client = served.client()
     assert [model.id for model in client.models.list()] == ["base", "single", "talker"]
     assert client.models.retrieve("single").id == "single"
@@ -130,7 +130,7 @@ def test_openai_client_gets_the_models_replies(served: Served, variants: Adapter
     assert len(texts) == 3
 
 
-def test_completions_use_the_raw_prompt(served: Served, variants: AdapterSet) -> None:
+def test_completions_continue_the_raw_prompt(served: Served, variants: AdapterSet) -> None:
     client = served.client()
     raw = "Instruction:\nTea?\nResponse:\n"
     completion = client.completions.create(model="single", prompt=raw, max_tokens=12, temperature=0)
@@ -144,7 +144,7 @@ def test_completions_use_the_raw_prompt(served: Served, variants: AdapterSet) ->
     assert "".join(piece.choices[0].text for piece in pieces) == text
 
 
-def test_seed_stop_and_conversations(served: Served, variants: AdapterSet) -> None:
+def test_seed_stop_and_conversations_are_honoured(served: Served, variants: AdapterSet) -> None:
     client = served.client()
 
     def reply(**overrides: Any) -> str:
@@ -153,9 +153,9 @@ def test_seed_stop_and_conversations(served: Served, variants: AdapterSet) -> No
         return content
 
     assert reply(seed=7) == reply(seed=7) != reply(seed=8)
-    whole = reply(temperature=0)
-    stop = whole[5:7]
-    assert reply(temperature=0, stop=stop) == whole[: whole.index(stop)]
+    full_reply = reply(temperature=0)
+    stop = full_reply[5:7]
+    assert reply(temperature=0, stop=stop) == full_reply[: full_reply.index(stop)]
     turns = [
         {"role": "system", "content": "Be short."}, *QUESTION,
         {"role": "assistant", "content": "It rises."}, {"role": "user", "content": "Why?"},
@@ -165,7 +165,7 @@ def test_seed_stop_and_conversations(served: Served, variants: AdapterSet) -> No
         reply(model="single", messages=turns)
 
 
-def test_errors_have_openais_format(served: Served) -> None:
+def test_server_errors_have_the_format_of_openai(served: Served) -> None:
     client = served.client()
     with pytest.raises(openai.NotFoundError) as missing:
         client.chat.completions.create(model="../../etc", messages=QUESTION)
@@ -232,7 +232,7 @@ def post(served: Served, path: str, text: str | None = None, **overrides: Any) -
 
 
 @pytest.mark.parametrize("path", [CHAT, "/v1/completions"])
-def test_null_and_neutral_values_are_unset(served: Served, path: str) -> None:
+def test_null_and_neutral_values_change_nothing(served: Served, path: str) -> None:
     plain = post(served, path)
     for name in (
         "stream", "stream_options", "top_p", "top_k", "min_p", "repetition_penalty", "seed", "stop",
@@ -284,7 +284,7 @@ def test_unsupported_fields_are_rejected_by_name(served: Served, path: str) -> N
     assert post(served, path, logprobs=0)[0] == 400
 
 
-def test_message_content_formats(served: Served) -> None:
+def test_message_contents_are_text_or_parts_and_others_rejected(served: Served) -> None:
     text = QUESTION[0]["content"]
     plain = post(served, CHAT)
     parts = [{"type": "text", "text": text[:9]}, {"type": "text", "text": text[9:]}]
@@ -344,11 +344,11 @@ def test_sampling_fields_reach_the_sampler(served: Served, variants: AdapterSet)
     text = reference(variants, "base", QUESTION[0]["content"], sampling)[0]
     assert post(served, CHAT, max_tokens=20, **fields) == (200, text)
     for name in ("min_p", "frequency_penalty", "presence_penalty"):
-        other = Sampling(20, **{**fields, "stop_token_ids": (7,), name: 1.0})
-        assert reference(variants, "base", QUESTION[0]["content"], other)[0] != text, name
+        changed = Sampling(20, **{**fields, "stop_token_ids": (7,), name: 1.0})
+        assert reference(variants, "base", QUESTION[0]["content"], changed)[0] != text, name
 
 
-def test_max_tokens_is_clamped(served: Served) -> None:
+def test_max_tokens_is_clamped_to_the_limit_of_the_server(served: Served) -> None:
     parameters = {"model": "base", "messages": QUESTION, "max_tokens": 10**9, "temperature": 1}
     completion = served.client().chat.completions.create(**parameters, seed=3)
     assert completion.usage.completion_tokens <= MAX_TOKENS
@@ -380,7 +380,7 @@ def test_64_concurrent_requests_get_their_sequential_replies(
     assert asyncio.run(concurrently()) == alone
 
 
-def test_a_full_queue_rejects_and_recovers(variants: AdapterSet) -> None:
+def test_full_queue_rejects_and_recovers(variants: AdapterSet) -> None:
     engine = Engine(variants, max_active=1, max_waiting=2)
 
     async def crowd() -> tuple[int, int]:
@@ -403,29 +403,29 @@ def test_a_full_queue_rejects_and_recovers(variants: AdapterSet) -> None:
     engine.close()
 
 
-def test_disconnected_clients_stop_the_computation(served: Served, variants: AdapterSet) -> None:
-    body = (
-        b'{"model": "base", "max_tokens": 200, "temperature": 1, "seed": 3, "stream": %s, '
-        b'"messages": [{"role": "user", "content": "Tea?"}]}'
-    )
-    for stream in (b"true", b"false"):
-        data = body % stream
-        for _ in range(20):
-            with socket.create_connection(("127.0.0.1", served.port)) as client:
-                head = f"Host: localhost\r\nContent-Length: {len(data)}\r\n"
-                head += "Content-Type: application/json\r\n\r\n"
-                client.sendall(f"POST /v1/chat/completions HTTP/1.1\r\n{head}".encode() + data)
-                if stream == b"true":
-                    client.recv(10)
-    # Computing all forty replies would take many times as long as this one.
-    began = time.monotonic()
-    completion = served.client().chat.completions.create(
-        model="base", messages=QUESTION, max_tokens=5
-    )
-    assert completion.choices[0].message.content is not None
-    alone = time.monotonic()
-    reference(variants, BASE, "Tea?", Sampling(200, 1.0, seed=3))
-    assert alone - began < 20 * (time.monotonic() - alone) + 1
+@pytest.mark.parametrize("stream", [True, False])
+def test_computation_stops_for_disconnected_clients(
+    served: Served, monkeypatch: pytest.MonkeyPatch, stream: bool
+) -> None:
+    computed, advance = [0], Generation.advance
+
+    def counted(generation: Generation) -> str:
+        computed[0] += 1
+        return advance(generation)
+
+    monkeypatch.setattr(Generation, "advance", counted)
+    fields = {"model": "base", "max_tokens": MAX_TOKENS, "ignore_eos": True, "stream": stream}
+    data = json.dumps({**fields, "messages": QUESTION}).encode()
+    head = f"Host: localhost\r\nContent-Length: {len(data)}\r\n"
+    head += "Content-Type: application/json\r\n\r\n"
+    for _ in range(20):
+        with socket.create_connection(("127.0.0.1", served.port)) as client:
+            client.sendall(f"POST {CHAT} HTTP/1.1\r\n{head}".encode() + data)
+            if stream:
+                client.recv(10)
+    # Eight replies are computed in turns, so this one begins when at most seven are unfinished.
+    assert post(served, CHAT)[0] == 200
+    assert computed[0] < 13 * MAX_TOKENS
 
 
 @pytest.mark.parametrize(
@@ -444,11 +444,13 @@ def test_disconnected_clients_stop_the_computation(served: Served, variants: Ada
         ({"Origin": "file://"}, 403),
     ],
 )
-def test_host_and_origin_are_checked(served: Served, headers: dict[str, str], status: int) -> None:
+def test_requests_of_other_hosts_and_origins_are_rejected(
+    served: Served, headers: dict[str, str], status: int
+) -> None:
     assert served.ask(**headers)[0] == status
 
 
-def test_no_cors_header_is_sent(served: Served) -> None:
+def test_server_sends_no_cors_header(served: Served) -> None:
     connection = http.client.HTTPConnection("127.0.0.1", served.port)
     connection.request("GET", "/v1/models", headers={"Origin": "http://localhost:1"})
     assert connection.getresponse().getheader("access-control-allow-origin") is None
@@ -509,7 +511,7 @@ def test_200_slow_clients_are_closed_while_others_are_served(served: Served) -> 
     assert served.ask()[0] == 200
 
 
-def test_a_template_in_a_request_is_not_rendered(served: Served, variants: AdapterSet) -> None:
+def test_template_code_in_a_request_is_not_rendered(served: Served, variants: AdapterSet) -> None:
     attack = "{{ 7 * 7 }}{% for x in ().__class__.__base__.__subclasses__() %}{% endfor %}"
     for name in variants.names:
         completion = served.client().chat.completions.create(
@@ -560,7 +562,7 @@ def wait_until(page: Any, holds: Callable[[], bool]) -> None:
         page.wait_for_timeout(50)
 
 
-def test_page_for_adapters_without_examples(variants: AdapterSet, tmp_path: Path) -> None:
+def test_page_asks_stops_and_warns_without_examples(variants: AdapterSet, tmp_path: Path) -> None:
     server = Served(variants, page=True, examples=(), default_adapter="single")
     with browser_page(server.url) as page:
         question, base = page.get_by_label("Question"), page.locator("#base textarea")
@@ -614,7 +616,7 @@ def test_page_for_adapters_without_examples(variants: AdapterSet, tmp_path: Path
     server.engine.close()
 
 
-def test_the_page_shows_base_and_adapter_side_by_side(variants: AdapterSet, tmp_path: Path) -> None:
+def test_page_shows_base_and_adapters_side_by_side(variants: AdapterSet, tmp_path: Path) -> None:
     pytest.importorskip("playwright.sync_api", reason="needs playwright")
     # All use the template of the first selected adapter. The references are computed before the
     # server starts, because both use the same model.

@@ -35,7 +35,7 @@ posix = pytest.mark.skipif(os.name == "nt", reason="signals and locks of POSIX")
 
 @posix
 @pytest.mark.parametrize("which", [signal.SIGINT, signal.SIGTERM])
-def test_the_first_signal_waits_and_the_second_does_not(which: signal.Signals) -> None:
+def test_first_signal_requests_a_stop_and_second_stops_at_once(which: signal.Signals) -> None:
     before = signal.getsignal(which)
 
     def signalled(times: int) -> None:
@@ -54,7 +54,7 @@ def test_the_first_signal_waits_and_the_second_does_not(which: signal.Signals) -
 
 
 @posix
-def test_unchecked_request_takes_effect_at_the_end() -> None:
+def test_unchecked_stop_request_takes_effect_at_the_end() -> None:
     with pytest.raises(StopRequested), graceful_stop():
         signal.raise_signal(signal.SIGINT)
     with graceful_stop() as stop:
@@ -72,7 +72,7 @@ def test_ignored_signals_stay_ignored() -> None:
         signal.signal(signal.SIGINT, before)
 
 
-def test_no_signals_outside_of_the_main_thread() -> None:
+def test_graceful_stop_works_outside_the_main_thread() -> None:
     requested: list[bool] = []
 
     def work() -> None:
@@ -87,7 +87,7 @@ def test_no_signals_outside_of_the_main_thread() -> None:
 
 # --- the lock ----------------------------------------------------------------------------------
 
-HOLD = (
+HOLD_LOCK = (
     "import sys, time\n"
     "from pathlib import Path\n"
     "from slm_lora.runtime.lock import exclusive_lock\n"
@@ -99,7 +99,7 @@ HOLD = (
 
 @posix
 def test_lock_is_released_when_its_process_dies(tmp_path: Path) -> None:
-    holder = subprocess.Popen([sys.executable, "-c", HOLD, tmp_path], stdout=subprocess.PIPE)
+    holder = subprocess.Popen([sys.executable, "-c", HOLD_LOCK, tmp_path], stdout=subprocess.PIPE)
     assert holder.stdout is not None
     assert holder.stdout.readline() == b"held\n"
     with (
@@ -122,7 +122,7 @@ def write(target: Path, text: str) -> None:
         (folder / "a").write_text(text)
 
 
-DIE = (
+DIE_AT_RENAME = (
     "import os, signal, sys\n"
     "from pathlib import Path\n"
     "from slm_lora.runtime import storage\n"
@@ -141,11 +141,13 @@ DIE = (
 
 @posix
 @pytest.mark.parametrize(("renames", "left"), [(0, "old"), (1, "new"), (2, "new")])
-def test_killed_while_a_folder_is_replaced(tmp_path: Path, renames: int, left: str) -> None:
+def test_folder_is_whole_after_a_kill_while_it_is_replaced(
+    tmp_path: Path, renames: int, left: str
+) -> None:
     """Before the first rename, between the two, and before the old folder is removed."""
     target = tmp_path / "run"
     write(target, "old")
-    died = subprocess.run([sys.executable, "-c", DIE, target, str(renames)], check=False)
+    died = subprocess.run([sys.executable, "-c", DIE_AT_RENAME, target, str(renames)], check=False)
     assert died.returncode == -signal.SIGKILL
     assert len(list(tmp_path.glob(".run.*"))) == 1
     assert target.exists() == (renames != 1)
@@ -154,7 +156,7 @@ def test_killed_while_a_folder_is_replaced(tmp_path: Path, renames: int, left: s
     assert (target / "a").read_text() == left
 
 
-def test_concurrent_writers_of_a_folder(tmp_path: Path) -> None:
+def test_concurrent_writers_leave_the_folder_of_the_last(tmp_path: Path) -> None:
     with storage.atomic_folder(tmp_path / "model") as slower:
         (slower / "a").write_text("slower")
         write(tmp_path / "model", "faster")
@@ -198,10 +200,10 @@ def test_full_disk_is_reported_in_one_line(tmp_path: Path) -> None:
 
 # --- whole experiments -------------------------------------------------------------------------
 
-ONE = "grid.cells=[{data.size: 40, adapter.r: 2}]"
+ONE_CELL = "grid.cells=[{data.size: 40, adapter.r: 2}]"
 
 
-def final(lab: Lab) -> tuple[bytes, object, list[float]]:
+def trained_results(lab: Lab) -> tuple[bytes, object, list[float]]:
     run = next((lab.results / "runs").glob("r2-40-*"))
     record = json.loads((run / "run.json").read_text())
     steps = [json.loads(line)["loss"] for line in (run / "steps.jsonl").read_text().splitlines()]
@@ -214,8 +216,8 @@ def undisturbed(
     tmp_path_factory: pytest.TempPathFactory, tiny_folder: Path
 ) -> tuple[bytes, object, list[float]]:
     lab = Lab(tmp_path_factory.mktemp("straight"), tiny_folder)
-    assert lab.run(ONE) == 0
-    return final(lab)
+    assert lab.run(ONE_CELL) == 0
+    return trained_results(lab)
 
 
 @posix
@@ -224,9 +226,9 @@ def test_stopped_and_resumed_experiment_has_the_same_bits(
     tmp_path: Path, tiny_folder: Path, moment: str, monkeypatch: pytest.MonkeyPatch,
     capsys: pytest.CaptureFixture[str],
 ) -> None:  # fmt: skip
-    lab, whole = (Lab(tmp_path / name, tiny_folder) for name in ("made", "whole"))
+    lab, uninterrupted = (Lab(tmp_path / name, tiny_folder) for name in ("made", "whole"))
     # Small micro-batches, so that a step and a scoring have many.
-    small = ("training.micro_batch_tokens=60", "evaluation.micro_batch_tokens=200", ONE)
+    small = ("training.micro_batch_tokens=60", "evaluation.micro_batch_tokens=200", ONE_CELL)
     calls = {"in a step": 0, "in scoring": 0}
 
     def counted(key: str, function: Callable[..., object]) -> Callable[..., object]:
@@ -255,12 +257,12 @@ def test_stopped_and_resumed_experiment_has_the_same_bits(
     assert lab.run(*small) == 0
     if moment == "in scoring":
         assert calls["in a step"] == done, "trained again"
-    assert whole.run(*small) == 0
-    assert final(lab) == final(whole)
+    assert uninterrupted.run(*small) == 0
+    assert trained_results(lab) == trained_results(uninterrupted)
 
 
 @posix
-def test_a_changed_recipe_is_refused_beside_an_unfinished_training(
+def test_changed_recipe_beside_an_unfinished_training_is_refused(
     tmp_path: Path, tiny_folder: Path, monkeypatch: pytest.MonkeyPatch,
     capsys: pytest.CaptureFixture[str],
 ) -> None:  # fmt: skip
@@ -271,34 +273,34 @@ def test_a_changed_recipe_is_refused_beside_an_unfinished_training(
 
     with monkeypatch.context() as patch:
         patch.setattr(runner.adapter_io, "save", stopped)
-        assert lab.run(ONE) == 75
+        assert lab.run(ONE_CELL) == 75
     capsys.readouterr()
-    assert lab.run(ONE, "training.learning_rate=2e-2") == 4
+    assert lab.run(ONE_CELL, "training.learning_rate=2e-2") == 4
     output = capsys.readouterr().err
     assert "training.learning_rate: 0.01 → 0.02: go back" in output and "(step 10)" in output
     lines = lab.rows.read_text().splitlines()
-    other = lab.rows.with_name("rows2.jsonl")
-    other.write_text("\n".join(lines[:110]))
-    assert lab.run(ONE, f"data.name={other}") == 4
+    fewer_rows = lab.rows.with_name("rows2.jsonl")
+    fewer_rows.write_text("\n".join(lines[:110]))
+    assert lab.run(ONE_CELL, f"data.name={fewer_rows}") == 4
     output = capsys.readouterr().err
     assert "data.name: rows.jsonl → rows2.jsonl; " in output
     assert "training rows: " in output and "learning_rate" not in output
-    monkeypatch.setattr(cell, "train", None)  # what is trained is not trained again
-    with pytest.raises(TypeError):
-        lab.run(ONE, "training.learning_rate=2e-2", "--discard-checkpoints")
+    monkeypatch.setattr(cell, "train", None)
+    with pytest.raises(TypeError):  # the changed recipe is trained from the beginning
+        lab.run(ONE_CELL, "training.learning_rate=2e-2", "--discard-checkpoints")
     assert not (lab.results / "checkpoints").exists() or not list(
         (lab.results / "checkpoints").iterdir()
     )
 
 
 @posix
-def test_killed_through_the_command_line(
+def test_killed_experiment_resumes_with_the_same_bits(
     tmp_path: Path, tiny_folder: Path, undisturbed: tuple[bytes, object, list[float]]
 ) -> None:
     lab = Lab(tmp_path, tiny_folder)
     words = [
         sys.executable, "-c", "import torch; torch.set_num_threads(1)\n"
-        "from slm_lora.cli import main; main()", "experiment", str(lab.recipe), ONE,
+        "from slm_lora.cli import main; main()", "experiment", str(lab.recipe), ONE_CELL,
         "checkpoint_seconds=0", "--results", str(lab.results.parent),
         "--adapters", str(lab.adapters),
     ]  # fmt: skip
@@ -309,6 +311,6 @@ def test_killed_through_the_command_line(
     killed.kill()
     assert killed.wait() == -signal.SIGKILL
     assert not list(lab.results.glob("runs/r2-40*"))
-    assert lab.run(ONE) == 0
-    assert final(lab) == undisturbed
+    assert lab.run(ONE_CELL) == 0
+    assert trained_results(lab) == undisturbed
     assert not list(lab.results.rglob(".*")) and not list(lab.adapters.rglob(".*"))

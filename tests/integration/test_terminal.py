@@ -20,10 +20,10 @@ TEXT = "什么→🙂 é ±█ \x1b[31m"
 
 @pytest.fixture
 def lab(tmp_path: Path, tiny_folder: Path) -> Lab:
-    made = Lab(tmp_path / "lab", tiny_folder)
+    lab = Lab(tmp_path / "lab", tiny_folder)
     rows = [{**row, "category": "问答"} for row in make_rows(120)]
-    write_jsonl(made.rows, [{**row, "instruction": f"{TEXT} {row['instruction']}"} for row in rows])
-    return made
+    write_jsonl(lab.rows, [{**row, "instruction": f"{TEXT} {row['instruction']}"} for row in rows])
+    return lab
 
 
 def run(*arguments: object, **environment: str) -> subprocess.CompletedProcess[bytes]:
@@ -56,17 +56,17 @@ def run_each(*commands: tuple[object, ...], **environment: str) -> tuple[list[by
     The process imports torch once.
     """
     words = json.dumps([[str(word) for word in command] for command in commands])
-    done = subprocess.run(
+    completed = subprocess.run(
         [sys.executable, "-c", SEVERAL, words],
         capture_output=True,
         check=False,
         stdin=subprocess.DEVNULL,
         env={**os.environ, "OMP_NUM_THREADS": "1", **environment},
     )
-    assert done.returncode == 0, done.stderr
-    *outputs, _ = done.stdout.split(b"\f")
+    assert completed.returncode == 0, completed.stderr
+    *outputs, _ = completed.stdout.split(b"\f")
     assert len(outputs) == len(commands)
-    return outputs, done.stderr
+    return outputs, completed.stderr
 
 
 @pytest.mark.parametrize(
@@ -87,7 +87,9 @@ def test_rows_are_shown_on_any_console(lab: Lab, environment: dict[str, str], sh
     assert bar * 40 in checks.decode(encoding)
 
 
-def test_answers_are_shown_on_any_console(lab: Lab, tmp_path: Path, tiny_folder: Path) -> None:
+def test_replies_are_shown_on_a_console_of_another_encoding(
+    lab: Lab, tmp_path: Path, tiny_folder: Path
+) -> None:
     prompts = tmp_path / "prompts.jsonl"
     prompts.write_text(json.dumps({"instruction": TEXT}) + "\n")
     options = ("--base", tiny_folder, "--max-new-tokens", 20)
@@ -104,7 +106,7 @@ def test_answers_are_shown_on_any_console(lab: Lab, tmp_path: Path, tiny_folder:
 
 @pytest.mark.skipif(os.name == "nt", reason="pipes of POSIX")
 @pytest.mark.parametrize("lines", [0, 1])
-def test_a_closed_pipe_ends_silently(lab: Lab, lines: int) -> None:
+def test_closed_pipe_ends_the_command_silently(lab: Lab, lines: int) -> None:
     rows = 100  # more than the buffer of a pipe
     process = subprocess.Popen(
         [sys.executable, "-m", "slm_lora", "data", "show", str(lab.recipe), "--rows", str(rows)],
@@ -119,7 +121,7 @@ def test_a_closed_pipe_ends_silently(lab: Lab, lines: int) -> None:
     assert errors == b""
 
 
-def test_an_internal_error_is_one_line_before_its_traceback(tmp_path: Path) -> None:
+def test_internal_error_is_one_line_before_its_traceback(tmp_path: Path) -> None:
     script = (
         "import sys; from slm_lora import cli\n"
         "from slm_lora.config import load\n"
@@ -135,12 +137,12 @@ def test_an_internal_error_is_one_line_before_its_traceback(tmp_path: Path) -> N
 
 
 @pytest.mark.skipif(os.name == "nt" or os.geteuid() == 0, reason="root may read everything")
-def test_an_unreadable_file_is_reported_in_one_line(lab: Lab) -> None:
+def test_unreadable_file_is_reported_without_traceback(lab: Lab) -> None:
     lab.rows.chmod(0)
     completed = run("data", "show", lab.recipe)
     assert completed.returncode in (3, 6) and b"Traceback" not in completed.stderr
 
 
-def test_the_version() -> None:
+def test_version_option_and_command_print_the_version() -> None:
     for argument in ("--version", "version"):
         assert run(argument).stdout.decode().strip() == f"slm-lora {__version__}"

@@ -31,6 +31,7 @@ from slm_lora.model.resolve import ModelSource, resolve
 from slm_lora.training.loop import train
 
 from ..support.rows import make_rows, write_jsonl
+from ..support.tensors import assert_equal_bits
 
 REPOSITORY = Path(__file__).parents[2]
 SHARED = REPOSITORY.parent / "shared" / "tinyllama"
@@ -41,7 +42,7 @@ pytestmark = pytest.mark.skipif(
 )
 
 
-def test_the_described_recipe_says_what_was_described() -> None:
+def test_tinyllama_recipe_has_the_described_settings() -> None:
     recipe, cells = load_recipe(RECIPE)
     assert recipe.model.name == "TinyLlama/TinyLlama-1.1B-Chat-v1.0"
     assert recipe.data.name == "databricks/databricks-dolly-15k"
@@ -49,9 +50,9 @@ def test_the_described_recipe_says_what_was_described() -> None:
         (1500, 8, 16), (1500, 16, 32), (3000, 16, 32),
     ]  # fmt: skip
     for cell in cells:
-        made, training = cell.config.adapter, cell.config.training
-        assert made.target_modules == ("q_proj", "v_proj")
-        assert (made.lora_dropout, made.bias) == (0.05, "none")
+        adapter, training = cell.config.adapter, cell.config.training
+        assert adapter.target_modules == ("q_proj", "v_proj")
+        assert (adapter.lora_dropout, adapter.bias) == (0.05, "none")
         assert (training.num_train_epochs, training.learning_rate) == (3, 2e-4)
         assert (training.effective_batch_size, training.precision) == (16, "fp16")
 
@@ -64,14 +65,14 @@ def folder(tmp_path_factory: pytest.TempPathFactory) -> Path:
     small.chmod(0o755)
     config = json.loads((SHARED / "config.json").read_text())
     (small / "config.json").write_text(json.dumps({**config, "num_hidden_layers": 2}))
-    made = small.parent / "tinyllama-random"
+    model = small.parent / "tinyllama-random"
     script = REPOSITORY / "benchmarks" / "random_weights.py"
-    subprocess.run([sys.executable, script, small, made], check=True)
-    return made
+    subprocess.run([sys.executable, script, small, model], check=True)
+    return model
 
 
 @pytest.mark.parametrize(("r", "trainable"), [(8, 1_126_400), (16, 2_252_800)])
-def test_the_described_parameter_counts(r: int, trainable: int) -> None:
+def test_tinyllama_adapters_have_the_described_parameter_counts(r: int, trainable: int) -> None:
     with torch.device("meta"):
         model = AutoModelForCausalLM.from_config(AutoConfig.from_pretrained(SHARED))
     source = ModelSource("tinyllama", None, SHARED, "")
@@ -82,7 +83,7 @@ def test_the_described_parameter_counts(r: int, trainable: int) -> None:
     assert counted.total == 1_100_048_384 + trainable
 
 
-def test_two_steps_saved_and_loaded_again(folder: Path, tmp_path: Path) -> None:
+def test_tinyllama_adapter_of_two_steps_is_saved_and_loaded(folder: Path, tmp_path: Path) -> None:
     rows = write_jsonl(tmp_path / "rows.jsonl", make_rows(120))
     # What this machine computes fast: in emulated bf16 two steps take many minutes.
     precision = choose_precision("auto", torch.device("cpu"))
@@ -112,12 +113,12 @@ def test_two_steps_saved_and_loaded_again(folder: Path, tmp_path: Path) -> None:
     adapter_io.save(base, peft_model, tmp_path / "adapter", {"base": {
         "name": job.source.name, "sha256": job.source.sha256}}, None)  # fmt: skip
     attach.detach(peft_model)
-    again = dict(adapter_io.load(base, tmp_path / "adapter").named_parameters())
-    assert all(torch.equal(again[name].cpu(), value) for name, value in trained.items())
+    loaded = dict(adapter_io.load(base, tmp_path / "adapter").named_parameters())
+    assert_equal_bits({name: loaded[name].cpu() for name in trained}, trained)
     torch.set_num_threads(1)
 
 
-def test_dolly_has_the_described_sizes() -> None:
+def test_dolly_splits_have_the_described_sizes() -> None:
     dolly = SHARED.parent / "data" / "databricks-dolly-15k.jsonl"
     if not dolly.is_file():
         pytest.skip(f"no {dolly}: the described sizes are NOT tested")
@@ -134,7 +135,7 @@ def test_dolly_has_the_described_sizes() -> None:
     assert {e.row_id for e in small.train} < {e.row_id for e in large.train}
 
 
-def test_resolve_refuses_the_folder_without_weights() -> None:
+def test_tinyllama_folder_without_weights_is_refused() -> None:
     from slm_lora.errors import UsageError
 
     with pytest.raises(UsageError, match="no weights"):

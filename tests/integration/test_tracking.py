@@ -1,4 +1,4 @@
-"""Trackers are told of every step, and none of them can stop a run."""
+"""Trackers get every step, and a failing one does not stop a run."""
 
 from __future__ import annotations
 
@@ -17,18 +17,12 @@ from ..support.lab import Lab, command
 
 
 def needs(name: str) -> pytest.MarkDecorator:
-    there = importlib.util.find_spec(name) is not None
-    return pytest.mark.skipif(not there, reason=f"{name} is not installed (make test-all)")
-
-
-@pytest.fixture
-def lab(tmp_path: Path, tiny_folder: Path) -> Lab:
-    return Lab(tmp_path / "lab", tiny_folder)
+    installed = importlib.util.find_spec(name) is not None
+    return pytest.mark.skipif(not installed, reason=f"{name} is not installed (make test-all)")
 
 
 def train(lab: Lab, names: str) -> int:
-    where = ("--results", lab.results.parent, "--adapters", lab.adapters, "--cell", "r2-40")
-    return command("train", lab.recipe, *where, f"report_to=[{names}]")
+    return command("train", lab.recipe, *lab.folders, "--cell", "r2-40", f"report_to=[{names}]")
 
 
 def steps(lab: Lab) -> list[float]:
@@ -37,7 +31,7 @@ def steps(lab: Lab) -> list[float]:
 
 
 @needs("tensorboard")
-def test_tensorboard(lab: Lab) -> None:
+def test_tensorboard_gets_every_step_and_the_test_loss(lab: Lab) -> None:
     from tensorboard.backend.event_processing.event_accumulator import EventAccumulator
 
     assert train(lab, "tensorboard") == 0
@@ -45,14 +39,16 @@ def test_tensorboard(lab: Lab) -> None:
     assert folder.name == next((lab.results / "runs").iterdir()).name
     events = EventAccumulator(str(folder))
     events.Reload()
-    told = events.Scalars("train/loss")
-    assert [each.step for each in told] == list(range(1, 11))
-    assert [each.value for each in told] == pytest.approx(steps(lab), rel=1e-6)
+    logged = events.Scalars("train/loss")
+    assert [event.step for event in logged] == list(range(1, 11))
+    assert [event.value for event in logged] == pytest.approx(steps(lab), rel=1e-6)
     assert events.Scalars("test/loss")[0].step == 10
 
 
 @needs("wandb")
-def test_wandb_offline(lab: Lab, monkeypatch: pytest.MonkeyPatch) -> None:
+def test_wandb_offline_run_gets_the_training_loss(
+    lab: Lab, monkeypatch: pytest.MonkeyPatch
+) -> None:
     monkeypatch.setenv("WANDB_MODE", "offline")
     assert train(lab, "wandb") == 0
     written = list((lab.results / "wandb").glob("offline-run-*/*.wandb"))
@@ -62,35 +58,34 @@ def test_wandb_offline(lab: Lab, monkeypatch: pytest.MonkeyPatch) -> None:
 
 
 @needs("trackio")
-def test_trackio(lab: Lab, tmp_path: Path) -> None:
+def test_trackio_gets_every_step(lab: Lab, tmp_path: Path) -> None:
     """In a process of its own: it asks the environment where to write when it is imported."""
     import os
     import subprocess
     import sys
 
     store = tmp_path / "trackio"
-    where = ("--results", lab.results.parent, "--adapters", lab.adapters, "--cell", "r2-40")
-    words = ["train", lab.recipe, *where, "report_to=[trackio]"]
+    words = ["train", lab.recipe, *lab.folders, "--cell", "r2-40", "report_to=[trackio]"]
     environment = {**os.environ, "TRACKIO_DIR": str(store), "HF_HUB_OFFLINE": "1"}
-    done = subprocess.run(
+    completed = subprocess.run(
         [sys.executable, "-m", "slm_lora", *map(str, words)],
         env=environment, capture_output=True, text=True, timeout=200,
     )  # fmt: skip
-    assert done.returncode == 0, done.stderr
-    assert "is left out" not in done.stderr
+    assert completed.returncode == 0, completed.stderr
+    assert "is left out" not in completed.stderr
     database = sqlite3.connect(next(store.glob("*.db")))
-    told = [json.loads(row[0]) for row in database.execute("select metrics from metrics")]
-    losses = [each["train/loss"] for each in told if "train/loss" in each]
+    logged = [json.loads(row[0]) for row in database.execute("select metrics from metrics")]
+    losses = [entry["train/loss"] for entry in logged if "train/loss" in entry]
     assert losses == pytest.approx(steps(lab), rel=1e-6)
 
 
-def test_one_that_is_not_installed_is_named_before_any_work(
+def test_missing_tracker_is_refused_before_any_work(
     lab: Lab, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
 ) -> None:
     monkeypatch.setattr(tracking.importlib.util, "find_spec", lambda name: None)
     assert train(lab, "wandb") == 2
-    said = capsys.readouterr().err
-    assert "report_to: wandb is not installed; pip install '.[trackers]' in a checkout" in said
+    error = capsys.readouterr().err
+    assert "report_to: wandb is not installed; pip install '.[trackers]' in a checkout" in error
     assert not lab.results.exists()
 
 
@@ -100,28 +95,28 @@ STEP = Step(
 )  # fmt: skip
 
 
-@pytest.mark.parametrize("where", ["begin", "log", "finish"])
-def test_one_that_fails_is_said_once_and_the_others_go_on(
-    monkeypatch: pytest.MonkeyPatch, tmp_path: Path, where: str
+@pytest.mark.parametrize("failing", ["begin", "log", "finish"])
+def test_failing_tracker_is_noted_once_and_others_continue(
+    monkeypatch: pytest.MonkeyPatch, tmp_path: Path, failing: str
 ) -> None:
-    told: list[str] = []
+    calls: list[str] = []
 
     class Good:
         def __init__(self, run: Tracked) -> None:
-            told.append("begin")
+            calls.append("begin")
 
         def log(self, numbers: tracking.Numbers, step: int) -> None:
-            told.append("log")
+            calls.append("log")
 
         def finish(self) -> None:
-            told.append("finish")
+            calls.append("finish")
 
     class Bad:
         def __init__(self, run: Tracked) -> None:
             self.fail("begin")
 
-        def fail(self, now: str) -> None:
-            if now == where:
+        def fail(self, call: str) -> None:
+            if call == failing:
                 raise OSError("the server\nis gone")
 
         def log(self, numbers: tracking.Numbers, step: int) -> None:
@@ -131,11 +126,11 @@ def test_one_that_fails_is_said_once_and_the_others_go_on(
             self.fail("finish")
 
     monkeypatch.setattr(tracking, "_KINDS", {"wandb": Bad, "trackio": Good})
-    said: list[str] = []
+    notes: list[str] = []
     run = Tracked("tiny", "r2", {}, tmp_path)
-    with open_trackers(("wandb", "trackio"), run, said.append) as some:
-        some.step(STEP)
-        some.step(STEP)
-        some.scored(2.0, 7.4, 2)
-    assert told == ["begin", "log", "log", "log", "finish"]
-    assert said == ["  note: wandb failed and is left out (the server)"]
+    with open_trackers(("wandb", "trackio"), run, notes.append) as trackers:
+        trackers.step(STEP)
+        trackers.step(STEP)
+        trackers.scored(2.0, 7.4, 2)
+    assert calls == ["begin", "log", "log", "log", "finish"]
+    assert notes == ["  note: wandb failed and is left out (the server)"]

@@ -1,4 +1,4 @@
-"""The loop: exact for any micro-batch, the same for the same seed, honest when it fails."""
+"""The training loop: exact for any micro-batch, repeatable, stopped by non-finite values."""
 
 from __future__ import annotations
 
@@ -22,6 +22,7 @@ from slm_lora.training.loop import TrainingResult, train
 from slm_lora.training.schedule import learning_rate, total_steps
 
 from ..support.examples import TRAINING_LENGTHS, make_examples
+from ..support.tensors import assert_equal_bits
 
 LoadTiny = Callable[..., Base]
 
@@ -42,7 +43,7 @@ def run(
 
 
 @pytest.mark.parametrize("kind", ["lora", "full"])
-def test_recomputed_layers_give_the_same_bits(
+def test_activation_checkpointing_gives_the_same_bits_with_less_memory(
     load_tiny: LoadTiny, monkeypatch: pytest.MonkeyPatch, kind: str
 ) -> None:
     forward = step.batch_nll
@@ -50,13 +51,13 @@ def test_recomputed_layers_give_the_same_bits(
     def kept_bytes(base: Base, on: bool) -> tuple[TrainingResult, dict[str, torch.Tensor], int]:
         kept = 0
 
-        def collate(tensor: torch.Tensor) -> torch.Tensor:
+        def count_bytes(tensor: torch.Tensor) -> torch.Tensor:
             nonlocal kept
             kept += tensor.nbytes
             return tensor
 
         def watched(*arguments: Any) -> torch.Tensor:
-            with torch.autograd.graph.saved_tensors_hooks(collate, lambda tensor: tensor):
+            with torch.autograd.graph.saved_tensors_hooks(count_bytes, lambda tensor: tensor):
                 return forward(*arguments)
 
         monkeypatch.setattr(step, "batch_nll", watched)
@@ -69,29 +70,33 @@ def test_recomputed_layers_give_the_same_bits(
     plain, weights, all_bytes = kept_bytes(load_tiny(), False)
     recomputed, same_weights, few_bytes = kept_bytes(load_tiny(), True)
     assert [s.loss for s in plain.history] == [s.loss for s in recomputed.history]
-    assert all(torch.equal(weights[name], same_weights[name]) for name in weights)
+    assert_equal_bits(same_weights, weights)
     assert few_bytes < 0.4 * all_bytes
 
 
-def distance(one: dict[str, torch.Tensor], other: dict[str, torch.Tensor]) -> float:
-    assert one.keys() == other.keys()
-    return max((one[name] - other[name]).abs().max().item() for name in one)
+def distance(first: dict[str, torch.Tensor], second: dict[str, torch.Tensor]) -> float:
+    assert first.keys() == second.keys()
+    return max((first[name] - second[name]).abs().max().item() for name in first)
 
 
 @pytest.mark.parametrize("dropout", [0.0, 0.2])
-def test_a_step_does_not_depend_on_the_micro_batch(load_tiny: LoadTiny, dropout: float) -> None:
+def test_training_does_not_depend_on_the_micro_batch(load_tiny: LoadTiny, dropout: float) -> None:
     examples = make_examples(TRAINING_LENGTHS)
     # SGD-like comparison: AdamW's first steps turn rounding of tiny gradients into full steps,
     # so losses are compared over two epochs and gradient norms with them.
     settings = {"effective_batch_size": 16, "dropout": dropout}
-    whole, _ = run(load_tiny(), examples, micro_batch_tokens=4096, **settings)
+    large_batches, _ = run(load_tiny(), examples, micro_batch_tokens=4096, **settings)
     for budget in (1, 60, 200):
-        parts, _ = run(load_tiny(), examples, micro_batch_tokens=budget, **settings)
-        for one, other in zip(whole.history, parts.history, strict=True):
-            assert one.loss == pytest.approx(other.loss, rel=1e-4)
-            assert one.label_tokens == other.label_tokens
-        assert whole.history[0].loss == pytest.approx(parts.history[0].loss, rel=1e-6)
-        assert whole.history[0].grad_norm == pytest.approx(parts.history[0].grad_norm, rel=1e-5)
+        small_batches, _ = run(load_tiny(), examples, micro_batch_tokens=budget, **settings)
+        for expected, actual in zip(large_batches.history, small_batches.history, strict=True):
+            assert expected.loss == pytest.approx(actual.loss, rel=1e-4)
+            assert expected.label_tokens == actual.label_tokens
+        assert large_batches.history[0].loss == pytest.approx(
+            small_batches.history[0].loss, rel=1e-6
+        )
+        assert large_batches.history[0].grad_norm == pytest.approx(
+            small_batches.history[0].grad_norm, rel=1e-5
+        )
 
 
 def test_step_loss_is_total_nll_over_label_tokens(load_tiny: LoadTiny) -> None:
@@ -102,24 +107,24 @@ def test_step_loss_is_total_nll_over_label_tokens(load_tiny: LoadTiny) -> None:
     assert result.history[0].label_tokens == reference.tokens
 
 
-def test_same_seed_same_bits_other_seed_others(load_tiny: LoadTiny) -> None:
+def test_equal_seeds_give_equal_bits_and_other_seeds_others(load_tiny: LoadTiny) -> None:
     examples = make_examples(TRAINING_LENGTHS)
-    first, one = run(load_tiny(), examples, seed=5, dropout=0.2)
-    again, two = run(load_tiny(), examples, seed=5, dropout=0.2)
-    assert distance(one, two) == 0
+    first, weights = run(load_tiny(), examples, seed=5, dropout=0.2)
+    again, same_weights = run(load_tiny(), examples, seed=5, dropout=0.2)
+    assert distance(weights, same_weights) == 0
     assert [s.loss for s in first.history] == [s.loss for s in again.history]
-    _, three = run(load_tiny(), examples, seed=6, dropout=0.2)
-    assert distance(one, three) > 0
+    _, other_weights = run(load_tiny(), examples, seed=6, dropout=0.2)
+    assert distance(weights, other_weights) > 0
 
 
-def test_the_last_partial_step_is_kept(load_tiny: LoadTiny) -> None:
+def test_last_partial_step_of_an_epoch_is_trained(load_tiny: LoadTiny) -> None:
     result, _ = run(load_tiny(), make_examples(TRAINING_LENGTHS), num_train_epochs=2)
     assert [step.examples for step in result.history] == [16, 4, 16, 4]
     assert result.history[-1].epoch == 2
     assert result.tokens == 2 * sum(TRAINING_LENGTHS)
 
 
-def test_training_learns_and_leaves_the_base_alone(load_tiny: LoadTiny) -> None:
+def test_training_learns_and_leaves_the_base_unchanged(load_tiny: LoadTiny) -> None:
     base, examples = load_tiny(), make_examples(TRAINING_LENGTHS)
     before = {name: p.clone() for name, p in base.model.named_parameters()}
     result, _ = run(base, examples, num_train_epochs=15, learning_rate=5e-2)
@@ -127,8 +132,7 @@ def test_training_learns_and_leaves_the_base_alone(load_tiny: LoadTiny) -> None:
     epochs = [sum(s.loss * s.label_tokens for s in result.history[i : i + 2]) for i in (0, 28)]
     assert epochs[1] < 0.97 * epochs[0]
     after = dict(base.model.named_parameters())
-    assert before.keys() == after.keys()
-    assert all(torch.equal(before[name], after[name]) for name in before)
+    assert_equal_bits(after, before)
 
 
 def test_adapter_weights_are_fp32_on_a_bf16_base(load_tiny: LoadTiny) -> None:
@@ -138,14 +142,14 @@ def test_adapter_weights_are_fp32_on_a_bf16_base(load_tiny: LoadTiny) -> None:
     assert math.isfinite(result.history[-1].loss)
 
 
-def test_response_only_counts_response_tokens(load_tiny: LoadTiny) -> None:
+def test_loss_on_response_counts_response_tokens_only(load_tiny: LoadTiny) -> None:
     examples = make_examples(TRAINING_LENGTHS[:16])
     result, _ = run(load_tiny(), examples, num_train_epochs=1, loss_on="response")
-    wanted = sum(int(example.response[1:].sum()) for example in examples)
-    assert result.history[0].label_tokens == wanted
+    expected = sum(int(example.response[1:].sum()) for example in examples)
+    assert result.history[0].label_tokens == expected
 
 
-def test_no_label_left_is_an_error(load_tiny: LoadTiny) -> None:
+def test_rows_without_any_label_are_refused(load_tiny: LoadTiny) -> None:
     examples = [
         Example(e.row_id, e.group_id, "", e.ids, e.response & False, 1, 0)
         for e in make_examples([8, 9])
@@ -154,7 +158,7 @@ def test_no_label_left_is_an_error(load_tiny: LoadTiny) -> None:
         run(load_tiny(), examples, loss_on="response")
 
 
-def test_rows_without_labels_are_left_out_and_counted(load_tiny: LoadTiny) -> None:
+def test_some_rows_without_labels_are_left_out_and_counted(load_tiny: LoadTiny) -> None:
     good = make_examples(TRAINING_LENGTHS[:4])
     empty = Example("zz", "zz", "", good[0].ids, good[0].response & False, 1, 0)
     result, _ = run(load_tiny(), [*good, empty], num_train_epochs=1, loss_on="response")
@@ -162,7 +166,7 @@ def test_rows_without_labels_are_left_out_and_counted(load_tiny: LoadTiny) -> No
     assert result.history[0].examples == 4
 
 
-def test_a_non_finite_loss_stops_and_names_step_and_rows(load_tiny: LoadTiny) -> None:
+def test_nan_loss_stops_and_names_step_and_rows(load_tiny: LoadTiny) -> None:
     base = load_tiny()
     with torch.no_grad():
         base.model.get_output_embeddings().weight[5] = float("nan")
@@ -170,7 +174,7 @@ def test_a_non_finite_loss_stops_and_names_step_and_rows(load_tiny: LoadTiny) ->
         run(base, make_examples(TRAINING_LENGTHS[:16]), num_train_epochs=2)
 
 
-def test_keep_best_and_early_stopping(load_tiny: LoadTiny) -> None:
+def test_early_stopping_keeps_the_weights_of_the_best_step(load_tiny: LoadTiny) -> None:
     base, examples = load_tiny(), make_examples(TRAINING_LENGTHS)
     section = TrainingSection(
         num_train_epochs=10, eval_steps=1, keep_best=True, early_stopping_patience=2
@@ -192,7 +196,7 @@ def test_keep_best_and_early_stopping(load_tiny: LoadTiny) -> None:
 
 @pytest.mark.parametrize("kind", ["linear", "cosine", "constant"])
 @pytest.mark.parametrize("warmup", [0.0, 0.25])
-def test_learning_rate_is_that_of_transformers(kind: str, warmup: float) -> None:
+def test_learning_rate_schedule_equals_that_of_transformers(kind: str, warmup: float) -> None:
     section = TrainingSection.model_validate(
         {"learning_rate": 0.5, "lr_scheduler_type": kind, "warmup_ratio": warmup}
     )
@@ -205,7 +209,7 @@ def test_learning_rate_is_that_of_transformers(kind: str, warmup: float) -> None
         scheduler.step()
 
 
-def test_total_steps() -> None:
+def test_total_steps_follow_rows_epochs_and_max_steps() -> None:
     # The described run: 1,350 rows, batch 16, three epochs.
     assert total_steps(1350, TrainingSection()) == 3 * 85
     assert total_steps(10, TrainingSection(num_train_epochs=0.5)) == 1

@@ -25,7 +25,7 @@ def zoo() -> ModuleType:
 
 
 @pytest.mark.parametrize(
-    ("family", "how"),
+    ("family", "batches"),
     [
         ("gemma3n_text", "padded"),  # a cap of 30, of little effect here
         ("granite", "packed"),  # a scale
@@ -38,15 +38,15 @@ def zoo() -> ModuleType:
         ("modernbert-decoder", "refused"),  # layers between hidden states and output embedding
     ],
 )
-def test_a_family_gives_the_loss_of_transformers_and_peft(
-    zoo: ModuleType, family: str, how: str
+def test_model_family_has_the_loss_of_transformers_and_peft(
+    zoo: ModuleType, family: str, batches: str
 ) -> None:
     outcome = zoo.try_family(family, in_process=True)
-    assert outcome.batches == how, outcome
+    assert outcome.batches == batches, outcome
     assert outcome.passed, outcome
 
 
-def test_the_comparison_finds_a_wrong_loss(
+def test_zoo_comparison_detects_a_wrong_loss(
     zoo: ModuleType, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     from slm_lora.model import loading

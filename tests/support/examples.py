@@ -36,22 +36,39 @@ def make_examples(lengths: list[int], seed: int = 0) -> list[Example]:
     ]
 
 
-def gradients(
-    base: Base, examples: list[Example], double: bool = False, dropout: float = 0.0
-) -> torch.Tensor:
-    """Adapter gradients of the summed NLL, with a B that is not zero."""
-    peft_model = attach.attach(base, AdapterSection(r=4, lora_dropout=dropout), seed=3)
-    peft_model.train()
+def draw_lora_b(peft_model: torch.nn.Module) -> None:
+    """Random in place of zero B, without which A has no gradient."""
     generator = torch.Generator().manual_seed(1)
     for name, parameter in peft_model.named_parameters():
         if "lora_B" in name:
             parameter.data.copy_(torch.randn(parameter.shape, generator=generator) * 0.1)
+
+
+def flat_gradient(module: torch.nn.Module) -> torch.Tensor:
+    """All gradients in fp64, one after the other."""
+    parts = [p.grad.double().flatten() for p in module.parameters() if p.grad is not None]
+    return torch.cat(parts)
+
+
+def gradients(
+    base: Base,
+    examples: list[Example],
+    double: bool = False,
+    dropout: float = 0.0,
+    micro_batch: int | None = None,
+) -> torch.Tensor:
+    """Adapter gradients of the summed NLL, over micro-batches of so many rows (None: all)."""
+    peft_model = attach.attach(base, AdapterSection(r=4, lora_dropout=dropout), seed=3)
+    peft_model.train()
+    draw_lora_b(peft_model)
     if double:
         peft_model.double()
-    batch_nll(base, collate(examples, "all")).backward()
-    found = [p.grad.double().flatten() for p in peft_model.parameters() if p.grad is not None]
+    rows = micro_batch or len(examples)
+    for start in range(0, len(examples), rows):
+        batch_nll(base, collate(examples[start : start + rows], "all")).backward()
+    gradient = flat_gradient(peft_model)
     attach.detach(peft_model)
-    return torch.cat(found)
+    return gradient
 
 
 LENGTHS = [5, 17, 40, 38, 100, 2, 77, 39]

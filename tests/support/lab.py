@@ -34,7 +34,7 @@ def command(*words: object) -> int:
 
 
 class Lab:
-    """A folder with a recipe, rows and a model, and what an experiment left there."""
+    """A folder with a recipe, rows and a model, and the results of its experiments."""
 
     def __init__(self, folder: Path, model: Path) -> None:
         folder.mkdir(exist_ok=True)
@@ -44,10 +44,14 @@ class Lab:
         self.recipe.write_text(RECIPE.format(model=model, rows=self.rows), encoding="utf-8")
         self.results, self.adapters = folder / "results" / "tiny", folder / "adapter"
 
+    @property
+    def folders(self) -> tuple[object, ...]:
+        """Options of the command for its results and adapters."""
+        return ("--results", self.results.parent, "--adapters", self.adapters)
+
     def run(self, *overrides: str) -> int:
-        where = ("--results", self.results.parent, "--adapters", self.adapters)
-        return command("experiment", self.recipe, *overrides, *where)
+        return command("experiment", self.recipe, *overrides, *self.folders)
 
     def metrics(self) -> dict[str, Any]:
-        found: dict[str, Any] = json.loads((self.results / "metrics.json").read_text())
-        return found
+        metrics: dict[str, Any] = json.loads((self.results / "metrics.json").read_text())
+        return metrics

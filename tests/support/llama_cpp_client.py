@@ -1,4 +1,4 @@
-"""llama.cpp as others run it (the prebuilt xllamacpp): what it makes of our GGUF files."""
+"""llama.cpp (the prebuilt xllamacpp) as a server of exported GGUF files."""
 
 from __future__ import annotations
 
@@ -70,8 +70,8 @@ class LlamaCpp:
             {"Content-Type": "application/json"},
         )
         with urllib.request.urlopen(request, timeout=120) as answer:
-            found: dict[str, Any] = json.load(answer)
-        return found
+            content: dict[str, Any] = json.load(answer)
+        return content
 
     def greedy(self, prompt: str, tokens: int = 40) -> tuple[list[int], str]:
         """Ids and text of an answer; the end-of-text token is not in it."""
@@ -82,13 +82,13 @@ class LlamaCpp:
             "return_tokens": True,
             "cache_prompt": False,
         }
-        found = self.post("/completion", body)
-        return found["tokens"], found["content"]
+        completion = self.post("/completion", body)
+        return completion["tokens"], completion["content"]
 
     def tokenize(self, text: str, special: bool = False) -> list[int]:
         body = {"content": text, "add_special": True, "parse_special": special}
-        found: list[int] = self.post("/tokenize", body)["tokens"]
-        return found
+        ids: list[int] = self.post("/tokenize", body)["tokens"]
+        return ids
 
 
 def _end(process: subprocess.Popen[str]) -> None:
@@ -100,12 +100,12 @@ def greedy(model: Any, tokenizer: Any, prompt: str, tokens: int = 40) -> list[in
     """The same by plain transformers; without the end-of-text token."""
     inputs = tokenizer(prompt, return_tensors="pt", return_token_type_ids=False)
     with torch.no_grad():
-        found = model.generate(
+        output = model.generate(
             **inputs,
             max_new_tokens=tokens,
             do_sample=False,
             eos_token_id=tokenizer.eos_token_id,
             pad_token_id=tokenizer.eos_token_id,
         )
-    new: list[int] = found[0, inputs["input_ids"].shape[1] :].tolist()
+    new: list[int] = output[0, inputs["input_ids"].shape[1] :].tolist()
     return new[:-1] if new[-1:] == [tokenizer.eos_token_id] else new

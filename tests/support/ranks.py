@@ -25,7 +25,7 @@ from slm_lora.model.resolve import resolve
 from slm_lora.runtime import distributed
 from slm_lora.training.step import StepRunner
 
-from .examples import make_examples
+from .examples import draw_lora_b, flat_gradient, make_examples
 
 LENGTHS = [90, 7, 33, 52, 18, 64, 5, 41, 77, 12, 29]
 """Eleven rows: two or four processes get unequal shares."""
@@ -36,7 +36,7 @@ PRECISIONS = ("double", "single", "sharded")
 
 
 def compute(folder: str, precision: str, out: Path) -> None:
-    """What one of the processes of a group does."""
+    """Scores, losses and gradients of one process of a group; the first writes them to OUT."""
     source = resolve(ModelSection(name=folder))
     sharded = precision == "sharded" and not distributed.is_single()
     base = load_base(source, device=torch.device("cpu"), precision="fp32", sharded=sharded)
@@ -47,10 +47,7 @@ def compute(folder: str, precision: str, out: Path) -> None:
     scores = score(base, make_examples(LENGTHS), "test", 100)
     peft_model = attach.attach(base, AdapterSection(r=4, lora_dropout=0.1), 3)
     peft_model.train()
-    generator = torch.Generator().manual_seed(1)
-    for name, parameter in peft_model.named_parameters():
-        if "lora_B" in name:
-            parameter.data.copy_(torch.randn(parameter.shape, generator=generator) * 0.1)
+    draw_lora_b(peft_model)
     if precision == "double":
         peft_model.double()
     parameters = [p for p in peft_model.parameters() if p.requires_grad]
@@ -63,9 +60,8 @@ def compute(folder: str, precision: str, out: Path) -> None:
         pending = runner.step(examples[:rows], 60, "seed", False, 0, "step")
         loss = pending.result().loss
         results[f"loss-{rows}"] = torch.tensor([loss], dtype=torch.float64)
-        gradients = [p.grad.double().flatten() for p in parameters if p.grad is not None]
-        results[f"gradient-{rows}"] = torch.cat(gradients)
-    # All have the same bits.
+        results[f"gradient-{rows}"] = flat_gradient(peft_model)
+    # Every process has the same bits.
     digest = float(results["gradient-11"].abs().sum())
     assert len(set(distributed.all_gather(digest))) == 1
     results["nll"] = torch.tensor([row.nll_all for row in scores], dtype=torch.float64)

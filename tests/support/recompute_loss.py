@@ -1,6 +1,6 @@
 """Recompute a cell's test loss without slm_lora: transformers, PEFT and arithmetic only.
 
-python tests/integration/recompute_loss.py ROWS.jsonl BASE_FOLDER ADAPTER_FOLDER RUN_FOLDER [fp32]
+python tests/support/recompute_loss.py ROWS.jsonl BASE_FOLDER ADAPTER_FOLDER RUN_FOLDER [fp32]
 
 Takes the row ids from the run's scores, finds the rows by their content, scores them one by one
 in the described text format, and prints both losses and their difference.

@@ -12,7 +12,7 @@ from slm_lora.runs.folder import Run
 from slm_lora.runs.scored_run import ScoredRun
 
 
-def line(name: str, loss: float, **settings: Any) -> ScoredRun:
+def scored_run(name: str, loss: float, **settings: Any) -> ScoredRun:
     """A run with settings (``adapter__r`` for adapter.r) on 40 rows whose mean loss is given."""
     own: dict[str, Any] = {}
     for key, value in settings.items():

@@ -1,4 +1,4 @@
-"""The page that says where everything lives is of the modules that are here."""
+"""Modules: listed in docs/architecture.md, without cycles, private names kept; docs resolve."""
 
 from __future__ import annotations
 
@@ -19,35 +19,34 @@ def modules_of_the_page() -> set[str]:
     """Paths in the tree of docs/architecture.md; two spaces of indentation are one folder."""
     page = (ROOT / "docs" / "architecture.md").read_text(encoding="utf-8")
     tree = page.split("## Every module", 1)[1].split("```")[1].strip("\n").splitlines()
-    found, folders = set(), [""]
+    modules, folders = set(), [""]
     for line in tree[1:]:
         name = line.split()[0]
         depth = (len(line) - len(line.lstrip())) // 2
         if name.endswith(("/", ".py")):
             folders[depth:] = [folders[depth - 1] + name]
-            found.add(folders[depth])
-    return found
+            modules.add(folders[depth])
+    return modules
 
 
-def test_the_page_names_every_module() -> None:
+def test_architecture_page_lists_every_module() -> None:
     page = modules_of_the_page()
     files = {path.relative_to(PACKAGE) for path in PACKAGE.rglob("*.py")}
     modules = {path.as_posix() for path in files if not path.name.startswith("__")}
     # A folder that is named without its files is one line.
-    whole = {
+    unlisted_folders = {
         name
         for name in page
-        if name.endswith("/")
-        and not any(other != name and other.startswith(name) for other in page)
+        if name.endswith("/") and not any(path != name and path.startswith(name) for path in page)
     }
-    here = {name for name in modules if not name.startswith(tuple(whole))}
-    assert here == {name for name in page if name.endswith(".py")}
+    listed = {name for name in modules if not name.startswith(tuple(unlisted_folders))}
+    assert listed == {name for name in page if name.endswith(".py")}
     assert all((PACKAGE / name).is_dir() for name in page if name.endswith("/"))
 
 
-def test_the_lowest_versions_that_are_allowed_are_those_that_are_tested() -> None:
+def test_lowest_allowed_versions_equal_the_tested_ones() -> None:
     project = tomllib.loads((ROOT / "pyproject.toml").read_text(encoding="utf-8"))["project"]
-    floors = dict(each.split(">=") for each in project["dependencies"])
+    floors = dict(requirement.split(">=") for requirement in project["dependencies"])
     pinned = dict(
         line.split("==")
         for line in (ROOT / "requirements-lowest.txt").read_text(encoding="utf-8").splitlines()
@@ -86,12 +85,12 @@ def test_imports_inside_strings_and_docs_resolve() -> None:
     missing = []
     for module, name in sorted(imports):
         try:
-            there = hasattr(importlib.import_module(module), name)
+            exists = hasattr(importlib.import_module(module), name)
         except ModuleNotFoundError as error:
             if (error.name or "").startswith("slm_lora"):
                 raise
             continue  # an extra that is not installed
-        if not there and importlib.util.find_spec(f"{module}.{name}") is None:
+        if not exists and importlib.util.find_spec(f"{module}.{name}") is None:
             missing.append(f"from {module} import {name}")
     assert not missing
 
@@ -103,14 +102,15 @@ def test_imports_have_no_cycles() -> None:
         for path in PACKAGE.rglob("*.py")
     }
     imports = {name: imported(name, names) for name in names}
+    assert sum(map(len, imports.values())) > 200
     done: set[str] = set()
 
     def visit(name: str, above: tuple[str, ...]) -> None:
         assert name not in above, f"cycle: {' → '.join([*above[above.index(name) :], name])}"
         if name in done:
             return
-        for other in sorted(imports[name]):
-            visit(other, (*above, name))
+        for module in sorted(imports[name]):
+            visit(module, (*above, name))
         done.add(name)
 
     for name in sorted(names):
@@ -128,29 +128,29 @@ def imported(name: str, names: set[str]) -> set[str]:
         if isinstance(node, ast.If) and "TYPE_CHECKING" in ast.dump(node.test)
         for inner in ast.walk(node)
     }
-    found = set()
+    modules = set()
     for node in ast.walk(tree):
         if id(node) not in for_types and isinstance(node, ast.ImportFrom) and node.module:
             for alias in node.names:
                 full = f"{node.module}.{alias.name}"
-                found.add(full if full in names else node.module)
-    return (found & names) - {name}
+                modules.add(full if full in names else node.module)
+    return (modules & names) - {name}
 
 
 def test_no_private_name_is_used_across_modules() -> None:
     """A name with a leading underscore belongs to its module."""
-    found = []
+    uses = []
     for folder in ("src", "tests", "benchmarks", "docs"):
         for path in sorted((ROOT / folder).rglob("*.py")):
-            found += private_uses(path)
-    assert not found
+            uses += private_uses(path)
+    assert not uses
 
 
 def private_uses(path: Path) -> list[str]:
     """Private names of this project's modules that a file imports or reads as attributes."""
     tree = ast.parse(path.read_text(encoding="utf-8"))
     modules: set[str] = set()
-    found = []
+    uses = []
     for node in ast.walk(tree):
         if not isinstance(node, ast.ImportFrom) or not node.module:
             continue
@@ -159,7 +159,7 @@ def private_uses(path: Path) -> list[str]:
         for alias in node.names:
             modules.add(alias.asname or alias.name)
             if alias.name.startswith("_") and not alias.name.startswith("__"):
-                found.append(f"{path.name}:{node.lineno} {node.module}.{alias.name}")
+                uses.append(f"{path.name}:{node.lineno} {node.module}.{alias.name}")
     for node in ast.walk(tree):
         if (
             isinstance(node, ast.Attribute)
@@ -169,8 +169,8 @@ def private_uses(path: Path) -> list[str]:
             and node.attr.startswith("_")
             and not node.attr.startswith("__")
         ):
-            found.append(f"{path.name}:{node.lineno} {node.value.id}.{node.attr}")
-    return found
+            uses.append(f"{path.name}:{node.lineno} {node.value.id}.{node.attr}")
+    return uses
 
 
 def test_workflow_and_docs_call_targets_that_the_makefile_has() -> None:

@@ -116,7 +116,7 @@ LIKE_SMOLLM3 = (
     ],
 )
 @pytest.mark.usefixtures("on_template_date")
-def test_rendering_equals_transformers(source: str) -> None:
+def test_chat_template_rendering_equals_transformers(source: str) -> None:
     messages = [ASKED | {"content": "Grüße <'>?"}, ANSWERED]
     render = jinja_renderer(source, tiny_tokenizer().special_tokens_map)
     assert render(messages, False) == rendered(source, *messages) != ""
@@ -131,7 +131,7 @@ def test_invalid_jinja_is_reported_with_its_line() -> None:
         RowTokenizer(tokenizer, Template("chat"))
 
 
-def test_template_errors_name_the_row() -> None:
+def test_errors_of_a_template_name_the_row() -> None:
     template = Template("jinja", source="{{ raise_exception('users only') }}")
     with pytest.raises(UsageError, match=r"^data\.template: users only \(rows\.jsonl:7\)$"):
         RowTokenizer(tiny_tokenizer(), template).render(ROW)
@@ -176,11 +176,13 @@ def test_a_frozen_template_writes_the_fixed_date(spelt: bool, parts: Any) -> Non
     ],
 )
 @pytest.mark.usefixtures("on_template_date")
-def test_the_date_is_fixed_in_every_construct(source: str, monkeypatch: pytest.MonkeyPatch) -> None:
-    wanted = rendered(source)
+def test_freeze_date_fixes_the_date_in_every_construct(
+    source: str, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    expected = rendered(source)
     monkeypatch.undo()  # the clock goes on
     chat_template_utils._compile_jinja_template.cache_clear()
-    assert rendered(freeze_date(source)) == wanted
+    assert rendered(freeze_date(source)) == expected
     assert freeze_date(freeze_date(source)) == freeze_date(source)
 
 
@@ -230,16 +232,16 @@ def test_the_saved_template_gives_the_training_tokens(source: str, kind: Any, bo
         (example,), _ = tokenize.encode([Row(turns)], {Row(turns).row_id: ""})
         ids: Any = holder.apply_chat_template(messages, return_dict=False)
         assert ids[: example.length] == example.ids.tolist()
-        asked: Any = holder.apply_chat_template(
+        prompt: Any = holder.apply_chat_template(
             messages[:-1], add_generation_prompt=True, return_dict=False
         )
-        assert asked == tokenize.prompt(turns[:-1])
+        assert prompt == tokenize.prompt(turns[:-1])
     assert first_difference(tokenizer, tokenize, [ROW]) == ""
 
 
 @pytest.mark.parametrize("kind", ["instruction_response", "plain", "chat"])
 @pytest.mark.parametrize("bos", [False, True])
-def test_no_difference_for_any_template(kind: Any, bos: bool, dolly_file: Path) -> None:
+def test_saved_template_of_any_kind_gets_no_note(kind: Any, bos: bool, dolly_file: Path) -> None:
     tokenizer = bos_tokenizer() if bos else tiny_tokenizer()
     section = DataSection(
         name=str(dolly_file), template=kind, include_context=kind == "chat", test_rows=30
@@ -250,7 +252,7 @@ def test_no_difference_for_any_template(kind: Any, bos: bool, dolly_file: Path) 
 
 
 @pytest.mark.parametrize(
-    ("other", "difference"),
+    ("changed", "difference"),
     [
         (CHAT_TEMPLATE.replace("'\\n' + m", "' ' + m"), "of a text of 2 turns"),
         ("{{ strftime_now('%Y') }}" + CHAT_TEMPLATE, "from token 1 of a text of 2 turns"),
@@ -261,13 +263,13 @@ def test_no_difference_for_any_template(kind: Any, bos: bool, dolly_file: Path) 
         (CHAT_TEMPLATE.replace("for message in messages", "for message in messages[:3]"), "of 4"),
     ],
 )
-def test_a_template_with_other_tokens_is_not_saved(other: str, difference: str) -> None:
-    assert other != CHAT_TEMPLATE
+def test_a_template_with_other_tokens_is_not_saved(changed: str, difference: str) -> None:
+    assert changed != CHAT_TEMPLATE
     tokenizer = tiny_tokenizer()
     tokenize = RowTokenizer(tokenizer, Template("chat"))
     spaced = Row((Turn("user", " Which day? "), Turn("assistant", "That one.")))
     assert first_difference(tokenizer, tokenize, [spaced]) == ""
-    tokenize.chat_template = other
+    tokenize.chat_template = changed
     assert difference in first_difference(tokenizer, tokenize, [spaced])
     (note,) = template_notes(tokenizer, tokenize, [spaced])
     assert note.startswith("no chat_template.jinja is saved: ")

@@ -15,32 +15,32 @@ SIZES = st.lists(st.integers(1, 500), min_size=2, max_size=30)
 
 @settings(deadline=None)
 @given(SIZES, st.integers(0, 1000))
-def test_error_and_freedom_are_those_of_the_explicit_matrices(sizes: list[int], seed: int) -> None:
+def test_cr2_error_and_freedom_equal_the_explicit_matrices(sizes: list[int], seed: int) -> None:
     """Bell and McCaffrey 2002, written out: unbiased under the working model, and Satterthwaite's
     degrees of freedom from the trace of the quadratic form."""
     denominators = np.array(sizes, dtype=float)
     numerators = denominators * np.random.default_rng(seed).normal(2.0, 0.3, len(sizes))
-    found = clustered(numerators, denominators)
+    result = clustered(numerators, denominators)
     weights = denominators / denominators.sum()
     residual_maker = np.eye(len(sizes)) - np.outer(np.ones(len(sizes)), weights)
     working = np.diag(1 / np.sqrt(denominators))
     of_residuals = residual_maker @ working @ residual_maker.T
     factors = weights**2 * np.diag(working) / np.diag(of_residuals)
     residuals = residual_maker @ (numerators / denominators)
-    assert found.value == pytest.approx(numerators.sum() / denominators.sum())
-    assert found.standard_error == pytest.approx(np.sqrt(factors @ residuals**2))
+    assert result.value == pytest.approx(numerators.sum() / denominators.sum())
+    assert result.standard_error == pytest.approx(np.sqrt(factors @ residuals**2))
     # Unbiased: the expectation of the estimate is the variance of the ratio.
     assert factors @ np.diag(of_residuals) == pytest.approx(weights @ working @ weights)
     form = np.diag(np.sqrt(factors)) @ of_residuals @ np.diag(np.sqrt(factors))
     freedom = np.trace(form) ** 2 / np.trace(form @ form)
-    assert found.freedom == pytest.approx(freedom)
+    assert result.freedom == pytest.approx(freedom)
 
 
-def test_equal_groups_have_the_error_of_a_mean() -> None:
+def test_equal_groups_have_the_standard_error_of_a_mean() -> None:
     values = np.random.default_rng(0).normal(size=12)
-    found = clustered(7 * values, np.full(12, 7.0))
-    assert found.standard_error == pytest.approx(stats.sem(values))
-    assert found.freedom == pytest.approx(11)
+    result = clustered(7 * values, np.full(12, 7.0))
+    assert result.standard_error == pytest.approx(stats.sem(values))
+    assert result.freedom == pytest.approx(11)
     assert effective_groups(np.full(12, 7.0)) == pytest.approx(12)
 
 
@@ -50,13 +50,13 @@ def test_one_large_group_leaves_few_degrees_of_freedom() -> None:
     assert clustered(sizes * np.arange(21), sizes).freedom < 2
 
 
-def test_one_group_has_no_error() -> None:
-    found = clustered(np.array([3.0]), np.array([2.0]))
-    assert (found.value, found.standard_error, found.freedom) == (1.5, np.inf, 0)
+def test_one_group_has_an_infinite_standard_error() -> None:
+    result = clustered(np.array([3.0]), np.array([2.0]))
+    assert (result.value, result.standard_error, result.freedom) == (1.5, np.inf, 0)
 
 
 @pytest.mark.parametrize("groups", [10, 20, 50])
-def test_intervals_of_few_unequal_groups_cover(groups: int) -> None:
+def test_intervals_of_few_unequal_groups_cover_the_truth(groups: int) -> None:
     """Groups of log-normal sizes whose ratios err partly together: Student's over plain clustered
     errors with groups - 1 degrees of freedom covers less than 93 % here."""
     rng = np.random.default_rng(groups)
@@ -64,18 +64,18 @@ def test_intervals_of_few_unequal_groups_cover(groups: int) -> None:
     for _ in range(cases):
         sizes = np.ceil(np.exp(rng.normal(5, 1, groups)))
         ratios = rng.normal(size=groups) * np.sqrt(0.02 + 10 / sizes)
-        found = clustered(sizes * ratios, sizes)
-        covered += abs(found.value) < stats.t.isf(0.025, found.freedom) * found.standard_error
-        residuals = sizes * (ratios - found.value) / sizes.sum()
+        result = clustered(sizes * ratios, sizes)
+        covered += abs(result.value) < stats.t.isf(0.025, result.freedom) * result.standard_error
+        residuals = sizes * (ratios - result.value) / sizes.sum()
         error = np.sqrt((residuals**2).sum() * groups / (groups - 1))
-        plain += abs(found.value) < stats.t.isf(0.025, groups - 1) * error
+        plain += abs(result.value) < stats.t.isf(0.025, groups - 1) * error
     assert 0.93 <= covered / cases <= 0.98
     assert plain / cases < 0.935
 
 
 @pytest.mark.parametrize("sizes", [[1e6, 1.0], [1e12, 1.0], [1e9, 1.0, 1.0], [1.0, 1e6, 5.0]])
-def test_one_group_with_almost_all_of_the_weight_is_no_crash(sizes: list[float]) -> None:
+def test_dominant_group_leaves_a_finite_error_and_valid_freedom(sizes: list[float]) -> None:
     denominators = np.array(sizes)
-    found = clustered(denominators * np.arange(len(sizes)), denominators)
-    assert np.isfinite(found.standard_error)
-    assert 1 <= found.freedom <= len(sizes) - 1
+    result = clustered(denominators * np.arange(len(sizes)), denominators)
+    assert np.isfinite(result.standard_error)
+    assert 1 <= result.freedom <= len(sizes) - 1

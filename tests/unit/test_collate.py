@@ -64,21 +64,23 @@ def test_response_labels_leave_out_the_prompt() -> None:
     batch = collate([SHORT, ALONE, LONG], "response")
     none = IGNORE_INDEX
     assert batch.labels.tolist() == [none, 7, none, none, 12, 13, none, 15, none]
-    whole = collate([SHORT, ALONE, LONG], "all")
-    assert batch.ids.tolist() == whole.ids.tolist()
-    assert batch.response.tolist() == whole.response.tolist()
+    all_labels = collate([SHORT, ALONE, LONG], "all")
+    assert batch.ids.tolist() == all_labels.ids.tolist()
+    assert batch.response.tolist() == all_labels.response.tolist()
 
 
 @pytest.mark.parametrize("loss_on", ["all", "response"])
 @pytest.mark.parametrize("packed", [[SHORT], [ALONE], [LONG, SHORT], [ALONE, LONG, SHORT, LONG]])
-def test_labels_are_counted_before_packing_as_after(packed: list[Example], loss_on: LossOn) -> None:
+def test_label_counts_before_packing_equal_those_after(
+    packed: list[Example], loss_on: LossOn
+) -> None:
     labels = collate(packed, loss_on).labels
     assert sum(label_count(item, loss_on) for item in packed) == np.count_nonzero(
         labels != IGNORE_INDEX
     )
 
 
-def test_label_counts() -> None:
+def test_label_count_leaves_out_first_token_and_prompt() -> None:
     assert [label_count(item, "all") for item in (SHORT, LONG, ALONE)] == [2, 4, 0]
     # The first token is never a label.
     assert [label_count(item, "response") for item in (SHORT, LONG, ALONE)] == [1, 3, 0]
@@ -88,7 +90,7 @@ def test_label_counts() -> None:
 
 
 @given(st.lists(st.integers(1, 60), max_size=40), st.integers(1, 80))
-def test_every_example_once_and_no_micro_batch_over_the_budget(
+def test_micro_batches_hold_every_example_once_within_the_budget(
     lengths: list[int], budget: int
 ) -> None:
     examples = [of_length(f"row {n}", length) for n, length in enumerate(lengths)]
@@ -156,18 +158,18 @@ def order(examples: list[Example], seed: int, epoch: int) -> list[str]:
     return [item.row_id for item in epoch_order(examples, seed, epoch)]
 
 
-def test_an_epoch_is_a_permutation() -> None:
+def test_epoch_order_is_a_permutation() -> None:
     order_of_epoch = epoch_order(MANY, seed=3, epoch=2)
     assert sorted(map(id, order_of_epoch)) == sorted(map(id, MANY))
 
 
-def test_orders_differ_by_epoch_and_seed() -> None:
+def test_epoch_orders_differ_by_epoch_and_seed() -> None:
     orders = [order(MANY, seed, epoch) for seed in range(3) for epoch in range(3)]
     assert len({tuple(order_of_epoch) for order_of_epoch in orders}) == 9
     assert [item.row_id for item in MANY] not in orders
 
 
-def test_an_epoch_does_not_depend_on_the_order_of_the_examples() -> None:
+def test_epoch_order_does_not_depend_on_the_order_of_the_examples() -> None:
     assert order(MANY, 1, 1) == order(MANY[::-1], 1, 1)
 
 
@@ -186,5 +188,5 @@ def test_fewer_examples_keep_their_relative_order() -> None:
 @pytest.mark.parametrize(
     ("rows", "batch", "steps"), [(1350, 16, 85), (16, 16, 1), (17, 16, 2), (1, 16, 1), (32, 1, 32)]
 )
-def test_the_last_partial_step_counts(rows: int, batch: int, steps: int) -> None:
+def test_steps_per_epoch_include_the_last_partial_step(rows: int, batch: int, steps: int) -> None:
     assert steps_per_epoch(rows, batch) == steps

@@ -51,7 +51,7 @@ def error_message(text: str, *overrides: str) -> str:
 # --- error messages ----------------------------------------------------------------------------
 
 
-def test_all_errors_at_once() -> None:
+def test_all_errors_of_a_recipe_are_reported_at_once() -> None:
     text = (
         "name: Big Words\n"
         "data:\n"
@@ -120,7 +120,7 @@ def test_all_errors_at_once() -> None:
         (f"data: {{name: [{'word, ' * 99}]}}", "data.name = ['word', 'word', 'word', 'word', "),
     ],
 )
-def test_single_error(text: str, expected: str) -> None:
+def test_recipe_error_names_file_key_and_suggestion(text: str, expected: str) -> None:
     message = error_message(text)
     assert message.startswith("my.yaml: ")
     assert expected in message
@@ -131,7 +131,7 @@ def test_invalid_eval_steps_is_reported_alone() -> None:
     assert "eval_steps = 0" in error_message("training: {eval_steps: 0, keep_best: true}")
 
 
-def test_duplicate_keys() -> None:
+def test_duplicate_keys_of_a_recipe_are_refused() -> None:
     errors = error_lines("name: x\ndata:\n  size: 30\n  name: a\n  size: 40\nname: x\n")
     assert errors == [
         "my.yaml: 'data.size' is written twice (line 5)",
@@ -139,12 +139,12 @@ def test_duplicate_keys() -> None:
     ]
 
 
-def test_missing_name() -> None:
+def test_recipe_without_a_name_is_refused() -> None:
     assert error_lines("") == error_lines("# nothing\n") == ["my.yaml: 'name' is missing"]
     assert read("", "name=x")[0].name == "x"
 
 
-def test_not_a_mapping_or_not_yaml() -> None:
+def test_recipe_that_is_no_mapping_or_no_yaml_is_refused() -> None:
     for text in ("- a", "a", "3", "[]"):
         assert error_lines(text) == ["my.yaml: must be a mapping of keys to values"]
     assert error_lines("name: x\ndata: [1\n") == [
@@ -154,7 +154,7 @@ def test_not_a_mapping_or_not_yaml() -> None:
     assert "undefined alias" in error_lines("name: *x")[0]
 
 
-def test_messages_are_single_printable_lines() -> None:
+def test_recipe_errors_are_single_printable_lines() -> None:
     text = 'name: "a\\nb\\e[31m\\u2028"\n"k\\nk": 1\n!<!%0A> x: 1\n'
     assert len(error_lines(text)) == 1
     errors = error_lines('name: "a\\nb\\e[31m\\u2028"\n"k\\nk": 1\n')
@@ -244,7 +244,7 @@ def test_the_last_override_of_a_key_counts() -> None:
         ('description="\\ud800"', "not valid YAML"),
     ],
 )
-def test_invalid_override(override: str, expected: str) -> None:
+def test_invalid_override_is_refused_with_a_suggestion(override: str, expected: str) -> None:
     message = error_message("", override)
     assert expected in message
     assert message.startswith("override: ")
@@ -265,7 +265,7 @@ def test_aliases_name_existing_keys() -> None:
             cells("", f"{key}={value}")
 
 
-def test_errors_name_their_source() -> None:
+def test_recipe_errors_name_their_source() -> None:
     text = "name: x\ndata: {size: 1}\nadapter: 8\n"
     assert error_lines(text, "data.test_rows=0", "adapter.r=8") == [
         "my.yaml: data.size = 1: must be greater than or equal to 2 (line 2)",
@@ -285,7 +285,7 @@ def test_override_without_effect_is_refused() -> None:
 # --- values ------------------------------------------------------------------------------------
 
 
-def test_spellings_of_numbers() -> None:
+def test_numbers_may_be_spelt_in_any_yaml_form() -> None:
     for value_text in ("2e-4", "2.0e-4", "0.0002", "'2e-4'"):
         recipe, _ = read(f"name: x\ntraining: {{learning_rate: {value_text}}}")
         assert recipe.training.learning_rate == 0.0002
@@ -297,11 +297,11 @@ def test_spellings_of_numbers() -> None:
     "key", ["data.size", "adapter.r", "training.max_steps", "seed", "adapter.lora_dropout"]
 )
 @pytest.mark.parametrize("value_text", ["true", "yes", "off"])
-def test_booleans_are_not_numbers(key: str, value_text: str) -> None:
+def test_booleans_are_refused_as_numbers(key: str, value_text: str) -> None:
     assert "must be a number, not true or false" in error_message("", f"{key}={value_text}")
 
 
-def test_a_boolean_among_the_seeds() -> None:
+def test_boolean_among_the_seeds_is_refused() -> None:
     assert "seeds.1 = true: must be a number" in error_message("seeds: [0, yes]")
 
 
@@ -331,7 +331,7 @@ def test_alpha_is_a_number_or_a_multiple_of_the_rank(value_text: str, alpha: flo
         ("null", "must be a number"),
     ],
 )
-def test_invalid_alpha(value_text: str, expected: str) -> None:
+def test_invalid_lora_alpha_is_refused(value_text: str, expected: str) -> None:
     message = error_message("", f"adapter.lora_alpha={value_text}")
     assert message.startswith("override: adapter.lora_alpha = ")
     assert expected in message
@@ -352,7 +352,7 @@ def test_seeds_beyond_64_bits_are_refused(value_text: str) -> None:
     assert read("name: x", f"seed={2**63 - 1}")[0].seed == 2**63 - 1
 
 
-def test_single_target_module() -> None:
+def test_single_target_module_is_read_as_a_list_of_one() -> None:
     recipe, _ = read("name: x\nadapter: {target_modules: q_proj}")
     assert recipe.adapter.target_modules == ("q_proj",)
     recipe, _ = read("name: x\nadapter: {target_modules: all-linear}")
@@ -369,7 +369,7 @@ def test_equal_settings_serialise_equally() -> None:
 # --- the grid ----------------------------------------------------------------------------------
 
 
-def test_one_cell_without_a_grid() -> None:
+def test_recipe_without_a_grid_is_one_cell() -> None:
     (cell,) = cells("adapter: {r: 4}\nseed: 3")
     assert (cell.name, cell.settings) == ("r4", {})
     assert cell.config == CellConfig.model_validate({"adapter": {"r": 4}, "seed": 3})
@@ -387,7 +387,7 @@ def test_listed_cells_share_other_settings() -> None:
     assert expanded[0].settings == {"data.size": 1500, "adapter.r": 8}
 
 
-def test_product_of_axes_with_tied_keys() -> None:
+def test_axes_are_multiplied_and_keys_of_one_axis_stay_tied() -> None:
     expanded = cells(
         "grid:\n"
         "  axes:\n"
@@ -399,7 +399,7 @@ def test_product_of_axes_with_tied_keys() -> None:
     assert [c.name for c in expanded[:2]] == ["r8-100-alpha32", "r16-100"]
 
 
-def test_seed_major_order() -> None:
+def test_cells_are_ordered_by_seed_first() -> None:
     text = "seeds: [3, 1]\ngrid: {axes: [{adapter.r: [8, 16]}]}"
     assert names(text) == ["r8-seed3", "r16-seed3", "r8-seed1", "r16-seed1"]
     assert [cell.config.seed for cell in cells(text)] == [3, 3, 1, 1]
@@ -417,7 +417,7 @@ def test_where_sizes_vary_each_seed_draws_rows_of_its_own() -> None:
     assert drawn(sizes) == [0, 0]
 
 
-def test_settings_are_the_values_not_their_spelling() -> None:
+def test_cell_settings_are_values_not_their_spelling() -> None:
     (cell,) = cells("grid: {cells: [{training.learning_rate: 2e-4, adapter.r: '8'}]}")
     assert cell.settings == {"training.learning_rate": 0.0002, "adapter.r": 8}
     assert cell.name == "r8-lr0.0002"
@@ -445,13 +445,13 @@ def test_settings_are_the_values_not_their_spelling() -> None:
         ("cell: []", "unknown key 'grid.cell' (line 2); did you mean 'grid.cells'?"),
     ],
 )
-def test_invalid_grid(grid: str, expected: str) -> None:
+def test_invalid_grid_is_refused(grid: str, expected: str) -> None:
     errors = error_lines(f"name: x\ngrid: {{{grid}}}")
     assert expected in errors[0]
     assert all(line.startswith("my.yaml: ") for line in errors)
 
 
-def test_conflicting_seeds() -> None:
+def test_conflicting_seeds_are_refused() -> None:
     assert "leave one out" in error_message(
         "seeds: [1, 2]\ngrid: {cells: [{seed: 3}, {adapter.r: 4}]}"
     )
@@ -471,7 +471,7 @@ def test_errors_of_cells_are_reported_once() -> None:
     ]
 
 
-def test_limit_of_cells() -> None:
+def test_grid_above_the_limit_of_cells_is_refused() -> None:
     values = list(range(1, 501))
     keys = ["adapter.r", "seed", "data.size", "training.max_steps"]
     text = yaml.safe_dump({"grid": {"axes": [{key: values} for key in keys]}})
@@ -523,7 +523,7 @@ def test_cell_names_are_distinct_and_portable(listed: list[dict[str, Any]]) -> N
 # --- files -------------------------------------------------------------------------------------
 
 
-def test_load_recipe_from_file(tmp_path: Path) -> None:
+def test_load_recipe_reads_a_file_and_names_it_in_errors(tmp_path: Path) -> None:
     path = tmp_path / "mine.yaml"
     path.write_text("\ufeffname: x\ndescription: Größe\n", encoding="utf-8")
     recipe, expanded = load_recipe(path, ["adapter.r=4"])
@@ -533,7 +533,7 @@ def test_load_recipe_from_file(tmp_path: Path) -> None:
         load_recipe(path)
 
 
-def test_unreadable_files(tmp_path: Path) -> None:
+def test_missing_and_unreadable_recipes_are_refused(tmp_path: Path) -> None:
     (tmp_path / "mine.yaml").write_text("name: x")
     with pytest.raises(UsageError, match=r"no such recipe; did you mean .*mine\.yaml\?$"):
         load_recipe(tmp_path / "mime.yaml")
@@ -552,7 +552,7 @@ RECIPES = sorted((Path(__file__).resolve().parents[2] / "recipes").glob("*.yaml"
 
 
 @pytest.mark.parametrize("path", RECIPES, ids=lambda path: path.stem)
-def test_shipped_recipes_load(path: Path) -> None:
+def test_shipped_recipes_are_valid(path: Path) -> None:
     recipe, expanded = load_recipe(path)
     assert recipe.name == path.stem
     assert expanded
@@ -698,18 +698,18 @@ LIST_BOMB = "a: &a [1]\n" + "".join(
 @example(BOMB + "data: *j\nseeds: *j", [])
 @example(LIST_BOMB + "seeds: *j\ndata: {name: *j}\ngrid: {axes: *j, cells: [*j]}", [])
 @example("1: 1\nnull: 2\n2024-01-01: 3\n[1]: 4\n? {a: b}\n: 5\n.nan: 6\n.nan: 7", [])
-def test_any_text_loads_or_is_explained(text: str, overrides: list[str]) -> None:
+def test_any_recipe_text_loads_or_is_explained(text: str, overrides: list[str]) -> None:
     assert_loads_or_explains(text, overrides)
     assert_loads_or_explains(f"name: x\n{text}", overrides)
 
 
 @settings(max_examples=200, deadline=None)
 @given(st.one_of(RECIPE_TREES, NEARLY_RIGHT), OVERRIDES)
-def test_any_tree_loads_or_is_explained(tree: dict[str, Any], overrides: list[str]) -> None:
+def test_any_recipe_tree_loads_or_is_explained(tree: dict[str, Any], overrides: list[str]) -> None:
     assert_loads_or_explains(yaml.safe_dump(tree, sort_keys=False, allow_unicode=True), overrides)
 
 
-def test_null_columns_and_automatic_context() -> None:
+def test_null_columns_and_include_context_values_are_kept() -> None:
     recipe, _ = parse_recipe(
         "name: x\ndata: {columns: {category: null, response: a}}\n", "x.yaml",
         ["data.columns.group=null"],
@@ -718,12 +718,12 @@ def test_null_columns_and_automatic_context() -> None:
     assert recipe.data.include_context == "auto"
     for value in (True, False, "auto"):
         data = DataSection(include_context=value)
-        assert data.include_context is value or value == "auto"
+        assert data.include_context is value
     with pytest.raises(UsageError, match=r"data\.include_context"):
         parse_recipe("name: x\ndata: {include_context: sometimes}\n", "x.yaml")
 
 
-def test_records_without_later_keys() -> None:
+def test_recipe_records_without_later_keys_keep_their_meaning() -> None:
     then = {"data": {"name": "rows.jsonl", "include_context": False}}
     now = {**LATER_KEYS, "data": {**then["data"], **LATER_KEYS["data"]}}
     assert differences({"recipe": then}, {"recipe": now}) == []

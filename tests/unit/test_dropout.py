@@ -40,7 +40,7 @@ def assert_share(kept: torch.Tensor, share: float) -> None:
 
 
 @pytest.mark.parametrize("p", [0.01, 0.05, 0.1, 0.5, 0.9])
-def test_the_share_is_as_asked_overall_by_token_and_by_column(p: float) -> None:
+def test_dropout_rate_holds_overall_by_token_and_by_column(p: float) -> None:
     kept = mask(p, "layers.3.q_proj", keys(), 512)
     assert_share(kept, 1 - p)
     for part in (kept.double().mean(0), kept.double().mean(1)):
@@ -51,7 +51,7 @@ def test_the_share_is_as_asked_overall_by_token_and_by_column(p: float) -> None:
 
 
 @pytest.mark.parametrize(
-    ("one", "other"),
+    ("first", "second"),
     [
         (mask(0.5, "a", keys(), 64), mask(0.5, "b", keys(), 64)),
         (mask(0.5, "a", keys("step 1"), 64), mask(0.5, "a", keys("step 2"), 64)),
@@ -61,19 +61,19 @@ def test_the_share_is_as_asked_overall_by_token_and_by_column(p: float) -> None:
     ],
     ids=["modules", "steps", "tokens", "columns", "rows"],
 )
-def test_masks_are_independent(one: torch.Tensor, other: torch.Tensor) -> None:
-    assert_share(one == other, 0.5)
+def test_dropout_masks_are_independent(first: torch.Tensor, second: torch.Tensor) -> None:
+    assert_share(first == second, 0.5)
 
 
 @settings(max_examples=30, deadline=None)
 @given(lengths=st.lists(st.integers(1, 40), min_size=1, max_size=6), seed=st.text(max_size=5))
-def test_keys_do_not_depend_on_the_neighbours(lengths: list[int], seed: str) -> None:
+def test_token_keys_do_not_depend_on_neighbouring_documents(lengths: list[int], seed: str) -> None:
     rows = examples(lengths)
     alone = [token_keys(collate([row], "all"), seed) for row in rows]
     assert torch.equal(token_keys(collate(rows, "all"), seed), torch.cat(alone))
 
 
-def test_kept_values_are_scaled_and_the_gradient_has_the_same_mask() -> None:
+def test_dropout_scales_kept_values_and_masks_the_gradient_alike() -> None:
     dropout = TokenDropout(0.25, "a", 32)
     dropout.keys = keys(tokens=10).unsqueeze(0)
     x = torch.full((1, 10, 32), 3.0, requires_grad=True)
@@ -83,7 +83,7 @@ def test_kept_values_are_scaled_and_the_gradient_has_the_same_mask() -> None:
     assert torch.equal(gradient, out / 3)
 
 
-def test_nothing_is_dropped_outside_of_training_and_nothing_without_keys() -> None:
+def test_dropout_in_training_needs_keys_and_eval_drops_nothing() -> None:
     dropout = TokenDropout(0.5, "a", 4)
     x = torch.ones(1, 3, 4)
     with pytest.raises(RuntimeError, match="no keys"):

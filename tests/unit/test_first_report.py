@@ -24,15 +24,15 @@ def add(results: Path, *patterns: str) -> None:
 
 def metrics(results: Path) -> dict[str, object]:
     write_report([read_run(folder) for folder in run_folders(results / "runs")], results)
-    found: dict[str, object] = json.loads((results / "metrics.json").read_text())
-    return found
+    content: dict[str, object] = json.loads((results / "metrics.json").read_text())
+    return content
 
 
-def added(found: dict[str, object]) -> set[int]:
-    return {pair["added_after_a_report"] for pair in found["contrasts"]}  # type: ignore[attr-defined]
+def added(content: dict[str, object]) -> set[int]:
+    return {pair["added_after_a_report"] for pair in content["contrasts"]}  # type: ignore[attr-defined]
 
 
-def test_seeds_of_a_later_report_are_marked_for_good(tmp_path: Path) -> None:
+def test_seeds_added_after_the_first_report_stay_marked(tmp_path: Path) -> None:
     add(tmp_path, "base-*", "*-seed0-*", "*-seed1-*")
     first = metrics(tmp_path)
     assert added(first) == {0}
@@ -47,7 +47,7 @@ def test_seeds_of_a_later_report_are_marked_for_good(tmp_path: Path) -> None:
         assert "**[Added seeds](#comparisons):** in 7 of 7 comparisons" in report
 
 
-def test_settings_of_a_later_report_are_new_questions(tmp_path: Path) -> None:
+def test_settings_added_after_the_first_report_are_not_marked(tmp_path: Path) -> None:
     """All seeds of a comparison are new: nothing was seen of it before."""
     add(tmp_path, "base-*", "100-seed*", "200-seed*")
     first = metrics(tmp_path)
@@ -57,7 +57,7 @@ def test_settings_of_a_later_report_are_new_questions(tmp_path: Path) -> None:
     assert len(later["contrasts"]) > len(first["contrasts"])  # type: ignore[arg-type]
 
 
-def test_a_file_that_may_not_be_trusted_is_not_replaced(tmp_path: Path) -> None:
+def test_broken_metrics_json_is_not_replaced(tmp_path: Path) -> None:
     add(tmp_path, "*-seed0-*")
     (tmp_path / "metrics.json").write_text("{")
     with pytest.raises(IntegrityError, match="lists the runs of the first report; restore it, or"):

@@ -20,7 +20,7 @@ def section(**settings: Any) -> DataSection:
     return DataSection(**settings)
 
 
-def test_recipes_name_every_format() -> None:
+def test_schema_lists_every_format() -> None:
     assert set(get_args(FormatName)) == {"auto", *FORMATS}
 
 
@@ -115,7 +115,7 @@ def test_a_column_may_be_both_group_and_text() -> None:
     assert (row.turns[0].content, row.group_hint) == ("Q", "Q")
 
 
-def test_mapping_mistakes_are_explained() -> None:
+def test_mistakes_in_data_columns_are_explained() -> None:
     columns = {"instruction", "answer"}
     with pytest.raises(UsageError, match=r"unknown field 'respnse'.*response"):
         detect_format(columns, section(columns={"respnse": "answer"}))
@@ -155,7 +155,7 @@ def test_instruction_formats_agree_on_the_row(name: str, record: dict[str, str])
     assert row.source == "rows.jsonl:7"
 
 
-def test_prompt_and_plain_text() -> None:
+def test_prompt_completion_and_text_rows_become_turns() -> None:
     pair = to_row({"prompt": "P", "completion": "C"}, "x", "prompt_completion", AUTO)
     assert pair.turns == (Turn("user", "P"), Turn("assistant", "C"))
     assert to_row({"text": "T"}, "x", "text", AUTO).turns == (Turn("assistant", "T"),)
@@ -182,7 +182,7 @@ def test_alternative_chat_keys_give_equal_rows() -> None:
         assert to_row(record, "x", "chat", AUTO).turns == expected
 
 
-def test_text_is_unchanged_except_for_line_ends() -> None:
+def test_row_text_is_unchanged_except_for_line_ends() -> None:
     text = "  a\tb \r\n c\u00a0\rd\u2028\ufeff\n"
     row = to_row({"instruction": text, "response": text}, "x", "dolly", AUTO)
     assert row.turns[0].content == row.turns[1].content == text.replace("\r\n", "\n")
@@ -244,7 +244,9 @@ def test_a_column_is_left_out_by_null() -> None:
         ({"instruction": "a\ud83d"}, "instruction has a lone surrogate (half a character)"),
     ],
 )
-def test_malformed_instruction_rows(change: dict[str, Any], reason: str) -> None:
+def test_malformed_instruction_rows_are_refused_with_the_reason(
+    change: dict[str, Any], reason: str
+) -> None:
     record = {"instruction": "Q", "context": "", "response": "A"} | change
     record = {field: value for field, value in record.items() if value is not ...}
     with pytest.raises(RowError) as caught:
@@ -264,7 +266,7 @@ def turns(*roles: str) -> list[dict[str, Any]]:
         ("system", "assistant", "user", "assistant"),
     ],
 )
-def test_accepted_orders_of_roles(roles: tuple[str, ...]) -> None:
+def test_valid_orders_of_roles_are_accepted(roles: tuple[str, ...]) -> None:
     row = to_row({"messages": turns(*roles)}, "x", "chat", AUTO)
     assert tuple(turn.role for turn in row.turns) == roles
 
@@ -307,7 +309,7 @@ def message(role: str, content: object) -> dict[str, object]:
         ),
     ],
 )
-def test_malformed_chats(messages: object, reason: str) -> None:
+def test_malformed_chats_are_refused_with_the_reason(messages: object, reason: str) -> None:
     with pytest.raises(RowError) as caught:
         to_row({"messages": messages}, "x", "chat", AUTO)
     assert str(caught.value) == reason

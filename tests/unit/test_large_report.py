@@ -19,7 +19,7 @@ from slm_lora.report.drawing import new_axes
 from slm_lora.report.terminal import settings_table
 from slm_lora.runs.scored_run import ScoredRun
 
-from ..support.runs import line
+from ..support.runs import scored_run
 
 SEVEN = ["q_proj", "k_proj", "v_proj", "o_proj", "gate_proj", "up_proj", "down_proj"]
 
@@ -36,10 +36,10 @@ def write_steps(run: ScoredRun, folder: Path) -> ScoredRun:
 @pytest.fixture(name="analysis")
 def _analysis(tmp_path: Path) -> Analysis:
     """Twelve settings; a method that no comparison separates from its target modules."""
-    runs = [line("base", 3.5)]
+    runs = [scored_run("base", 3.5)]
     for index in range(10):
         rank, size = (2, 4, 8, 16, 32)[index % 5], (100, 200)[index // 5]
-        run = line(
+        run = scored_run(
             f"r{rank}-{size}",
             3.0 - 0.02 * index,
             adapter__r=rank,
@@ -49,7 +49,7 @@ def _analysis(tmp_path: Path) -> Analysis:
         run.run.raw["data"]["sets"]["train"]["rows"] = size
         runs.append(write_steps(run, tmp_path))
     for kind, modules in (("dora", SEVEN), ("rslora", ["q_proj", "v_proj"])):
-        run = line(
+        run = scored_run(
             kind,
             2.7,
             adapter__r=32,

@@ -27,7 +27,7 @@ SOURCE = ModelSource("org/base", "abc", Path("nowhere"), "0")
 ADAPTERS = [name for name, method in METHODS.items() if method.config]
 
 
-def test_every_method_of_the_schema_has_a_label_and_an_entry() -> None:
+def test_every_method_of_the_schema_has_a_label_and_a_registry_entry() -> None:
     assert set(get_args(MethodName)) == set(METHOD_LABELS) == set(METHODS)
 
 
@@ -41,26 +41,26 @@ def test_configuration_is_of_the_registered_peft_type(name: MethodName) -> None:
 
 
 @pytest.mark.parametrize("name", ADAPTERS)
-def test_trial_method_leaves_the_base_as_it_is(name: MethodName) -> None:
+def test_trial_section_of_any_method_leaves_the_base_unmodified(name: MethodName) -> None:
     trial = trial_section(AdapterSection(kind=name, r=64), rank=2)
     assert trial.r == 2
     assert not method_of(trial).modifies_base
 
 
-def test_full_fine_tuning_has_no_adapter() -> None:
+def test_full_fine_tuning_has_no_peft_config() -> None:
     section = AdapterSection(kind="full")
     assert trains_all(section) and method_of(section).modifies_base
     with pytest.raises(ValueError, match="full has no adapter"):
         peft_config(section, SOURCE, Targets(()))
 
 
-def test_merging_is_refused_by_reason() -> None:
+def test_unmergeable_peft_type_has_a_reason() -> None:
     assert peft_types() == {"LORA"}
     assert unmergeable_reason("LORA") == ""
     assert unmergeable_reason("IA3") == "peft_type IA3 is none of LORA"
 
 
-def test_a_method_that_cannot_exclude_modules_is_refused_by_name(
+def test_method_that_cannot_exclude_modules_is_refused_by_name(
     monkeypatch: pytest.MonkeyPatch,
 ) -> None:
     def refuse(*given: object) -> NoReturn:

@@ -31,7 +31,7 @@ from slm_lora.stats.estimates import estimate, paired
 from slm_lora.stats.inference import difference
 from slm_lora.stats.settings import Setting, group_settings
 
-from ..support.runs import line
+from ..support.runs import scored_run
 
 COMMITTED = Path(__file__).parents[2] / "results" / "quickstart" / "runs"
 MATCH = Metric(
@@ -58,14 +58,14 @@ def matched(run: ScoredRun, share: int) -> ScoredRun:
     return replace(run, scores=scores, headline="exact_match")
 
 
-def test_values_are_written_and_read_back(tmp_path: Path) -> None:
-    scores = list(matched(line("r8", 2.0), 3).scores)
+def test_score_values_are_written_and_read_back(tmp_path: Path) -> None:
+    scores = list(matched(scored_run("r8", 2.0), 3).scores)
     write_scores(scores, tmp_path / "scores.parquet")
     assert read_scores(tmp_path / "scores.parquet") == scores
 
 
-def test_scores_without_values_have_the_columns_of_before(tmp_path: Path) -> None:
-    write_scores(line("r8", 2.0).scores, tmp_path / "scores.parquet")
+def test_scores_without_values_have_the_fixed_columns(tmp_path: Path) -> None:
+    write_scores(scored_run("r8", 2.0).scores, tmp_path / "scores.parquet")
     assert pq.read_schema(tmp_path / "scores.parquet").names == [
         "row_id", "group_id", "category", "split", "nll_all", "tokens_all", "bytes_all",
         "nll_response", "tokens_response", "bytes_response",
@@ -80,20 +80,20 @@ def test_scores_without_values_have_the_columns_of_before(tmp_path: Path) -> Non
         max_size=3,
     )
 )
-def test_any_values_survive(
+def test_any_score_values_survive_a_round_trip(
     tmp_path_factory: pytest.TempPathFactory, values: dict[str, tuple[float, float]]
 ) -> None:
-    score = replace(line("r8", 2.0).scores[0], values=values)
+    score = replace(scored_run("r8", 2.0).scores[0], values=values)
     path = tmp_path_factory.mktemp("scores") / "scores.parquet"
     write_scores([score], path)
     assert read_scores(path) == [score]
 
 
-def test_higher_is_better_is_recommended_and_tested(with_match: None) -> None:
+def test_highest_value_is_recommended_where_higher_is_better(with_match: None) -> None:
     runs = [
-        matched(line("base", 3.0), 1),
-        matched(line("r4", 2.0, adapter__r=4), 5),
-        matched(line("r8", 1.0, adapter__r=8), 3),  # the lower loss, the fewer matches
+        matched(scored_run("base", 3.0), 1),
+        matched(scored_run("r4", 2.0, adapter__r=4), 5),
+        matched(scored_run("r8", 1.0, adapter__r=8), 3),  # the lower loss, the fewer matches
     ]
     runs[1:] = [_with_steps(run) for run in runs[1:]]
     settings = group_settings(runs)
@@ -118,21 +118,21 @@ def _with_steps(run: ScoredRun) -> ScoredRun:
     return replace(run, run=stand_in)  # type: ignore[arg-type]
 
 
-def test_paired_difference_has_the_interval_of_the_bootstrap(with_match: None) -> None:
-    first, second = (matched(line(name, 2.0), share) for name, share in (("a", 3), ("b", 7)))
+def test_metric_difference_has_the_interval_of_the_bootstrap(with_match: None) -> None:
+    first, second = (matched(scored_run(name, 2.0), share) for name, share in (("a", 3), ("b", 7)))
     sample = paired([(first.scores, second.scores)], MATCH)
-    found = difference(sample, 0.01)
-    assert found.value == pytest.approx(0.4)
+    result = difference(sample, 0.01)
+    assert result.value == pytest.approx(0.4)
     changes = [b.values["exact_match"][0] - a.values["exact_match"][0]
                for a, b in zip(first.scores, second.scores, strict=True)]  # fmt: skip
     exact = stats.bootstrap((changes,), lambda x, axis: x.mean(axis), vectorized=True,
                             n_resamples=9_999, method="BCa", rng=1).confidence_interval  # fmt: skip
-    assert (found.low, found.high) == pytest.approx((exact.low, exact.high), abs=0.03)
-    assert MATCH.is_better(found.value) and not METRICS["all"].is_better(found.value)
+    assert (result.low, result.high) == pytest.approx((exact.low, exact.high), abs=0.03)
+    assert MATCH.is_better(result.value) and not METRICS["all"].is_better(result.value)
 
 
-def test_rows_without_the_value_are_left_out(with_match: None) -> None:
-    run = matched(line("r8", 2.0), 10)
+def test_rows_without_the_value_are_left_out_of_estimates(with_match: None) -> None:
+    run = matched(scored_run("r8", 2.0), 10)
     missing = tuple(
         replace(score, values={}) if index < 30 else score for index, score in enumerate(run.scores)
     )
@@ -140,14 +140,14 @@ def test_rows_without_the_value_are_left_out(with_match: None) -> None:
     assert estimate([missing], MATCH).value == 1.0
 
 
-def test_the_table_of_metrics_shows_what_every_run_has(with_match: None) -> None:
-    runs = [matched(line("base", 3.0), 1), _with_steps(matched(line("r8", 2.0), 4))]
+def test_metrics_table_shows_only_metrics_of_every_run(with_match: None) -> None:
+    runs = [matched(scored_run("base", 3.0), 1), _with_steps(matched(scored_run("r8", 2.0), 4))]
     settings = group_settings(runs)
     card = make_card(settings, [], [], 0.01, SettingNames(settings))
     table = metrics_table(card, settings, Setting((runs[0],)), SettingNames(settings))
     assert "Exact match, share of rows ↑" in table
     assert "LoRA r=8 vs base" in table and "+0.3000" in table
-    without = [replace(runs[0], scores=line("base", 3.0).scores), runs[1]]
+    without = [replace(runs[0], scores=scored_run("base", 3.0).scores), runs[1]]
     table = metrics_table(card, settings, Setting((without[0],)), SettingNames(settings))
     assert "Exact match" not in table
 
@@ -157,10 +157,12 @@ def test_bits_per_byte_is_nats_over_ln_2_and_bytes() -> None:
     assert estimate([rows], METRICS["bits_per_byte"]).value == pytest.approx(3 / math.log(2) / 4)
 
 
-def test_a_gap_is_measured_in_the_metric_that_is_asked_for(with_match: None) -> None:
-    first, second = (matched(line(name, 2.0), share) for name, share in (("base", 2), ("r8", 6)))
-    found = gap(Setting((first,)), Setting((second,)), MATCH)
-    assert found is not None and found.value == pytest.approx(0.4)
+def test_gap_is_measured_in_the_requested_metric(with_match: None) -> None:
+    first, second = (
+        matched(scored_run(name, 2.0), share) for name, share in (("base", 2), ("r8", 6))
+    )
+    result = gap(Setting((first,)), Setting((second,)), MATCH)
+    assert result is not None and result.value == pytest.approx(0.4)
 
 
 @pytest.fixture
@@ -178,7 +180,7 @@ def _match(row: RowScore) -> tuple[float, float]:
     return float(row.nll_all < 2 * row.tokens_all), 1.0
 
 
-def test_a_further_metric_is_compared_in_every_file(results: Path) -> None:
+def test_further_metric_is_compared_in_report_and_metrics_json(results: Path) -> None:
     analysis = write_report([read_run(folder) for folder in run_folders(results / "runs")], results)
     (pairs,) = analysis.other_metrics
     assert [pair.key for pair in pairs] == [pair.key for pair in analysis.comparisons]
@@ -193,7 +195,7 @@ def test_a_further_metric_is_compared_in_every_file(results: Path) -> None:
     assert "| First minus second | Exact match difference, share of rows (95 %) |" in report
 
 
-def test_a_run_of_before_a_metric_is_named(results: Path) -> None:
+def test_report_names_runs_without_the_further_metric(results: Path) -> None:
     (base,) = (results / "runs").glob("base-*")
     path = base / "scores.parquet"
     write_scores([replace(row, values={}) for row in read_scores(path)], path)
@@ -205,7 +207,7 @@ def test_a_run_of_before_a_metric_is_named(results: Path) -> None:
     )
 
 
-def test_a_further_metric_as_headline_is_reported(results: Path) -> None:
+def test_further_metric_as_headline_decides_the_recommendation(results: Path) -> None:
     runs = [read_run(folder) for folder in run_folders(results / "runs")]
     analysis = write_report(runs, results, headline="exact_match")
     assert analysis.card.recommended is not None
@@ -223,11 +225,11 @@ def test_a_further_metric_as_headline_is_reported(results: Path) -> None:
         ({"row_id": "01"}, "row 01 is there twice"),
     ],
 )
-def test_broken_scores_are_refused_by_row(
+def test_broken_score_file_is_refused_by_row(
     tmp_path: Path, change: dict[str, object], message: str
 ) -> None:
     path = tmp_path / "scores.parquet"
-    write_scores(line("r8", 2.0).scores, path)
+    write_scores(scored_run("r8", 2.0).scores, path)
     rows = pq.read_table(path).to_pylist()
     rows[0] |= change
     pq.write_table(pa.Table.from_pylist(rows), path)

@@ -85,7 +85,7 @@ def _normalised(text: str) -> str:
 # --- the rows as a whole ------------------------------------------------------------------------
 
 
-def test_importing_loads_none_of_the_libraries() -> None:
+def test_importing_ml_qa_loads_none_of_its_libraries() -> None:
     script = (
         "import sys, slm_lora.ml_qa; "
         "sys.exit(any(name in sys.modules for name in ('sklearn', 'scipy', 'numpydoc', 'numpy')))"
@@ -93,7 +93,7 @@ def test_importing_loads_none_of_the_libraries() -> None:
     assert subprocess.run([sys.executable, "-c", script], check=False).returncode == 0
 
 
-def test_same_bytes_whatever_the_hash_seed_and_the_imports_before(
+def test_ml_qa_has_the_same_bytes_for_any_hash_seed_and_imports(
     built: tuple[Path, Manifest, str], tmp_path: Path
 ) -> None:
     before = (
@@ -105,11 +105,11 @@ def test_same_bytes_whatever_the_hash_seed_and_the_imports_before(
     assert (tmp_path / "again.jsonl").read_bytes() == built[0].read_bytes()
 
 
-def test_building_prints_nothing(built: tuple[Path, Manifest, str]) -> None:
+def test_building_ml_qa_prints_nothing(built: tuple[Path, Manifest, str]) -> None:
     assert built[2] == ""
 
 
-def test_manifest_describes_the_file(built: tuple[Path, Manifest, str], rows: Rows) -> None:
+def test_ml_qa_manifest_describes_the_file(built: tuple[Path, Manifest, str], rows: Rows) -> None:
     path, manifest, _ = built
     assert manifest.rows == len(rows)
     assert manifest.categories == Counter(row["category"] for row in rows)
@@ -117,7 +117,7 @@ def test_manifest_describes_the_file(built: tuple[Path, Manifest, str], rows: Ro
     assert set(manifest.versions) == {"numpy", "numpydoc", "scikit-learn", "scipy"}
 
 
-def test_rows_are_many_complete_and_sorted(rows: Rows) -> None:
+def test_ml_qa_rows_are_many_complete_and_sorted(rows: Rows) -> None:
     assert len(rows) >= 5000
     assert all(list(row) == ["instruction", "response", "category", "group"] for row in rows)
     assert all(value.strip() == value != "" for row in rows for value in row.values())
@@ -125,34 +125,34 @@ def test_rows_are_many_complete_and_sorted(rows: Rows) -> None:
     assert order == sorted(order)
 
 
-def test_questions_are_unique(rows: Rows) -> None:
+def test_ml_qa_questions_are_unique(rows: Rows) -> None:
     counts = Counter(_normalised(row["instruction"]) for row in rows)
     assert [question for question, count in counts.items() if count > 1] == []
 
 
-def test_answers_are_unique(rows: Rows) -> None:
+def test_ml_qa_answers_are_unique(rows: Rows) -> None:
     counts = Counter(_normalised(row["response"]) for row in rows)
     assert [answer for answer, count in counts.items() if count > 1] == []
 
 
-def test_rows_of_a_group_are_distinct(rows: Rows) -> None:
+def test_ml_qa_rows_of_a_group_are_distinct(rows: Rows) -> None:
     pairs = Counter((row["group"], row["instruction"], row["response"]) for row in rows)
     assert max(pairs.values()) == 1
 
 
-def test_no_question_form_dominates(rows: Rows) -> None:
+def test_no_question_form_dominates_ml_qa(rows: Rows) -> None:
     categories = Counter(row["category"] for row in rows)
     assert len(categories) >= 10
     assert max(categories.values()) <= 0.30 * len(rows)
 
 
-def test_no_group_dominates(rows: Rows) -> None:
+def test_no_group_dominates_ml_qa(rows: Rows) -> None:
     groups = Counter(row["group"] for row in rows)
     assert len(groups) >= 1000
     assert max(groups.values()) <= 0.02 * len(rows)
 
 
-def test_an_object_and_its_methods_share_a_group(rows: Rows) -> None:
+def test_ml_qa_rows_of_an_object_and_its_methods_share_a_group(rows: Rows) -> None:
     groups = {
         row["group"] for row in rows if re.search(r"`(?:\w+\.)*PCA(?:\.\w+)?`", row["instruction"])
     }
@@ -167,13 +167,13 @@ def test_an_object_and_its_methods_share_a_group(rows: Rows) -> None:
         r"\*\*[A-Za-z]+\*\*", r"[=~-]{4,}",
     ],
 )  # fmt: skip
-def test_no_markup_is_left(rows: Rows, markup: str) -> None:
+def test_ml_qa_texts_have_no_markup(rows: Rows, markup: str) -> None:
     # Python's ** and the type names of the libraries may occur in code.
     texts = [re.sub(r"`[^`]*`", "`x`", row["response"]) for row in rows]
     assert [text for text in texts if re.search(markup, text)] == []
 
 
-def test_answers_are_whole_sentences_of_bounded_length(rows: Rows) -> None:
+def test_ml_qa_answers_are_whole_sentences_of_bounded_length(rows: Rows) -> None:
     for row in rows:
         answer = row["response"]
         assert MIN_CHARACTERS <= len(answer) <= MAX_CHARACTERS, row
@@ -183,7 +183,7 @@ def test_answers_are_whole_sentences_of_bounded_length(rows: Rows) -> None:
         assert row["instruction"].endswith(("?", ".")), row
 
 
-def test_file_is_whole_or_absent(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+def test_ml_qa_file_is_whole_or_absent(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     row = {"instruction": "Q?", "response": "Ä.", "category": "c", "group": "g"}
     monkeypatch.setattr(ml_qa, "build_rows", lambda: [row])
     manifest = write_jsonl(tmp_path / "rows.jsonl")
@@ -244,7 +244,7 @@ Kinds of wheel:
         ("Takes `x[0]` and x[1] as they are.", "Takes `x[0]` and x[1] as they are."),
     ],
 )
-def test_inline_markup(marked: str, plain: str) -> None:
+def test_inline_markup_becomes_plain_text(marked: str, plain: str) -> None:
     assert clean_inline(marked) == plain
 
 
@@ -256,7 +256,7 @@ def test_text_that_depends_on_removed_markup_is_refused(marked: str) -> None:
     assert not is_self_contained(clean_inline(marked))
 
 
-def test_dots_inside_sentences() -> None:
+def test_dots_inside_sentences_end_no_sentence() -> None:
     text = "Wheels, e.g. Steel ones, turn (cf. Rims). They cost 3.5 coins. `a.b. C` is code."
     assert split_sentences(text) == [
         "Wheels, e.g. Steel ones, turn (cf. Rims).",
@@ -284,11 +284,11 @@ def test_dots_inside_sentences() -> None:
         ("", []),
     ],
 )
-def test_usable_sentences(text: str, kept: list[str]) -> None:
+def test_usable_sentences_leave_out_dependent_text(text: str, kept: list[str]) -> None:
     assert usable_sentences(_lines(text)) == kept
 
 
-def test_answers_stop_at_the_sentence_limit() -> None:
+def test_ml_qa_answers_stop_at_the_sentence_limit() -> None:
     assert len(usable_sentences(["It turns. " * 9])) == MAX_SENTENCES
 
 
@@ -314,7 +314,7 @@ def test_answers_stop_at_the_sentence_limit() -> None:
         ("Rim width; must be positive.", "`w` is the rim width; it must be positive."),
     ],
 )
-def test_a_value_gets_a_subject(fragment: str, sentence: str) -> None:
+def test_value_description_gets_a_subject(fragment: str, sentence: str) -> None:
     assert describe_value("w", fragment) == sentence
 
 
@@ -330,15 +330,15 @@ def test_a_value_gets_a_subject(fragment: str, sentence: str) -> None:
         "a wheel that turns.",
     ],
 )
-def test_an_ambiguous_value_is_refused(fragment: str) -> None:
+def test_ambiguous_value_description_is_refused(fragment: str) -> None:
     assert describe_value("w", fragment) is None
 
 
-def test_several_values_are_plural() -> None:
+def test_description_of_several_values_is_plural() -> None:
     assert describe_value("a, b", "The wheels.") == "`a` and `b` are the wheels."
 
 
-def test_actions_are_in_the_third_person() -> None:
+def test_action_description_is_in_the_third_person() -> None:
     assert describe_action("`f`", "Compute the speed.") == "`f` computes the speed."
     assert describe_action("`f`", "Randomly permute a row.") == "`f` randomly permutes a row."
     fit = describe_action("`f`", "Fit the wheel and return the speed.")
@@ -347,7 +347,7 @@ def test_actions_are_in_the_third_person() -> None:
     assert describe_action("`f`", "Turn wheels and optionally plot speeds.") is None
 
 
-def test_results_and_things() -> None:
+def test_results_and_classes_are_described_in_a_sentence() -> None:
     assert describe_result("`f`", "Speed of a wheel.") == "`f` returns the speed of a wheel."
     assert describe_result("`f`", "If it turns, the speed is returned.") is None
     assert describe_thing("`C`", "Old wheel.") == "`C` is an old wheel."
@@ -374,7 +374,7 @@ def test_later_sentences_get_a_subject_or_end_the_answer() -> None:
     assert continue_sentences(["Returns a wheel."], of_action=True) == ["It returns a wheel."]
 
 
-def test_small_grammar() -> None:
+def test_grammar_helpers_inflect_words_and_join_lists() -> None:
     assert [third_person(verb) for verb in ("apply", "fix", "do", "play")] == [
         "applies",
         "fixes",

@@ -16,7 +16,7 @@ CHATML = (
 )
 
 
-def test_instruction_and_response() -> None:
+def test_instruction_response_template_becomes_a_go_template() -> None:
     assert go_template(Template("instruction_response"), None, {"eos_token": "</s>"}) == (
         '{{ range .Messages }}{{ if eq .Role "user" }}{{ "Instruction:\\n" }}{{ .Content }}'
         '{{ "\\nResponse:\\n" }}{{ else if eq .Role "assistant" }}{{ .Content }}{{ "</s>" }}'
@@ -28,8 +28,8 @@ def test_instruction_and_response() -> None:
 def test_chatml_is_recognised_by_its_output(kind: str) -> None:
     template = Template(kind)  # type: ignore[arg-type]
     assert go_template(template, CHAT_TEMPLATE, TOKENS) == CHATML
-    other = CHAT_TEMPLATE.replace("message['role'] +", "message.role ~")
-    assert go_template(template, other, TOKENS) == CHATML
+    respelt = CHAT_TEMPLATE.replace("message['role'] +", "message.role ~")
+    assert go_template(template, respelt, TOKENS) == CHATML
 
 
 def test_a_default_system_turn_is_kept() -> None:

@@ -54,7 +54,9 @@ def test_live_table_shows_time_left_from_the_first_step(
     task.close("done")
 
 
-def test_time_left_for_the_experiment(monkeypatch: pytest.MonkeyPatch) -> None:
+def test_time_left_for_the_experiment_follows_the_cost_of_cells(
+    monkeypatch: pytest.MonkeyPatch,
+) -> None:
     now = [0.0]
     monkeypatch.setattr(progress.time, "monotonic", lambda: now[0])
     overall = progress.Overall(400.0)

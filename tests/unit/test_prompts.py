@@ -49,17 +49,19 @@ def questions(prompts: list[Prompt]) -> list[str]:
         ("p.txt.gz", gzip.compress(b"One?\nTwo?\n", mtime=0)),
     ],
 )
-def test_kinds_of_files(tmp_path: Path, name: str, content: str | bytes) -> None:
+def test_prompt_files_of_every_kind_are_read(
+    tmp_path: Path, name: str, content: str | bytes
+) -> None:
     assert questions(read(tmp_path / name, content)) == ["One?", "Two?"]
 
 
-def test_parquet(tmp_path: Path) -> None:
+def test_prompts_in_parquet_are_read(tmp_path: Path) -> None:
     pq.write_table(pa.table({"prompt": ["One?"], "completion": ["Yes."]}), tmp_path / "p.parquet")
     (prompt,) = read_prompts(tmp_path / "p.parquet")
     assert (questions([prompt]), prompt.reference) == (["One?"], "Yes.")
 
 
-def test_only_a_newline_ends_a_line(tmp_path: Path) -> None:
+def test_only_a_newline_ends_a_line_of_prompts(tmp_path: Path) -> None:
     text = "a\u2028b\u0085c\u2029d\x0be\x0cf\x1cg"
     lines = "".join(json.dumps({"prompt": text}, ensure_ascii=False) + "\n" for _ in range(3))
     # (JSON escapes control characters, but not Unicode separators)
@@ -67,7 +69,7 @@ def test_only_a_newline_ends_a_line(tmp_path: Path) -> None:
     assert questions(read(tmp_path / "p.txt", f"{text}\n{text}")) == [text] * 2
 
 
-def test_other_columns_of_a_prompt(tmp_path: Path) -> None:
+def test_context_system_and_reference_of_a_prompt_are_read(tmp_path: Path) -> None:
     parts = [{"type": "text", "text": "Q"}, {"type": "text", "text": "?"}]
     user, answer = {"role": "user", "content": parts}, {"role": "assistant", "content": "A"}
     system = {"role": "system", "content": "S"}
@@ -83,7 +85,9 @@ def test_other_columns_of_a_prompt(tmp_path: Path) -> None:
          "system": "S", "context": "C", "tools": "[]", "images": None},
     ]  # fmt: skip
     content = "\n".join(map(json.dumps, rows))
-    for prompt in read(tmp_path / "p.jsonl", content):
+    prompts = read(tmp_path / "p.jsonl", content)
+    assert len(prompts) == len(rows)
+    for prompt in prompts:
         assert prompt.turns == (Turn("system", "S"), Turn("user", "Q?"))
         assert (prompt.context, prompt.reference) == ("C", "A")
 
@@ -122,7 +126,7 @@ def test_invalid_prompts_are_reported_with_their_location(
     assert str(caught.value).endswith(" (and 1 more that are not prompts)")
 
 
-def test_files_without_prompts(tmp_path: Path) -> None:
+def test_files_without_prompts_are_refused(tmp_path: Path) -> None:
     for name, content, fragment in (
         ("p.txt", b"\n \n", "no prompt in it"), ("p.json", b"[]", "no prompt in it"),
         ("p.txt", b"caf\xe9\n", "looks like Windows-1252, save the file as UTF-8"),
@@ -139,7 +143,7 @@ def test_files_without_prompts(tmp_path: Path) -> None:
 
 @settings(max_examples=200, deadline=None)
 @given(st.binary(max_size=100), st.sampled_from(["", ".txt", ".json", ".jsonl", ".csv", ".gz"]))
-def test_any_file_is_read_or_explained(content: bytes, suffix: str) -> None:
+def test_any_prompt_file_is_read_or_explained(content: bytes, suffix: str) -> None:
     with tempfile.TemporaryDirectory() as folder:
         path = Path(folder) / f"prompts{suffix}"
         path.write_bytes(content)

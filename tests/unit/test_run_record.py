@@ -14,7 +14,7 @@ from slm_lora.report.tables import described_table, losses_table
 from slm_lora.runs.folder import Run, list_runs, read_run
 from slm_lora.runs.scored_run import read_scored_run
 
-from ..support.runs import line
+from ..support.runs import scored_run
 
 RESULTS = Path(__file__).parents[2] / "results"
 RUNS = sorted(path.parent for path in RESULTS.glob("*/runs/*/run.json"))
@@ -46,14 +46,14 @@ def test_every_committed_experiment_is_listed_whole(results: Path) -> None:
     }
 
 
-def test_keys_of_later_versions_are_kept() -> None:
-    raw = {**line("r8", 2.0).run.raw, "later": 1}
+def test_run_record_with_unknown_keys_is_read() -> None:
+    raw = {**scored_run("r8", 2.0).run.raw, "later": 1}
     assert Run(Path("r8"), raw).record.cell == "r8"
 
 
 @pytest.mark.parametrize("key", ["model", "data", "machine", "evaluation", "recipe"])
-def test_a_missing_part_is_named(key: str) -> None:
-    raw = {name: value for name, value in line("r8", 2.0).run.raw.items() if name != key}
+def test_run_record_without_a_section_is_refused_by_name(key: str) -> None:
+    raw = {name: value for name, value in scored_run("r8", 2.0).run.raw.items() if name != key}
     with pytest.raises(IntegrityError, match=rf"run\.json: broken \({key}: Field required\)"):
         _ = Run(Path("r8"), raw).record
 

@@ -39,22 +39,22 @@ def write(path: Path, rows: list[dict[str, Any]]) -> Path:
 
 
 @pytest.mark.parametrize("suffix", [".jsonl", ".csv", ".parquet", ".json"])
-def test_every_format_gives_the_same_rows(tmp_path: Path, suffix: str) -> None:
+def test_score_files_of_every_format_give_the_same_rows(tmp_path: Path, suffix: str) -> None:
     rows = [{"doc_id": n, "acc": n / 4, "subject": f"s{n // 2}", "bytes": n + 1} for n in range(4)]
     path = write(tmp_path / f"scores{suffix}", rows)
-    found = read_score_file(path, Columns("doc_id", "acc", "subject", "bytes"))
-    assert found == {f"{n}": Scored(n / 4, n + 1.0, f"s{n // 2}") for n in range(4)}
+    scored = read_score_file(path, Columns("doc_id", "acc", "subject", "bytes"))
+    assert scored == {f"{n}": Scored(n / 4, n + 1.0, f"s{n // 2}") for n in range(4)}
 
 
-def test_nested_values_and_grades_of_inspect(tmp_path: Path) -> None:
+def test_nested_values_and_grades_of_inspect_are_read(tmp_path: Path) -> None:
     samples = [
         {"id": name, "scores": {"match": {"value": grade}}}
         for name, grade in (("a", "C"), ("b", "I"), ("c", "P"))
     ]
-    found = read_score_file(
+    scored = read_score_file(
         write(tmp_path / "log.json", samples), Columns("id", "scores.match.value")
     )
-    assert [row.value for row in found.values()] == [1.0, 0.0, 0.5]
+    assert [row.value for row in scored.values()] == [1.0, 0.0, 0.5]
 
 
 def test_a_row_per_filter_is_chosen_by_where(tmp_path: Path) -> None:
@@ -71,8 +71,8 @@ def test_a_row_per_filter_is_chosen_by_where(tmp_path: Path) -> None:
     ):
         read_score_file(path, Columns("doc_id", "exact_match"))
     where = {"filter": "strict-match"}
-    found = read_score_file(path, Columns("doc_id", "exact_match", where=where))
-    assert [row.value for row in found.values()] == [1.0] * 3
+    scored = read_score_file(path, Columns("doc_id", "exact_match", where=where))
+    assert [row.value for row in scored.values()] == [1.0] * 3
 
 
 @pytest.mark.parametrize(
@@ -84,7 +84,7 @@ def test_a_row_per_filter_is_chosen_by_where(tmp_path: Path) -> None:
         ({"doc_id": 1, "acc": float("nan")}, "row 1: acc = nan is no number"),
     ],
 )
-def test_what_is_no_number_is_refused_by_row(
+def test_score_that_is_no_number_is_refused_by_row(
     tmp_path: Path, row: dict[str, Any], message: str
 ) -> None:
     with pytest.raises(UsageError, match=message):
@@ -110,7 +110,7 @@ def test_what_is_no_number_is_refused_by_row(
         ("s.json", "[" * 100_000, "cannot be read"),
     ],
 )
-def test_broken_files_are_refused_in_one_line(
+def test_broken_score_files_are_refused_in_one_line(
     tmp_path: Path, name: str, content: str, message: str
 ) -> None:
     path = tmp_path / name
@@ -124,40 +124,42 @@ def scores(values: np.ndarray) -> dict[str, Scored]:
     return {f"{n}": Scored(float(v), 1.0, f"{n}") for n, v in enumerate(values)}
 
 
-def test_a_comparison_is_the_paired_t_test() -> None:
+def test_comparison_of_two_files_equals_the_paired_t_test() -> None:
     rng = np.random.default_rng(0)
     first = rng.normal(size=40)
     second = first + rng.normal(0.2, 0.3, 40)
-    _, (found,) = compare_files({"a": scores(first), "b": scores(second)}, 0.0)
+    _, (comparison,) = compare_files({"a": scores(first), "b": scores(second)}, 0.0)
     expected = stats.ttest_rel(second, first)
     interval = expected.confidence_interval()
-    assert found.p_corrected == pytest.approx(expected.pvalue)
-    difference = found.difference
+    assert comparison.p_corrected == pytest.approx(expected.pvalue)
+    difference = comparison.difference
     assert (difference.low, difference.high) == pytest.approx((interval.low, interval.high))
 
 
 def test_three_files_are_corrected_together_and_order_does_not_matter() -> None:
     rng = np.random.default_rng(1)
     first = scores(rng.normal(size=30))
-    other = scores(rng.normal(0.4, 1, size=30))
-    _, both = compare_files({"a": first, "b": other, "c": other}, 0.0)
-    _, (alone,) = compare_files({"a": first, "b": dict(reversed(other.items()))}, 0.0)
+    second = scores(rng.normal(0.4, 1, size=30))
+    _, both = compare_files({"a": first, "b": second, "c": second}, 0.0)
+    _, (alone,) = compare_files({"a": first, "b": dict(reversed(second.items()))}, 0.0)
     assert both[0].p_corrected == pytest.approx(2 * alone.p_corrected)
     assert alone.difference.value == pytest.approx(both[0].difference.value)
 
 
-def test_other_rows_are_refused_unless_the_common_ones_are_asked_for() -> None:
+def test_files_with_other_rows_are_refused_without_common() -> None:
     files = {"a": scores(np.arange(5.0)), "b": scores(np.arange(4.0))}
     with pytest.raises(UsageError, match="a and b differ in 1 rows: b has no 4; --common"):
         compare_files(files, 0.0)
-    _, (found,) = compare_files(common_rows(files), 0.0)
-    assert found.difference.groups == 4
+    _, (comparison,) = compare_files(common_rows(files), 0.0)
+    assert comparison.difference.groups == 4
     files["b"] = {**files["a"], "0": Scored(0.0, 2.0, "0")}
     with pytest.raises(UsageError, match="row 0 has weight 2 and group 0 in b, 1 and 0 in a"):
         compare_files(files, 0.0)
 
 
-def test_the_command_compares_files(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+def test_compare_command_compares_score_files(
+    tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
     rng = np.random.default_rng(2)
     values = rng.random(50) < 0.5
     paths = [
@@ -187,7 +189,7 @@ def test_the_command_compares_files(tmp_path: Path, capsys: pytest.CaptureFixtur
         ([".", ".", "--id", "doc_id"], "--id: for score files only"),
     ],
 )
-def test_the_command_refuses_in_one_line(
+def test_compare_command_refuses_bad_arguments_in_one_line(
     tmp_path: Path,
     monkeypatch: pytest.MonkeyPatch,
     capsys: pytest.CaptureFixture[str],
@@ -201,21 +203,21 @@ def test_the_command_refuses_in_one_line(
     assert message in " ".join(capsys.readouterr().err.split())
 
 
-def test_rows_that_all_agree_are_no_proof() -> None:
+def test_equal_differences_in_all_rows_are_not_significant() -> None:
     """Ten of ten equal rows leave a difference in one row of ten possible."""
     same = scores(np.ones(10))
-    _, (found,) = compare_files({"a": same, "b": scores(np.ones(10))}, 0.05)
-    assert found.p_corrected == 1
-    assert found.p_equivalence_corrected == pytest.approx(0.95**10)
+    _, (comparison,) = compare_files({"a": same, "b": scores(np.ones(10))}, 0.05)
+    assert comparison.p_corrected == 1
+    assert comparison.p_equivalence_corrected == pytest.approx(0.95**10)
     _, (apart,) = compare_files({"a": scores(np.zeros(3)), "b": scores(np.ones(3))}, 0.0)
     assert apart.p_corrected == 2 * 0.5**3  # as the sign test
 
 
-def test_other_tasks_groups_and_conditions_are_told_apart(tmp_path: Path) -> None:
+def test_other_documents_empty_groups_and_repeated_where_are_refused(tmp_path: Path) -> None:
     rows = [{"doc_id": n, "acc": 1.0, "doc_hash": f"a{n}", "group": "g"} for n in range(3)]
     first = read_score_file(write(tmp_path / "a.jsonl", rows), COLUMNS)
-    other = [{**row, "doc_hash": f"b{row['doc_id']}"} for row in rows]
-    second = read_score_file(write(tmp_path / "b.jsonl", other), COLUMNS)
+    other_documents = [{**row, "doc_hash": f"b{row['doc_id']}"} for row in rows]
+    second = read_score_file(write(tmp_path / "b.jsonl", other_documents), COLUMNS)
     with pytest.raises(UsageError, match=r"another document than that of a \(doc_hash\)"):
         compare_files({"a": first, "b": second}, 0.0)
     empty = write(tmp_path / "c.jsonl", [{**rows[0], "group": None}])
@@ -226,10 +228,10 @@ def test_other_tasks_groups_and_conditions_are_told_apart(tmp_path: Path) -> Non
     assert command("compare", *words, *where) == 2
 
 
-def test_rounding_is_no_difference() -> None:
+def test_rounding_error_is_no_difference() -> None:
     first, second = scores(np.full(50, 0.3)), scores(np.full(50, 0.1 + 0.2))
-    _, (found,) = compare_files({"a": first, "b": second}, 0.0)
-    assert (found.difference.value, found.p_corrected) == (0.0, 1.0)
+    _, (comparison,) = compare_files({"a": first, "b": second}, 0.0)
+    assert (comparison.difference.value, comparison.p_corrected) == (0.0, 1.0)
 
 
 def test_epochs_of_inspect_are_chosen_by_epoch(tmp_path: Path) -> None:

@@ -20,12 +20,12 @@ from slm_lora.stats.selection import (
 )
 from slm_lora.stats.settings import Setting, group_settings
 
-from ..support.runs import line
+from ..support.runs import scored_run
 
 
 def setting(rank: int, losses: np.ndarray) -> Setting:
     """A setting of one run with a loss per row, [rows]."""
-    run = line(f"r{rank}", 2.0, adapter__r=rank)
+    run = scored_run(f"r{rank}", 2.0, adapter__r=rank)
     scores = tuple(
         RowScore(f"{i:03d}", f"{i:03d}", "", "test", 10 * loss, 10, 1, 0.0, 10, 1)
         for i, loss in enumerate(losses)
@@ -41,7 +41,7 @@ def settings_of(rng: np.random.Generator, means: list[float], spread: float) -> 
     ]
 
 
-def test_the_truly_best_setting_is_in_the_best_set() -> None:
+def test_truly_best_setting_is_in_the_best_set() -> None:
     rng = np.random.default_rng(0)
     missed = kept_bad = 0
     for _ in range(200):
@@ -53,7 +53,7 @@ def test_the_truly_best_setting_is_in_the_best_set() -> None:
     assert kept_bad == 0
 
 
-def test_the_gain_of_the_best_of_equal_settings_is_covered() -> None:
+def test_selected_interval_covers_the_gain_of_the_best_of_equal_settings() -> None:
     """The lowest of twelve equal settings looks better than it is; its corrected interval holds."""
     rng = np.random.default_rng(1)
     corrected = plain = 0
@@ -68,7 +68,7 @@ def test_the_gain_of_the_best_of_equal_settings_is_covered() -> None:
     assert plain / 200 < 0.9
 
 
-def test_equivalence_to_the_lowest_counts_the_candidates() -> None:
+def test_equivalence_to_the_lowest_is_corrected_for_candidates() -> None:
     settings = settings_of(np.random.default_rng(2), [2.0, 2.0], 0.02)
     margins = [
         next(m for m in np.arange(0.001, 0.1, 0.001) if equivalent_to(*settings, m, candidates))
@@ -77,9 +77,9 @@ def test_equivalence_to_the_lowest_counts_the_candidates() -> None:
     assert margins[0] < margins[1]
 
 
-def test_pareto_set_holds_what_nothing_beats() -> None:
+def test_pareto_set_holds_settings_that_none_beats() -> None:
     def run(name: str, loss: float, tokens: int, rank: int) -> ScoredRun:
-        scored = line(name, loss, adapter__r=rank)
+        scored = scored_run(name, loss, adapter__r=rank)
         scored.run.raw["training"]["tokens"] = tokens
         return scored
 
@@ -90,21 +90,23 @@ def test_pareto_set_holds_what_nothing_beats() -> None:
             ("between", 2.1, 200, 4),
         )
     ]  # fmt: skip
-    assert [each.name for each in pareto_set(settings)] == ["cheap", "between", "lowest"]
+    assert [setting.name for setting in pareto_set(settings)] == ["cheap", "between", "lowest"]
 
 
 @pytest.mark.parametrize("count", [1, 2])
-def test_few_settings_need_no_correction(count: int) -> None:
+def test_best_set_of_few_equal_settings_holds_all(count: int) -> None:
     settings = settings_of(np.random.default_rng(3), [2.0] * count, 0.1)
     assert len(best_set(settings)) == count
 
 
-def test_one_common_seed_of_several_excludes_nothing() -> None:
+def test_best_set_with_one_common_seed_excludes_nothing() -> None:
     """Rows alone would exclude: the settings share one seed of three."""
     settings = []
     for rank, seeds in ((4, (0, 1, 2)), (8, (2, 3, 4))):
         runs = [
-            line(f"r{rank}-seed{n}", 2.0 + 0.05 * (rank == 8) + n / 100, adapter__r=rank, seed=n)
+            scored_run(
+                f"r{rank}-seed{n}", 2.0 + 0.05 * (rank == 8) + n / 100, adapter__r=rank, seed=n
+            )
             for n in seeds
         ]
         settings.append(Setting(tuple(runs)))
@@ -112,17 +114,17 @@ def test_one_common_seed_of_several_excludes_nothing() -> None:
     assert lowest_of(settings) is settings[0]
 
 
-def test_the_lowest_is_chosen_by_common_seeds() -> None:
+def test_lowest_setting_is_chosen_by_common_seeds() -> None:
     """A bad seed that only one setting has does not make the other one better."""
-    a = [line(f"a{n}", loss, adapter__r=4, seed=n) for n, loss in enumerate((2.0, 2.4, 2.4))]
-    b = [line("b0", 2.03, adapter__r=8, seed=0)]
+    a = [scored_run(f"a{n}", loss, adapter__r=4, seed=n) for n, loss in enumerate((2.0, 2.4, 2.4))]
+    b = [scored_run("b0", 2.03, adapter__r=8, seed=0)]
     settings = [Setting(tuple(a)), Setting(tuple(b))]
     assert lowest_of(settings) is settings[0]
 
 
-def test_settings_are_named_apart_and_repeated_seeds_refused() -> None:
+def test_settings_have_distinct_names_and_repeated_seeds_are_refused() -> None:
     full = [
-        Setting((line(f"f{rate}", 2.0, adapter__kind="full", training__learning_rate=rate),))
+        Setting((scored_run(f"f{rate}", 2.0, adapter__kind="full", training__learning_rate=rate),))
         for rate in (1e-5, 1e-4)
     ]
     names = SettingNames(full)
@@ -130,4 +132,4 @@ def test_settings_are_named_apart_and_repeated_seeds_refused() -> None:
         "Full fine-tuning, lr 1e-5", "Full fine-tuning, lr 1e-4",
     ]  # fmt: skip
     with pytest.raises(UsageError, match="a and b have the same settings and seeds, but other"):
-        group_settings([line("a", 2.0), line("b", 2.1)])
+        group_settings([scored_run("a", 2.0), scored_run("b", 2.1)])

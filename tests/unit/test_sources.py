@@ -97,7 +97,9 @@ KINDS: list[tuple[bytes, str]] = [
 
 
 @pytest.mark.parametrize(("line", "reason"), KINDS)
-def test_malformed_line(tmp_path: Path, line: bytes, reason: str) -> None:
+def test_malformed_line_is_refused_with_its_reason(
+    tmp_path: Path, line: bytes, reason: str
+) -> None:
     path = jsonl(tmp_path, good_line(1), line, *[good_line(n) for n in range(2, 11)])
     expected = f"rows.jsonl:2: {reason}. Fix it, or set data.on_bad_row=skip."
     if b"\xff" in line:
@@ -114,7 +116,9 @@ def test_a_row_over_the_size_limit_is_malformed(tmp_path: Path) -> None:
     assert refusal(path).startswith("rows.jsonl:2: row of 12.3 MB (at most 10 MB). Fix")
 
 
-def test_the_longest_row_that_is_read(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+def test_row_of_exactly_the_size_limit_is_read(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
     line = good_line(1)
     monkeypatch.setattr(table, "ROW_BYTES", len(line))
     assert len(read(jsonl(tmp_path, line)).rows) == 1
@@ -130,7 +134,7 @@ def test_rows_with_one_fault_are_listed_by_line(tmp_path: Path) -> None:
     assert refusal(path) == ("rows.jsonl:2: response is empty (3 rows in all: 2, 4, 5). Fix them.")
 
 
-def test_several_kinds_are_counted(tmp_path: Path) -> None:
+def test_malformed_rows_are_counted_by_kind(tmp_path: Path) -> None:
     empty, broken = b'{"instruction": "q", "response": ""}', b"{"
     path = jsonl(tmp_path, empty, *[good_line(n) for n in range(9)], *[broken] * 4, empty)
     assert refusal(path) == (
@@ -139,7 +143,7 @@ def test_several_kinds_are_counted(tmp_path: Path) -> None:
     )
 
 
-def test_the_error_survives_a_process_boundary(tmp_path: Path) -> None:
+def test_data_error_survives_pickling(tmp_path: Path) -> None:
     with pytest.raises(MalformedRowsError) as caught:
         read(jsonl(tmp_path, b"{", good_line(1)))
     copy = pickle.loads(pickle.dumps(caught.value))
@@ -148,7 +152,7 @@ def test_the_error_survives_a_process_boundary(tmp_path: Path) -> None:
     assert copy.exit_code == 3
 
 
-def test_skip_counts_what_it_skips(tmp_path: Path) -> None:
+def test_on_bad_row_skip_counts_skipped_rows(tmp_path: Path) -> None:
     lines = [good_line(n) for n in range(9)]
     path = jsonl(tmp_path, *lines[:4], b"{", *lines[4:])
     row_set = read(path, on_bad_row="skip")
@@ -158,7 +162,7 @@ def test_skip_counts_what_it_skips(tmp_path: Path) -> None:
     assert row_set.bad_rows == (BadRow("rows.jsonl:5", "bad JSON"),)
 
 
-def test_skip_gives_up_above_a_tenth(tmp_path: Path) -> None:
+def test_on_bad_row_skip_fails_above_a_tenth(tmp_path: Path) -> None:
     path = jsonl(tmp_path, *[good_line(n) for n in range(8)], b"{")
     assert refusal(path, on_bad_row="skip") == (
         "rows.jsonl: 1 of 9 rows are malformed, more than the 10% that data.on_bad_row=skip "
@@ -173,7 +177,7 @@ LINES = st.sampled_from([None, b"", b"  ", LONG, *[line for line, _ in SHORT]])
 
 @settings(max_examples=600, deadline=None)
 @given(st.lists(LINES, min_size=1, max_size=40))
-def test_exactly_the_bad_lines_are_reported(lines: list[bytes | None]) -> None:
+def test_exactly_the_bad_lines_of_a_jsonl_file_are_reported(lines: list[bytes | None]) -> None:
     """None is a good line; blank lines are neither good nor bad, but count as lines."""
     # A byte order mark is allowed on the first line, so that line is always good.
     content = [good_line(0)] + [
@@ -265,7 +269,9 @@ def test_exactly_the_bad_rows_of_a_parquet_file_are_reported(answers: list[str |
         (pa.array([b"a", b"b"]), "response must be text, is of type bytes"),
     ],
 )
-def test_a_parquet_column_of_another_type(tmp_path: Path, values: Any, fragment: str) -> None:
+def test_parquet_column_of_another_type_is_refused(
+    tmp_path: Path, values: Any, fragment: str
+) -> None:
     path = tmp_path / "rows.parquet"
     pq.write_table(pa.table({"instruction": ["a", "b"], "response": values}), path)
     assert f"{fragment} (2 rows in all: 1, 2)" in refusal(path)
@@ -292,7 +298,7 @@ def test_a_parquet_column_of_another_type(tmp_path: Path, values: Any, fragment:
     st.sampled_from([".jsonl", ".ndjson", ".json", ".csv", ".tsv", ".txt", ".parquet"]),
     st.booleans(),
 )
-def test_any_file_is_read_or_explained(content: bytes, suffix: str, compressed: bool) -> None:
+def test_any_data_file_is_read_or_explained(content: bytes, suffix: str, compressed: bool) -> None:
     if compressed:
         content, suffix = gzip.compress(content), f"{suffix}.gz"
     with tempfile.TemporaryDirectory() as folder:
@@ -346,7 +352,7 @@ ROW = st.fixed_dictionaries(
 
 @settings(max_examples=60, deadline=None)
 @given(st.lists(ROW, min_size=1, max_size=8))
-def test_ids_do_not_depend_on_the_file_format(rows: list[dict[str, Any]]) -> None:
+def test_row_ids_do_not_depend_on_the_file_format(rows: list[dict[str, Any]]) -> None:
     with tempfile.TemporaryDirectory() as folder:
         row_sets = []
         for suffix, write in WRITERS.items():
@@ -361,7 +367,7 @@ def test_ids_do_not_depend_on_the_file_format(rows: list[dict[str, Any]]) -> Non
 
 
 @pytest.mark.parametrize("suffix", WRITERS)
-def test_text_is_read_unchanged(tmp_path: Path, suffix: str) -> None:
+def test_row_text_is_read_unchanged(tmp_path: Path, suffix: str) -> None:
     text = ' "quoted", é\u2028\u0085 漢字 🙂\r\nnext\rlast\x0b '
     path = tmp_path / f"rows{suffix}"
     WRITERS[suffix](path, [{"instruction": text, "response": text}])
@@ -370,7 +376,7 @@ def test_text_is_read_unchanged(tmp_path: Path, suffix: str) -> None:
 
 
 @pytest.mark.parametrize("suffix", WRITERS)
-def test_numbers_in_sources(tmp_path: Path, suffix: str) -> None:
+def test_row_sources_have_line_item_or_row_numbers(tmp_path: Path, suffix: str) -> None:
     path = tmp_path / f"rows{suffix}"
     WRITERS[suffix](path, [good(1), good(2)])
     first = 2 if suffix == ".csv" else 1  # lines of a CSV file begin with the header
@@ -382,7 +388,7 @@ def test_numbers_in_sources(tmp_path: Path, suffix: str) -> None:
 
 
 @pytest.mark.parametrize("suffix", WRITERS)
-def test_no_rows(tmp_path: Path, suffix: str) -> None:
+def test_file_without_rows_is_refused(tmp_path: Path, suffix: str) -> None:
     path = tmp_path / f"rows{suffix}"
     if suffix == ".parquet":
         pq.write_table(pa.table({"text": pa.array([], pa.string())}), path)
@@ -403,7 +409,7 @@ def test_exact_duplicates_are_left_out_and_counted(tmp_path: Path) -> None:
     assert row_set.duplicates == 2
 
 
-def test_origin_is_the_same_on_every_machine(tmp_path: Path) -> None:
+def test_data_origin_is_the_same_on_every_machine(tmp_path: Path) -> None:
     path = jsonl(tmp_path, good_line(1))
     digest = hashlib.sha256(path.read_bytes()).hexdigest()
     assert read(path).origin == f"rows.jsonl sha256:{digest}"
@@ -412,7 +418,7 @@ def test_origin_is_the_same_on_every_machine(tmp_path: Path) -> None:
 # --- JSONL -------------------------------------------------------------------------------------
 
 
-def test_line_ends_and_a_mark_at_the_start(tmp_path: Path) -> None:
+def test_byte_order_mark_and_crlf_are_read(tmp_path: Path) -> None:
     path = tmp_path / "rows.jsonl"
     path.write_bytes(b"\xef\xbb\xbf" + good_line(1) + b"\r\n\r\n" + good_line(2))
     assert [row.source for row in read(path).rows] == ["rows.jsonl:1", "rows.jsonl:3"]
@@ -501,7 +507,7 @@ def test_a_broken_json_list_is_refused_whole(tmp_path: Path, content: str, line:
     assert refusal(path, on_bad_row="skip") == f"rows.json:{line}: bad JSON; fix the file"
 
 
-def test_json_that_is_not_utf8(tmp_path: Path) -> None:
+def test_json_that_is_not_utf8_is_refused(tmp_path: Path) -> None:
     path = tmp_path / "rows.json"
     path.write_bytes(b'[\n{"text": "xyzzy\xff"}]')
     assert "the file looks like Windows-1252; save it as UTF-8" in refusal(path)
@@ -537,11 +543,13 @@ JSON_LAYOUTS: dict[str, str] = {
 
 @pytest.mark.parametrize("suffix", [".json", ".jsonl", ".ndjson", ".json.gz", ".JSONL.GZ"])
 @pytest.mark.parametrize("shape", JSON_LAYOUTS)
-def test_json_layouts_of_common_tools(tmp_path: Path, shape: str, suffix: str) -> None:
-    if suffix not in (".json", ".json.gz") and shape in ("below any key", "one line"):
-        return  # a line of JSON lines: an object without a column that is known
+def test_json_layouts_of_common_tools_are_read(tmp_path: Path, shape: str, suffix: str) -> None:
     path, content = tmp_path / f"rows{suffix}", JSON_LAYOUTS[shape].encode()
     path.write_bytes(gzip.compress(content) if suffix.lower().endswith(".gz") else content)
+    if suffix not in (".json", ".json.gz") and shape in ("below any key", "one line"):
+        # A line of JSON lines: an object without a known column.
+        assert "columns seen: " in refusal(path)
+        return
     row_set = read(path)
     assert [row.turns[0].content for row in row_set.rows] == [row["instruction"] for row in ROWS]
     assert row_set.bad_rows == ()
@@ -582,7 +590,7 @@ def test_bad_items_of_a_wrapped_list_are_named(tmp_path: Path) -> None:
         ('{"a": "xyzzy"}\n\n[3]', "rows.json"),
     ],
 )
-def test_json_of_unknown_layout(tmp_path: Path, content: str, fragment: str) -> None:
+def test_json_of_unknown_layout_is_refused(tmp_path: Path, content: str, fragment: str) -> None:
     path = tmp_path / "rows.json"
     path.write_text(content)
     assert fragment in refusal(path)
@@ -642,7 +650,7 @@ EXCEL = [{"instruction": 'Say "é"; or, so.', "response": f"Line {n}\nand so\t."
     (".csv", ","), (".csv", ";"), (".csv", "\t"), (".tsv", "\t"), (".TSV", "\t"), (".csv.gz", ";"),
 ])  # fmt: skip
 @pytest.mark.parametrize("sep", [False, True])
-def test_csv_as_spreadsheets_write_it(
+def test_csv_in_the_encodings_and_separators_of_spreadsheets_is_read(
     tmp_path: Path, encoding: str, suffix: str, separator: str, sep: bool
 ) -> None:
     lines = io.StringIO(newline="")
@@ -718,7 +726,7 @@ def test_text_is_read_by_paragraphs_or_lines(tmp_path: Path) -> None:
     assert texts(path) == [("rows.txt:3", "One."), ("rows.txt:4", "Two.")]
 
 
-def test_all_texts_of_a_folder_are_divided_alike(tmp_path: Path) -> None:
+def test_text_files_of_a_folder_are_all_divided_alike(tmp_path: Path) -> None:
     (tmp_path / "a.txt").write_text("One,\ntwo.\n\nThree.\n")
     (tmp_path / "b.txt").write_text("Four,\nfive.\n")
     row_set = read(tmp_path)
@@ -763,7 +771,7 @@ def test_a_folder_of_shards_is_read_in_order(tmp_path: Path) -> None:
     assert "several kinds of files, .csv (1), .jsonl (3)" in refusal(folder)
 
 
-def test_a_folder_of_parquet_shards(tmp_path: Path) -> None:
+def test_folder_of_parquet_shards_is_read_in_order(tmp_path: Path) -> None:
     folder = tmp_path / "shards"
     folder.mkdir()
     for name, n in (("b.parquet", 2), ("a.parquet", 1)):
@@ -781,7 +789,7 @@ def test_the_output_of_save_to_disk_is_explained(tmp_path: Path) -> None:
 
 
 @pytest.mark.parametrize("suffix", [".jsonl", ".json", ".csv", ".txt"])
-def test_compressed_files(tmp_path: Path, suffix: str) -> None:
+def test_compressed_files_are_read_and_broken_ones_refused(tmp_path: Path, suffix: str) -> None:
     path, packed = tmp_path / f"rows{suffix}", tmp_path / f"rows{suffix}.gz"
     (write_csv if suffix == ".txt" else WRITERS[suffix])(path, ROWS)
     content = gzip.compress(path.read_bytes())
@@ -865,10 +873,12 @@ def test_hub_keys_without_effect_are_reported(tmp_path: Path) -> None:
 def test_deeply_nested_values_are_read(tmp_path: Path) -> None:
     deep = "[" * 900 + "]" * 900
     path = tmp_path / "rows.jsonl"
-    for more, column in ((f'"tools": {deep}', ""), (f'"tools": {deep[:900]}1{deep[900:]}', "tools"),
-                       (f'"category": {deep[:900]}1{deep[900:]}', "")):  # fmt: skip
+    filled = f"{deep[:900]}1{deep[900:]}"
+    for field, column in (
+        (f'"tools": {deep}', ""), (f'"tools": {filled}', "tools"), (f'"category": {filled}', ""),
+    ):  # fmt: skip
         path.write_text(
-            "".join(f'{{"instruction": "q{n}", "response": "a", {more}}}\n' for n in range(3))
+            "".join(f'{{"instruction": "q{n}", "response": "a", {field}}}\n' for n in range(3))
         )
         if column:
             assert f"column {column} has content" in refusal(path)
@@ -912,7 +922,7 @@ def test_messages_that_arrow_pads_are_read(tmp_path: Path) -> None:
         )
 
 
-def test_excluded_rows_are_refused_or_skipped(tmp_path: Path) -> None:
+def test_rows_excluded_from_training_are_refused_or_skipped(tmp_path: Path) -> None:
     path = tmp_path / "rows.jsonl"
     rows = [{"prompt": f"Q{n}", "completion": "A", "label": n % 2 == 0} for n in range(300)]
     write_jsonl(path, rows)
@@ -946,7 +956,7 @@ def test_an_error_about_many_rows_is_one_short_line(tmp_path: Path) -> None:
 # --- Parquet -----------------------------------------------------------------------------------
 
 
-def test_parquet_types_other_than_text(tmp_path: Path) -> None:
+def test_parquet_values_other_than_text_are_refused(tmp_path: Path) -> None:
     path = tmp_path / "rows.parquet"
     pq.write_table(pa.table({"instruction": ["a", "b"], "response": [1, None]}), path)
     assert refusal(path) == (
@@ -974,17 +984,17 @@ def test_parquet_decodes_only_what_is_read(tmp_path: Path) -> None:
     assert "columns seen: question" in refusal(path)
 
 
-def test_broken_parquet(tmp_path: Path) -> None:
+def test_broken_parquet_is_refused(tmp_path: Path) -> None:
     path = tmp_path / "rows.parquet"
     path.write_bytes(b"xyzzy" * 100)
     assert refusal(path).startswith("rows.parquet: broken, or not a Parquet file")
     write_parquet(path, [good(n) for n in range(100)])
-    pretty_json = path.read_bytes()
-    path.write_bytes(pretty_json[:-20])
+    content = path.read_bytes()
+    path.write_bytes(content[:-20])
     assert refusal(path).startswith("rows.parquet: broken, or not a Parquet file")
     refused = 0
-    for position in range(0, len(pretty_json), 23):
-        path.write_bytes(pretty_json[:position] + b"\xff" * 4 + pretty_json[position + 4 :])
+    for position in range(0, len(content), 23):
+        path.write_bytes(content[:position] + b"\xff" * 4 + content[position + 4 :])
         try:
             read(path)
         except DataError:  # anything else is a traceback
@@ -999,13 +1009,15 @@ def test_broken_parquet(tmp_path: Path) -> None:
     "name",
     ["rows.jsonl", "data/rows.csv", "./rows", "/a/b", "a/b/c", "set", "~nobody/x", "x" * 5000],
 )
-def test_no_such_file(tmp_path: Path, monkeypatch: pytest.MonkeyPatch, name: str) -> None:
+def test_missing_file_is_refused(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, name: str
+) -> None:
     monkeypatch.chdir(tmp_path)
     with pytest.raises(DataError, match=f"no such file: data.name={name} "):
         read_rows(DataSection(name=name))
 
 
-def test_names_without_rows(tmp_path: Path) -> None:
+def test_folder_without_data_files_and_unknown_suffix_are_refused(tmp_path: Path) -> None:
     assert "is a folder without files that are read" in refusal(tmp_path)
     (tmp_path / "rows.foo").write_bytes(b"")
     assert ".jsonl, .ndjson, .json, .csv" in refusal(tmp_path / "rows.foo")
@@ -1073,8 +1085,8 @@ def test_hub_rows_carry_commit_and_index(monkeypatch: pytest.MonkeyPatch) -> Non
 
 def test_hub_rows_follow_a_selection(monkeypatch: pytest.MonkeyPatch) -> None:
     rows = [good(n) for n in range(5)]
-    pretty_json = datasets.Dataset.from_list(rows)
-    fake_hub(monkeypatch, lambda *_, **__: pretty_json.select([3, 1]))
+    dataset = datasets.Dataset.from_list(rows)
+    fake_hub(monkeypatch, lambda *_, **__: dataset.select([3, 1]))
     row_set = read_rows(DataSection(name="owner/set"))
     assert [row.turns[0].content for row in row_set.rows] == [
         rows[3]["instruction"],
@@ -1105,7 +1117,9 @@ def http_error(kind: type[Exception], status: int) -> Exception:
         (OSError(28, "No space left on device"), "cannot be stored: No space left on device"),
     ],
 )
-def test_hub_failures(monkeypatch: pytest.MonkeyPatch, error: Exception, fragment: str) -> None:
+def test_hub_failures_are_explained_in_one_line(
+    monkeypatch: pytest.MonkeyPatch, error: Exception, fragment: str
+) -> None:
     fake_hub(monkeypatch, fail_if_called, info_error=error)
     with pytest.raises(StorageError) as caught:
         read_rows(DataSection(name="owner/set", revision="v9"))
@@ -1125,13 +1139,15 @@ def test_hub_data_that_cannot_be_read_is_a_data_error(monkeypatch: pytest.Monkey
     assert SECRET not in str(caught.value)
 
 
-def test_an_unknown_error_is_raised_unchanged(monkeypatch: pytest.MonkeyPatch) -> None:
+def test_unknown_hub_error_is_raised_unchanged(monkeypatch: pytest.MonkeyPatch) -> None:
     fake_hub(monkeypatch, fail_if_called)
     with pytest.raises(AssertionError):
         read_rows(DataSection(name="owner/set"))
 
 
-def test_offline_without_a_copy_says_so(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+def test_offline_hub_data_without_a_copy_is_refused(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
     monkeypatch.setattr(datasets.config, "HF_DATASETS_CACHE", tmp_path)
     requests = fake_hub(monkeypatch, datasets.load_dataset, offline=True)
     with pytest.raises(StorageError, match=r"owner/set is not in the cache.*data\.name=path"):
@@ -1144,7 +1160,7 @@ def cached_copy(folder: Path, commit: str) -> Callable[..., Any]:
     return lambda *_, **__: datasets.load_from_disk(folder / commit)
 
 
-def test_another_commit_from_the_cache_is_refused(
+def test_cached_hub_data_of_another_commit_is_refused(
     tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     """After a failed download `load_dataset` silently uses any commit in its cache."""
@@ -1157,7 +1173,7 @@ def test_another_commit_from_the_cache_is_refused(
         read_rows(DataSection(name="owner/set", revision="v1"))
 
 
-def test_offline_the_cached_commit_is_the_origin(
+def test_offline_hub_data_names_the_cached_commit_as_origin(
     tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     fake_hub(monkeypatch, cached_copy(tmp_path, OTHER), offline=True)

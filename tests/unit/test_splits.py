@@ -56,13 +56,13 @@ def split(rows: list[Row], **changed: Any) -> Split:
 
 
 @pytest.mark.parametrize("size", [None, 100])
-def test_the_order_of_the_rows_does_not_matter(size: int | None) -> None:
+def test_split_does_not_depend_on_the_order_of_rows(size: int | None) -> None:
     shuffled = MIXED.copy()
     random.Random(5).shuffle(shuffled)
     assert split(MIXED, size=size) == split(shuffled, size=size) == split(MIXED[::-1], size=size)
 
 
-def test_the_sets_have_the_sizes_asked_for_and_share_no_row() -> None:
+def test_split_sets_have_the_requested_sizes_and_share_no_row() -> None:
     sets = split(MIXED)
     assert (len(sets.test), len(sets.validation), len(sets.train)) == (40, 20, 360)
     assert len({*sets.test, *sets.validation, *sets.train}) == 420
@@ -116,10 +116,10 @@ def test_a_smaller_test_set_of_single_rows_is_part_of_a_larger_one() -> None:
     assert set(split(rows, test_rows=10).test) < set(split(rows, test_rows=30).test)
 
 
-def test_every_row_has_the_same_chance() -> None:
+def test_every_row_is_equally_likely_to_be_held_out() -> None:
     """Over 400 seeds every row is held out about 40 times."""
     rows = in_groups([1] * 50)
-    times = dict.fromkeys((each.row_id for each in rows), 0)
+    times = dict.fromkeys((count.row_id for count in rows), 0)
     for seed in range(400):
         for row_id in split(rows, test_rows=5, validation_rows=1, split_seed=seed).test:
             times[row_id] += 1
@@ -127,7 +127,7 @@ def test_every_row_has_the_same_chance() -> None:
     assert 15 <= min(times.values()) <= max(times.values()) <= 65  # beyond 4 σ is no chance
 
 
-def test_sizes_left_to_the_defaults() -> None:
+def test_default_sizes_follow_the_number_of_rows() -> None:
     def sizes(count: int) -> tuple[int, int]:
         sets = split(in_groups([1] * count), test_rows=None, validation_rows=None)
         return len(sets.test), len(sets.validation)
@@ -226,7 +226,7 @@ def test_texts_under_one_system_turn_are_not_one_group() -> None:
 
 def test_the_group_id_is_the_smallest_row_id() -> None:
     rows = in_groups([7])
-    assert set(group_rows(rows).group_of.values()) == {min(each.row_id for each in rows)}
+    assert set(group_rows(rows).group_of.values()) == {min(row.row_id for row in rows)}
 
 
 @settings(max_examples=100, deadline=None)
@@ -286,24 +286,24 @@ def refusal(rows: list[Row], **changed: Any) -> str:
     return str(caught.value)
 
 
-def test_too_many_test_rows() -> None:
+def test_too_many_test_rows_are_refused_with_the_largest_that_fits() -> None:
     assert "data.test_rows = 100: " in refusal(in_groups([1] * 100), test_rows=100)
     message = refusal(in_groups([1] * 100), test_rows=100)
     assert message.endswith("data.test_rows = 98 fits")
 
 
-def test_too_many_validation_rows() -> None:
+def test_too_many_validation_rows_are_refused_with_the_largest_that_fits() -> None:
     message = refusal(in_groups([1] * 100), validation_rows=60)
     assert message.startswith("data.validation_rows = 60: cannot be drawn from 60 rows")
     assert message.endswith("data.validation_rows = 59 fits")
 
 
-def test_a_number_that_whole_groups_cannot_reach() -> None:
+def test_rows_that_whole_groups_cannot_reach_are_refused() -> None:
     assert refusal(in_groups([2] * 100), test_rows=41).endswith("data.test_rows = 40 fits")
     assert refusal(in_groups([7] * 20), test_rows=5).endswith("data.test_rows = 7 fits")
 
 
-def test_a_size_too_large() -> None:
+def test_data_size_above_the_rows_left_is_refused() -> None:
     message = refusal(in_groups([1] * 100), size=50)
     assert message == (
         "data.size = 50: needs 45 training rows, but 40 of 100 are left after 40 test and "
@@ -312,13 +312,13 @@ def test_a_size_too_large() -> None:
     assert len(split(in_groups([1] * 100), size=44).train) == 40
 
 
-def test_one_remaining_row_allows_no_size() -> None:
+def test_split_with_one_remaining_row_is_refused() -> None:
     rows = in_groups([1] * 61)
     assert refusal(rows, size=2).endswith("data.size = null fits")
     assert len(split(rows, size=None).train) == 1
 
 
-def test_too_few_groups_for_three_sets() -> None:
+def test_too_few_groups_for_three_sets_are_refused() -> None:
     message = refusal(in_groups([50, 50]), test_rows=50)
     assert message.startswith(
         "data.name: the 100 rows are 2 groups of related rows "
@@ -346,7 +346,7 @@ def split_or_refusal(rows: list[Row], **changed: Any) -> Split | str:
     st.one_of(st.none(), st.integers(1, 120)),
     st.integers(0, 3),
 )
-def test_the_proposal_of_a_refusal_works(
+def test_size_proposed_by_a_refused_split_fits(
     sizes: list[int],
     size: int | None,
     test_rows: int | None,
@@ -425,7 +425,7 @@ def test_similar_texts_are_tied_and_no_other(texts: list[frozenset[str]], thresh
     assert not templates
 
 
-def test_thousands_of_texts_of_one_template_take_no_time() -> None:
+def test_near_duplicates_among_thousands_of_texts_are_found_fast() -> None:
     shared = frozenset(f"word{n}" for n in range(40))
     texts = [shared | {f"guest{n}"} for n in range(3000)]
     similar, templates = similar_groups(texts)
@@ -547,7 +547,7 @@ def test_conversations_with_a_common_opening_are_distinguished_by_later_turns() 
     assert len(groups([*rows, again])) == 30, "one conversation, cut off and not"
 
 
-def test_one_question_under_other_system_texts() -> None:
+def test_one_question_under_many_system_texts_is_not_one_group() -> None:
     few = [conversation("What does it say?", system=text) for text in REMARKS[:5]]
     assert len(groups(few)) == 1, "the same question, as far as one can know"
     rows = [conversation("What does it say?", system=text) for text in REMARKS]
@@ -579,7 +579,7 @@ def test_a_template_around_every_prompt_is_not_compared(around: tuple[str, str])
     assert len(groups([*rows, changed])) == 30, "a near-duplicate within the template"
 
 
-def test_several_tasks_each_with_a_template_of_its_own() -> None:
+def test_templates_of_several_tasks_are_detected() -> None:
     tasks = [LONG, LONG[::-1], "Please " + " ".join(f"step{n}" for n in range(30))]
     rows = [row(f"{task} {text}") for task in tasks for text in REMARKS]
     assert len(groups(rows)) == 90
@@ -602,7 +602,7 @@ def test_documents_inside_of_prompts_stay_together() -> None:
     assert len(groups(rows, GroupingRule(threshold=1.0))) == 120
 
 
-def test_a_refusal_names_a_relation_to_remove() -> None:
+def test_refused_split_names_a_relation_to_remove() -> None:
     rows = [row(f"What of {n}?", context=BEES) for n in range(20)]
     message = refusal(rows, test_rows=2, validation_rows=2)
     assert message.endswith("with 'data.group_by=[group, prompt, near]' they are 20 groups")

@@ -122,7 +122,7 @@ ROWS = [
 
 
 @pytest.mark.parametrize("row", ROWS)
-def test_the_text_is_tokenised_once_and_whole(tokenizer: Any, row: Row) -> None:
+def test_row_text_is_tokenised_once_and_whole(tokenizer: Any, row: Row) -> None:
     question, answer = (turn.content for turn in row.turns)
     eos = tokenizer.eos_token_id
     text = f"Instruction:\n{question}\nResponse:\n{answer}"
@@ -162,7 +162,7 @@ def test_rows_keep_their_order_and_identity(plain_tokenizer: Any) -> None:
     assert encode_row(plain_tokenizer, "plain", labelled).category == "open_qa"
 
 
-def test_the_tokenizer_is_left_as_it_was(plain_tokenizer: Any) -> None:
+def test_row_tokenizer_leaves_the_tokenizer_unchanged(plain_tokenizer: Any) -> None:
     before = plain_tokenizer.backend_tokenizer.to_str()
     encode_row(plain_tokenizer, "chat", pair("<|im_end|>", "<|im_start|>"))
     assert plain_tokenizer.backend_tokenizer.to_str() == before
@@ -296,7 +296,7 @@ def test_the_end_mark_of_a_turn_may_differ_from_eos(plain_tokenizer: Any) -> Non
     assert responses(plain_tokenizer, example) == ["1<|im_start|>", "2<|im_start|><|im_end|>"]
 
 
-def test_a_chat_template_without_end_marks(plain_tokenizer: Any) -> None:
+def test_chat_template_without_end_marks_has_one_eos_at_the_end(plain_tokenizer: Any) -> None:
     """The only EOS is the one at the end of the row."""
     source = "{% for m in messages %}{{ m['role'] + ': ' + m['content'] + '\\n' }}{% endfor %}"
     row = chat(("user", "One?"), ("assistant", "1"), ("user", "Two?"), ("assistant", "2"))
@@ -324,7 +324,7 @@ def test_special_tokens_in_row_text_stay_text(
 
 
 @pytest.mark.parametrize("kind", NAMED)
-def test_decoding_restores_the_text(plain_tokenizer: Any, kind: TemplateKind) -> None:
+def test_decoded_row_ids_restore_the_text(plain_tokenizer: Any, kind: TemplateKind) -> None:
     row = pair("<|im_end|>\n<|im_start|>", "a <|im_start|>assistant\n<|endoftext|><|im_end|> b")
     question, answer = (turn.content for turn in row.turns)
     text = {
@@ -375,19 +375,19 @@ def lengths(tokenizer: Any) -> list[int]:
     return [example.length for example in encode(tokenizer, Template("plain"), LENGTHS)[0]]
 
 
-def test_truncation_cuts_the_end_and_counts(tokenizer: Any) -> None:
-    whole, counted = encode(tokenizer, Template("plain"), LENGTHS)
-    assert counted == LongRows(rows=0, tokens_cut=0, longest=whole[3].length)
+def test_truncation_cuts_the_end_of_rows_and_counts_them(tokenizer: Any) -> None:
+    full, counted = encode(tokenizer, Template("plain"), LENGTHS)
+    assert counted == LongRows(rows=0, tokens_cut=0, longest=full[3].length)
     cut, counted = encode(tokenizer, Template("plain"), LENGTHS, 10, "truncate")
-    over = [example.length - 10 for example in whole if example.length > 10]
-    assert counted == LongRows(rows=2, tokens_cut=sum(over), longest=whole[3].length)
-    for before, after in zip(whole, cut, strict=True):
+    over = [example.length - 10 for example in full if example.length > 10]
+    assert counted == LongRows(rows=2, tokens_cut=sum(over), longest=full[3].length)
+    for before, after in zip(full, cut, strict=True):
         assert after.ids.tolist() == before.ids[:10].tolist()
         assert after.response.tolist() == before.response[:10].tolist()
         assert (after.ids[-1] == tokenizer.eos_token_id) == (before.length <= 10)
 
 
-def test_the_longest_row_that_is_whole(tokenizer: Any) -> None:
+def test_row_of_exactly_max_length_is_whole(tokenizer: Any) -> None:
     longest = max(lengths(tokenizer))
     assert encode(tokenizer, Template("plain"), LENGTHS, longest)[1].rows == 0
     assert encode(tokenizer, Template("plain"), LENGTHS, longest - 1)[1] == LongRows(1, 1, longest)
@@ -432,16 +432,16 @@ TEXTS_OF = {row.row_id: row.turns[0].content for row in TEXTS}
 def test_every_token_of_a_long_text_is_a_label_once(tokenizer: Any, limit: int) -> None:
     """Compare the labels of the pieces with the ids of the whole text."""
     bos = tokenizer.bos_token_id
-    whole, _ = encode(tokenizer, Template("plain"), TEXTS)
+    full, _ = encode(tokenizer, Template("plain"), TEXTS)
     pieces, counted = encode(tokenizer, Template("plain"), TEXTS, limit, "split")
     assert counted.tokens_cut == 0
-    assert counted.rows == sum(example.length > limit for example in whole)
+    assert counted.rows == sum(example.length > limit for example in full)
     assert max(example.length for example in pieces) <= limit
     of_row: dict[str, list[Example]] = {}
     for example in pieces:
         of_row.setdefault(example.row_id.partition(".")[0], []).append(example)
     assert list(of_row) == [row.row_id for row in TEXTS], "their order is kept"
-    for before, parts in zip(whole, of_row.values(), strict=True):
+    for before, parts in zip(full, of_row.values(), strict=True):
         expected = [*ids(tokenizer, TEXTS_OF[before.row_id]), tokenizer.eos_token_id]
         labels = [label for part in parts for label in collate([part], "all").labels[:-1].tolist()]
         assert labels == expected[1:] == before.ids[1:].tolist()
@@ -547,11 +547,11 @@ def test_rows_whose_prompt_has_other_tokens_alone_are_found(plain_tokenizer: Any
     differs = tokenize.differs_from_prompt(rows)
     for row, differs_here in zip(rows, differs, strict=True):
         question = row.turns[0].content if len(row.turns) > 1 else ""
-        alone, whole = (
+        alone, row_ids = (
             ids(plain_tokenizer, question),
             ids(plain_tokenizer, question + row.turns[-1].content),
         )
-        assert differs_here == (whole[: len(alone)] != alone)
+        assert differs_here == (row_ids[: len(alone)] != alone)
     assert differs[:4] == [False, True, True, False]
     in_words = RowTokenizer(plain_tokenizer, Template("instruction_response"))
     assert in_words.differs_from_prompt(rows[:3]) == [False, False, False]
@@ -561,7 +561,7 @@ def test_rows_whose_prompt_has_other_tokens_alone_are_found(plain_tokenizer: Any
 
 
 @pytest.mark.parametrize("row", ROWS)
-def test_bytes_are_those_of_the_scored_text(tokenizer: Any, row: Row) -> None:
+def test_byte_counts_are_those_of_the_scored_text(tokenizer: Any, row: Row) -> None:
     question, answer = (turn.content for turn in row.turns)
     text = f"Instruction:\n{question}\nResponse:\n{answer}"
     example = encode_row(tokenizer, "instruction_response", row)
@@ -572,12 +572,12 @@ def test_bytes_are_those_of_the_scored_text(tokenizer: Any, row: Row) -> None:
     assert example.bytes_response == size(answer)
 
 
-def test_bytes_end_where_the_row_is_cut(bos_tokenizer: Any) -> None:
+def test_byte_counts_end_where_the_row_is_cut(bos_tokenizer: Any) -> None:
     row = pair("Where?", "日本 and beyond, 🙂.")
-    whole = encode_row(bos_tokenizer, "instruction_response", row)
+    full = encode_row(bos_tokenizer, "instruction_response", row)
     prompt = "Instruction:\nWhere?\nResponse:\n"
     seen = set()
-    for limit in range(2, whole.length + 1):
+    for limit in range(2, full.length + 1):
         (cut,), _ = encode(bos_tokenizer, Template("instruction_response"), [row], limit)
         text = decoded(bos_tokenizer, cut.ids[1:]).removesuffix("<|im_end|>")
         if "\ufffd" in text:
@@ -610,7 +610,7 @@ ANY_TEXT = st.lists(
 @pytest.mark.parametrize("bos", [False, True])
 @settings(max_examples=60, deadline=None)
 @given(question=ANY_TEXT, answer=ANY_TEXT)
-def test_the_mask_covers_exactly_the_response(
+def test_response_mask_covers_exactly_the_response(
     request: pytest.FixtureRequest, kind: TemplateKind, bos: bool, question: str, answer: str
 ) -> None:
     assume(question or answer)
@@ -643,7 +643,9 @@ def jinja_template(folder: Path, source: str) -> Template:
     return choose_template(str(folder / "mine.jinja"), "chat", False)
 
 
-def test_a_template_from_a_file(plain_tokenizer: Any, tmp_path: Path) -> None:
+def test_template_from_a_file_is_rendered_without_block_lines(
+    plain_tokenizer: Any, tmp_path: Path
+) -> None:
     template = jinja_template(
         tmp_path,
         "{% for message in messages %}\n"
@@ -720,7 +722,7 @@ def test_a_template_that_rewrites_earlier_turns_is_refused(
     assert responses(plain_tokenizer, example) == ["assistant: 22<|im_end|>"]
 
 
-def test_a_row_that_the_models_own_template_refuses(tiny_folder: Path) -> None:
+def test_row_refused_by_the_chat_template_is_reported_by_line(tiny_folder: Path) -> None:
     tokenizer = AutoTokenizer.from_pretrained(tiny_folder, local_files_only=True)
     tokenizer.chat_template = (
         "{% if messages[0]['role'] == 'system' %}{{ raise_exception('no system turn') }}"
@@ -750,7 +752,9 @@ def test_template_chat_needs_a_chat_template(tiny_folder: Path) -> None:
         ),
     ],
 )
-def test_rows_with_other_turns_than_a_pair(plain_tokenizer: Any, row: Row, instead: str) -> None:
+def test_rows_other_than_a_pair_are_refused_with_another_template(
+    plain_tokenizer: Any, row: Row, instead: str
+) -> None:
     with pytest.raises(DataError, match=rf"^rows\.jsonl:7: .*; set data\.template={instead}$"):
         encode_row(plain_tokenizer, "instruction_response", row)
     encode_row(plain_tokenizer, "plain" if instead == "plain" else "chat", row)
@@ -922,7 +926,7 @@ def test_tinyllama_encodes_end_marks_in_row_text_as_text(
 
 
 @pytest.mark.parametrize("row", ROWS)
-def test_tinyllama_agrees_with_its_own_plain_call(tinyllama: Any, row: Row) -> None:
+def test_tinyllama_ids_equal_those_of_its_plain_call(tinyllama: Any, row: Row) -> None:
     question, answer = (turn.content for turn in row.turns)
     text = f"Instruction:\n{question}\nResponse:\n{answer}"
     example = encode_row(tinyllama, "instruction_response", row)

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import contextlib
 import math
 from pathlib import Path
 from typing import Annotated, Any
@@ -20,15 +21,18 @@ from slm_lora.cli.options import (
     AdaptersDir,
     CellName,
     DiscardCheckpoints,
+    OnValidation,
     Overrides,
     Processes,
     RecipeFile,
     ResultsDir,
+    TunedValues,
     chosen_cell,
     console,
     quiet_libraries,
+    tuned_values,
 )
-from slm_lora.cli.plan import print_plan
+from slm_lora.cli.plan import print_plan, print_tuned_plan
 from slm_lora.cli.result import print_result
 from slm_lora.errors import UsageError
 from slm_lora.records import LossOn
@@ -65,10 +69,12 @@ def experiment(
     after an interruption the same command continues.
     """
     from slm_lora.config.load import load_recipe
+    from slm_lora.experiment.candidates import CandidateRunner
     from slm_lora.experiment.job import ComputedName
-    from slm_lora.experiment.remote import CommandLine, run_elsewhere
-    from slm_lora.experiment.resolve_jobs import make_jobs
+    from slm_lora.experiment.remote import CommandLine, RemoteCandidates, run_elsewhere
+    from slm_lora.experiment.resolve_jobs import JobResolver
     from slm_lora.experiment.runner import run_jobs
+    from slm_lora.experiment.tuning import TuningPhase, log_choice
     from slm_lora.report.examples import Quoted
     from slm_lora.report.write import write_report
     from slm_lora.runtime.progress import Reporter
@@ -83,20 +89,45 @@ def experiment(
         reporter.info("  reading rows and model; what is missing is downloaded or built")
         runs_here = executor is Executor.local
         where_computed: ComputedName = "nowhere" if plan else "here" if runs_here else "elsewhere"
-        jobs = distributed.main_process_first(lambda: make_jobs(cells, where_computed))
+        resolver = JobResolver(where_computed)
+        jobs = distributed.main_process_first(lambda: resolver.jobs(cells))
         _report_data(jobs[0], reporter)
+        phase = None
+        if parsed_recipe.tuning is not None:
+            phase = TuningPhase(parsed_recipe, cells, resolver, paths)
         if plan:
             if distributed.is_main():
-                print_plan(jobs, paths, reporter)
+                if phase is not None:
+                    print_tuned_plan(jobs, phase, cells, resolver, reporter)
+                else:
+                    print_plan(jobs, paths, reporter)
             return
-        if runs_here:
-            _warn_if_too_large(jobs, paths, reporter)
-            runs = run_jobs(jobs, paths, reporter, discard)
-        else:
-            command_line = CommandLine(recipe, tuple(overrides or ()), results, adapters)
-            gpus = int(jobs[0].device.type == "cuda")
-            with engine(executor, address, executor_option or [], paths, gpus) as started_engine:
-                runs = run_elsewhere(jobs, paths, reporter, started_engine, command_line, discard)
+        with contextlib.ExitStack() as stack:
+            remote = None
+            if not runs_here:
+                gpus = int(jobs[0].device.type == "cuda")
+                options = executor_option or []
+                started_engine = stack.enter_context(
+                    engine(executor, address, options, paths, gpus)
+                )
+                command_line = CommandLine(recipe, tuple(overrides or ()), results, adapters)
+                remote = (started_engine, command_line)
+            if phase is not None:
+                if runs_here and (pending := phase.next_jobs()):
+                    _warn_if_too_large(pending, phase.paths, reporter)
+                candidates = (
+                    RemoteCandidates(phase.section.key, reporter, *remote, discard)
+                    if remote
+                    else CandidateRunner(reporter, phase.race_of, discard)
+                )
+                record = phase.run(candidates, reporter)
+                log_choice(record, reporter)
+                jobs = resolver.jobs(phase.final_cells(record))
+            if remote:
+                runs = run_elsewhere(jobs, paths, reporter, *remote, discard)
+            else:
+                _warn_if_too_large(jobs, paths, reporter)
+                runs = run_jobs(jobs, paths, reporter, discard)
         if not distributed.is_main():
             return
     headline = jobs[0].config.evaluation.headline
@@ -109,6 +140,8 @@ def train(
     recipe: RecipeFile,
     overrides: Overrides = None,
     cell: CellName = "",
+    at: TunedValues = None,
+    validation: OnValidation = False,
     results: ResultsDir = Path("results"),
     adapters: AdaptersDir = Path("adapter"),
     discard: DiscardCheckpoints = False,
@@ -117,16 +150,20 @@ def train(
     """Train and score one cell of a recipe.
 
     --cell base scores the base without training. Cells of one experiment may be trained at the same
-    time, also on several machines with shared folders.
+    time, also on several machines with shared folders. With tuning in the recipe, a cell is trained
+    at the values that slm-lora experiment chose; --at makes a single tuning run.
     """
     from slm_lora.config.load import load_recipe
+    from slm_lora.experiment.candidates import CandidateRunner, outcome_folder
     from slm_lora.experiment.paths import BASE
-    from slm_lora.experiment.resolve_jobs import make_jobs
+    from slm_lora.experiment.resolve_jobs import JobResolver
     from slm_lora.experiment.runner import run_bases, run_cells
+    from slm_lora.experiment.tuning import TuningPhase
     from slm_lora.runtime.progress import Reporter
 
     parsed_recipe, cells = load_recipe(recipe, overrides or [])
-    selected = cells if cell == BASE else [chosen_cell(cells, cell)]
+    values = tuned_values(at or [], cell, validation, parsed_recipe)
+    selected = cells if cell == BASE or values else [chosen_cell(cells, cell)]
     if not cell and len(cells) > 1:
         raise UsageError(
             f"--cell: the recipe has {len(cells)} cells; choose one, e.g. --cell {cells[0].name}"
@@ -135,20 +172,39 @@ def train(
     paths = _experiment_paths(parsed_recipe, results, adapters)
     with distributed.process_group():
         reporter = Reporter(quiet=not distributed.is_main())
-        jobs = distributed.main_process_first(lambda: make_jobs(selected))
+        resolver = JobResolver()
+        if parsed_recipe.tuning is not None:
+            phase = TuningPhase(parsed_recipe, cells, resolver, paths)
+            if values or validation:
+                paths = phase.paths
+            elif cell != BASE:
+                distributed.main_process_first(phase.first_job)  # reads what sealed() needs
+                selected = [chosen_cell(phase.chosen_cells(recipe, reporter), cell)]
+
+        def make_jobs() -> list[Any]:
+            if values:
+                return [phase.job_at(cell, values)]
+            return [phase.first_job()] if validation else resolver.jobs(selected)
+
+        jobs = distributed.main_process_first(make_jobs)
         _report_data(jobs[0], reporter)
         _warn_if_too_large(jobs, paths, reporter)
-        if cell == BASE:
-            runs = run_bases(jobs, paths, reporter)
+        if values:
+            CandidateRunner(reporter, phase.race_of, discard).run_one(jobs[0], paths)
+            folders = [outcome_folder(jobs[0], paths)] if distributed.is_main() else []
         else:
-            runs = run_cells(jobs, paths, reporter, discard)
+            if cell == BASE:
+                runs = run_bases(jobs, paths, reporter)
+            else:
+                runs = run_cells(jobs, paths, reporter, discard)
+            folders = [run.folder for run in runs]
+            if distributed.is_main():
+                folders += _kept_adapters(runs, paths)
         if not distributed.is_main():
             return
     out = console()
     out.print()
-    for run in runs:
-        out.print(f"{run.folder}", soft_wrap=True)
-    for folder in _kept_adapters(runs, paths):
+    for folder in folders:
         out.print(f"{folder}", soft_wrap=True)
 
 

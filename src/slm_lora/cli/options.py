@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import math
 import sys
 from pathlib import Path
 from typing import Annotated, Any
@@ -67,6 +68,46 @@ CellName = Annotated[
         help="Cell of the grid. Default: the first; train requires it if there are several.",
     ),
 ]
+
+
+TunedValues = Annotated[
+    list[str] | None,
+    typer.Option(
+        "--at",
+        metavar="KEY=VALUE",
+        help="Value of a tuned key: one tuning run of the setting that --cell names with a tuning "
+        "seed, scored on the validation set. Once per key.",
+    ),
+]
+OnValidation = Annotated[
+    bool,
+    typer.Option(
+        "--validation", help="With --cell base: score it on the validation set, for tuning."
+    ),
+]
+
+
+def tuned_values(at: list[str], cell: str, validation: bool, recipe: Any) -> dict[str, float]:
+    """The values of --at, after a check of the options that it is combined with."""
+    from slm_lora.experiment.paths import BASE
+
+    if recipe.tuning is None and (at or validation):
+        option = f"--at {at[0]}" if at else "--validation"
+        raise UsageError(f"{option}: the recipe has no tuning section")
+    if validation and cell != BASE:
+        raise UsageError("--validation: only with --cell base; tuning runs are named by --at")
+    if at and (not cell or cell == BASE):
+        raise UsageError("--at: needs --cell, a setting with a tuning seed, as r16-1500-seed1000")
+    values = {}
+    for pair in at:
+        key, _, value = pair.partition("=")
+        try:
+            values[key] = float(value)
+        except ValueError:
+            values[key] = math.nan
+        if not math.isfinite(values[key]):
+            raise UsageError(f"--at {pair}: must be KEY=NUMBER")
+    return values
 
 
 def console() -> Any:

@@ -3,14 +3,21 @@
 from __future__ import annotations
 
 import hashlib
+import json
 from collections import Counter
-from collections.abc import Mapping
-from dataclasses import dataclass
+from collections.abc import Iterator, Mapping, Sequence
+from dataclasses import dataclass, replace
 from typing import Any
 
 from slm_lora.config.schema import CellConfig, Recipe
 from slm_lora.config.types import RunOptions
-from slm_lora.config.validation import Settings, Sources, unsettable_reason, validate
+from slm_lora.config.validation import (
+    Settings,
+    Sources,
+    number_keys,
+    unsettable_reason,
+    validate,
+)
 
 MAX_CELLS = 10_000
 """Limit of cells × seeds: axes multiply quickly, and more is a typing error."""
@@ -88,6 +95,8 @@ def expand_grid(
         if all(key in point for point in points) or (key == "seed" and recipe.seeds):
             by = "seeds" if key == "seed" and recipe.seeds else "grid"
             errors.append(f"override: {key} has no effect: '{by}' sets it in every cell")
+    if recipe.tuning is not None:
+        errors.extend(_tuning_faults(recipe, points, sources))
     if len(errors) > n_errors:
         return []
     # The effect of a size depends on the drawn rows, so seeds must vary the draw as well.
@@ -116,6 +125,99 @@ def expand_grid(
         if name_counts[name.casefold()] > 1:
             errors.append(f"{source}: the grid has the cell {name} more than once")
     return cells
+
+
+_NOT_TUNABLE = (
+    "training.micro_batch_tokens",  # changes no result
+    "training.eval_steps",
+    "training.early_stopping_patience",
+)
+
+
+def _tuning_faults(
+    recipe: Recipe, points: Sequence[Mapping[str, Any]], sources: Sources
+) -> Iterator[str]:
+    """What is wrong with the tuned keys and seeds, beyond the section itself."""
+    tuning = recipe.tuning
+    assert tuning is not None
+    source, line = sources.origin("tuning"), sources.line_suffix("tuning.key")
+    tunable = [
+        key
+        for key in number_keys(CellConfig)
+        if key.startswith(("adapter.", "training.")) and key not in _NOT_TUNABLE
+    ]
+    for key in tuning.key:
+        if key not in tunable:
+            unknown = unsettable_reason(key, CellConfig)
+            reason = unknown or "must be a key of adapter or training with a number"
+            yield f"{source}: tuning.key = {key}: {reason}{line}"
+        elif any(key in point for point in points):
+            yield (
+                f"{source}: tuning.key = {key}: the grid varies it, too; remove it from one of "
+                f"them{line}"
+            )
+    if len(set(tuning.key)) < len(tuning.key):
+        yield f"{source}: tuning.key names a key twice{line}"
+    final = set(recipe.seeds or (recipe.seed,))
+    if overlap := sorted(final & set(tuning.seeds)):
+        yield (
+            f"{source}: tuning.seeds = {overlap}: also seeds of the experiment; tuning runs need "
+            f"seeds of their own, e.g. [1000]{sources.line_suffix('tuning.seeds')}"
+        )
+    if recipe.training.keep_best or recipe.training.early_stopping_patience:
+        yield (
+            f"{source}: tuning chooses by the validation set at the end of training; leave out "
+            "training.keep_best and training.early_stopping_patience (or tune "
+            "training.num_train_epochs)"
+        )
+    for key, values in zip(tuning.key, tuning.values, strict=True):
+        for value in values if key in tunable else ():
+            faults: list[str] = []
+            settings = recipe.model_dump(mode="json", include=set(CellConfig.model_fields))
+            set_key(settings, key, value)
+            validate(CellConfig, settings, sources, faults, f"{source}: tuning.values")
+            yield from faults
+
+
+def arms_of(cells: Sequence[Cell]) -> list[Cell]:
+    """One cell of each setting: those that differ in seeds alone share their tuned values."""
+    first: dict[str, Cell] = {}
+    for cell in cells:
+        config = cell.config.model_dump(mode="json", exclude={"seed", "data_seed"})
+        first.setdefault(json.dumps(config, sort_keys=True), cell)
+    return list(first.values())
+
+
+def arm_name(arm: Cell) -> str:
+    """Name of a setting: that of its cells without seeds."""
+    seeds = {f"seed{arm.config.seed}", f"data{arm.config.data_seed}"}
+    parts = [part for part in arm.name.split("-") if part not in seeds]
+    return "-".join(parts) or f"r{arm.config.adapter.r}"
+
+
+def tuning_cell(arm: Cell, values: Mapping[str, float], seed: int) -> Cell:
+    """A setting with values of its tuned keys and a tuning seed, which also draws its rows."""
+    config = _with(arm.config, {**values, "seed": seed, "data_seed": seed})
+    settings = {key: value for key, value in arm.settings.items() if key != "data_seed"}
+    settings |= {**values, "seed": seed}
+    return replace(arm, name=_cell_name(config, settings), settings=settings, config=config)
+
+
+def name_without(config: CellConfig, settings: Mapping[str, Any], keys: Sequence[str]) -> str:
+    """Name of a tuning cell without the values of its tuned keys: `r16-1500-seed1000`."""
+    return _cell_name(config, {key: settings[key] for key in settings if key not in keys})
+
+
+def tuned_cell(cell: Cell, values: Mapping[str, float]) -> Cell:
+    """A cell of the grid at the values that were chosen for its setting; its name stays."""
+    return replace(cell, settings={**cell.settings, **values}, config=_with(cell.config, values))
+
+
+def _with(config: CellConfig, values: Mapping[str, Any]) -> CellConfig:
+    settings = config.model_dump(mode="json")
+    for key, value in values.items():
+        set_key(settings, key, value)
+    return CellConfig.model_validate(settings)
 
 
 def _value_at(cell: CellConfig, key: str) -> Any:

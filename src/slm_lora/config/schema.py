@@ -6,21 +6,13 @@ explained in `validation`, and cells made in `grid`.
 
 from __future__ import annotations
 
-import itertools
 import math
 import re
-from typing import Annotated, Any, Literal, get_args
+from typing import Annotated, Literal, get_args
 
-from pydantic import (
-    BaseModel,
-    BeforeValidator,
-    ConfigDict,
-    Field,
-    ValidationInfo,
-    field_validator,
-    model_validator,
-)
+from pydantic import BeforeValidator, Field, ValidationInfo, field_validator
 
+from slm_lora.config.axes import GridSection, TuningSection
 from slm_lora.config.types import (
     RELATED_BY,
     Float,
@@ -30,16 +22,11 @@ from slm_lora.config.types import (
     Precision,
     Relation,
     RunOptions,
+    Section,
     TrackerName,
     no_bool,
 )
 from slm_lora.records import LossOn
-
-
-class Section(BaseModel):
-    """Base of all sections: unknown keys are errors, instances are immutable."""
-
-    model_config = ConfigDict(extra="forbid", frozen=True, allow_inf_nan=False)
 
 
 class ModelSection(Section):
@@ -283,51 +270,6 @@ class EvaluationSection(Section):
     )
 
 
-class GridSection(Section):
-    """The cells of the experiment: listed, or as the product of axes."""
-
-    cells: tuple[dict[str, Any], ...] = Field(
-        (), description="Cells as mappings of dotted keys, e.g. `{data.size: 1500, adapter.r: 8}`."
-    )
-    axes: tuple[dict[str, tuple[Any, ...]], ...] = Field(
-        (),
-        description="Axes of the product; keys within one axis vary together.",
-    )
-
-    @model_validator(mode="after")
-    def _well_formed(self) -> GridSection:
-        if self.cells and self.axes:
-            raise ValueError("give cells or axes, not both")
-        for axis in self.axes:
-            if not axis or not all(axis.values()):
-                raise ValueError("an axis has no values")
-            if len({len(values) for values in axis.values()}) != 1:
-                raise ValueError(f"keys of one axis need equally many values: {sorted(axis)}")
-        keys = [key for axis in self.axes for key in axis]
-        if twice := sorted({key for key in keys if keys.count(key) > 1}):
-            raise ValueError(f"keys in two axes, where one would hide the other: {twice}")
-        return self
-
-    def count(self) -> int:
-        """Number of cells before seeds; 1 without a grid."""
-        if self.cells:
-            return len(self.cells)
-        return math.prod(len(next(iter(axis.values()))) for axis in self.axes)
-
-    def settings(self) -> list[dict[str, Any]]:
-        """Dotted keys of each cell, in the order written; one empty mapping without a grid."""
-        if self.cells:
-            return [dict(cell) for cell in self.cells]
-        points_per_axis = [
-            [dict(zip(axis, values, strict=True)) for values in zip(*axis.values(), strict=True)]
-            for axis in self.axes
-        ]
-        return [
-            {key: value for part in parts for key, value in part.items()}
-            for parts in itertools.product(*points_per_axis)
-        ]
-
-
 class CellConfig(Section):
     """Complete configuration of one run."""
 
@@ -370,6 +312,9 @@ class Recipe(CellConfig):
     description: str = Field("", description="One line, printed when the experiment starts.")
     grid: GridSection = Field(
         default_factory=lambda: GridSection(), description="Cells; unset: one cell."
+    )
+    tuning: TuningSection | None = Field(
+        None, description="Keys whose value is chosen for each setting on the validation set."
     )
     seeds: tuple[Int, ...] = Field((), description="Seeds; each runs the whole grid.")
     keep_adapters: bool = Field(

@@ -52,15 +52,19 @@ class Sources:
         )
 
 
-def _is_section(info: FieldInfo) -> bool:
-    return isinstance(info.annotation, type) and issubclass(info.annotation, BaseModel)
+def section_of(info: FieldInfo) -> type[BaseModel] | None:
+    """The section that a key holds, or may hold; None for a key with a value."""
+    for kind in (info.annotation, *typing.get_args(info.annotation)):
+        if isinstance(kind, type) and issubclass(kind, BaseModel):
+            return kind
+    return None
 
 
 def _fields(model: type[BaseModel], prefix: str = "") -> Iterator[tuple[str, FieldInfo]]:
     for name, info in model.model_fields.items():
         yield prefix + name, info
-        if _is_section(info):
-            yield from _fields(typing.cast(type[BaseModel], info.annotation), f"{prefix}{name}.")
+        if (section := section_of(info)) is not None:
+            yield from _fields(section, f"{prefix}{name}.")
 
 
 def known_keys(model: type[BaseModel] = Recipe) -> Iterator[str]:
@@ -69,11 +73,30 @@ def known_keys(model: type[BaseModel] = Recipe) -> Iterator[str]:
         yield key
 
 
+def number_keys(model: type[BaseModel] = Recipe) -> Iterator[str]:
+    """Dotted keys whose values are, or can be, numbers."""
+    for key, info in _fields(model):
+        if {int, float} & set(_union_members(info.annotation)):
+            yield key
+
+
+def _union_members(annotation: Any) -> Iterator[Any]:
+    """The types of a union, or the one type, without validators."""
+    origin, inner = typing.get_origin(annotation), typing.get_args(annotation)
+    if origin in (typing.Union, types.UnionType):
+        for member in inner:
+            yield from _union_members(member)
+    elif origin is typing.Annotated:
+        yield from _union_members(inner[0])
+    else:
+        yield annotation
+
+
 def unsettable_reason(key: str, model: type[BaseModel]) -> str:
     """The reason why a dotted key cannot be set on its own; empty if it can."""
     fields = dict(_fields(model))
     if key in fields:
-        if not _is_section(fields[key]):
+        if section_of(fields[key]) is None:
             return ""
         inner = next(name for name in fields if name.startswith(f"{key}."))
         return f"'{format_value(key)}' is a section; set a key of it, such as '{inner}'"

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import time
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from dataclasses import asdict
 from typing import Any
 
@@ -24,6 +24,8 @@ from slm_lora.training.checkpoint import Checkpointer
 from slm_lora.training.loop import TrainingResult, train
 from slm_lora.training.schedule import total_steps, training_tokens, usable_examples
 
+Watch = Callable[[Sequence[Step]], None]
+
 
 def train_cell(
     job: Job,
@@ -32,8 +34,18 @@ def train_cell(
     checkpointer: Checkpointer,
     reporter: Reporter,
     trackers: Trackers,
+    watch: Watch | None = None,
 ) -> TrainingResult:
     """Train an adapter that was attached, from where its checkpoints end.
+
+    Args:
+        job: the cell.
+        base: with the adapter on it.
+        peft_model: the same as PEFT has it.
+        checkpointer: saves and resumes.
+        reporter: for progress.
+        trackers: of the recipe.
+        watch: sees all steps so far after each, and may raise to end the training.
 
     Raises:
         StopRequested: a signal asked for it; what is done is saved.
@@ -54,6 +66,7 @@ def train_cell(
 
     total = total_steps(len(job.data.train), section)
     shown = 0
+    steps: list[Step] = []
     if notice := capped(job):
         reporter.info_once(f"  note: {notice}")
     with (
@@ -70,6 +83,9 @@ def train_cell(
             task.advance(1, step.tokens, note, earlier=step.step - shown - 1)
             shown = step.step
             trackers.step(step)
+            steps.append(step)
+            if watch is not None:
+                watch(steps)
 
         result = train(
             base,
@@ -79,6 +95,7 @@ def train_cell(
             job.config.seed,
             validate=validate,
             on_step=on_step,
+            on_resume=steps.extend,
             checkpointer=checkpointer,
             stop=stop,
         )
@@ -97,13 +114,13 @@ def train_cell(
 def evaluate(
     base: Base, job: Job, label: str, reporter: Reporter
 ) -> tuple[list[RowScore], dict[str, Any]]:
-    """Score the test rows; the scores, and what a run says of them.
+    """Score the held-out rows of a job; the scores, and the record of them.
 
     Raises:
         StopRequested: a signal asked for it.
     """
     nn.Module.eval(base.model)
-    examples = job.data.test
+    examples = job.scored_rows
     tokens = sum(example.length for example in examples)
     compiled = scoring_compiles(job, examples)
     began = time.perf_counter()
@@ -116,12 +133,12 @@ def evaluate(
 
     with (
         graceful_stop() as stop,
-        reporter.task(label, tokens, "test tokens", scoring_cost(job)) as task,
+        reporter.task(label, tokens, f"{job.scored_set} tokens", scoring_cost(job)) as task,
     ):
         scores = score(
             base,
             examples,
-            "test",
+            job.scored_set,
             job.config.evaluation.micro_batch_tokens,
             compiled,
             on_tokens=on_tokens,
@@ -130,13 +147,14 @@ def evaluate(
         losses = {kind: held_out_loss(scores, kind) for kind in _kinds(scores)}
         shown = losses[job.config.evaluation.headline]
         task.close(
-            f"scored {len(examples)} test rows  loss {shown.loss:.4f}  "
+            f"scored {len(examples)} {job.scored_set} rows  loss {shown.loss:.4f}  "
             f"perplexity {shown.perplexity:.3f}  {tokens / seconds:.0f} tok/s"
         )
     _say_fallbacks(reporter)
     record: dict[str, Any] = {kind: asdict(loss) for kind, loss in losses.items()}
     return scores, record | {
         "headline": job.config.evaluation.headline,
+        **({"split": job.scored_set} if job.scored_set != "test" else {}),
         "seconds": seconds,
         "tokens_per_s": tokens / seconds,
         "compiled": compiled and not compilation.failure(),
@@ -153,8 +171,8 @@ def training_cost(job: Job) -> float:
 
 
 def scoring_cost(job: Job) -> float:
-    """The same of scoring the test rows: forward only."""
-    return 2.0 * sum(example.length for example in job.data.test)
+    """The same of scoring the held-out rows: forward only."""
+    return 2.0 * sum(example.length for example in job.scored_rows)
 
 
 def scoring_compiles(job: Job, examples: Sequence[Example]) -> bool:

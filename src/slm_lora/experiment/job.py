@@ -16,6 +16,7 @@ from slm_lora.data.dataset import PreparedData
 from slm_lora.data.sources import RowSet
 from slm_lora.model.resolve import ModelSource
 from slm_lora.ops import compilation
+from slm_lora.records import Example
 from slm_lora.runtime import distributed
 from slm_lora.training.schedule import micro_batch_limits, training_tokens, usable_examples
 
@@ -23,6 +24,9 @@ if TYPE_CHECKING:
     import torch
 
     from slm_lora.model.base import PrecisionName
+
+
+ScoredSet = Literal["test", "validation"]
 
 
 @dataclass(frozen=True)
@@ -42,6 +46,8 @@ class Job:
         precision: of the base's weights.
         identity: of the adapter's run; SHA-256 over resolved configuration, rows and base.
         base_identity: of the base's run on the same held-out rows.
+        scored_set: the rows that it is scored on: validation for runs that choose a tuned value,
+            which never see the test set.
     """
 
     name: str
@@ -56,6 +62,12 @@ class Job:
     precision: PrecisionName
     identity: str
     base_identity: str
+    scored_set: ScoredSet = "test"
+
+    @property
+    def scored_rows(self) -> tuple[Example, ...]:
+        """The rows of the scored set."""
+        return self.data.test if self.scored_set == "test" else self.data.validation
 
     @property
     def low_precision(self) -> bool:

@@ -122,7 +122,7 @@ def require_room(job: Job, paths: ExperimentPaths, parameters: int) -> None:
     points = space_needed(parameters, cell.training.eval_steps is not None, steps)
     held = paths.checkpoint(job.name, job.identity)
     there = sum(path.stat().st_size for path in held.rglob("*") if path.is_file())
-    scores = 500 * len(job.data.test) + 400 * steps
+    scores = 500 * len(job.scored_rows) + 400 * steps
     if job.options.keep_adapters:
         require_space(paths.adapters, saved, "the adapter")
     require_space(

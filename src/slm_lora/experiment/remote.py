@@ -11,16 +11,19 @@ from __future__ import annotations
 import os
 import time
 from collections import deque
-from collections.abc import Sequence
+from collections.abc import Iterable, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 
+from slm_lora.config.grid import name_without
 from slm_lora.errors import STOPPED_RESUMABLE, IntegrityError, SlmLoraError, StorageError
+from slm_lora.experiment.candidates import is_done
 from slm_lora.experiment.job import Job
 from slm_lora.experiment.paths import BASE, ExperimentPaths
 from slm_lora.experiment.resume import finished, lock_experiment
 from slm_lora.launch.command import LOST, SAVE_TIMEOUT_S, Command, CommandResult, Engine
 from slm_lora.runs.folder import Run, find_run
+from slm_lora.runs.tuning import read_stopped
 from slm_lora.runtime.progress import Reporter, Task
 from slm_lora.runtime.signals import Stop, StopRequested, graceful_stop
 
@@ -96,42 +99,123 @@ def run_elsewhere(
         StopRequested: a signal asked for it, and the workers have saved.
     """
     with lock_experiment(jobs, paths, discard):
-        paths.checkpoints.mkdir(parents=True, exist_ok=True)
         bases = {job.base_identity: job for job in jobs}
         commands = [
-            _command(job.name, job, paths, line) for job in jobs if finished(job, paths) is None
+            _command(job.name, line.for_cell(job.name, job), paths)
+            for job in jobs
+            if finished(job, paths) is None
         ]
         missing = [i for i in bases if find_run(paths.results, BASE, i) is None]
         if missing:
-            commands.insert(0, _command(BASE, bases[missing[0]], paths, line))
+            words = line.for_cell(BASE, bases[missing[0]])
+            commands.insert(0, _command(BASE, words, paths))
         every = len(jobs) + 1
         reporter.info(f"  {every - len(commands)} of {every} runs are finished (the base is one)")
-        with graceful_stop() as stop, reporter.task("runs", len(commands), "runs") as task:
-            failed = _run_all(commands, engine, reporter, task, stop)
-        if failed:
-            raise CellFailedError(failed)
+        _hand_out(commands, paths, reporter, engine)
         runs = [find_run(paths.results, BASE, identity) for identity in bases]
         runs += [finished(job, paths) for job in jobs]
         there = [run for run in runs if run is not None]
-        if len(there) < len(runs):
-            raise IntegrityError(
-                f"{len(runs) - len(there)} of {len(runs)} runs are not in {paths.results}, though "
-                "their workers ended well: all machines must see the same folder"
-            )
+        _check_there(len(runs), len(there), paths)
         # A driver that was killed may have left those of runs that were finished by then.
-        for name in (BASE, *(job.name for job in jobs)):
-            _log(name, paths).unlink(missing_ok=True)
+        _remove_logs((BASE, *(job.name for job in jobs)), paths)
         return there
 
 
-def _command(cell: str, job: Job, paths: ExperimentPaths, line: CommandLine) -> Command:
-    return Command(
-        cell, line.for_cell(cell, job), Path.cwd(), _log(cell, paths).absolute(), _offline()
-    )
+@dataclass(frozen=True)
+class RemoteCandidates:
+    """Runs tuning jobs by workers, in place of `candidates.CandidateRunner`.
+
+    A candidate that diverged or was stopped is an outcome of the search, and no failure.
+
+    Args:
+        keys: the tuned keys.
+        reporter: for progress.
+        engine: runs commands.
+        line: how a worker is called.
+        discard: as for `runner.run_jobs`.
+    """
+
+    keys: tuple[str, ...]
+    reporter: Reporter
+    engine: Engine
+    line: CommandLine
+    discard: bool = False
+
+    def __call__(self, jobs: Sequence[Job], paths: ExperimentPaths) -> None:
+        """Run what is not finished, the base first: races compare candidates with it.
+
+        Args:
+            jobs: tuning runs; all are run at the same time.
+            paths: of the tuning runs.
+
+        Raises:
+            CellFailedError, IntegrityError, StopRequested: as `run_elsewhere`.
+        """
+        with lock_experiment(jobs, paths, self.discard):
+            bases = {job.base_identity: job for job in jobs}
+            for identity, job in bases.items():
+                if find_run(paths.results, BASE, identity) is None:
+                    words = (*self.line.for_cell(BASE, job), "--validation")
+                    self._hand_out([_command(BASE, words, paths)], paths)
+            waiting = {job.name: job for job in jobs if not is_done(job, paths)}
+            self._hand_out(
+                [_command(job.name, self._words(job), paths) for job in waiting.values()], paths
+            )
+            for name, job in waiting.items():
+                stopped = read_stopped(paths.results, name, job.identity)
+                if stopped is not None:
+                    self.reporter.info(f"  {name}  stopped: {stopped.reason}")
+            n_done = sum(is_done(job, paths) for job in jobs)
+            n_done += sum(find_run(paths.results, BASE, i) is not None for i in bases)
+            _check_there(len(jobs) + len(bases), n_done, paths)
+            _remove_logs((BASE, *(job.name for job in jobs)), paths)
+
+    def _hand_out(self, commands: Sequence[Command], paths: ExperimentPaths) -> None:
+        if commands:
+            _hand_out(commands, paths, self.reporter, self.engine)
+
+    def _words(self, job: Job) -> tuple[str, ...]:
+        cell = name_without(job.config, job.settings, self.keys)
+        values = [f"{key}={float(job.settings[key])!r}" for key in self.keys]
+        at = tuple(word for value in values for word in ("--at", value))
+        return (*self.line.for_cell(cell, job), *at)
+
+
+def _hand_out(
+    commands: Sequence[Command], paths: ExperimentPaths, reporter: Reporter, engine: Engine
+) -> None:
+    """Let workers run commands to their end.
+
+    Raises:
+        CellFailedError: some failed.
+        StopRequested: a signal asked for it, and the workers have saved.
+    """
+    paths.checkpoints.mkdir(parents=True, exist_ok=True)
+    with graceful_stop() as stop, reporter.task("runs", len(commands), "runs") as task:
+        failed = _run_all(commands, engine, reporter, task, stop)
+    if failed:
+        raise CellFailedError(failed)
+
+
+def _check_there(wanted: int, there: int, paths: ExperimentPaths) -> None:
+    if there < wanted:
+        raise IntegrityError(
+            f"{wanted - there} of {wanted} runs are not in {paths.results}, though their workers "
+            "ended well: all machines must see the same folder"
+        )
+
+
+def _command(name: str, words: tuple[str, ...], paths: ExperimentPaths) -> Command:
+    return Command(name, words, Path.cwd(), _log(name, paths).absolute(), _offline())
 
 
 def _log(cell: str, paths: ExperimentPaths) -> Path:
     return paths.checkpoints / f"{cell}.log"
+
+
+def _remove_logs(names: Iterable[str], paths: ExperimentPaths) -> None:
+    for name in names:
+        _log(name, paths).unlink(missing_ok=True)
 
 
 def _offline() -> dict[str, str]:

@@ -18,7 +18,7 @@ from slm_lora.data.dataset import PreparedData, prepare_data
 from slm_lora.data.sources import RowSet, read_rows
 from slm_lora.data.splits import SPLIT_VERSION
 from slm_lora.errors import UsageError
-from slm_lora.experiment.job import ComputedName, Job, tokens_per_micro_batch
+from slm_lora.experiment.job import ComputedName, Job, ScoredSet, tokens_per_micro_batch
 from slm_lora.experiment.preflight import (
     check_frozen,
     check_headline,
@@ -41,50 +41,72 @@ def make_jobs(cells: Sequence[Cell], computed: ComputedName = "here") -> list[Jo
     """Resolve models, read rows and tokenise them for all cells; nothing is loaded yet.
 
     Args:
-        cells: from `reading.load_recipe`.
+        cells: from `load.load_recipe`.
         computed: unless it is here, the device need not be.
 
     Raises:
         SlmLoraError: whatever is wrong with models or rows, and cells on different test rows.
     """
-    sources: dict[ModelSection, ModelSource] = {}
-    tokenizers: dict[ModelSource, PreTrainedTokenizerBase] = {}
-    row_sets: dict[str, RowSet] = {}
-    sets: dict[tuple[ModelSource, str, int], PreparedData] = {}
-    jobs = []
-    for cell in cells:
-        section = cell.config.data
-        row_key = content_hash(section.model_dump(mode="json", include=_ROW_FIELDS))
-        # Rows first: they are checked quickly, a model may have to be fetched.
-        if row_key not in row_sets:
-            row_sets[row_key] = read_rows(section)
-        rows = row_sets[row_key]
-        if cell.config.model not in sources:
-            sources[cell.config.model] = resolve(cell.config.model)
-        source = sources[cell.config.model]
-        if source not in tokenizers:
-            from slm_lora.model.loading import load_tokenizer
+    return JobResolver(computed).jobs(cells)
 
-            tokenizers[source] = load_tokenizer(source)
-        check_length(section, source)
-        set_key = (source, section.model_dump_json(), cell.config.data_seed)
-        if set_key not in sets:
-            sets[set_key] = prepare_data(rows, section, cell.config.data_seed, tokenizers[source])
-        check_token_ids(sets[set_key], source, tokenizers[source])
-        check_headline(cell.config, sets[set_key])
-        check_frozen(cell.config)
-        if computed != "nowhere":
-            resolve_targets(source, cell.config.adapter)
-        jobs.append(_job(cell, source, sets[set_key], rows, computed))
-    check_same_test_rows(jobs)
-    return jobs
+
+class JobResolver:
+    """Makes jobs in several calls, with models, rows and tokens read once.
+
+    Args:
+        computed: as for `make_jobs`.
+    """
+
+    def __init__(self, computed: ComputedName = "here") -> None:
+        self.computed = computed
+        self._sources: dict[ModelSection, ModelSource] = {}
+        self._tokenizers: dict[ModelSource, PreTrainedTokenizerBase] = {}
+        self._row_sets: dict[str, RowSet] = {}
+        self._sets: dict[tuple[ModelSource, str, int], PreparedData] = {}
+
+    def jobs(self, cells: Sequence[Cell], scored_set: ScoredSet = "test") -> list[Job]:
+        """As `make_jobs`, scored on one of the two held-out sets."""
+        jobs = []
+        for cell in cells:
+            section = cell.config.data
+            row_key = content_hash(section.model_dump(mode="json", include=_ROW_FIELDS))
+            # Rows first: they are checked quickly, a model may have to be fetched.
+            if row_key not in self._row_sets:
+                self._row_sets[row_key] = read_rows(section)
+            rows = self._row_sets[row_key]
+            if cell.config.model not in self._sources:
+                self._sources[cell.config.model] = resolve(cell.config.model)
+            source = self._sources[cell.config.model]
+            if source not in self._tokenizers:
+                from slm_lora.model.loading import load_tokenizer
+
+                self._tokenizers[source] = load_tokenizer(source)
+            tokenizer = self._tokenizers[source]
+            check_length(section, source)
+            set_key = (source, section.model_dump_json(), cell.config.data_seed)
+            if set_key not in self._sets:
+                self._sets[set_key] = prepare_data(rows, section, cell.config.data_seed, tokenizer)
+            prepared = self._sets[set_key]
+            check_token_ids(prepared, source, tokenizer)
+            check_headline(cell.config, prepared)
+            check_frozen(cell.config)
+            if self.computed != "nowhere":
+                resolve_targets(source, cell.config.adapter)
+            jobs.append(_job(cell, source, prepared, rows, self.computed, scored_set))
+        check_same_test_rows(jobs)
+        return jobs
 
 
 _ROW_FIELDS = {"name", "revision", "split", "format", "columns", "text_rows", "on_bad_row"}
 
 
 def _job(
-    cell: Cell, source: ModelSource, prepared: PreparedData, rows: RowSet, computed: ComputedName
+    cell: Cell,
+    source: ModelSource,
+    prepared: PreparedData,
+    rows: RowSet,
+    computed: ComputedName,
+    scored_set: ScoredSet,
 ) -> Job:
     device, precision = _device_and_precision(cell.config.training, computed)
     resolved = _portable(cell, source, precision, device.type)
@@ -102,6 +124,8 @@ def _job(
     }
     if cell.config.model.quantization:
         scored["quantization"] = cell.config.model.quantization
+    if scored_set != "test":
+        scored["scored_set"] = scored_set
     training = {
         **resolved["training"],
         "micro_batch_tokens": _budget(cell.config, prepared, device, precision),
@@ -125,6 +149,7 @@ def _job(
         precision=precision,
         identity=content_hash({**scored, **trained}),
         base_identity=content_hash(scored),
+        scored_set=scored_set,
     )
 
 

@@ -17,7 +17,7 @@ from slm_lora.adapters.methods import method_of, trains_all, trial_section
 from slm_lora.config.grid import setting_of
 from slm_lora.errors import IntegrityError, UsageError
 from slm_lora.experiment.base_cache import LoadedBase, with_saved
-from slm_lora.experiment.cell import evaluate, scoring_cost, train_cell, training_cost
+from slm_lora.experiment.cell import Watch, evaluate, scoring_cost, train_cell, training_cost
 from slm_lora.experiment.job import Job
 from slm_lora.experiment.paths import BASE, ExperimentPaths
 from slm_lora.experiment.preflight import require_room
@@ -64,9 +64,9 @@ def run_jobs(
         IntegrityError: another process is at work there, or such a training is in the way.
         StopRequested: a signal asked for it; the same call continues.
     """
-    with _together(jobs), _first_only(lambda: lock_experiment(jobs, paths, discard)):
+    with together(jobs), first_only(lambda: lock_experiment(jobs, paths, discard)):
         loaded = LoadedBase(reporter)
-        _try_adapters(jobs, paths, reporter, loaded)
+        try_adapters(jobs, paths, reporter, loaded)
         reporter.overall = Overall(_cost(jobs, paths))
         return [
             *_run_bases(jobs, paths, reporter, loaded),
@@ -86,25 +86,30 @@ def _cost(jobs: Sequence[Job], paths: ExperimentPaths) -> float:
     )
 
 
-def run_bases(jobs: Sequence[Job], paths: ExperimentPaths, reporter: Reporter) -> list[Run]:
+def run_bases(
+    jobs: Sequence[Job],
+    paths: ExperimentPaths,
+    reporter: Reporter,
+    loaded: LoadedBase | None = None,
+) -> list[Run]:
     """As `run_jobs`, but the bases of these cells alone, while others may run cells."""
-    with _together(jobs):
-        return _run_bases(jobs, paths, reporter, LoadedBase(reporter))
+    with together(jobs):
+        return _run_bases(jobs, paths, reporter, loaded or LoadedBase(reporter))
 
 
 def run_cells(
     jobs: Sequence[Job], paths: ExperimentPaths, reporter: Reporter, discard: bool = False
 ) -> list[Run]:
     """As `run_jobs`, but these cells alone, while others may run others."""
-    with _together(jobs):
+    with together(jobs):
         distributed.run_on_main(lambda: check_unfinished(jobs, paths, discard))
         loaded = LoadedBase(reporter)
-        _try_adapters(jobs, paths, reporter, loaded)
+        try_adapters(jobs, paths, reporter, loaded)
         return _run_cells(jobs, paths, reporter, loaded)
 
 
 @contextmanager
-def _together(jobs: Sequence[Job]) -> Iterator[None]:
+def together(jobs: Sequence[Job]) -> Iterator[None]:
     """Several processes, that all do the same."""
     several = distributed.world_size()
     for job in jobs:
@@ -128,14 +133,14 @@ def _together(jobs: Sequence[Job]) -> Iterator[None]:
 
 
 @contextmanager
-def _first_only(to_ourselves: Callable[[], AbstractContextManager[None]]) -> Iterator[None]:
+def first_only(to_ourselves: Callable[[], AbstractContextManager[None]]) -> Iterator[None]:
     """Within what only the first of several processes holds, for all of them."""
     with to_ourselves() if distributed.is_main() else nullcontext():
         distributed.barrier()
         yield
 
 
-def _try_adapters(
+def try_adapters(
     jobs: Sequence[Job], paths: ExperimentPaths, reporter: Reporter, loaded: LoadedBase
 ) -> None:
     """Put every kind of adapter on its base and take it off again, before any work is done.
@@ -146,7 +151,7 @@ def _try_adapters(
     tried = set()
     for job in jobs:
         section = job.config.adapter
-        if trains_all(section) or not _to_do(functools.partial(finished, job, paths)):
+        if trains_all(section) or not to_do(functools.partial(finished, job, paths)):
             continue
         trial = trial_section(section, rank=min(section.r, 4))
         if (job.source, job.precision, job.device, trial) in tried:
@@ -158,7 +163,7 @@ def _try_adapters(
         attach.detach(peft_model)
 
 
-def _to_do(done: Callable[[], Run | None]) -> bool:
+def to_do(done: Callable[[], Run | None]) -> bool:
     """Whether a run is still to be done, as the first of several processes finds: another may see
     the folder late."""
     return bool(distributed.run_on_main(lambda: done() is None))
@@ -173,8 +178,8 @@ def _run_bases(
             continue
         done = functools.partial(find_run, paths.results, BASE, job.base_identity)
         alone = functools.partial(lock_cell, BASE, job.base_identity, paths, reporter)
-        with _first_only(alone):
-            if _to_do(done):
+        with first_only(alone):
+            if to_do(done):
                 _run_base(job, loaded.for_job(job), paths, reporter)
             else:
                 reporter.info(f"  {BASE}  finished earlier")
@@ -189,9 +194,9 @@ def _run_cells(
     for job in jobs:
         name = job.name
         done = functools.partial(finished, job, paths)
-        with _first_only(functools.partial(lock_cell, name, job.identity, paths, reporter)):
-            if _to_do(done):
-                _run_cell(job, loaded, paths, reporter)
+        with first_only(functools.partial(lock_cell, name, job.identity, paths, reporter)):
+            if to_do(done):
+                run_cell(job, loaded, paths, reporter)
             else:
                 # A process may have died between recording the run and this.
                 left = paths.checkpoint(name, job.identity)
@@ -260,7 +265,14 @@ def _run_base(job: Job, base: Base, paths: ExperimentPaths, reporter: Reporter) 
     distributed.run_on_main(write)
 
 
-def _run_cell(job: Job, loaded: LoadedBase, paths: ExperimentPaths, reporter: Reporter) -> None:
+def run_cell(
+    job: Job,
+    loaded: LoadedBase,
+    paths: ExperimentPaths,
+    reporter: Reporter,
+    watch: Watch | None = None,
+) -> None:
+    """Train a cell, score it and record its run; ``watch`` as for `train_cell`."""
     name, section = job.name, job.config.adapter
     base = loaded.for_job(job)
     hardware.reset_peak_memory(job.device.type)
@@ -280,7 +292,7 @@ def _run_cell(job: Job, loaded: LoadedBase, paths: ExperimentPaths, reporter: Re
         )
         distributed.run_on_main(functools.partial(_check_folders, job, paths, peft_model, reporter))
         trackers = stack.enter_context(_tracking(job, paths, reporter))
-        result = train_cell(job, base, peft_model, checkpointer, reporter, trackers)
+        result = train_cell(job, base, peft_model, checkpointer, reporter, trackers, watch)
         parameters = attach.count_parameters(peft_model)
         folder = Path(
             distributed.run_on_main(functools.partial(_save, job, base, peft_model, paths))

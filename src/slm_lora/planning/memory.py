@@ -80,7 +80,7 @@ def training_bytes(job: Job, sizes: MicroBatchSizes, probe: ProbeResult) -> int:
 def scoring_bytes(job: Job, probe: ProbeResult) -> int:
     """Peak memory of scoring the base or an adapter, without libraries and rows."""
     on_cpu = job.device.type == "cpu"
-    test = sum(example.length for example in job.data.test)
+    test = sum(example.length for example in job.scored_rows)
     tokens = min(job.config.evaluation.micro_batch_tokens, test)
     # Layers are computed one after the other, and save nothing.
     layer_values = (

@@ -87,26 +87,56 @@ class Plan:
         )
 
 
+class Estimator:
+    """Estimates runs from measured slices of their models.
+
+    Args:
+        jobs: whose slices are measured at once; those of others are measured when they are needed.
+
+    Raises:
+        UsageError: as `measure`.
+    """
+
+    def __init__(self, jobs: Sequence[Job]) -> None:
+        self._probes: dict[str, ProbeResult] = {}
+        for job in jobs:
+            self._probe(_count_job(job))
+        hardware.release_freed_memory()
+        self._process_bytes = _process_bytes(jobs)
+
+    def _probe(self, counts: _JobCounts) -> ProbeResult:
+        if counts.slice_key not in self._probes:
+            self._probes[counts.slice_key] = measure(counts.job, counts.sizes.compiled)
+        return self._probes[counts.slice_key]
+
+    def cell(self, job: Job, paths: ExperimentPaths) -> PlannedCell:
+        """The run of a cell."""
+        counts = _count_job(job)
+        return _plan_cell(counts, self._probe(counts), self._process_bytes, paths)
+
+    def base(self, job: Job, paths: ExperimentPaths) -> PlannedCell:
+        """The run of a cell's base on the rows that the cell is scored on."""
+        counts = _count_job(job)
+        return _plan_base(counts, self._probe(counts), self._process_bytes, paths)
+
+
 def plan(jobs: Sequence[Job], paths: ExperimentPaths) -> Plan:
     """Measure slices of the models, and estimate the bases and every cell from them.
 
     Raises:
         UsageError: as `measure`.
     """
-    counts = [_count_job(job) for job in jobs]
-    probes: dict[str, ProbeResult] = {}
-    for count in counts:
-        if count.slice_key not in probes:
-            probes[count.slice_key] = measure(count.job, count.sizes.compiled)
-    hardware.release_freed_memory()
-    process_bytes = _process_bytes(jobs)
-    bases: dict[str, PlannedCell] = {}
-    cells = []
-    for count in counts:
-        probe = probes[count.slice_key]
-        bases.setdefault(count.job.base_identity, _plan_base(count, probe, process_bytes, paths))
-        cells.append(_plan_cell(count, probe, process_bytes, paths))
-    return Plan((*bases.values(), *cells), hardware.available_bytes(jobs[0].device.type))
+    estimator = Estimator(jobs)
+    bases: dict[str, Job] = {}
+    for job in jobs:
+        bases.setdefault(job.base_identity, job)
+    return Plan(
+        (
+            *(estimator.base(job, paths) for job in bases.values()),
+            *(estimator.cell(job, paths) for job in jobs),
+        ),
+        hardware.available_bytes(jobs[0].device.type),
+    )
 
 
 def weights_warning(jobs: Sequence[Job], paths: ExperimentPaths) -> str:
@@ -253,11 +283,11 @@ def _plan_cell(
 
 
 def _scoring_seconds(counts: _JobCounts, probe: ProbeResult) -> float:
-    compiled = scoring_compiles(counts.job, counts.job.data.test)
+    compiled = scoring_compiles(counts.job, counts.job.scored_rows)
     return (
         _test_tokens(counts.job) * probe.scoring_s_per_token + COMPILE_SECONDS["scoring"] * compiled
     )
 
 
 def _test_tokens(job: Job) -> int:
-    return sum(example.length for example in job.data.test)
+    return sum(example.length for example in job.scored_rows)

@@ -188,7 +188,7 @@ def _time_training(base: Base, peft_model: torch.nn.Module, job: Job, compiled: 
 
 def _time_scoring(base: Base, job: Job, compiled: bool) -> float:
     """Seconds per token."""
-    examples = _slice_examples(job.data.test, SCORED_TOKENS)
+    examples = _slice_examples(job.scored_rows, SCORED_TOKENS)
     budget = job.config.evaluation.micro_batch_tokens
     work = functools.partial(score, base, examples, "test", budget, compiled)
     return _time_second_call(work) / sum(example.length for example in examples)

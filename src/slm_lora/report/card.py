@@ -10,11 +10,13 @@ from typing import Any
 from slm_lora.report.blocks import Fact
 from slm_lora.report.limits import limits
 from slm_lora.report.names import SettingNames
+from slm_lora.report.tuning import Tuned
 from slm_lora.runs.metrics import Metric
 from slm_lora.stats.comparisons import Comparison
 from slm_lora.stats.estimates import perplexity
 from slm_lora.stats.inference import interval
 from slm_lora.stats.selection import best_set, cost, equivalent_to, lowest_of, selected_interval
+from slm_lora.stats.selection_regret import own_best_interval
 from slm_lora.stats.settings import (
     Setting,
     base_of,
@@ -94,7 +96,11 @@ def gap(reference: Setting, other: Setting, metric: Metric | None = None) -> Gap
     if not pairs:
         return None
     sample = sample_of(pairs, metric or reference.metric)
-    return Gap(other, sample.value, *interval(sample, 0.95), len(pairs))
+    if metric is None:
+        span = own_best_interval(sample, 0.95, reference.regret, other.regret)
+    else:
+        span = interval(sample, 0.95)
+    return Gap(other, sample.value, *span, len(pairs))
 
 
 def make_card(
@@ -103,6 +109,7 @@ def make_card(
     comparisons: Sequence[Comparison],
     margin: float,
     names: SettingNames,
+    phase: Tuned | None = None,
 ) -> Card:
     """The recommended setting: the cheapest one that is equivalent to the one of the lowest loss.
 
@@ -112,6 +119,7 @@ def make_card(
         comparisons: of the experiment.
         margin: of equivalence, nats per token.
         names: of the settings.
+        phase: of tuning; None without one.
     """
     if not settings:
         return Card(None, None, (), (), None, margin, ())
@@ -135,7 +143,7 @@ def make_card(
         Fact("Recommended", _why(recommended, lowest, given_up, settings, names), "settings"),
         *_best_fact(best, by_cost, names),
         *([_gain(recommended, to_base, comparisons)] if to_base else []),
-        *limits(recommended, settings, comparisons, names),
+        *limits(recommended, settings, comparisons, names, phase),
     ]
     shown = tuple(each for each in gaps if each is not None)
     return Card(recommended, lowest, tuple(best), shown, to_base, margin, tuple(facts))
@@ -160,8 +168,8 @@ def _best_fact(
 
 def interval_text(value: float, low: float, high: float, unit: str = " nats") -> str:
     """``+0.0235 nats (+0.0211 to +0.0259)``."""
-    if not math.isfinite(low):
-        return f"{value:+.4f}{unit} (no interval from one group)"
+    if not math.isfinite(low + high):
+        return f"{value:+.4f}{unit} (no interval: too few groups of rows)"
     return f"{value:+.4f}{unit} ({low:+.4f} to {high:+.4f})"
 
 
@@ -199,7 +207,11 @@ def _gain(recommended: Setting, to_base: Gap, comparisons: Sequence[Comparison])
         return Fact("Against the base", text, "comparisons")
     change = 100 * (perplexity(after - before) - 1)
     ends = sorted(100 * (perplexity(-end) - 1) for end in (to_base.low, to_base.high))
-    span = f" ({ends[0]:+.1f} to {ends[1]:+.1f} %)" if math.isfinite(to_base.low) else ""
+    span = (
+        f" ({ends[0]:+.1f} to {ends[1]:+.1f} %)"
+        if math.isfinite(to_base.low + to_base.high)
+        else ""
+    )
     text = (
         f"perplexity {perplexity(before):.2f} → {perplexity(after):.2f}, {change:+.1f} %{span}"
         f"{verdict}."

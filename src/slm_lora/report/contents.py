@@ -6,7 +6,7 @@ from collections.abc import Iterator, Sequence
 from dataclasses import dataclass, replace
 from pathlib import Path
 
-from slm_lora.report import examples, figures, method, sentences
+from slm_lora.report import examples, figures, method, sentences, tuning
 from slm_lora.report.blocks import Picture, Section, markdown_table, plain
 from slm_lora.report.card import Card, make_card
 from slm_lora.report.names import SettingNames, key_name
@@ -20,16 +20,18 @@ from slm_lora.report.summary import (
     metrics_table,
     settings_table,
 )
-from slm_lora.report.tables import described_table, losses_table
+from slm_lora.report.tables import runs_text
 from slm_lora.runs.folder import METRICS_FILE, named
 from slm_lora.runs.metrics import METRICS
 from slm_lora.runs.scored_run import ScoredRun, has_metric
+from slm_lora.runs.tuning import TuningRecord
 from slm_lora.stats import learning_curve
 from slm_lora.stats.categories import by_category, p_alike
 from slm_lora.stats.comparisons import ALPHA, Comparison, all_comparisons
 from slm_lora.stats.factorial import Contrast, contrasts
 from slm_lora.stats.inference import LEAST_GROUPS, holm
 from slm_lora.stats.selection import pareto_set
+from slm_lora.stats.selection_regret import with_regrets
 from slm_lora.stats.settings import (
     Setting,
     draw_of,
@@ -37,6 +39,7 @@ from slm_lora.stats.settings import (
     group_settings,
     series_along,
 )
+from slm_lora.stats.tuned_arms import read_arms
 
 
 @dataclass(frozen=True)
@@ -54,6 +57,7 @@ class Analysis:
         curves: loss against data size.
         names: of the settings.
         card: the result in a few lines.
+        tuned: the search for each setting's own values; None without one.
     """
 
     runs: tuple[ScoredRun, ...]
@@ -65,20 +69,28 @@ class Analysis:
     curves: tuple[learning_curve.LearningCurve, ...]
     names: SettingNames
     card: Card
+    tuned: tuning.Tuned | None = None
 
 
-def analyse(runs: Sequence[ScoredRun], seen: frozenset[str] | None = None) -> Analysis:
+def analyse(
+    runs: Sequence[ScoredRun],
+    seen: frozenset[str] | None = None,
+    choice: tuple[Path, TuningRecord] | None = None,
+) -> Analysis:
     """Statistics of runs on the same test rows.
 
     Args:
         runs: of one experiment.
         seen: folders of the runs that its first report showed; None: this is the first.
+        choice: folder of the experiment and its tuning.json, where the runs are at its values.
 
     Raises:
         IntegrityError: they were scored on different rows.
     """
-    comparisons = all_comparisons(runs, seen)
     settings = group_settings(runs)
+    arms = read_arms(*choice) if choice else []
+    settings = with_regrets(settings, arms) if arms else settings
+    comparisons = all_comparisons(runs, seen, settings)
     bases = [Setting((run,)) for run in runs if run.is_base]
     names = SettingNames(settings)
     curves = []
@@ -95,7 +107,8 @@ def analyse(runs: Sequence[ScoredRun], seen: frozenset[str] | None = None) -> An
         for setting in settings
         if not bases or _same_tokens(setting.first_run, bases[0].first_run)
     ]
-    card = make_card(comparable, bases, comparisons, equivalence_margin(runs[0]), names)
+    phase = tuning.tuned(choice[1], arms, comparisons) if choice else None
+    card = make_card(comparable, bases, comparisons, equivalence_margin(runs[0]), names, phase)
     base = card.base.setting if card.base else bases[0] if bases else None
     return Analysis(
         tuple(runs),
@@ -107,6 +120,7 @@ def analyse(runs: Sequence[ScoredRun], seen: frozenset[str] | None = None) -> An
         tuple(curves),
         names,
         card,
+        phase,
     )
 
 
@@ -139,6 +153,7 @@ def sections(
     names, settings, comparisons = analysis.names, analysis.settings, analysis.comparisons
     between = [pair for pair in comparisons if pair.key != "base"]
     note = method.untuned(comparisons)
+    phase = analysis.tuned
     forests = [
         figures.forest(
             "against-base",
@@ -158,13 +173,14 @@ def sections(
     return [
         Section(
             "Settings",
-            settings_table(analysis.card, settings, analysis.base, names)
+            settings_table(analysis.card, settings, analysis.base, names, phase)
             + "\nLoss in nats per token (lower is better), mean over seeds. Time: mean per "
             "training. Memory: largest peak over seeds. Against the recommended: setting minus "
             "recommended; intervals are for one setting at a time, that of the base allows for the "
             "selection of the recommended setting." + _pareto(settings, names),
             anchor="settings",
         ),
+        *([tuning.section(phase, settings, names)] if phase else []),
         Section(
             "All comparisons",
             "\n\n".join(filter(None, [note, _LEGEND, comparisons_table(comparisons, names)])),
@@ -286,6 +302,7 @@ def _metrics(analysis: Analysis) -> list[Section]:
         "number of metrics. *Mean over rows* averages the loss of each row, so short rows count as "
         "much as long ones."
     )
+    note += " Intervals below do not include the choice of tuned values." * bool(analysis.tuned)
     parts = [f"{table}\n{note}", *_unscored(analysis.runs)]
     for pairs in analysis.other_metrics:
         if pairs:
@@ -371,28 +388,3 @@ def table_text(analysis: Analysis, results: Path) -> str:
     """The table of all runs with its notes, for a file of its own."""
     others = not_shown([run.run for run in analysis.runs], results)
     return runs_text(analysis.runs) + (f"\n\n{plain(others)}" if others else "")
-
-
-def runs_text(runs: Sequence[ScoredRun]) -> str:
-    """Every run in the described columns, losses with their intervals, and what they are."""
-    record = runs[0].run.record
-    data, machine = record.data, record.machine
-    tokens = "the whole text" if runs[0].headline == "all" else "the response"
-    seeds = ", ".join(map(str, sorted({run.resolved["seed"] for run in runs})))
-    gpu = f", {machine.gpu}" if machine.gpu else ""
-    notes = [
-        f"Eval Loss: total negative log-likelihood over the tokens of {tokens} (end-of-sequence "
-        f"token included), in nats per token, on the same {data.sets.test.rows} test rows "
-        "for every run; Perplexity is its exponential.",
-        f"Base: {record.model.name}, {record.model.precision}; data: {data.origin}; "
-        f"template: {data.template.kind}; seeds: {seeds}.",
-        f"Run on {machine.processor}, {machine.cores} cores, {machine.memory_gb} GB{gpu}. "
-        "Tokens/s: training tokens without padding, first two steps excluded.",
-    ]
-    return (
-        f"{described_table(runs)}\n"
-        + "\n".join(f"- {note}" for note in notes)
-        + f"\n\n### Whole text, with 95 % intervals\n\n{losses_table(runs, 'all')}"
-        + f"\n### Response only, with 95 % intervals\n\n{losses_table(runs, 'response')}\n"
-        "Intervals cover the choice of test rows, not the training seed."
-    )

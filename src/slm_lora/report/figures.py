@@ -54,7 +54,7 @@ def gaps(card: Card, names: SettingNames) -> Picture | None:
     rows = [row for row in range(len(labels)) if row != place]
     for row, gap in zip(rows, others, strict=True):
         at = len(labels) - 1 - row
-        if math.isfinite(gap.low):
+        if math.isfinite(gap.low + gap.high):
             axes.plot([gap.low, gap.high], [at, at], color=INK, lw=1.2)
         axes.plot(
             [gap.value], [at], "o", ms=6, color=INK, mfc=INK if gap.excludes_zero else "white"
@@ -192,7 +192,7 @@ def forest(
 
 
 def _interval(axes: Axes, row: int, difference: Difference, filled: bool) -> None:
-    if math.isfinite(difference.low):
+    if math.isfinite(difference.low + difference.high):
         axes.plot([difference.low, difference.high], [row, row], color=INK, lw=1.2)
     axes.plot([difference.value], [row], "o", ms=6, color=INK, mfc=INK if filled else "white")
 

@@ -4,8 +4,10 @@ from __future__ import annotations
 
 from collections.abc import Sequence
 
+from slm_lora.report import tuning
 from slm_lora.report.blocks import Fact
 from slm_lora.report.names import SettingNames, key_name, rate_name
+from slm_lora.report.tuning import Tuned
 from slm_lora.stats.comparisons import Comparison
 from slm_lora.stats.power import failure_bound
 from slm_lora.stats.settings import (
@@ -34,10 +36,13 @@ def limits(
     settings: Sequence[Setting],
     comparisons: Sequence[Comparison],
     names: SettingNames,
+    phase: Tuned | None = None,
 ) -> list[Fact]:
     """Lines on seeds, learning rate, edges of the grid, training length and test set."""
-    facts = [_seed_fact(recommended, settings, comparisons), *_look_fact(comparisons)]
-    facts.append(_rate_fact(recommended, settings))
+    facts = tuning.facts(phase, settings, names) if phase else []
+    facts += [_seed_fact(recommended, settings, comparisons), *_look_fact(comparisons)]
+    if phase is None or RATE not in phase.record.keys:
+        facts.append(_rate_fact(recommended, settings, comparisons))
     facts += _edge_fact(recommended, settings)
     facts += _training_fact(settings, names)
     facts.append(_test_set_fact(recommended))
@@ -84,12 +89,23 @@ def _look_fact(comparisons: Sequence[Comparison]) -> list[Fact]:
     return [Fact("Added seeds", text, "comparisons")]
 
 
-def _rate_fact(recommended: Setting, settings: Sequence[Setting]) -> Fact:
+SPEED_KEYS = ("adapter.r", "adapter.kind", "adapter.target_modules", "adapter.lora_alpha")
+"""Keys whose values learn at different speeds at one learning rate."""
+
+
+def _rate_fact(
+    recommended: Setting, settings: Sequence[Setting], comparisons: Sequence[Comparison]
+) -> Fact:
     rates = sorted({float(setting.setting(RATE)) for setting in settings})
     tried = ", ".join(map(rate_name, rates))
     full = [setting for setting in settings if setting.is_full]
     if len(settings) == 1:
         text = f"{tried}, not tuned."
+    elif len(rates) == 1 and any(pair.key in SPEED_KEYS for pair in comparisons):
+        text = (
+            f"{tried} for all settings: this compares how fast they learn, not how well each does "
+            "at its best rate (to compare that: `tuning:` in the recipe)."
+        )
     elif len(rates) == 1:
         text = (
             f"{tried} for all settings, not tuned: at other rates the order of the settings may "

@@ -67,6 +67,11 @@ def untuned(comparisons: Sequence[Comparison]) -> str:
     ]
     if not compared:
         return ""
+    if RATE in compared[0].first_run.tuned:
+        return (
+            "Each setting is compared at its own learning rate, the lowest on the validation set: "
+            "see [the learning rate of each setting](#tuning)."
+        )
     rates = sorted({float(setting.setting(RATE)) for setting in compared})
     shown = (
         f"{rate_name(rates[0])} for all" if len(rates) == 1 else ", ".join(map(rate_name, rates))
@@ -159,18 +164,20 @@ def confounds(comparisons: Sequence[Comparison]) -> str:
         first = ranks[0].first
         ratio = first.setting("adapter.lora_alpha") / first.setting("adapter.r")
         if not ranks[0].tied:
-            items.append(f"Ranks are compared at the same alpha/r ({ratio:g}) and learning rate.")
+            equal = "" if RATE in first.first_run.tuned else " and learning rate"
+            items.append(f"Ranks are compared at the same alpha/r ({ratio:g}){equal}.")
         items.append(f"A larger rank trains more weights ({_weights(ranks)}).")
     if modules := by_key.get("adapter.target_modules"):
         items.append(f"More target modules also mean more trainable weights ({_weights(modules)}).")
     if kinds := by_key.get("adapter.kind", []):
         rate = float(kinds[0].first.setting(RATE))
-        items.append(
-            f"Methods are compared at the same learning rate ({rate_name(rate)}); each may have a "
-            "better one."
-            if RATE not in kinds[0].tied
-            else "Each method is trained at one learning rate; other rates may be better."
-        )
+        if RATE not in kinds[0].first.first_run.tuned:
+            items.append(
+                f"Methods are compared at the same learning rate ({rate_name(rate)}); each may "
+                "have a better one."
+                if RATE not in kinds[0].tied
+                else "Each method is trained at one learning rate; other rates may be better."
+            )
         compared = [setting for pair in kinds for setting in (pair.first, pair.second)]
         if len({setting.trainable_weights for setting in compared}) > 1:
             items.append(f"Methods train different numbers of weights ({_weights(kinds)}).")

@@ -11,6 +11,7 @@ from slm_lora.report.card import Card, Gap, gap, interval_text
 from slm_lora.report.names import SettingNames, key_name
 from slm_lora.report.sentences import p_text, short_verdict
 from slm_lora.report.tables import loss_shown
+from slm_lora.report.tuning import Tuned, value_text
 from slm_lora.runs.metrics import METRICS, Metric, mean_over_rows
 from slm_lora.runs.scored_run import has_metric
 from slm_lora.runtime.progress import clock
@@ -20,19 +21,27 @@ from slm_lora.stats.factorial import Contrast
 from slm_lora.stats.selection import cost
 from slm_lora.stats.settings import Setting
 
-SETTING_COLUMNS = (
-    "Setting", "Seeds", "Loss", "Perplexity", "Against the recommended, 95 %", "Trainable", "Time",
-    "Memory",
-)  # fmt: skip
+AGAINST = "Against the recommended, 95 %"
+
+
+def setting_columns(phase: Tuned | None) -> list[str]:
+    """Titles of the table of settings; each tuned key has a column."""
+    own = [key_name(key).capitalize() for key in phase.record.keys] if phase else []
+    return ["Setting", *own, "Seeds", "Loss", "Perplexity", AGAINST, "Trainable", "Time", "Memory"]
 
 
 def setting_rows(
-    card: Card, settings: Sequence[Setting], base: Setting | None, names: SettingNames
+    card: Card,
+    settings: Sequence[Setting],
+    base: Setting | None,
+    names: SettingNames,
+    phase: Tuned | None = None,
 ) -> list[list[str]]:
-    """Literal cells under `SETTING_COLUMNS`: the base, then the settings, cheapest first."""
+    """Literal cells under `setting_columns`: the base, then the settings, cheapest first."""
     differences = (*card.gaps, *([card.base] if card.base else []))
     gaps = {id(difference.setting): difference for difference in differences}
-    rows = [_setting_row(base, gaps.get(id(base)), names, "")] if base else []
+    keys = phase.record.keys if phase else ()
+    rows = [_setting_row(base, gaps.get(id(base)), names, "", keys)] if base else []
     for setting in sorted(settings, key=cost):
         marks = [
             word
@@ -40,19 +49,24 @@ def setting_rows(
             if setting is marked
         ]
         mark = f" ({', '.join(marks)})" if marks and len(settings) > 1 else ""
-        rows.append(_setting_row(setting, gaps.get(id(setting)), names, mark))
+        rows.append(_setting_row(setting, gaps.get(id(setting)), names, mark, keys))
     return rows
 
 
 def _setting_row(
-    setting: Setting, difference: Gap | None, names: SettingNames, mark: str
+    setting: Setting,
+    difference: Gap | None,
+    names: SettingNames,
+    mark: str,
+    tuned: Sequence[str],
 ) -> list[str]:
     value = setting.estimate().value
     exponential = f"{perplexity(value):.2f}" if setting.metric.has_perplexity else "–"
-    start = [names.of(setting) + mark, f"{len(setting.runs)}"]
+    own = [value_text(key, float(setting.setting(key))) for key in tuned]
+    start = [names.of(setting) + mark, *own, f"{len(setting.runs)}"]
     numbers = [f"{value:.4f}", exponential, _gap_cell(difference)]
     if setting.first_run.is_base:
-        return [start[0], "–", *numbers, "–", "–", "–"]
+        return [start[0], *["–"] * len(own), "–", *numbers, "–", "–", "–"]
     records = [run.run.record for run in setting.runs]
     seconds = sum(record.trained.seconds for record in records) / len(records)
     peak = max(record.trained.peak_memory_bytes for record in records)
@@ -63,7 +77,7 @@ def _setting_row(
 def _gap_cell(difference: Gap | None) -> str:
     if difference is None:
         return "–"
-    if not math.isfinite(difference.low):
+    if not math.isfinite(difference.low + difference.high):
         return f"{difference.value:+.4f}"
     return f"{difference.value:+.4f} ({difference.low:+.4f}, {difference.high:+.4f})"
 
@@ -76,17 +90,21 @@ def count_text(count: int) -> str:
 
 
 def settings_table(
-    card: Card, settings: Sequence[Setting], base: Setting | None, names: SettingNames
+    card: Card,
+    settings: Sequence[Setting],
+    base: Setting | None,
+    names: SettingNames,
+    phase: Tuned | None = None,
 ) -> str:
     """One row per setting, over its seeds, as Markdown; the recommended one in bold."""
     rows = []
-    for row in setting_rows(card, settings, base, names):
+    for row in setting_rows(card, settings, base, names, phase):
         cells = [plain(row[0]), *row[1:]]
         recommended = card.recommended is not None and row[0].startswith(
             names.of(card.recommended) + " ("
         )
         rows.append([f"**{cell}**" if recommended else cell for cell in cells])
-    return markdown_table(SETTING_COLUMNS, rows)
+    return markdown_table(setting_columns(phase), rows)
 
 
 def comparisons_table(
@@ -125,7 +143,7 @@ def comparisons_table(
 
 def _gap_text(pair: Comparison) -> str:
     difference = pair.difference
-    if not math.isfinite(difference.low):
+    if not math.isfinite(difference.low + difference.high):
         return f"{difference.value:+.4f}"
     return f"{difference.value:+.4f} ({difference.low:+.4f}, {difference.high:+.4f})"
 

@@ -2,13 +2,14 @@
 
 from __future__ import annotations
 
+import math
 from collections.abc import Sequence
 from typing import Any
 
 from slm_lora.config.types import METHOD_LABELS
 from slm_lora.records import LossOn
 from slm_lora.report.blocks import markdown_table
-from slm_lora.report.names import MOST_MODULES
+from slm_lora.report.names import MOST_MODULES, rate_name
 from slm_lora.runs.metrics import METRICS, mean_over_rows
 from slm_lora.runs.scored_run import ScoredRun
 from slm_lora.runtime.progress import clock
@@ -17,13 +18,17 @@ from slm_lora.stats.inference import LEAST_GROUPS
 
 DESCRIBED = ("Model", "Dataset Size", "r", "Epochs", "Eval Loss", "Perplexity")
 MEASURED = (
-    "Training Rows", "Trainable Parameters", "Trainable %", "Tokens/s", "Time", "Peak Memory",
+    "Learning Rate", "Scale", "Training Rows", "Trainable Parameters", "Trainable %", "Tokens/s",
+    "Time", "Peak Memory",
 )  # fmt: skip
 
 
 def varied_keys(runs: Sequence[ScoredRun]) -> list[str]:
-    """Keys beyond rank, alpha and size that differ between the adapters' cells."""
-    shown = {"adapter.r", "adapter.lora_alpha", "data.size", "training.num_train_epochs"}
+    """Keys that differ between the adapters' cells and have no column of their own."""
+    shown = {
+        "adapter.r", "adapter.lora_alpha", "data.size", "training.num_train_epochs",
+        "training.learning_rate",
+    }  # fmt: skip
     seen: dict[str, set[str]] = {}
     for run in runs:
         if not run.is_base:
@@ -61,6 +66,8 @@ def cells(run: ScoredRun, runs: Sequence[ScoredRun]) -> list[str]:
         else f"{training.epochs:.2f}",
         *scores,
         *[_shown(run.setting(key)) for key in varied_keys(runs)],
+        rate_name(float(run.setting("training.learning_rate"))),
+        "–" if full else f"{scale(run):g}",
         f"{record.data.sets.train.rows}",
         f"{adapter.trainable_parameters:,}",
         f"{adapter.percent:.3f}",
@@ -68,6 +75,13 @@ def cells(run: ScoredRun, runs: Sequence[ScoredRun]) -> list[str]:
         clock(training.seconds),
         f"{training.peak_memory_bytes / 1e9:.2f} GB",
     ]  # fmt: skip
+
+
+def scale(run: ScoredRun) -> float:
+    """Factor on the adapter's output: alpha/r, and alpha/√r of rsLoRA."""
+    rank, alpha = run.setting("adapter.r"), run.setting("adapter.lora_alpha")
+    root = run.setting("adapter.kind") == "rslora"
+    return round(float(alpha / (math.sqrt(rank) if root else rank)), 3)
 
 
 def _shown(value: Any) -> str:
@@ -105,3 +119,29 @@ def loss_shown(loss: Estimate, digits: int = 4) -> str:
     if loss.groups < LEAST_GROUPS:
         return value
     return f"{value} ({loss.low:.{digits}f} to {loss.high:.{digits}f})"
+
+
+def runs_text(runs: Sequence[ScoredRun]) -> str:
+    """Every run in the described columns, losses with their intervals, and what they are."""
+    record = runs[0].run.record
+    data, machine = record.data, record.machine
+    tokens = "the whole text" if runs[0].headline == "all" else "the response"
+    seeds = ", ".join(map(str, sorted({run.resolved["seed"] for run in runs})))
+    gpu = f", {machine.gpu}" if machine.gpu else ""
+    notes = [
+        f"Eval Loss: total negative log-likelihood over the tokens of {tokens} (end-of-sequence "
+        f"token included), in nats per token, on the same {data.sets.test.rows} test rows "
+        "for every run; Perplexity is its exponential.",
+        f"Base: {record.model.name}, {record.model.precision}; data: {data.origin}; "
+        f"template: {data.template.kind}; seeds: {seeds}.",
+        f"Run on {machine.processor}, {machine.cores} cores, {machine.memory_gb} GB{gpu}. "
+        "Scale: factor on the adapter's output, alpha/r (rsLoRA: alpha/√r). Tokens/s: training "
+        "tokens without padding, first two steps excluded.",
+    ]
+    return (
+        f"{described_table(runs)}\n"
+        + "\n".join(f"- {note}" for note in notes)
+        + f"\n\n### Whole text, with 95 % intervals\n\n{losses_table(runs, 'all')}"
+        + f"\n### Response only, with 95 % intervals\n\n{losses_table(runs, 'response')}\n"
+        "Intervals cover the choice of test rows, not the training seed."
+    )

@@ -8,7 +8,7 @@ from rich.table import Table
 from rich.text import Text
 
 from slm_lora.report.contents import Analysis
-from slm_lora.report.summary import SETTING_COLUMNS, setting_rows
+from slm_lora.report.summary import AGAINST, setting_columns, setting_rows
 
 WIDTH = 100
 LEAST_NAME = 24
@@ -28,15 +28,16 @@ def card_table(analysis: Analysis) -> Table:
 def settings_table(analysis: Analysis, width: int) -> Table:
     """The settings over their seeds; columns that do not fit into ``width`` are left out, the
     least important first."""
-    rows = setting_rows(analysis.card, analysis.settings, analysis.base, analysis.names)
-    columns = [*SETTING_COLUMNS]
+    phase = analysis.tuned
+    rows = setting_rows(analysis.card, analysis.settings, analysis.base, analysis.names, phase)
+    columns = setting_columns(phase)
     widths = [
         max(len(columns[index]), *(len(row[index]) for row in rows))
         for index in range(len(columns))
     ]
     kept = list(range(len(columns)))
-    for name in ("Memory", "Seeds", "Time", "Trainable", SETTING_COLUMNS[4]):
-        if name == SETTING_COLUMNS[4]:
+    for name in ("Memory", "Seeds", "Time", "Trainable", AGAINST):
+        if name == AGAINST:
             widths[0] = min(widths[0], LEAST_NAME)  # names fold before this one is left out
         if sum(widths[index] + 2 for index in kept) <= min(width, WIDTH):
             break

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Sequence
+from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
@@ -14,9 +15,11 @@ from slm_lora.report.drawing import svg_file
 from slm_lora.report.html import as_html
 from slm_lora.report.markdown import as_markdown
 from slm_lora.report.summary import category_names
+from slm_lora.report.tuning import tuned_keys
 from slm_lora.runs.folder import METRICS_FILE, Run, read_table, to_json
 from slm_lora.runs.metrics import METRICS, mean_over_rows
 from slm_lora.runs.scored_run import ScoredRun, has_metric, read_scored_runs
+from slm_lora.runs.tuning import read_tuning
 from slm_lora.runtime.storage import atomic_write_text
 from slm_lora.stats.estimates import estimate
 from slm_lora.stats.settings import Setting
@@ -54,7 +57,7 @@ def write_report(
     table_before = read_table(results)
     first = table_before.first_report if table_before else ()
     first = first or tuple(run.folder.name for run in runs)
-    analysis = analyse(read_scored_runs(runs, headline), frozenset(first))
+    analysis = _analysis(runs, results, headline, frozenset(first))
     title = analysis.runs[0].run.record.experiment
     question, answer = contents.question(analysis), contents.answer_picture(analysis)
     sections = contents.sections(analysis, results)
@@ -70,6 +73,18 @@ def write_report(
         sections = contents.sections(analysis, results, quoted)
         atomic_write_text(results / WITH_ROWS_FILE, as_html(*page, sections))
     return analysis
+
+
+def _analysis(
+    runs: Sequence[Run], results: Path, headline: str | None, first: frozenset[str]
+) -> Analysis:
+    """Statistics of the runs, each setting at its own value of tuned keys where these were chosen
+    by the experiment's tuning.json."""
+    record = read_tuning(results)
+    scored = read_scored_runs(runs, headline)
+    keys = tuned_keys(record, scored)
+    scored = [replace(run, tuned=keys) for run in scored]
+    return analyse(scored, first, (results, record) if record and keys else None)
 
 
 def _pictures(answer: Picture | None, sections: Sequence[Section]) -> list[Picture]:
@@ -133,5 +148,6 @@ def _metrics(analysis: Analysis, first_report: Sequence[str]) -> dict[str, Any]:
             if pairs
         },
         "grid_contrasts": [contrast.record() for contrast in analysis.contrasts],
+        **({"tuning": analysis.tuned.summary()} if analysis.tuned else {}),
         "learning_curves": [curve.record() for curve in analysis.curves],
     }

@@ -211,7 +211,7 @@ def list_runs(results: Path) -> list[Run]:
     """The runs of an experiment's last table; all that are there, before there is a table.
 
     Raises:
-        UsageError: no finished run, or the folder of something else.
+        UsageError: no finished run, runs of a tuning phase, or the folder of something else.
         IntegrityError: a run is broken, or one of the last table is gone.
     """
     folders = {folder.name: folder for folder in run_folders(results / "runs")}
@@ -237,6 +237,11 @@ def list_runs(results: Path) -> list[Run]:
                 f"{run.folder / RUN_FILE}: cell and hash are those of {own}, not of this folder; "
                 f"{AGAIN}"
             )
+    if any(run.record.evaluation.split == "validation" for run in runs):
+        raise UsageError(
+            f"{results}: runs that chose values of an experiment, scored on the validation set; "
+            f"no report is made of them, but of {results.parent}"
+        )
     return runs
 
 

@@ -116,6 +116,7 @@ class EvaluationRecord(_Part):
     """Scores of the test rows."""
 
     headline: str
+    split: str = "test"
 
     @field_validator("headline")
     @classmethod

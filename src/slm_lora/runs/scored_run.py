@@ -24,11 +24,14 @@ class ScoredRun:
         run: its record.
         scores: of the test rows.
         headline: name of the metric behind the tables.
+        tuned: keys whose value was chosen for each setting, so that settings which differ in them
+            alone are one.
     """
 
     run: Run
     scores: tuple[RowScore, ...]
     headline: str = "all"
+    tuned: tuple[str, ...] = ()
 
     @property
     def metric(self) -> Metric:
@@ -87,7 +90,9 @@ def _check_losses(run: Run, scores: Sequence[RowScore]) -> None:
             )
 
 
-def read_scored_runs(runs: Sequence[Run], headline: str | None = None) -> list[ScoredRun]:
+def read_scored_runs(
+    runs: Sequence[Run], headline: str | None = None, tuned: Sequence[str] = ()
+) -> list[ScoredRun]:
     """Runs with their scores: base first, then by seed, data size, rank and name.
 
     All have one headline: the given, or that of the first run.
@@ -102,4 +107,5 @@ def read_scored_runs(runs: Sequence[Run], headline: str | None = None) -> list[S
         )  # fmt: skip
 
     lines = sorted(map(read_scored_run, runs), key=order)
-    return [replace(line, headline=headline or lines[0].headline) for line in lines]
+    headline = headline or lines[0].headline
+    return [replace(line, headline=headline, tuned=tuple(tuned)) for line in lines]

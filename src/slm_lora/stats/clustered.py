@@ -45,12 +45,32 @@ def clustered(numerators: Floats, denominators: Floats) -> Clustered:
         numerators: one sum per group.
         denominators: one sum per group, all above zero.
     """
-    total = math.fsum(denominators)
-    value = math.fsum(numerators) / total
+    value = math.fsum(numerators) / math.fsum(denominators)
     groups = len(denominators)
     if groups < 2:
         return Clustered(value, math.inf, 0.0, groups)
-    weights = denominators / total
+    factors, freedom = _factors(denominators)
+    residuals = numerators / denominators - value
+    return Clustered(value, math.sqrt(math.fsum(factors * residuals**2)), freedom, groups)
+
+
+def clustered_covariance(numerators: Floats, denominators: Floats) -> tuple[Floats, Floats, float]:
+    """Several ratios on the same groups: values [ratios], covariance [ratios, ratios], and its
+    degrees of freedom. Any linear combination has the error that `clustered` computes for it.
+
+    Args:
+        numerators: sums, [ratios, groups].
+        denominators: one sum per group, of at least two groups.
+    """
+    values: Floats = numerators.sum(1) / denominators.sum()
+    factors, freedom = _factors(denominators)
+    residuals = numerators / denominators - values[:, None]
+    return values, (factors * residuals) @ residuals.T, freedom
+
+
+def _factors(denominators: Floats) -> tuple[Floats, float]:
+    """Weights of the squared residuals in the variance, and its degrees of freedom."""
+    weights = denominators / math.fsum(denominators)
     working = 1 / np.sqrt(weights)
     working = working / working.mean()
     # Covariance of the residuals r - value under the working model, D - u1' - 1u' + c11'.
@@ -66,15 +86,13 @@ def clustered(numerators: Floats, denominators: Floats) -> Clustered:
     remaining[largest] = math.fsum(np.delete(weights, largest))
     own = working * remaining**2 + others
     factors = weights**2 * working / own
-    residuals = numerators / denominators - value
-    error = math.sqrt(math.fsum(factors * residuals**2))
     # Satterthwaite: (trace M)² / trace(M²) for M = sqrt(factors) · covariance · sqrt(factors).
     f0, f1, f2 = (float(sum_) for sum_ in (factors.sum(), factors @ u, factors @ u**2))
     off_diagonal = c * c * f0 * f0 + 2 * f2 * f0 + 2 * f1 * f1 - 4 * c * f1 * f0
     squares = float((factors**2) @ (own**2 - (c - 2 * u) ** 2)) + off_diagonal
     # At least one and at most groups - 1, whatever rounding does to a sum that cancels.
     freedom = float(factors @ own) ** 2 / squares if squares > 0 else 1.0
-    return Clustered(value, error, min(max(freedom, 1.0), groups - 1.0), groups)
+    return factors, min(max(freedom, 1.0), len(denominators) - 1.0)
 
 
 def effective_groups(denominators: Floats) -> float:

@@ -7,8 +7,9 @@ difference are corrected together (Holm), and so are its p-values of equivalence
 
 from __future__ import annotations
 
+import math
 from collections.abc import Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from typing import Any, Literal, NamedTuple
 
 from slm_lora.errors import UsageError
@@ -17,6 +18,7 @@ from slm_lora.runs.scored_run import ScoredRun
 from slm_lora.stats.estimates import Paired
 from slm_lora.stats.inference import Difference, difference, holm
 from slm_lora.stats.power import Needed, needed
+from slm_lora.stats.selection_regret import at_own_best
 from slm_lora.stats.settings import (
     Pairs,
     Setting,
@@ -96,7 +98,7 @@ class Comparison:
     def record(self) -> dict[str, Any]:
         """For metrics.json, which has no infinity: what is not known is null."""
         d = self.difference
-        known = self.sample.groups > 1
+        known = math.isfinite(d.low + d.high)
         return {
             "key": self.key,
             "tied": list(self.tied),
@@ -137,15 +139,18 @@ class _Pair(NamedTuple):
 
 
 def all_comparisons(
-    runs: Sequence[ScoredRun], seen: frozenset[str] | None = None
+    runs: Sequence[ScoredRun],
+    seen: frozenset[str] | None = None,
+    settings: Sequence[Setting] | None = None,
 ) -> list[Comparison]:
     """Every setting against its base, then neighbours along every key that varies.
 
     Args:
         runs: of one experiment, scored on the same rows.
         seen: run folders that the first report showed; None: nothing was shown before.
+        settings: of these runs, with the regrets of their tuned values; None: without any.
     """
-    settings = group_settings(runs)
+    settings = group_settings(runs) if settings is None else settings
     return _corrected([*_with_bases(runs, settings), *_between(settings)], seen)
 
 
@@ -170,7 +175,12 @@ def compare(arms: Sequence[Setting]) -> list[Comparison]:
 def _corrected(pairs: Sequence[_Pair], seen: frozenset[str] | None) -> list[Comparison]:
     samples = [sample_of(pair.runs, pair.first.metric) for pair in pairs]
     differences = [
-        difference(sample, equivalence_margin(pair.first.first_run))
+        at_own_best(
+            difference(sample, equivalence_margin(pair.first.first_run)),
+            sample,
+            pair.first.regret,
+            pair.second.regret,
+        )
         for pair, sample in zip(pairs, samples, strict=True)
     ]
     of_difference = holm([result.p for result in differences])
@@ -223,7 +233,10 @@ def _between(settings: Sequence[Setting]) -> list[_Pair]:
     pairs = []
     for key, tied, first, second in [*differing, *_against_full(adapters, full)]:
         if by_seed := pair_runs(first, second):  # the seeds that both have
-            one, other = (Setting(tuple(pair[side] for pair in by_seed)) for side in (0, 1))
+            one, other = (
+                replace(setting, runs=tuple(pair[side] for pair in by_seed))
+                for side, setting in enumerate((first, second))
+            )
             pairs.append(_Pair(key, tied, one, other, by_seed))
     return pairs
 

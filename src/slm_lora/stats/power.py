@@ -133,3 +133,21 @@ def failure_bound(units: int, failures: int = 0) -> float:
     """Largest share of failing seeds that is compatible, at 95 % confidence, with so many failures
     among so many seeds (Clopper and Pearson 1934); 1 - 0.05^(1/n) without any."""
     return 1.0 if failures >= units else float(btdtri(failures + 1, units - failures, 0.95))
+
+
+def groups_to_detect(size: float, deviation: float) -> int:
+    """Groups of rows that show a paired difference at 5 %, two-sided, with 80 % power.
+
+    Args:
+        size: of the difference.
+        deviation: standard deviation of the difference between groups.
+    """
+    return math.ceil((_NORMAL * deviation / size) ** 2)
+
+
+def detectable(groups: int, deviation: float) -> float:
+    """The difference that so many groups show, as `groups_to_detect`."""
+    return _NORMAL * deviation / math.sqrt(groups)
+
+
+_NORMAL = float(-ndtri(0.025) - ndtri(0.2))

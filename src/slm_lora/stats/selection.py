@@ -12,7 +12,8 @@ from __future__ import annotations
 from collections.abc import Callable, Sequence
 
 from slm_lora.stats.comparisons import ALPHA
-from slm_lora.stats.inference import interval, p_below, p_equivalence
+from slm_lora.stats.inference import difference
+from slm_lora.stats.selection_regret import at_own_best, own_best_interval, p_worse
 from slm_lora.stats.settings import Setting, common_draws, draw_of, pair_runs, sample_of
 
 
@@ -52,7 +53,7 @@ def _p_worse(setting: Setting, other: Setting) -> float:
     sample = sample_of(pairs, setting.metric)
     if sample.units == 1 and max(len(setting.runs), len(other.runs)) > 1:
         return 1.0  # rows alone
-    return p_below(sample, setting.metric.cost(sample.value))
+    return p_worse(sample, other.regret, setting.regret)
 
 
 def lowest_of(settings: Sequence[Setting]) -> Setting:
@@ -78,13 +79,15 @@ def equivalent_to(reference: Setting, other: Setting, margin: float, candidates:
     if len(pairs) < len(reference.runs):
         return False
     sample = sample_of(pairs, reference.metric)
-    return p_equivalence(sample, margin) < ALPHA / max(1, candidates)
+    tested = at_own_best(difference(sample, margin), sample, reference.regret, other.regret)
+    return tested.p_equivalence < ALPHA / max(1, candidates)
 
 
 def selected_interval(reference: Setting, chosen: Setting, candidates: int) -> tuple[float, float]:
     """95 % interval of chosen minus reference, whichever of the candidates was chosen."""
     sample = sample_of(pair_runs(reference, chosen), reference.metric)
-    return interval(sample, selected_confidence(candidates))
+    confidence = selected_confidence(candidates)
+    return own_best_interval(sample, confidence, reference.regret, chosen.regret)
 
 
 def cost(setting: Setting) -> tuple[float, float]:

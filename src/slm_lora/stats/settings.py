@@ -14,13 +14,20 @@ from slm_lora.errors import UsageError
 from slm_lora.runs.metrics import Metric
 from slm_lora.runs.scored_run import ScoredRun
 from slm_lora.stats.estimates import Draw, Estimate, Paired, estimate, paired
+from slm_lora.stats.regret import NO_REGRET, Regret
 
 
 @dataclass(frozen=True)
 class Setting:
-    """One setting of the grid over its seeds; the base model is a setting of one run."""
+    """One setting of the grid over its seeds; the base model is a setting of one run.
+
+    Attributes:
+        runs: one per seed.
+        regret: of its tuned values, in the headline; none without tuning.
+    """
 
     runs: tuple[ScoredRun, ...]
+    regret: Regret = NO_REGRET
 
     @property
     def is_full(self) -> bool:
@@ -153,7 +160,7 @@ def base_of(setting: Setting, bases: Sequence[Setting]) -> Setting | None:
 
 
 def flat_settings(run: ScoredRun, without: Sequence[str] = ()) -> list[tuple[str, str]]:
-    """The recipe flat, without seeds, and without some keys (the rank takes alpha/r along)."""
+    """The recipe flat, without seeds, tuned keys and some others (the rank takes alpha/r along)."""
     recipe = {
         section: dict(value) if isinstance(value, dict) else value
         for section, value in run.resolved.items()
@@ -165,7 +172,8 @@ def flat_settings(run: ScoredRun, without: Sequence[str] = ()) -> list[tuple[str
         for section, value in recipe.items()
         for name, entry in value.items()
     }
-    return sorted((key, value) for key, value in flat.items() if key not in without)
+    left_out = {*without, *run.tuned}
+    return sorted((key, value) for key, value in flat.items() if key not in left_out)
 
 
 def varied(settings: Sequence[Setting]) -> dict[str, tuple[str, ...]]:

@@ -102,6 +102,7 @@ def train(
     *,
     validate: Callable[[], float] | None = None,
     on_step: Callable[[Step], None] = lambda step: None,
+    on_resume: Callable[[Sequence[Step]], None] = lambda steps: None,
     checkpointer: Checkpointer | None = None,
     stop: Stop | None = None,
     steps_ahead: int | None = None,
@@ -115,7 +116,8 @@ def train(
         section: how to train.
         seed: of order and dropout.
         validate: loss on the validation set, in nats per label token.
-        on_step: called with every step that this process computes.
+        on_step: called with every step that this process computes; may raise to end the training.
+        on_resume: called with the steps of earlier processes, if there are any.
         checkpointer: saves from time to time and at the end; resumes what an earlier process saved.
         stop: checked after every step, and by ``validate`` as it likes.
         steps_ahead: steps enqueued before the numbers of one are read; None: one on a CUDA GPU,
@@ -169,6 +171,8 @@ def train(
         if state.history and validate is not None and state.should_validate(state.history[-1]):
             on_step(state.validate_last(validate))
         seconds, start = state.seconds, len(state.history)
+        if state.history:
+            on_resume(state.history)
         pending: deque[tuple[Step, PendingStep]] = deque()
         batches = enumerate(epoch_steps(usable, batch, seed, total))
         for number, step_examples in itertools.islice(batches, start, None):

@@ -17,7 +17,7 @@ PICTURE = Picture("settings", '<svg viewBox="0 0 1 1"></svg>', "a caption")
     "name",
     ["a|b", "![x](http://host/p.png)", "<b>bold</b>", "_x_ *y* `z`", "two\nlines", "closed_qa"],
 )
-def test_plain_keeps_any_name_literal(name: str) -> None:
+def test_plain_keeps_any_name_literal_in_html(name: str) -> None:
     table = f"| Category | Rows |\n| :-- | --: |\n| {plain(name)} | 3 |"
     page = as_html("t", "", None, None, [Section("By category", table)])
     assert page.count("<td") == 2

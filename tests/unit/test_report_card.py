@@ -15,14 +15,14 @@ from slm_lora.runs.scored_run import ScoredRun
 from slm_lora.stats.comparisons import all_comparisons
 from slm_lora.stats.settings import Setting, group_settings
 
-from ..support.runs import line
+from ..support.runs import scored_run
 
 
 def run(
     folder: Path, name: str, loss: float, steps: int = 200, falling: bool = False, **keys: Any
 ) -> ScoredRun:
-    """A run of `line` with its training: ``steps`` losses, at the end falling or level."""
-    scored = line(name, loss, **keys)
+    """A run of `scored_run` with its training: ``steps`` losses, at the end falling or level."""
+    scored = scored_run(name, loss, **keys)
     record = dict(scored.run.raw)
     path = folder / name
     path.mkdir()
@@ -72,27 +72,27 @@ def test_cheapest_equivalent_setting_is_recommended(tmp_path: Path) -> None:
     assert card.recommended is not None and card.recommended.name == "r16"
 
 
-def test_gain_is_the_ratio_of_perplexities_with_the_corrected_verdict(tmp_path: Path) -> None:
+def test_card_shows_the_perplexity_gain_with_the_corrected_verdict(tmp_path: Path) -> None:
     runs = [run(tmp_path, "base", 3.0), run(tmp_path, "r8", 2.0)]
     gain = facts(card_of(runs))["Against the base"]
     assert gain.startswith("perplexity 20.09 → 7.39, -63.2 %")  # exp 3, exp 2, 1 - 1/e
     assert "significantly lower across test rows (one seed)" in gain
 
 
-def test_a_worse_adapter_is_called_higher(tmp_path: Path) -> None:
+def test_card_calls_an_adapter_worse_than_the_base_higher(tmp_path: Path) -> None:
     runs = [run(tmp_path, "base", 2.0), run(tmp_path, "r8", 3.0)]
     assert "significantly HIGHER" in facts(card_of(runs))["Against the base"]
 
 
-def test_one_seed_and_untuned_rate_are_pointed_out(tmp_path: Path) -> None:
+def test_card_points_out_one_seed_untuned_rate_and_grid_edge(tmp_path: Path) -> None:
     runs = [run(tmp_path, f"r{r}", 2.0 - r / 50, adapter__r=r) for r in (4, 8)]
     shown = facts(card_of(runs))
     assert shown["Seeds"].startswith("one:")
-    assert "2e-4 for all settings, not tuned" in shown["Learning rate"]
+    assert "2e-4 for all settings: this compares how fast they learn" in shown["Learning rate"]
     assert shown["Edge of the grid"].startswith("8 is the largest rank tried")
 
 
-def test_tried_rates_are_chosen_on_the_test_rows(tmp_path: Path) -> None:
+def test_card_says_that_rates_were_selected_on_the_test_rows(tmp_path: Path) -> None:
     runs = [
         run(tmp_path, f"lr{rate}", 2.0 + rate, training__learning_rate=rate)
         for rate in (1e-3, 2e-3)
@@ -106,7 +106,7 @@ def test_tried_rates_are_chosen_on_the_test_rows(tmp_path: Path) -> None:
     assert "one per setting" in facts(card_of(tied))["Learning rate"]
 
 
-def test_an_edge_in_the_middle_of_the_grid_is_none(tmp_path: Path) -> None:
+def test_best_rank_inside_the_grid_is_no_edge(tmp_path: Path) -> None:
     losses = ((4, 2.2), (8, 2.0), (16, 2.3))
     runs = [run(tmp_path, f"r{r}", loss, adapter__r=r) for r, loss in losses]
     assert "Edge of the grid" not in facts(card_of(runs))
@@ -116,7 +116,7 @@ def test_an_edge_in_the_middle_of_the_grid_is_none(tmp_path: Path) -> None:
     ("steps", "falling", "expected"),
     [(50, False, "50 optimizer steps"), (200, True, "still falling"), (200, False, None)],
 )
-def test_short_trainings_are_pointed_out(
+def test_card_points_out_short_and_unfinished_trainings(
     tmp_path: Path, steps: int, falling: bool, expected: str | None
 ) -> None:
     shown = facts(card_of([run(tmp_path, "r8", 2.0, steps, falling)]))
@@ -126,7 +126,7 @@ def test_short_trainings_are_pointed_out(
         assert expected in shown["Training length"]
 
 
-def test_several_seeds_are_one_setting_with_its_verdict(tmp_path: Path) -> None:
+def test_card_joins_seeds_into_one_setting_with_its_verdict(tmp_path: Path) -> None:
     runs = [run(tmp_path, "base", 3.0)]
     runs += [
         run(tmp_path, f"r{r}-seed{n}", 2.0 - r / 50 + n / 100, adapter__r=r, seed=n)
@@ -141,7 +141,7 @@ def test_several_seeds_are_one_setting_with_its_verdict(tmp_path: Path) -> None:
     assert card.gaps[0].seeds == 3
 
 
-def test_without_a_trained_setting_there_is_no_card(tmp_path: Path) -> None:
+def test_card_without_a_trained_setting_is_empty(tmp_path: Path) -> None:
     card = card_of([run(tmp_path, "base", 3.0)])
     assert card.recommended is None and not card.facts
 
@@ -149,11 +149,11 @@ def test_without_a_trained_setting_there_is_no_card(tmp_path: Path) -> None:
 @pytest.mark.parametrize(
     ("rate", "name"), [(2e-4, "2e-4"), (1e-3, "1e-3"), (2.5e-5, "2.5e-5"), (0.1, "1e-1")]
 )
-def test_rates_are_written_as_people_write_them(rate: float, name: str) -> None:
+def test_learning_rates_are_named_in_short_scientific_form(rate: float, name: str) -> None:
     assert rate_name(rate) == name
 
 
-def test_the_gain_is_over_the_base_that_was_trained(tmp_path: Path) -> None:
+def test_card_compares_the_recommended_setting_with_its_own_base(tmp_path: Path) -> None:
     """Of two bases the recommended setting is compared with its own."""
     small, large = run(tmp_path, "base", 3.0), run(tmp_path, "base-large", 2.0)
     adapters = [run(tmp_path, name, loss) for name, loss in (("small", 2.8), ("large", 1.9))]

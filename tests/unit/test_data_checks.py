@@ -48,7 +48,7 @@ def test_relations_are_counted_one_by_one_and_together() -> None:
     assert (related[None].groups, related[None].rows) == (2, 5)
 
 
-def test_the_leak_is_that_of_random_splits() -> None:
+def test_leak_equals_that_of_simulated_random_splits() -> None:
     rows = [row(f"question {i // 3}", f"{i}") for i in range(60)]
     leak = dataset_statistics(rows, [1] * 60).related[-1].leak
     group, rng, shares = group_rows(rows).group_of, random.Random(0), []
@@ -106,7 +106,7 @@ LLAMA2 = (
         ("instruction_response", CHAT_TEMPLATE, ["Instruction:", "Response:"]),
     ],
 )
-def test_role_marks_that_are_not_special_tokens(
+def test_role_marks_that_are_plain_text_are_found(
     template: TemplateKind, chat_template: str, marks: list[str]
 ) -> None:
     tokenizer = tiny_tokenizer()
@@ -266,5 +266,5 @@ def test_special_tokens_in_rows_are_counted() -> None:
         ("{{ strftime_now('%Y') }}{{ raise_exception('no') }}{% break %", ()),
     ],
 )
-def test_undefined_names_in_a_template(source: str, names: tuple[str, ...]) -> None:
+def test_undefined_names_in_a_template_are_listed(source: str, names: tuple[str, ...]) -> None:
     assert undefined_names(source, ["eos_token"]) == names
