@@ -83,7 +83,11 @@ class Check:
             self.source, device=device, precision=precision, quantization=quantization, padded=plain
         )
         hardware.reset_peak_memory(device.type)
-        peft_model = attach.attach(base, AdapterSection(r=16, lora_dropout=0.05), seed=0)
+        peft_model = attach.attach(
+            base,
+            AdapterSection(r=16, lora_dropout=0.05, target_modules=("q_proj", "v_proj")),
+            seed=0,
+        )
         config = TrainingSection(
             num_train_epochs=1,
             effective_batch_size=16 if self.device.type == "cuda" else 4,

@@ -49,7 +49,7 @@ def micro_batch_tokens(args: Work, default: TrainingSection | EvaluationSection)
     return 16_384 if args.on_gpu else default.micro_batch_tokens
 
 
-LORA = AdapterSection(r=R, lora_dropout=DROPOUT)
+LORA = AdapterSection(r=R, lora_dropout=DROPOUT, target_modules=("q_proj", "v_proj"))
 """The adapter of all contenders."""
 
 

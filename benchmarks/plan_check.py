@@ -18,7 +18,7 @@ from typing import Any
 
 from slm_lora.runtime import hardware
 
-RECIPE = Path(__file__).parent.parent / "recipes" / "quickstart.yaml"
+RECIPE = Path(__file__).parent / "short.yaml"
 ALWAYS = (
     "grid.cells=[]",
     "training.num_train_epochs=1",

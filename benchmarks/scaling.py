@@ -32,7 +32,7 @@ from slm_lora.runtime import distributed, hardware
 from slm_lora.runtime.storage import atomic_write_text
 from slm_lora.training.schedule import epoch_steps
 
-RECIPE = Path("recipes/quickstart.yaml")
+RECIPE = Path("benchmarks/short.yaml")
 WORK = (
     "grid.cells=[{data.size: 128, adapter.r: 16}]", "data.test_rows=48", "data.validation_rows=16",
     "training.compile=false", "checkpoint_seconds=3600",

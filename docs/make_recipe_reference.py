@@ -93,6 +93,44 @@ seeds: [0, 1, 2]                                           # times three seeds
 A multiple of the rank, such as `lora_alpha: 2r` (the default), follows the rank by itself.
 """
 
+TAIL += """
+## Learning rate
+
+`training.learning_rate: auto` (the default) is a number from published rules, computed when the
+model is known; runs record the number, and `--plan` prints it with its inputs:
+
+```
+LoRA:             5e-5 × (2000 / width)^p × 10 × √(32 / alpha) × √(effective_batch_size / 16)
+full fine-tuning: 5e-5 × (2000 / width)^p × √(effective_batch_size / 16)
+```
+
+rounded to two digits. `width` is the model's `hidden_size`; p is 0.781 for Llama (`model_type`
+begins with `llama`, as SmolLM2's), 0.0775 for Qwen and 0.5 for others. With the embedded model and
+`lora_alpha: 2r`:
+
+| rank | 4 | 8 | 16 | 64 | full |
+| :-- | --: | --: | --: | --: | --: |
+| learning rate | 0.0026 | 0.0019 | 0.0013 | 0.00066 | 0.00013 |
+
+- Base rate, factor 10, width and p: [LoRA Without Regret](https://thinkingmachines.ai/blog/lora/)
+  (2025) and the [tinker-cookbook](https://github.com/thinking-machines-lab/tinker-cookbook),
+  measured at alpha = 32 on larger models. p = 0.5 is the exponent of width in the next source.
+- √(32 / alpha): [Learning Rate Scaling across LoRA Ranks](https://arxiv.org/abs/2602.06204) (2026):
+  the rate falls as 1/√r at a constant scale alpha/r, and does not depend on r at a constant alpha.
+  For rsLoRA alpha·√r takes the place of alpha.
+- √batch: [Malladi et al. 2022](https://arxiv.org/abs/2205.10287). The cookbook states no batch size
+  for its formula; 16 is an assumption.
+- LoRA+: A's rate is divided by the root of `loraplus_lr_ratio`. PiSSA has no term, though
+  [its best rate is below LoRA's](https://arxiv.org/abs/2602.04998).
+
+It is a starting point, not a tuned value: the best rate also depends on rows, steps and schedule.
+In [results/learning-rates](../results/learning-rates/report.md) 3e-3 had the lowest loss of four
+rates, at rank 4 and at rank 16. A `tuning` section chooses the rate on the validation set. By
+default it begins with three values of the series …, 2.5e-4, 1e-3, 4e-3, 1.6e-2, …, the middle one
+next to the rule's rate: settings with different rates then have values in common, at which they can
+be compared as well.
+"""
+
 
 def main() -> None:
     """Write, or with --check compare."""

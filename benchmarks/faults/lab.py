@@ -40,7 +40,7 @@ RECIPE = """
 name: {name}
 model: {{name: {model}}}
 data: {{name: {rows}, test_rows: 16, validation_rows: 8, size: 20, max_length: 64}}
-adapter: {{r: 2}}
+adapter: {{r: 2, target_modules: [q_proj, v_proj]}}
 training:
   max_steps: 5
   learning_rate: 1e-2

@@ -42,3 +42,6 @@ class StorageError(SlmLoraError):
 
 STOPPED_RESUMABLE = 75
 """Exit code after a stop on request; the same command resumes the run."""
+
+NOT_SHOWN_BETTER = 10
+"""Exit code of `slm-lora tune` where the adapter is not shown to be better than its base."""

@@ -30,7 +30,9 @@ LoadTiny = Callable[..., Base]
 
 def saved(base: Base, folder: Path, section: AdapterSection | None = None) -> Path:
     """An adapter of the base, with a B that is not zero."""
-    peft_model = attach.attach(base, section or AdapterSection(r=2), 0)
+    peft_model = attach.attach(
+        base, section or AdapterSection(r=2, target_modules=("q_proj", "v_proj")), 0
+    )
     torch.manual_seed(3)
     for name, parameter in peft_model.named_parameters():
         if "lora_B" in name:
@@ -138,7 +140,7 @@ def test_adapter_of_other_weights_is_refused_only_if_sealed(
 
 def test_adapter_with_non_finite_weights_is_not_saved(load_tiny: LoadTiny, tmp_path: Path) -> None:
     base = load_tiny()
-    peft_model = attach.attach(base, AdapterSection(r=2), 0)
+    peft_model = attach.attach(base, AdapterSection(r=2, target_modules=("q_proj", "v_proj")), 0)
     list(attach.trainable_state(peft_model))
     next(p for n, p in peft_model.named_parameters() if "lora_B" in n).data[0, 0] = float("inf")
     with pytest.raises(NumericError, match=r"lora_B.* is not finite, so nothing was saved"):

@@ -34,7 +34,9 @@ SECTION = TrainingSection(num_train_epochs=4, learning_rate=1e-2, eval_steps=2, 
 def train_until(
     base: Base, checkpointer: Checkpointer | None, stop_after: int | None = None
 ) -> tuple[TrainingResult | None, dict[str, torch.Tensor]]:
-    peft_model = attach.attach(base, AdapterSection(r=4, lora_dropout=0.1), 3)
+    peft_model = attach.attach(
+        base, AdapterSection(r=4, lora_dropout=0.1, target_modules=("q_proj", "v_proj")), 3
+    )
     losses = {2: 2.0, 4: 1.0, 6: 1.5, 8: 1.2}
     steps: list[int] = []
 
@@ -102,7 +104,9 @@ def test_reading_results_a_step_late_changes_no_bit(
 
     def run(ahead: int, folder: Path, stops: bool = False) -> tuple[Any, ...]:
         base, stop = load_tiny(), Stop()
-        peft_model = attach.attach(base, AdapterSection(r=4, lora_dropout=0.1), 3)
+        peft_model = attach.attach(
+            base, AdapterSection(r=4, lora_dropout=0.1, target_modules=("q_proj", "v_proj")), 3
+        )
 
         def on_step(step: Step) -> None:
             stop.requested |= stops and step.step == stop_at
@@ -188,7 +192,9 @@ def test_resume_names_broken_checkpoints_and_uses_the_newest_intact_one(
     messages.clear()
     losses = iter([2.0, 1.0, 1.5, 1.2] if both else [1.0, 1.5, 1.2])
     base = load_tiny()
-    peft_model = attach.attach(base, AdapterSection(r=4, lora_dropout=0.1), 3)
+    peft_model = attach.attach(
+        base, AdapterSection(r=4, lora_dropout=0.1, target_modules=("q_proj", "v_proj")), 3
+    )
     train(
         base, peft_model, make_examples(TRAINING_LENGTHS), SECTION, 3,
         validate=lambda: next(losses), checkpointer=checkpointer,
@@ -267,7 +273,9 @@ def test_stop_during_validation_keeps_the_finished_step(
         stop_step: int | None,
     ) -> tuple[TrainingResult | None, dict[str, torch.Tensor]]:
         base = load_tiny()
-        peft_model = attach.attach(base, AdapterSection(r=4, lora_dropout=0.1), 3)
+        peft_model = attach.attach(
+            base, AdapterSection(r=4, lora_dropout=0.1, target_modules=("q_proj", "v_proj")), 3
+        )
         stop, steps = Stop(), list(counted)
 
         def validate() -> float:

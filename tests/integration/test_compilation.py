@@ -116,7 +116,9 @@ def test_new_shapes_compile_no_further_graph(
     load_tiny: LoadTiny, precision: str, seed: int
 ) -> None:
     base = load_tiny(precision)
-    peft_model = attach.attach(base, AdapterSection(r=4, lora_dropout=0.1), seed=0)
+    peft_model = attach.attach(
+        base, AdapterSection(r=4, lora_dropout=0.1, target_modules=("q_proj", "v_proj")), seed=0
+    )
     peft_model.train()
     generator = torch.Generator().manual_seed(seed)
 
@@ -140,7 +142,9 @@ def test_every_rank_of_a_grid_is_compiled(load_tiny: LoadTiny) -> None:
     torch._dynamo.reset()
     compiled = 0
     for r in (1, 2, 3, 4, 5):
-        peft_model = attach.attach(base, AdapterSection(r=r), seed=0)
+        peft_model = attach.attach(
+            base, AdapterSection(r=r, target_modules=("q_proj", "v_proj")), seed=0
+        )
         with compilation.enabled(True):
             batch_nll(base, batch).backward()
             peft_model.eval()
@@ -155,7 +159,9 @@ def test_compiled_training_has_the_losses_of_eager_training(load_tiny: LoadTiny)
 
     def losses(setting: bool, recompute: bool = False) -> list[float]:
         base = load_tiny()
-        peft_model = attach.attach(base, AdapterSection(r=4, lora_dropout=0.1), seed=0)
+        peft_model = attach.attach(
+            base, AdapterSection(r=4, lora_dropout=0.1, target_modules=("q_proj", "v_proj")), seed=0
+        )
         section = TrainingSection(
             num_train_epochs=2, effective_batch_size=4, compile=setting, learning_rate=1e-3,
             activation_checkpointing=recompute,

@@ -82,7 +82,11 @@ def test_fully_trained_model_is_saved_as_a_model_folder(
 
 def test_saved_pissa_adapter_fits_the_original_base(load_tiny: LoadTiny, tmp_path: Path) -> None:
     base = load_tiny("fp32")
-    peft_model = attach.attach(base, AdapterSection(kind="pissa", r=4, lora_dropout=0), seed=0)
+    peft_model = attach.attach(
+        base,
+        AdapterSection(kind="pissa", r=4, lora_dropout=0, target_modules=("q_proj", "v_proj")),
+        seed=0,
+    )
     batch = collate(make_examples(LENGTHS), "all")
     untouched = batch_nll(load_tiny("fp32"), batch).item()
     # It begins where the base is, though the base's own weights are others.
@@ -104,7 +108,9 @@ def test_loraplus_ratio_scales_the_learning_rate_of_b(load_tiny: LoadTiny) -> No
     def moved(ratio: float | None) -> float:
         """Largest change of a B in AdamW's first step, which is its learning rate."""
         base = load_tiny("fp32")
-        peft_model = attach.attach(base, AdapterSection(r=4, lora_dropout=0), seed=0)
+        peft_model = attach.attach(
+            base, AdapterSection(r=4, lora_dropout=0, target_modules=("q_proj", "v_proj")), seed=0
+        )
         section = TrainingSection(max_steps=1, learning_rate=1e-4, loraplus_lr_ratio=ratio)
         train(base, peft_model, make_examples(LENGTHS), section, seed=0)
         change = max(
@@ -119,9 +125,13 @@ def test_loraplus_ratio_scales_the_learning_rate_of_b(load_tiny: LoadTiny) -> No
 
 @pytest.mark.parametrize("kind", ["full", "dora"])
 def test_norms_and_biases_have_no_weight_decay(load_tiny: LoadTiny, kind: str) -> None:
-    trained = attach.attach(load_tiny("fp32"), AdapterSection(kind=kind, lora_dropout=0), seed=0)
+    trained = attach.attach(
+        load_tiny("fp32"),
+        AdapterSection(kind=kind, lora_dropout=0, target_modules=("q_proj", "v_proj")),
+        seed=0,
+    )
     named = {name: p for name, p in trained.named_parameters() if p.requires_grad}
-    optimizer = adamw(named, TrainingSection(weight_decay=0.1), trained)
+    optimizer = adamw(named, TrainingSection(learning_rate=2e-4, weight_decay=0.1), trained)
     name_of = {id(parameter): name for name, parameter in named.items()}
     ours = {
         name_of[id(parameter)]
@@ -256,7 +266,9 @@ def test_check_forward_refuses_activated_lora(load_tiny: LoadTiny) -> None:
 
 def test_check_forward_changes_no_weight_gradient_or_random_state(load_tiny: LoadTiny) -> None:
     base = load_tiny("fp32")
-    peft_model = attach.attach(base, AdapterSection(r=4), seed=5)
+    peft_model = attach.attach(
+        base, AdapterSection(r=4, target_modules=("q_proj", "v_proj")), seed=5
+    )
     before = attach.trainable_state(peft_model)
     torch.manual_seed(3)
     drawn = torch.rand(1)

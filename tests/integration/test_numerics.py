@@ -43,7 +43,9 @@ def spoil(
 def train_steps(
     base: Base, on_step: Callable[[Step], None], epochs: int = 3, ahead: int = 0
 ) -> tuple[Step, ...]:
-    peft_model = attach.attach(base, AdapterSection(r=2, lora_dropout=0.0), 0)
+    peft_model = attach.attach(
+        base, AdapterSection(r=2, lora_dropout=0.0, target_modules=("q_proj", "v_proj")), 0
+    )
     section = TrainingSection(num_train_epochs=epochs, learning_rate=1e-2)
     try:
         return train(
@@ -123,12 +125,12 @@ def test_non_finite_weight_is_reported_with_step_and_rows(
 
 def test_error_in_validation_names_its_step(load_tiny: LoadTiny) -> None:
     base = load_tiny()
-    peft_model = attach.attach(base, AdapterSection(r=2), 0)
+    peft_model = attach.attach(base, AdapterSection(r=2, target_modules=("q_proj", "v_proj")), 0)
 
     def validate() -> float:
         raise NumericError("row 0001: loss nan")
 
-    section = TrainingSection(num_train_epochs=1, eval_steps=2)
+    section = TrainingSection(num_train_epochs=1, learning_rate=2e-4, eval_steps=2)
     with pytest.raises(NumericError, match="validation after step 2: row 0001"):
         train(base, peft_model, make_examples(TRAINING_LENGTHS), section, 0, validate=validate)
 
@@ -190,7 +192,9 @@ def test_step_result_does_not_depend_on_the_token_budget(load_tiny: LoadTiny) ->
     results = []
     for budget in (10_000, 200, 60, 1):
         base = load_tiny()
-        peft_model = attach.attach(base, AdapterSection(r=4, lora_dropout=0.0), 3)
+        peft_model = attach.attach(
+            base, AdapterSection(r=4, lora_dropout=0.0, target_modules=("q_proj", "v_proj")), 3
+        )
         parameters = [p for p in peft_model.parameters() if p.requires_grad]
         optimizer = torch.optim.SGD(parameters, lr=0.0)
         scaler = torch.amp.GradScaler("cpu", enabled=False)

@@ -10,9 +10,12 @@ import torch
 
 from slm_lora.adapters import attach
 from slm_lora.config.load import load_recipe
+from slm_lora.errors import UsageError
+from slm_lora.experiment import resolve_jobs
 from slm_lora.experiment.job import Job
 from slm_lora.experiment.paths import ExperimentPaths
-from slm_lora.experiment.resolve_jobs import make_jobs
+from slm_lora.experiment.resolve_jobs import JobResolver, make_jobs
+from slm_lora.experiment.tuning import TuningPhase
 from slm_lora.model.loading import load_base
 from slm_lora.planning.plan import PlannedCell, plan
 from slm_lora.planning.probe import measure
@@ -112,3 +115,58 @@ def test_plan_warns_and_run_refuses_when_the_device_is_missing(
     assert "not on this machine" not in "".join(capsys.readouterr())
     # An error without --plan.
     assert lab.run("grid.cells=[{data.size: 40}]", *overrides) == 2
+
+
+# --- automatic learning rates ------------------------------------------------------------------
+# Of the tiny Llama (width 48) at batch 8: 5e-5 × 10 × (2000/48)^0.781 × √(8/16) = 0.0065 × √(32/α).
+
+RULE = {2: 0.018, 4: 0.013}  # rank with alpha 2r
+
+
+def test_the_rule_becomes_the_number_of_the_run(lab: Lab) -> None:
+    job = job_of(lab, "training.learning_rate=auto", "adapter.r=4")
+    named = job_of(lab, f"training.learning_rate={RULE[4]}", "adapter.r=4")
+    assert job.config.training.learning_rate == RULE[4]
+    assert job.resolved == named.resolved
+    assert job.identity == named.identity
+    assert job.suggested_rate is not None and named.suggested_rate is None
+
+
+def test_a_grid_compares_the_rule_with_a_rate(lab: Lab) -> None:
+    grid = "grid.axes=[{training.learning_rate: [auto, 1e-3]}]"
+    _, cells = load_recipe(lab.recipe, ["grid.cells=[]", grid, "data.size=40", "adapter.r=2"])
+    jobs = make_jobs(cells)
+    assert [job.settings["training.learning_rate"] for job in jobs] == [RULE[2], 1e-3]
+    assert [job.name for job in jobs] == [cell.name for cell in cells] == ["lrauto", "lr0.001"]
+
+
+def test_the_plan_prints_the_rule(lab: Lab, capsys: pytest.CaptureFixture[str]) -> None:
+    assert command("experiment", lab.recipe, "training.learning_rate=auto", "--plan") == 0
+    lines = [line for line in capsys.readouterr().out.splitlines() if "auto" in line]
+    assert len(lines) == 2, "one for each rank, not for each cell"
+    assert lines[0].startswith("training.learning_rate = auto: 0.018 = 5e-05 × (2000/width 48)")
+    assert command("experiment", lab.recipe, "--plan") == 0
+    assert "auto" not in capsys.readouterr().out
+
+
+def test_a_model_without_a_width_needs_a_number(lab: Lab, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(resolve_jobs, "text_config", lambda source: {"hidden_sizes": [48, 96]})
+    with pytest.raises(UsageError, match=r"auto: config\.json of tiny-llama gives no hidden_size"):
+        job_of(lab, "training.learning_rate=auto")
+    assert job_of(lab, "training.learning_rate=1e-3").suggested_rate is None
+
+
+def test_tuning_begins_around_the_rule(lab: Lab) -> None:
+    overrides = ["tuning.race=false", "training.learning_rate=auto", "grid.cells=[]"]
+    recipe, cells = load_recipe(
+        lab.recipe, [*overrides, "data.size=40", "grid.axes=[{adapter.r: [2, 64]}]"]
+    )
+    nowhere = lab.folder / "none"
+    phase = TuningPhase(
+        recipe, cells, JobResolver(), ExperimentPaths(recipe.name, nowhere, nowhere)
+    )
+    rates: dict[int, list[float]] = {}
+    for job in phase.next_jobs():
+        rates.setdefault(job.config.adapter.r, []).append(job.config.training.peak_rate)
+    # 0.018 and 0.0032: the values 0.016 and 0.004 are next to them.
+    assert rates == {2: [0.064, 0.016, 0.004], 64: [0.016, 0.004, 0.001]}

@@ -145,7 +145,7 @@ from slm_lora.model.resolve import resolve
 from slm_lora.config.schema import AdapterSection, ModelSection
 source, cpu = resolve(ModelSection(name=sys.argv[1])), torch.device("cpu")
 base = load_base(source, device=cpu, precision="fp32")
-attach.attach(base, AdapterSection(), seed=0)
+attach.attach(base, AdapterSection(target_modules=("q_proj", "v_proj")), seed=0)
 assert "bitsandbytes" in sys.modules
 import kernels
 assert kernels.fetched == [], kernels.fetched

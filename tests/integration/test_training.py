@@ -35,7 +35,9 @@ def run(
     **settings: object,
 ) -> tuple[TrainingResult, dict[str, torch.Tensor]]:
     section = TrainingSection.model_validate({"learning_rate": 1e-2, **settings})
-    peft_model = attach.attach(base, AdapterSection(r=4, lora_dropout=dropout), seed)
+    peft_model = attach.attach(
+        base, AdapterSection(r=4, lora_dropout=dropout, target_modules=("q_proj", "v_proj")), seed
+    )
     result = train(base, peft_model, examples, section, seed)
     state = trainable_state(peft_model)
     attach.detach(peft_model)
@@ -62,7 +64,9 @@ def test_activation_checkpointing_gives_the_same_bits_with_less_memory(
 
         monkeypatch.setattr(step, "batch_nll", watched)
         section = TrainingSection(activation_checkpointing=on, learning_rate=1e-3)
-        section_adapter = AdapterSection(kind=kind, lora_dropout=0.2)
+        section_adapter = AdapterSection(
+            kind=kind, lora_dropout=0.2, target_modules=("q_proj", "v_proj")
+        )
         peft_model = attach.attach(base, section_adapter, 0)
         result = train(base, peft_model, make_examples(TRAINING_LENGTHS), section, 0)
         return result, trainable_state(peft_model), kept
@@ -177,9 +181,15 @@ def test_nan_loss_stops_and_names_step_and_rows(load_tiny: LoadTiny) -> None:
 def test_early_stopping_keeps_the_weights_of_the_best_step(load_tiny: LoadTiny) -> None:
     base, examples = load_tiny(), make_examples(TRAINING_LENGTHS)
     section = TrainingSection(
-        num_train_epochs=10, eval_steps=1, keep_best=True, early_stopping_patience=2
+        num_train_epochs=10,
+        learning_rate=2e-4,
+        eval_steps=1,
+        keep_best=True,
+        early_stopping_patience=2,
     )
-    peft_model = attach.attach(base, AdapterSection(r=4, lora_dropout=0.0), 0)
+    peft_model = attach.attach(
+        base, AdapterSection(r=4, lora_dropout=0.0, target_modules=("q_proj", "v_proj")), 0
+    )
     states, losses = [], iter([3.0, 2.0, 2.5, 2.4, 1.0])
 
     def validate() -> float:

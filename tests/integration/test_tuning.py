@@ -103,7 +103,7 @@ def test_tuning_run_is_the_same_training_as_an_ordinary_run(tuned: Lab, tmp_path
     recipe = yaml.safe_load(tuned.recipe.read_text())
     recipe |= {"name": "plain", "seed": 1000, "data_seed": 1000}
     recipe["grid"] = {"cells": [{"adapter.r": 2}]}
-    recipe["data"]["size"] = 40
+    recipe["data"] |= {"size": 40, "validation_rows": 20}
     recipe["training"]["eval_steps"] = steps
     path = tmp_path / "plain.yaml"
     path.write_text(yaml.safe_dump(recipe))

@@ -11,7 +11,7 @@ from typing import Any
 
 import pytest
 
-from slm_lora.cli import experiments
+from slm_lora.cli import experiment_run
 from slm_lora.errors import StorageError
 from slm_lora.experiment import candidates
 from slm_lora.experiment.job import Job
@@ -67,7 +67,7 @@ def workers(monkeypatch: pytest.MonkeyPatch) -> Workers:
     def engine(*_: Any) -> Iterator[Workers]:
         yield started
 
-    monkeypatch.setattr(experiments, "engine", engine)
+    monkeypatch.setattr(experiment_run, "engine", engine)
     return started
 
 

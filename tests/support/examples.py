@@ -58,7 +58,9 @@ def gradients(
     micro_batch: int | None = None,
 ) -> torch.Tensor:
     """Adapter gradients of the summed NLL, over micro-batches of so many rows (None: all)."""
-    peft_model = attach.attach(base, AdapterSection(r=4, lora_dropout=dropout), seed=3)
+    peft_model = attach.attach(
+        base, AdapterSection(r=4, lora_dropout=dropout, target_modules=("q_proj", "v_proj")), seed=3
+    )
     peft_model.train()
     draw_lora_b(peft_model)
     if double:

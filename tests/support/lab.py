@@ -14,7 +14,7 @@ RECIPE = """
 name: tiny
 model: {{name: {model}}}
 data: {{name: {rows}, test_rows: 20, validation_rows: 10, max_length: 128}}
-adapter: {{lora_alpha: 2r}}
+adapter: {{lora_alpha: 2r, target_modules: [q_proj, v_proj]}}
 training:
   num_train_epochs: 2
   learning_rate: 1e-2

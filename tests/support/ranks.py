@@ -45,7 +45,9 @@ def compute(folder: str, precision: str, out: Path) -> None:
         local = layer.self_attn.q_proj.weight.to_local()
         assert local.numel() == layer.self_attn.q_proj.weight.numel() // distributed.world_size()
     scores = score(base, make_examples(LENGTHS), "test", 100)
-    peft_model = attach.attach(base, AdapterSection(r=4, lora_dropout=0.1), 3)
+    peft_model = attach.attach(
+        base, AdapterSection(r=4, lora_dropout=0.1, target_modules=("q_proj", "v_proj")), 3
+    )
     peft_model.train()
     draw_lora_b(peft_model)
     if precision == "double":

@@ -360,8 +360,8 @@ def test_single_target_module_is_read_as_a_list_of_one() -> None:
 
 
 def test_equal_settings_serialise_equally() -> None:
-    once = read("name: x\ntraining: {learning_rate: 2e-4}\nadapter: {r: 8}")[0]
-    again = read("adapter:\n  r: 8.0\nname: 'x'\n")[0]
+    once = read("name: x\ntraining: {learning_rate: 2e-4, num_train_epochs: 3}\nadapter: {r: 8}")[0]
+    again = read("adapter:\n  r: 8.0\nname: 'x'\ntraining:\n  learning_rate: 0.0002\n")[0]
     assert once.model_dump_json() == again.model_dump_json()
     assert once != read("name: x", "adapter.r=4")[0]
 
@@ -697,6 +697,7 @@ LIST_BOMB = "a: &a [1]\n" + "".join(
 @example('name: x\ngrid: {cells: [{data.name: !!binary gIGC}, {data.name: "\\ud800"}]}', [])
 @example(BOMB + "data: *j\nseeds: *j", [])
 @example(LIST_BOMB + "seeds: *j\ndata: {name: *j}\ngrid: {axes: *j, cells: [*j]}", [])
+@example(f"!!{'0' * 600}", [])
 @example("1: 1\nnull: 2\n2024-01-01: 3\n[1]: 4\n? {a: b}\n: 5\n.nan: 6\n.nan: 7", [])
 def test_any_recipe_text_loads_or_is_explained(text: str, overrides: list[str]) -> None:
     assert_loads_or_explains(text, overrides)

@@ -16,12 +16,12 @@ from slm_lora.runs.metrics import METRICS, Metric
 from slm_lora.runs.tuning import ArmRecord, CandidateRecord
 from slm_lora.stats.clustered import Floats, clustered, clustered_covariance
 from slm_lora.stats.estimates import Paired
-from slm_lora.stats.inference import difference, interval
+from slm_lora.stats.inference import difference, interval, p_below
+from slm_lora.stats.regret import NO_REGRET, Contrasts, Regret
 from slm_lora.stats.selection_regret import (
-    Contrasts,
-    Regret,
     at_own_best,
     own_best_interval,
+    p_worse,
     pooled_training_variance,
     regret_bound,
     regret_of_arm,
@@ -33,7 +33,6 @@ from slm_lora.stats.tuned_arms import TunedArm
 from ..support.runs import scored_run
 
 RATES = (2e-4, 1e-3, 2.2e-3, 5e-3, 1.1e-2, 2.5e-2)
-NO_CHOICE = Regret(Contrasts(np.zeros(0), np.zeros(0), np.zeros(0)))
 
 
 def candidates(rng: np.random.Generator, seeds: int = 1, groups: int = 40) -> Floats:
@@ -129,7 +128,7 @@ def test_one_validation_group_bounds_nothing() -> None:
     rng = np.random.default_rng(5)
     unknown = regret_of_sums(candidates(rng, groups=1), np.full(1, 10.0), 3, RATES)
     sample = Paired(rng.normal(5.0, 0.3, (3, 30)), np.full(30, 10.0))
-    found = at_own_best(difference(sample, 0.01), sample, NO_CHOICE, unknown)
+    found = at_own_best(difference(sample, 0.01), sample, NO_REGRET, unknown)
     assert found.low == -math.inf
     assert found.high == interval(sample, 0.95)[1]
     assert found.p == 1
@@ -142,14 +141,17 @@ def test_the_ends_move_by_the_regret_on_their_side() -> None:
     low, high = interval(sample, 0.95)
     half = (high - low) / 2
     bound = stats.t.isf(0.025, 20) * 0.004
-    found = own_best_interval(sample, 0.95, NO_CHOICE, regret(0.0, 0.004))
+    found = own_best_interval(sample, 0.95, NO_REGRET, regret(0.0, 0.004))
     assert found == pytest.approx((sample.value - math.hypot(half, bound), high))
-    found = own_best_interval(sample, 0.95, regret(0.0, 0.004), NO_CHOICE)
+    found = own_best_interval(sample, 0.95, regret(0.0, 0.004), NO_REGRET)
     assert found == pytest.approx((low, sample.value + math.hypot(half, bound)))
     # Of an accuracy the best value is higher.
     higher = replace(regret(0.0, 0.004), higher_is_better=True)
-    found = own_best_interval(sample, 0.95, replace(NO_CHOICE, higher_is_better=True), higher)
+    found = own_best_interval(sample, 0.95, NO_REGRET, higher)
     assert found == pytest.approx((low, sample.value + math.hypot(half, bound)))
+    better = p_worse(sample, NO_REGRET, regret(0.0, 0.004)), p_worse(sample, NO_REGRET, higher)
+    assert better[0] > p_worse(sample, NO_REGRET, NO_REGRET) == p_below(sample, sample.value)
+    assert better[1] == p_below(sample, -sample.value)
 
 
 REGRETS = st.builds(
@@ -291,7 +293,7 @@ def test_the_interval_covers_what_ignoring_the_choice_misses() -> None:
         own = regret_of_sums(10 * validation[:, None], tokens, chosen)
         low, high = interval(sample, 0.95)
         covered["ordinary"] += low <= 0 <= high
-        low, high = own_best_interval(sample, 0.95, NO_CHOICE, own)
+        low, high = own_best_interval(sample, 0.95, NO_REGRET, own)
         covered["own best"] += low <= 0 <= high
     assert covered["ordinary"] / cases < 0.85
     assert covered["own best"] / cases > 0.95

@@ -33,7 +33,8 @@ RATES = "values: [1e-3, 1e-2]"
         ("{values: [1e-3]}", "training.learning_rate needs at least two different values"),
         ("{values: [1e-3, 1e-3]}", "training.learning_rate needs at least two different values"),
         ("{values: 1e-3}", "tuning.values = 1e-3: must be a list"),
-        ("{}", "'tuning.values' is missing"),
+        ("{key: training.weight_decay}", "training.weight_decay needs values: auto is for"),
+        ("{values: rule}", "tuning.values = rule: must be a list"),
         (f"{{{RATES}, common_value: 0}}", "tuning.common_value = 0: must be greater than 0"),
         (
             f"{{key: training.learning_rat, {RATES}}}",

@@ -15,7 +15,7 @@ from typing import Annotated
 import typer
 
 from slm_lora import __version__
-from slm_lora.cli import compare, data, experiments, exports, models, outputs, serving
+from slm_lora.cli import compare, data, experiments, exports, models, outputs, serving, tune
 from slm_lora.errors import STOPPED_RESUMABLE, SlmLoraError, StorageError
 from slm_lora.launch import local
 from slm_lora.runtime import hardware, terminal
@@ -27,6 +27,8 @@ app = typer.Typer(
     rich_markup_mode=None,
 )
 for command in (
+    tune.tune,
+    tune.init,
     experiments.experiment,
     experiments.train,
     experiments.evaluate,

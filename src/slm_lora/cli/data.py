@@ -220,7 +220,14 @@ def _print_facts(job: Job) -> None:
 
 
 def _print_warnings(jobs: Sequence[Job]) -> None:
-    """Print one line for each likely mistake in the data."""
+    out = console()
+    out.print()
+    for line in data_warnings(jobs):
+        out.print(f"warning: {line}", soft_wrap=True)
+
+
+def data_warnings(jobs: Sequence[Job]) -> list[str]:
+    """One line for each likely mistake in the data."""
     from slm_lora.data.checks import few_test_rows
 
     job = jobs[0]
@@ -230,10 +237,7 @@ def _print_warnings(jobs: Sequence[Job]) -> None:
         *_long_row_warnings(job),
         *_text_warnings(job),
     ]
-    out = console()
-    out.print()
-    for line in filter(None, lines):
-        out.print(f"warning: {line}", soft_wrap=True)
+    return [line for line in lines if line]
 
 
 def _unlabelled_row_warnings(jobs: Sequence[Job]) -> list[str]:

@@ -2,20 +2,26 @@
 
 from __future__ import annotations
 
-import contextlib
 import math
 from pathlib import Path
 from typing import Annotated, Any
 
 import typer
 
+from slm_lora.cli.experiment_run import (
+    Where,
+    experiment_paths,
+    kept_adapters,
+    report_data,
+    run_experiment,
+    warn_if_too_large,
+)
 from slm_lora.cli.launchers import (
     Address,
     Executor,
     ExecutorName,
     ExecutorOptions,
     check_executor,
-    engine,
 )
 from slm_lora.cli.options import (
     AdaptersDir,
@@ -32,7 +38,6 @@ from slm_lora.cli.options import (
     quiet_libraries,
     tuned_values,
 )
-from slm_lora.cli.plan import print_plan, print_tuned_plan
 from slm_lora.cli.result import print_result
 from slm_lora.errors import UsageError
 from slm_lora.records import LossOn
@@ -68,72 +73,13 @@ def experiment(
     Scores the base, then trains and scores each cell of the grid. Finished cells are skipped, so
     after an interruption the same command continues.
     """
-    from slm_lora.config.load import load_recipe
-    from slm_lora.experiment.candidates import CandidateRunner
-    from slm_lora.experiment.job import ComputedName
-    from slm_lora.experiment.remote import CommandLine, RemoteCandidates, run_elsewhere
-    from slm_lora.experiment.resolve_jobs import JobResolver
-    from slm_lora.experiment.runner import run_jobs
-    from slm_lora.experiment.tuning import TuningPhase, log_choice
-    from slm_lora.report.examples import Quoted
-    from slm_lora.report.write import write_report
-    from slm_lora.runtime.progress import Reporter
-
     check_executor(executor, address, executor_option or [])
-    parsed_recipe, cells = load_recipe(recipe, overrides or [])
-    paths = _experiment_paths(parsed_recipe, results, adapters)
-    quiet_libraries()
-    with distributed.process_group():
-        reporter = Reporter(quiet=not distributed.is_main())
-        reporter.info(f"{parsed_recipe.name}: {parsed_recipe.description or recipe.name}")
-        reporter.info("  reading rows and model; what is missing is downloaded or built")
-        runs_here = executor is Executor.local
-        where_computed: ComputedName = "nowhere" if plan else "here" if runs_here else "elsewhere"
-        resolver = JobResolver(where_computed)
-        jobs = distributed.main_process_first(lambda: resolver.jobs(cells))
-        _report_data(jobs[0], reporter)
-        phase = None
-        if parsed_recipe.tuning is not None:
-            phase = TuningPhase(parsed_recipe, cells, resolver, paths)
-        if plan:
-            if distributed.is_main():
-                if phase is not None:
-                    print_tuned_plan(jobs, phase, cells, resolver, reporter)
-                else:
-                    print_plan(jobs, paths, reporter)
-            return
-        with contextlib.ExitStack() as stack:
-            remote = None
-            if not runs_here:
-                gpus = int(jobs[0].device.type == "cuda")
-                options = executor_option or []
-                started_engine = stack.enter_context(
-                    engine(executor, address, options, paths, gpus)
-                )
-                command_line = CommandLine(recipe, tuple(overrides or ()), results, adapters)
-                remote = (started_engine, command_line)
-            if phase is not None:
-                if runs_here and (pending := phase.next_jobs()):
-                    _warn_if_too_large(pending, phase.paths, reporter)
-                candidates = (
-                    RemoteCandidates(phase.section.key, reporter, *remote, discard)
-                    if remote
-                    else CandidateRunner(reporter, phase.race_of, discard)
-                )
-                record = phase.run(candidates, reporter)
-                log_choice(record, reporter)
-                jobs = resolver.jobs(phase.final_cells(record))
-            if remote:
-                runs = run_elsewhere(jobs, paths, reporter, *remote, discard)
-            else:
-                _warn_if_too_large(jobs, paths, reporter)
-                runs = run_jobs(jobs, paths, reporter, discard)
-        if not distributed.is_main():
-            return
-    headline = jobs[0].config.evaluation.headline
-    quoted_rows = Quoted({row.row_id: row for row in jobs[0].rows.rows}) if with_rows else None
-    analysis = write_report(runs, paths.results, headline, quoted_rows)
-    print_result(analysis, paths.results, _kept_adapters(runs, paths), with_rows)
+    where = Where(executor, address, tuple(executor_option or ()))
+    result = run_experiment(
+        recipe, overrides or (), results, adapters, discard, with_rows, plan, where
+    )
+    if result is not None:
+        print_result(result.analysis, result.results, result.adapters, with_rows)
 
 
 def train(
@@ -169,7 +115,7 @@ def train(
             f"--cell: the recipe has {len(cells)} cells; choose one, e.g. --cell {cells[0].name}"
         )
     quiet_libraries()
-    paths = _experiment_paths(parsed_recipe, results, adapters)
+    paths = experiment_paths(parsed_recipe, results, adapters)
     with distributed.process_group():
         reporter = Reporter(quiet=not distributed.is_main())
         resolver = JobResolver()
@@ -187,8 +133,8 @@ def train(
             return [phase.first_job()] if validation else resolver.jobs(selected)
 
         jobs = distributed.main_process_first(make_jobs)
-        _report_data(jobs[0], reporter)
-        _warn_if_too_large(jobs, paths, reporter)
+        report_data(jobs[0], reporter)
+        warn_if_too_large(jobs, paths, reporter)
         if values:
             CandidateRunner(reporter, phase.race_of, discard).run_one(jobs[0], paths)
             folders = [outcome_folder(jobs[0], paths)] if distributed.is_main() else []
@@ -199,7 +145,7 @@ def train(
                 runs = run_cells(jobs, paths, reporter, discard)
             folders = [run.folder for run in runs]
             if distributed.is_main():
-                folders += _kept_adapters(runs, paths)
+                folders += kept_adapters(runs, paths)
         if not distributed.is_main():
             return
     out = console()
@@ -237,7 +183,7 @@ def evaluate(
     quiet_libraries()
     reporter = Reporter()
     job = make_jobs([chosen_cell(cells, cell)])[0]
-    _report_data(job, reporter)
+    report_data(job, reporter)
     result = evaluate_adapter(job, adapter, reporter, with_base=not no_base)
     out = console()
     scopes: list[tuple[LossOn, str]] = [("all", "whole text"), ("response", "response only")]
@@ -321,12 +267,6 @@ def report(
     print_result(analysis, experiment_folder, with_rows=quoted_rows is not None)
 
 
-def _kept_adapters(runs: Any, paths: Any) -> list[Path]:
-    """Folders of the adapters that were kept."""
-    tuned = [run for run in runs if run.record.adapter is not None]
-    return [folder for run in tuned if (folder := paths.adapter_of(run)) is not None]
-
-
 def _answer_prompts(recipe: Any, paths: Any) -> Any:
     """A function that generates answers of a run's base and adapter to prompts."""
     from slm_lora.cli.outputs import load_models
@@ -352,29 +292,3 @@ def _answer_prompts(recipe: Any, paths: Any) -> Any:
         return answers
 
     return answer
-
-
-def _experiment_paths(recipe: Any, results: Path, adapters: Path) -> Any:
-    from slm_lora.experiment.paths import ExperimentPaths
-    from slm_lora.experiment.tracking import check_installed
-
-    check_installed(recipe.report_to)
-    return ExperimentPaths(recipe.name, results / recipe.name, adapters)
-
-
-def _report_data(job: Any, reporter: Any) -> None:
-    data = job.data
-    reporter.info(
-        f"{job.source.name} · {job.rows.origin.split(' ')[0]} · {data.rows_available} rows in "
-        f"{data.groups} groups: {len(data.test)} test, "
-        f"{len(data.validation)} validation"
-    )
-    for note in (*job.rows.notes, *data.notes):
-        reporter.info(f"  note: {note}")
-
-
-def _warn_if_too_large(jobs: Any, paths: Any, reporter: Any) -> None:
-    from slm_lora.planning.plan import weights_warning
-
-    if warning := weights_warning(jobs, paths):
-        reporter.info(f"  warning: {warning}")

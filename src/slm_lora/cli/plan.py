@@ -19,6 +19,7 @@ def print_plan(jobs: Any, paths: Any, reporter: Any) -> None:
         _print_cells(estimate.cells)
         seconds = sum(cell.seconds for cell in estimate.cells if not cell.finished)
         _print_total(f"about {clock(seconds)}", jobs[0], estimate)
+        _print_rates(jobs)
 
 
 def print_tuned_plan(jobs: Any, phase: Any, cells: Any, resolver: Any, reporter: Any) -> None:
@@ -30,6 +31,8 @@ def print_tuned_plan(jobs: Any, phase: Any, cells: Any, resolver: Any, reporter:
         out = console()
         if estimate.searches:
             _print_searches(estimate, phase.section)
+            if "auto" in phase.section.values:
+                _print_rates(jobs)
             out.print()
             out.print("Final runs, at the values that will be chosen:")
         _print_cells(estimate.final.cells)
@@ -127,6 +130,16 @@ def _device_warnings(jobs: Any, reporter: Any) -> Iterator[None]:
     yield
     if mismatch:
         console().print(f"warning: {mismatch}", soft_wrap=True)
+
+
+def _print_rates(jobs: Any) -> None:
+    """One line per learning rate that follows from a rule."""
+    rates = dict.fromkeys(job.suggested_rate for job in jobs if job.suggested_rate is not None)
+    for rate in rates:
+        console().print(
+            f"training.learning_rate = auto: {rate.value:g} = {rate.formula}; a starting point",
+            soft_wrap=True,
+        )
 
 
 def _device_mismatch(jobs: Any) -> str:

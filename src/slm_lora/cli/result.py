@@ -53,7 +53,7 @@ def _next_commands(analysis: Analysis, adapters: Sequence[Path]) -> list[tuple[s
     recommended = analysis.card.recommended
     if recommended is None:
         return []
-    folder = _adapter_of(recommended.first_run.run, adapters)
+    folder = adapter_of(recommended.first_run.run, adapters)
     if folder is None:
         return []
     path = shlex.quote(str(folder))
@@ -66,6 +66,7 @@ def _next_commands(analysis: Analysis, adapters: Sequence[Path]) -> list[tuple[s
     ]
 
 
-def _adapter_of(run: Run, adapters: Sequence[Path]) -> Path | None:
+def adapter_of(run: Run, adapters: Sequence[Path]) -> Path | None:
+    """The folder of a run's adapter among some."""
     suffixes = (f"-{run.cell}", f"-{run.cell}-{str(run.raw['hash'])[:8]}")
     return next((folder for folder in adapters if folder.name.endswith(suffixes)), None)

@@ -4,11 +4,24 @@ from __future__ import annotations
 
 import itertools
 import math
-from typing import Any
+from collections.abc import Sequence
+from typing import TYPE_CHECKING, Annotated, Any, Literal
 
-from pydantic import Field, field_validator, model_validator
+from pydantic import Field, PlainSerializer, WrapValidator, field_validator, model_validator
 
 from slm_lora.config.types import Float, Int, Section
+
+AUTO: Literal["auto"] = "auto"
+LEARNING_RATE = "training.learning_rate"
+
+if TYPE_CHECKING:
+    FirstValues = tuple[float, ...] | Literal["auto"]
+else:  # not a union, whose errors name its branches
+    FirstValues = Annotated[
+        tuple[Float, ...],
+        WrapValidator(lambda value, validate: value if value == AUTO else validate(value)),
+        PlainSerializer(lambda value: value if value == AUTO else list(value)),
+    ]
 
 
 class GridSection(Section):
@@ -60,12 +73,15 @@ class TuningSection(Section):
     """Keys whose value is chosen for each setting, by its loss on the validation set."""
 
     key: tuple[str, ...] = Field(
-        ("training.learning_rate",),
+        (LEARNING_RATE,),
         description="A numeric key, or a list of keys, that the grid does not vary.",
     )
-    values: tuple[tuple[Float, ...], ...] = Field(
+    values: tuple[FirstValues, ...] = Field(
+        ("auto",),
         description="Values to try first, at least two, all above 0; with several keys a list of "
-        "lists, in the order of the keys, of which all combinations are tried.",
+        "lists, in the order of the keys, of which all combinations are tried. `auto`, for the "
+        "learning rate: three values, a factor 4 apart, around that of "
+        "`training.learning_rate: auto` for the setting.",
     )
     refine: Int = Field(
         2,
@@ -105,7 +121,10 @@ class TuningSection(Section):
     @field_validator("values", mode="before")
     @classmethod
     def _wrap_single_list(cls, value: object) -> object:
-        if isinstance(value, list | tuple) and not any(isinstance(v, list | tuple) for v in value):
+        if value == AUTO or (
+            isinstance(value, list | tuple)
+            and not any(isinstance(v, list | tuple) or v == AUTO for v in value)
+        ):
             return (value,)
         return value
 
@@ -117,6 +136,10 @@ class TuningSection(Section):
                 f"{len(self.values)}"
             )
         for key, values in zip(self.key, self.values, strict=True):
+            if values == AUTO:
+                if key != LEARNING_RATE:
+                    raise ValueError(f"{key} needs values: auto is for {LEARNING_RATE} only")
+                continue
             if len(set(values)) < 2:
                 raise ValueError(f"{key} needs at least two different values")
             if min(values) <= 0:
@@ -124,3 +147,19 @@ class TuningSection(Section):
         if not self.seeds or len(set(self.seeds)) < len(self.seeds):
             raise ValueError("seeds must be different, and at least one")
         return self
+
+    @property
+    def first_values(self) -> tuple[tuple[float, ...], ...]:
+        """``values`` as numbers, a tuple per key.
+
+        Raises:
+            ValueError: some are ``auto``, which `with_rates` replaces.
+        """
+        if AUTO in self.values:
+            raise ValueError("tuning.values is auto, and not resolved yet")
+        return tuple(values for values in self.values if values != AUTO)
+
+    def with_rates(self, rates: Sequence[float]) -> TuningSection:
+        """The section with learning rates in place of ``auto``."""
+        values = tuple(tuple(rates) if values == AUTO else values for values in self.values)
+        return self.model_copy(update={"values": values})

@@ -171,7 +171,7 @@ def _tuning_faults(
             "training.num_train_epochs)"
         )
     for key, values in zip(tuning.key, tuning.values, strict=True):
-        for value in values if key in tunable else ():
+        for value in values if key in tunable and values != "auto" else ():
             faults: list[str] = []
             settings = recipe.model_dump(mode="json", include=set(CellConfig.model_fields))
             set_key(settings, key, value)
@@ -211,6 +211,14 @@ def name_without(config: CellConfig, settings: Mapping[str, Any], keys: Sequence
 def tuned_cell(cell: Cell, values: Mapping[str, float]) -> Cell:
     """A cell of the grid at the values that were chosen for its setting; its name stays."""
     return replace(cell, settings={**cell.settings, **values}, config=_with(cell.config, values))
+
+
+def at_learning_rate(cell: Cell, rate: float) -> Cell:
+    """A cell at a learning rate in place of ``auto``; its name stays, by which commands choose it
+    before any model is read."""
+    key = "training.learning_rate"
+    settings = {**cell.settings, key: rate} if key in cell.settings else cell.settings
+    return replace(cell, settings=settings, config=_with(cell.config, {key: rate}))
 
 
 def _with(config: CellConfig, values: Mapping[str, Any]) -> CellConfig:

@@ -82,7 +82,7 @@ def _parse_yaml(text: str, sources: Sources, errors: list[str]) -> Settings:
         line = f" (line {mark.line + 1})" if mark else ""
         problem = getattr(error, "problem", None) or str(error) or type(error).__name__
         first_line = escape_unprintable(problem.splitlines()[0])
-        raise UsageError(f"{sources.file}: not valid YAML: {first_line}{line}") from error
+        raise UsageError(f"{sources.file}: not valid YAML: {first_line:.200}{line}") from error
     if value is None:
         return {}
     if not isinstance(node, yaml.MappingNode) or not isinstance(value, dict):

@@ -152,7 +152,9 @@ class AdapterSection(Section):
     lora_dropout: Float = Field(0.05, ge=0, lt=1, description="Dropout on the adapter's input.")
     bias: Literal["none"] = Field("none", description="Biases stay frozen.")
     target_modules: tuple[str, ...] | Literal["all-linear"] = Field(
-        ("q_proj", "v_proj"), description="Names of modules to adapt, or `all-linear`."
+        "all-linear",
+        description="Names of modules to adapt, or `all-linear`: every linear layer of the text "
+        "decoder but the output layer.",
     )
 
     @field_validator("lora_alpha")
@@ -212,7 +214,11 @@ class TrainingSection(Section):
         "pass: less memory, more time.",
     )
     loss_on: LossOn = Field("all", description="Tokens in the loss: whole text, or response only.")
-    learning_rate: Float = Field(2e-4, gt=0, description="Peak learning rate.")
+    learning_rate: Annotated[Float, Field(gt=0)] | Literal["auto"] = Field(
+        "auto",
+        description="Peak learning rate; `auto`: by a rule of the model's width, the method, rank, "
+        "alpha and batch size, a starting point (see below).",
+    )
     lr_scheduler_type: Literal["linear", "cosine", "constant"] = Field(
         "linear", description="Decay after warm-up (to 0, unless constant)."
     )
@@ -244,6 +250,17 @@ class TrainingSection(Section):
     early_stopping_patience: Int | None = Field(
         None, ge=1, description="Stop after this many validations without a lower loss."
     )
+
+    @property
+    def peak_rate(self) -> float:
+        """``learning_rate`` as a number.
+
+        Raises:
+            ValueError: it is ``auto``, which a job resolves when its model is known.
+        """
+        if self.learning_rate == "auto":
+            raise ValueError("training.learning_rate is auto, and not resolved yet")
+        return self.learning_rate
 
     @field_validator("keep_best", "early_stopping_patience")
     @classmethod

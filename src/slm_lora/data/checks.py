@@ -97,7 +97,7 @@ def dataset_statistics(
     return DatasetStatistics(
         related=(*related, _related(rows, rule, None)) if related else (),
         cross_group_prompts=count_cross_group_prompts(rows, rule),
-        conflicts=_conflicts(rows),
+        conflicts=conflicting_prompts(rows),
         categories=tuple(categories.most_common()),
         lengths=tuple((end, bins[end]) for end in _doublings(min(bins), max(bins))),
         costs=tuple(
@@ -129,7 +129,8 @@ def _related(rows: Sequence[Row], rule: GroupingRule, relation: Relation | None)
     return RelatedRows(relation, len(group_sizes), sum(group_sizes), leak)
 
 
-def _conflicts(rows: Sequence[Row]) -> tuple[int, int]:
+def conflicting_prompts(rows: Sequence[Row]) -> tuple[int, int]:
+    """Count prompts with several different answers, and their rows."""
     answers: dict[tuple[str, ...], list[str]] = defaultdict(list)
     for row in rows:
         *earlier, last = row.turns

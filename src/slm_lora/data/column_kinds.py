@@ -6,6 +6,8 @@ import functools
 import re
 from collections.abc import Set
 
+from slm_lora.errors import DataError
+
 PROMPT_COLUMNS = frozenset(
     [
         "input", "inputs", "context", "contexts", "document", "documents",
@@ -62,17 +64,31 @@ def explain_unsupported(columns: Set[str], lists: Set[str]) -> str:
     return ""
 
 
-def suggest_mapping(columns: Set[str], lists: Set[str]) -> str:
-    """Suggest a value of ``data.columns`` as the end of a sentence."""
+class NoFormatError(DataError):
+    """No format fits the columns; ``mapping`` is a likely value of ``data.columns``, or empty."""
+
+    mapping: dict[str, str]
+
+
+def no_format_fits(message: str, columns: Set[str], lists: Set[str]) -> NoFormatError:
+    """The error with a likely value of ``data.columns``."""
+    mapping = _guess_mapping(columns, lists)
+    listed = ", ".join(f"{field}: {column}" for field, column in mapping.items())
+    suggestion = f", perhaps {{{listed}}}" if mapping else " (field: column)"
+    error = NoFormatError(f"{message} Name other columns in data.columns{suggestion}.")
+    error.mapping = mapping
+    return error
+
+
+def _guess_mapping(columns: Set[str], lists: Set[str]) -> dict[str, str]:
     texts = columns - lists
     question = next((column for column in _QUESTION_COLUMNS if column in texts), "")
     answer = next((column for column in _ANSWER_COLUMNS if column in texts), "")
     if question and answer:
         names = {"instruction": question, "response": answer}
-        renamed = ", ".join(f"{field}: {name}" for field, name in names.items() if field != name)
-        return f", perhaps {{{renamed}}}"
+        return {field: column for field, column in names.items() if field != column}
     chat = next((column for column in _CHAT_COLUMNS if column in lists), "")
-    return f", perhaps {{messages: {chat}}}" if chat else " (field: column)"
+    return {"messages": chat} if chat else {}
 
 
 def _chosen(columns: Set[str], lists: Set[str]) -> str:

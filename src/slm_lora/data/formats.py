@@ -118,9 +118,8 @@ def detect_format(columns: Set[str], section: DataSection, lists: Set[str] = fro
         raise DataError(f"{where}: {explanation}; {seen}.")
     if not fitting:
         known = "; ".join(f"{name} ({_needs(entry)})" for name, entry in FORMATS.items())
-        raise DataError(
-            f"{where}: no format fits; {seen}. The formats: {known}. "
-            f"Name other columns in data.columns{column_kinds.suggest_mapping(columns, lists)}."
+        raise column_kinds.no_format_fits(
+            f"{where}: no format fits; {seen}. The formats: {known}.", columns, lists
         )
     return _check_mapping(fitting[0], section)
 

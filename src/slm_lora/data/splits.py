@@ -250,7 +250,7 @@ Group = Sequence[str]
 """Row ids of one group."""
 
 
-def _draw(groups: Sequence[Group], rows: int) -> list[Group]:
+def draw_groups(groups: Sequence[Group], rows: int) -> list[Group]:
     """Take whole groups in order, without exceeding ``rows``; groups that do not fit are skipped.
 
     The groups taken may have fewer rows in all.
@@ -267,7 +267,7 @@ def _draw(groups: Sequence[Group], rows: int) -> list[Group]:
 
 
 def _feasible_rows(groups: Sequence[Group], taken: Sequence[Group], reserved: int) -> int:
-    """Return a number of rows that `_draw` reaches exactly with ``reserved`` groups left over."""
+    """Return a number of rows that is drawn exactly, with ``reserved`` groups left over."""
     return _count_rows(taken[: len(groups) - reserved]) or min(map(len, groups))
 
 
@@ -334,7 +334,7 @@ def split_rows(
         ("test_rows", test_rows, wanted_test, 2),
         ("validation_rows", validation_rows, wanted_validation, 1),
     ):
-        taken = _draw(groups, wanted)
+        taken = draw_groups(groups, wanted)
         # A default is met as nearly as whole groups allow, a requested number exactly.
         if requested is None and len(taken) > 0:
             wanted = _count_rows(taken)

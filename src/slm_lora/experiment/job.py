@@ -7,6 +7,7 @@ from dataclasses import dataclass
 from typing import TYPE_CHECKING, Any, Literal
 
 from slm_lora.adapters.methods import trains_all
+from slm_lora.config.learning_rate import SuggestedRate
 from slm_lora.config.schema import (
     CellConfig,
     TrainingSection,
@@ -48,6 +49,7 @@ class Job:
         base_identity: of the base's run on the same held-out rows.
         scored_set: the rows that it is scored on: validation for runs that choose a tuned value,
             which never see the test set.
+        suggested_rate: the origin of the learning rate; None where the recipe names it.
     """
 
     name: str
@@ -63,6 +65,7 @@ class Job:
     identity: str
     base_identity: str
     scored_set: ScoredSet = "test"
+    suggested_rate: SuggestedRate | None = None
 
     @property
     def scored_rows(self) -> tuple[Example, ...]:

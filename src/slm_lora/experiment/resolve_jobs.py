@@ -3,11 +3,14 @@
 from __future__ import annotations
 
 from collections.abc import Sequence
+from dataclasses import replace
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 from slm_lora.adapters.targets import resolve_targets
-from slm_lora.config.grid import Cell
+from slm_lora.config.axes import AUTO, TuningSection
+from slm_lora.config.grid import Cell, at_learning_rate
+from slm_lora.config.learning_rate import SuggestedRate, rates_around, suggested_rate
 from slm_lora.config.schema import (
     LATER_KEYS,
     CellConfig,
@@ -25,6 +28,7 @@ from slm_lora.experiment.preflight import (
     check_length,
     check_same_test_rows,
     check_token_ids,
+    text_config,
 )
 from slm_lora.model.resolve import ModelSource, hash_config, resolve
 from slm_lora.runs.folder import RUN_FORMAT
@@ -74,9 +78,7 @@ class JobResolver:
             if row_key not in self._row_sets:
                 self._row_sets[row_key] = read_rows(section)
             rows = self._row_sets[row_key]
-            if cell.config.model not in self._sources:
-                self._sources[cell.config.model] = resolve(cell.config.model)
-            source = self._sources[cell.config.model]
+            source = self._source(cell.config.model)
             if source not in self._tokenizers:
                 from slm_lora.model.loading import load_tokenizer
 
@@ -92,11 +94,47 @@ class JobResolver:
             check_frozen(cell.config)
             if self.computed != "nowhere":
                 resolve_targets(source, cell.config.adapter)
-            jobs.append(_job(cell, source, prepared, rows, self.computed, scored_set))
+            suggested = None
+            if cell.config.training.learning_rate == "auto":
+                suggested = self.suggested_rate(cell.config)
+                cell = at_learning_rate(cell, suggested.value)
+            job = _job(cell, source, prepared, rows, self.computed, scored_set)
+            jobs.append(replace(job, suggested_rate=suggested))
         check_same_test_rows(jobs)
         return jobs
 
+    def suggested_rate(self, config: CellConfig) -> SuggestedRate:
+        """The learning rate of ``auto`` for a setting.
 
+        Raises:
+            UsageError: the model's configuration gives no width.
+        """
+        source = self._source(config.model)
+        settings = text_config(source)
+        widths = (settings.get(key) for key in _WIDTH_KEYS)
+        width = next((width for width in widths if isinstance(width, int) and width > 0), None)
+        if width is None:
+            raise UsageError(
+                f"training.learning_rate = auto: config.json of {source.name} gives no hidden_size "
+                "to derive it from; name a number, e.g. 1e-3"
+            )
+        model_type = str(settings.get("model_type", ""))
+        return suggested_rate(model_type, width, config.adapter, config.training)
+
+    def tuning_section(self, section: TuningSection, config: CellConfig) -> TuningSection:
+        """The section with numbers for ``auto``, which depend on the setting."""
+        if AUTO not in section.values:
+            return section
+        return section.with_rates(rates_around(self.suggested_rate(config).value))
+
+    def _source(self, section: ModelSection) -> ModelSource:
+        if section not in self._sources:
+            self._sources[section] = resolve(section)
+        return self._sources[section]
+
+
+_WIDTH_KEYS = ("hidden_size", "n_embd", "n_embed", "d_model")
+"""Of a model's configuration, by architecture."""
 _ROW_FIELDS = {"name", "revision", "split", "format", "columns", "text_rows", "on_bad_row"}
 
 

@@ -97,6 +97,7 @@ class TuningPhase:
             replace(arm, options=replace(arm.options, keep_adapters=False))
             for arm in arms_of(cells)
         ]
+        self.sections = [resolver.tuning_section(self.section, arm.config) for arm in self.arms]
         self._jobs: dict[tuple[int, Point], list[Job]] = {}
         self._places: dict[str, tuple[int, Point]] = {}
 
@@ -154,7 +155,7 @@ class TuningPhase:
         """Where one search stands, and the losses that led there."""
         outcomes: dict[Point, float] = {}
         while True:
-            state = progress(self.section, outcomes, lambda point: self.is_valid(arm, point))
+            state = progress(self.sections[arm], outcomes, lambda p: self.is_valid(arm, p))
             found = {
                 point: outcome.loss
                 for point in state.missing
@@ -304,8 +305,10 @@ class TuningPhase:
         return find_run(self.paths.results, BASE, self.first_job().base_identity)
 
     def _first_points(self) -> list[tuple[int, Point]]:
-        first = tuple(values[0] for values in self.section.values)
-        return [(arm, first) for arm in range(len(self.arms))]
+        return [
+            (arm, tuple(values[0] for values in section.first_values))
+            for arm, section in enumerate(self.sections)
+        ]
 
     def _choose(self, search: str) -> TuningRecord:
         arms = [self._arm(index) for index in range(len(self.arms))]

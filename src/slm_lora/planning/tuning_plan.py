@@ -117,12 +117,12 @@ def plan_tuned(
         final = plan(resolver.jobs(phase.final_cells(record)), paths)
         left = sum(cell.seconds for cell in final.cells if not cell.finished)
         return TunedPlan(None, (), final, Range(left, left))
-    points = first_points(phase.section)
     estimator = Estimator(resolver.jobs(cells))
-    searches = tuple(_search(arm, points, phase, estimator) for arm in range(len(phase.arms)))
+    searches = tuple(_search(arm, phase, estimator) for arm in range(len(phase.arms)))
     base = estimator.base(phase.first_job(), phase.paths)
     bases, dearest, seconds = {}, [], Range(0.0, 0.0)
     for cell in cells:
+        points = first_points(resolver.tuning_section(phase.section, cell.config))
         jobs = resolver.jobs(
             [tuned_cell(cell, dict(zip(phase.section.key, point, strict=True))) for point in points]
         )
@@ -140,9 +140,7 @@ def plan_tuned(
     return TunedPlan(base, searches, final, seconds + Range(left, left))
 
 
-def _search(
-    arm: int, points: Sequence[Point], phase: TuningPhase, estimator: Estimator
-) -> PlannedSearch:
+def _search(arm: int, phase: TuningPhase, estimator: Estimator) -> PlannedSearch:
     _, outcomes = phase.known(arm)
     estimates: dict[tuple[float, ...], PlannedCell] = {}
     unfinished: dict[Point, list[Job]] = {}
@@ -162,13 +160,14 @@ def _search(
 
     def range_of(cost: Callable[[Point], float]) -> Range:
         least, most = cost_range(
-            phase.section,
+            phase.sections[arm],
             outcomes,
             lambda point: len(left(point)) * cost(point),
             lambda point: phase.is_valid(arm, point),
         )
         return Range(least, most)
 
+    points = first_points(phase.sections[arm])
     certain = tuple(point for point in points if phase.is_valid(arm, point))
     known = dict.fromkeys((*certain, *outcomes))
     return PlannedSearch(

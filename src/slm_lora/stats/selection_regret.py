@@ -213,15 +213,16 @@ def at_own_best(
 def p_worse(sample: Paired, first: Regret, second: Regret) -> float:
     """One-sided p of the second setting being as good as the first, each at its own best value."""
     below, above = _sides(first, second)
-    if first.higher_is_better:
+    if first.higher_is_better or second.higher_is_better:
         return _p_within(sample, -sample.value, above)
     return _p_within(sample, sample.value, below)
 
 
 def _sides(first: Regret, second: Regret) -> tuple[Regret, Regret]:
     """The regrets that lower and raise the difference: at its best value the second setting has a
-    lower cost, which is a higher value of some metrics."""
-    return (first, second) if first.higher_is_better else (second, first)
+    lower cost, which is a higher value of some metrics. `NO_REGRET` has no direction."""
+    higher = first.higher_is_better or second.higher_is_better
+    return (first, second) if higher else (second, first)
 
 
 def _p_within(sample: Paired, distance: float, regret: Regret) -> float:

@@ -169,12 +169,12 @@ class Search:
         return gain_of_parabola([math.log(point[index]) for point in points], losses) < FLAT
 
     def _whole(self, index: int) -> bool:
-        return all(float(value).is_integer() for value in self._tuning.values[index])
+        return all(float(value).is_integer() for value in self._tuning.first_values[index])
 
 
 def first_points(tuning: TuningSection) -> list[Point]:
     """All combinations of the values to try first, and of the common value of the first key."""
-    values = [list(dict.fromkeys(listed)) for listed in tuning.values]
+    values = [list(dict.fromkeys(listed)) for listed in tuning.first_values]
     if tuning.common_value is not None and tuning.common_value not in values[0]:
         values[0].append(tuning.common_value)
     return list(itertools.product(*values))

@@ -48,7 +48,7 @@ def adamw(
                 )
     return torch.optim.AdamW(
         groups,
-        lr=section.learning_rate,
+        lr=section.peak_rate,
         betas=(section.adam_beta1, section.adam_beta2),
         eps=section.adam_epsilon,
         fused=True,

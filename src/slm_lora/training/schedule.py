@@ -83,10 +83,10 @@ def learning_rate(section: TrainingSection, step: int, total_steps: int) -> floa
     """
     warmup = math.ceil(section.warmup_ratio * total_steps)
     if step < warmup:
-        return section.learning_rate * step / max(1, warmup)
+        return section.peak_rate * step / max(1, warmup)
     if section.lr_scheduler_type == "constant":
-        return section.learning_rate
+        return section.peak_rate
     progress = (step - warmup) / max(1, total_steps - warmup)
     if section.lr_scheduler_type == "cosine":
-        return section.learning_rate * 0.5 * (1 + math.cos(math.pi * progress))
-    return section.learning_rate * (1 - progress)
+        return section.peak_rate * 0.5 * (1 + math.cos(math.pi * progress))
+    return section.peak_rate * (1 - progress)
