@@ -44,7 +44,7 @@ def read_searches(results: Path) -> tuple[dict[str, dict[float, Candidate]], flo
         if run.record.adapter is None:
             base_loss = loss
             continue
-        rate = float(run.record.recipe["training"]["learning_rate"])
+        rate = run.record.recipe.training.learning_rate
         kept = {k: v for k, v in run.record.settings.items() if k not in ("seed", RATE)}
         name = ", ".join(f"{key.rsplit('.', 1)[-1]} {value}" for key, value in kept.items())
         searches.setdefault(name, {})[rate] = Candidate(

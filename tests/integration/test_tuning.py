@@ -64,9 +64,9 @@ def test_tuning_runs_have_seeds_and_rows_of_their_own(tuned: Lab) -> None:
         [read_run(folder).record for folder in run_folders(tuned.results / where / "runs")]
         for where in ("tuning", ".")
     )
-    assert {record.recipe["seed"] for record in tuning if record.adapter} == {1000}
-    assert {record.recipe["data_seed"] for record in tuning if record.adapter} == {1000}
-    assert {record.recipe["seed"] for record in final if record.adapter} == {0, 1}
+    assert {record.recipe.seed for record in tuning if record.adapter} == {1000}
+    assert {record.recipe.data_seed for record in tuning if record.adapter} == {1000}
+    assert {record.recipe.seed for record in final if record.adapter} == {0, 1}
     assert not {record.data.train_sha256 for record in tuning} & {
         record.data.train_sha256 for record in final
     }
@@ -80,13 +80,13 @@ def test_every_setting_is_trained_at_its_lowest_value(tuned: Lab) -> None:
         for folder in run_folders(tuned.results / "tuning" / "runs"):
             record = read_run(folder).record
             if record.cell.startswith(f"{name}-"):
-                losses[record.recipe["training"]["learning_rate"]] = record.evaluation.all.loss
+                losses[record.recipe.training.learning_rate] = record.evaluation.all.loss
         best = min(losses, key=lambda rate: losses[rate])
         assert arm["chosen"] == {"training.learning_rate": best}
         for folder in run_folders(tuned.results / "runs"):
             record = read_run(folder).record
             if record.cell.startswith(f"{name}-"):
-                assert record.recipe["training"]["learning_rate"] == best
+                assert record.recipe.training.learning_rate == best
                 assert record.settings["training.learning_rate"] == best
 
 

@@ -83,3 +83,15 @@ def test_rank_is_worth_less_with_more_rows_on_the_committed_grid() -> None:
     assert difference.value == pytest.approx(0.0737, abs=5e-5)
     assert (difference.low, difference.high) == pytest.approx((0.0687, 0.0788), abs=2e-4)
     assert interaction.significant and difference.units == 3
+
+
+def test_a_key_of_one_value_has_no_interaction() -> None:
+    """Target modules are ordered by trained weights, which differ between ranks, too."""
+    runs = []
+    for (rank, size), loss in LOSSES.items():
+        runs.append(scored_run(f"r{rank}-{size}", loss, adapter__r=rank, data__size=size))
+    runs.append(scored_run("other", 2.0, adapter__target_modules=["q_proj"]))
+    planned = contrasts(group_settings(runs))
+    assert planned
+    assert all(contrast.by_low is not contrast.by_high for contrast in planned if contrast.by)
+    assert {contrast.by for contrast in planned} <= {"", "data.size"}

@@ -113,7 +113,7 @@ def _with_steps(run: ScoredRun) -> ScoredRun:
     from types import SimpleNamespace
 
     stand_in = SimpleNamespace(
-        record=run.run.record, cell=run.run.cell, folder=run.run.folder, steps=list
+        record=run.run.record, raw=run.run.raw, cell=run.run.cell, folder=run.run.folder, steps=list
     )
     return replace(run, run=stand_in)  # type: ignore[arg-type]
 

@@ -6,9 +6,13 @@ import json
 from pathlib import Path
 
 import pytest
+from hypothesis import HealthCheck, given, settings
+from hypothesis import strategies as st
 
 from slm_lora.errors import IntegrityError
+from slm_lora.report.tables import described_table, losses_table
 from slm_lora.runs.folder import Run, list_runs, read_run
+from slm_lora.runs.scored_run import read_scored_run
 
 from ..support.runs import scored_run
 
@@ -52,3 +56,39 @@ def test_run_record_without_a_section_is_refused_by_name(key: str) -> None:
     raw = {name: value for name, value in scored_run("r8", 2.0).run.raw.items() if name != key}
     with pytest.raises(IntegrityError, match=rf"run\.json: broken \({key}: Field required\)"):
         _ = Run(Path("r8"), raw).record
+
+
+JSON = st.recursive(
+    st.none() | st.booleans() | st.integers() | st.floats() | st.text(max_size=5),
+    lambda inner: st.lists(inner, max_size=2) | st.dictionaries(st.text(max_size=5), inner),
+    max_leaves=4,
+)
+
+
+@settings(
+    max_examples=150, deadline=None, suppress_health_check=[HealthCheck.function_scoped_fixture]
+)
+@given(data=st.data())
+def test_a_changed_record_is_valid_or_refused(tmp_path: Path, data: st.DataObject) -> None:
+    folder = next(path for path in RUNS if path.name.startswith("r16-320"))
+    raw = json.loads((folder / "run.json").read_text())
+    inside = raw
+    key = data.draw(st.sampled_from(sorted(inside)))
+    while isinstance(inside[key], dict) and inside[key] and data.draw(st.booleans()):
+        inside = inside[key]
+        key = data.draw(st.sampled_from(sorted(inside)))
+    if data.draw(st.booleans()):
+        del inside[key]
+    else:
+        inside[key] = data.draw(JSON)
+    (tmp_path / "scores.parquet").write_bytes((folder / "scores.parquet").read_bytes())
+    (tmp_path / "run.json").write_text(json.dumps(raw))
+    try:
+        run = read_scored_run(read_run(tmp_path))
+    except IntegrityError as error:
+        message = str(error)
+        assert "\n" not in message
+        assert str(tmp_path) in message
+        return
+    assert described_table([run])
+    assert losses_table([run], "all")

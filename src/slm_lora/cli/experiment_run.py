@@ -139,7 +139,7 @@ def run_experiment(
 
 def kept_adapters(runs: Any, paths: Any) -> list[Path]:
     """Folders of the adapters that were kept."""
-    tuned = [run for run in runs if "adapter" in run.raw]
+    tuned = [run for run in runs if run.record.adapter is not None]
     return [folder for run in tuned if (folder := paths.adapter_of(run)) is not None]
 
 

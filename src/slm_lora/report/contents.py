@@ -7,19 +7,21 @@ from dataclasses import dataclass, replace
 from pathlib import Path
 
 from slm_lora.report import examples, figures, method, sentences, tuning
-from slm_lora.report.blocks import Picture, Section, plain
+from slm_lora.report.blocks import Picture, Section, markdown_table, plain
 from slm_lora.report.card import Card, make_card
 from slm_lora.report.names import SettingNames, key_name
 from slm_lora.report.setup import not_shown, setup
 from slm_lora.report.summary import (
+    MOST_INTERVALS,
     category_table,
     comparisons_table,
     contrasts_table,
+    doubling_tables,
     metrics_table,
     settings_table,
 )
 from slm_lora.report.tables import runs_text
-from slm_lora.runs.folder import named
+from slm_lora.runs.folder import METRICS_FILE, named
 from slm_lora.runs.metrics import METRICS
 from slm_lora.runs.scored_run import ScoredRun, has_metric
 from slm_lora.runs.tuning import TuningRecord
@@ -236,15 +238,16 @@ def _present(pictures: Sequence[Picture | None]) -> tuple[Picture, ...]:
 
 
 def _training(settings: Sequence[Setting], names: SettingNames) -> str:
-    items = []
+    if not settings:
+        return "Nothing was trained."
+    rows = []
     for setting in settings:
         record = setting.first_run.run.record.trained
-        seeds = f", first of {len(setting.runs)} seeds" if len(setting.runs) > 1 else ""
-        items.append(
-            f"- {names.of(setting)}: {record.steps} steps, {record.tokens:,} tokens, last "
-            f"training loss {record.last_step_loss:.3f}{seeds}"
-        )
-    return "\n".join(items) or "Nothing was trained."
+        numbers = [f"{record.steps}", f"{record.tokens:,}", f"{record.last_step_loss:.3f}"]
+        rows.append([plain(names.of(setting)), *numbers])
+    table = markdown_table(["Setting", "Steps", "Tokens", "Last training loss"], rows)
+    several = any(len(setting.runs) > 1 for setting in settings)
+    return table + ("\nFirst seed of each setting." if several else "")
 
 
 def _pareto(settings: Sequence[Setting], names: SettingNames) -> str:
@@ -254,12 +257,18 @@ def _pareto(settings: Sequence[Setting], names: SettingNames) -> str:
         setting for setting in settings if _same_tokens(setting.first_run, settings[0].first_run)
     ]
     best = pareto_set(comparable)
-    listed = (
-        "all settings"
-        if len(best) == len(settings)
-        else plain("; ".join(names.of(setting) for setting in best))
-    )
+    listed = _most([*map(names.of, best)], [*map(names.of, settings)], "settings")
     return f" Pareto-optimal in loss, training tokens and trained weights: {listed}."
+
+
+def _most(chosen: Sequence[str], everything: Sequence[str], noun: str) -> str:
+    """Some of many names; where they are most of them, the others."""
+    others = [name for name in everything if name not in chosen]
+    if not others:
+        return f"all {noun}"
+    if len(others) < len(chosen):
+        return plain(f"all {noun} but {'; '.join(others)}")
+    return plain("; ".join(chosen))
 
 
 def _contrasts(analysis: Analysis) -> list[Section]:
@@ -274,7 +283,9 @@ def _contrasts(analysis: Analysis) -> list[Section]:
 
 
 def _scaling(analysis: Analysis, pictures: tuple[Picture, ...]) -> list[Section]:
-    text = sentences.scaling(analysis.comparisons, analysis.curves, analysis.names)
+    items = "\n".join(f"- {sentences.curve_text(curve)}" for curve in analysis.curves)
+    tables = doubling_tables(analysis.comparisons, analysis.names)
+    text = "\n".join(filter(None, [tables, items]))
     if not text and not pictures:
         return []
     return [
@@ -333,10 +344,14 @@ def _categories(analysis: Analysis) -> list[Section]:
     for pair in to_base[:1]:
         second, first = analysis.names.of(pair.second), analysis.names.of(pair.first)
         pictures.append(figures.categories(by_category(pair), second, first))
-    text = (
-        "Held-out loss in nats per token. Unpaired 95 % intervals cover the choice of test rows; "
-        f"categories with fewer than {LEAST_GROUPS} groups have none.{_alike(analysis)}"
+    columns = len(analysis.settings) + (analysis.base is not None)
+    intervals = (
+        " Unpaired 95 % intervals cover the choice of test rows; categories with fewer than "
+        f"{LEAST_GROUPS} groups have none."
+        if columns <= MOST_INTERVALS
+        else f" Intervals are in {METRICS_FILE}."
     )
+    text = f"Held-out loss in nats per token.{intervals}{_alike(analysis)}"
     return [
         Section(
             "By category",
@@ -354,11 +369,10 @@ def _alike(analysis: Analysis) -> str:
     if not tested:
         return ""
     corrected = holm([p for _, p in tested])
-    unlike = [
-        f"{analysis.names.of(pair.second)} vs {analysis.names.of(pair.first)}"
-        for (pair, _), p in zip(tested, corrected, strict=True)
-        if p < ALPHA
+    pairs = [
+        f"{analysis.names.of(pair.second)} vs {analysis.names.of(pair.first)}" for pair, _ in tested
     ]
+    unlike = [pair for pair, p in zip(pairs, corrected, strict=True) if p < ALPHA]
     count = len(analysis.comparisons)
     tests = f"{count}" if len(tested) == count else f"{len(tested)} of {count}"
     test = (
@@ -367,7 +381,7 @@ def _alike(analysis: Analysis) -> str:
     )
     if not unlike:
         return f"{test} no difference varies significantly between categories."
-    return f"{test} the difference varies significantly for {plain('; '.join(unlike))}."
+    return f"{test} the difference varies significantly for {_most(unlike, pairs, 'comparisons')}."
 
 
 def table_text(analysis: Analysis, results: Path) -> str:

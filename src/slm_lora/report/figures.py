@@ -5,7 +5,7 @@ from __future__ import annotations
 import math
 import re
 from collections.abc import Sequence
-from typing import TYPE_CHECKING
+from typing import TYPE_CHECKING, Any
 
 from slm_lora.report.blocks import Picture
 from slm_lora.report.card import Card
@@ -21,6 +21,10 @@ from slm_lora.stats.settings import Setting, amount
 if TYPE_CHECKING:
     from matplotlib.axes import Axes
     from matplotlib.figure import Figure
+
+MOST_LABELS, LONGEST_LABEL = 8, 24
+"""Settings, and characters of a name, that have room inside a drawing."""
+FILLS = ("white", SHADE, INK)
 
 
 @styled
@@ -97,11 +101,12 @@ def training_curves(settings: Sequence[Setting], names: SettingNames) -> Picture
         ]
         axes.plot(
             [step["step"] for step in steps], smooth, LINES[index // 2 % len(LINES)],
-            color=INK if index % 2 == 0 else SHADE, lw=1.3, label=names.of(setting),
+            color=INK if index % 2 == 0 else SHADE, lw=1.3 + index // (2 * len(LINES)),
+            label=names.of(setting),
         )  # fmt: skip
     axes.set_xlabel("optimizer step")
     axes.set_ylabel("training loss, nats per token")
-    axes.legend(title="setting", title_fontsize=8, frameon=False, fontsize=8, ncols=2)
+    _legend(axes, "setting", below=_crowded(settings, names))
     return picture(
         "training",
         figure,
@@ -141,7 +146,7 @@ def perplexity_along(
     axes.set_xlabel("training rows" if key == "data.size" else label)
     axes.set_ylabel("perplexity")
     if len(series) > 1:
-        axes.legend(frameon=False, fontsize=8)
+        _legend(axes, names.series_keys(key), below=len(series) > MOST_LABELS, columns=1)
     return picture(
         f"perplexity-{key.rsplit('.', 1)[-1]}",
         figure,
@@ -224,17 +229,23 @@ def time_and_loss(settings: Sequence[Setting], names: SettingNames) -> Picture |
         return None
     figure, axes = new_axes(3.0)
     points = []
+    crowded = _crowded(settings, names)
     for index, setting in enumerate(settings):
         seconds = sum(run.run.record.trained.seconds for run in setting.runs)
         minutes, loss = seconds / len(setting.runs) / 60, setting.estimate().value
         axes.plot(
-            [minutes], [loss], marker=MARKERS[index % len(MARKERS)], ms=7, color=INK, mfc="white"
-        )
+            [minutes], [loss], marker=MARKERS[index % len(MARKERS)], ms=7, color=INK,
+            mfc=FILLS[index // len(MARKERS) % len(FILLS)], ls="" if crowded else "-",
+            label=names.of(setting),
+        )  # fmt: skip
         points.append((minutes, loss))
     axes.set_xlabel("training time, minutes")
     axes.set_ylabel("held-out loss, nats per token")
     axes.margins(0.15)
-    _label(figure, axes, points, [names.of(setting) for setting in settings])
+    if crowded:
+        _legend(axes, "setting", below=True)
+    else:
+        label_points(figure, axes, points, [names.of(setting) for setting in settings])
     return picture(
         "time",
         figure,
@@ -243,7 +254,22 @@ def time_and_loss(settings: Sequence[Setting], names: SettingNames) -> Picture |
     )
 
 
-def _label(
+def _crowded(settings: Sequence[Setting], names: SettingNames) -> bool:
+    """Whether names of settings would cover the drawing, or each other."""
+    longest = max(len(names.of(setting)) for setting in settings)
+    return len(settings) > MOST_LABELS or longest > LONGEST_LABEL
+
+
+def _legend(axes: Axes, title: str, below: bool, columns: int = 2) -> None:
+    """Lines or markers with their names, beside the data or below the axes."""
+    place: dict[str, Any] = {"loc": "upper center", "bbox_to_anchor": (0.45, -0.2)} if below else {}
+    axes.legend(
+        title=title, title_fontsize=8, frameon=False, fontsize=8, ncols=2 if below else columns,
+        **place,
+    )  # fmt: skip
+
+
+def label_points(
     figure: Figure, axes: Axes, points: Sequence[tuple[float, float]], names: Sequence[str]
 ) -> None:
     """A name to the right of each point, moved up where it would cover another."""
@@ -254,7 +280,10 @@ def _label(
     for index in sorted(range(len(points)), key=lambda index: float(positions[index][1])):
         x, y = float(positions[index][0]), float(positions[index][1])
         top = y
-        while near := [py for px, py in placed if abs(px - x) < width and abs(py - top) < height]:
+        # Tolerance: py + height - py may round to less than height, and the loop would not end.
+        while near := [
+            py for px, py in placed if abs(px - x) < width and abs(py - top) < height - 0.01
+        ]:
             top = max(near) + height
         placed.append((x, top))
         axes.annotate(

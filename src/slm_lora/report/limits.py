@@ -165,7 +165,8 @@ def _listed(names: Sequence[str], total: int) -> str:
         return "all settings" if total > 1 else "this setting"
     if len(names) > 2:
         return f"{len(names)} of {total} settings"
-    return " and ".join(f"({name})" for name in names)
+    alone = len(names) == 1 or not any("," in name for name in names)
+    return " and ".join(name if alone else f"({name})" for name in names)
 
 
 def _still_falling(setting: Setting) -> bool:

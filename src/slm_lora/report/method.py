@@ -13,7 +13,7 @@ from slm_lora.runs.scored_run import ScoredRun
 from slm_lora.stats.comparisons import Comparison
 from slm_lora.stats.estimates import estimate
 from slm_lora.stats.power import failure_bound
-from slm_lora.stats.settings import Setting, amount, shared_rows
+from slm_lora.stats.settings import Setting, amount, shared_rows, usual_order, varied
 
 MOST_SHARED = 0.2
 """Share of training rows that two draws may have in common without a remark."""
@@ -29,14 +29,17 @@ def question(
     keys = {pair.key for pair in comparisons}
     methods = f" ({_methods(settings)})" if settings and "adapter.kind" not in keys else ""
     factors = []
-    for key, tied in {pair.key: pair.tied for pair in comparisons if pair.key != "base"}.items():
-        compared = [
-            setting
-            for pair in comparisons
-            if pair.key == key
-            for setting in (pair.first, pair.second)
-        ]
-        ordered = sorted(compared, key=lambda setting: amount(setting, key) or 0)
+    compared = {pair.key: pair.tied for pair in comparisons if pair.key != "base"}
+    adapters = [setting for setting in settings if not setting.is_full]
+    tied_keys = {other for tied in compared.values() for other in tied}
+    # A key that varies only along with others has no comparison of its own.
+    alone = {key: () for key in varied(adapters) if key not in compared.keys() | tied_keys}
+    for key, tied in {**compared, **(alone if compared else {})}.items():
+        having = settings if key == "adapter.kind" else adapters or settings
+        ordered = sorted(
+            having,
+            key=lambda setting: (amount(setting, key) or 0, usual_order(setting.setting(key))),
+        )
         values = dict.fromkeys(_value(key, setting) for setting in ordered)
         factors.append(f"the {key_name(key, tied)} ({', '.join(values)})")
     if not factors:

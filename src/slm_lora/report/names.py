@@ -16,6 +16,10 @@ _KEYS = {
 }
 
 
+MOST_MODULES = 4
+"""Target modules that are named one by one."""
+
+
 def key_name(key: str, tied: Sequence[str] = ()) -> str:
     """A recipe key in words, with the keys that vary along with it."""
     name = _KEYS.get(key, key.rsplit(".", 1)[-1].replace("_", " "))
@@ -29,7 +33,10 @@ def value_name(value: object) -> str:
     """The value of a recipe key."""
     if isinstance(value, str | None):
         return _LABELS.get(value, str(value))
-    return "+".join(map(str, value)) if isinstance(value, list | tuple) else str(value)
+    if isinstance(value, list | tuple):
+        names = [*map(str, value)]
+        return "+".join(names) if len(names) <= MOST_MODULES else f"{len(names)} modules"
+    return str(value)
 
 
 def rate_name(rate: float) -> str:
@@ -85,6 +92,11 @@ class SettingNames:
             "all settings" if key == "adapter.r" else f"r={setting.setting('adapter.r')}"
         )
 
+    def series_keys(self, key: str) -> str:
+        """What the names of `series` along ``key`` consist of."""
+        others = [key_name(other) for other in self._keys if other != key]
+        return " and ".join(filter(None, [", ".join(others[:-1]), *others[-1:]]))
+
     @staticmethod
     def part(key: str, setting: Setting) -> str:
         """``r=16``: one key of a setting."""
@@ -108,4 +120,4 @@ def _modules(value: object) -> str:
     if not isinstance(value, list | tuple):
         return str(value)
     names = [str(name).removesuffix("_proj") for name in value]
-    return "+".join(names) if len(names) < 5 else f"{len(names)} modules"
+    return "+".join(names) if len(names) <= MOST_MODULES else f"{len(names)} modules"

@@ -6,9 +6,6 @@ about settings, only about these trainings.
 
 from __future__ import annotations
 
-import math
-from collections.abc import Sequence
-
 from slm_lora.report.card import interval_text
 from slm_lora.report.names import SettingNames
 from slm_lora.runs.metrics import Metric
@@ -143,56 +140,6 @@ def _needed_text(comparison: Comparison) -> str:
         f"; a new experiment with about {needed.rows:,} test rows and {needed.seeds} seeds would "
         f"decide it at ±{margin} (80 % power)."
     )
-
-
-def scaling(
-    comparisons: Sequence[Comparison], curves: Sequence[LearningCurve], names: SettingNames
-) -> str:
-    """Effect of doubling rank, rows and trainable weights, and the learning curves; empty where no
-    two settings differ in one of these alone."""
-    items = []
-    to_base = {pair.second.name: pair.difference for pair in comparisons if pair.key == "base"}
-    for pair in comparisons:
-        difference = pair.difference
-        if pair.tied:
-            continue
-        if pair.key == "data.size":
-            rows = [setting.training_rows for setting in (pair.first, pair.second)]
-            first = to_base.get(pair.first.name)
-            if first is None or rows[0] == rows[1]:  # sizes may round to the same rows
-                continue
-            items.append(
-                f"- {names.of(pair.second)}: from the base to {rows[0]} training rows "
-                f"{difference_text(first)}; from {rows[0]} to {rows[1]} "
-                f"{difference_text(difference)}{_per_doubling(difference, rows)}."
-                + _open_gain(pair)
-            )
-        elif pair.key in ("adapter.r", "adapter.target_modules"):
-            weights = [setting.trainable_weights for setting in (pair.first, pair.second)]
-            if weights[0] != weights[1]:
-                items.append(
-                    f"- {names.of(pair.first)} → {names.of(pair.second)}: "
-                    f"{weights[1] / weights[0]:.1f} times the trainable weights, loss "
-                    f"{difference_text(difference)}"
-                    f"{_per_doubling(difference, weights)}." + _open_gain(pair)
-                )
-    items += [f"- {curve_text(curve)}" for curve in curves]
-    return "\n".join(items)
-
-
-def _per_doubling(difference: Difference, amounts: Sequence[float]) -> str:
-    doublings = math.log2(amounts[1] / amounts[0])
-    if abs(doublings - 1) < 0.005:  # 338 to 675 rows count as one
-        return " (one doubling)"
-    ends = sorted((difference.low / doublings, difference.high / doublings))
-    span = f" ({ends[0]:+.4f} to {ends[1]:+.4f})" if math.isfinite(sum(ends)) else ""
-    return f", {difference.value / doublings:+.4f}{span} per doubling"
-
-
-def _open_gain(comparison: Comparison) -> str:
-    if comparison.verdict == "different":
-        return "" if comparison.covers_seeds else " (One seed.)"
-    return " Not significant."
 
 
 def curve_text(curve: LearningCurve) -> str:

@@ -57,10 +57,10 @@ def _relations(record: RunRecord) -> str:
         "context": "same context",
         "near": "nearly the same prompt",
     }
-    chosen = record.recipe["data"].get("group_by")
+    chosen = record.recipe.data.group_by
     if chosen is not None:
         return (
-            ", ".join(named[relation] for relation in chosen)
+            ", ".join(named.get(relation, relation) for relation in chosen)
             or "no relation: each row is its own group"
         )
     near = ", or nearly the same prompt" if record.data.split_version > 1 else ""
@@ -69,6 +69,8 @@ def _relations(record: RunRecord) -> str:
 
 def _cut_rows(runs: Sequence[ScoredRun]) -> list[str]:
     counted = runs[0].run.record.data.long_rows
+    if not counted.keys() & {"test", "all"}:
+        return []
     which, test = ("test rows", counted["test"]) if "test" in counted else ("rows", counted["all"])
     if not test.rows:
         return []

@@ -198,6 +198,49 @@ def contrast_text(contrast: Contrast, names: SettingNames) -> str:
     )
 
 
+def doubling_tables(comparisons: Sequence[Comparison], names: SettingNames) -> str:
+    """Differences per doubling of training rows and of trainable weights, as Markdown; empty where
+    no two settings differ in one of these alone."""
+    parts = []
+    for title, keys in (
+        ("Training rows", ("data.size",)),
+        ("Trainable weights", ("adapter.r", "adapter.target_modules")),
+    ):
+        rows = []
+        for pair in comparisons:
+            compared = (pair.first, pair.second)
+            amounts = [setting.training_rows for setting in compared]
+            if title == "Trainable weights" and pair.key in keys:
+                amounts = [setting.trainable_weights for setting in compared]
+            # Sizes may round to the same rows.
+            if pair.tied or pair.key not in keys or amounts[0] == amounts[1]:
+                continue
+            doublings = math.log2(amounts[1] / amounts[0])
+            difference = pair.difference
+            low, high = sorted((difference.low / doublings, difference.high / doublings))
+            rows.append(
+                [
+                    plain(f"{names.of(pair.first)} → {names.of(pair.second)}"),
+                    f"{amounts[0]:,} → {amounts[1]:,}",
+                    _gap_text(pair),
+                    interval_text(difference.value / doublings, low, high, ""),
+                    _is_significant(pair),
+                ]
+            )
+        if rows:
+            unit = comparisons[0].metric.unit
+            header = ["Settings", title, f"Difference, {unit} (95 %)", "Per doubling"]
+            table = markdown_table([*header, "Significant"], rows, left=(0, 4))
+            parts.append(f"### {title}\n\n{table}")
+    return "\n".join(parts)
+
+
+def _is_significant(pair: Comparison) -> str:
+    if pair.verdict != "different":
+        return "no"
+    return "yes" if pair.covers_seeds else "yes (one seed)"
+
+
 def _perplexity_change(pair: Comparison) -> str:
     # exp of a difference of losses is the ratio of perplexities.
     return f"{100 * (perplexity(pair.difference.value) - 1):+.1f} %"
@@ -238,17 +281,24 @@ def _has(metric: Metric, setting: Setting) -> bool:
     return all(has_metric(run, metric) for run in setting.runs)
 
 
+MOST_INTERVALS = 6
+"""Columns of numbers with intervals that fit on a page."""
+
+
 def category_table(settings: Sequence[Setting], base: Setting | None, names: SettingNames) -> str:
-    """Losses by category of rows, as Markdown; empty where rows have no categories."""
+    """Losses by category of rows, as Markdown, with intervals where the table stays narrow; empty
+    where rows have no categories."""
     columns = [*([base] if base else []), *settings]
     categories = category_names(columns[0])
     if not categories:
         return ""
     scores = columns[0].first_run.scores
+    narrow = len(columns) <= MOST_INTERVALS
     rows = []
     for category in categories:
         count = sum(score.category == category for score in scores)
-        losses = [loss_shown(setting.within(category), 3) for setting in columns]
+        within = [setting.within(category) for setting in columns]
+        losses = [loss_shown(loss, 3) if narrow else f"{loss.value:.3f}" for loss in within]
         rows.append([plain(category), f"{count}", *losses])
     return markdown_table(["Category", "Rows", *map(names.of, columns)], rows)
 

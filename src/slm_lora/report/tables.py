@@ -9,7 +9,7 @@ from typing import Any
 from slm_lora.config.types import METHOD_LABELS
 from slm_lora.records import LossOn
 from slm_lora.report.blocks import markdown_table
-from slm_lora.report.names import rate_name
+from slm_lora.report.names import MOST_MODULES, rate_name
 from slm_lora.runs.metrics import METRICS, mean_over_rows
 from slm_lora.runs.scored_run import ScoredRun
 from slm_lora.runtime.progress import clock
@@ -85,6 +85,8 @@ def scale(run: ScoredRun) -> float:
 
 
 def _shown(value: Any) -> str:
+    if isinstance(value, list) and len(value) > MOST_MODULES:
+        return f"{len(value)} modules"
     return ", ".join(map(str, value)) if isinstance(value, list) else str(value)
 
 

@@ -11,6 +11,8 @@ from slm_lora.report.contents import Analysis
 from slm_lora.report.summary import AGAINST, setting_columns, setting_rows
 
 WIDTH = 100
+LEAST_NAME = 24
+"""Columns that the names of settings take at least."""
 
 
 def card_table(analysis: Analysis) -> Table:
@@ -35,6 +37,8 @@ def settings_table(analysis: Analysis, width: int) -> Table:
     ]
     kept = list(range(len(columns)))
     for name in ("Memory", "Seeds", "Time", "Trainable", AGAINST):
+        if name == AGAINST:
+            widths[0] = min(widths[0], LEAST_NAME)  # names fold before this one is left out
         if sum(widths[index] + 2 for index in kept) <= min(width, WIDTH):
             break
         kept.remove(columns.index(name))

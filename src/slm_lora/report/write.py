@@ -2,13 +2,12 @@
 
 from __future__ import annotations
 
-import json
 from collections.abc import Sequence
 from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
-from slm_lora.errors import IntegrityError, UsageError
+from slm_lora.errors import UsageError
 from slm_lora.report import contents, examples
 from slm_lora.report.blocks import Picture, Section
 from slm_lora.report.contents import Analysis, analyse
@@ -17,7 +16,7 @@ from slm_lora.report.html import as_html
 from slm_lora.report.markdown import as_markdown
 from slm_lora.report.summary import category_names
 from slm_lora.report.tuning import tuned_keys
-from slm_lora.runs.folder import METRICS_FILE, Run, to_json
+from slm_lora.runs.folder import METRICS_FILE, Run, read_table, to_json
 from slm_lora.runs.metrics import METRICS, mean_over_rows
 from slm_lora.runs.scored_run import ScoredRun, has_metric, read_scored_runs
 from slm_lora.runs.tuning import read_tuning
@@ -55,7 +54,9 @@ def write_report(
     """
     if not runs:
         raise UsageError(f"{results}: no finished run in it")
-    first = _first_report(results / METRICS_FILE) or tuple(run.folder.name for run in runs)
+    table_before = read_table(results)
+    first = table_before.first_report if table_before else ()
+    first = first or tuple(run.folder.name for run in runs)
     analysis = _analysis(runs, results, headline, frozenset(first))
     title = analysis.runs[0].run.record.experiment
     question, answer = contents.question(analysis), contents.answer_picture(analysis)
@@ -114,22 +115,6 @@ def _scored(run: ScoredRun) -> list[str]:
     ]
 
 
-def _first_report(path: Path) -> tuple[str, ...]:
-    """Run folders that the first report of an experiment showed, as its metrics.json keeps them;
-    of a metrics.json without that record, its own runs. Empty without the file."""
-    try:
-        metrics = json.loads(path.read_text(encoding="utf-8"))
-        folders = metrics.get("first_report") or [run["folder"] for run in metrics["runs"]]
-        return tuple(map(str, folders))
-    except FileNotFoundError:
-        return ()
-    except (OSError, ValueError, KeyError, TypeError, AttributeError) as error:
-        raise IntegrityError(
-            f"{path}: broken ({error}), and it lists the runs of the first report; restore it, or "
-            "remove it to start over"
-        ) from error
-
-
 def _metrics(analysis: Analysis, first_report: Sequence[str]) -> dict[str, Any]:
     runs = analysis.runs
     settings = [Setting((run,)) for run in runs if run.is_base] + [*analysis.settings]
@@ -140,7 +125,7 @@ def _metrics(analysis: Analysis, first_report: Sequence[str]) -> dict[str, Any]:
         "runs": [
             {
                 "folder": run.run.folder.name,
-                **run.run.raw,
+                **{key: value for key, value in run.run.raw.items() if key != "folder"},
                 "intervals": {
                     name: estimate([run.scores], METRICS[name]).record() for name in _scored(run)
                 },

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import functools
 import json
+import math
 from collections.abc import Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass
@@ -13,7 +14,7 @@ from typing import Any
 from pydantic import ValidationError
 
 from slm_lora.errors import IntegrityError, UsageError
-from slm_lora.runs.record import RunRecord
+from slm_lora.runs.record import RunRecord, StepRecord
 from slm_lora.runtime.storage import atomic_folder
 
 RUN_FORMAT = 1
@@ -46,10 +47,8 @@ class Run:
         try:
             return RunRecord.model_validate(self.raw)
         except ValidationError as error:
-            first = error.errors()[0]
-            where = ".".join(map(str, first["loc"]))
             raise IntegrityError(
-                f"{self.folder / RUN_FILE}: broken ({where}: {first['msg']}); {_AGAIN}"
+                f"{self.folder / RUN_FILE}: broken ({_first_of(error)}); {AGAIN}"
             ) from error
 
     @property
@@ -64,18 +63,58 @@ class Run:
             IntegrityError: the file is missing or broken.
         """
         path = self.folder / STEPS_FILE
-        if "training" not in self.raw:
+        if self.record.training is None:
             return []
         try:
-            lines = path.read_text(encoding="utf-8").splitlines()
-            return [json.loads(line) for line in lines]
+            # Not splitlines: strings may contain other line separators.
+            lines = path.read_text(encoding="utf-8").removesuffix("\n").split("\n")
         except (OSError, ValueError) as error:
-            raise IntegrityError(f"{path}: broken ({error}); {_AGAIN}") from error
+            raise IntegrityError(f"{path}: broken ({error}); {AGAIN}") from error
+        steps = []
+        for number, line in enumerate(lines, start=1):
+            try:
+                step = parse_json(line)
+                StepRecord.model_validate(step)
+            except ValueError as error:
+                reason = _first_of(error) if isinstance(error, ValidationError) else str(error)
+                raise IntegrityError(f"{path}: line {number} broken ({reason}); {AGAIN}") from error
+            steps.append(step)
+        return steps
 
     @property
     def scores_path(self) -> Path:
         """Per-row scores on the test set."""
         return self.folder / SCORES_FILE
+
+
+def parse_json(text: str) -> Any:
+    """JSON that can be written again: finite numbers, and text that is UTF-8.
+
+    Raises:
+        ValueError: it is not that.
+    """
+
+    def finite(number: str) -> float:
+        if not math.isfinite(value := float(number)):
+            raise ValueError(f"{number} is no finite number")
+        return value
+
+    try:
+        value = json.loads(text, parse_float=finite, parse_constant=finite)
+    except RecursionError as error:
+        raise ValueError("nested too deeply") from error
+    json.dumps(value, ensure_ascii=False).encode()
+    return value
+
+
+def _first_of(error: ValidationError) -> str:
+    """The first fault: its key and what is wrong."""
+    fault = error.errors()[0]
+    where = ".".join(map(str, fault["loc"]))
+    reason = str(fault["msg"]).removeprefix("Value error, ")
+    if fault["type"] == "model_type":
+        reason = "must be an object of names and values"
+    return f"{where}: {reason}" if where else reason
 
 
 def run_folder(results: Path, cell: str, identity: str) -> Path:
@@ -93,14 +132,14 @@ def find_run(results: Path, cell: str, identity: str) -> Run | None:
     if not folder.exists():
         return None
     if not (folder / RUN_FILE).is_file():
-        raise IntegrityError(f"{folder}: should be a run, and has no {RUN_FILE}; {_AGAIN}")
+        raise IntegrityError(f"{folder}: should be a run, and has no {RUN_FILE}; {AGAIN}")
     run = read_run(folder)
     if run.raw["hash"] != identity:
-        raise IntegrityError(f"{folder}: holds another run; {_AGAIN}")
+        raise IntegrityError(f"{folder}: holds another run; {AGAIN}")
     return run
 
 
-_AGAIN = "move the run's folder away, and the same command makes the run again"
+AGAIN = "move the run's folder away, and the same command makes the run again"
 
 
 def read_run(folder: Path) -> Run:
@@ -113,18 +152,23 @@ def read_run(folder: Path) -> Run:
     if not (folder / RUN_FILE).is_file():
         raise _no_run(folder)
     try:
-        record = json.loads((folder / RUN_FILE).read_text(encoding="utf-8"))
-        complete = record["format"] == RUN_FORMAT and isinstance(record["hash"], str)
-    except (OSError, ValueError, KeyError, TypeError) as error:
-        raise IntegrityError(f"{folder / RUN_FILE}: broken ({error}); {_AGAIN}") from error
-    if not complete:
+        raw = parse_json((folder / RUN_FILE).read_text(encoding="utf-8"))
+        if not isinstance(raw, dict):
+            raise ValueError("no object of names and values")
+        if "format" not in raw:
+            raise ValueError("format: Field required")
+    except (OSError, ValueError) as error:
+        raise IntegrityError(f"{folder / RUN_FILE}: broken ({error}); {AGAIN}") from error
+    if raw["format"] != RUN_FORMAT:
         raise IntegrityError(
-            f"{folder}: of another version of slm-lora (format {record['format']!r:.20}, not "
-            f"{RUN_FORMAT}); {_AGAIN}"
+            f"{folder}: of another version of slm-lora (format {raw['format']!r:.20}, not "
+            f"{RUN_FORMAT}); {AGAIN}"
         )
     if not (folder / SCORES_FILE).is_file():
-        raise IntegrityError(f"{folder}: its {SCORES_FILE} is missing; {_AGAIN}")
-    return Run(folder, record)
+        raise IntegrityError(f"{folder}: its {SCORES_FILE} is missing; {AGAIN}")
+    run = Run(folder, raw)
+    _ = run.record  # raises where a value is broken
+    return run
 
 
 MOST_NAMED = 12
@@ -177,11 +221,8 @@ def list_runs(results: Path) -> list[Run]:
         if (results / RUN_FILE).is_file():
             raise UsageError(f"{results}: one run, not an experiment (results/<experiment>)")
         raise UsageError(f"{results}: no finished run in it")
-    try:
-        metrics = json.loads((results / METRICS_FILE).read_text(encoding="utf-8"))
-        last = [str(run["folder"]) for run in metrics["runs"]]
-    except (OSError, ValueError, KeyError, TypeError):
-        last = list(folders)
+    table = read_table(results)
+    last = list(folders) if table is None else list(table.runs)
     if gone := [name for name in last if name not in folders]:
         raise IntegrityError(
             f"{results / 'runs'}: without {named(gone)}, which the last table ({METRICS_FILE}) is "
@@ -189,12 +230,60 @@ def list_runs(results: Path) -> list[Run]:
             "all runs that are there"
         )
     runs = [read_run(folders[name]) for name in sorted(last)]
-    if any(run.raw["evaluation"].get("split") == "validation" for run in runs):
+    for run in runs:
+        own = run_folder(results, run.cell, run.record.hash).name
+        if run.folder.name != own:
+            raise IntegrityError(
+                f"{run.folder / RUN_FILE}: cell and hash are those of {own}, not of this folder; "
+                f"{AGAIN}"
+            )
+    if any(run.record.evaluation.split == "validation" for run in runs):
         raise UsageError(
             f"{results}: runs that chose values of an experiment, scored on the validation set; "
             f"no report is made of them, but of {results.parent}"
         )
     return runs
+
+
+@dataclass(frozen=True)
+class Table:
+    """Run folders that an experiment's metrics.json names.
+
+    Attributes:
+        runs: of the last table.
+        first_report: of the first report.
+    """
+
+    runs: tuple[str, ...]
+    first_report: tuple[str, ...]
+
+
+def read_table(results: Path) -> Table | None:
+    """What the last table of an experiment was made of; None before there is one.
+
+    Raises:
+        IntegrityError: metrics.json is broken.
+    """
+    path = results / METRICS_FILE
+    try:
+        metrics = parse_json(path.read_text(encoding="utf-8"))
+        runs = tuple(_folder_names([run["folder"] for run in metrics["runs"]]))
+        # Files of before there was the record name their own runs.
+        return Table(runs, tuple(_folder_names(metrics.get("first_report") or [])) or runs)
+    except FileNotFoundError:
+        return None
+    except (OSError, ValueError, KeyError, TypeError, AttributeError) as error:
+        reason = f"{error} is missing" if isinstance(error, KeyError) else str(error)
+        raise IntegrityError(
+            f"{path}: broken ({reason}), and it lists the runs of the first report; restore it, "
+            "or remove it to start over"
+        ) from error
+
+
+def _folder_names(names: Any) -> list[str]:
+    if not isinstance(names, list) or not all(isinstance(name, str) for name in names):
+        raise ValueError("run folders are not a list of names")
+    return names
 
 
 @contextmanager

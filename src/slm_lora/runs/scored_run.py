@@ -2,14 +2,16 @@
 
 from __future__ import annotations
 
+import math
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, replace
 from typing import Any
 
 from slm_lora.config.grid import setting_of
 from slm_lora.config.schema import LATER_KEYS
+from slm_lora.errors import IntegrityError
 from slm_lora.records import RowScore
-from slm_lora.runs.folder import Run
+from slm_lora.runs.folder import AGAIN, RUN_FILE, SCORES_FILE, Run
 from slm_lora.runs.metrics import METRICS, Metric
 from slm_lora.runs.scores import read_scores
 
@@ -44,7 +46,7 @@ class ScoredRun:
     @property
     def resolved(self) -> Mapping[str, Any]:
         """The resolved recipe of the run."""
-        recipe = self.run.record.recipe
+        recipe = self.run.raw["recipe"]
         return {**recipe, **{name: {**keys, **recipe[name]} for name, keys in LATER_KEYS.items()}}
 
     def setting(self, key: str) -> Any:
@@ -63,7 +65,29 @@ def read_scored_run(run: Run) -> ScoredRun:
     Raises:
         IntegrityError: the scores are broken.
     """
-    return ScoredRun(run, tuple(read_scores(run.scores_path)), run.record.evaluation.headline)
+    scores = tuple(read_scores(run.scores_path))
+    _check_losses(run, scores)
+    return ScoredRun(run, scores, run.record.evaluation.headline)
+
+
+def _check_losses(run: Run, scores: Sequence[RowScore]) -> None:
+    """Raise IntegrityError where run.json has another loss than its rows."""
+    for name in ("all", "response"):
+        recorded = run.record.evaluation.loss(name)
+        if recorded is None:
+            continue
+        parts = [METRICS[name].parts(score) for score in scores]
+        nats, tokens = (sum(values) for values in zip(*parts, strict=True))
+        same = tokens == recorded.tokens and math.isclose(
+            nats, recorded.loss * recorded.tokens, rel_tol=1e-6, abs_tol=1e-6
+        )
+        if not same:
+            shown = f"{nats / tokens:.6f}" if tokens else "none"
+            raise IntegrityError(
+                f"{run.folder / RUN_FILE}: evaluation.{name} has loss {recorded.loss:.6f} over "
+                f"{recorded.tokens} tokens, the rows in {SCORES_FILE} have {shown} over "
+                f"{tokens:.0f}; {AGAIN}"
+            )
 
 
 def read_scored_runs(

@@ -3,8 +3,9 @@
 from __future__ import annotations
 
 import math
+from collections import Counter
 from collections.abc import Sequence
-from dataclasses import asdict
+from dataclasses import asdict, fields
 from pathlib import Path
 from typing import Any
 
@@ -43,19 +44,23 @@ def read_scores(path: Path) -> list[RowScore]:
     import pyarrow.parquet as pq
 
     try:
-        scores = [_row_score(row) for row in pq.read_table(path).to_pylist()]
-    except (pa.ArrowException, TypeError, KeyError, OSError) as error:
+        table = pq.read_table(path)
+        _check_columns(table.column_names)
+        scores = [_row_score(row) for row in table.to_pylist()]
+    except (pa.ArrowException, ValueError, OSError) as error:
         reason = str(error).splitlines()[0]
         raise IntegrityError(f"{path}: cannot be read as scores: {reason}") from error
+    if not scores:
+        raise IntegrityError(f"{path}: has no rows; {_RESTORE}")
     seen: set[str] = set()
     for score in scores:
         if reason := _fault(score, seen):
-            raise IntegrityError(
-                f"{path}: row {str(score.row_id)[:8]} {reason}; restore the file, or remove the "
-                "run's folder and run the experiment again"
-            )
+            raise IntegrityError(f"{path}: row {str(score.row_id)[:8]} {reason}; {_RESTORE}")
         seen.add(score.row_id)
     return scores
+
+
+_RESTORE = "restore the file, or remove the run's folder and run the experiment again"
 
 
 def _fault(score: RowScore, seen: set[str]) -> str:
@@ -63,18 +68,39 @@ def _fault(score: RowScore, seen: set[str]) -> str:
     if score.row_id in seen:
         return "is there twice"
     counts = (score.tokens_all, score.tokens_response, score.bytes_all, score.bytes_response)
-    if not all(isinstance(count, int) and count >= 0 for count in counts):
+    if not all(type(count) is int and count >= 0 for count in counts):
         return "has no counts of tokens and bytes"
-    numbers = [score.nll_all, score.nll_response]
+    if score.tokens_response > score.tokens_all:
+        return "has more tokens in its response than in all"
+    numbers: list[float] = [score.nll_all, score.nll_response]
     numbers += [number for pair in score.values.values() for number in pair]
     if not all(isinstance(number, float | int) and math.isfinite(number) for number in numbers):
         return "has a score that is no finite number"
-    if not all(isinstance(text, str) for text in (score.row_id, score.group_id, score.category)):
-        return "has an id, group or category that is no text"
+    for nll, tokens in ((score.nll_all, counts[0]), (score.nll_response, counts[1])):
+        if nll < -1e-3 * tokens or (nll and not tokens):  # below zero by rounding only
+            return "has a loss below zero, or without tokens"
+    if not all(
+        isinstance(text, str)
+        for text in (score.row_id, score.group_id, score.category, score.split)
+    ):
+        return "has an id, group, category or split that is no text"
     return ""
 
 
 _NUMERATOR, _DENOMINATOR = ".numerator", ".denominator"
+
+
+def _check_columns(columns: Sequence[str]) -> None:
+    """Raise ValueError for columns other than those that `write_scores` writes."""
+    known = {field.name for field in fields(RowScore)} - {"values"}
+    if missing := sorted(known - set(columns)):
+        raise ValueError(f"no column {', '.join(missing)}")
+    if twice := [name for name, count in Counter(columns).items() if count > 1]:
+        raise ValueError(f"column {twice[0]} twice")
+    for name in set(columns) - known:
+        stem = name.removesuffix(_NUMERATOR).removesuffix(_DENOMINATOR)
+        if name == stem or not {f"{stem}{_NUMERATOR}", f"{stem}{_DENOMINATOR}"} <= set(columns):
+            raise ValueError(f"column {name} belongs to no metric")
 
 
 def _row_score(row: dict[str, Any]) -> RowScore:

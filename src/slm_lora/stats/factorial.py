@@ -155,7 +155,9 @@ def _levels(series: Sequence[Setting], key: str) -> list[Setting]:
 
 
 def _steps(levels: Sequence[Setting], key: str) -> list[tuple[Setting, Setting]]:
-    """What has an order, its ends; anything else, each value with the first."""
+    """What has an order, its ends; anything else, each value with the first; none of one value."""
+    if len(levels) < 2:
+        return []
     if all(amount(setting, key) is not None for setting in levels):
         return [(levels[0], levels[-1])]
     return [(levels[0], other) for other in levels[1:]]
