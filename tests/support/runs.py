@@ -19,6 +19,8 @@ def scored_run(name: str, loss: float, **settings: Any) -> ScoredRun:
         set_key(own, key.replace("__", "."), value)
     recipe = CellConfig.model_validate(own).model_dump(mode="json")
     recipe["adapter"]["lora_alpha"] = 2.0 * recipe["adapter"]["r"]
+    if recipe["training"]["learning_rate"] == "auto":  # resolved before a run is recorded
+        recipe["training"]["learning_rate"] = 2e-4
     scores = tuple(
         RowScore(
             f"{i:02d}", f"{i:02d}", "odd" if i % 2 else "even", "test",
