@@ -6,7 +6,7 @@ import json
 from collections.abc import Sequence
 from typing import TYPE_CHECKING, Any
 
-from slm_lora.adapters.methods import METHODS, method_of
+from slm_lora.adapters.methods import METHODS, method_of, trains_all
 from slm_lora.config.schema import (
     CellConfig,
     DataSection,
@@ -69,7 +69,12 @@ def check_headline(config: CellConfig, prepared: PreparedData) -> None:
 
 
 def check_frozen(config: CellConfig) -> None:
-    """Methods that modify the base need it whole and unquantised."""
+    """Methods that modify the base need it whole and unquantised; LoRA+ needs an adapter."""
+    if config.training.loraplus_lr_ratio and trains_all(config.adapter):
+        raise UsageError(
+            f"training.loraplus_lr_ratio: has no effect with adapter.kind = {config.adapter.kind}; "
+            "leave it out"
+        )
     kind, quantization = config.adapter.kind, config.model.quantization
     modifies = method_of(config.adapter).modifies_base
     if quantization and modifies:

@@ -8,6 +8,7 @@ from typing import Any
 import torch
 
 from slm_lora.config.schema import TrainingSection
+from slm_lora.errors import UsageError
 
 
 def adamw(
@@ -25,7 +26,15 @@ def adamw(
         section: how to train.
         model: what they belong to: its norms and biases do not decay, as with the
             `TrainingArguments` of the same name. None: all decay.
+
+    Raises:
+        UsageError: LoRA+ without B matrices, where its ratio would have no effect.
     """
+    if section.loraplus_lr_ratio and not any("lora_B" in name for name in named):
+        raise UsageError(
+            f"training.loraplus_lr_ratio = {section.loraplus_lr_ratio:g}: the trained weights have "
+            "no B matrices of LoRA, so it would have no effect; leave it out with this adapter.kind"
+        )
     decaying = set(named)
     if section.weight_decay and model is not None:
         decaying &= _decaying(model)
