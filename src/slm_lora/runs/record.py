@@ -180,7 +180,7 @@ class _DataKeys(_Part):
 class _AdapterKeys(_Part):
     kind: str
     r: Positive
-    lora_alpha: Annotated[float, Field(gt=0, le=1e15)]
+    lora_alpha: Annotated[float, Field(gt=0)]
     target_modules: list[str] | str
 
     @field_validator("kind")
@@ -192,11 +192,11 @@ class _AdapterKeys(_Part):
 
 
 class _TrainingKeys(_Part):
-    learning_rate: Measured
+    learning_rate: Annotated[float, Field(gt=0)]
 
 
 class _EvaluationKeys(_Part):
-    equivalence_margin: Annotated[float, Field(gt=0, le=1e15)] | None = None
+    equivalence_margin: Annotated[float, Field(gt=0)] | None = None
 
 
 class RecipeRecord(_Part):
