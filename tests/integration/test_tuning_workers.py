@@ -228,6 +228,7 @@ def test_recipe_without_tuning_has_no_tuning_runs(
 
 
 @pytest.mark.slow
+@pytest.mark.timeout(900)  # some twenty processes, each importing torch
 def test_slurm_jobs_make_the_same_choice(
     undisturbed: Lab, tmp_path: Path, tiny_folder: Path
 ) -> None:
