@@ -8,7 +8,6 @@ of its runs, and writes results/racing/racing.json: tokens saved and regret agai
 
 from __future__ import annotations
 
-import itertools
 import json
 import sys
 from collections.abc import Sequence
@@ -19,7 +18,7 @@ from typing import Any
 from slm_lora.config.axes import TuningSection
 from slm_lora.runs.folder import Run, list_runs, to_json
 from slm_lora.runtime.storage import atomic_write_text
-from slm_lora.stats.racing import MARGINS, Margins, Race, rungs
+from slm_lora.stats.racing import Race, rungs
 from slm_lora.stats.tuning import Point, first_points, progress
 
 RATE = "training.learning_rate"
@@ -65,7 +64,6 @@ def race(
     tuning: TuningSection,
     base_loss: float,
     epochs: float,
-    margins: tuple[Margins, ...] = MARGINS,
 ) -> dict[str, Any]:
     """One search with stopping: what it chose, its regret, and the tokens it took."""
     forced = {point[0] for point in first_points(tuning)} & {tuning.common_value}
@@ -81,8 +79,7 @@ def race(
         own = candidates[value]
         steps_in_epoch = sum(step["epoch"] <= 1 + 1e-9 for step in own.steps)
         reason, done = "", len(own.steps)
-        rivals = dict(itertools.islice(seen.items(), len(seen)))
-        trial = Race(value, rivals, rungs(steps_in_epoch, done), base_loss, epochs, margins)
+        trial = Race(value, dict(seen), rungs(steps_in_epoch, done), base_loss, epochs)
         for rung in () if value in forced else trial.rungs:
             if reason := trial.stop_reason(own.steps[:rung]):
                 done = rung

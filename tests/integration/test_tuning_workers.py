@@ -21,7 +21,7 @@ from ..support.lab import Lab, command
 
 TUNED = (
     "grid.cells=[]", "grid.axes=[{adapter.r: [2, 4]}]", "data.size=40", "seeds=[1]",
-    "data.validation_rows=20", "training.num_train_epochs=1", "training.learning_rate=1e-2",
+    "data.validation_rows=20", "training.num_train_epochs=1",
 )  # fmt: skip
 
 

@@ -740,3 +740,16 @@ def test_group_by_is_an_unordered_set() -> None:
     assert group_by("data.group_by=near") == ("near",)
     assert group_by("data.group_by=[near, group]") == ("group", "near")
     assert group_by("data.group_by=[]") == ()
+
+
+def test_override_of_a_tuned_key_is_refused_as_it_has_no_effect() -> None:
+    text = "name: x\ntuning: {values: [1e-3, 1e-2]}\n"
+    with pytest.raises(UsageError, match="learning_rate has no effect: tuning chooses it"):
+        parse_recipe(text, "x.yaml", ["training.learning_rate=1e-3"])
+
+
+def test_sets_drawn_for_tuning_hold_the_groups_that_intervals_need() -> None:
+    from slm_lora.data import split_sizes
+    from slm_lora.stats import inference
+
+    assert split_sizes.LEAST_GROUPS == inference.LEAST_GROUPS

@@ -9,6 +9,7 @@ from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass, replace
 from typing import Any
 
+from slm_lora.config.axes import LEARNING_RATE
 from slm_lora.config.schema import CellConfig, Recipe
 from slm_lora.config.types import RunOptions
 from slm_lora.config.validation import (
@@ -156,6 +157,8 @@ def _tuning_faults(
                 f"{source}: tuning.key = {key}: the grid varies it, too; remove it from one of "
                 f"them{line}"
             )
+        elif key in sources.overrides:
+            yield f"override: {key} has no effect: tuning chooses it for each setting"
     if len(set(tuning.key)) < len(tuning.key):
         yield f"{source}: tuning.key names a key twice{line}"
     final = set(recipe.seeds or (recipe.seed,))
@@ -183,16 +186,26 @@ def arms_of(cells: Sequence[Cell]) -> list[Cell]:
     """One cell of each setting: those that differ in seeds alone share their tuned values."""
     first: dict[str, Cell] = {}
     for cell in cells:
-        config = cell.config.model_dump(mode="json", exclude={"seed", "data_seed"})
-        first.setdefault(json.dumps(config, sort_keys=True), cell)
+        first.setdefault(arm_key(cell), cell)
     return list(first.values())
+
+
+def arm_key(cell: Cell) -> str:
+    """Equal for cells that differ in seeds alone."""
+    config = cell.config.model_dump(mode="json", exclude={"seed", "data_seed"})
+    return json.dumps(config, sort_keys=True)
 
 
 def arm_name(arm: Cell) -> str:
     """Name of a setting: that of its cells without seeds."""
-    seeds = {f"seed{arm.config.seed}", f"data{arm.config.data_seed}"}
-    parts = [part for part in arm.name.split("-") if part not in seeds]
-    return "-".join(parts) or f"r{arm.config.adapter.r}"
+    config = arm.config
+    return name_without_seeds(arm.name, config.seed, config.data_seed, config.adapter.r)
+
+
+def name_without_seeds(name: str, seed: int, data_seed: int, rank: int) -> str:
+    """The name of a cell without its seeds; `r8` where nothing is left."""
+    seeds = {f"seed{seed}", f"data{data_seed}"}
+    return "-".join(part for part in name.split("-") if part not in seeds) or f"r{rank}"
 
 
 def tuning_cell(arm: Cell, values: Mapping[str, float], seed: int) -> Cell:
@@ -216,9 +229,9 @@ def tuned_cell(cell: Cell, values: Mapping[str, float]) -> Cell:
 def at_learning_rate(cell: Cell, rate: float) -> Cell:
     """A cell at a learning rate in place of ``auto``; its name stays, by which commands choose it
     before any model is read."""
-    key = "training.learning_rate"
-    settings = {**cell.settings, key: rate} if key in cell.settings else cell.settings
-    return replace(cell, settings=settings, config=_with(cell.config, {key: rate}))
+    value = {LEARNING_RATE: rate}
+    settings = {**cell.settings, **value} if LEARNING_RATE in cell.settings else cell.settings
+    return replace(cell, settings=settings, config=_with(cell.config, value))
 
 
 def _with(config: CellConfig, values: Mapping[str, Any]) -> CellConfig:

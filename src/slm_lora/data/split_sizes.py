@@ -9,7 +9,7 @@ from slm_lora.data.splits import GroupingRule, draw_groups, group_rows, seeded_o
 from slm_lora.records import Row
 
 LEAST_GROUPS = 10
-"""Groups of a set below which intervals do not hold (docs/statistics.md)."""
+"""As `stats.inference.LEAST_GROUPS`, which lies above this layer: fewer groups show nothing."""
 
 
 class GroupedRows:

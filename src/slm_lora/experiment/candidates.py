@@ -110,16 +110,14 @@ class CandidateRunner:
 def _as_json(race: Race | None) -> Any:
     if race is None:
         return None
-    return {**asdict(race), "rivals": list(race.rivals.items()), "margins": None}
+    return {**asdict(race), "rivals": list(race.rivals.items())}
 
 
 def _from_json(known: Any) -> Race | None:
     if known is None:
         return None
     rivals = {float(value): steps for value, steps in known["rivals"]}
-    fields = {**known, "rivals": rivals, "rungs": tuple(known["rungs"])}
-    del fields["margins"]
-    return Race(**fields)
+    return Race(**{**known, "rivals": rivals, "rungs": tuple(known["rungs"])})
 
 
 def is_done(job: Job, paths: ExperimentPaths) -> bool:

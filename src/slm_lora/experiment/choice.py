@@ -21,11 +21,9 @@ from slm_lora.runs.tuning import (
 )
 from slm_lora.runtime import hardware
 from slm_lora.runtime.progress import Reporter
+from slm_lora.stats.inference import LEAST_GROUPS
 from slm_lora.stats.power import detectable, groups_to_detect
 
-LEAST_GROUPS = 10
-"""Groups of validation rows below which intervals do not hold what they promise (see
-docs/statistics.md), so that no choice is made."""
 TYPICAL_SPREAD = 0.05
 """Nats per token: standard deviation, between rows, of the difference of two learning rates near
 the best one: 0.03 between neighbours of a refined search, 0.08 between 0.003 and 0.01 at r=4

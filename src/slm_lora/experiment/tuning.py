@@ -15,7 +15,15 @@ from pathlib import Path
 from typing import Any
 
 from slm_lora.config.axes import TuningSection
-from slm_lora.config.grid import Cell, arm_name, arms_of, name_without, tuned_cell, tuning_cell
+from slm_lora.config.grid import (
+    Cell,
+    arm_key,
+    arm_name,
+    arms_of,
+    name_without,
+    tuned_cell,
+    tuning_cell,
+)
 from slm_lora.config.schema import Recipe
 from slm_lora.data.collate import steps_per_epoch
 from slm_lora.errors import UsageError
@@ -372,14 +380,10 @@ class TuningPhase:
     def final_cells(self, record: TuningRecord) -> list[Cell]:
         """The cells of the grid at the values chosen for their settings."""
         chosen = {
-            _arm_key(arm): arm_record.chosen
+            arm_key(arm): arm_record.chosen
             for arm, arm_record in zip(self.arms, record.arms, strict=True)
         }
-        return [tuned_cell(cell, chosen[_arm_key(cell)]) for cell in self._cells]
-
-
-def _arm_key(cell: Cell) -> str:
-    return content_hash(cell.config.model_dump(mode="json", exclude={"seed", "data_seed"}))
+        return [tuned_cell(cell, chosen[arm_key(cell)]) for cell in self._cells]
 
 
 def log_choice(record: TuningRecord, reporter: Reporter) -> None:

@@ -1,7 +1,7 @@
 """Sizes of an experiment that fit a time budget: rows, epochs, seeds, number of tuning runs.
 
-Every tuning run is counted to its end and every step of the search as needed; a race usually stops
-a third or more of it, which is the reserve of the plan.
+Every tuning run is counted to its end and every step of the search as needed; what a race stops is
+the reserve of the plan.
 """
 
 from __future__ import annotations
@@ -14,13 +14,12 @@ from slm_lora.data.splits import TRAINING_SHARE, training_rows_for
 
 RATES = (2e-4, 1e-3, 5e-3)
 """Learning rates to try first. 2e-4 is the usual one of examples and papers; LoRA's own optimum is
-about ten times that of full fine-tuning ("LoRA Without Regret", 2025), and a factor of five between
-rates finds its valley, which is about that wide, with the points between."""
+about ten times that of full fine-tuning ("LoRA Without Regret", 2025)."""
 USUAL_RATE = RATES[0]
 
 RANKS = (4, 16)
-"""A factor of four: neighbouring doublings differ by less than the margin of equivalence once each
-has its own learning rate, and a smaller rank that is equivalent is the cheaper adapter."""
+"""A factor of four: two doublings differ by more than one, and a smaller rank that is equivalent is
+the cheaper adapter."""
 
 BATCH = 8
 """Examples per step: of the same tokens twice the steps of the default, as a budget buys few."""

@@ -13,6 +13,7 @@ import yaml
 from slm_lora.config.schema import ModelSection
 from slm_lora.config.validation import escape_unprintable
 from slm_lora.planning.budget import BATCH, RANKS, RATES, USUAL_RATE, Sizes
+from slm_lora.report.names import rate_name
 
 TUNING_SEED = 1000
 """Of tuning runs; final runs have 0, 1, 2."""
@@ -123,13 +124,13 @@ def recipe_text(request: Request, sizes: Sizes, data: DataChoices) -> str:
         _line(f"  effective_batch_size: {BATCH}", f"{sizes.steps} steps"),
         "",
         _line("tuning:", "each rank at its own learning rate, chosen on the validation rows"),
-        f"  values: [{', '.join(map(rate_text, RATES))}]",
+        f"  values: [{', '.join(map(rate_name, RATES))}]",
         _line(f"  extend: {search.extend}", "further rates beyond an end where the loss is lowest"),
         _line(
             f"  refine: {search.refine}", "rounds of rates between the lowest and its neighbours"
         ),
         f"  seeds: [{TUNING_SEED}]",
-        _line(f"  common_value: {rate_text(USUAL_RATE)}", "a usual rate, for comparison"),
+        _line(f"  common_value: {rate_name(USUAL_RATE)}", "a usual rate, for comparison"),
         "",
         "grid:",
         "  axes:",
@@ -159,12 +160,6 @@ def _seeds_line(count: int) -> str:
     if count > 1:
         return _line(seeds, "every rank is trained so many times")
     return _line(seeds, "one: another seed may differ; [0, 1, 2] shows by how much")
-
-
-def rate_text(rate: float) -> str:
-    """``2e-4``."""
-    mantissa, _, exponent = f"{rate:.1e}".partition("e")
-    return f"{float(mantissa):g}e{int(exponent)}"
 
 
 def _line(setting: str, comment: str) -> str:

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Sequence
 
+from slm_lora.config.axes import LEARNING_RATE
 from slm_lora.report import tuning
 from slm_lora.report.blocks import Fact
 from slm_lora.report.names import SettingNames, key_name, rate_name
@@ -28,9 +29,6 @@ STILL_FALLING = 0.02
 pointed out."""
 
 
-RATE = "training.learning_rate"
-
-
 def limits(
     recommended: Setting,
     settings: Sequence[Setting],
@@ -41,7 +39,7 @@ def limits(
     """Lines on seeds, learning rate, edges of the grid, training length and test set."""
     facts = tuning.facts(phase, settings, names) if phase else []
     facts += [_seed_fact(recommended, settings, comparisons), *_look_fact(comparisons)]
-    if phase is None or RATE not in phase.record.keys:
+    if phase is None or LEARNING_RATE not in phase.record.keys:
         facts.append(_rate_fact(recommended, settings, comparisons))
     facts += _edge_fact(recommended, settings)
     facts += _training_fact(settings, names)
@@ -96,7 +94,7 @@ SPEED_KEYS = ("adapter.r", "adapter.kind", "adapter.target_modules", "adapter.lo
 def _rate_fact(
     recommended: Setting, settings: Sequence[Setting], comparisons: Sequence[Comparison]
 ) -> Fact:
-    rates = sorted({float(setting.setting(RATE)) for setting in settings})
+    rates = sorted({float(setting.setting(LEARNING_RATE)) for setting in settings})
     tried = ", ".join(map(rate_name, rates))
     full = [setting for setting in settings if setting.is_full]
     if len(settings) == 1:
@@ -111,12 +109,12 @@ def _rate_fact(
             f"{tried} for all settings, not tuned: at other rates the order of the settings may "
             "change."
         )
-    elif not (series_along(RATE, settings) or alike_settings(full, (RATE,))):
+    elif not (series_along(LEARNING_RATE, settings) or alike_settings(full, (LEARNING_RATE,))):
         text = f"one per setting ({tried}), not tuned: the order may change at other rates."
     else:
         text = (
-            f"{rate_name(float(recommended.setting(RATE)))}, selected from {tried} on the test "
-            "rows, so its loss is optimistic."
+            f"{rate_name(float(recommended.setting(LEARNING_RATE)))}, selected from {tried} on the "
+            "test rows, so its loss is optimistic."
         )
     return Fact("Learning rate", text, "method")
 
@@ -134,7 +132,7 @@ def _edge_fact(recommended: Setting, settings: Sequence[Setting]) -> list[Fact]:
             continue
         for extreme, word in ((max, "largest"), (min, "smallest")):
             if own == extreme(number for number in amounts if number is not None):
-                value = rate_name(own) if key == RATE else f"{own:g}"
+                value = rate_name(own) if key == LEARNING_RATE else f"{own:g}"
                 shown = f"{recommended.setting(key) or 'all'} rows" if key == "data.size" else value
                 edges.append(f"{shown} is the {word} {key_name(key)} tried")
     if not edges:

@@ -4,9 +4,9 @@ from __future__ import annotations
 
 from collections.abc import Callable, Sequence
 
+from slm_lora.config.axes import LEARNING_RATE
 from slm_lora.config.types import METHOD_LABELS
 from slm_lora.report.blocks import plain
-from slm_lora.report.limits import RATE
 from slm_lora.report.names import SettingNames, key_name, rate_name, value_name
 from slm_lora.runs.metrics import Metric
 from slm_lora.runs.scored_run import ScoredRun
@@ -50,7 +50,7 @@ def question(
 
 def _value(key: str, setting: Setting) -> str:
     value = setting.setting(key)
-    return rate_name(float(value)) if key == RATE else value_name(value)
+    return rate_name(float(value)) if key == LEARNING_RATE else value_name(value)
 
 
 def untuned(comparisons: Sequence[Comparison]) -> str:
@@ -62,17 +62,17 @@ def untuned(comparisons: Sequence[Comparison]) -> str:
     compared = [
         setting
         for pair in comparisons
-        if pair.key not in ("base", RATE)
+        if pair.key not in ("base", LEARNING_RATE)
         for setting in (pair.first, pair.second)
     ]
     if not compared:
         return ""
-    if RATE in compared[0].first_run.tuned:
+    if LEARNING_RATE in compared[0].first_run.tuned:
         return (
             "Each setting is compared at its own learning rate, the lowest on the validation set: "
             "see [the learning rate of each setting](#tuning)."
         )
-    rates = sorted({float(setting.setting(RATE)) for setting in compared})
+    rates = sorted({float(setting.setting(LEARNING_RATE)) for setting in compared})
     shown = (
         f"{rate_name(rates[0])} for all" if len(rates) == 1 else ", ".join(map(rate_name, rates))
     )
@@ -164,18 +164,18 @@ def confounds(comparisons: Sequence[Comparison]) -> str:
         first = ranks[0].first
         ratio = first.setting("adapter.lora_alpha") / first.setting("adapter.r")
         if not ranks[0].tied:
-            equal = "" if RATE in first.first_run.tuned else " and learning rate"
+            equal = "" if LEARNING_RATE in first.first_run.tuned else " and learning rate"
             items.append(f"Ranks are compared at the same alpha/r ({ratio:g}){equal}.")
         items.append(f"A larger rank trains more weights ({_weights(ranks)}).")
     if modules := by_key.get("adapter.target_modules"):
         items.append(f"More target modules also mean more trainable weights ({_weights(modules)}).")
     if kinds := by_key.get("adapter.kind", []):
-        rate = float(kinds[0].first.setting(RATE))
-        if RATE not in kinds[0].first.first_run.tuned:
+        rate = float(kinds[0].first.setting(LEARNING_RATE))
+        if LEARNING_RATE not in kinds[0].first.first_run.tuned:
             items.append(
                 f"Methods are compared at the same learning rate ({rate_name(rate)}); each may "
                 "have a better one."
-                if RATE not in kinds[0].tied
+                if LEARNING_RATE not in kinds[0].tied
                 else "Each method is trained at one learning rate; other rates may be better."
             )
         compared = [setting for pair in kinds for setting in (pair.first, pair.second)]

@@ -7,6 +7,7 @@ from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
 from typing import Any
 
+from slm_lora.config.axes import LEARNING_RATE
 from slm_lora.report.card import Gap
 from slm_lora.report.contents import Analysis
 from slm_lora.report.names import rate_name
@@ -16,8 +17,6 @@ from slm_lora.stats.estimates import perplexity
 from slm_lora.stats.power import needed
 from slm_lora.stats.settings import Setting, pair_runs, sample_of
 from slm_lora.stats.tuned_arms import arm_of
-
-RATE = "training.learning_rate"
 
 
 @dataclass(frozen=True)
@@ -52,7 +51,7 @@ class Outcome:
     @property
     def rate(self) -> float:
         """Learning rate of the recommended setting."""
-        return float(self.recommended.setting(RATE))
+        return float(self.recommended.setting(LEARNING_RATE))
 
     @property
     def tuning(self) -> TuningRecord:
@@ -64,7 +63,7 @@ class Outcome:
     def usual(self) -> CandidateRecord | None:
         """The candidate at the common learning rate."""
         common = self.tuning.section.get("common_value")
-        return next((c for c in self.arm.candidates if c.values[RATE] == common), None)
+        return next((c for c in self.arm.candidates if c.values[LEARNING_RATE] == common), None)
 
     @property
     def between(self) -> list[Comparison]:
@@ -76,7 +75,7 @@ def outcome_of(analysis: Analysis) -> Outcome | None:
     """The outcome of an experiment; None without a tuned learning rate, a recommended
     setting and its base."""
     recommended, base = analysis.card.recommended, analysis.card.base
-    if analysis.tuned is None or RATE not in analysis.tuned.record.keys:
+    if analysis.tuned is None or LEARNING_RATE not in analysis.tuned.record.keys:
         return None
     if recommended is None or base is None:
         return None
@@ -154,7 +153,7 @@ def _would_decide(pair: Comparison) -> str:
 def _rates(outcome: Outcome) -> Iterator[str]:
     candidates = [c for arm in outcome.tuning.arms for c in arm.candidates]
     stopped = sum(bool(c.stopped) for c in candidates)
-    kept = sorted(c.values[RATE] for c in outcome.arm.kept)
+    kept = sorted(c.values[LEARNING_RATE] for c in outcome.arm.kept)
     name = outcome.analysis.names.of(outcome.recommended)
     best = f"of {name}'s, {rate_name(kept[0])} to {rate_name(kept[-1])} may be the best"
     if len(kept) == 1:
@@ -163,7 +162,7 @@ def _rates(outcome: Outcome) -> Iterator[str]:
     usual = outcome.usual
     if usual is None:
         return
-    rate = rate_name(usual.values[RATE])
+    rate = rate_name(usual.values[LEARNING_RATE])
     if usual.values == outcome.arm.chosen:
         yield f"It is the usual one: none of the others tried was better than {rate}."
     elif usual.loss is None:
@@ -241,7 +240,7 @@ def record(outcome: Outcome) -> dict[str, Any]:
         "recommended": {
             "setting": names.of(outcome.recommended),
             "adapter.r": outcome.recommended.setting("adapter.r"),
-            RATE: outcome.rate,
+            LEARNING_RATE: outcome.rate,
             "loss": after,
             "perplexity": perplexity(after),
             "seeds": len(outcome.recommended.runs),
@@ -270,7 +269,7 @@ def record(outcome: Outcome) -> dict[str, Any]:
         "usual": None
         if usual is None
         else {
-            RATE: usual.values[RATE],
+            LEARNING_RATE: usual.values[LEARNING_RATE],
             "validation_loss": usual.loss,
             "lost": usual.above_lowest and list(usual.above_lowest),
             "chosen": usual.values == outcome.arm.chosen,

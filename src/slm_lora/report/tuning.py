@@ -8,6 +8,7 @@ from collections.abc import Sequence
 from dataclasses import dataclass
 from typing import Any
 
+from slm_lora.config.axes import LEARNING_RATE
 from slm_lora.report.blocks import Fact, Picture, Section, markdown_table, plain
 from slm_lora.report.drawing import INK, LINES, MARKERS, SHADE, new_axes, picture, styled
 from slm_lora.report.names import SettingNames, key_name, rate_name
@@ -18,8 +19,6 @@ from slm_lora.stats.inference import Difference
 from slm_lora.stats.settings import Setting
 from slm_lora.stats.splits import Split, splits
 from slm_lora.stats.tuned_arms import TunedArm, arm_of, common_values
-
-RATE = "training.learning_rate"
 
 
 @dataclass(frozen=True)
@@ -95,7 +94,7 @@ def tuned(
 
 def value_text(key: str, value: float) -> str:
     """A tuned value: ``2e-4`` for a learning rate."""
-    return rate_name(value) if key == RATE else f"{value:g}"
+    return rate_name(value) if key == LEARNING_RATE else f"{value:g}"
 
 
 def values_text(values: dict[str, float]) -> str:
@@ -131,7 +130,7 @@ def facts(phase: Tuned, settings: Sequence[Setting], names: SettingNames) -> lis
     if part := _largest(phase.splits):
         lines.append(
             Fact(
-                "One rate for all" if RATE in record.keys else "One value for all",
+                "One rate for all" if LEARNING_RATE in record.keys else "One value for all",
                 split_text(part, phase, names),
                 "tuning",
             )

@@ -6,7 +6,7 @@ loss. Later it is not: a rate that is too large learns the rows by heart.
 
 A smaller rate that is behind a larger one is stopped by less than a larger rate that is behind a
 smaller one: decaying schedules help larger rates, whose loss falls at the end. The margins were
-set by results/learning-rates, and are tested on results/dolly-tuned (`benchmarks/racing.py`).
+set by results/learning-rates; `benchmarks/racing.py` measures them on searches run to their end.
 """
 
 from __future__ import annotations
@@ -58,7 +58,6 @@ class Race:
         rungs: steps of comparison.
         base_loss: of the base model on the validation set.
         epochs: of the training.
-        margins: at the rungs.
     """
 
     value: float
@@ -66,7 +65,6 @@ class Race:
     rungs: tuple[int, ...]
     base_loss: float
     epochs: float
-    margins: tuple[Margins, ...] = MARGINS
 
     def stop_reason(self, steps: Sequence[Mapping[str, Any]]) -> str:
         """Why a run need not go on after its last step; empty where it does, and between rungs.
@@ -82,8 +80,8 @@ class Race:
             return f"above the base after {done} steps ({own:.2f})"
         if self.epochs > MOST_EPOCHS:
             return ""
-        place = self.rungs.index(done) + len(self.margins) - len(self.rungs)
-        margins = self.margins[place]
+        place = self.rungs.index(done) + len(MARGINS) - len(self.rungs)
+        margins = MARGINS[place]
         for value, rival in self.rivals.items():
             if len(rival) < done or value == self.value:
                 continue

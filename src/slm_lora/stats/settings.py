@@ -8,6 +8,7 @@ from collections.abc import Sequence
 from dataclasses import dataclass
 from typing import Any
 
+from slm_lora.config.grid import name_without_seeds
 from slm_lora.config.schema import EvaluationSection
 from slm_lora.config.types import METHOD_LABELS
 from slm_lora.errors import UsageError
@@ -45,9 +46,7 @@ class Setting:
         name, draw = self.first_run.run.cell, draw_of(self.first_run)
         if len(self.runs) == 1:
             return name
-        seeds = {f"seed{draw.seed}", f"data{draw.data_seed}"}
-        parts = [part for part in name.split("-") if part not in seeds]
-        return "-".join(parts) or f"r{self.setting('adapter.r')}"
+        return name_without_seeds(name, draw.seed, draw.data_seed, self.setting("adapter.r"))
 
     def setting(self, key: str) -> Any:
         """A dotted key of the resolved recipe."""
