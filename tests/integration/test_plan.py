@@ -157,7 +157,7 @@ def test_a_model_without_a_width_needs_a_number(lab: Lab, monkeypatch: pytest.Mo
 
 
 def test_tuning_begins_around_the_rule(lab: Lab) -> None:
-    overrides = ["tuning.race=false", "training.learning_rate=auto", "grid.cells=[]"]
+    overrides = ["tuning.race=false", "grid.cells=[]"]
     recipe, cells = load_recipe(
         lab.recipe, [*overrides, "data.size=40", "grid.axes=[{adapter.r: [2, 64]}]"]
     )

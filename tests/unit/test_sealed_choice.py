@@ -181,3 +181,14 @@ def test_validation_set_is_large_enough_to_choose_by() -> None:
     (note,) = notes.lines
     # 2.80 × 0.05 / √50 = 0.0198
     assert "that differ by about 0.02 nats per token; 0.01 takes about 394 rows" in note
+
+
+def test_plan_finds_an_earlier_choice_and_changes_no_file(paths: ExperimentPaths) -> None:
+    seal_choice(paths, record(), Notes())
+    seal_choice(paths, record("cd" * 32, section={**SECTION, "refine": 1}), Notes())
+    before = sorted(paths.results.glob("*.json"))
+    found = find_choice(paths, SEARCH, SECTION, job(), Notes(), restores=False)
+    assert found is not None
+    assert found.search == SEARCH
+    assert sorted(paths.results.glob("*.json")) == before
+    assert search_of(paths) == "cd" * 32

@@ -56,7 +56,12 @@ def check_validation(data: PreparedData, reporter: Reporter) -> None:
 
 
 def find_choice(
-    paths: ExperimentPaths, search: str, section: Mapping[str, Any], job: Job, reporter: Reporter
+    paths: ExperimentPaths,
+    search: str,
+    section: Mapping[str, Any],
+    job: Job,
+    reporter: Reporter,
+    restores: bool = True,
 ) -> TuningRecord | None:
     """The sealed choice of this very search, if it was made.
 
@@ -66,6 +71,8 @@ def find_choice(
         section: the recipe's ``tuning``.
         job: any tuning run: its device and precision are those of the search.
         reporter: for a note where another search's choice is replaced.
+        restores: put a choice that a later one replaced back as tuning.json; a plan changes no
+            file.
 
     Raises:
         UsageError: the choice was made on another device, or in another precision.
@@ -78,8 +85,9 @@ def find_choice(
     if record is None:
         kept = read_tuning(paths.results, kept_file(search))
         if kept is not None and kept.search == search:
-            _keep_earlier(paths, kept, reporter)
-            (paths.results / kept_file(search)).replace(paths.results / TUNING_FILE)
+            if restores:
+                _keep_earlier(paths, kept, reporter)
+                (paths.results / kept_file(search)).replace(paths.results / TUNING_FILE)
             record = kept
     return record
 

@@ -276,7 +276,8 @@ class TuningPhase:
         """As `sealed`, in one process; a note where this machine is another than the choice's."""
         search, job = self._identity(), self.first_job()
         section = self.section.model_dump(mode="json")
-        record = find_choice(self.experiment, search, section, job, reporter)
+        restores = self._resolver.computed != "nowhere"
+        record = find_choice(self.experiment, search, section, job, reporter, restores)
         if record is not None and self._resolver.computed == "here":
             note_machine(record, job.device.type, reporter)
         return record
