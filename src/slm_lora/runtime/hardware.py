@@ -46,13 +46,23 @@ def versions() -> dict[str, str]:
 
 def processor() -> str:
     """Name of the CPU, from the operating system."""
+    return _cpu_info("model name") or platform.processor() or platform.machine()
+
+
+def is_amd_processor() -> bool:
+    """Whether the CPU is AMD's."""
+    return "AuthenticAMD" in (_cpu_info("vendor_id") or platform.processor())
+
+
+def _cpu_info(name: str) -> str:
+    """A value of Linux's /proc/cpuinfo; empty without it."""
     try:
         for line in Path("/proc/cpuinfo").read_text(encoding="utf-8").splitlines():
-            if line.startswith("model name"):
+            if line.startswith(name):
                 return line.partition(":")[2].strip()
     except OSError:
         pass
-    return platform.processor() or platform.machine()
+    return ""
 
 
 def cpp_compiler() -> str | None:
