@@ -129,6 +129,13 @@ def test_finished_experiment_runs_nothing_again(
     assert choice(tuned) == before
 
 
+def test_replaced_value_of_the_recipe_is_named(
+    tuned: Lab, capsys: pytest.CaptureFixture[str]
+) -> None:
+    assert tuned.run(*TUNED) == 0
+    assert "note: training.learning_rate = 0.01 is replaced: tuning" in capsys.readouterr().err
+
+
 def test_choice_is_made_again_from_the_runs_without_training(
     tuned: Lab, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:

@@ -70,6 +70,7 @@ def run_experiment(
     """
     from slm_lora.config.load import load_recipe
     from slm_lora.experiment.candidates import CandidateRunner
+    from slm_lora.experiment.choice import note_replaced
     from slm_lora.experiment.job import ComputedName
     from slm_lora.experiment.remote import CommandLine, RemoteCandidates, run_elsewhere
     from slm_lora.experiment.resolve_jobs import JobResolver
@@ -96,6 +97,7 @@ def run_experiment(
             report_data(jobs[0], reporter)
         phase = None
         if parsed_recipe.tuning is not None:
+            note_replaced(parsed_recipe, reporter)
             phase = TuningPhase(parsed_recipe, cells, resolver, paths)
         if plan:
             if distributed.is_main():

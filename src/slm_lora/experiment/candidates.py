@@ -15,6 +15,7 @@ from slm_lora.experiment.cell import Watch
 from slm_lora.experiment.job import Job
 from slm_lora.experiment.paths import ExperimentPaths
 from slm_lora.experiment.resume import check_unfinished, finished, lock_cell, lock_experiment
+from slm_lora.experiment.reuse import reuse_runs
 from slm_lora.experiment.runner import first_only, run_bases, run_cell, together, try_adapters
 from slm_lora.records import Step
 from slm_lora.runs.tuning import read_stopped, stopped_folder, write_stopped
@@ -52,6 +53,7 @@ class CandidateRunner:
             together(jobs),
             first_only(lambda: lock_experiment(jobs, paths, self._discard)),
         ):
+            distributed.run_on_main(lambda: reuse_runs(jobs, paths, self._reporter))
             if not self._tried:
                 try_adapters(jobs, paths, self._reporter, self._loaded)
                 self._tried = True

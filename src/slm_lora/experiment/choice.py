@@ -6,6 +6,7 @@ import math
 from collections.abc import Mapping
 from typing import Any
 
+from slm_lora.config.schema import Recipe
 from slm_lora.data.dataset import PreparedData
 from slm_lora.errors import DataError, IntegrityError, UsageError
 from slm_lora.experiment.job import Job
@@ -53,6 +54,17 @@ def check_validation(data: PreparedData, reporter: Reporter) -> None:
             f"about {detectable(groups, TYPICAL_SPREAD):.2f} nats per token; {USEFUL_SIZE:g} takes "
             f"about {rows_wanted} rows (data.validation_rows)"
         )
+
+
+def note_replaced(recipe: Recipe, reporter: Reporter) -> None:
+    """A note for each value of the recipe that tuning replaces."""
+    for key in recipe.tuning.key if recipe.tuning else ():
+        name, _, field = key.partition(".")
+        section = getattr(recipe, name)
+        if field in section.model_fields_set and getattr(section, field) != "auto":
+            reporter.info(
+                f"  note: {key} = {getattr(section, field)} is replaced: tuning chooses it"
+            )
 
 
 def find_choice(

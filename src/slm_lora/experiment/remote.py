@@ -21,6 +21,7 @@ from slm_lora.experiment.candidates import is_done
 from slm_lora.experiment.job import Job
 from slm_lora.experiment.paths import BASE, ExperimentPaths
 from slm_lora.experiment.resume import finished, lock_experiment
+from slm_lora.experiment.reuse import reuse_runs
 from slm_lora.launch.command import LOST, SAVE_TIMEOUT_S, Command, CommandResult, Engine
 from slm_lora.runs.folder import Run, find_run
 from slm_lora.runs.tuning import read_stopped
@@ -99,6 +100,7 @@ def run_elsewhere(
         StopRequested: a signal asked for it, and the workers have saved.
     """
     with lock_experiment(jobs, paths, discard):
+        reuse_runs(jobs, paths, reporter)
         bases = {job.base_identity: job for job in jobs}
         commands = [
             _command(job.name, line.for_cell(job.name, job), paths)
@@ -152,6 +154,7 @@ class RemoteCandidates:
             CellFailedError, IntegrityError, StopRequested: as `run_elsewhere`.
         """
         with lock_experiment(jobs, paths, self.discard):
+            reuse_runs(jobs, paths, self.reporter)
             bases = {job.base_identity: job for job in jobs}
             for identity, job in bases.items():
                 if find_run(paths.results, BASE, identity) is None:

@@ -31,6 +31,7 @@ from slm_lora.experiment.resume import (
     made_of,
     setting,
 )
+from slm_lora.experiment.reuse import reuse_runs
 from slm_lora.experiment.saved_adapter import Evaluated, warnings_on
 from slm_lora.experiment.tracking import Tracked, Trackers, open_trackers
 from slm_lora.model.base import Base
@@ -65,6 +66,7 @@ def run_jobs(
         StopRequested: a signal asked for it; the same call continues.
     """
     with together(jobs), first_only(lambda: lock_experiment(jobs, paths, discard)):
+        distributed.run_on_main(lambda: reuse_runs(jobs, paths, reporter))
         loaded = LoadedBase(reporter)
         try_adapters(jobs, paths, reporter, loaded)
         reporter.overall = Overall(_cost(jobs, paths))

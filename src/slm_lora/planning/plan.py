@@ -16,6 +16,7 @@ from slm_lora.experiment.cell import scoring_compiles
 from slm_lora.experiment.job import Job
 from slm_lora.experiment.paths import BASE, ExperimentPaths
 from slm_lora.experiment.resume import finished
+from slm_lora.experiment.reuse import same_run
 from slm_lora.ops import compilation
 from slm_lora.planning.memory import MicroBatchSizes, scoring_bytes, state_bytes, training_bytes
 from slm_lora.planning.probe import ProbeResult, measure
@@ -269,7 +270,7 @@ def _plan_cell(
     job, test_tokens = counts.job, _test_tokens(counts.job)
     return PlannedCell(
         name=job.name,
-        finished=finished(job, paths) is not None,
+        finished=finished(job, paths) is not None or same_run(job, paths) is not None,
         training_rows=len(job.data.train),
         steps=counts.steps,
         training_tokens=counts.tokens,
