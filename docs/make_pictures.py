@@ -1,6 +1,6 @@
 """Make the pictures of docs/gallery.md: the demo page, a report, the terminal.
 
-    python docs/make_pictures.py adapter/quickstart-r16-320
+    python docs/make_pictures.py adapter/quickstart-r16-seed0
 
 Needs the extra ``serve``, playwright, and Chromium (``--browser`` for another path than Debian's).
 """

@@ -33,7 +33,7 @@ from slm_lora.stats.settings import Setting, group_settings
 
 from ..support.runs import scored_run
 
-COMMITTED = Path(__file__).parents[2] / "results" / "quickstart" / "runs"
+COMMITTED = Path(__file__).parents[2] / "results" / "smollm2-dolly" / "runs"
 MATCH = Metric(
     name="exact_match",
     title="Exact match",

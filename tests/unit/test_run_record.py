@@ -70,7 +70,7 @@ JSON = st.recursive(
 )
 @given(data=st.data())
 def test_a_changed_record_is_valid_or_refused(tmp_path: Path, data: st.DataObject) -> None:
-    folder = next(path for path in RUNS if path.name.startswith("r16-320"))
+    folder = next(path for path in RUNS if path.name.startswith("r16-seed0"))
     raw = json.loads((folder / "run.json").read_text())
     inside = raw
     key = data.draw(st.sampled_from(sorted(inside)))
