@@ -76,6 +76,8 @@ def test_metrics_are_compared_in_report_and_metrics_json(lab: Lab) -> None:
     report = (lab.results / "report.md").read_text()
     assert "Token F1" in report
     assert "Valid JSON" in report
+    facts = metrics["card"]["facts"]
+    assert "token F1" in facts["Replies"]
     assert {"token_f1", "exact_match"} <= metrics["other_metrics"].keys()
     run = next(run for run in metrics["runs"] if run["cell"] == "r4-seed0")
     there = read_replies(replies_file(lab.results / "runs" / run["folder"]))

@@ -52,6 +52,7 @@ class ReplyScorer:
             DataError: a function of the user's own raised.
             StopRequested: a signal asked for it; finished replies are kept.
         """
+        reporter.overall = None  # counts trainings and scorings
         by_identity = {job.identity: job for job in jobs}
         by_base = {job.base_identity: job for job in reversed(jobs)}
         for run in runs:

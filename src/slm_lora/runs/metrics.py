@@ -60,6 +60,8 @@ def row_value(name: str) -> Parts:
 
 
 _SHARE = "share of rows"
+OF_REPLIES = "replies to test rows"
+"""Scope of metrics that a section `replies` measures."""
 
 _ALL = Metric(
     name="all",
@@ -106,7 +108,7 @@ METRICS: dict[str, Metric] = {
             Metric(
                 name=name,
                 title=title,
-                scope="replies to test rows",
+                scope=OF_REPLIES,
                 unit=unit,
                 parts=row_value(name),
                 higher_is_better=True,
@@ -126,7 +128,7 @@ METRICS: dict[str, Metric] = {
         Metric(
             name="ended",
             title="Ended by itself",
-            scope="replies to test rows",
+            scope=OF_REPLIES,
             unit=_SHARE,
             parts=row_value("ended"),
             higher_is_better=True,
@@ -135,7 +137,7 @@ METRICS: dict[str, Metric] = {
         Metric(
             name="reply_tokens",
             title="Length of a reply",
-            scope="replies to test rows",
+            scope=OF_REPLIES,
             unit="tokens",
             parts=row_value("reply_tokens"),
             compared=False,
@@ -152,7 +154,7 @@ def add_own_metric(name: str) -> None:
         Metric(
             name=name,
             title=name,
-            scope="replies to test rows",
+            scope=OF_REPLIES,
             unit="mean over rows",
             parts=row_value(name),
             higher_is_better=True,
