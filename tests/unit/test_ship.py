@@ -280,6 +280,20 @@ def test_setting_at_the_bound_is_rarely_called_fit_to_ship(seeds: int) -> None:
     assert shipped / 400 <= 0.06
 
 
+def test_share_at_the_bound_is_rarely_called_fit_to_ship() -> None:
+    rng = np.random.default_rng(8)
+    shipped = {0.5: 0, 0.9: 0, 0.97: 0}
+    for share in shipped:
+        condition = parse_condition(f"fine >= {share}")
+        for _ in range(200):
+            values = {"fine": (rng.random(60) < share).astype(float).tolist()}
+            shipped[share] += decision(judge(one(np.full(60, 2.0), values), None, [condition])) == (
+                "ship"
+            )
+    assert max(shipped.values()) / 200 <= 0.075
+    assert shipped[0.5] > 0
+
+
 def test_fulfilled_conditions_are_rarely_called_violated() -> None:
     """Five conditions, all at the bound and so just fulfilled: one is found violated in 5 %."""
     rng = np.random.default_rng(6)
