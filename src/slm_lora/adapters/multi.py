@@ -3,6 +3,7 @@ of its training."""
 
 from __future__ import annotations
 
+import functools
 import json
 from collections.abc import Sequence
 from dataclasses import dataclass, field
@@ -22,7 +23,7 @@ from slm_lora.data.templates import Template, as_chat_template
 from slm_lora.data.tokenization import RowTokenizer
 from slm_lora.errors import IntegrityError, UsageError
 from slm_lora.model.base import Base
-from slm_lora.model.cache import cache_is_exact
+from slm_lora.model.cache import batch_is_exact, cache_is_exact
 from slm_lora.model.loading import choose_device, choose_precision, load_base, load_tokenizer
 from slm_lora.model.model_folder import MODEL_WEIGHTS
 from slm_lora.model.resolve import resolve
@@ -60,6 +61,11 @@ class AdapterSet:
     _peft_model: PeftModel | None
     _peft_names: dict[str, str]
     _active: str = field(default="", init=False)
+
+    @functools.cached_property
+    def batches_exactly(self) -> bool:
+        """Whether texts can be generated together, with the logits that they have alone."""
+        return self.uses_cache and batch_is_exact(self.base)
 
     @property
     def names(self) -> tuple[str, ...]:

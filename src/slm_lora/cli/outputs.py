@@ -178,6 +178,7 @@ def generate(
 
     from slm_lora.data.prompts import Prompt, read_prompts
     from slm_lora.data.text import prompt_text
+    from slm_lora.evaluation.batched_generation import generate_replies
     from slm_lora.evaluation.generation import Generation, Sampling, prompt_ids
     from slm_lora.records import Turn
     from slm_lora.runtime.progress import Reporter
@@ -203,21 +204,21 @@ def generate(
             print(printable(piece), end="", flush=True)
         print()
         return
-    answers = []
+    prompts_ids = [prompt_ids(variants, name, question) for question in questions]
     with Reporter().task(name, len(questions), "prompts") as task:
-        for question in questions:
-            generation = Generation(variants, name, prompt_ids(variants, name, question), sampling)
-            text = "".join(generation.pieces())
-            answers.append(
-                {
-                    "prompt": question.turns[-1].content,
-                    "response": text,
-                    "finish_reason": generation.finished,
-                    "tokens": len(generation.ids),
-                }
-            )
-            task.advance(1, len(generation.ids))
+        replies = generate_replies(
+            variants, name, prompts_ids, sampling, lambda reply: task.advance(1, len(reply.ids))
+        )
         task.close(f"answered {len(questions)} prompts")
+    answers = [
+        {
+            "prompt": question.turns[-1].content,
+            "response": reply.text,
+            "finish_reason": reply.finished,
+            "tokens": len(reply.ids),
+        }
+        for question, reply in zip(questions, replies, strict=True)
+    ]
     output = "".join(json.dumps(answer, ensure_ascii=False) + "\n" for answer in answers)
     if out is None:
         print(output, end="")

@@ -14,6 +14,7 @@ from pydantic import BeforeValidator, Field, ValidationInfo, field_validator
 
 from slm_lora.config.axes import GridSection, TuningSection
 from slm_lora.config.conditions import parse_ship
+from slm_lora.config.replies import RepliesSection
 from slm_lora.config.types import (
     RELATED_BY,
     Float,
@@ -335,6 +336,9 @@ class Recipe(CellConfig):
         None, description="Keys whose value is chosen for each setting on the validation set."
     )
     seeds: tuple[Int, ...] = Field((), description="Seeds; each runs the whole grid.")
+    replies: RepliesSection | None = Field(
+        None, description="Replies to test rows after training, and their metrics."
+    )
     keep_adapters: bool = Field(
         True,
         description="False: adapters are removed after scoring, and a cell is finished once it has "

@@ -3,12 +3,13 @@
 from __future__ import annotations
 
 from collections.abc import Callable, Sequence
-from dataclasses import asdict, replace
+from dataclasses import asdict
 from typing import Any
 
 from slm_lora.adapters.multi import BASE, AdapterSet
 from slm_lora.data.prompts import Prompt
-from slm_lora.evaluation.generation import Generation, Sampling, prompt_ids, reference_loss
+from slm_lora.evaluation.batched_generation import generate_replies
+from slm_lora.evaluation.generation import Sampling, prompt_ids, reference_loss
 from slm_lora.runs.outputs import Answer, Compared
 
 
@@ -39,12 +40,15 @@ def compare_outputs(
     template_variant = next((name for name in variants.names if name != BASE), BASE)
     ids_by_prompt = [prompt_ids(variants, template_variant, prompt) for prompt in prompts]
 
-    def generate(variant: str, ids: list[int], sampling: Sampling) -> str:
-        generation = Generation(variants, variant, ids, sampling)
-        text = "".join(generation.pieces())
-        on_answer(len(generation.ids))
-        return text.strip()
-
+    replies: dict[tuple[str, str], list[str]] = {}
+    for variant in variants.names:
+        for kind, sampling in (("greedy", greedy), ("sampled", sampled)):
+            if sampling is not None:
+                # The seed differs between prompts, not between variants.
+                texts = generate_replies(
+                    variants, variant, ids_by_prompt, sampling, lambda r: on_answer(len(r.ids))
+                )
+                replies[variant, kind] = [reply.text.strip() for reply in texts]
     return [
         Compared(
             prompt="\n".join(turn.content for turn in prompt.turns),
@@ -52,17 +56,14 @@ def compare_outputs(
             answers=tuple(
                 Answer(
                     variant=variant,
-                    greedy=generate(variant, ids, greedy),
-                    # The seed differs between prompts, not between variants.
-                    sampled=generate(variant, ids, replace(sampled, seed=sampled.seed + index))
-                    if sampled
-                    else "",
+                    greedy=replies[variant, "greedy"][index],
+                    sampled=replies[variant, "sampled"][index] if sampled else "",
                     loss=reference_loss(variants, variant, template_variant, prompt),
                 )
                 for variant in variants.names
             ),
         )
-        for index, (prompt, ids) in enumerate(zip(prompts, ids_by_prompt, strict=True))
+        for index, prompt in enumerate(prompts)
     ]
 
 

@@ -1,7 +1,7 @@
 """Text generation token by token, greedy or sampled, with a key-value cache.
 
 Several generations can be advanced in turn. None is batched with others, so that its text does not
-depend on concurrent requests.
+depend on concurrent requests; `batched_generation` computes many prompts together.
 """
 
 from __future__ import annotations
@@ -25,6 +25,10 @@ if TYPE_CHECKING:
     from transformers import LogitsProcessorList
 
 Finish = Literal["", "stop", "length"]
+
+TIE = 1e-3
+"""Distance of two logits, in standard deviations of a step's logits, below which their order may be
+due to rounding; errors in fp32 are below a tenth of it."""
 
 GREEDY_BELOW = 1e-5
 """Temperatures below this count as 0, as in vLLM: logits divided by them would overflow."""
@@ -71,8 +75,11 @@ class Generation:
     """A generation in progress.
 
     Attributes:
+        prompt: token ids.
         ids: generated token ids so far, an end token included.
+        max_tokens: limit of generated tokens.
         finished: reason of the end: ``stop`` (end token or stop text) or ``length``; empty before.
+        tied: whether a greedy choice was between logits nearer than `TIE`.
     """
 
     def __init__(
@@ -103,9 +110,10 @@ class Generation:
             )
         self.ids: list[int] = []
         self.finished: Finish = ""
+        self.tied = False
         self._variants, self._variant, self._sampling = variants, variant, sampling
-        self._prompt = list(prompt)
-        self._max_tokens = min(sampling.max_new_tokens, variants.max_length - len(prompt))
+        self.prompt = list(prompt)
+        self.max_tokens = min(sampling.max_new_tokens, variants.max_length - len(prompt))
         self._cache = new_cache(variants.base) if variants.uses_cache else None
         self._n_cached = 0
         self._generator = torch.Generator().manual_seed(sampling.seed)
@@ -113,13 +121,26 @@ class Generation:
         self._warp = _warpers(sampling)
         # Special tokens are part of the text if responses were trained with them.
         special = variants.row_tokenizers[variant].template.special_in_responses
-        self._text = StreamedText(variants, self._prompt, sampling.stop, special)
+        self._text = StreamedText(variants, self.prompt, sampling.stop, special)
         model_ends = frozenset[int]() if sampling.ignore_eos else variants.stop_ids
         self._end_ids = model_ends | frozenset(sampling.stop_token_ids)
 
+    @property
+    def is_greedy(self) -> bool:
+        """Whether the most likely token is chosen."""
+        return self._sampling.temperature < GREEDY_BELOW
+
     def advance(self) -> str:
         """Generate one token; returns the text that became final, possibly empty."""
-        token = self._choose(self._next_logits())
+        return self.add(self._next_logits())
+
+    def add(self, logits: torch.Tensor) -> str:
+        """Choose the next token; returns the text that became final, possibly empty.
+
+        Args:
+            logits: of it, fp32 [1, vocab_size], on the CPU; may be overwritten.
+        """
+        token = self._choose(logits)
         self.ids.append(token)
         if token in self._end_ids:
             self.finished = "stop"
@@ -127,7 +148,7 @@ class Generation:
         text, stopped = self._text.add(token, len(self.ids) > self._sampling.min_tokens)
         if stopped:
             self.finished = "stop"
-        elif len(self.ids) >= self._max_tokens:
+        elif len(self.ids) >= self.max_tokens:
             self.finished = "length"
             text += self._text.rest()
         return text
@@ -142,7 +163,7 @@ class Generation:
     def _next_logits(self) -> torch.Tensor:
         """Logits of the next token, fp32 [1, vocab_size], on the CPU."""
         self._variants.activate(self._variant)
-        ids, cached = [*self._prompt, *self.ids], self._n_cached
+        ids, cached = [*self.prompt, *self.ids], self._n_cached
         logits = next_logits(self._variants.base, ids, self._cache, cached)
         self._n_cached = len(ids)
         on_cpu: torch.Tensor = logits.to("cpu", torch.float32)
@@ -153,11 +174,13 @@ class Generation:
         if len(self.ids) < self._sampling.min_tokens:
             excluded = [token for token in self._end_ids if token < logits.shape[1]]
             logits[0, excluded] = -torch.inf
-        previous: Any = torch.tensor([[*self._prompt, *self.ids]])
+        previous: Any = torch.tensor([[*self.prompt, *self.ids]])
         logits = self._repetition_penalty(previous, logits)
         self._penalise(logits)
-        if self._sampling.temperature < GREEDY_BELOW:
-            return int(logits.argmax())
+        if self.is_greedy:
+            (first, second), tokens = logits[0].topk(2)
+            self.tied |= bool(first - second < TIE * logits.std())
+            return int(tokens[0])
         logits = self._warp(previous, logits)
         probabilities = torch.softmax(logits[0], 0)
         return int(torch.multinomial(probabilities, 1, generator=self._generator))
