@@ -179,6 +179,10 @@ def test_rows_gained_and_lost_in_two_seeds_do_not_cancel() -> None:
     base = Setting((planted_run("base", np.full(60, 2.0), {"valid_json": half}),))
     result = judged("gain:valid_json > -0.2", Setting(tuple(runs)), base)
     assert result.value == pytest.approx(0.0) and result.state == "undecided"
+    # Half of the seeds gain 30 rows, the other half lose 30.
+    quarter = stats.binomtest(15, 60).proportion_ci(0.95, "exact")
+    low, high = result.measurement.exact(0.05)
+    assert (low, high) == pytest.approx((quarter.low - quarter.high, quarter.high - quarter.low))
 
 
 def test_rows_of_few_groups_decide_nothing(rows: tuple[Floats, Floats]) -> None:
@@ -188,6 +192,20 @@ def test_rows_of_few_groups_decide_nothing(rows: tuple[Floats, Floats]) -> None:
     assert result.hint() == "needs 10 groups of test rows, has 9"
     alone = judged("all < 9", one(losses[:1]))
     assert alone.low == -np.inf and alone.high == np.inf and alone.state == "undecided"
+
+
+def test_no_variation_over_ten_rows_is_no_evidence_at_a_small_error() -> None:
+    """Ten signs alike have a chance of 0.5^10 = 0.00098: less than 5 %, more than 5 % / 60."""
+    setting, condition = one(np.full(10, 2.0)), parse_condition("all < 9")
+    states = [judge(setting, None, [condition], candidates)[0].state for candidates in (1, 60)]
+    assert states == ["met", "undecided"]
+
+
+def test_no_practical_number_of_rows_is_named_near_the_bound() -> None:
+    losses = 2.0 + np.random.default_rng(4).normal(0, 0.5, 60)
+    result = judged(f"all < {float(losses.mean()) + 1e-6}", one(losses))
+    assert result.state == "undecided" and result.needed is None
+    assert result.hint() == "no practical number of rows decides"
 
 
 def test_value_at_the_bound_is_a_tie() -> None:
