@@ -11,6 +11,7 @@ import pytest
 from slm_lora.adapters.multi import load_adapter_set
 from slm_lora.data.prompts import prompts_from_rows
 from slm_lora.evaluation.generation import Generation, Sampling, prompt_ids
+from slm_lora.experiment import replies as replies_module
 from slm_lora.runs.folder import read_run
 from slm_lora.runs.replies import read_replies, replies_file
 from slm_lora.runs.scored_run import read_scored_run
@@ -69,6 +70,25 @@ def test_replies_are_those_of_generate(lab: Lab, tiny_folder: Path) -> None:
         generation = Generation(variants, folder.name, ids, Sampling(9))
         assert "".join(generation.pieces()).strip() == reply.reply
         assert len(generation.ids) == reply.tokens
+
+
+def test_base_and_whole_model_get_the_prompts_of_the_training(
+    tmp_path: Path, tiny_folder: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    prompts: dict[str, list[list[int]]] = {}
+    plain = replies_module.generate_replies
+
+    def record(variants, name, ids, *rest):  # type: ignore[no-untyped-def]
+        prompts[f"{len(prompts)}"] = [list(own) for own in ids]
+        return plain(variants, name, ids, *rest)
+
+    monkeypatch.setattr(replies_module, "generate_replies", record)
+    lab = Lab(tmp_path / "lab", tiny_folder)
+    cells = ("grid.cells=[{adapter.kind: full}, {adapter.r: 2}]", "data.size=40")
+    assert lab.run(*cells, "data.template=chat", *REPLIES) == 0
+    base, whole, adapter = prompts.values()
+    assert base == whole == adapter
+    assert len(list((lab.results / "replies").iterdir())) == 3
 
 
 def test_metrics_are_compared_in_report_and_metrics_json(lab: Lab) -> None:

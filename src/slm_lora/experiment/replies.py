@@ -11,6 +11,7 @@ from slm_lora.adapters.methods import trains_all
 from slm_lora.adapters.multi import BASE, AdapterSet, load_adapter_set
 from slm_lora.config.replies import RepliesSection
 from slm_lora.data.prompts import Prompt, prompts_from_rows
+from slm_lora.data.tokenization import RowTokenizer
 from slm_lora.errors import DataError, UsageError
 from slm_lora.evaluation.batched_generation import Reply, generate_replies
 from slm_lora.evaluation.generation import Sampling, prompt_ids
@@ -62,19 +63,9 @@ class ReplyScorer:
                 continue
             is_base = run.record.adapter is None
             job = (by_base if is_base else by_identity)[run.record.hash]
-            # The base is prompted as its first adapter is.
-            template = next(
-                (r for r in runs if r.record.hash in by_identity and self._same_base(r, job, jobs)),
-                run,
-            )
-            variants, name = _load(job, run, template, paths)
+            variants, name = _load(job, run, paths)
             replies = self._replies(variants, name, run.cell, reporter)
             write_replies(path, run.record.hash, self._settings(), list(self.metrics), replies)
-
-    @staticmethod
-    def _same_base(run: Run, job: Job, jobs: Sequence[Job]) -> bool:
-        own = next(other for other in jobs if other.identity == run.record.hash)
-        return own.base_identity == job.base_identity and not trains_all(own.config.adapter)
 
     def _settings(self) -> dict[str, Any]:
         return self.section.model_dump(mode="json", exclude={"on_bad_row"})
@@ -162,20 +153,21 @@ def _require_values(
         raise UsageError(f"{message} {wanted}")
 
 
-def _load(job: Job, run: Run, template: Run, paths: ExperimentPaths) -> tuple[AdapterSet, str]:
-    """The model of a run, and its name in the set; a base with the template of an adapter."""
-    options = {"device": job.device.type, "precision": job.precision}
+def _load(job: Job, run: Run, paths: ExperimentPaths) -> tuple[AdapterSet, str]:
+    """The model of a run, and its name in the set. The base gets the prompts of the training."""
     model = job.config.model
-    folder = paths.adapter_of(template if run.record.adapter is None else run)
-    if run.record.adapter is not None and trains_all(job.config.adapter):
-        return load_adapter_set(str(folder), [], **options), BASE
-    assert folder is not None, "runs keep their adapters"
-    variants = load_adapter_set(model.name, [folder], revision=model.revision, **options)
-    name = variants.names[-1]
-    if run.record.adapter is None:
-        variants.row_tokenizers[BASE] = variants.row_tokenizers[name]
-        return variants, BASE
-    return variants, name
+    folder = None if run.record.adapter is None else paths.adapter_of(run)
+    whole = folder is not None and trains_all(job.config.adapter)
+    variants = load_adapter_set(
+        str(folder) if whole else model.name,
+        [] if folder is None or whole else [folder],
+        revision=None if whole else model.revision,
+        device=job.device.type,
+        precision=job.precision,
+    )
+    if folder is None:
+        variants.row_tokenizers[BASE] = RowTokenizer(variants.tokenizer, job.data.template)
+    return variants, variants.names[-1]
 
 
 def _summary(rows: Sequence[RowReply], metrics: Sequence[str]) -> str:
