@@ -171,18 +171,21 @@ def test_equal_shares_of_base_and_setting_are_not_certainly_equal() -> None:
 
 @pytest.mark.usefixtures("valid_json")
 def test_rows_gained_and_lost_in_two_seeds_do_not_cancel() -> None:
-    half = [1.0] * 30 + [0.0] * 30
-    runs = [
-        planted_run(f"r8-{s}", np.full(60, 2.0), {"valid_json": own}, seed=s)
-        for s, own in enumerate(([1.0] * 60, [0.0] * 60))
-    ]
-    base = Setting((planted_run("base", np.full(60, 2.0), {"valid_json": half}),))
+    """In each of 30 groups one of two rows is valid; one seed gains the other, one loses it."""
+
+    def in_pairs(name: str, values: list[float], seed: int) -> ScoredRun:
+        run = planted_run(name, np.full(60, 2.0), {"valid_json": values}, seed=seed)
+        scores = [replace(score, group_id=f"{i // 2:02d}") for i, score in enumerate(run.scores)]
+        return replace(run, scores=tuple(scores))
+
+    runs = [in_pairs(f"r8-{seed}", [1.0 - seed] * 60, seed) for seed in range(2)]
+    base = Setting((in_pairs("base", [1.0, 0.0] * 30, 0),))
     result = judged("gain:valid_json > -0.2", Setting(tuple(runs)), base)
     assert result.value == pytest.approx(0.0) and result.state == "undecided"
-    # Half of the seeds gain 30 rows, the other half lose 30.
-    quarter = stats.binomtest(15, 60).proportion_ci(0.95, "exact")
     low, high = result.measurement.exact(0.05)
-    assert (low, high) == pytest.approx((quarter.low - quarter.high, quarter.high - quarter.low))
+    # A quarter of all rows and seeds is gained, a quarter lost; 30 groups are the sample.
+    quarter = stats.beta.ppf(0.025, 7.5, 23.5), stats.beta.ppf(0.975, 8.5, 22.5)
+    assert (low, high) == pytest.approx((quarter[0] - quarter[1], quarter[1] - quarter[0]))
 
 
 def test_rows_of_few_groups_decide_nothing(rows: tuple[Floats, Floats]) -> None:
