@@ -139,7 +139,7 @@ def run_experiment(
             scorer.run(jobs, runs, paths, reporter)
     headline = jobs[0].config.evaluation.headline
     quoted_rows = Quoted({row.row_id: row for row in jobs[0].rows.rows}) if with_rows else None
-    analysis = write_report(runs, paths.results, headline, quoted_rows)
+    analysis = write_report(runs, paths.results, headline, quoted_rows, parsed_recipe.ship)
     return ExperimentResult(analysis, paths.results, kept_adapters(runs, paths))
 
 
