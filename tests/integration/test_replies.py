@@ -96,6 +96,7 @@ def test_metrics_are_compared_in_report_and_metrics_json(lab: Lab) -> None:
     report = (lab.results / "report.md").read_text()
     assert "Token F1" in report
     assert "Valid JSON" in report
+    assert "| +0.0000 (the same in all rows) |" in report  # exact match
     facts = metrics["card"]["facts"]
     assert "token F1" in facts["Replies"]
     assert {"token_f1", "exact_match"} <= metrics["other_metrics"].keys()

@@ -79,6 +79,8 @@ def _gap_cell(difference: Gap | None) -> str:
         return "–"
     if not math.isfinite(difference.low + difference.high):
         return f"{difference.value:+.4f}"
+    if difference.low == difference.high:  # no spread to estimate an error from
+        return f"{difference.value:+.4f} (the same in all rows)"
     return f"{difference.value:+.4f} ({difference.low:+.4f}, {difference.high:+.4f})"
 
 
@@ -145,6 +147,8 @@ def _gap_text(pair: Comparison) -> str:
     difference = pair.difference
     if not math.isfinite(difference.low + difference.high):
         return f"{difference.value:+.4f}"
+    if difference.low == difference.high:  # no spread to estimate an error from
+        return f"{difference.value:+.4f} (the same in all rows)"
     return f"{difference.value:+.4f} ({difference.low:+.4f}, {difference.high:+.4f})"
 
 
