@@ -27,6 +27,7 @@ from slm_lora.cli.options import (
     AdaptersDir,
     CellName,
     DiscardCheckpoints,
+    JsonOutput,
     OnValidation,
     Overrides,
     Processes,
@@ -168,23 +169,47 @@ def evaluate(
     no_base: Annotated[
         bool, typer.Option("--no-base", help="Score the adapter without the base.")
     ] = False,
+    gguf: Annotated[
+        list[Path] | None,
+        typer.Option(
+            "--gguf",
+            metavar="FILE",
+            help="Score this GGUF file through llama.cpp, paired with the adapter in PyTorch; "
+            "repeatable.",
+        ),
+    ] = None,
+    as_json: JsonOutput = False,
 ) -> None:
     """Score an adapter and its base on test rows.
 
-    The rows are those of the recipe. Without --adapter, only the base is scored.
+    The rows are those of the recipe. Without --adapter, only the base is scored. With --gguf, the
+    base is scored only if there is no adapter.
     """
+    from slm_lora.cli.gguf_files import check_llama_cpp, print_files, score_files
     from slm_lora.config.load import load_recipe
     from slm_lora.experiment.resolve_jobs import make_jobs
     from slm_lora.experiment.runner import evaluate_adapter
     from slm_lora.runs.scores import write_scores
     from slm_lora.runtime.progress import Reporter
 
+    if as_json and not gguf:
+        raise UsageError("--json: needs --gguf FILE")
     _, cells = load_recipe(recipe, overrides or [])
     quiet_libraries()
     reporter = Reporter()
+    if gguf:
+        check_llama_cpp()
     job = make_jobs([chosen_cell(cells, cell)])[0]
     report_data(job, reporter)
-    result = evaluate_adapter(job, adapter, reporter, with_base=not no_base)
+    result = evaluate_adapter(job, adapter, reporter, with_base=not (no_base or gguf))
+    if gguf:
+        name = adapter.resolve().name if adapter else job.source.name
+        print_files(score_files(gguf, job, result, name, reporter), as_json)
+        if scores is not None:  # those of PyTorch
+            write_scores(result.scores, scores)
+            if not as_json:
+                console().print(f"{scores}", soft_wrap=True)
+        return
     out = console()
     scopes: list[tuple[LossOn, str]] = [("all", "whole text"), ("response", "response only")]
     for loss_on, label in scopes:

@@ -2,12 +2,17 @@
 
 from __future__ import annotations
 
+import re
 from pathlib import Path
-from typing import Annotated, Literal
+from typing import TYPE_CHECKING, Annotated, Literal, cast, get_args
 
 import typer
 
-from slm_lora.cli.options import ResultsDir, console, quiet_libraries
+from slm_lora.cli.options import JsonOutput, ResultsDir, console, quiet_libraries
+from slm_lora.errors import UsageError
+
+if TYPE_CHECKING:
+    from slm_lora.export.gguf import FileType
 
 TrainedArgument = Annotated[
     Path, typer.Argument(metavar="FOLDER", help="adapter/<experiment>-<cell>")
@@ -57,23 +62,67 @@ def export_gguf(
         Literal["merged", "adapter"],
         typer.Option("--as", help="For an adapter: one merged model, or base and adapter."),
     ] = "merged",
-    file_type: Annotated[
-        Literal["f32", "f16", "q8_0"],
-        typer.Option("--type", help="Data type of the model's weights."),
+    type_name: Annotated[
+        str,
+        typer.Option("--type", metavar="[f32|f16|q8_0]", help="Data type of the model's weights."),
     ] = "f16",
     base: BaseFolder = None,
+    score: Annotated[
+        Path | None,
+        typer.Option(
+            "--score",
+            metavar="RECIPE",
+            help="Also score the file through llama.cpp on the test rows of this recipe, paired "
+            "with FOLDER in PyTorch.",
+        ),
+    ] = None,
+    as_json: JsonOutput = False,
 ) -> None:
     """Write GGUF files for llama.cpp and a Modelfile for Ollama.
 
     Supports the Llama family. The model file includes tokenizer, special tokens and chat template.
     """
+    from slm_lora.cli.gguf_files import check_llama_cpp, export_job, print_files, score_export
     from slm_lora.export.llama_cpp import export
     from slm_lora.export.trained import read_trained
     from slm_lora.runtime.progress import Reporter
 
+    file_type = _file_type(type_name)
+    if as_json and score is None:
+        raise UsageError("--json: needs --score RECIPE")
+    if score is not None and layout == "adapter":
+        raise UsageError("--score: scores the file of a whole model; use --as merged")
     quiet_libraries()
-    for path in export(read_trained(folder), out, layout, file_type, base, Reporter()):
-        console().print(f"{path}", soft_wrap=True)
+    reporter, trained = Reporter(), read_trained(folder)
+    if score is not None:
+        check_llama_cpp()
+        job = export_job(score, trained)
+    paths = export(trained, out, layout, file_type, base, reporter)
+    if not as_json:
+        for path in paths:
+            console().print(f"{path}", soft_wrap=True)
+    if score is not None:
+        files = [path for path in paths if path.suffix == ".gguf"]
+        print_files(score_export(job, trained, files, reporter), as_json)
+
+
+def _file_type(name: str) -> FileType:
+    """Check the value of --type.
+
+    Raises:
+        UsageError: no type, or one that only llama.cpp's own quantiser writes.
+    """
+    from slm_lora.export.gguf import FileType
+
+    if name in get_args(FileType):
+        return cast("FileType", name)
+    if re.fullmatch(r"i?q\d\w*", name, re.IGNORECASE):
+        raise UsageError(
+            f"--type {name}: only llama.cpp's quantiser writes it, and xllamacpp has none; export "
+            f"--type f16, run llama-quantize FILE.gguf OUT.gguf {name.upper()}, and score the "
+            "result with slm-lora evaluate RECIPE --adapter FOLDER --gguf OUT.gguf"
+        )
+    raise UsageError(f"--type {name}: choose f32, f16 or q8_0")
 
 
 def push(

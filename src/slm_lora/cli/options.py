@@ -79,6 +79,7 @@ TunedValues = Annotated[
         "seed, scored on the validation set. Once per key.",
     ),
 ]
+JsonOutput = Annotated[bool, typer.Option("--json", help="Print the result as JSON.")]
 OnValidation = Annotated[
     bool,
     typer.Option(
