@@ -14,7 +14,7 @@ from slm_lora.report.drawing import INK, LINES, MARKERS, SHADE, new_axes, pictur
 from slm_lora.report.names import SettingNames, key_name, rate_name
 from slm_lora.runs.scored_run import ScoredRun
 from slm_lora.runs.tuning import ArmRecord, CandidateRecord, TuningRecord
-from slm_lora.stats.comparisons import Comparison
+from slm_lora.stats.comparisons import ALPHA, Comparison
 from slm_lora.stats.inference import Difference
 from slm_lora.stats.settings import Setting
 from slm_lora.stats.splits import Split, splits
@@ -163,7 +163,12 @@ def split_text(part: Split, phase: Tuned, names: SettingNames) -> str:
     if share is None:
         rest = f"it is {own:+.4f}"
     elif not part.at_own.excludes_zero:
-        rest = f"no clear difference is left ({own:+.4f}): it was due to the {key}"
+        span = f"{own:+.4f}, {part.at_own.low:+.4f} to {part.at_own.high:+.4f}"
+        rest = (
+            f"they are equivalent ({span}): it was due to the {key}"
+            if part.at_own.p_equivalence < ALPHA
+            else f"no clear difference is left ({span})"
+        )
     elif share > 1:
         rest = f"the order turns round ({own:+.4f})"
     elif share < 0:
