@@ -45,3 +45,6 @@ STOPPED_RESUMABLE = 75
 
 NOT_SHOWN_BETTER = 10
 """Exit code of `slm-lora tune` where the adapter is not shown to be better than its base."""
+
+DO_NOT_SHIP, NOT_ENOUGH_EVIDENCE = 10, 11
+"""Exit codes of `slm-lora verdict`: a condition is violated; one is undecided, none violated."""

@@ -302,3 +302,19 @@ def test_model_card_has_losses_of_runs_outside_the_last_table(lab: Lab, tmp_path
         for name in ("before", "after")
     )
     assert len(before) == 2 and before == after
+
+
+@pytest.mark.usefixtures("one_finished")
+def test_conditions_of_a_verdict_change_no_run(
+    lab: Lab, capsys: pytest.CaptureFixture[str]
+) -> None:
+    before = contents(lab.results / "runs")
+    assert lab.run(ONE_CELL, "ship.gain='> -9'", "ship.all='< 99'") == 0
+    assert contents(lab.results / "runs") == before
+    assert lab.metrics()["ship"] == {"gain": "> -9", "all": "< 99"}
+    capsys.readouterr()
+    assert command("verdict", lab.results) == 0
+    out, _ = read_output(capsys)
+    assert "gain > -9" in out and "meets 2 of 2 conditions (one seed)" in out
+    assert lab.run(ONE_CELL) == 0
+    assert "ship" not in lab.metrics()

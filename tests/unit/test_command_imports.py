@@ -48,6 +48,10 @@ def test_compare_imports_no_heavy_library(results: Path) -> None:
     assert loaded("compare", first, second) == "loaded []"
 
 
+def test_verdict_imports_no_heavy_library(results: Path) -> None:
+    assert loaded("verdict", results, "--require", "gain > 0.02") == "loaded []"
+
+
 def test_help_imports_no_heavy_library() -> None:
     assert loaded("--help") == "loaded []"
 

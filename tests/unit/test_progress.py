@@ -68,3 +68,7 @@ def test_time_left_for_the_experiment_follows_the_cost_of_cells(
     # 20 of 300 took 30 s: 280 are left.
     assert overall.left() == pytest.approx(420.0)
     assert "7:00 for the experiment" in written.getvalue()
+
+
+def test_experiment_without_anything_to_do_has_no_time_left() -> None:
+    assert progress.Overall(0.0).left() is None

@@ -33,6 +33,7 @@ from slm_lora.runs.progress import (
     read_progress,
     thin,
 )
+from slm_lora.runs.replies import RowReply, replies_file, write_replies
 
 from ..support.processes import wait_until
 
@@ -301,6 +302,7 @@ def test_json_of_running_cells_and_of_one_that_is_recorded_meanwhile(root: Path)
 def test_changed_files_are_read_again(root: Path) -> None:
     path = root / "quickstart" / "outputs.json"
     web = client(root)
+    shutil.rmtree(path.parent / "replies", ignore_errors=True)
     assert web.get("/api/experiments/quickstart").json()["replies"] == []
     answers = [{"variant": "base", "greedy": "Tea.", "sampled": "", "loss": 1.5}]
     path.write_text(json.dumps({"prompts": [{"prompt": "?", "reference": "", "answers": answers}]}))
@@ -308,6 +310,26 @@ def test_changed_files_are_read_again(root: Path) -> None:
     assert entry["answers"] == [{"variant": "base", "text": "Tea.", "loss": 1.5}]
     path.write_text("{")
     assert web.get("/api/experiments/quickstart").json()["replies"] == []
+
+
+def test_replies_of_runs_to_a_test_row_are_side_by_side(root: Path) -> None:
+    folder = root / "quickstart"
+    shutil.rmtree(folder / "replies", ignore_errors=True)
+    base, tuned = (next((folder / "runs").glob(pattern)) for pattern in ("base-*", "r4-seed0-*"))
+    for run, text in ((tuned, "The indices."), (base, "<b>An array.</b>")):
+        replies = [
+            RowReply("row-1", text, 3, "stop", {}),
+            RowReply("row-2", run.name, 3, "stop", {}),
+        ]
+        write_replies(replies_file(run), "0", {}, [], replies)
+    entries = client(root).get("/api/experiments/quickstart").json()["replies"]
+    assert [entry["prompt"] for entry in entries] == ["Test row row-1", "Test row row-2"]
+    assert [(answer["variant"], answer["text"]) for answer in entries[0]["answers"]] == [
+        ("base", "<b>An array.</b>"), ("r4-seed0", "The indices."),
+    ]  # fmt: skip
+    replies_file(base).write_text("{}\nbroken\n")
+    entries = client(root).get("/api/experiments/quickstart").json()["replies"]
+    assert [answer["variant"] for answer in entries[0]["answers"]] == ["r4-seed0"]
 
 
 BROKEN: Sequence[Any] = (b"", b"{", b"[]", b"\xff\xfe", b"null", b'{"cell": 3}', b"[" * 100_000)

@@ -15,7 +15,17 @@ from typing import Annotated
 import typer
 
 from slm_lora import __version__
-from slm_lora.cli import compare, data, experiments, exports, models, outputs, serving, tune
+from slm_lora.cli import (
+    compare,
+    data,
+    experiments,
+    exports,
+    models,
+    outputs,
+    serving,
+    tune,
+    verdict,
+)
 from slm_lora.errors import STOPPED_RESUMABLE, SlmLoraError, StorageError
 from slm_lora.launch import local
 from slm_lora.runtime import hardware, terminal
@@ -34,6 +44,7 @@ for command in (
     experiments.evaluate,
     experiments.report,
     compare.compare,
+    verdict.verdict,
     outputs.chat,
     outputs.generate,
     outputs.compare_outputs,

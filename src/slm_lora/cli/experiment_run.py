@@ -73,6 +73,7 @@ def run_experiment(
     from slm_lora.experiment.choice import note_replaced
     from slm_lora.experiment.job import ComputedName
     from slm_lora.experiment.remote import CommandLine, RemoteCandidates, run_elsewhere
+    from slm_lora.experiment.replies import reply_scorer
     from slm_lora.experiment.resolve_jobs import JobResolver
     from slm_lora.experiment.runner import run_jobs
     from slm_lora.experiment.tuning import TuningPhase, log_choice
@@ -107,6 +108,7 @@ def run_experiment(
                 else:
                     print_plan(jobs, paths, reporter)
             return None
+        scorer = reply_scorer(parsed_recipe.replies, jobs) if parsed_recipe.replies else None
         with (
             planned_experiment(
                 paths.results,
@@ -144,9 +146,11 @@ def run_experiment(
                 runs = run_jobs(jobs, paths, reporter, discard)
         if not distributed.is_main():
             return None
+        if scorer is not None:
+            scorer.run(jobs, runs, paths, reporter)
     headline = jobs[0].config.evaluation.headline
     quoted_rows = Quoted({row.row_id: row for row in jobs[0].rows.rows}) if with_rows else None
-    analysis = write_report(runs, paths.results, headline, quoted_rows)
+    analysis = write_report(runs, paths.results, headline, quoted_rows, parsed_recipe.ship)
     return ExperimentResult(analysis, paths.results, kept_adapters(runs, paths))
 
 

@@ -13,6 +13,8 @@ from typing import Annotated, Literal, get_args
 from pydantic import BeforeValidator, Field, ValidationInfo, field_validator
 
 from slm_lora.config.axes import GridSection, TuningSection
+from slm_lora.config.conditions import parse_ship
+from slm_lora.config.replies import RepliesSection
 from slm_lora.config.types import (
     RELATED_BY,
     Float,
@@ -334,6 +336,9 @@ class Recipe(CellConfig):
         None, description="Keys whose value is chosen for each setting on the validation set."
     )
     seeds: tuple[Int, ...] = Field((), description="Seeds; each runs the whole grid.")
+    replies: RepliesSection | None = Field(
+        None, description="Replies to test rows after training, and their metrics."
+    )
     keep_adapters: bool = Field(
         True,
         description="False: adapters are removed after scoring, and a cell is finished once it has "
@@ -348,6 +353,19 @@ class Recipe(CellConfig):
         description="Least seconds between checkpoints: the most training time lost if the process "
         "is killed. 0: after every step.",
     )
+
+    ship: dict[str, str] = Field(
+        default_factory=dict,
+        description="Conditions of `slm-lora verdict`: measurements with bounds in quotes, such as "
+        '`{gain: "> 0.02", all: "<= 2.1"}`. They change no run.',
+    )
+
+    @field_validator("ship", mode="before")
+    @classmethod
+    def _are_conditions(cls, value: object) -> object:
+        if isinstance(value, dict) and all(isinstance(name, str) for name in value):
+            parse_ship(value)
+        return value
 
     @property
     def run_options(self) -> RunOptions:

@@ -10,6 +10,7 @@ from typing import Any
 from slm_lora.report.blocks import Fact
 from slm_lora.report.limits import limits
 from slm_lora.report.names import SettingNames
+from slm_lora.report.reply_facts import reply_facts
 from slm_lora.report.tuning import Tuned
 from slm_lora.runs.metrics import Metric
 from slm_lora.stats.comparisons import Comparison
@@ -143,6 +144,7 @@ def make_card(
         Fact("Recommended", _why(recommended, lowest, given_up, settings, names), "settings"),
         *_best_fact(best, by_cost, names),
         *([_gain(recommended, to_base, comparisons)] if to_base else []),
+        *(reply_facts(base, recommended) if base else []),
         *limits(recommended, settings, comparisons, names, phase),
     ]
     shown = tuple(each for each in gaps if each is not None)

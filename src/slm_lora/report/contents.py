@@ -22,7 +22,7 @@ from slm_lora.report.summary import (
 )
 from slm_lora.report.tables import runs_text
 from slm_lora.runs.folder import METRICS_FILE, named
-from slm_lora.runs.metrics import METRICS
+from slm_lora.runs.metrics import METRICS, OF_REPLIES
 from slm_lora.runs.scored_run import ScoredRun, has_metric
 from slm_lora.runs.tuning import TuningRecord
 from slm_lora.stats import learning_curve
@@ -322,10 +322,12 @@ def _unscored(runs: Sequence[ScoredRun]) -> list[str]:
     for metric in METRICS.values():
         lacking = [run.run.folder.name for run in runs if not has_metric(run, metric)]
         if lacking and len(lacking) < len(runs):
-            lines.append(
-                f"{metric.title} is not in {plain(named(lacking))}, scored before it was computed: "
-                "remove these runs and run the experiment again to have it."
+            remedy = (
+                "which have no replies: run the experiment with a section `replies` again"
+                if metric.scope == OF_REPLIES
+                else "scored before it was computed: remove these runs and run the experiment again"
             )
+            lines.append(f"{metric.title} is not in {plain(named(lacking))}, {remedy} to have it.")
     return lines
 
 

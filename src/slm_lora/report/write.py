@@ -2,11 +2,12 @@
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
+from slm_lora.config.conditions import Condition, parse_ship, ship_record
 from slm_lora.errors import UsageError
 from slm_lora.report import contents, examples
 from slm_lora.report.blocks import Picture, Section
@@ -35,6 +36,7 @@ def write_report(
     results: Path,
     headline: str | None = None,
     quoted: examples.Quoted | None = None,
+    ship: Mapping[str, str] | None = None,
 ) -> Analysis:
     """Write the files of an experiment.
 
@@ -44,6 +46,7 @@ def write_report(
         headline: tokens behind the table; None: those of the first run.
         quoted: its data set: a second page, `WITH_ROWS_FILE`, quotes some rows. It is for readers
             who may see the data; the other files never quote it.
+        ship: conditions of `slm-lora verdict`; None: those of the report before.
 
     Returns:
         The statistics that the files show.
@@ -57,14 +60,15 @@ def write_report(
     table_before = read_table(results)
     first = table_before.first_report if table_before else ()
     first = first or tuple(run.folder.name for run in runs)
-    analysis = _analysis(runs, results, headline, frozenset(first))
+    conditions = parse_ship(ship) if ship is not None else table_before.ship if table_before else ()
+    analysis = read_analysis(runs, results, headline, frozenset(first))
     title = analysis.runs[0].run.record.experiment
     question, answer = contents.question(analysis), contents.answer_picture(analysis)
     sections = contents.sections(analysis, results)
     # Numbers first, text and figures after them.
     table = contents.table_text(analysis, results)
     atomic_write_text(results / TABLE_FILE, f"# {title}\n\n{table}\n")
-    atomic_write_text(results / METRICS_FILE, to_json(_metrics(analysis, first)))
+    atomic_write_text(results / METRICS_FILE, to_json(_metrics(analysis, first, conditions)))
     _write_figures(results / FIGURES, _pictures(answer, sections))
     page = (title, question, analysis.card, answer)
     atomic_write_text(results / REPORT_FILE, as_markdown(*page, sections, FIGURES))
@@ -75,11 +79,24 @@ def write_report(
     return analysis
 
 
-def _analysis(
-    runs: Sequence[Run], results: Path, headline: str | None, first: frozenset[str]
+def read_analysis(
+    runs: Sequence[Run],
+    results: Path,
+    headline: str | None = None,
+    first: frozenset[str] | None = None,
 ) -> Analysis:
     """Statistics of the runs, each setting at its own value of tuned keys where these were chosen
-    by the experiment's tuning.json."""
+    by the experiment's tuning.json.
+
+    Args:
+        runs: of one experiment.
+        results: its folder.
+        headline: metric of the card; None: that of the first run.
+        first: run folders of the first report; None: this is the first.
+
+    Raises:
+        IntegrityError: scores are broken, or of different rows.
+    """
     record = read_tuning(results)
     scored = read_scored_runs(runs, headline)
     keys = tuned_keys(record, scored)
@@ -115,13 +132,16 @@ def _scored(run: ScoredRun) -> list[str]:
     ]
 
 
-def _metrics(analysis: Analysis, first_report: Sequence[str]) -> dict[str, Any]:
+def _metrics(
+    analysis: Analysis, first_report: Sequence[str], ship: Sequence[Condition]
+) -> dict[str, Any]:
     runs = analysis.runs
     settings = [Setting((run,)) for run in runs if run.is_base] + [*analysis.settings]
     return {
         "experiment": runs[0].run.record.experiment,
         "card": analysis.card.record(analysis.names),
         "first_report": sorted(first_report),
+        **({"ship": ship_record(ship)} if ship else {}),
         "runs": [
             {
                 "folder": run.run.folder.name,

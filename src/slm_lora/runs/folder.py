@@ -13,6 +13,7 @@ from typing import Any
 
 from pydantic import ValidationError
 
+from slm_lora.config.conditions import Condition, parse_ship
 from slm_lora.errors import IntegrityError, UsageError
 from slm_lora.runs.record import RunRecord, StepRecord
 from slm_lora.runtime.storage import atomic_folder
@@ -252,10 +253,12 @@ class Table:
     Attributes:
         runs: of the last table.
         first_report: of the first report.
+        ship: conditions of `slm-lora verdict`.
     """
 
     runs: tuple[str, ...]
     first_report: tuple[str, ...]
+    ship: tuple[Condition, ...] = ()
 
 
 def read_table(results: Path) -> Table | None:
@@ -269,7 +272,8 @@ def read_table(results: Path) -> Table | None:
         metrics = parse_json(path.read_text(encoding="utf-8"))
         runs = tuple(_folder_names([run["folder"] for run in metrics["runs"]]))
         # Files of before there was the record name their own runs.
-        return Table(runs, tuple(_folder_names(metrics.get("first_report") or [])) or runs)
+        first_report = tuple(_folder_names(metrics.get("first_report") or [])) or runs
+        return Table(runs, first_report, parse_ship(metrics.get("ship") or {}))
     except FileNotFoundError:
         return None
     except (OSError, ValueError, KeyError, TypeError, AttributeError) as error:

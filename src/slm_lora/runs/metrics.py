@@ -59,6 +59,10 @@ def row_value(name: str) -> Parts:
     return lambda row: row.values.get(name, (0.0, 0.0))
 
 
+_SHARE = "share of rows"
+OF_REPLIES = "replies to test rows"
+"""Scope of metrics that a section `replies` measures."""
+
 _ALL = Metric(
     name="all",
     title="Loss",
@@ -100,9 +104,62 @@ METRICS: dict[str, Metric] = {
             parts=lambda row: (row.nll_response / math.log(2), row.bytes_response),
             compared=False,
         ),
+        *(
+            Metric(
+                name=name,
+                title=title,
+                scope=OF_REPLIES,
+                unit=unit,
+                parts=row_value(name),
+                higher_is_better=True,
+            )
+            for name, title, unit in (
+                ("exact_match", "Exact match", _SHARE),
+                ("token_f1", "Token F1", "0 to 1"),
+                ("rouge_l", "ROUGE-L", "0 to 1"),
+                ("chrf", "chrF", "0 to 1"),
+                ("number", "Number equal", _SHARE),
+                ("valid_json", "Valid JSON", _SHARE),
+                ("label", "Label accuracy", _SHARE),
+                ("pattern", "Pattern found", _SHARE),
+                ("json_schema", "JSON of the schema", _SHARE),
+            )
+        ),
+        Metric(
+            name="ended",
+            title="Ended by itself",
+            scope=OF_REPLIES,
+            unit=_SHARE,
+            parts=row_value("ended"),
+            higher_is_better=True,
+            compared=False,
+        ),
+        Metric(
+            name="reply_tokens",
+            title="Length of a reply",
+            scope=OF_REPLIES,
+            unit="tokens",
+            parts=row_value("reply_tokens"),
+            compared=False,
+        ),
     )
 }
 """All metrics, by name; the recipe's headline is one of ``all`` and ``response``."""
+
+
+def add_own_metric(name: str) -> None:
+    """Add a metric of the user's own, a mean over rows of `RowScore.values`, if it is new."""
+    METRICS.setdefault(
+        name,
+        Metric(
+            name=name,
+            title=name,
+            scope=OF_REPLIES,
+            unit="mean over rows",
+            parts=row_value(name),
+            higher_is_better=True,
+        ),
+    )
 
 
 @functools.cache

@@ -13,6 +13,7 @@ from slm_lora.errors import IntegrityError
 from slm_lora.records import RowScore
 from slm_lora.runs.folder import AGAIN, RUN_FILE, SCORES_FILE, Run
 from slm_lora.runs.metrics import METRICS, Metric
+from slm_lora.runs.replies import replies_file, with_reply_values
 from slm_lora.runs.scores import read_scores
 
 
@@ -60,13 +61,14 @@ def has_metric(run: ScoredRun, metric: Metric) -> bool:
 
 
 def read_scored_run(run: Run) -> ScoredRun:
-    """A run with its scores.
+    """A run with its scores, and the values of its replies, if there are any.
 
     Raises:
-        IntegrityError: the scores are broken.
+        IntegrityError: the scores or replies are broken.
     """
     scores = tuple(read_scores(run.scores_path))
     _check_losses(run, scores)
+    scores = with_reply_values(scores, replies_file(run.folder), run.record.hash)
     return ScoredRun(run, scores, run.record.evaluation.headline)
 
 

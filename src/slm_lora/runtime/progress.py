@@ -32,8 +32,8 @@ class Overall:
         self._total -= cost
 
     def left(self) -> float | None:
-        """Estimated seconds left; None while too little is done."""
-        if self._done < MIN_SHARE_FOR_ESTIMATE * self._total:
+        """Estimated seconds left; None while too little is done, or if nothing is to be done."""
+        if not self._done or self._done < MIN_SHARE_FOR_ESTIMATE * self._total:
             return None
         elapsed = time.monotonic() - self._began
         return max(0.0, self._total - self._done) * elapsed / self._done

@@ -6,11 +6,14 @@ A file that is missing, broken or half of another version leaves its values out 
 from __future__ import annotations
 
 import functools
+import itertools
+import json
 import time
 from collections.abc import Iterator, Mapping
 from pathlib import Path
 from typing import Any
 
+from slm_lora.errors import IntegrityError
 from slm_lora.runs.folder import METRICS_FILE, RUN_FILE, STEPS_FILE, parse_json
 from slm_lora.runs.progress import (
     PROGRESS_FOLDER,
@@ -20,12 +23,13 @@ from slm_lora.runs.progress import (
     read_progress,
     thin,
 )
+from slm_lora.runs.replies import read_replies, replies_file
 
 BASE = "base"
 REPORT_FILE, OUTPUTS_FILE, STOPPED_FILE = "report.html", "outputs.json", "stopped.json"
 _MARKS = ("runs", "tuning", PROGRESS_FOLDER, "checkpoints", METRICS_FILE, REPORT_FILE)
 """Files and folders of which an experiment's folder has at least one."""
-MOST_PROMPTS, MOST_CHARACTERS = 50, 4000
+MOST_PROMPTS, MOST_REPLIES, MOST_CHARACTERS = 50, 8, 4000
 """Limits of the replies shown."""
 
 
@@ -62,7 +66,7 @@ def details(name: str, folder: Path) -> dict[str, Any]:
         "card": _card(folder),
         "cells": _cells(folder, "cell"),
         "tuning_cells": _cells(folder / "tuning", "tuning run"),
-        "replies": _replies(folder),
+        "replies": [*_replies(folder), *_row_replies(folder)][:MOST_PROMPTS],
     }
 
 
@@ -238,6 +242,21 @@ def _replies(folder: Path) -> list[dict[str, Any]]:
     return entries
 
 
+def _row_replies(folder: Path) -> list[dict[str, Any]]:
+    """Replies of the runs to the same test rows, whose texts their files do not hold."""
+    runs = {run["folder"]: run["cell"] for run in _runs(folder)}
+    first = sorted(runs, key=lambda name: (runs[name] != BASE, name))
+    files = [(runs[name], replies_file(folder / "runs" / name)) for name in first]
+    answers: dict[str, list[dict[str, Any]]] = {}
+    for cell, path in [(cell, path) for cell, path in files if path.is_file()][:MOST_REPLIES]:
+        for row, reply in _of_version(_read_row_replies, path) or ():
+            answers.setdefault(row, []).append({"variant": cell, "text": reply, "loss": None})
+    return [
+        {"prompt": f"Test row {row[:12]}", "reference": "", "answers": entries}
+        for row, entries in itertools.islice(answers.items(), MOST_PROMPTS)
+    ]
+
+
 def _text(value: Any) -> str:
     text = str(value)
     return text if len(text) <= MOST_CHARACTERS else f"{text[:MOST_CHARACTERS]}…"
@@ -284,6 +303,17 @@ def _read_curve(path: Path, mtime_ns: int, size: int) -> list[list[float]]:
         return [list(point) for point in thin(list(_losses(path)))]
     except (OSError, ValueError):
         return []
+
+
+@functools.lru_cache(maxsize=256)
+def _read_row_replies(path: Path, mtime_ns: int, size: int) -> list[tuple[str, str]]:
+    try:
+        _, replies = read_replies(path) or (None, [])
+        first = [(reply.row, _text(reply.reply)) for reply in replies[:MOST_PROMPTS]]
+        json.dumps(first, ensure_ascii=False).encode()
+    except (IntegrityError, UnicodeEncodeError):
+        return []
+    return first
 
 
 def _losses(path: Path) -> Iterator[tuple[float, float]]:

@@ -73,6 +73,23 @@ def needed(sample: Paired, rows: int, margin: float, family: int = 1) -> Needed 
     return Needed(max(plan.rows for plan in complete), max(seeds) if seeds else None)
 
 
+def needed_beyond(sample: Paired, rows: int, distance: float, error: float) -> Needed | None:
+    """What shows, with 80 % power, that the mean is on one side of a bound.
+
+    Args:
+        sample: what was observed.
+        rows: test rows of it.
+        distance: of the true mean from the bound.
+        error: chance of a false claim, one-sided.
+
+    Returns:
+        As `needed`.
+    """
+    if sample.groups < 2 or not distance or sample.unit != "seed":
+        return None
+    return _needed(sample, rows, distance, (error, 0.2))
+
+
 def _upper(spread: float, freedom: float) -> float:
     """Upper end of the one-sided interval of a standard deviation."""
     return spread * math.sqrt(freedom / float(chdtri(freedom, ASSURANCE)))

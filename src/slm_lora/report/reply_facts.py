@@ -1,0 +1,45 @@
+"""Whether the replies of the recommended setting improved as its loss did, in a line."""
+
+from __future__ import annotations
+
+from slm_lora.report.blocks import Fact
+from slm_lora.runs.metrics import METRICS, OF_REPLIES, Metric
+from slm_lora.runs.scored_run import has_metric
+from slm_lora.stats.inference import interval
+from slm_lora.stats.settings import Setting, pair_runs, sample_of
+
+
+def reply_facts(base: Setting, recommended: Setting) -> list[Fact]:
+    """Metrics of replies, recommended setting against the base, at 95 % each: which are better,
+    worse, and neither; empty without replies of both."""
+    better: list[str] = []
+    worse: list[str] = []
+    unclear: list[str] = []
+    for metric in METRICS.values():
+        if metric.scope != OF_REPLIES or not metric.compared:
+            continue
+        if not all(has_metric(run, metric) for run in (*base.runs, *recommended.runs)):
+            continue
+        sample = sample_of(pair_runs(base, recommended), metric)
+        low, high = interval(sample, 0.95)
+        title = _in_text(metric)
+        if not (low > 0 or high < 0):
+            unclear.append(title)
+            continue
+        before, after = base.estimate(metric).value, recommended.estimate(metric).value
+        text = f"{title} {before:.3f} → {after:.3f} ({low:+.3f} to {high:+.3f})"
+        (better if metric.is_better(sample.value) else worse).append(text)
+    if not (better or worse or unclear):
+        return []
+    parts = [
+        *(["better than the base's: " + "; ".join(better)] if better else []),
+        *(["WORSE than the base's: " + "; ".join(worse)] if worse else []),
+        *(["no clear difference: " + ", ".join(unclear)] if unclear else []),
+    ]
+    return [Fact("Replies", "; ".join(parts) + ".", "metrics")]
+
+
+def _in_text(metric: Metric) -> str:
+    """The title within a sentence: names such as ROUGE-L keep their capitals."""
+    title = metric.title
+    return title[0].lower() + title[1:] if title[1:2].islower() else title
