@@ -54,3 +54,17 @@ def test_verdict_imports_no_heavy_library(results: Path) -> None:
 
 def test_help_imports_no_heavy_library() -> None:
     assert loaded("--help") == "loaded []"
+
+
+def test_watch_imports_no_heavy_library(results: Path) -> None:
+    pytest.importorskip("uvicorn", reason="needs the extra serve")
+    # Ends once all is imported, instead of serving.
+    script = RUN.format(heavy=HEAVY).replace(
+        "try:", "from slm_lora.serve import server\nserver.serve = lambda *_: None\ntry:"
+    )
+    words = ["watch", str(results.parent), "--port", "0"]
+    completed = subprocess.run(
+        [sys.executable, "-c", script, *words], capture_output=True, text=True, check=True
+    )
+    assert "http://127.0.0.1:" in completed.stdout + completed.stderr
+    assert completed.stderr.splitlines()[-1] == "loaded []"

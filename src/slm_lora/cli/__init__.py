@@ -49,6 +49,7 @@ for command in (
     outputs.generate,
     outputs.compare_outputs,
     serving.serve,
+    serving.watch,
     exports.merge,
     exports.push,
 ):

@@ -79,6 +79,7 @@ def run_experiment(
     from slm_lora.experiment.tuning import TuningPhase, log_choice
     from slm_lora.report.examples import Quoted
     from slm_lora.report.write import write_report
+    from slm_lora.runs.progress import planned_experiment
     from slm_lora.runtime.progress import Reporter
 
     where = where or Where()
@@ -108,7 +109,16 @@ def run_experiment(
                     print_plan(jobs, paths, reporter)
             return None
         scorer = reply_scorer(parsed_recipe.replies, jobs) if parsed_recipe.replies else None
-        with contextlib.ExitStack() as stack:
+        with (
+            planned_experiment(
+                paths.results,
+                parsed_recipe.description,
+                len(jobs),
+                reporter.info_once,
+                writes=distributed.is_main(),
+            ) as set_planned_runs,
+            contextlib.ExitStack() as stack,
+        ):
             remote = None
             if not runs_here:
                 gpus = int(jobs[0].device.type == "cuda")
@@ -128,6 +138,7 @@ def run_experiment(
                 record = phase.run(candidates, reporter)
                 log_choice(record, reporter)
                 jobs = resolver.jobs(phase.final_cells(record))
+            set_planned_runs([f"{job.name}-{job.identity[:8]}" for job in jobs])
             if remote:
                 runs = run_elsewhere(jobs, paths, reporter, *remote, discard)
             else:

@@ -1,10 +1,10 @@
-"""The command `serve`."""
+"""The commands `serve` and `watch`."""
 
 from __future__ import annotations
 
 import json
 from pathlib import Path
-from typing import TYPE_CHECKING, Annotated
+from typing import TYPE_CHECKING, Annotated, NamedTuple
 
 import typer
 
@@ -14,6 +14,15 @@ from slm_lora.errors import UsageError
 
 if TYPE_CHECKING:
     from slm_lora.data.prompts import Prompt
+
+AllowHost = Annotated[
+    list[str] | None,
+    typer.Option("--allow-host", help="Additional host name of this server; repeatable."),
+]
+Host = Annotated[
+    str, typer.Option(help="Address to listen on; other than loopback, a token is required.")
+]
+Port = Annotated[int, typer.Option(min=0, max=65535, help="Port to listen on; 0: any free port.")]
 
 
 def serve(
@@ -26,16 +35,9 @@ def serve(
     ] = None,
     adapters: AdaptersDir = Path("adapter"),
     base: BaseModel = None,
-    host: Annotated[
-        str, typer.Option(help="Address to listen on; other than loopback, a token is required.")
-    ] = "127.0.0.1",
-    port: Annotated[
-        int, typer.Option(min=0, max=65535, help="Port to listen on; 0: any free port.")
-    ] = 7860,
-    allow_host: Annotated[
-        list[str] | None,
-        typer.Option("--allow-host", help="Additional host name of this server; repeatable."),
-    ] = None,
+    host: Host = "127.0.0.1",
+    port: Port = 7860,
+    allow_host: AllowHost = None,
     page: Annotated[bool, typer.Option(help="Serve the page at / besides the API at /v1.")] = True,
     prompts: Annotated[
         Path | None,
@@ -58,15 +60,12 @@ def serve(
 
     They offer a base and any number of its adapters; the base is loaded once.
     """
-    import os
-    import secrets
-
     from slm_lora.data.prompts import read_prompts
 
     try:
         from slm_lora.serve.api import make_app
         from slm_lora.serve.engine import Engine
-        from slm_lora.serve.guard import LOOPBACK, Guard
+        from slm_lora.serve.guard import Guard
         from slm_lora.serve.server import listen
         from slm_lora.serve.server import serve as run
 
@@ -75,9 +74,7 @@ def serve(
 
             from slm_lora.serve.page import mount_page
     except ImportError as error:
-        raise UsageError(
-            f"serve: {error.name} is not installed; run pip install '.[serve]' in a checkout"
-        ) from error
+        raise _not_installed("serve", error) from error
     folders = list(adapter or last_experiment(adapters))
     examples = read_prompts(prompts) if prompts else _dataset_examples(folders) if page else []
     listener = listen(host, port)
@@ -86,23 +83,89 @@ def serve(
     app = make_app(engine)
     if page:
         app = mount_page(app, engine, examples, best_adapter(folders, results))
+    access = _access(host, listener.getsockname()[1], allow_host)
+    out = console()
+    for name in variants.names:
+        out.print(f"model     {name}", soft_wrap=True)
+    if page:
+        out.print(f"page      {access.page_url}", soft_wrap=True)
+    key = f"   key {access.token}" if access.token else ""
+    out.print(f"API       {access.url}/v1{key}", soft_wrap=True)
+    out.print("Ctrl-C stops the server")
+    try:
+        run(Guard(app, hosts=access.hosts, token=access.token), listener)
+    finally:
+        engine.close()
+
+
+def watch(
+    results: Annotated[
+        Path, typer.Argument(metavar="[RESULTS]", help="Folder of the experiments' folders.")
+    ] = Path("results"),
+    host: Host = "127.0.0.1",
+    port: Port = 7861,
+    allow_host: AllowHost = None,
+) -> None:
+    """Serve a read-only page of experiments, running ones included.
+
+    It shows cells at work, training curves, results and replies, and updates by itself.
+    """
+    try:
+        from slm_lora.serve.experiments import is_experiment
+        from slm_lora.serve.guard import Guard
+        from slm_lora.serve.server import listen
+        from slm_lora.serve.server import serve as run
+        from slm_lora.serve.watch import make_watch_app
+    except ImportError as error:
+        raise _not_installed("watch", error) from error
+    if not results.is_dir():
+        raise UsageError(f"{results}: no such folder; name the folder of the experiments' folders")
+    if is_experiment(results):
+        raise UsageError(f"{results}: one experiment; name the folder that holds it")
+    listener = listen(host, port)
+    access = _access(host, listener.getsockname()[1], allow_host)
+    out = console()
+    out.print(f"page      {access.page_url}", soft_wrap=True)
+    out.print("Ctrl-C stops the server")
+    run(Guard(make_watch_app(results), hosts=access.hosts, token=access.token), listener)
+
+
+class _Access(NamedTuple):
+    """Who may use a server.
+
+    Attributes:
+        url: of the server.
+        hosts: accepted host names.
+        token: required of clients; None on a loopback address, unless SLM_LORA_TOKEN is set.
+    """
+
+    url: str
+    hosts: set[str]
+    token: str | None
+
+    @property
+    def page_url(self) -> str:
+        """URL of the page, with the token."""
+        return f"{self.url}/" + (f"?token={self.token}" if self.token else "")
+
+
+def _access(host: str, port: int, allow_host: list[str] | None) -> _Access:
+    import os
+    import secrets
+
+    from slm_lora.serve.guard import LOOPBACK
+
     is_remote = host not in LOOPBACK and host != "::1"
     token = os.environ.get("SLM_LORA_TOKEN") or (secrets.token_urlsafe(24) if is_remote else None)
     url_host = f"[{host}]" if ":" in host else host
     hosts = {*LOOPBACK, url_host.lower(), *(name.lower() for name in allow_host or ())}
-    bound_port = listener.getsockname()[1]
-    out = console()
-    for name in variants.names:
-        out.print(f"model     {name}", soft_wrap=True)
-    url = f"http://{url_host}:{bound_port}"
-    if page:
-        out.print(f"page      {url}/" + (f"?token={token}" if token else ""), soft_wrap=True)
-    out.print(f"API       {url}/v1" + (f"   key {token}" if token else ""), soft_wrap=True)
-    out.print("Ctrl-C stops the server")
-    try:
-        run(Guard(app, hosts=hosts, token=token), listener)
-    finally:
-        engine.close()
+    return _Access(f"http://{url_host}:{port}", hosts, token)
+
+
+def _not_installed(command: str, error: ImportError) -> UsageError:
+    return UsageError(
+        f"{command}: {error.name} is not installed; run pip install '.[serve]' in a checkout"
+    )
 
 
 def last_experiment(adapters: Path) -> list[Path]:

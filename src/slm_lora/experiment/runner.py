@@ -37,6 +37,7 @@ from slm_lora.experiment.tracking import Tracked, Trackers, open_trackers
 from slm_lora.model.base import Base
 from slm_lora.model.model_folder import MODEL_WEIGHTS
 from slm_lora.runs.folder import SCORES_FILE, STEPS_FILE, Run, find_run, new_run, write_lines
+from slm_lora.runs.progress import CellProgress, cell_progress
 from slm_lora.runs.scores import write_scores
 from slm_lora.runtime import distributed, hardware
 from slm_lora.runtime.checksums import read_sealed, sha256_file
@@ -257,7 +258,9 @@ def evaluate_adapter(
 
 def _run_base(job: Job, base: Base, paths: ExperimentPaths, reporter: Reporter) -> None:
     hardware.reset_peak_memory(job.device.type)
-    scores, evaluation = evaluate(base, job, BASE, reporter)
+    with _progress(BASE, job.base_identity, paths, reporter) as progress:
+        progress.scoring()
+        scores, evaluation = evaluate(base, job, BASE, reporter)
     record = {**common_record(job, base, paths), "settings": {}, "evaluation": evaluation}
 
     def write() -> None:
@@ -294,7 +297,10 @@ def run_cell(
         )
         distributed.run_on_main(functools.partial(_check_folders, job, paths, peft_model, reporter))
         trackers = stack.enter_context(_tracking(job, paths, reporter))
+        progress = stack.enter_context(_progress(name, job.identity, paths, reporter))
+        watch = progress.recording(watch)
         result = train_cell(job, base, peft_model, checkpointer, reporter, trackers, watch)
+        progress.scoring()
         parameters = attach.count_parameters(peft_model)
         folder = Path(
             distributed.run_on_main(functools.partial(_save, job, base, peft_model, paths))
@@ -376,6 +382,14 @@ def _tracking(
     names = job.options.report_to if distributed.is_main() else ()
     run = Tracked(paths.experiment, f"{job.name}-{job.identity[:8]}", job.resolved, paths.results)
     return open_trackers(names, run, reporter.info)
+
+
+def _progress(
+    name: str, identity: str, paths: ExperimentPaths, reporter: Reporter
+) -> AbstractContextManager[CellProgress]:
+    """The record of a cell at work, by the first of several processes."""
+    main = distributed.is_main()
+    return cell_progress(paths.results, name, identity, reporter.info_once, writes=main)
 
 
 def _found(paths: ExperimentPaths, cell: str, identity: str) -> Run:
