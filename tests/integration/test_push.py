@@ -210,7 +210,8 @@ def test_card_has_settings_and_losses_of_the_run(adapter: Path, tmp_path: Path) 
     assert f"| this | {loss['value']:.4f} | {loss['low']:.4f} – {loss['high']:.4f} |" in readme
     assert f"| base | {base['intervals']['all']['value']:.4f} | " in readme
     assert "BSD-3-Clause" in readme and "Apache-2.0" in readme
-    assert "| training.learning_rate | 0.001 |" in readme
+    rate = run["recipe"]["training"]["learning_rate"]
+    assert f"| training.learning_rate | {rate:g} |" in readme
     for usage in ("PeftModel.from_pretrained", "vllm serve", "llama-server", "ollama create"):
         assert usage in readme
 

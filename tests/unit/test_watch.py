@@ -76,7 +76,9 @@ def client(root: Path, token: str | None = None) -> TestClient:
 
 @pytest.fixture
 def root(tmp_path: Path) -> Path:
-    shutil.copytree(COMMITTED, tmp_path / "results" / "quickstart")
+    """The runs and report of a committed experiment, without replies."""
+    without = shutil.ignore_patterns("replies", "outputs.json")
+    shutil.copytree(COMMITTED, tmp_path / "results" / "quickstart", ignore=without)
     return tmp_path / "results"
 
 
@@ -302,7 +304,6 @@ def test_json_of_running_cells_and_of_one_that_is_recorded_meanwhile(root: Path)
 def test_changed_files_are_read_again(root: Path) -> None:
     path = root / "quickstart" / "outputs.json"
     web = client(root)
-    shutil.rmtree(path.parent / "replies", ignore_errors=True)
     assert web.get("/api/experiments/quickstart").json()["replies"] == []
     answers = [{"variant": "base", "greedy": "Tea.", "sampled": "", "loss": 1.5}]
     path.write_text(json.dumps({"prompts": [{"prompt": "?", "reference": "", "answers": answers}]}))
@@ -314,7 +315,6 @@ def test_changed_files_are_read_again(root: Path) -> None:
 
 def test_replies_of_runs_to_a_test_row_are_side_by_side(root: Path) -> None:
     folder = root / "quickstart"
-    shutil.rmtree(folder / "replies", ignore_errors=True)
     base, tuned = (next((folder / "runs").glob(pattern)) for pattern in ("base-*", "r4-seed0-*"))
     for run, text in ((tuned, "The indices."), (base, "<b>An array.</b>")):
         replies = [
