@@ -14,7 +14,7 @@ from slm_lora.runtime import hardware
     [
         (True, True, "GenuineIntel", "bf16"),
         (False, True, "AuthenticAMD", "bf16"),
-        (False, True, "GenuineIntel", "fp32"),  # half the speed of fp32
+        (False, True, "GenuineIntel", "fp32"),  # slower than fp32
         (False, False, "AuthenticAMD", "fp32"),  # AVX2: emulated
     ],
 )

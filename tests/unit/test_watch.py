@@ -464,3 +464,33 @@ def test_command_names_a_missing_extra(
     monkeypatch.delitem(sys.modules, "slm_lora.serve.server", raising=False)
     assert run_guarded(lambda: command_line(["watch", str(root)], standalone_mode=False)) == 2
     assert capsys.readouterr().err.startswith("watch: uvicorn is not installed; run pip install")
+
+
+def test_second_command_leaves_the_plan_of_the_first(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    first = subprocess.Popen(["sleep", "60"])
+    try:
+        with monkeypatch.context() as patch:
+            patch.setattr(os, "getpid", lambda: first.pid)
+            with (
+                pytest.raises(KeyboardInterrupt),
+                planned_experiment(tmp_path, "a", 3, pytest.fail),
+            ):
+                raise KeyboardInterrupt
+        kept = read_plan(tmp_path)
+        assert kept is not None and kept.pid == first.pid
+        with (
+            pytest.raises(OSError, match="lock"),
+            planned_experiment(tmp_path, "b", 5, pytest.fail),
+        ):
+            raise OSError("refused by the lock")
+        assert read_plan(tmp_path) == kept
+    finally:
+        first.kill()
+        first.wait()
+    # A dead process's record is replaced, and removed at the end.
+    with planned_experiment(tmp_path, "b", 5, pytest.fail):
+        plan = read_plan(tmp_path)
+        assert plan is not None and plan.cells == 5
+    assert read_plan(tmp_path) is None

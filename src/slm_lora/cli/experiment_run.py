@@ -70,13 +70,13 @@ def run_experiment(
     """
     from slm_lora.config.load import load_recipe
     from slm_lora.experiment.candidates import CandidateRunner
-    from slm_lora.experiment.choice import note_replaced
+    from slm_lora.experiment.choice import log_choice, note_replaced
     from slm_lora.experiment.job import ComputedName
     from slm_lora.experiment.remote import CommandLine, RemoteCandidates, run_elsewhere
     from slm_lora.experiment.replies import reply_scorer
     from slm_lora.experiment.resolve_jobs import JobResolver
     from slm_lora.experiment.runner import run_jobs
-    from slm_lora.experiment.tuning import TuningPhase, log_choice
+    from slm_lora.experiment.tuning import TuningPhase
     from slm_lora.report.examples import Quoted
     from slm_lora.report.write import write_report
     from slm_lora.runs.progress import planned_experiment

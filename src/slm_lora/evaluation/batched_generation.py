@@ -22,7 +22,7 @@ if TYPE_CHECKING:
     from slm_lora.model.base import Base
 
 MAX_BATCH = 32
-"""Prompts in a batch: beyond it, products are as fast per row."""
+"""Prompts in a batch; limits the memory of logits and the delay of the first reply."""
 CACHE_BYTES = 512 << 20
 """Limit of the keys and values of a batch."""
 

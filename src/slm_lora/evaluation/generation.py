@@ -28,7 +28,7 @@ Finish = Literal["", "stop", "length"]
 
 TIE = 1e-3
 """Distance of two logits, in standard deviations of a step's logits, below which their order may be
-due to rounding; errors in fp32 are below a tenth of it."""
+due to rounding. `batch_is_exact` requires errors whose root mean square is at most 3e-5."""
 
 GREEDY_BELOW = 1e-5
 """Temperatures below this count as 0, as in vLLM: logits divided by them would overflow."""

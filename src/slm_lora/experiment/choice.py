@@ -184,3 +184,19 @@ def _changes(then: Mapping[str, Any], now: Mapping[str, Any]) -> str:
         if then.get(key) != now.get(key)
     ]
     return "; ".join(changed) or "of other rows, settings or base"
+
+
+def log_choice(record: TuningRecord, reporter: Reporter) -> None:
+    """One line per setting."""
+    for arm in record.arms:
+        chosen = ", ".join(
+            f"{key.rpartition('.')[2]} {value:g}" for key, value in arm.chosen.items()
+        )
+        kept = len(arm.kept)
+        edge = "".join(
+            f"; the {'largest' if end == 'high' else 'smallest'} tried, so not shown to be the best"
+            for end in arm.edges.values()
+        )
+        reporter.info(
+            f"  {arm.name}  {chosen} of {len(arm.candidates)} tried, {kept} may be the best{edge}"
+        )

@@ -385,21 +385,3 @@ class TuningPhase:
             for arm, arm_record in zip(self.arms, record.arms, strict=True)
         }
         return [tuned_cell(cell, chosen[arm_key(cell)]) for cell in self._cells]
-
-
-def log_choice(record: TuningRecord, reporter: Reporter) -> None:
-    """One line per setting."""
-    for arm in record.arms:
-        chosen = ", ".join(f"{_short(key)} {value:g}" for key, value in arm.chosen.items())
-        kept = len(arm.kept)
-        edge = "".join(
-            f"; the {'largest' if end == 'high' else 'smallest'} tried, so not shown to be the best"
-            for end in arm.edges.values()
-        )
-        reporter.info(
-            f"  {arm.name}  {chosen} of {len(arm.candidates)} tried, {kept} may be the best{edge}"
-        )
-
-
-def _short(key: str) -> str:
-    return key.rsplit(".", 1)[-1]

@@ -68,8 +68,8 @@ def choose_precision(name: str, device: torch.device) -> PrecisionName:
 @functools.cache
 def cpu_is_faster_in_bf16() -> bool:
     """Whether matrix products of this CPU are faster in bf16: with AMX, and with AVX512-BF16 on
-    AMD's. Intel's with AVX512-BF16 but without AMX reach half of fp32 (an Emerald Rapids without
-    AMX: 147 to 160 instead of 250 to 290 GFLOP/s), CPUs without either much less."""
+    AMD's. Of Intel's with AVX512-BF16 but without AMX one was measured (an Emerald Rapids: 147 to
+    160 GFLOP/s, and 250 to 290 in fp32); CPUs without either emulate bf16."""
     if torch.cpu._is_amx_tile_supported():
         return True
     return torch.cpu._is_avx512_bf16_supported() and hardware.is_amd_processor()

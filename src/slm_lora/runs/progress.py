@@ -216,6 +216,9 @@ def planned_experiment(
         A function that adds the names of the cells' run folders, once these are known.
     """
     path = results / PROGRESS_FOLDER / PLAN_FILE
+    other = read_plan(results)
+    if other is not None and other.pid != os.getpid() and is_running(other, time.time()):
+        writes = False  # this command waits for that one, or is refused
 
     def write(runs: Sequence[str] | None) -> None:
         if not writes:

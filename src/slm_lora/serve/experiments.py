@@ -24,9 +24,10 @@ from slm_lora.runs.progress import (
     thin,
 )
 from slm_lora.runs.replies import read_replies, replies_file
+from slm_lora.runs.tuning import STOPPED_FILE, tuning_folder
 
 BASE = "base"
-REPORT_FILE, OUTPUTS_FILE, STOPPED_FILE = "report.html", "outputs.json", "stopped.json"
+REPORT_FILE, OUTPUTS_FILE = "report.html", "outputs.json"
 _MARKS = ("runs", "tuning", PROGRESS_FOLDER, "checkpoints", METRICS_FILE, REPORT_FILE)
 """Files and folders of which an experiment's folder has at least one."""
 MOST_PROMPTS, MOST_REPLIES, MOST_CHARACTERS = 50, 8, 4000
@@ -65,7 +66,7 @@ def details(name: str, folder: Path) -> dict[str, Any]:
         **_summary(name, folder),
         "card": _card(folder),
         "cells": _cells(folder, "cell"),
-        "tuning_cells": _cells(folder / "tuning", "tuning run"),
+        "tuning_cells": _cells(tuning_folder(folder), "tuning run"),
         "replies": [*_replies(folder), *_row_replies(folder)][:MOST_PROMPTS],
     }
 
@@ -86,7 +87,7 @@ def _children(folder: Path) -> list[Path]:
 
 def _summary(name: str, folder: Path) -> dict[str, Any]:
     now = time.time()
-    live = [*read_progress(folder), *read_progress(folder / "tuning")]
+    live = [*read_progress(folder), *read_progress(tuning_folder(folder))]
     running = [record for record in live if is_running(record, now)]
     plan = read_plan(folder)
     names = _finished_cells(folder)
@@ -100,7 +101,8 @@ def _summary(name: str, folder: Path) -> dict[str, Any]:
         "finished": len(names),
         "running": len(running),
         "total": plan.cells if plan else len(names),
-        "tuning": len(_finished_cells(folder / "tuning")) + len(_stopped(folder / "tuning")),
+        "tuning": len(_finished_cells(tuning_folder(folder)))
+        + len(_stopped(tuning_folder(folder))),
         # Between two cells, and while rows and model are read, no cell runs.
         "active": bool(running) or (plan is not None and is_running(plan, now)),
         "unfinished": plan is not None,
@@ -117,7 +119,7 @@ def _finished_cells(results: Path) -> set[str]:
 def _changed(folder: Path) -> float:
     """Time of the last change of a run, table or report."""
     paths = [folder / name for name in (METRICS_FILE, REPORT_FILE, OUTPUTS_FILE)]
-    paths += [folder / "runs", folder / "tuning" / "runs"]
+    paths += [folder / "runs", tuning_folder(folder) / "runs"]
     times = [time_ for path in paths if (time_ := _mtime(path))]
     return max(times, default=_mtime(folder))
 
