@@ -118,7 +118,7 @@ def test_categories_are_compared_separately() -> None:
     assert [(name, rows) for name, rows, _ in parts] == [("even", 20), ("odd", 20)]
     assert all(d.value == pytest.approx(-1) for _, _, d in parts)
     settings = [Setting((runs[1],))]
-    table = category_table(settings, Setting((runs[0],)), SettingNames(settings))
+    table = category_table(settings, [Setting((runs[0],))], SettingNames(settings))
     assert "| even | 20 | 3.000 (2." in table
 
 
@@ -128,7 +128,7 @@ def test_a_category_of_few_groups_has_no_interval() -> None:
         replace(s, category="few" if s.row_id < "05" else s.category) for s in run.scores
     )
     settings = [Setting((replace(run, scores=scores),))]
-    table = category_table(settings, None, SettingNames(settings))
+    table = category_table(settings, [], SettingNames(settings))
     assert re.search(r"\| few \| 5 \| \d\.\d+ \|", table)
     assert re.search(r"\| odd \| 18 \| 2\.\d+ \(1\.\d+ to 2\.\d+\) \|", table)
 

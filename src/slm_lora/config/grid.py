@@ -62,6 +62,7 @@ def setting_of(resolved: Mapping[str, Any], key: str) -> Any:
 
 
 _SHORT_KEYS = {
+    "model.name": "",
     "adapter.r": "r",
     "data.size": "",
     "seed": "seed",

@@ -128,9 +128,10 @@ def reply_scorer(section: RepliesSection, jobs: Sequence[Job]) -> ReplyScorer:
     """
     if not jobs[0].options.keep_adapters:
         raise UsageError("replies: needs the adapters: leave out keep_adapters: false")
-    if len({job.data.held_out_hash for job in jobs}) > 1:
+    tests = [frozenset(example.row_id for example in job.data.test) for job in jobs]
+    if len({*tests}) > 1:
         raise UsageError("replies: the cells of the grid have different test rows")
-    test = {example.row_id for example in jobs[0].data.test}
+    test = tests[0]
     rows = [row for row in jobs[0].rows.rows if row.row_id in test]
     prompts = prompts_from_rows(rows, section.rows or len(rows))
     if not prompts:

@@ -7,6 +7,7 @@ from dataclasses import dataclass, replace
 from pathlib import Path
 
 from slm_lora.report import examples, figures, method, sentences, tuning
+from slm_lora.report.bases import base_facts, base_section
 from slm_lora.report.blocks import Picture, Section, markdown_table, plain
 from slm_lora.report.card import Card, make_card
 from slm_lora.report.names import SettingNames, key_name
@@ -26,6 +27,7 @@ from slm_lora.runs.metrics import METRICS, OF_REPLIES
 from slm_lora.runs.scored_run import ScoredRun, has_metric
 from slm_lora.runs.tuning import TuningRecord
 from slm_lora.stats import learning_curve
+from slm_lora.stats.bases import BaseComparisons, compare_bases
 from slm_lora.stats.categories import by_category, p_alike
 from slm_lora.stats.comparisons import ALPHA, Comparison, all_comparisons
 from slm_lora.stats.factorial import Contrast, contrasts
@@ -49,7 +51,7 @@ class Analysis:
     Attributes:
         runs: all of them, with their scores.
         settings: trained ones, over their seeds.
-        base: the base model; None where it was not scored.
+        bases: base models, untrained, in the order of the runs.
         comparisons: of the experiment, corrected together.
         other_metrics: comparisons in further metrics, a family each; a metric that not all runs
             have compares those that have it.
@@ -58,11 +60,12 @@ class Analysis:
         names: of the settings.
         card: the result in a few lines.
         tuned: the search for each setting's own values; None without one.
+        between: comparisons between bases; None where there is but one.
     """
 
     runs: tuple[ScoredRun, ...]
     settings: tuple[Setting, ...]
-    base: Setting | None
+    bases: tuple[Setting, ...]
     comparisons: tuple[Comparison, ...]
     other_metrics: tuple[tuple[Comparison, ...], ...]
     contrasts: tuple[Contrast, ...]
@@ -70,6 +73,7 @@ class Analysis:
     names: SettingNames
     card: Card
     tuned: tuning.Tuned | None = None
+    between: BaseComparisons | None = None
 
 
 def analyse(
@@ -101,19 +105,22 @@ def analyse(
         name = names.series("data.size", series[0])
         if curve := learning_curve.fit(name, sized, series[0].metric):
             curves.append(curve)
-    # Losses of models with other tokenizers do not compare: the card is on the first base's.
-    comparable = [
-        setting
-        for setting in settings
-        if not bases or _same_tokens(setting.first_run, bases[0].first_run)
-    ]
+    between = compare_bases(runs)
+    # Losses of models with other tokenizers do not compare: the card is on one base's.
+    lead = between.best if between else None
+    anchor = lead.first_run if lead else bases[0].first_run if bases else runs[0]
+    comparable = [setting for setting in settings if _same_tokens(setting.first_run, anchor)]
     phase = tuning.tuned(choice[1], arms, comparisons) if choice else None
     card = make_card(comparable, bases, comparisons, equivalence_margin(runs[0]), names, phase)
-    base = card.base.setting if card.base else bases[0] if bases else None
+    if between:
+        recommended, *rest = card.facts or (None,)
+        own = base_facts(between, names)
+        facts = (*([recommended] if recommended else []), *own, *rest)
+        card = replace(card, facts=facts)
     return Analysis(
         tuple(runs),
         tuple(settings),
-        base,
+        tuple(bases),
         tuple(comparisons),
         tuple(_in_other_metrics(runs, seen)),
         tuple(contrasts(settings)),
@@ -121,6 +128,7 @@ def analyse(
         names,
         card,
         phase,
+        between,
     )
 
 
@@ -173,13 +181,14 @@ def sections(
     return [
         Section(
             "Settings",
-            settings_table(analysis.card, settings, analysis.base, names, phase)
+            settings_table(analysis.card, settings, analysis.bases, names, phase, analysis.between)
             + "\nLoss in nats per token (lower is better), mean over seeds. Time: mean per "
             "training. Memory: largest peak over seeds. Against the recommended: setting minus "
             "recommended; intervals are for one setting at a time, that of the base allows for the "
             "selection of the recommended setting." + _pareto(settings, names),
             anchor="settings",
         ),
+        *([base_section(analysis.between, names)] if analysis.between else []),
         *([tuning.section(phase, settings, names)] if phase else []),
         Section(
             "All comparisons",
@@ -294,7 +303,7 @@ def _scaling(analysis: Analysis, pictures: tuple[Picture, ...]) -> list[Section]
 
 
 def _metrics(analysis: Analysis) -> list[Section]:
-    table = metrics_table(analysis.card, analysis.settings, analysis.base, analysis.names)
+    table = metrics_table(analysis.card, analysis.settings, analysis.bases, analysis.names)
     if not table:
         return []
     note = (
@@ -332,7 +341,7 @@ def _unscored(runs: Sequence[ScoredRun]) -> list[str]:
 
 
 def _categories(analysis: Analysis) -> list[Section]:
-    table = category_table(analysis.settings, analysis.base, analysis.names)
+    table = category_table(analysis.settings, analysis.bases, analysis.names)
     if not table:
         return []
     pictures = []
@@ -346,7 +355,7 @@ def _categories(analysis: Analysis) -> list[Section]:
     for pair in to_base[:1]:
         second, first = analysis.names.of(pair.second), analysis.names.of(pair.first)
         pictures.append(figures.categories(by_category(pair), second, first))
-    columns = len(analysis.settings) + (analysis.base is not None)
+    columns = len(analysis.settings) + len(analysis.bases)
     intervals = (
         " Unpaired 95 % intervals cover the choice of test rows; categories with fewer than "
         f"{LEAST_GROUPS} groups have none."

@@ -13,6 +13,7 @@ _KEYS = {
     "adapter.target_modules": "target modules",
     "adapter.kind": "method",
     "adapter.lora_alpha": "alpha/r",
+    "model.name": "base model",
 }
 
 
@@ -61,14 +62,17 @@ class SettingNames:
         if len(kinds) > 1 and "adapter.kind" not in self._keys:
             self._keys.insert(0, "adapter.kind")
         self._sizes = len({setting.setting("data.size") for setting in settings}) > 1
-        self._models = len({setting.first_run.run.record.model.name for setting in settings}) > 1
+        models = {_model(setting) for setting in settings}
+        self._models = len(models) > 1
+        self._same_name = len({name for name, _ in models}) < len(models)
+        if self._models:
+            self._keys = [key for key in self._keys if not key.startswith("model.")]
 
     def of(self, setting: Setting) -> str:
         """``r=16, 1500 rows``; for the base model ``base``."""
         if setting.first_run.is_base:
-            model = setting.first_run.run.record.model.name
-            return f"base {model}" if self._models else "base"
-        parts = [setting.first_run.run.record.model.name] if self._models else []
+            return f"base {self.model(setting)}" if self._models else "base"
+        parts = [self.model(setting)] if self._models else []
         full = setting.is_full
         if full:
             parts.append(METHOD_LABELS["full"])
@@ -79,11 +83,16 @@ class SettingNames:
             parts.append(self.part(key, setting))
         if full and self._sizes and "data.size" not in keys:
             parts.append(self.part("data.size", setting))
-        if not parts:
-            parts = [
+        if len(parts) == self._models:  # nothing but the base, if there are several
+            parts += [
                 f"{METHOD_LABELS[setting.setting('adapter.kind')]} r={setting.setting('adapter.r')}"
             ]
         return ", ".join(parts)
+
+    def model(self, setting: Setting) -> str:
+        """The base model, with a part of its SHA-256 where two have one name."""
+        name, digest = _model(setting)
+        return f"{name} ({digest[:8]})" if self._same_name else name
 
     def series(self, key: str, setting: Setting) -> str:
         """The name without ``key``, for a series along it."""
@@ -114,6 +123,11 @@ class SettingNames:
         if key == "adapter.lora_alpha":
             return f"alpha={value:g}"
         return f"{key.rsplit('.', 1)[-1]}={value_name(value)}"
+
+
+def _model(setting: Setting) -> tuple[str, str]:
+    model = setting.first_run.run.record.model
+    return model.name, model.sha256
 
 
 def _modules(value: object) -> str:

@@ -15,42 +15,67 @@ from slm_lora.report.tuning import Tuned, value_text
 from slm_lora.runs.metrics import METRICS, Metric, mean_over_rows
 from slm_lora.runs.scored_run import has_metric
 from slm_lora.runtime.progress import clock
+from slm_lora.stats.bases import BaseComparisons, base_model
 from slm_lora.stats.comparisons import Comparison
 from slm_lora.stats.estimates import perplexity
 from slm_lora.stats.factorial import Contrast
 from slm_lora.stats.selection import cost
-from slm_lora.stats.settings import Setting
+from slm_lora.stats.settings import Setting, base_of
 
 AGAINST = "Against the recommended, 95 %"
 
 
-def setting_columns(phase: Tuned | None) -> list[str]:
-    """Titles of the table of settings; each tuned key has a column."""
+def setting_columns(
+    phase: Tuned | None = None, between: BaseComparisons | None = None
+) -> list[str]:
+    """Titles of the table of settings; each tuned key has a column, bits per byte have one where
+    there are several bases."""
     own = [key_name(key).capitalize() for key in phase.record.keys] if phase else []
-    return ["Setting", *own, "Seeds", "Loss", "Perplexity", AGAINST, "Trainable", "Time", "Memory"]
+    losses = ["Loss", "Perplexity", *([between.metric.title] if between else [])]
+    return ["Setting", *own, "Seeds", *losses, AGAINST, "Trainable", "Time", "Memory"]
 
 
 def setting_rows(
     card: Card,
     settings: Sequence[Setting],
-    base: Setting | None,
+    bases: Sequence[Setting],
     names: SettingNames,
     phase: Tuned | None = None,
+    between: BaseComparisons | None = None,
 ) -> list[list[str]]:
-    """Literal cells under `setting_columns`: the base, then the settings, cheapest first."""
+    """Literal cells under `setting_columns`: each base, then its settings, cheapest first."""
     differences = (*card.gaps, *([card.base] if card.base else []))
     gaps = {id(difference.setting): difference for difference in differences}
     keys = phase.record.keys if phase else ()
-    rows = [_setting_row(base, gaps.get(id(base)), names, "", keys)] if base else []
-    for setting in sorted(settings, key=cost):
+    per_byte = _per_byte(between) if between else None
+    models = list(dict.fromkeys(base_model(each.first_run) for each in (*bases, *settings)))
+    rows = []
+    for setting in sorted(
+        (*bases, *settings),
+        key=lambda each: (
+            models.index(base_model(each.first_run)),
+            not each.first_run.is_base,
+            () if each.first_run.is_base else cost(each),
+        ),
+    ):
         marks = [
             word
             for word, marked in (("recommended", card.recommended), ("lowest", card.lowest))
             if setting is marked
         ]
         mark = f" ({', '.join(marks)})" if marks and len(settings) > 1 else ""
-        rows.append(_setting_row(setting, gaps.get(id(setting)), names, mark, keys))
+        bits = per_byte.get(setting.first_run.run.folder.name) if per_byte is not None else None
+        shown = [] if per_byte is None else ["–" if bits is None else f"{bits:.4f}"]
+        rows.append(_setting_row(setting, gaps.get(id(setting)), names, mark, keys, shown))
     return rows
+
+
+def _per_byte(between: BaseComparisons) -> dict[str, float]:
+    """Bits per byte of settings, by the folder of their first run."""
+    return {
+        setting.first_run.run.folder.name: setting.estimate().value
+        for setting in (*between.bases, *between.settings)
+    }
 
 
 def _setting_row(
@@ -59,12 +84,13 @@ def _setting_row(
     names: SettingNames,
     mark: str,
     tuned: Sequence[str],
+    per_byte: Sequence[str],
 ) -> list[str]:
     value = setting.estimate().value
     exponential = f"{perplexity(value):.2f}" if setting.metric.has_perplexity else "–"
     own = [value_text(key, float(setting.setting(key))) for key in tuned]
     start = [names.of(setting) + mark, *own, f"{len(setting.runs)}"]
-    numbers = [f"{value:.4f}", exponential, _gap_cell(difference)]
+    numbers = [f"{value:.4f}", exponential, *per_byte, _gap_cell(difference)]
     if setting.first_run.is_base:
         return [start[0], *["–"] * len(own), "–", *numbers, "–", "–", "–"]
     records = [run.run.record for run in setting.runs]
@@ -94,19 +120,20 @@ def count_text(count: int) -> str:
 def settings_table(
     card: Card,
     settings: Sequence[Setting],
-    base: Setting | None,
+    bases: Sequence[Setting],
     names: SettingNames,
     phase: Tuned | None = None,
+    between: BaseComparisons | None = None,
 ) -> str:
     """One row per setting, over its seeds, as Markdown; the recommended one in bold."""
     rows = []
-    for row in setting_rows(card, settings, base, names, phase):
+    for row in setting_rows(card, settings, bases, names, phase, between):
         cells = [plain(row[0]), *row[1:]]
         recommended = card.recommended is not None and row[0].startswith(
             names.of(card.recommended) + " ("
         )
         rows.append([f"**{cell}**" if recommended else cell for cell in cells])
-    return markdown_table(setting_columns(phase), rows)
+    return markdown_table(setting_columns(phase, between), rows)
 
 
 def comparisons_table(
@@ -251,12 +278,12 @@ def _perplexity_change(pair: Comparison) -> str:
 
 
 def metrics_table(
-    card: Card, settings: Sequence[Setting], base: Setting | None, names: SettingNames
+    card: Card, settings: Sequence[Setting], bases: Sequence[Setting], names: SettingNames
 ) -> str:
     """Every metric of every setting, as Markdown, and the paired difference of the recommended
     setting to the base; metrics that some run lacks are left out. Empty where the headline is the
     only one."""
-    columns = [*([base] if base else []), *sorted(settings, key=cost)]
+    columns = [*bases, *sorted(settings, key=cost)]
     metrics = [
         metric for metric in METRICS.values() if all(_has(metric, setting) for setting in columns)
     ]
@@ -270,9 +297,11 @@ def metrics_table(
         ]
         for setting in columns
     ]
+    base = base_of(card.recommended, bases) if card.recommended else None
     if base and card.recommended:
         gaps = [gap(base, card.recommended, metric) for metric in metrics]
-        rows.append([plain(f"{names.of(card.recommended)} vs base"), *map(_gap_cell, gaps)])
+        label = plain(f"{names.of(card.recommended)} vs {names.of(base)}")
+        rows.append([label, *map(_gap_cell, gaps)])
     titles = [
         f"{metric.title}, {metric.unit} {'↑' if metric.higher_is_better else '↓'}"
         for metric in metrics
@@ -289,10 +318,12 @@ MOST_INTERVALS = 6
 """Columns of numbers with intervals that fit on a page."""
 
 
-def category_table(settings: Sequence[Setting], base: Setting | None, names: SettingNames) -> str:
+def category_table(
+    settings: Sequence[Setting], bases: Sequence[Setting], names: SettingNames
+) -> str:
     """Losses by category of rows, as Markdown, with intervals where the table stays narrow; empty
     where rows have no categories."""
-    columns = [*([base] if base else []), *settings]
+    columns = [*bases, *settings]
     categories = category_names(columns[0])
     if not categories:
         return ""

@@ -29,8 +29,10 @@ def settings_table(analysis: Analysis, width: int) -> Table:
     """The settings over their seeds; columns that do not fit into ``width`` are left out, the
     least important first."""
     phase = analysis.tuned
-    rows = setting_rows(analysis.card, analysis.settings, analysis.base, analysis.names, phase)
-    columns = setting_columns(phase)
+    rows = setting_rows(
+        analysis.card, analysis.settings, analysis.bases, analysis.names, phase, analysis.between
+    )
+    columns = setting_columns(phase, analysis.between)
     widths = [
         max(len(columns[index]), *(len(row[index]) for row in rows))
         for index in range(len(columns))

@@ -169,5 +169,6 @@ def _metrics(
         },
         "grid_contrasts": [contrast.record() for contrast in analysis.contrasts],
         **({"tuning": analysis.tuned.summary()} if analysis.tuned else {}),
+        **({"bases": analysis.between.record()} if analysis.between else {}),
         "learning_curves": [curve.record() for curve in analysis.curves],
     }

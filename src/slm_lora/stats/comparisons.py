@@ -128,7 +128,7 @@ class Comparison:
         }
 
 
-class _Pair(NamedTuple):
+class SettingPair(NamedTuple):
     """Two settings to compare, before any statistics."""
 
     key: str
@@ -151,7 +151,7 @@ def all_comparisons(
         settings: of these runs, with the regrets of their tuned values; None: without any.
     """
     settings = group_settings(runs) if settings is None else settings
-    return _corrected([*_with_bases(runs, settings), *_between(settings)], seen)
+    return correct_together([*_with_bases(runs, settings), *_between(settings)], seen)
 
 
 def compare(arms: Sequence[Setting]) -> list[Comparison]:
@@ -168,11 +168,22 @@ def compare(arms: Sequence[Setting]) -> list[Comparison]:
             runs: Pairs = ((first.first_run, other.first_run),)
         elif not (runs := pair_runs(first, other)):
             raise UsageError(f"{first.name} and {other.name} have no seed in common")
-        pairs.append(_Pair("compare", (), first, other, runs))
-    return _corrected(pairs, None)
+        pairs.append(SettingPair("compare", (), first, other, runs))
+    return correct_together(pairs)
 
 
-def _corrected(pairs: Sequence[_Pair], seen: frozenset[str] | None) -> list[Comparison]:
+def correct_together(
+    pairs: Sequence[SettingPair], seen: frozenset[str] | None = None
+) -> list[Comparison]:
+    """Comparisons of pairs by the headline of their runs, as one family.
+
+    Args:
+        pairs: of settings on the same rows.
+        seen: run folders that the first report showed; None: nothing was shown before.
+
+    Raises:
+        IntegrityError: a pair was not scored on the same tokens of the same rows.
+    """
     samples = [sample_of(pair.runs, pair.first.metric) for pair in pairs]
     differences = [
         at_own_best(
@@ -211,16 +222,16 @@ def _added(pairs: Pairs, seen: frozenset[str] | None) -> int:
     return 0 if all(new) else sum(new)
 
 
-def _with_bases(runs: Sequence[ScoredRun], settings: Sequence[Setting]) -> list[_Pair]:
+def _with_bases(runs: Sequence[ScoredRun], settings: Sequence[Setting]) -> list[SettingPair]:
     bases = {base_key(run): run for run in runs if run.is_base}
     return [
-        _Pair("base", (), Setting((base,)), setting, pair_runs(Setting((base,)), setting))
+        SettingPair("base", (), Setting((base,)), setting, pair_runs(Setting((base,)), setting))
         for setting in settings
         if (base := bases.get(base_key(setting.first_run)))
     ]
 
 
-def _between(settings: Sequence[Setting]) -> list[_Pair]:
+def _between(settings: Sequence[Setting]) -> list[SettingPair]:
     adapters = [setting for setting in settings if not setting.is_full]
     full = [setting for setting in settings if setting.is_full]
     differing = [
@@ -237,7 +248,7 @@ def _between(settings: Sequence[Setting]) -> list[_Pair]:
                 replace(setting, runs=tuple(pair[side] for pair in by_seed))
                 for side, setting in enumerate((first, second))
             )
-            pairs.append(_Pair(key, tied, one, other, by_seed))
+            pairs.append(SettingPair(key, tied, one, other, by_seed))
     return pairs
 
 
