@@ -53,7 +53,10 @@ class Sources:
 
 
 def section_of(info: FieldInfo) -> type[BaseModel] | None:
-    """The section that a key holds, or may hold; None for a key with a value."""
+    """The section that a key holds, or may hold; None for a key with a value, or with sections
+    under names of their own."""
+    if typing.get_origin(info.annotation) is dict:
+        return None
     for kind in (info.annotation, *typing.get_args(info.annotation)):
         if isinstance(kind, type) and issubclass(kind, BaseModel):
             return kind

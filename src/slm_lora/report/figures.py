@@ -5,6 +5,7 @@ from __future__ import annotations
 import math
 import re
 from collections.abc import Sequence
+from dataclasses import dataclass
 from typing import TYPE_CHECKING, Any
 
 from slm_lora.report.blocks import Picture
@@ -254,6 +255,65 @@ def time_and_loss(settings: Sequence[Setting], names: SettingNames) -> Picture |
     )
 
 
+@dataclass(frozen=True, slots=True)
+class GainPoint:
+    """A setting in `gain_against`: name, and value, low and high along both axes."""
+
+    name: str
+    change: tuple[float, float, float]
+    gain: tuple[float, float, float]
+
+
+@styled
+def gain_against(
+    name: str, label: str, settings: Sequence[GainPoint], margin: float = 0.0
+) -> Picture:
+    """Gain over the base against what was lost for it; the base is at the origin.
+
+    Args:
+        name: of the file.
+        label: of the horizontal axis, in words.
+        settings: the points.
+        margin: of non-inferiority, drawn as a line; 0: none.
+    """
+    figure, axes = new_axes(3.4)
+    axes.axhline(0, color=LIGHT, lw=0.8, zorder=0)
+    axes.axvline(0, color=LIGHT, lw=0.8, zorder=0)
+    if margin:
+        axes.axvline(margin, color=SHADE, lw=1, ls="--", zorder=0)
+    axes.plot([0], [0], marker="x", ms=7, color=INK, ls="", label="base")
+    longest = max(len(point.name) for point in settings)
+    crowded = len(settings) > MOST_LABELS or longest > LONGEST_LABEL
+    for index, point in enumerate(settings):
+        axes.errorbar(
+            [point.change[0]], [point.gain[0]], xerr=_bars(point.change), yerr=_bars(point.gain),
+            marker=MARKERS[index % len(MARKERS)], ms=6, color=INK, lw=1, capsize=0, ls="",
+            mfc=FILLS[index // len(MARKERS) % len(FILLS)], label=point.name,
+        )  # fmt: skip
+    axes.set_xlabel(f"{label}, nats per token (left: less)")
+    axes.set_ylabel("gain over the base,\nnats per token (up: better)")
+    axes.margins(0.12)
+    if crowded:
+        _legend(axes, "setting", below=True)
+    else:
+        places = [(0.0, 0.0), *((point.change[0], point.gain[0]) for point in settings)]
+        labels = ["base", *(point.name for point in settings)]
+        label_points(figure, axes, places, labels, offset=(6, 5))
+    line = f" Dashed: the margin, {margin:g}." if margin else ""
+    return picture(
+        name,
+        figure,
+        f"Gain over the base on the test rows against {label}, one point per setting, means over "
+        f"seeds, with 95 % intervals along both axes.{line} Upper left is best.",
+    )
+
+
+def _bars(values: tuple[float, float, float]) -> list[list[float]] | None:
+    """Lengths of an error bar to both sides; None without an interval."""
+    middle, low, high = values
+    return [[middle - low], [high - middle]] if math.isfinite(low + high) else None
+
+
 def _crowded(settings: Sequence[Setting], names: SettingNames) -> bool:
     """Whether names of settings would cover the drawing, or each other."""
     longest = max(len(names.of(setting)) for setting in settings)
@@ -270,9 +330,14 @@ def _legend(axes: Axes, title: str, below: bool, columns: int = 2) -> None:
 
 
 def label_points(
-    figure: Figure, axes: Axes, points: Sequence[tuple[float, float]], names: Sequence[str]
+    figure: Figure,
+    axes: Axes,
+    points: Sequence[tuple[float, float]],
+    names: Sequence[str],
+    offset: tuple[float, float] = (9, -3),
 ) -> None:
-    """A name to the right of each point, moved up where it would cover another."""
+    """A name to the right of each point, moved up where it would cover another; ``offset`` from
+    the point, in points of type."""
     axes.autoscale_view()
     width, height = 120, 10  # of a name, in points
     placed: list[tuple[float, float]] = []
@@ -287,8 +352,8 @@ def label_points(
             top = max(near) + height
         placed.append((x, top))
         axes.annotate(
-            names[index], points[index], xytext=(9, top - y - 3), textcoords="offset points",
-            fontsize=8,
+            names[index], points[index], xytext=(offset[0], top - y + offset[1]),
+            textcoords="offset points", fontsize=8,
         )  # fmt: skip
 
 
