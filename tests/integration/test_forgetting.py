@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import importlib.util
 import json
 import random
 from pathlib import Path
@@ -370,3 +371,21 @@ def test_empty_file_is_refused(
     (tmp_path / "empty.jsonl").write_text("")
     assert lab.run(CELLS, *KEYS, also(tmp_path / "empty.jsonl")) == 3
     assert "forgetting.also.german: " in capsys.readouterr().err
+
+
+@pytest.mark.skipif(
+    importlib.util.find_spec("bitsandbytes") is None, reason="bitsandbytes is not installed"
+)
+def test_base_in_4_bits_is_scored_in_4_bits(tmp_path: Path, tiny_folder: Path, lab: Lab) -> None:
+    quantized = Lab(tmp_path / "lab", tiny_folder)
+    override = also(lab.folder.parent / "german.jsonl")
+    words = ("grid.cells=[]", *KEYS, "model.quantization=nf4", "training.learning_rate=1e-30")
+    assert quantized.run(*words, *DRIFT, override) == 0
+    before = {line.row: line for line in lines(lab, "german", "base")}
+    own = lines(quantized, "german", "base")
+    assert {line.row for line in own} == before.keys()
+    assert all(abs(line.nats - before[line.row].nats) > 1e-3 for line in own)
+    # The adapter is on the same base.
+    (measured,) = quantized.metrics()["forgetting"]
+    assert abs(measured["drift"]["value"]) < 1e-9
+    assert abs(measured["forgetting:german"]["value"]) < 1e-6

@@ -41,7 +41,7 @@ class AlsoSection(Section):
         200, ge=1, description="Rows that are scored, drawn by a seeded hash; null: all."
     )
     margin: Float = Field(
-        0.05, gt=0, description="Margin of non-inferiority: loss of nats per token that is allowed."
+        0.05, gt=0, description="Margin of non-inferiority: nats per token that may be forgotten."
     )
 
 

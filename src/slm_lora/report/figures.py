@@ -287,8 +287,8 @@ def gain_against(
     for index, point in enumerate(settings):
         axes.errorbar(
             [point.change[0]], [point.gain[0]], xerr=_bars(point.change), yerr=_bars(point.gain),
-            marker=MARKERS[index % len(MARKERS)], ms=6, color=INK, lw=1, capsize=0, ls="",
-            mfc=FILLS[index // len(MARKERS) % len(FILLS)], label=point.name,
+            marker=MARKERS[index % len(MARKERS)], mfc=FILLS[index // len(MARKERS) % len(FILLS)],
+            ms=6, color=INK, ecolor=SHADE, elinewidth=1, ls="", label=point.name,
         )  # fmt: skip
     axes.set_xlabel(f"{label}, nats per token (left: less)")
     axes.set_ylabel("gain over the base,\nnats per token (up: better)")
@@ -298,7 +298,7 @@ def gain_against(
     else:
         places = [(0.0, 0.0), *((point.change[0], point.gain[0]) for point in settings)]
         labels = ["base", *(point.name for point in settings)]
-        label_points(figure, axes, places, labels, offset=(6, 5))
+        label_points(figure, axes, places, labels, offset=(6, 5), letter=5)
     line = f" Dashed: the margin, {margin:g}." if margin else ""
     return picture(
         name,
@@ -335,22 +335,33 @@ def label_points(
     points: Sequence[tuple[float, float]],
     names: Sequence[str],
     offset: tuple[float, float] = (9, -3),
+    letter: float = 0.0,
 ) -> None:
-    """A name to the right of each point, moved up where it would cover another; ``offset`` from
-    the point, in points of type."""
+    """A name to the right of each point, moved up where it would cover another.
+
+    Args:
+        figure: of the axes.
+        axes: with the points.
+        points: in data coordinates.
+        names: of the points.
+        offset: of a name from its point, in points of type.
+        letter: width of a letter, in points of type; 0: names of one generous width.
+    """
     axes.autoscale_view()
-    width, height = 120, 10  # of a name, in points
-    placed: list[tuple[float, float]] = []
+    height = 10.0  # of a name, in points
     positions = axes.transData.transform(points) * 72 / figure.dpi
+    placed: list[tuple[float, float, float]] = []
+    if letter:  # markers, too, are not covered
+        placed += [(float(x), float(y) - offset[1] - 4, 0.0) for x, y in positions]
     for index in sorted(range(len(points)), key=lambda index: float(positions[index][1])):
         x, y = float(positions[index][0]), float(positions[index][1])
-        top = y
+        top, width = y, letter * len(names[index]) or 120.0
         # Tolerance: py + height - py may round to less than height, and the loop would not end.
         while near := [
-            py for px, py in placed if abs(px - x) < width and abs(py - top) < height - 0.01
+            py for px, py, own in placed if -own < px - x < width and abs(py - top) < height - 0.01
         ]:
             top = max(near) + height
-        placed.append((x, top))
+        placed.append((x, top, width))
         axes.annotate(
             names[index], points[index], xytext=(offset[0], top - y + offset[1]),
             textcoords="offset points", fontsize=8,

@@ -15,6 +15,8 @@ from slm_lora.stats.selection import cost
 from slm_lora.stats.settings import Setting, base_of
 
 MOST_PICTURES = 3
+Measured = Sequence[tuple[Setting, list[Change]]]
+"""Settings with what was measured of them, cheapest first."""
 
 
 def forgetting_section(
@@ -26,23 +28,10 @@ def forgetting_section(
     ]
     if not measured:
         return []
-    # Settings of an interrupted measurement may lack some; columns are those of any.
+    # Settings of an interrupted measurement may lack some of these.
     columns = {change.metric.name: change for _, own in measured for change in own}
-    header = ["Setting", "Gain over the base (95 %)"]
-    for change in columns.values():
-        header += (
-            ["Drift (95 %)"]
-            if change.is_drift
-            else [f"{change.name}: loss", f"{change.name}: forgetting (95 %)", "Verdict"]
-        )
-    rows = []
-    for setting, own in measured:
-        by_name = {change.metric.name: change for change in own}
-        cells = [plain(names.of(setting)), _gain_text(setting, bases)]
-        for name, column in columns.items():
-            cells += _cells(by_name.get(name), column.is_drift)
-        rows.append(cells)
-    text = f"{markdown_table([plain(title) for title in header], rows)}\n{_note(columns)}"
+    tables = [_drift_table(measured, bases, names), _sets_table(measured, names)]
+    text = "\n".join([*(table for table in tables if table), _note(columns)])
     pictures = [
         _picture(name, change, measured, bases, names)
         for name, change in list(columns.items())[:MOST_PICTURES]
@@ -70,13 +59,38 @@ def forgetting_records(settings: Sequence[Setting], names: SettingNames) -> list
     ]
 
 
-def _cells(change: Change | None, is_drift: bool) -> list[str]:
-    if change is None:
-        return ["–"] * (1 if is_drift else 3)
-    if is_drift:
-        return [change_text(change)]
-    losses = f"{change.base_loss:.4f} → {change.loss:.4f}"
-    return [losses, change_text(change), state_text(change)]
+def _drift_table(measured: Measured, bases: Sequence[Setting], names: SettingNames) -> str:
+    rows = [
+        [plain(names.of(setting)), _gain_text(setting, bases), change_text(change)]
+        for setting, own in measured
+        for change in own
+        if change.is_drift
+    ]
+    header = ["Setting", "Gain over the base (95 %)", "Drift from the base (95 %)"]
+    return markdown_table(header, rows) if rows else ""
+
+
+def _sets_table(measured: Measured, names: SettingNames) -> str:
+    """One row per set and setting, so that any number of sets fits the page."""
+    own_sets = [
+        (change.name, names.of(setting), change)
+        for setting, own in measured
+        for change in own
+        if not change.is_drift
+    ]
+    order = list(dict.fromkeys(name for name, _, _ in own_sets))
+    rows = [
+        [
+            plain(name),
+            plain(setting),
+            f"{change.base_loss:.4f} → {change.loss:.4f}",
+            change_text(change),
+            state_text(change),
+        ]
+        for name, setting, change in sorted(own_sets, key=lambda own: order.index(own[0]))
+    ]
+    header = ["Set", "Setting", "Loss of base → tuned", "Forgetting (95 %)", "Verdict"]
+    return markdown_table(header, rows, left=(0, 1, 4)) if rows else ""
 
 
 def _gain_text(setting: Setting, bases: Sequence[Setting]) -> str:
@@ -108,7 +122,7 @@ def _note(columns: dict[str, Change]) -> str:
 def _picture(
     name: str,
     column: Change,
-    measured: Sequence[tuple[Setting, list[Change]]],
+    measured: Measured,
     bases: Sequence[Setting],
     names: SettingNames,
 ) -> Picture | None:
