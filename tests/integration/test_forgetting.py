@@ -253,6 +253,40 @@ def test_interrupted_measurement_goes_on(
         assert own.read_text().split("\n")[1:] == path.read_text().split("\n")[1:]
 
 
+def test_report_after_an_interrupted_measurement_with_other_settings(
+    tmp_path: Path, tiny_folder: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    lab = Lab(tmp_path / "lab", tiny_folder)
+    assert lab.run(CELLS, *KEYS, *DRIFT) == 0
+    plain, calls = forgetting_module.divergences, []
+
+    def stop_at_second(*words: Any) -> dict[str, float]:
+        calls.append(words)
+        if len(calls) == 2:
+            raise StopRequested
+        return plain(*words)
+
+    with monkeypatch.context() as patch:
+        patch.setattr(forgetting_module, "divergences", stop_at_second)
+        assert lab.run(CELLS, *KEYS, "forgetting.prompts=9") == 75
+    assert command("report", lab.results) == 0
+    assert [own["drift"]["rows"] for own in lab.metrics()["forgetting"]] == [9]
+    report = (lab.results / "report.md").read_text()
+    assert "Drift is not in lr0.001-" in report
+    assert "with its section `forgetting` again" in report
+
+
+@pytest.mark.parametrize("template", ["plain", "chat"])
+def test_low_precision_and_other_templates(
+    tmp_path: Path, tiny_folder: Path, template: str
+) -> None:
+    lab = Lab(tmp_path / "lab", tiny_folder)
+    words = (CELLS, *KEYS, f"data.template={template}", "training.precision=bf16")
+    assert lab.run(*words, *DRIFT) == 0
+    assert abs(record(lab, STILL)["drift"]["value"]) < 1e-9
+    assert 1e-4 < record(lab, NORMAL)["drift"]["value"] < 0.1
+
+
 def test_whole_model_is_compared_with_its_base(tmp_path: Path, tiny_folder: Path) -> None:
     lab = Lab(tmp_path / "lab", tiny_folder)
     cells = "grid.cells=[{adapter.kind: full}]"

@@ -153,14 +153,14 @@ class _RunMeasurement:
         }
 
     def _source(self, measure: str) -> str:
-        """SHA-256 of what is scored; of a tuned run the base's own file of this measure."""
+        """SHA-256 of what is scored; of a tuned run on a set, with the losses of its base."""
         if measure == REPLIES:
             return ""
-        if not self.is_base:
-            return self._header(self.base, measure).sha256
         if measure == DRIFT:
             return self._replies()[0].sha256
-        return self.scorer.sets[measure].digest
+        if self.is_base:
+            return self.scorer.sets[measure].digest
+        return self._base_lines(measure)[0].sha256
 
     def _margin(self, measure: str) -> float:
         return self.scorer.section.also[measure].margin if measure in self.scorer.sets else 0.0
@@ -168,10 +168,10 @@ class _RunMeasurement:
     def _path(self, measure: str) -> Path:
         return forgetting_file(self.run.folder, measure)
 
-    def _header(self, run: Run, measure: str) -> ForgettingHeader:
-        there = read_forgetting(forgetting_file(run.folder, measure), RowChange)
+    def _base_lines(self, measure: str) -> tuple[ForgettingHeader, list[RowChange]]:
+        there = read_forgetting(forgetting_file(self.base.folder, measure), RowChange)
         assert there is not None, "bases are measured first"
-        return there[0]
+        return there
 
     def _replies(self) -> tuple[ForgettingHeader, list[BaseReply]]:
         there = read_forgetting(forgetting_file(self.base.folder, REPLIES), BaseReply)
@@ -290,9 +290,7 @@ class _RunMeasurement:
         )
         before = {row: loss.nats for row, loss in losses.items()}
         if not self.is_base:
-            there = read_forgetting(forgetting_file(self.base.folder, measure), RowChange)
-            assert there is not None, "bases are measured first"
-            before = {line.row: line.nats for line in there[1]}
+            before = {line.row: line.nats for line in self._base_lines(measure)[1]}
         return [
             RowChange(
                 own.row_id,

@@ -64,7 +64,8 @@ class ForgettingHeader(BaseModel):
     Attributes:
         run: hash of the run.
         settings: of the measurement.
-        source: SHA-256 of what was scored: tokens of the rows, or the lines of the base's file.
+        source: SHA-256 of what was scored: for drift the lines of the replies; for a set the tokens
+            of its rows, and of a tuned run the lines of the base's file.
         margin: of non-inferiority, nats per token; 0 for drift.
         sha256: of the other lines.
     """
@@ -88,12 +89,15 @@ class RowSetScores:
         margin: of non-inferiority, nats per token; 0: none.
         loss: of the run; nats per token; for drift its mean.
         base_loss: of its base.
+        source, sha256: of the file's header.
     """
 
     scores: tuple[RowScore, ...]
     margin: float
     loss: float
     base_loss: float
+    source: str
+    sha256: str
 
 
 Line = TypeVar("Line", RowChange, BaseReply)
@@ -183,11 +187,27 @@ def read_row_sets(run_folder: Path, run: str) -> dict[str, RowSetScores]:
         header, lines = there
         if header.run != run:
             raise IntegrityError(f"{path}: of another run; remove it")
-        row_sets[add_row_set_metric(measure).name] = _scores(measure, header.margin, lines)
+        row_sets[add_row_set_metric(measure).name] = _scores(measure, header, lines)
     return row_sets
 
 
-def _scores(measure: str, margin: float, lines: Sequence[RowChange]) -> RowSetScores:
+def without_stale(
+    row_sets: Mapping[str, RowSetScores], of_bases: Sequence[Mapping[str, RowSetScores]]
+) -> dict[str, RowSetScores]:
+    """What a tuned run has, without measures against other files than those that the bases have
+    now: an interrupted measurement with other settings leaves some."""
+    current: dict[str, set[str]] = {}
+    for of_base in of_bases:
+        for name, own in of_base.items():
+            current.setdefault(name, set()).update((own.source, own.sha256))
+    return {
+        name: own
+        for name, own in row_sets.items()
+        if name not in current or own.source in current[name]
+    }
+
+
+def _scores(measure: str, header: ForgettingHeader, lines: Sequence[RowChange]) -> RowSetScores:
     name = add_row_set_metric(measure).name
     split = DRIFT if measure == DRIFT else f"also {measure}"
     scores = tuple(
@@ -202,4 +222,4 @@ def _scores(measure: str, margin: float, lines: Sequence[RowChange]) -> RowSetSc
         math.fsum(values) / tokens
         for values in ([line.nats for line in lines], [line.base_nats for line in lines])
     )
-    return RowSetScores(scores, margin, loss, base_loss)
+    return RowSetScores(scores, header.margin, loss, base_loss, header.source, header.sha256)

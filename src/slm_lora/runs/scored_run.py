@@ -12,7 +12,7 @@ from slm_lora.config.schema import LATER_KEYS
 from slm_lora.errors import IntegrityError
 from slm_lora.records import RowScore
 from slm_lora.runs.folder import AGAIN, RUN_FILE, SCORES_FILE, Run
-from slm_lora.runs.forgetting import RowSetScores, read_row_sets
+from slm_lora.runs.forgetting import RowSetScores, read_row_sets, without_stale
 from slm_lora.runs.metrics import METRICS, Metric
 from slm_lora.runs.replies import replies_file, with_reply_values
 from slm_lora.runs.scores import read_scores
@@ -122,4 +122,13 @@ def read_scored_runs(
 
     lines = sorted(map(read_scored_run, runs), key=order)
     headline = headline or lines[0].headline
-    return [replace(line, headline=headline, tuned=tuple(tuned)) for line in lines]
+    of_bases = [line.row_sets for line in lines if line.is_base]
+    return [
+        replace(
+            line,
+            headline=headline,
+            tuned=tuple(tuned),
+            row_sets=line.row_sets if line.is_base else without_stale(line.row_sets, of_bases),
+        )
+        for line in lines
+    ]
