@@ -604,11 +604,14 @@ def test_page_asks_stops_and_warns_without_examples(variants: AdapterSet, tmp_pa
 
         # After Stop the page accepts the next question.
         page.get_by_role("button", name="Sampling").click()
-        question.fill("Salt?")
-        question.press("Enter")
-        wait_until(page, lambda: stop.count() == 1)
-        stop.click()
-        wait_until(page, lambda: stop.count() == 0)
+        for pause_ms in (0, 0, 30, 100, 300):
+            question.fill("Salt?")
+            question.press("Enter")
+            wait_until(page, lambda: stop.count() == 1)
+            page.wait_for_timeout(pause_ms)
+            stop.click()
+            wait_until(page, lambda: stop.count() == 0)
+            assert page.get_by_text("Error", exact=True).count() == 0
         question.fill("Tea?")
         question.press("Enter")
         wait_until(page, lambda: stop.count() == 1)

@@ -54,8 +54,9 @@ class GenerationRequest:
             self.cancel()
 
     def cancel(self) -> None:
-        """Stop computing at the next token."""
+        """Stop computing at the next token; the pieces end at once."""
         self._cancelled = True
+        self._put(None)
 
     def _put(self, piece: str | Exception | None) -> None:
         try:

@@ -158,22 +158,41 @@ def _page(
         def hide_stop() -> Any:
             return gradio.update(visible=False)
 
-        answering = gradio.on(
+        # Not `cancels`: a cancelled event may still send an update that shows the button again, and
+        # what follows it is not called. So the replies are ended, and with them the event.
+        replies = gradio.State(_Replies())
+        gradio.on(
             [send.click, question.submit],
             _ask_handler(gradio, engine),
-            [question, context, first_adapter, second_adapter, *settings],
+            [replies, question, context, first_adapter, second_adapter, *settings],
             [*answers, stop],
             concurrency_limit=8,
             api_name=False,
             trigger_mode="once",
-        )
-        answering.then(hide_stop, None, stop, api_name=False)
-        stop.click(hide_stop, None, stop, cancels=[answering], api_name=False)
+        ).then(hide_stop, None, stop, api_name=False)
+        stop.click(_Replies.stop, replies, None, queue=False, api_name=False)
     return page
+
+
+class _Replies:
+    """The replies that one visitor is waiting for."""
+
+    def __init__(self) -> None:
+        self.stopped = False
+        self.requests: list[GenerationRequest] = []
+
+    def start(self) -> None:
+        self.stopped, self.requests = False, []
+
+    def stop(self) -> None:
+        self.stopped = True
+        for request in self.requests:
+            request.cancel()
 
 
 def _ask_handler(gradio: Any, engine: Engine) -> Any:
     async def ask(
+        replies: _Replies,
         question: str,
         context: str | None,
         first_adapter: str,
@@ -216,15 +235,18 @@ def _ask_handler(gradio: Any, engine: Engine) -> Any:
             return [*boxes, *[hidden] * (3 - len(boxes)), gradio.update(visible=True)]
 
         notes = [""] * len(names)
+        replies.start()
         try:
             yield updates(notes)
             if prompt.reference:
                 losses = [await engine.loss(name, template_variant, prompt) for name in names]
                 notes = ["" if loss is None else f" · loss {loss:.3f}" for loss in losses]
                 yield updates(notes)
+            if replies.stopped:
+                return
             ids = prompt_ids(engine.variants, template_variant, prompt)
-            requests = [engine.submit(name, ids, sampling) for name in names]
-            async for index, piece in _interleave(requests):
+            replies.requests = [engine.submit(name, ids, sampling) for name in names]
+            async for index, piece in _interleave(replies.requests):
                 texts[index] += piece
                 yield updates(notes)
         except SlmLoraError as error:
