@@ -11,6 +11,7 @@ from typing import Any
 import numpy as np
 import pytest
 import torch
+from transformers import AutoTokenizer
 
 from slm_lora.adapters.multi import BASE, load_adapter_set
 from slm_lora.evaluation.forgetting import Variant, divergences, general_prompts, reply_example
@@ -135,7 +136,7 @@ def test_drift_equals_transformers_and_peft_in_fp64(lab: Lab, tiny_folder: Path)
 
 def test_forgetting_equals_transformers_and_peft_in_fp64(lab: Lab, tiny_folder: Path) -> None:
     from peft import PeftModel
-    from transformers import AutoModelForCausalLM, AutoTokenizer
+    from transformers import AutoModelForCausalLM
 
     tokenizer = AutoTokenizer.from_pretrained(tiny_folder)
     base = AutoModelForCausalLM.from_pretrained(tiny_folder).double().eval()
@@ -289,10 +290,16 @@ def test_low_precision_and_other_templates(
 
 def test_whole_model_is_compared_with_its_base(tmp_path: Path, tiny_folder: Path) -> None:
     lab = Lab(tmp_path / "lab", tiny_folder)
-    cells = "grid.cells=[{adapter.kind: full}]"
-    assert lab.run(cells, "data.size=40", "data.template=chat", *DRIFT, also(german(tmp_path))) == 0
+    words = ("grid.cells=[{adapter.kind: full}]", "data.size=40", "data.template=chat")
+    headline = "evaluation.headline=response"
+    assert lab.run(*words, headline, *DRIFT, also(german(tmp_path), rows=None)) == 0
     (own,) = lab.metrics()["forgetting"]
     assert own["drift"]["value"] > 1e-3
+    # The loss of the response, as in the headline: its end mark and its text, tokenised alone.
+    tokenizer = AutoTokenizer.from_pretrained(tiny_folder)
+    answers = [json.loads(line)["output"] for line in (tmp_path / "german.jsonl").open()]
+    expected = sum(len(tokenizer(f"{answer}<|im_end|>")["input_ids"]) for answer in answers)
+    assert sum(line.tokens for line in lines(lab, "german", "base")) == expected
     (path,) = lab.results.glob("forgetting/replies/*")
     there = read_forgetting(path, BaseReply)
     assert there is not None
