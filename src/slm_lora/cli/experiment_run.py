@@ -71,6 +71,7 @@ def run_experiment(
     from slm_lora.config.load import load_recipe
     from slm_lora.experiment.candidates import CandidateRunner
     from slm_lora.experiment.choice import log_choice, note_replaced
+    from slm_lora.experiment.forgetting import forgetting_scorer
     from slm_lora.experiment.job import ComputedName
     from slm_lora.experiment.remote import CommandLine, RemoteCandidates, run_elsewhere
     from slm_lora.experiment.replies import reply_scorer
@@ -108,7 +109,13 @@ def run_experiment(
                 else:
                     print_plan(jobs, paths, reporter)
             return None
-        scorer = reply_scorer(parsed_recipe.replies, jobs) if parsed_recipe.replies else None
+        scorers: list[Any] = []
+        if parsed_recipe.replies:
+            scorers.append(reply_scorer(parsed_recipe.replies, jobs))
+        if parsed_recipe.forgetting:
+            scorers.append(forgetting_scorer(parsed_recipe.forgetting, jobs))
+            for note in scorers[-1].notes():
+                reporter.info(f"  note: {note}")
         with (
             planned_experiment(
                 paths.results,
@@ -146,7 +153,7 @@ def run_experiment(
                 runs = run_jobs(jobs, paths, reporter, discard)
         if not distributed.is_main():
             return None
-        if scorer is not None:
+        for scorer in scorers:
             scorer.run(jobs, runs, paths, reporter)
     headline = jobs[0].config.evaluation.headline
     quoted_rows = Quoted({row.row_id: row for row in jobs[0].rows.rows}) if with_rows else None

@@ -10,6 +10,7 @@ from slm_lora.report import examples, figures, method, sentences, tuning
 from slm_lora.report.bases import base_facts, base_section
 from slm_lora.report.blocks import Picture, Section, markdown_table, plain
 from slm_lora.report.card import Card, make_card
+from slm_lora.report.forgetting import forgetting_section
 from slm_lora.report.names import SettingNames, key_name
 from slm_lora.report.setup import not_shown, setup
 from slm_lora.report.summary import (
@@ -74,6 +75,11 @@ class Analysis:
     card: Card
     tuned: tuning.Tuned | None = None
     between: BaseComparisons | None = None
+
+    @property
+    def bases(self) -> list[Setting]:
+        """All base models, as settings of one run."""
+        return [Setting((run,)) for run in self.runs if run.is_base]
 
 
 def analyse(
@@ -190,6 +196,7 @@ def sections(
         ),
         *([base_section(analysis.between, names)] if analysis.between else []),
         *([tuning.section(phase, settings, names)] if phase else []),
+        *forgetting_section(settings, analysis.bases, names),
         Section(
             "All comparisons",
             "\n\n".join(filter(None, [note, _LEGEND, comparisons_table(comparisons, names)])),
@@ -331,11 +338,10 @@ def _unscored(runs: Sequence[ScoredRun]) -> list[str]:
     for metric in METRICS.values():
         lacking = [run.run.folder.name for run in runs if not has_metric(run, metric)]
         if lacking and len(lacking) < len(runs):
-            remedy = (
-                "which have no replies: run the experiment with a section `replies` again"
-                if metric.scope == OF_REPLIES
-                else "scored before it was computed: remove these runs and run the experiment again"
-            )
+            remedy = "scored before it was computed: remove these runs and run the experiment again"
+            if metric.own_rows or metric.scope == OF_REPLIES:
+                section = "forgetting" if metric.own_rows else "replies"
+                remedy = f"which have none: run the experiment with its section `{section}` again"
             lines.append(f"{metric.title} is not in {plain(named(lacking))}, {remedy} to have it.")
     return lines
 

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import math
 from collections.abc import Mapping, Sequence
-from dataclasses import dataclass, replace
+from dataclasses import dataclass, field, replace
 from typing import Any
 
 from slm_lora.config.grid import setting_of
@@ -12,6 +12,7 @@ from slm_lora.config.schema import LATER_KEYS
 from slm_lora.errors import IntegrityError
 from slm_lora.records import RowScore
 from slm_lora.runs.folder import AGAIN, RUN_FILE, SCORES_FILE, Run
+from slm_lora.runs.forgetting import RowSetScores, read_row_sets, without_stale
 from slm_lora.runs.metrics import METRICS, Metric
 from slm_lora.runs.replies import replies_file, with_reply_values
 from slm_lora.runs.scores import read_scores
@@ -27,12 +28,21 @@ class ScoredRun:
         headline: name of the metric behind the tables.
         tuned: keys whose value was chosen for each setting, so that settings which differ in them
             alone are one.
+        row_sets: scores on other rows, by the name of their metric.
     """
 
     run: Run
     scores: tuple[RowScore, ...]
     headline: str = "all"
     tuned: tuple[str, ...] = ()
+    row_sets: Mapping[str, RowSetScores] = field(default_factory=dict)
+
+    def scores_of(self, metric: Metric) -> tuple[RowScore, ...]:
+        """The rows of a metric: the test rows, or a set of its own (empty if not measured)."""
+        if not metric.own_rows:
+            return self.scores
+        row_set = self.row_sets.get(metric.name)
+        return row_set.scores if row_set else ()
 
     @property
     def metric(self) -> Metric:
@@ -57,19 +67,21 @@ class ScoredRun:
 
 def has_metric(run: ScoredRun, metric: Metric) -> bool:
     """Whether any row of a run has a metric."""
-    return any(metric.parts(score)[1] for score in run.scores)
+    return any(metric.parts(score)[1] for score in run.scores_of(metric))
 
 
 def read_scored_run(run: Run) -> ScoredRun:
-    """A run with its scores, and the values of its replies, if there are any.
+    """A run with its scores, the values of its replies, and its drift and losses on further sets,
+    if there are any.
 
     Raises:
-        IntegrityError: the scores or replies are broken.
+        IntegrityError: a file of these is broken.
     """
     scores = tuple(read_scores(run.scores_path))
     _check_losses(run, scores)
     scores = with_reply_values(scores, replies_file(run.folder), run.record.hash)
-    return ScoredRun(run, scores, run.record.evaluation.headline)
+    row_sets = read_row_sets(run.folder, run.record.hash)
+    return ScoredRun(run, scores, run.record.evaluation.headline, row_sets=row_sets)
 
 
 def _check_losses(run: Run, scores: Sequence[RowScore]) -> None:
@@ -110,4 +122,13 @@ def read_scored_runs(
 
     lines = sorted(map(read_scored_run, runs), key=order)
     headline = headline or lines[0].headline
-    return [replace(line, headline=headline, tuned=tuple(tuned)) for line in lines]
+    of_bases = [line.row_sets for line in lines if line.is_base]
+    return [
+        replace(
+            line,
+            headline=headline,
+            tuned=tuple(tuned),
+            row_sets=line.row_sets if line.is_base else without_stale(line.row_sets, of_bases),
+        )
+        for line in lines
+    ]
