@@ -92,6 +92,7 @@ def load_adapter_set(
     revision: str | None = None,
     device: str = "auto",
     precision: str = "auto",
+    quantization: str | None = None,
 ) -> AdapterSet:
     """Load a base and its adapters; the last one is active.
 
@@ -101,6 +102,7 @@ def load_adapter_set(
         revision: of a hub id.
         device: as in a recipe.
         precision: as in a recipe.
+        quantization: of the base, as in a recipe.
 
     Raises:
         UsageError: no such model or adapter, or none is named.
@@ -116,6 +118,7 @@ def load_adapter_set(
         device=chosen_device,
         precision=choose_precision(precision, chosen_device),
         padded=True,
+        quantization=quantization,
     )
     tokenizer = load_tokenizer(source)
     notes: list[str] = []

@@ -76,6 +76,7 @@ def run_experiment(
     from slm_lora.experiment.replies import reply_scorer
     from slm_lora.experiment.resolve_jobs import JobResolver
     from slm_lora.experiment.runner import run_jobs
+    from slm_lora.experiment.tasks import task_scorer
     from slm_lora.experiment.tuning import TuningPhase
     from slm_lora.report.examples import Quoted
     from slm_lora.report.write import write_report
@@ -108,7 +109,14 @@ def run_experiment(
                 else:
                     print_plan(jobs, paths, reporter)
             return None
-        scorer = reply_scorer(parsed_recipe.replies, jobs) if parsed_recipe.replies else None
+        scorers: list[Any] = []
+        if parsed_recipe.replies:
+            scorers.append(reply_scorer(parsed_recipe.replies, jobs))
+        if parsed_recipe.tasks:
+            section = parsed_recipe.tasks
+            scorers.append(distributed.main_process_first(lambda: task_scorer(section, jobs)))
+            for note in scorers[-1].notes():
+                reporter.info(f"  tasks: {note}")
         with (
             planned_experiment(
                 paths.results,
@@ -146,7 +154,7 @@ def run_experiment(
                 runs = run_jobs(jobs, paths, reporter, discard)
         if not distributed.is_main():
             return None
-        if scorer is not None:
+        for scorer in scorers:
             scorer.run(jobs, runs, paths, reporter)
     headline = jobs[0].config.evaluation.headline
     quoted_rows = Quoted({row.row_id: row for row in jobs[0].rows.rows}) if with_rows else None

@@ -15,6 +15,7 @@ from pydantic import BeforeValidator, Field, ValidationInfo, field_validator
 from slm_lora.config.axes import GridSection, TuningSection
 from slm_lora.config.conditions import parse_ship
 from slm_lora.config.replies import RepliesSection
+from slm_lora.config.tasks import TasksSection
 from slm_lora.config.types import (
     RELATED_BY,
     Float,
@@ -338,6 +339,9 @@ class Recipe(CellConfig):
     seeds: tuple[Int, ...] = Field((), description="Seeds; each runs the whole grid.")
     replies: RepliesSection | None = Field(
         None, description="Replies to test rows after training, and their metrics."
+    )
+    tasks: TasksSection | None = Field(
+        None, description="Standard tasks after training, through lm-evaluation-harness."
     )
     keep_adapters: bool = Field(
         True,

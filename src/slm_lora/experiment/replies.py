@@ -7,15 +7,14 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
-from slm_lora.adapters.methods import trains_all
-from slm_lora.adapters.multi import BASE, AdapterSet, load_adapter_set
+from slm_lora.adapters.multi import AdapterSet
 from slm_lora.config.replies import RepliesSection
 from slm_lora.data.prompts import Prompt, prompts_from_rows
-from slm_lora.data.tokenization import RowTokenizer
 from slm_lora.errors import DataError, UsageError
 from slm_lora.evaluation.batched_generation import Reply, generate_replies
 from slm_lora.evaluation.generation import Sampling, prompt_ids
 from slm_lora.evaluation.reply_metrics import ReplyMetric, reply_metrics
+from slm_lora.experiment.finished import load_finished
 from slm_lora.experiment.job import Job
 from slm_lora.experiment.paths import ExperimentPaths
 from slm_lora.runs.folder import Run
@@ -63,7 +62,7 @@ class ReplyScorer:
                 continue
             is_base = run.record.adapter is None
             job = (by_base if is_base else by_identity)[run.record.hash]
-            variants, name = _load(job, run, paths)
+            variants, name = load_finished(job, run, paths)
             replies = self._replies(variants, name, run.cell, reporter)
             write_replies(path, run.record.hash, self._settings(), list(self.metrics), replies)
 
@@ -151,23 +150,6 @@ def _require_values(
     if metric and all(metric("", "", prompt.reference) is None for prompt in prompts.values()):
         wanted = {"label": "them", "number": "a number"}[name]
         raise UsageError(f"{message} {wanted}")
-
-
-def _load(job: Job, run: Run, paths: ExperimentPaths) -> tuple[AdapterSet, str]:
-    """The model of a run, and its name in the set. The base gets the prompts of the training."""
-    model = job.config.model
-    folder = None if run.record.adapter is None else paths.adapter_of(run)
-    whole = folder is not None and trains_all(job.config.adapter)
-    variants = load_adapter_set(
-        str(folder) if whole else model.name,
-        [] if folder is None or whole else [folder],
-        revision=None if whole else model.revision,
-        device=job.device.type,
-        precision=job.precision,
-    )
-    if folder is None:
-        variants.row_tokenizers[BASE] = RowTokenizer(variants.tokenizer, job.data.template)
-    return variants, variants.names[-1]
 
 
 def _summary(rows: Sequence[RowReply], metrics: Sequence[str]) -> str:

@@ -322,11 +322,12 @@ def _unscored(runs: Sequence[ScoredRun]) -> list[str]:
     for metric in METRICS.values():
         lacking = [run.run.folder.name for run in runs if not has_metric(run, metric)]
         if lacking and len(lacking) < len(runs):
-            remedy = (
-                "which have no replies: run the experiment with a section `replies` again"
-                if metric.scope == OF_REPLIES
-                else "scored before it was computed: remove these runs and run the experiment again"
-            )
+            remedy = "scored before it was computed: remove these runs and run the experiment again"
+            if metric.task or metric.scope == OF_REPLIES:
+                noun, section = ("results", "tasks") if metric.task else ("replies", "replies")
+                remedy = (
+                    f"which have no {noun}: run the experiment with a section `{section}` again"
+                )
             lines.append(f"{metric.title} is not in {plain(named(lacking))}, {remedy} to have it.")
     return lines
 

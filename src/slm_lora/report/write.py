@@ -147,10 +147,13 @@ def _metrics(
                 "folder": run.run.folder.name,
                 **{key: value for key, value in run.run.raw.items() if key != "folder"},
                 "intervals": {
-                    name: estimate([run.scores], METRICS[name]).record() for name in _scored(run)
+                    name: estimate([run.scores_of(METRICS[name])], METRICS[name]).record()
+                    for name in _scored(run)
                 },
                 "mean_over_rows": {
-                    name: estimate([run.scores], mean_over_rows(METRICS[name])).record()
+                    name: estimate(
+                        [run.scores_of(METRICS[name])], mean_over_rows(METRICS[name])
+                    ).record()
                     for name in _scored(run)
                 },
             }

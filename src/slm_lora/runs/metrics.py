@@ -33,6 +33,7 @@ class Metric:
             recipe's, which is in nats per token.
         compared: whether reports compare settings in it even where it is not the headline; forms
             of one loss are compared once.
+        task: whose documents are its rows; empty: the test rows.
     """
 
     name: str
@@ -44,6 +45,7 @@ class Metric:
     has_perplexity: bool = False
     margin: float | None = 0.0
     compared: bool = True
+    task: str = ""
 
     def cost(self, value: float) -> float:
         """The value, or its negative, so that lower is better."""
@@ -158,6 +160,28 @@ def add_own_metric(name: str) -> None:
             unit="mean over rows",
             parts=row_value(name),
             higher_is_better=True,
+        ),
+    )
+
+
+def task_metric_name(task: str, metric: str) -> str:
+    """Name of a task's metric; no other metric has a dot in its name."""
+    return f"{task}.{metric}"
+
+
+def add_task_metric(task: str, metric: str, higher_is_better: bool, unit: str) -> None:
+    """Add a metric of a task, a ratio of sums over its documents, if it is new."""
+    name = task_metric_name(task, metric)
+    METRICS.setdefault(
+        name,
+        Metric(
+            name=name,
+            title=name,
+            scope=f"the documents of {task}",
+            unit=unit,
+            parts=row_value(name),
+            higher_is_better=higher_is_better,
+            task=task,
         ),
     )
 

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import math
 from collections.abc import Mapping, Sequence
-from dataclasses import dataclass, replace
+from dataclasses import dataclass, field, replace
 from typing import Any
 
 from slm_lora.config.grid import setting_of
@@ -15,6 +15,7 @@ from slm_lora.runs.folder import AGAIN, RUN_FILE, SCORES_FILE, Run
 from slm_lora.runs.metrics import METRICS, Metric
 from slm_lora.runs.replies import replies_file, with_reply_values
 from slm_lora.runs.scores import read_scores
+from slm_lora.runs.tasks import read_documents
 
 
 @dataclass(frozen=True)
@@ -27,12 +28,18 @@ class ScoredRun:
         headline: name of the metric behind the tables.
         tuned: keys whose value was chosen for each setting, so that settings which differ in them
             alone are one.
+        documents: of standard tasks, by task.
     """
 
     run: Run
     scores: tuple[RowScore, ...]
     headline: str = "all"
     tuned: tuple[str, ...] = ()
+    documents: Mapping[str, tuple[RowScore, ...]] = field(default_factory=dict)
+
+    def scores_of(self, metric: Metric) -> tuple[RowScore, ...]:
+        """The rows of a metric: the test rows, or the documents of a task."""
+        return self.documents.get(metric.task, ()) if metric.task else self.scores
 
     @property
     def metric(self) -> Metric:
@@ -57,19 +64,20 @@ class ScoredRun:
 
 def has_metric(run: ScoredRun, metric: Metric) -> bool:
     """Whether any row of a run has a metric."""
-    return any(metric.parts(score)[1] for score in run.scores)
+    return any(metric.parts(score)[1] for score in run.scores_of(metric))
 
 
 def read_scored_run(run: Run) -> ScoredRun:
-    """A run with its scores, and the values of its replies, if there are any.
+    """A run with its scores, and the values of its replies and tasks, if there are any.
 
     Raises:
-        IntegrityError: the scores or replies are broken.
+        IntegrityError: a file of these is broken.
     """
     scores = tuple(read_scores(run.scores_path))
     _check_losses(run, scores)
     scores = with_reply_values(scores, replies_file(run.folder), run.record.hash)
-    return ScoredRun(run, scores, run.record.evaluation.headline)
+    documents = read_documents(run.folder, run.record.hash)
+    return ScoredRun(run, scores, run.record.evaluation.headline, documents=documents)
 
 
 def _check_losses(run: Run, scores: Sequence[RowScore]) -> None:

@@ -92,7 +92,7 @@ class Comparison:
     def needed(self) -> Needed | None:
         """Rows and seeds of a new experiment that shows a difference of the margin, or
         equivalence, with 80 % power."""
-        rows = len(self.first.first_run.scores)
+        rows = len(self.first.first_run.scores_of(self.metric))
         return needed(self.sample, rows, self.difference.margin, self.family)
 
     def record(self) -> dict[str, Any]:

@@ -59,7 +59,8 @@ class Setting:
 
     def estimate(self, metric: Metric | None = None) -> Estimate:
         """A metric (the headline), mean over seeds; its interval covers the choice of test rows."""
-        return estimate([run.scores for run in self.runs], metric or self.metric)
+        metric = metric or self.metric
+        return estimate([run.scores_of(metric) for run in self.runs], metric)
 
     def within(self, category: str) -> Estimate:
         """As `estimate`, among the rows of a category."""
@@ -121,7 +122,8 @@ def common_draws(settings: Sequence[Setting]) -> set[Draw]:
 def sample_of(pairs: Pairs, metric: Metric) -> Paired:
     """Paired differences, second minus first, by what was drawn independently."""
     draws = [draw_of(first if second.is_base else second) for first, second in pairs]
-    return paired([(first.scores, second.scores) for first, second in pairs], metric, draws)
+    scores = [(first.scores_of(metric), second.scores_of(metric)) for first, second in pairs]
+    return paired(scores, metric, draws)
 
 
 def series_along(key: str, settings: Sequence[Setting]) -> list[list[Setting]]:

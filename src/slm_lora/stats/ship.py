@@ -63,6 +63,7 @@ class Measurement:
         rows: test rows that have the metric.
         unit: of a value.
         limits: least and largest value of a share or of a difference of two; else None.
+        noun: of its rows.
     """
 
     sample: Paired
@@ -71,6 +72,7 @@ class Measurement:
     rows: int
     unit: str
     limits: Interval | None
+    noun: str = "test rows"
 
     def interval(self, error: float) -> Interval:
         """Lower and upper end, each with a one-sided error."""
@@ -146,21 +148,21 @@ class Judged:
 
     def hint(self) -> str:
         """What would decide; empty if decided."""
-        sample, plan = self.measurement.sample, self.needed
+        sample, plan, noun = self.measurement.sample, self.needed, self.measurement.noun
         if self.state != "undecided":
             return ""
         if sample.groups < LEAST_GROUPS:
-            return f"needs {LEAST_GROUPS} groups of test rows, has {sample.groups}"
+            return f"needs {LEAST_GROUPS} groups of {noun}, has {sample.groups}"
         if self.value == self.condition.bound:
             return "the value is the bound: no number of rows decides"
         if plan is None:
             seeds = sample.unit == "seed"
             return "no practical number of rows decides" if seeds else "needs more data seeds"
         if plan.seeds is not None and plan.seeds > sample.units:
-            return f"needs about {plan.rows:,} test rows and {plan.seeds} seeds"
+            return f"needs about {plan.rows:,} {noun} and {plan.seeds} seeds"
         if plan.rows <= self.measurement.rows:
             return "needs more validation rows: the tuned value is uncertain"
-        return f"needs about {plan.rows:,} test rows"
+        return f"needs about {plan.rows:,} {noun}"
 
 
 def judge(
@@ -248,7 +250,8 @@ def measure(setting: Setting, base: Setting | None, name: str) -> Measurement:
         if metric is None or base is None or metric.name not in _metrics(base):
             raise _unknown(name, setting, base)
         sides = (base, setting) if metric.higher_is_better else (setting, base)
-        runs, limits = [*setting.runs, *base.runs], (-1.0, 1.0)
+        runs: list[ScoredRun] = [*setting.runs, *base.runs]
+        limits: Interval | None = (-1.0, 1.0)
         sample = sample_of(pair_runs(*sides), metric)
         first, second = (
             side.regret if metric.name == setting.metric.name else NO_REGRET for side in sides
@@ -258,16 +261,21 @@ def measure(setting: Setting, base: Setting | None, name: str) -> Measurement:
         if metric is None:
             raise _unknown(name, setting, base)
         runs, limits = list(setting.runs), (0.0, 1.0)
-        sums, denominators = group_sums([run.scores for run in runs], metric)
+        sums, denominators = group_sums([run.scores_of(metric) for run in runs], metric)
         sample = paired_of_sums(sums, denominators, [draw_of(run) for run in runs])
         first = second = NO_REGRET
-    rows = sum(1 for score in setting.first_run.scores if metric.parts(score)[1])
+    rows = sum(1 for score in setting.first_run.scores_of(metric) if metric.parts(score)[1])
     is_share = all(_is_share(run, metric) for run in runs)
-    return Measurement(sample, first, second, rows, metric.unit, limits if is_share else None)
+    limits = limits if is_share else None
+    return Measurement(sample, first, second, rows, metric.unit, limits, _noun(metric))
+
+
+def _noun(metric: Metric) -> str:
+    return f"documents of {metric.task}" if metric.task else "test rows"
 
 
 def _is_share(run: ScoredRun, metric: Metric) -> bool:
-    parts = (metric.parts(score) for score in run.scores)
+    parts = (metric.parts(score) for score in run.scores_of(metric))
     return all(numerator in (0.0, denominator) for numerator, denominator in parts)
 
 
