@@ -80,11 +80,17 @@ def assert_equal_samples(
 
 @pytest.mark.parametrize("cell", ["base", "r2", "r4"])
 def test_documents_equal_those_of_the_model_of_lm_eval(
-    lab: Lab, cell: str, files: tuple[Path, Path], tiny_folder: Path
+    lab: Lab,
+    cell: str,
+    files: tuple[Path, Path],
+    tiny_folder: Path,
+    monkeypatch: pytest.MonkeyPatch,
 ) -> None:
+    import datasets
     from lm_eval import simple_evaluate
     from lm_eval.tasks import TaskManager
 
+    monkeypatch.setattr(datasets.config, "HF_UPDATE_DOWNLOAD_COUNTS", False)
     adapter = {} if cell == "base" else {"peft": str(lab.adapters / f"tiny-{cell}")}
     theirs = simple_evaluate(
         model="hf",
@@ -142,7 +148,7 @@ def test_requests_of_any_length_equal_those_of_hflm(
     folder = make_adapter(tiny_source, tmp_path / "one", scale=0.5)
     variants = load_adapter_set(str(tiny_source.path), [folder], precision="fp32")
     peft = None if variant == BASE else str(folder)
-    theirs = HFLM(pretrained=str(tiny_source.path), peft=peft, dtype="float32", batch_size=1)
+    theirs = HFLM(pretrained=str(tiny_source.path), peft=peft, dtype="float32", device="cpu")
     ours = HarnessModel(variants, variant, micro_batch_tokens=700)
     assert (ours.max_length, ours.prefix_token_id) == (theirs.max_length, theirs.prefix_token_id)
     long = "Rivers and maps, bread and tea; nothing is as old as salt. " * 60
@@ -188,7 +194,7 @@ def test_generated_texts_equal_those_of_hflm(
     from slm_lora.evaluation.harness_model import HarnessModel
 
     variants = load_adapter_set(str(tiny_source.path), [], precision="fp32")
-    theirs = HFLM(pretrained=str(tiny_source.path), dtype="float32", batch_size=1)
+    theirs = HFLM(pretrained=str(tiny_source.path), dtype="float32", device="cpu")
     contexts = [f"Tell me fact {number} about bread." for number in range(6)]
     requests = [Instance("generate_until", {}, (text, settings), 0) for text in contexts]
     texts = HarnessModel(variants, BASE, 512).generate_until(requests)
@@ -308,11 +314,11 @@ def test_questions_in_the_training_template(
     monkeypatch.setattr(harness_model.HarnessModel, "tok_encode", record)
     lab = Lab(tmp_path / "lab", tiny_folder)
     own = ("grid.cells=[{adapter.r: 2}]", "data.size=40", tasks, "tasks.limit=3")
-    assert lab.run(*own, "tasks.chat_template=true", "data.template=chat") == 0
+    assert lab.run(*own, "tasks.training_template=true", "data.template=chat") == 0
     assert len(asked) > 20
-    begin, end = "<|im_start|>user\nStory ", "Answer:<|im_end|>\n<|im_start|>assistant\n"
+    begin, end = "<|im_start|>user\nStory ", "Answer:<|im_end|>\n<|im_start|>assistant"
     assert all(text.startswith(begin) and end in text for text in asked)
-    assert lab.run(*own, "tasks.chat_template=true", "data.template=plain") == 2
+    assert lab.run(*own, "tasks.training_template=true", "data.template=plain") == 2
 
 
 @pytest.mark.parametrize(
@@ -327,6 +333,7 @@ def test_questions_in_the_training_template(
         ("[{folder}/field.yaml]", 3, "cannot be loaded"),
         ("[{folder}/code.yaml]", 2, "runs code that a model writes"),
         ("[{folder}/corpus.yaml]", 2, "none of its metrics is a mean over documents (f1)"),
+        ("[{folder}/metric.yaml]", 2, "lm-eval has no metric 'accuracy'"),
         ("[{folder}/beams.yaml]", 2, "generation setting 'num_beams' is not supported"),
         ("[{choices}, {folder}/same.yaml]", 2, "two tasks have the name our_choices"),
         ("[]", 2, "needs at least one task"),
@@ -355,6 +362,7 @@ def test_bad_task_is_refused_before_training(
         "corpus": choices.replace("metric: acc,", "metric: f1,").replace(
             "metric: acc_norm, aggregation: mean", "metric: f1, aggregation: f1"
         ),
+        "metric": choices.replace("metric: acc,", "metric: accuracy,"),
         "beams": letters.replace("do_sample: false", "num_beams: 3"),
         "same": choices,
     }.items():

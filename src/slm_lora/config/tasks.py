@@ -23,7 +23,7 @@ class TasksSection(Section):
         description="Examples before each question; null: as the task says. Tasks that set 0 keep "
         "it.",
     )
-    chat_template: bool = Field(
+    training_template: bool = Field(
         False, description="Put questions into the training template, as lm-eval's chat template."
     )
 

@@ -6,6 +6,7 @@ import contextlib
 import difflib
 import functools
 import hashlib
+import importlib
 import importlib.util
 import json
 import logging
@@ -94,7 +95,7 @@ def load_tasks(section: TasksSection) -> list[HarnessTask]:
     """
     harness_version()
     tasks: dict[str, HarnessTask] = {}
-    with _seeded(), _without_bars():
+    with _seeded(), _quiet():
         for name, leaves in _found(section.names):
             safe = _safe(name)
             if safe in tasks:
@@ -111,14 +112,14 @@ def evaluate_task(
 
     for leaf in task.leaves.values():
         leaf.set_fewshot_seed(seed=_SEEDS[1])
-    with _seeded(), _without_bars():
+    with _seeded(), _quiet():
         output = evaluate(
             lm=model,
             task_dict={"tasks": dict(task.leaves)},
             limit=section.limit,
             bootstrap_iters=0,
             log_samples=True,
-            apply_chat_template=section.chat_template,
+            apply_chat_template=section.training_template,
             fewshot_as_multiturn=True,
         )
     results = []
@@ -209,7 +210,27 @@ def _config(path: Path) -> Mapping[str, Any]:
         raise UsageError(f"tasks.names: {path}: no such file: {missing.name}") from error
     except Exception as error:  # of YAML and of lm-eval
         raise UsageError(f"tasks.names: {path}: is no task file: {_reason(error)}") from error
+    _require_known_metrics(path, config)
     return config
+
+
+def _require_known_metrics(path: Path, config: Mapping[str, Any]) -> None:
+    """Raise UsageError for a metric that lm-eval would look up on the hub without being told to."""
+    from lm_eval.api.registry import metric_registry
+
+    importlib.import_module("lm_eval.api.metrics")  # registers them
+    metrics = config.get("metric_list") or []
+    if "process_results" in config or not isinstance(metrics, list):
+        return
+    for metric in metrics:
+        name = metric.get("metric") if isinstance(metric, dict) else metric
+        hub = isinstance(metric, dict) and metric.get("hf_evaluate") is True
+        # A function is written as its path.
+        if isinstance(name, str) and not hub and "/" not in name and name not in metric_registry:
+            raise UsageError(
+                f"tasks.names: {path}: lm-eval has no metric {name!r:.40} (one of the library "
+                "evaluate needs hf_evaluate: true)"
+            )
 
 
 def _loaded(manager: Any, spec: str, where: str) -> Mapping[str, Any]:
@@ -336,18 +357,20 @@ def _seeded() -> Iterator[None]:
 
 
 @contextlib.contextmanager
-def _without_bars() -> Iterator[None]:
-    """lm-eval shows bars of its own, and has no switch for them; so does datasets."""
+def _quiet() -> Iterator[None]:
+    """No bars of lm-eval and datasets, and no count of a load, which datasets sends out even for a
+    local file."""
     import datasets
     import lm_eval.api.task as module
 
-    bar = module.tqdm
+    bar, counts = module.tqdm, datasets.config.HF_UPDATE_DOWNLOAD_COUNTS
     module.tqdm = functools.partial(bar, disable=True)
+    datasets.config.HF_UPDATE_DOWNLOAD_COUNTS = False
     shown = not datasets.are_progress_bars_disabled()
     datasets.disable_progress_bars()
     try:
         yield
     finally:
-        module.tqdm = bar
+        module.tqdm, datasets.config.HF_UPDATE_DOWNLOAD_COUNTS = bar, counts
         if shown:
             datasets.enable_progress_bars()

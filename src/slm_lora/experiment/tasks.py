@@ -128,12 +128,12 @@ def task_scorer(section: TasksSection, jobs: Sequence[Job]) -> TaskScorer:
     if not jobs[0].options.keep_adapters:
         raise UsageError("tasks: needs the adapters: leave out keep_adapters: false")
     harness_version()
-    if section.chat_template:
+    if section.training_template:
         for job in jobs:
             template = job.data.template
             if RowTokenizer(load_tokenizer(job.source), template).chat_template is None:
                 raise UsageError(
-                    f"tasks.chat_template: the training template ({template.kind}) has no turns"
+                    f"tasks.training_template: the training template ({template.kind}) has no turns"
                 )
     return TaskScorer(section, load_tasks(section))
 
