@@ -15,6 +15,7 @@ import numpy as np
 import pytest
 
 from slm_lora.adapters.multi import BASE, load_adapter_set
+from slm_lora.config.tasks import TasksSection
 from slm_lora.evaluation import harness_tasks
 from slm_lora.experiment import tasks as tasks_module
 from slm_lora.model.resolve import ModelSource
@@ -202,6 +203,71 @@ def test_generated_texts_equal_those_of_hflm(
     assert len(set(texts)) > 1
 
 
+def test_group_has_the_documents_of_its_members(
+    lab: Lab, tmp_path: Path, tiny_source: ModelSource
+) -> None:
+    from slm_lora.evaluation.harness_model import HarnessModel
+
+    write_tasks(tmp_path)
+    group = tmp_path / "both.yaml"
+    group.write_text("group: both\ntask: [our_choices, our_letters]\n", encoding="utf-8")
+    section = TasksSection(names=(str(group),), limit=9)
+    (task,) = harness_tasks.load_tasks(section)
+    assert (task.name, task.documents, task.requests) == ("both", 18, 9 * 4 + 9)
+    assert list(task.metrics) == ["acc", "acc_norm", "exact_match.letter", "exact_match.whole"]
+    variants = load_adapter_set(str(tiny_source.path), [], precision="fp32")
+    evaluated = harness_tasks.evaluate_task(task, HarnessModel(variants, BASE, 512), section)
+    assert [own.task for own in evaluated] == ["our_choices"] * 9 + ["our_letters"] * 9
+    alone = [*results(lab, "base", "our_choices")[:9], *results(lab, "base", "our_letters")[:9]]
+    assert [own.values for own in evaluated] == [own.values for own in alone]
+    assert [own.hash for own in evaluated] == [own.hash for own in alone]
+
+
+def test_bits_per_byte_is_a_ratio_of_sums(tmp_path: Path, tiny_source: ModelSource) -> None:
+    from lm_eval.evaluator import evaluate
+    from lm_eval.models.huggingface import HFLM
+
+    from slm_lora.evaluation.harness_model import HarnessModel
+
+    choices, _ = write_tasks(tmp_path)
+    text = choices.read_text(encoding="utf-8").split("output_type")[0]
+    (tmp_path / "texts.yaml").write_text(
+        text.replace("our_choices", "9 texts (ours)")
+        + "output_type: loglikelihood_rolling\n"
+        + 'doc_to_text: ""\ndoc_to_target: "{{story}} {{question}}"\n'
+        + "metric_list: [{metric: word_perplexity}, {metric: bits_per_byte}]\n",
+        encoding="utf-8",
+    )
+    section = TasksSection(names=(str(tmp_path / "texts.yaml"),), limit=9)
+    (task,) = harness_tasks.load_tasks(section)
+    assert task.name == "_9_texts__ours_"
+    assert task.left_out == ("word_perplexity",)
+    assert not task.metrics["bits_per_byte"].record.higher_is_better
+    variants = load_adapter_set(str(tiny_source.path), [], precision="fp32")
+    evaluated = harness_tasks.evaluate_task(task, HarnessModel(variants, BASE, 512), section)
+    theirs = HFLM(pretrained=str(tiny_source.path), dtype="float32", device="cpu")
+    output = evaluate(theirs, {"tasks": dict(task.leaves)}, limit=9, bootstrap_iters=0)
+    pairs = [own.values["bits_per_byte"] for own in evaluated]
+    bits, size = map(sum, zip(*pairs, strict=True))
+    expected = output["results"]["9 texts (ours)"]["bits_per_byte,none"]
+    assert bits / size == pytest.approx(expected, rel=1e-6)
+
+
+def test_run_without_results_is_named(lab: Lab, capsys: pytest.CaptureFixture[str]) -> None:
+    (path,) = (lab.results / "tasks" / "our_choices").glob("r2-*")
+    whole = path.read_bytes()
+    path.unlink()
+    try:
+        assert command("report", lab.results) == 0
+        report = (lab.results / "report.md").read_text()
+        (line,) = [line for line in report.splitlines() if line.startswith("our_choices.acc is")]
+        assert line.endswith("run the experiment with a section `tasks` again to have it.")
+        assert "r2-" in line
+    finally:
+        path.write_bytes(whole)
+        assert command("report", lab.results) == 0
+
+
 def test_tasks_are_compared_by_document(lab: Lab) -> None:
     metrics = lab.metrics()
     assert "our_choices.acc" in metrics["card"]["facts"]["Tasks"]
@@ -299,8 +365,28 @@ def test_interrupted_tasks_go_on(
     assert lab.metrics()["other_metrics"]["our_letters.exact_match.whole"]
 
 
+@pytest.mark.parametrize(
+    ("template", "begin", "end"),
+    [
+        (
+            "chat",
+            "<|im_start|>system\nName the animal.<|im_end|>\n<|im_start|>user\nStory ",
+            "Answer:<|im_end|>\n<|im_start|>assistant",
+        ),
+        (
+            "instruction_response",
+            "Instruction:\nName the animal.\n\nStory ",
+            "Answer:\nResponse:",
+        ),
+    ],
+)
 def test_questions_in_the_training_template(
-    tmp_path: Path, tiny_folder: Path, tasks: str, monkeypatch: pytest.MonkeyPatch
+    tmp_path: Path,
+    tiny_folder: Path,
+    monkeypatch: pytest.MonkeyPatch,
+    template: str,
+    begin: str,
+    end: str,
 ) -> None:
     from slm_lora.evaluation import harness_model
 
@@ -312,13 +398,15 @@ def test_questions_in_the_training_template(
         return encode(model, text, *rest, **more)
 
     monkeypatch.setattr(harness_model.HarnessModel, "tok_encode", record)
+    choices, _ = write_tasks(tmp_path / "tasks")
+    text = choices.read_text(encoding="utf-8")
+    choices.write_text(f"{text}description: Name the animal.\n", encoding="utf-8")
     lab = Lab(tmp_path / "lab", tiny_folder)
-    own = ("grid.cells=[{adapter.r: 2}]", "data.size=40", tasks, "tasks.limit=3")
-    assert lab.run(*own, "tasks.training_template=true", "data.template=chat") == 0
+    own = ("grid.cells=[{adapter.r: 2}]", "data.size=40", f"tasks.names=[{choices}]")
+    template = f"data.template={template}"
+    assert lab.run(*own, "tasks.limit=3", "tasks.training_template=true", template) == 0
     assert len(asked) > 20
-    begin, end = "<|im_start|>user\nStory ", "Answer:<|im_end|>\n<|im_start|>assistant"
     assert all(text.startswith(begin) and end in text for text in asked)
-    assert lab.run(*own, "tasks.training_template=true", "data.template=plain") == 2
 
 
 @pytest.mark.parametrize(
@@ -331,6 +419,7 @@ def test_questions_in_the_training_template(
         ("[{folder}/empty/]", 2, "no task file"),
         ("[{folder}/rows.yaml]", 3, "rows.yaml: cannot be loaded"),
         ("[{folder}/field.yaml]", 3, "cannot be loaded"),
+        ("[{folder}/group.yaml]", 2, "group.yaml: no such task: gone"),
         ("[{folder}/code.yaml]", 2, "runs code that a model writes"),
         ("[{folder}/corpus.yaml]", 2, "none of its metrics is a mean over documents (f1)"),
         ("[{folder}/metric.yaml]", 2, "lm-eval has no metric 'accuracy'"),
@@ -365,6 +454,7 @@ def test_bad_task_is_refused_before_training(
         "metric": choices.replace("metric: acc,", "metric: accuracy,"),
         "beams": letters.replace("do_sample: false", "num_beams: 3"),
         "same": choices,
+        "group": "group: g\ntask: [our_choices, gone]\n",
     }.items():
         (folder / f"{name}.yaml").write_text(text, encoding="utf-8")
     lab = Lab(tmp_path / "lab", tiny_folder)

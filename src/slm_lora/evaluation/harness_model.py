@@ -83,11 +83,18 @@ class HarnessModel(TemplateLM):  # type: ignore[misc]
     def apply_chat_template(
         self, chat_history: list[dict[str, str]], add_generation_prompt: bool = True
     ) -> str:
-        """A conversation in the template of the training."""
+        """A conversation in the template of the training; where that has no system text, it is put
+        before the first question."""
+        row_tokenizer = self._variants.row_tokenizers[self._name]
+        has_system = row_tokenizer.template.kind in ("chat", "jinja")
+        if not has_system and len(chat_history) > 1 and chat_history[0]["role"] == "system":
+            system, first, *rest = chat_history
+            first = {**first, "content": f"{system['content']}\n\n{first['content']}"}
+            chat_history = [first, *rest]
         return str(
             self.tokenizer.apply_chat_template(
                 chat_history,
-                chat_template=self._variants.row_tokenizers[self._name].chat_template,
+                chat_template=row_tokenizer.chat_template,
                 tokenize=False,
                 add_generation_prompt=add_generation_prompt,
                 continue_final_message=not add_generation_prompt,

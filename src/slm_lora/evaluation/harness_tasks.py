@@ -181,11 +181,17 @@ def _of_file(path: Path) -> tuple[str, Mapping[str, Any]]:
     name = config.get("group", config.get("task"))
     if not isinstance(name, str):
         raise UsageError(f"tasks.names: {path}: has no key `task` or `group` with a name")
-    is_group = "group" in config and "class" not in config
-    manager = TaskManager(
-        include_path=[path.parent] if is_group else None, include_defaults=is_group
-    )
-    return name, _loaded(manager, str(path), f"tasks.names: {path}")
+    members = config.get("task") if "group" in config else None
+    if not isinstance(members, list):
+        manager = TaskManager(include_defaults=False)
+        return name, _loaded(manager, str(path), f"tasks.names: {path}")
+    manager = TaskManager(include_path=[path.parent], include_defaults=False)
+    names = {each.get("task") if isinstance(each, dict) else each for each in members}
+    if not names <= {None, *manager.all_tasks}:  # some are lm-eval's own
+        manager = TaskManager(include_path=[path.parent])
+    if unknown := sorted(map(str, names - {None, *manager.all_tasks})):
+        raise UsageError(f"tasks.names: {path}: no such task: {unknown[0]}")
+    return name, _loaded(manager, name, f"tasks.names: {path}")
 
 
 def _of_folder(folder: Path) -> Iterator[tuple[str, Mapping[str, Any]]]:

@@ -7,7 +7,6 @@ from dataclasses import dataclass
 from typing import Any
 
 from slm_lora.config.tasks import TasksSection
-from slm_lora.data.tokenization import RowTokenizer
 from slm_lora.errors import UsageError
 from slm_lora.evaluation.harness_tasks import (
     HarnessTask,
@@ -18,7 +17,6 @@ from slm_lora.evaluation.harness_tasks import (
 from slm_lora.experiment.finished import load_finished
 from slm_lora.experiment.job import Job
 from slm_lora.experiment.paths import ExperimentPaths
-from slm_lora.model.loading import load_tokenizer
 from slm_lora.runs.folder import Run
 from slm_lora.runs.tasks import DocumentResult, read_task, task_file, write_task
 from slm_lora.runtime.progress import Reporter
@@ -128,13 +126,6 @@ def task_scorer(section: TasksSection, jobs: Sequence[Job]) -> TaskScorer:
     if not jobs[0].options.keep_adapters:
         raise UsageError("tasks: needs the adapters: leave out keep_adapters: false")
     harness_version()
-    if section.training_template:
-        for job in jobs:
-            template = job.data.template
-            if RowTokenizer(load_tokenizer(job.source), template).chat_template is None:
-                raise UsageError(
-                    f"tasks.training_template: the training template ({template.kind}) has no turns"
-                )
     return TaskScorer(section, load_tasks(section))
 
 
