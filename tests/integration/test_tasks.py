@@ -25,6 +25,7 @@ from slm_lora.runs.tasks import DocumentResult, read_task, task_file
 
 from ..support.exports import make_adapter
 from ..support.lab import Lab, command
+from ..support.rows import write_jsonl
 from ..support.tasks import DOCUMENTS, write_tasks
 
 pytest.importorskip("lm_eval", reason="needs lm-eval (make test-all)")
@@ -57,13 +58,13 @@ def results(lab: Lab, cell: str, task: str) -> list[DocumentResult]:
 
 
 def assert_equal_samples(
-    ours: list[DocumentResult], theirs: list[dict[str, Any]], responses: bool = True
+    ours: list[DocumentResult], theirs: list[dict[str, Any]], documents: int = DOCUMENTS
 ) -> None:
     """Every document's responses and values are those of lm-eval's samples."""
     by_document: dict[int, dict[str, dict[str, Any]]] = {}
     for sample in theirs:
         by_document.setdefault(sample["doc_id"], {})[sample["filter"]] = sample
-    assert len(ours) == len(by_document) == DOCUMENTS
+    assert len(ours) == len(by_document) == documents
     for own in ours:
         samples = by_document[own.document]
         first = next(iter(samples.values()))
@@ -251,6 +252,71 @@ def test_bits_per_byte_is_a_ratio_of_sums(tmp_path: Path, tiny_source: ModelSour
     bits, size = map(sum, zip(*pairs, strict=True))
     expected = output["results"]["9 texts (ours)"]["bits_per_byte,none"]
     assert bits / size == pytest.approx(expected, rel=1e-6)
+
+
+def test_tasks_of_lm_eval_with_examples_and_filters(
+    tmp_path: Path, tiny_source: ModelSource, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """arc_easy and gsm8k, on rows of ours in the form of their data sets."""
+    import datasets
+    import lm_eval.tasks
+    from lm_eval import simple_evaluate
+    from lm_eval.models.huggingface import HFLM
+
+    from slm_lora.evaluation.harness_model import HarnessModel
+
+    monkeypatch.setattr(datasets.config, "HF_UPDATE_DOWNLOAD_COUNTS", False)
+    science = [
+        {
+            "question": f"Which thing number {number} floats?",
+            "choices": {"text": ["a stone", "a cork", f"{number} nails"], "label": ["A", "B", "C"]},
+            "answerKey": "ABC"[number % 3],
+        }
+        for number in range(24)
+    ]
+    sums = [
+        {"question": f"What is {number} plus 3?", "answer": f"Add 3.\n#### {number + 3}"}
+        for number in range(24)
+    ]
+    builtin = Path(lm_eval.tasks.__file__).parent
+    names = []
+    for name, path, rows in (
+        ("arc_easy", "arc/arc_easy.yaml", science),
+        ("gsm8k", "gsm8k/gsm8k.yaml", sums),
+    ):
+        files = {
+            split: str(write_jsonl(tmp_path / f"{name}-{split}.jsonl", own))
+            for split, own in (("train", rows[12:]), ("validation", rows[6:]), ("test", rows[:12]))
+        }
+        config = {
+            "include": str(builtin / path),
+            "task": f"own_{name}",
+            "dataset_path": "json",
+            "dataset_name": None,
+            "dataset_kwargs": {"data_files": files},
+        }
+        if name == "gsm8k":
+            config["generation_kwargs"] = {"until": ["Question:", "a"], "max_gen_toks": 24}
+        (tmp_path / f"{name}.yaml").write_text(json.dumps(config), encoding="utf-8")
+        names.append(str(tmp_path / f"{name}.yaml"))
+    section = TasksSection(names=tuple(names), num_fewshot=2)
+    arc, gsm = harness_tasks.load_tasks(section)
+    assert list(arc.metrics) == ["acc", "acc_norm"]
+    assert list(gsm.metrics) == ["exact_match.strict-match", "exact_match.flexible-extract"]
+    variants = load_adapter_set(str(tiny_source.path), [], precision="fp32")
+    model = HarnessModel(variants, BASE, 512)
+    theirs = simple_evaluate(
+        model=HFLM(pretrained=str(tiny_source.path), dtype="float32", device="cpu"),
+        tasks=names,
+        num_fewshot=2,
+        bootstrap_iters=0,
+    )
+    assert theirs is not None
+    for task in (arc, gsm):
+        ours = harness_tasks.evaluate_task(task, model, section)
+        samples = theirs["samples"][f"{task.name}"]
+        assert_equal_samples(ours, samples, documents=12)
+        assert "Question: " in samples[0]["arguments"][0][0].split("\n\n")[1], "has examples"
 
 
 def test_run_without_results_is_named(lab: Lab, capsys: pytest.CaptureFixture[str]) -> None:
