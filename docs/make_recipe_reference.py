@@ -10,6 +10,7 @@ from typing import Any, Literal, get_args, get_origin
 from pydantic import BaseModel
 from pydantic_core import PydanticUndefined
 
+from slm_lora.config.forgetting import AlsoSection
 from slm_lora.config.schema import Recipe
 from slm_lora.config.validation import section_of
 
@@ -29,6 +30,7 @@ def sections() -> Iterator[tuple[str, str, type[BaseModel]]]:
     for name, info in Recipe.model_fields.items():
         if (section := section_of(info)) is not None:
             yield f"`{name}`", f"{name}.", section
+    yield "`forgetting.also`: keys of each set", "", AlsoSection
 
 
 def default(info: Any) -> str:

@@ -753,3 +753,29 @@ def test_sets_drawn_for_tuning_hold_the_groups_that_intervals_need() -> None:
     from slm_lora.stats import inference
 
     assert split_sizes.LEAST_GROUPS == inference.LEAST_GROUPS
+
+
+ALSO = "name: x\nforgetting: {also: {german: {name: g.jsonl}}}\n"
+
+
+@pytest.mark.parametrize(
+    ("override", "message"),
+    [
+        ("forgetting.also.german.margin=0", "forgetting.also.german.margin = 0: must be greater"),
+        ("forgetting.also.german.rowz=1", "unknown key 'forgetting.also.german.rowz'"),
+        ("forgetting.also.french.rows=3", "'forgetting.also.french.name' is missing"),
+        ("forgetting.also.german=5", "forgetting.also.german = 5: must be a mapping"),
+        ("forgetting=5", "'forgetting' is a section; set a key of it, such as 'forgetting.also'"),
+    ],
+)
+def test_key_of_a_section_under_a_name_of_its_own_is_refused(override: str, message: str) -> None:
+    (line,) = error_lines(ALSO, override)
+    assert message in line
+
+
+def test_key_of_a_section_under_a_name_of_its_own_is_set() -> None:
+    recipe, _ = read(ALSO, "forgetting.also.german.margin=0.2", "forgetting.also.it.name=it.csv")
+    assert recipe.forgetting is not None
+    assert recipe.forgetting.also["german"].margin == 0.2
+    assert recipe.forgetting.also["it"].name == "it.csv"
+    assert recipe.forgetting.drift

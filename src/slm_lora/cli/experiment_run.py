@@ -71,6 +71,7 @@ def run_experiment(
     from slm_lora.config.load import load_recipe
     from slm_lora.experiment.candidates import CandidateRunner
     from slm_lora.experiment.choice import log_choice, note_replaced
+    from slm_lora.experiment.forgetting import forgetting_scorer
     from slm_lora.experiment.job import ComputedName
     from slm_lora.experiment.remote import CommandLine, RemoteCandidates, run_elsewhere
     from slm_lora.experiment.replies import reply_scorer
@@ -112,6 +113,10 @@ def run_experiment(
         scorers: list[Any] = []
         if parsed_recipe.replies:
             scorers.append(reply_scorer(parsed_recipe.replies, jobs))
+        if parsed_recipe.forgetting:
+            scorers.append(forgetting_scorer(parsed_recipe.forgetting, jobs))
+            for note in scorers[-1].notes():
+                reporter.info(f"  note: {note}")
         if parsed_recipe.tasks:
             section = parsed_recipe.tasks
             scorers.append(distributed.main_process_first(lambda: task_scorer(section, jobs)))

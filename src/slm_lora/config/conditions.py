@@ -20,7 +20,8 @@ class Condition:
     """A bound of a measurement.
 
     Attributes:
-        measurement: a metric, ``gain``, or ``gain:<metric>``.
+        measurement: a metric, ``gain``, ``gain:<metric>``, ``forgetting``, or
+            ``forgetting:<set>``.
         operator: one of ``>``, ``>=``, ``<``, ``<=``.
         bound: finite.
     """

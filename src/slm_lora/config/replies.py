@@ -12,7 +12,7 @@ from slm_lora.config.types import Int, Section
 ReplyMetricName = Literal["exact_match", "token_f1", "rouge_l", "chrf", "number", "valid_json"]
 
 TAKEN = (
-    *("all", "response", "bits_per_byte", "response_bits_per_byte", "gain", "forgetting"),
+    *("all", "response", "bits_per_byte", "response_bits_per_byte", "gain", "forgetting", "drift"),
     *("label", "pattern", "json_schema", "ended", "reply_tokens"),
 )
 """Names that a function cannot have, beside those of ``metrics``."""

@@ -14,6 +14,7 @@ from pydantic import BeforeValidator, Field, ValidationInfo, field_validator
 
 from slm_lora.config.axes import GridSection, TuningSection
 from slm_lora.config.conditions import parse_ship
+from slm_lora.config.forgetting import ForgettingSection
 from slm_lora.config.replies import RepliesSection
 from slm_lora.config.tasks import TasksSection
 from slm_lora.config.types import (
@@ -342,6 +343,9 @@ class Recipe(CellConfig):
     )
     tasks: TasksSection | None = Field(
         None, description="Standard tasks after training, through lm-evaluation-harness."
+    )
+    forgetting: ForgettingSection | None = Field(
+        None, description="Drift from the base and losses on further sets, after training."
     )
     keep_adapters: bool = Field(
         True,

@@ -53,7 +53,10 @@ class Sources:
 
 
 def section_of(info: FieldInfo) -> type[BaseModel] | None:
-    """The section that a key holds, or may hold; None for a key with a value."""
+    """The section that a key holds, or may hold; None for a key with a value, or with sections
+    under names of their own."""
+    if typing.get_origin(info.annotation) is dict:
+        return None
     for kind in (info.annotation, *typing.get_args(info.annotation)):
         if isinstance(kind, type) and issubclass(kind, BaseModel):
             return kind
@@ -103,7 +106,17 @@ def unsettable_reason(key: str, model: type[BaseModel]) -> str:
     parent, _, last = key.rpartition(".")
     if last and parent in fields and typing.get_origin(fields[parent].annotation) is dict:
         return ""
+    if last and _holds_sections(fields.get(parent.rpartition(".")[0])):  # also.german.margin
+        return ""
     return f"unknown key '{format_value(key)}'{suggestion(key, list(fields))}"
+
+
+def _holds_sections(info: FieldInfo | None) -> bool:
+    """Whether a key holds sections under names of their own."""
+    if info is None or typing.get_origin(info.annotation) is not dict:
+        return False
+    kind = typing.get_args(info.annotation)[1]
+    return isinstance(kind, type) and issubclass(kind, BaseModel)
 
 
 def suggestion(key: str, keys: list[str]) -> str:

@@ -186,7 +186,7 @@ def _tie_prompts(
     different turns. Where too many rows share an opening (`is_template`), they are distinguished
     by the next parts of their prompts, unless each is a prefix of the longest.
     """
-    prompts = {row.row_id: _prompt_parts(row, with_context) for row in rows}
+    prompts = {row.row_id: prompt_parts(row, with_context) for row in rows}
     words_after_opening: dict[str, frozenset[str]] = {}
     pending = [(list(prompts), 0)]
     while pending:
@@ -213,11 +213,11 @@ def count_cross_group_prompts(rows: Sequence[Row], rule: GroupingRule) -> int:
     group_of = group_rows(rows, rule).group_of
     by_prompt: dict[tuple[str, ...], list[str]] = defaultdict(list)
     for row in rows:
-        by_prompt[_prompt_parts(row, rule.with_context)].append(group_of[row.row_id])
+        by_prompt[prompt_parts(row, rule.with_context)].append(group_of[row.row_id])
     return sum(len(groups) for groups in by_prompt.values() if len(set(groups)) > 1)
 
 
-def _prompt_parts(row: Row, with_context: bool) -> tuple[str, ...]:
+def prompt_parts(row: Row, with_context: bool) -> tuple[str, ...]:
     """Return the normalised prompt: instruction (with context), system text, later questions."""
     system = " ".join(turn.content for turn in row.turns if turn.role == "system")
     later = [turn.content for turn in row.turns if turn.role == "user"][1:]

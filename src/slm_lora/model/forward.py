@@ -86,6 +86,13 @@ def score_documents(
     )
 
 
+def scored_hidden(base: Base, batch: MicroBatch) -> Tensor:
+    """Last hidden states [labels, hidden_size] of the positions that have a label, in the order of
+    the batch, without gradient."""
+    with torch.no_grad():
+        return _hidden(base, batch)[_scored(batch).to(base.device)]
+
+
 def packed_logits(model: PreTrainedModel, form: HeadForm, documents: list[Tensor]) -> Tensor:
     """Logits [T, vocab_size] of concatenated documents by packed attention and the output head, as
     in `batch_nll`."""

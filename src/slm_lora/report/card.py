@@ -8,6 +8,7 @@ from dataclasses import dataclass
 from typing import Any
 
 from slm_lora.report.blocks import Fact
+from slm_lora.report.forgetting_facts import forgetting_facts
 from slm_lora.report.limits import limits
 from slm_lora.report.names import SettingNames
 from slm_lora.report.reply_facts import reply_facts
@@ -145,6 +146,7 @@ def make_card(
         *_best_fact(best, by_cost, names),
         *([_gain(recommended, to_base, comparisons)] if to_base else []),
         *(reply_facts(base, recommended) if base else []),
+        *forgetting_facts(recommended),
         *limits(recommended, settings, comparisons, names, phase),
     ]
     shown = tuple(each for each in gaps if each is not None)

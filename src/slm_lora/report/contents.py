@@ -9,6 +9,7 @@ from pathlib import Path
 from slm_lora.report import examples, figures, method, sentences, tuning
 from slm_lora.report.blocks import Picture, Section, markdown_table, plain
 from slm_lora.report.card import Card, make_card
+from slm_lora.report.forgetting import forgetting_section
 from slm_lora.report.names import SettingNames, key_name
 from slm_lora.report.setup import not_shown, setup
 from slm_lora.report.summary import (
@@ -70,6 +71,11 @@ class Analysis:
     names: SettingNames
     card: Card
     tuned: tuning.Tuned | None = None
+
+    @property
+    def bases(self) -> list[Setting]:
+        """All base models, as settings of one run."""
+        return [Setting((run,)) for run in self.runs if run.is_base]
 
 
 def analyse(
@@ -181,6 +187,7 @@ def sections(
             anchor="settings",
         ),
         *([tuning.section(phase, settings, names)] if phase else []),
+        *forgetting_section(settings, analysis.bases, names),
         Section(
             "All comparisons",
             "\n\n".join(filter(None, [note, _LEGEND, comparisons_table(comparisons, names)])),
@@ -323,11 +330,9 @@ def _unscored(runs: Sequence[ScoredRun]) -> list[str]:
         lacking = [run.run.folder.name for run in runs if not has_metric(run, metric)]
         if lacking and len(lacking) < len(runs):
             remedy = "scored before it was computed: remove these runs and run the experiment again"
-            if metric.task or metric.scope == OF_REPLIES:
-                noun, section = ("results", "tasks") if metric.task else ("replies", "replies")
-                remedy = (
-                    f"which have no {noun}: run the experiment with a section `{section}` again"
-                )
+            if metric.task or metric.own_rows or metric.scope == OF_REPLIES:
+                section = "tasks" if metric.task else "forgetting" if metric.own_rows else "replies"
+                remedy = f"which have none: run the experiment with its section `{section}` again"
             lines.append(f"{metric.title} is not in {plain(named(lacking))}, {remedy} to have it.")
     return lines
 

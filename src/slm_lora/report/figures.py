@@ -5,6 +5,7 @@ from __future__ import annotations
 import math
 import re
 from collections.abc import Sequence
+from dataclasses import dataclass
 from typing import TYPE_CHECKING, Any
 
 from slm_lora.report.blocks import Picture
@@ -254,6 +255,65 @@ def time_and_loss(settings: Sequence[Setting], names: SettingNames) -> Picture |
     )
 
 
+@dataclass(frozen=True, slots=True)
+class GainPoint:
+    """A setting in `gain_against`: name, and value, low and high along both axes."""
+
+    name: str
+    change: tuple[float, float, float]
+    gain: tuple[float, float, float]
+
+
+@styled
+def gain_against(
+    name: str, label: str, settings: Sequence[GainPoint], margin: float = 0.0
+) -> Picture:
+    """Gain over the base against what was lost for it; the base is at the origin.
+
+    Args:
+        name: of the file.
+        label: of the horizontal axis, in words.
+        settings: the points.
+        margin: of non-inferiority, drawn as a line; 0: none.
+    """
+    figure, axes = new_axes(3.4)
+    axes.axhline(0, color=LIGHT, lw=0.8, zorder=0)
+    axes.axvline(0, color=LIGHT, lw=0.8, zorder=0)
+    if margin:
+        axes.axvline(margin, color=SHADE, lw=1, ls="--", zorder=0)
+    axes.plot([0], [0], marker="x", ms=7, color=INK, ls="", label="base")
+    longest = max(len(point.name) for point in settings)
+    crowded = len(settings) > MOST_LABELS or longest > LONGEST_LABEL
+    for index, point in enumerate(settings):
+        axes.errorbar(
+            [point.change[0]], [point.gain[0]], xerr=_bars(point.change), yerr=_bars(point.gain),
+            marker=MARKERS[index % len(MARKERS)], mfc=FILLS[index // len(MARKERS) % len(FILLS)],
+            ms=6, color=INK, ecolor=SHADE, elinewidth=1, ls="", label=point.name,
+        )  # fmt: skip
+    axes.set_xlabel(f"{label}, nats per token (left: less)")
+    axes.set_ylabel("gain over the base,\nnats per token (up: better)")
+    axes.margins(0.12)
+    if crowded:
+        _legend(axes, "setting", below=True)
+    else:
+        places = [(0.0, 0.0), *((point.change[0], point.gain[0]) for point in settings)]
+        labels = ["base", *(point.name for point in settings)]
+        label_points(figure, axes, places, labels, offset=(6, 5), letter=5)
+    line = f" Dashed: the margin, {margin:g}." if margin else ""
+    return picture(
+        name,
+        figure,
+        f"Gain over the base on the test rows against {label}, one point per setting, means over "
+        f"seeds, with 95 % intervals along both axes.{line} Upper left is best.",
+    )
+
+
+def _bars(values: tuple[float, float, float]) -> list[list[float]] | None:
+    """Lengths of an error bar to both sides; None without an interval."""
+    middle, low, high = values
+    return [[middle - low], [high - middle]] if math.isfinite(low + high) else None
+
+
 def _crowded(settings: Sequence[Setting], names: SettingNames) -> bool:
     """Whether names of settings would cover the drawing, or each other."""
     longest = max(len(names.of(setting)) for setting in settings)
@@ -270,25 +330,41 @@ def _legend(axes: Axes, title: str, below: bool, columns: int = 2) -> None:
 
 
 def label_points(
-    figure: Figure, axes: Axes, points: Sequence[tuple[float, float]], names: Sequence[str]
+    figure: Figure,
+    axes: Axes,
+    points: Sequence[tuple[float, float]],
+    names: Sequence[str],
+    offset: tuple[float, float] = (9, -3),
+    letter: float = 0.0,
 ) -> None:
-    """A name to the right of each point, moved up where it would cover another."""
+    """A name to the right of each point, moved up where it would cover another.
+
+    Args:
+        figure: of the axes.
+        axes: with the points.
+        points: in data coordinates.
+        names: of the points.
+        offset: of a name from its point, in points of type.
+        letter: width of a letter, in points of type; 0: names of one generous width.
+    """
     axes.autoscale_view()
-    width, height = 120, 10  # of a name, in points
-    placed: list[tuple[float, float]] = []
+    height = 10.0  # of a name, in points
     positions = axes.transData.transform(points) * 72 / figure.dpi
+    placed: list[tuple[float, float, float]] = []
+    if letter:  # markers, too, are not covered
+        placed += [(float(x), float(y) - offset[1] - 4, 0.0) for x, y in positions]
     for index in sorted(range(len(points)), key=lambda index: float(positions[index][1])):
         x, y = float(positions[index][0]), float(positions[index][1])
-        top = y
+        top, width = y, letter * len(names[index]) or 120.0
         # Tolerance: py + height - py may round to less than height, and the loop would not end.
         while near := [
-            py for px, py in placed if abs(px - x) < width and abs(py - top) < height - 0.01
+            py for px, py, own in placed if -own < px - x < width and abs(py - top) < height - 0.01
         ]:
             top = max(near) + height
-        placed.append((x, top))
+        placed.append((x, top, width))
         axes.annotate(
-            names[index], points[index], xytext=(9, top - y - 3), textcoords="offset points",
-            fontsize=8,
+            names[index], points[index], xytext=(offset[0], top - y + offset[1]),
+            textcoords="offset points", fontsize=8,
         )  # fmt: skip
 
 

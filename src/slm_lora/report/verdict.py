@@ -10,6 +10,7 @@ from typing import Any
 from slm_lora.config.conditions import Condition
 from slm_lora.errors import DO_NOT_SHIP, NOT_ENOUGH_EVIDENCE, UsageError
 from slm_lora.report.contents import Analysis
+from slm_lora.runs.metrics import FORGETTING
 from slm_lora.stats.settings import Setting, base_of
 from slm_lora.stats.ship import GAIN, Decision, Judged, decision, judge
 
@@ -114,8 +115,7 @@ def make_verdict(
         candidates = sum(
             each.first_run.run.record.data.held_out_sha256 == rows for each in analysis.settings
         )
-    bases = [Setting((run,)) for run in analysis.runs if run.is_base]
-    judged = judge(setting, base_of(setting, bases), conditions, candidates)
+    judged = judge(setting, base_of(setting, analysis.bases), conditions, candidates)
     return Verdict(experiment, setting, analysis.names.of(setting), candidates, tuple(judged))
 
 
@@ -134,7 +134,8 @@ def _named(analysis: Analysis, name: str) -> Setting:
 
 
 def _lines(each: Judged, width: int) -> list[str]:
-    sign = "+" if each.condition.measurement.partition(":")[0] == GAIN else ""
+    signed = each.condition.measurement.partition(":")[0] in (GAIN, FORGETTING)
+    sign = "+" if signed else ""
     number = f"{{:{sign}.4f}}".format
     span = f"({number(each.low)} to {number(each.high)})"
     if math.isinf(each.low) and math.isinf(each.high):

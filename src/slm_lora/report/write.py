@@ -13,6 +13,7 @@ from slm_lora.report import contents, examples
 from slm_lora.report.blocks import Picture, Section
 from slm_lora.report.contents import Analysis, analyse
 from slm_lora.report.drawing import svg_file
+from slm_lora.report.forgetting import forgetting_records
 from slm_lora.report.html import as_html
 from slm_lora.report.markdown import as_markdown
 from slm_lora.report.summary import category_names
@@ -23,7 +24,6 @@ from slm_lora.runs.scored_run import ScoredRun, has_metric, read_scored_runs
 from slm_lora.runs.tuning import read_tuning
 from slm_lora.runtime.storage import atomic_write_text
 from slm_lora.stats.estimates import estimate
-from slm_lora.stats.settings import Setting
 
 TABLE_FILE, REPORT_FILE, PAGE_FILE = "experiment_table.md", "report.md", "report.html"
 WITH_ROWS_FILE = "report-with-rows.html"
@@ -136,7 +136,8 @@ def _metrics(
     analysis: Analysis, first_report: Sequence[str], ship: Sequence[Condition]
 ) -> dict[str, Any]:
     runs = analysis.runs
-    settings = [Setting((run,)) for run in runs if run.is_base] + [*analysis.settings]
+    settings = [*analysis.bases, *analysis.settings]
+    records = forgetting_records(analysis.settings, analysis.names)
     return {
         "experiment": runs[0].run.record.experiment,
         "card": analysis.card.record(analysis.names),
@@ -171,6 +172,7 @@ def _metrics(
             if pairs
         },
         "grid_contrasts": [contrast.record() for contrast in analysis.contrasts],
+        **({"forgetting": records} if records else {}),
         **({"tuning": analysis.tuned.summary()} if analysis.tuned else {}),
         "learning_curves": [curve.record() for curve in analysis.curves],
     }

@@ -12,6 +12,7 @@ import math
 from collections.abc import Callable
 from dataclasses import dataclass, replace
 
+from slm_lora.config.forgetting import DRIFT
 from slm_lora.records import RowScore
 
 Parts = Callable[[RowScore], tuple[float, float]]
@@ -33,6 +34,8 @@ class Metric:
             recipe's, which is in nats per token.
         compared: whether reports compare settings in it even where it is not the headline; forms
             of one loss are compared once.
+        own_rows: whether its rows are not the test rows but a set of its own, and its values are
+            changes from the base (`runs.forgetting`).
         task: whose documents are its rows; empty: the test rows.
     """
 
@@ -45,6 +48,7 @@ class Metric:
     has_perplexity: bool = False
     margin: float | None = 0.0
     compared: bool = True
+    own_rows: bool = False
     task: str = ""
 
     def cost(self, value: float) -> float:
@@ -162,6 +166,32 @@ def add_own_metric(name: str) -> None:
             higher_is_better=True,
         ),
     )
+
+
+FORGETTING = "forgetting"
+
+
+def add_row_set_metric(measure: str) -> Metric:
+    """The metric of ``drift``, or of forgetting on a further set; added where it is new.
+
+    Its margin is the run's: the recipe has one for every set.
+    """
+    is_drift = measure == DRIFT
+    name = DRIFT if is_drift else f"{FORGETTING}:{measure}"
+    metric = Metric(
+        name=name,
+        title="Drift" if is_drift else f"Forgetting of {measure}",
+        scope=(
+            "replies of the base to general prompts: KL(base ‖ tuned) per token"
+            if is_drift
+            else f"the rows of {measure}: loss minus that of the base"
+        ),
+        unit="nats per token",
+        parts=row_value(name),
+        margin=None,
+        own_rows=True,
+    )
+    return METRICS.setdefault(name, metric)
 
 
 def task_metric_name(task: str, metric: str) -> str:

@@ -12,6 +12,7 @@ from slm_lora.config.schema import LATER_KEYS
 from slm_lora.errors import IntegrityError
 from slm_lora.records import RowScore
 from slm_lora.runs.folder import AGAIN, RUN_FILE, SCORES_FILE, Run
+from slm_lora.runs.forgetting import RowSetScores, read_row_sets, without_stale
 from slm_lora.runs.metrics import METRICS, Metric
 from slm_lora.runs.replies import replies_file, with_reply_values
 from slm_lora.runs.scores import read_scores
@@ -28,6 +29,7 @@ class ScoredRun:
         headline: name of the metric behind the tables.
         tuned: keys whose value was chosen for each setting, so that settings which differ in them
             alone are one.
+        row_sets: scores on other rows, by the name of their metric.
         documents: of standard tasks, by task.
     """
 
@@ -35,11 +37,18 @@ class ScoredRun:
     scores: tuple[RowScore, ...]
     headline: str = "all"
     tuned: tuple[str, ...] = ()
+    row_sets: Mapping[str, RowSetScores] = field(default_factory=dict)
     documents: Mapping[str, tuple[RowScore, ...]] = field(default_factory=dict)
 
     def scores_of(self, metric: Metric) -> tuple[RowScore, ...]:
-        """The rows of a metric: the test rows, or the documents of a task."""
-        return self.documents.get(metric.task, ()) if metric.task else self.scores
+        """The rows of a metric: the test rows, the documents of a task, or a set of its own; empty
+        if not measured."""
+        if metric.task:
+            return self.documents.get(metric.task, ())
+        if not metric.own_rows:
+            return self.scores
+        row_set = self.row_sets.get(metric.name)
+        return row_set.scores if row_set else ()
 
     @property
     def metric(self) -> Metric:
@@ -68,7 +77,8 @@ def has_metric(run: ScoredRun, metric: Metric) -> bool:
 
 
 def read_scored_run(run: Run) -> ScoredRun:
-    """A run with its scores, and the values of its replies and tasks, if there are any.
+    """A run with its scores, the values of its replies, its drift and losses on further sets, and
+    its results in tasks, if there are any.
 
     Raises:
         IntegrityError: a file of these is broken.
@@ -76,8 +86,13 @@ def read_scored_run(run: Run) -> ScoredRun:
     scores = tuple(read_scores(run.scores_path))
     _check_losses(run, scores)
     scores = with_reply_values(scores, replies_file(run.folder), run.record.hash)
-    documents = read_documents(run.folder, run.record.hash)
-    return ScoredRun(run, scores, run.record.evaluation.headline, documents=documents)
+    return ScoredRun(
+        run,
+        scores,
+        run.record.evaluation.headline,
+        row_sets=read_row_sets(run.folder, run.record.hash),
+        documents=read_documents(run.folder, run.record.hash),
+    )
 
 
 def _check_losses(run: Run, scores: Sequence[RowScore]) -> None:
@@ -118,4 +133,13 @@ def read_scored_runs(
 
     lines = sorted(map(read_scored_run, runs), key=order)
     headline = headline or lines[0].headline
-    return [replace(line, headline=headline, tuned=tuple(tuned)) for line in lines]
+    of_bases = [line.row_sets for line in lines if line.is_base]
+    return [
+        replace(
+            line,
+            headline=headline,
+            tuned=tuple(tuned),
+            row_sets=line.row_sets if line.is_base else without_stale(line.row_sets, of_bases),
+        )
+        for line in lines
+    ]

@@ -14,7 +14,15 @@ from slm_lora.config.types import METHOD_LABELS
 from slm_lora.errors import UsageError
 from slm_lora.runs.metrics import Metric
 from slm_lora.runs.scored_run import ScoredRun
-from slm_lora.stats.estimates import Draw, Estimate, Paired, estimate, paired
+from slm_lora.stats.estimates import (
+    Draw,
+    Estimate,
+    Paired,
+    estimate,
+    group_sums,
+    paired,
+    paired_of_sums,
+)
 from slm_lora.stats.regret import NO_REGRET, Regret
 
 
@@ -126,6 +134,12 @@ def sample_of(pairs: Pairs, metric: Metric) -> Paired:
     return paired(scores, metric, draws)
 
 
+def values_of(setting: Setting, metric: Metric) -> Paired:
+    """A setting's own values, without another to compare with, by what was drawn independently."""
+    sums, denominators = group_sums([run.scores_of(metric) for run in setting.runs], metric)
+    return paired_of_sums(sums, denominators, [draw_of(run) for run in setting.runs])
+
+
 def series_along(key: str, settings: Sequence[Setting]) -> list[list[Setting]]:
     """Settings that differ in ``key`` alone, a number, in its order; at least two of them each."""
     return [
@@ -138,6 +152,8 @@ def series_along(key: str, settings: Sequence[Setting]) -> list[list[Setting]]:
 
 def equivalence_margin(run: ScoredRun) -> float:
     """Margin of equivalence of a run's headline, in its unit."""
+    if run.metric.own_rows:
+        return run.row_sets[run.headline].margin
     if run.metric.margin is not None:
         return run.metric.margin
     # Runs of before there was the key have the default.

@@ -31,17 +31,18 @@ import numpy as np
 from scipy.special import betaincinv
 
 from slm_lora.config.conditions import Condition
+from slm_lora.config.forgetting import DRIFT
 from slm_lora.errors import UsageError
-from slm_lora.runs.metrics import METRICS, Metric, row_value
+from slm_lora.runs.metrics import FORGETTING, METRICS, Metric, row_value
 from slm_lora.runs.scored_run import ScoredRun, has_metric
 from slm_lora.stats.clustered import effective_groups
 from slm_lora.stats.comparisons import ALPHA
-from slm_lora.stats.estimates import Paired, group_sums, paired_of_sums
+from slm_lora.stats.estimates import Paired
 from slm_lora.stats.inference import LEAST_GROUPS
 from slm_lora.stats.power import Needed, needed_beyond
 from slm_lora.stats.regret import NO_REGRET, Regret
 from slm_lora.stats.selection_regret import own_best_interval
-from slm_lora.stats.settings import Setting, draw_of, pair_runs, sample_of
+from slm_lora.stats.settings import Setting, pair_runs, sample_of, values_of
 
 State = Literal["met", "violated", "undecided"]
 Decision = Literal["ship", "do not ship", "not enough evidence"]
@@ -74,6 +75,11 @@ class Measurement:
     limits: Interval | None
     noun: str = "test rows"
 
+    @property
+    def groups(self) -> int:
+        """Groups of rows."""
+        return self.sample.groups
+
     def interval(self, error: float) -> Interval:
         """Lower and upper end, each with a one-sided error."""
         if self.sample.groups < 2:
@@ -105,6 +111,27 @@ class Measurement:
         )
         most, least = (_clopper_pearson(share, size, error / 2) for share in (gained, lost))
         return most[0] - least[1], most[1] - least[0]
+
+
+@dataclass(frozen=True, eq=False)
+class Largest(Measurement):
+    """The largest of several measurements; sample and rows are those of the largest value.
+
+    Its upper end is the largest of theirs: the true largest lies below its own with the error of
+    one. Its lower end is the largest of theirs at an equal part of the error each (Bonferroni).
+    """
+
+    parts: tuple[Measurement, ...] = ()
+
+    @property
+    def groups(self) -> int:
+        """Of the set with the fewest."""
+        return min(part.groups for part in self.parts)
+
+    def interval(self, error: float) -> Interval:
+        """Lower and upper end, each with a one-sided error."""
+        lows = [part.interval(error / len(self.parts))[0] for part in self.parts]
+        return max(lows), max(part.interval(error)[1] for part in self.parts)
 
 
 def _clopper_pearson(share: float, size: float, error: float) -> Interval:
@@ -151,8 +178,8 @@ class Judged:
         sample, plan, noun = self.measurement.sample, self.needed, self.measurement.noun
         if self.state != "undecided":
             return ""
-        if sample.groups < LEAST_GROUPS:
-            return f"needs {LEAST_GROUPS} groups of {noun}, has {sample.groups}"
+        if self.measurement.groups < LEAST_GROUPS:
+            return f"needs {LEAST_GROUPS} groups of {noun}, has {self.measurement.groups}"
         if self.value == self.condition.bound:
             return "the value is the bound: no number of rows decides"
         if plan is None:
@@ -204,7 +231,7 @@ def _judged(
     low, high = measurement.interval(low_error)[0], measurement.interval(high_error)[1]
     holds = [condition.holds(end) for end in (low, high)]
     state: State = "undecided"
-    if measurement.sample.groups >= LEAST_GROUPS and all(holds) == any(holds):
+    if measurement.groups >= LEAST_GROUPS and all(holds) == any(holds):
         state = "met" if all(holds) else "violated"
     needed = _needed(condition, measurement, errors) if state == "undecided" else None
     return Judged(condition, measurement, state, low, high, *errors, needed)
@@ -239,15 +266,18 @@ def _least(decides: Callable[[float], bool]) -> float:
 
 
 def measure(setting: Setting, base: Setting | None, name: str) -> Measurement:
-    """A measurement by its name: a metric, ``gain`` in the headline, or ``gain:<metric>``.
+    """A measurement by its name: a metric, ``gain`` in the headline, ``gain:<metric>``, or
+    ``forgetting``, the largest over all further sets.
 
     Raises:
         UsageError: it was not measured.
         IntegrityError: runs were not scored on the same tokens of the same rows.
     """
+    if name == FORGETTING:
+        return _largest(setting, base)
     if name == GAIN or name.startswith(f"{GAIN}:"):
         metric = _metrics(setting).get(name.partition(":")[2] or setting.metric.name)
-        if metric is None or base is None or metric.name not in _metrics(base):
+        if metric is None or metric.own_rows or base is None or metric.name not in _metrics(base):
             raise _unknown(name, setting, base)
         sides = (base, setting) if metric.higher_is_better else (setting, base)
         runs: list[ScoredRun] = [*setting.runs, *base.runs]
@@ -261,17 +291,29 @@ def measure(setting: Setting, base: Setting | None, name: str) -> Measurement:
         if metric is None:
             raise _unknown(name, setting, base)
         runs, limits = list(setting.runs), (0.0, 1.0)
-        sums, denominators = group_sums([run.scores_of(metric) for run in runs], metric)
-        sample = paired_of_sums(sums, denominators, [draw_of(run) for run in runs])
+        sample = values_of(setting, metric)
         first = second = NO_REGRET
     rows = sum(1 for score in setting.first_run.scores_of(metric) if metric.parts(score)[1])
-    is_share = all(_is_share(run, metric) for run in runs)
+    is_share = not metric.own_rows and all(_is_share(run, metric) for run in runs)
     limits = limits if is_share else None
     return Measurement(sample, first, second, rows, metric.unit, limits, _noun(metric))
 
 
+def _largest(setting: Setting, base: Setting | None) -> Largest:
+    names = [name for name in _metrics(setting) if name.startswith(f"{FORGETTING}:")]
+    if not names:
+        raise _unknown(FORGETTING, setting, base)
+    parts = tuple(measure(setting, base, name) for name in names)
+    top = max(parts, key=lambda part: part.sample.value)
+    return Largest(top.sample, NO_REGRET, NO_REGRET, top.rows, top.unit, None, top.noun, parts)
+
+
 def _noun(metric: Metric) -> str:
-    return f"documents of {metric.task}" if metric.task else "test rows"
+    if metric.task:
+        return f"documents of {metric.task}"
+    if not metric.own_rows:
+        return "test rows"
+    return "prompts" if metric.name == DRIFT else f"rows of {metric.name.partition(':')[2]}"
 
 
 def _is_share(run: ScoredRun, metric: Metric) -> bool:
@@ -295,7 +337,9 @@ def _metrics(setting: Setting) -> dict[str, Metric]:
 
 def _unknown(name: str, setting: Setting, base: Setting | None) -> UsageError:
     measured = list(_metrics(setting))
-    gains = [key for key in measured if key in _metrics(base)] if base else []
+    own = [key for key, metric in _metrics(setting).items() if metric.own_rows]
+    gains = [key for key in measured if key in _metrics(base) and key not in own] if base else []
+    measured = [*([FORGETTING] if any(key != DRIFT for key in own) else []), *measured]
     names = [GAIN, *measured, *(f"{GAIN}:{key}" for key in gains)] if gains else measured
     return UsageError(
         f"{name}: no such measurement in these runs; what is measured: {', '.join(names)}"
