@@ -327,7 +327,7 @@ def test_run_without_results_is_named(lab: Lab, capsys: pytest.CaptureFixture[st
         assert command("report", lab.results) == 0
         report = (lab.results / "report.md").read_text()
         (line,) = [line for line in report.splitlines() if line.startswith("our_choices.acc is")]
-        assert line.endswith("run the experiment with a section `tasks` again to have it.")
+        assert line.endswith("section `tasks` again to have it.")
         assert "r2-" in line
     finally:
         path.write_bytes(whole)
