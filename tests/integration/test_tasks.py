@@ -224,6 +224,23 @@ def test_group_has_the_documents_of_its_members(
     assert [own.hash for own in evaluated] == [own.hash for own in alone]
 
 
+def test_digest_is_of_documents_and_not_of_their_place(tmp_path: Path) -> None:
+    def digest(folder: str, limit: int | None = None) -> str:
+        choices, _ = write_tasks(tmp_path / folder)
+        section = TasksSection(names=(str(choices),), limit=limit)
+        return harness_tasks.load_tasks(section)[0].digest
+
+    first = digest("one")
+    assert digest("other") == first
+    assert digest("other", limit=209) != first
+    written = tmp_path / "other" / "choices.jsonl"
+    text = written.read_text(encoding="utf-8")
+    assert '"answer": 3' in text
+    written.write_text(text.replace('"answer": 3', '"answer": 2', 1), encoding="utf-8")
+    section = TasksSection(names=(str(tmp_path / "other" / "choices.yaml"),))
+    assert harness_tasks.load_tasks(section)[0].digest != first
+
+
 def test_bits_per_byte_is_a_ratio_of_sums(tmp_path: Path, tiny_source: ModelSource) -> None:
     from lm_eval.evaluator import evaluate
     from lm_eval.models.huggingface import HFLM

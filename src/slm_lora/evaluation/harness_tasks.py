@@ -31,6 +31,8 @@ if TYPE_CHECKING:
 _SEEDS = (0, 1234)
 """Of `random`, and of NumPy, PyTorch and few-shot examples: the defaults of ``lm_eval``."""
 _YAML = (".yaml", ".yml")
+_WHERE = ("metadata", "dataset_path", "dataset_name", "dataset_kwargs")
+"""Keys of a task that say where its documents are; these are hashed themselves."""
 
 
 @dataclass(frozen=True)
@@ -59,7 +61,7 @@ class HarnessTask:
         left_out: metrics that are no ratio of sums over documents.
         documents: their number, of all leaves.
         requests: to the model, likewise.
-        digest: SHA-256 of all requests, targets, metrics and filters.
+        digest: SHA-256 of all documents, requests, targets, metrics and filters.
     """
 
     name: str
@@ -81,7 +83,6 @@ def harness_version() -> str:
         raise UsageError("tasks: needs lm-eval: pip install 'slm-lora[tasks]'")
     from importlib.metadata import version
 
-    logging.getLogger("lm_eval").setLevel(logging.ERROR)
     return version("lm_eval")
 
 
@@ -186,7 +187,7 @@ def _of_file(path: Path) -> tuple[str, Mapping[str, Any]]:
         manager = TaskManager(include_defaults=False)
         return name, _loaded(manager, str(path), f"tasks.names: {path}")
     manager = TaskManager(include_path=[path.parent], include_defaults=False)
-    names = {each.get("task") if isinstance(each, dict) else each for each in members}
+    names = {member.get("task") if isinstance(member, dict) else member for member in members}
     if not names <= {None, *manager.all_tasks}:  # some are lm-eval's own
         manager = TaskManager(include_path=[path.parent])
     if unknown := sorted(map(str, names - {None, *manager.all_tasks})):
@@ -270,13 +271,15 @@ def _checked(name: str, leaves: Mapping[str, Any], section: TasksSection) -> Har
         left_out |= dict.fromkeys(others)
         try:
             task.build_all_requests(limit=get_sample_size(task, section.limit))
-            targets = {each.doc_id: task.doc_to_target(each.doc) for each in task.instances}
+            targets = {
+                request.doc_id: task.doc_to_target(request.doc) for request in task.instances
+            }
         except Exception as error:  # code of the task
             raise DataError(f"tasks: {leaf}: its questions fail: {_reason(error)}") from error
         documents += len(targets)
-        requests += sum(each.repeats or 1 for each in task.instances)
-        config = {key: value for key, value in task.dump_config().items() if key != "metadata"}
-        asked = [each.args for each in task.instances]
+        requests += sum(request.repeats or 1 for request in task.instances)
+        config = {key: own for key, own in task.dump_config().items() if key not in _WHERE}
+        asked = [[request.doc, request.args] for request in task.instances]
         text = json.dumps([leaf, config, asked, targets], default=_as_text, sort_keys=True)
         digest.update(text.encode("utf-8", "surrogatepass"))
     if not metrics:
@@ -317,7 +320,7 @@ def _metrics(task: Any) -> tuple[dict[str, HarnessMetric], list[str]]:
 
     means = [get_aggregation(name) for name in ("mean", "nanmean")]
     ratio = get_aggregation("bits_per_byte")
-    filters = [each["name"] for each in task.get_config("filter_list") or [{"name": "none"}]]
+    filters = [entry["name"] for entry in task.get_config("filter_list") or [{"name": "none"}]]
     metrics, left_out = {}, []
     for key, aggregation in task.aggregation().items():
         higher = task.higher_is_better().get(key)
@@ -364,8 +367,8 @@ def _seeded() -> Iterator[None]:
 
 @contextlib.contextmanager
 def _quiet() -> Iterator[None]:
-    """No bars of lm-eval and datasets, and no count of a load, which datasets sends out even for a
-    local file."""
+    """No bars of lm-eval and datasets, no warnings of lm-eval, and no count of a load, which
+    datasets sends out even for a local file."""
     import datasets
     import lm_eval.api.task as module
 
@@ -374,9 +377,13 @@ def _quiet() -> Iterator[None]:
     datasets.config.HF_UPDATE_DOWNLOAD_COUNTS = False
     shown = not datasets.are_progress_bars_disabled()
     datasets.disable_progress_bars()
+    logger = logging.getLogger("lm_eval")
+    level = logger.level
+    logger.setLevel(logging.ERROR)
     try:
         yield
     finally:
+        logger.setLevel(level)
         module.tqdm, datasets.config.HF_UPDATE_DOWNLOAD_COUNTS = bar, counts
         if shown:
             datasets.enable_progress_bars()
