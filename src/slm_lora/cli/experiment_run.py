@@ -77,6 +77,7 @@ def run_experiment(
     from slm_lora.experiment.replies import reply_scorer
     from slm_lora.experiment.resolve_jobs import JobResolver
     from slm_lora.experiment.runner import run_jobs
+    from slm_lora.experiment.tasks import task_scorer
     from slm_lora.experiment.tuning import TuningPhase
     from slm_lora.report.examples import Quoted
     from slm_lora.report.write import write_report
@@ -116,6 +117,11 @@ def run_experiment(
             scorers.append(forgetting_scorer(parsed_recipe.forgetting, jobs))
             for note in scorers[-1].notes():
                 reporter.info(f"  note: {note}")
+        if parsed_recipe.tasks:
+            section = parsed_recipe.tasks
+            scorers.append(distributed.main_process_first(lambda: task_scorer(section, jobs)))
+            for note in scorers[-1].notes():
+                reporter.info(f"  tasks: {note}")
         with (
             planned_experiment(
                 paths.results,

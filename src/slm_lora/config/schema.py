@@ -16,6 +16,7 @@ from slm_lora.config.axes import GridSection, TuningSection
 from slm_lora.config.conditions import parse_ship
 from slm_lora.config.forgetting import ForgettingSection
 from slm_lora.config.replies import RepliesSection
+from slm_lora.config.tasks import TasksSection
 from slm_lora.config.types import (
     RELATED_BY,
     Float,
@@ -339,6 +340,9 @@ class Recipe(CellConfig):
     seeds: tuple[Int, ...] = Field((), description="Seeds; each runs the whole grid.")
     replies: RepliesSection | None = Field(
         None, description="Replies to test rows after training, and their metrics."
+    )
+    tasks: TasksSection | None = Field(
+        None, description="Standard tasks after training, through lm-evaluation-harness."
     )
     forgetting: ForgettingSection | None = Field(
         None, description="Drift from the base and losses on further sets, after training."

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from collections.abc import Mapping
 from dataclasses import dataclass
 from typing import TYPE_CHECKING
 
@@ -16,7 +17,7 @@ from slm_lora.model.head_form import output_head
 from slm_lora.ops.cross_entropy import NLL, summed_nll, token_scores
 from slm_lora.ops.dropout import set_keys, token_keys
 from slm_lora.ops.output_head import OutputHead
-from slm_lora.ops.token_metrics import TOKEN_METRICS
+from slm_lora.ops.token_metrics import TOKEN_METRICS, TokenMetric
 
 if TYPE_CHECKING:
     from transformers import PreTrainedModel
@@ -55,12 +56,15 @@ class DocumentScores:
     values_response: dict[str, npt.NDArray[np.float64]]
 
 
-def score_documents(base: Base, batch: MicroBatch) -> DocumentScores:
-    """NLL of each document, over all its labels and over its response labels, without gradient."""
+def score_documents(
+    base: Base, batch: MicroBatch, metrics: Mapping[str, TokenMetric] = TOKEN_METRICS
+) -> DocumentScores:
+    """NLL and further values of each document, over all its labels and over its response labels,
+    without gradient."""
     scored = _scored(batch)
     with torch.no_grad():
         hidden = _hidden(base, batch)[scored.to(base.device)]
-        scores = token_scores(hidden, _head(base), _labels(base, batch, scored), TOKEN_METRICS)
+        scores = token_scores(hidden, _head(base), _labels(base, batch, scored), metrics)
     values = {name: value.to("cpu", torch.float64).numpy() for name, value in scores.items()}
     losses = values.pop(NLL)
     document = batch.document[scored.numpy()]

@@ -339,8 +339,8 @@ def _unscored(runs: Sequence[ScoredRun]) -> list[str]:
         lacking = [run.run.folder.name for run in runs if not has_metric(run, metric)]
         if lacking and len(lacking) < len(runs):
             remedy = "scored before it was computed: remove these runs and run the experiment again"
-            if metric.own_rows or metric.scope == OF_REPLIES:
-                section = "forgetting" if metric.own_rows else "replies"
+            if metric.task or metric.own_rows or metric.scope == OF_REPLIES:
+                section = "tasks" if metric.task else "forgetting" if metric.own_rows else "replies"
                 remedy = f"which have none: run the experiment with its section `{section}` again"
             lines.append(f"{metric.title} is not in {plain(named(lacking))}, {remedy} to have it.")
     return lines

@@ -1,6 +1,8 @@
-"""Whether the replies of the recommended setting improved as its loss did, in a line."""
+"""Whether replies and tasks of the recommended setting improved as its loss did, a line each."""
 
 from __future__ import annotations
+
+from collections.abc import Sequence
 
 from slm_lora.report.blocks import Fact
 from slm_lora.runs.metrics import METRICS, OF_REPLIES, Metric
@@ -10,14 +12,22 @@ from slm_lora.stats.settings import Setting, pair_runs, sample_of
 
 
 def reply_facts(base: Setting, recommended: Setting) -> list[Fact]:
-    """Metrics of replies, recommended setting against the base, at 95 % each: which are better,
-    worse, and neither; empty without replies of both."""
+    """Metrics of replies and of tasks, recommended setting against the base, at 95 % each: which
+    are better, worse, and neither; no line for what was not measured of both."""
+    metrics = [metric for metric in METRICS.values() if metric.compared]
+    of_replies = [metric for metric in metrics if metric.scope == OF_REPLIES]
+    of_tasks = [metric for metric in metrics if metric.task]
+    return [
+        *_facts("Replies", of_replies, base, recommended),
+        *_facts("Tasks", of_tasks, base, recommended),
+    ]
+
+
+def _facts(name: str, metrics: Sequence[Metric], base: Setting, recommended: Setting) -> list[Fact]:
     better: list[str] = []
     worse: list[str] = []
     unclear: list[str] = []
-    for metric in METRICS.values():
-        if metric.scope != OF_REPLIES or not metric.compared:
-            continue
+    for metric in metrics:
         if not all(has_metric(run, metric) for run in (*base.runs, *recommended.runs)):
             continue
         sample = sample_of(pair_runs(base, recommended), metric)
@@ -36,10 +46,11 @@ def reply_facts(base: Setting, recommended: Setting) -> list[Fact]:
         *(["WORSE than the base's: " + "; ".join(worse)] if worse else []),
         *(["no clear difference: " + ", ".join(unclear)] if unclear else []),
     ]
-    return [Fact("Replies", "; ".join(parts) + ".", "metrics")]
+    return [Fact(name, "; ".join(parts) + ".", "metrics")]
 
 
 def _in_text(metric: Metric) -> str:
-    """The title within a sentence: names such as ROUGE-L keep their capitals."""
+    """The title within a sentence: names such as ROUGE-L, and those of tasks, keep their
+    capitals."""
     title = metric.title
-    return title[0].lower() + title[1:] if title[1:2].islower() else title
+    return title if metric.task else title[0].lower() + title[1:] if title[1:2].islower() else title

@@ -36,6 +36,7 @@ class Metric:
             of one loss are compared once.
         own_rows: whether its rows are not the test rows but a set of its own, and its values are
             changes from the base (`runs.forgetting`).
+        task: whose documents are its rows; empty: the test rows.
     """
 
     name: str
@@ -48,6 +49,7 @@ class Metric:
     margin: float | None = 0.0
     compared: bool = True
     own_rows: bool = False
+    task: str = ""
 
     def cost(self, value: float) -> float:
         """The value, or its negative, so that lower is better."""
@@ -190,6 +192,28 @@ def add_row_set_metric(measure: str) -> Metric:
         own_rows=True,
     )
     return METRICS.setdefault(name, metric)
+
+
+def task_metric_name(task: str, metric: str) -> str:
+    """Name of a task's metric; no other metric has a dot in its name."""
+    return f"{task}.{metric}"
+
+
+def add_task_metric(task: str, metric: str, higher_is_better: bool, unit: str) -> None:
+    """Add a metric of a task, a ratio of sums over its documents, if it is new."""
+    name = task_metric_name(task, metric)
+    METRICS.setdefault(
+        name,
+        Metric(
+            name=name,
+            title=name,
+            scope=f"the documents of {task}",
+            unit=unit,
+            parts=row_value(name),
+            higher_is_better=higher_is_better,
+            task=task,
+        ),
+    )
 
 
 @functools.cache

@@ -16,6 +16,7 @@ from slm_lora.runs.forgetting import RowSetScores, read_row_sets, without_stale
 from slm_lora.runs.metrics import METRICS, Metric
 from slm_lora.runs.replies import replies_file, with_reply_values
 from slm_lora.runs.scores import read_scores
+from slm_lora.runs.tasks import read_documents
 
 
 @dataclass(frozen=True)
@@ -29,6 +30,7 @@ class ScoredRun:
         tuned: keys whose value was chosen for each setting, so that settings which differ in them
             alone are one.
         row_sets: scores on other rows, by the name of their metric.
+        documents: of standard tasks, by task.
     """
 
     run: Run
@@ -36,9 +38,13 @@ class ScoredRun:
     headline: str = "all"
     tuned: tuple[str, ...] = ()
     row_sets: Mapping[str, RowSetScores] = field(default_factory=dict)
+    documents: Mapping[str, tuple[RowScore, ...]] = field(default_factory=dict)
 
     def scores_of(self, metric: Metric) -> tuple[RowScore, ...]:
-        """The rows of a metric: the test rows, or a set of its own (empty if not measured)."""
+        """The rows of a metric: the test rows, the documents of a task, or a set of its own; empty
+        if not measured."""
+        if metric.task:
+            return self.documents.get(metric.task, ())
         if not metric.own_rows:
             return self.scores
         row_set = self.row_sets.get(metric.name)
@@ -71,8 +77,8 @@ def has_metric(run: ScoredRun, metric: Metric) -> bool:
 
 
 def read_scored_run(run: Run) -> ScoredRun:
-    """A run with its scores, the values of its replies, and its drift and losses on further sets,
-    if there are any.
+    """A run with its scores, the values of its replies, its drift and losses on further sets, and
+    its results in tasks, if there are any.
 
     Raises:
         IntegrityError: a file of these is broken.
@@ -80,8 +86,13 @@ def read_scored_run(run: Run) -> ScoredRun:
     scores = tuple(read_scores(run.scores_path))
     _check_losses(run, scores)
     scores = with_reply_values(scores, replies_file(run.folder), run.record.hash)
-    row_sets = read_row_sets(run.folder, run.record.hash)
-    return ScoredRun(run, scores, run.record.evaluation.headline, row_sets=row_sets)
+    return ScoredRun(
+        run,
+        scores,
+        run.record.evaluation.headline,
+        row_sets=read_row_sets(run.folder, run.record.hash),
+        documents=read_documents(run.folder, run.record.hash),
+    )
 
 
 def _check_losses(run: Run, scores: Sequence[RowScore]) -> None:

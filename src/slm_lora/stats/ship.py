@@ -309,13 +309,15 @@ def _largest(setting: Setting, base: Setting | None) -> Largest:
 
 
 def _noun(metric: Metric) -> str:
+    if metric.task:
+        return f"documents of {metric.task}"
     if not metric.own_rows:
         return "test rows"
     return "prompts" if metric.name == DRIFT else f"rows of {metric.name.partition(':')[2]}"
 
 
 def _is_share(run: ScoredRun, metric: Metric) -> bool:
-    parts = (metric.parts(score) for score in run.scores)
+    parts = (metric.parts(score) for score in run.scores_of(metric))
     return all(numerator in (0.0, denominator) for numerator, denominator in parts)
 
 
