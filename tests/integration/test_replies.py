@@ -16,7 +16,8 @@ from slm_lora.runs.folder import read_run
 from slm_lora.runs.replies import read_replies, replies_file
 from slm_lora.runs.scored_run import read_scored_run
 
-from ..support.lab import Lab
+from ..support.judge_server import judge_server
+from ..support.lab import Lab, command
 
 RANKS = ("grid.cells=[]", "grid.axes=[{adapter.r: [2, 4]}]", "data.size=40", "seeds=[0, 1]")
 REPLIES = (
@@ -201,3 +202,15 @@ def test_changed_file_is_refused(lab: Lab, change: str, capsys: pytest.CaptureFi
         assert f"{path}:" in capsys.readouterr().err
     finally:
         path.write_text(whole)
+
+
+def test_a_section_judge_sends_nothing_and_is_the_default_of_the_command(
+    lab: Lab, capsys: pytest.CaptureFixture[str]
+) -> None:
+    with judge_server(lambda first, second: "tie") as judge:
+        section = (f"judge.url={judge.url}", "judge.model=rule", "judge.rows=3")
+        assert lab.run(*RANKS, *REPLIES, *section) == 0
+        assert f"slm-lora judge {lab.results}" in capsys.readouterr().err
+        assert command("judge", lab.results) == 0
+        assert judge.requests == []
+        assert f"requests to {judge.url} (model rule)" in capsys.readouterr().out

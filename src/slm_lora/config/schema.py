@@ -14,6 +14,7 @@ from pydantic import BeforeValidator, Field, ValidationInfo, field_validator
 
 from slm_lora.config.axes import GridSection, TuningSection
 from slm_lora.config.conditions import parse_ship
+from slm_lora.config.judge import JudgeSection
 from slm_lora.config.replies import RepliesSection
 from slm_lora.config.types import (
     RELATED_BY,
@@ -338,6 +339,9 @@ class Recipe(CellConfig):
     seeds: tuple[Int, ...] = Field((), description="Seeds; each runs the whole grid.")
     replies: RepliesSection | None = Field(
         None, description="Replies to test rows after training, and their metrics."
+    )
+    judge: JudgeSection | None = Field(
+        None, description="Defaults of `slm-lora judge`, which compares the replies of `replies`."
     )
     keep_adapters: bool = Field(
         True,

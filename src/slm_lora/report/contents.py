@@ -9,6 +9,7 @@ from pathlib import Path
 from slm_lora.report import examples, figures, method, sentences, tuning
 from slm_lora.report.blocks import Picture, Section, markdown_table, plain
 from slm_lora.report.card import Card, make_card
+from slm_lora.report.judge import judge_section
 from slm_lora.report.names import SettingNames, key_name
 from slm_lora.report.setup import not_shown, setup
 from slm_lora.report.summary import (
@@ -22,7 +23,7 @@ from slm_lora.report.summary import (
 )
 from slm_lora.report.tables import runs_text
 from slm_lora.runs.folder import METRICS_FILE, named
-from slm_lora.runs.metrics import METRICS, OF_REPLIES
+from slm_lora.runs.metrics import BY_JUDGE, METRICS, OF_REPLIES
 from slm_lora.runs.scored_run import ScoredRun, has_metric
 from slm_lora.runs.tuning import TuningRecord
 from slm_lora.stats import learning_curve
@@ -212,6 +213,7 @@ def sections(
             folded=True,
         ),
         Section("Setup", setup(analysis.runs, results), anchor="setup", folded=True),
+        *judge_section(analysis.runs, settings, names, results),
         *examples.replies(results),
     ]
 
@@ -316,16 +318,21 @@ def _metrics(analysis: Analysis) -> list[Section]:
     return [Section("All metrics", "\n\n".join(parts), anchor="metrics", folded=True)]
 
 
+_REMEDIES = {
+    OF_REPLIES: "which have no replies: run the experiment with a section `replies` again",
+    BY_JUDGE: "whose replies were not compared: run `slm-lora judge` again",
+}
+
+
 def _unscored(runs: Sequence[ScoredRun]) -> list[str]:
     """A line for each metric that some runs have and others, scored before it existed, lack."""
     lines = []
     for metric in METRICS.values():
         lacking = [run.run.folder.name for run in runs if not has_metric(run, metric)]
         if lacking and len(lacking) < len(runs):
-            remedy = (
-                "which have no replies: run the experiment with a section `replies` again"
-                if metric.scope == OF_REPLIES
-                else "scored before it was computed: remove these runs and run the experiment again"
+            remedy = _REMEDIES.get(
+                metric.scope,
+                "scored before it was computed: remove these runs and run the experiment again",
             )
             lines.append(f"{metric.title} is not in {plain(named(lacking))}, {remedy} to have it.")
     return lines

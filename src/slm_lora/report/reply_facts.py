@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from slm_lora.report.blocks import Fact
+from slm_lora.runs.judge import WIN_RATE
 from slm_lora.runs.metrics import METRICS, OF_REPLIES, Metric
 from slm_lora.runs.scored_run import has_metric
 from slm_lora.stats.inference import interval
@@ -29,14 +30,33 @@ def reply_facts(base: Setting, recommended: Setting) -> list[Fact]:
         before, after = base.estimate(metric).value, recommended.estimate(metric).value
         text = f"{title} {before:.3f} → {after:.3f} ({low:+.3f} to {high:+.3f})"
         (better if metric.is_better(sample.value) else worse).append(text)
+    judged = _judge_fact(base, recommended)
     if not (better or worse or unclear):
-        return []
+        return judged
     parts = [
         *(["better than the base's: " + "; ".join(better)] if better else []),
         *(["WORSE than the base's: " + "; ".join(worse)] if worse else []),
         *(["no clear difference: " + ", ".join(unclear)] if unclear else []),
     ]
-    return [Fact("Replies", "; ".join(parts) + ".", "metrics")]
+    return [Fact("Replies", "; ".join(parts) + ".", "metrics"), *judged]
+
+
+def _judge_fact(base: Setting, recommended: Setting) -> list[Fact]:
+    """The win rate, which is a comparison with the base by itself; empty without a judge."""
+    metric = METRICS[WIN_RATE]
+    if not all(has_metric(run, metric) for run in (*base.runs, *recommended.runs)):
+        return []
+    low, high = interval(sample_of(pair_runs(base, recommended), metric), 0.95)
+    verdict = "better" if low > 0 else "WORSE" if high < 0 else ""
+    return [
+        Fact(
+            "Judge",
+            f"replies win {recommended.estimate(metric).value:.3f} against the base's "
+            f"({max(0.0, 0.5 + low):.3f} to {min(1.0, 0.5 + high):.3f}; 0.5 is even)"
+            + (f": {verdict}." if verdict else ": no clear difference."),
+            "judge",
+        )
+    ]
 
 
 def _in_text(metric: Metric) -> str:
