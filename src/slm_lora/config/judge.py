@@ -28,7 +28,7 @@ class JudgeSection(Section):
         description="File with a prompt of your own: `{{reply_a}}` and `{{reply_b}}`, and if "
         "wanted `{{prompt}}` and `{{reference}}`.",
     )
-    max_tokens: Int = Field(1024, ge=1, description="Limit of an answer, in tokens.")
+    max_answer_tokens: Int = Field(1024, ge=1, description="Limit of an answer, in tokens.")
     price: dict[Literal["input", "output"], Float] | None = Field(
         None,
         description="`{input: …, output: …}` per million tokens of requests and answers, for the "

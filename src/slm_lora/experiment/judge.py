@@ -82,7 +82,7 @@ class JudgePlan:
         """Requests, tokens and costs still to come."""
         count = len(self.pending)
         size = sum(len(self.bodies[key]["messages"][0]["content"].encode()) for key in self.pending)
-        tokens, answers = size // BYTES_PER_TOKEN, count * self.section.max_tokens
+        tokens, answers = size // BYTES_PER_TOKEN, count * self.section.max_answer_tokens
         text = (
             f"{count:,} requests to {self.section.url} (model {self.section.model}): about "
             f"{tokens:,} tokens, answers of at most {answers:,}"
@@ -207,12 +207,14 @@ def plan_judge(section: JudgeSection, results: Path, runs: Sequence[Run]) -> Jud
                         "reply_b": reply_b,
                     },
                 )
-                body = request_body(section.model, section.max_tokens, content)
+                body = request_body(section.model, section.max_answer_tokens, content)
                 keys.append(request_key(section.url, body))
                 bodies[keys[-1]] = body
             pairs.append(Pair(run, row, tuple(keys)))
     header = JudgeHeader(
-        settings=section.model_dump(mode="json", include={"url", "model", "rows", "max_tokens"})
+        settings=section.model_dump(
+            mode="json", include={"url", "model", "rows", "max_answer_tokens"}
+        )
         | {"prompt": template},
         bases=opponents,
         replies={run: replies[run][0].sha256 for run in sorted(used)},

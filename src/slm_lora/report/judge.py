@@ -54,7 +54,7 @@ def judge_section(
             for pair in judgement.pairs
             if pair.run in {run.run.record.hash for run in setting.runs}
         ]
-        scores = [pair.score for pair in own]
+        scores = [pair.score for pair in own if pair.row in judgement.rows]
         counts = [sum(scores.count(value) for value in values) for values in _OUTCOMES]
         rows.append(
             [
@@ -63,10 +63,10 @@ def judge_section(
                 f"{max(0.0, 0.5 + low):.3f} to {min(1.0, 0.5 + high):.3f}",
                 *map(str, counts),
                 str(sum(pair.flips for pair in own)),
-                str(scores.count(None)),
+                str(sum(pair.score is None for pair in own)),
             ]
         )
-    header = ("setting", "win rate", "95 % interval", "won", "tie", "lost", "flips", "unreadable")
+    header = ("Setting", "Win rate", "95 % interval", "won", "tie", "lost", "flips", "unreadable")
     text = (
         f"{plain(str(judgement.header.settings.get('model', '')))} compared the replies of each "
         f"adapter with the base's on {len(judgement.rows)} test rows, in both orders; a tie counts "
