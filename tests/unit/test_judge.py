@@ -277,11 +277,19 @@ def test_changed_answers_are_refused(results: Path, judge: JudgeServer) -> None:
 def test_section_of_the_recipe_is_the_default(
     results: Path, judge: JudgeServer, capsys: pytest.CaptureFixture[str]
 ) -> None:
+    recipe = results.parent / "recipe.yaml"
     section = {"url": judge.url, "model": "of-recipe", "rows": 3}
-    (results / "judge_section.json").write_text(json.dumps(section))
-    assert command("judge", results, "model=other") == 0
+    rows = str(results.parent / "rows.jsonl")
+    moved = results.parent / "moved.jsonl"
+    recipe.write_text(json.dumps({"name": "x", "data": {"name": rows}, "judge": section}))
+    named = ["judge", results, "--recipe", recipe]
+    assert command(*named, "model=other") == 0
     assert "(model other)" in capsys.readouterr().out
-    assert command("judge", results, "--send") == 0
+    Path(rows).rename(moved)
+    assert command("judge", results, f"url={judge.url}", "model=x") == 3
+    assert "--recipe RECIPE names the file" in capsys.readouterr().err
+    assert command("judge", results, f"data.name={moved}", f"url={judge.url}", "model=x") == 2
+    assert command(*named, f"data.name={moved}", "--send") == 0
     assert {body["model"] for body in judge.bodies} == {"of-recipe"}
     assert len(judged_pairs(results)) == 6
 

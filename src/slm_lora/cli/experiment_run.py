@@ -80,10 +80,8 @@ def run_experiment(
     from slm_lora.experiment.tuning import TuningPhase
     from slm_lora.report.examples import Quoted
     from slm_lora.report.write import write_report
-    from slm_lora.runs.judge import JUDGE_SECTION_FILE
     from slm_lora.runs.progress import planned_experiment
     from slm_lora.runtime.progress import Reporter
-    from slm_lora.runtime.storage import atomic_write_text
 
     where = where or Where()
     parsed_recipe, cells = load_recipe(recipe, overrides)
@@ -154,9 +152,8 @@ def run_experiment(
     headline = jobs[0].config.evaluation.headline
     quoted_rows = Quoted({row.row_id: row for row in jobs[0].rows.rows}) if with_rows else None
     if parsed_recipe.judge is not None:
-        section = parsed_recipe.judge.model_dump_json(exclude_unset=True)
-        atomic_write_text(paths.results / JUDGE_SECTION_FILE, f"{section}\n")
-        reporter.info(f"  replies to be judged: slm-lora judge {shlex.quote(str(paths.results))}")
+        words = [str(paths.results), *overrides, "--recipe", str(recipe)]
+        reporter.info(f"  replies to be judged: {shlex.join(['slm-lora', 'judge', *words])}")
     analysis = write_report(runs, paths.results, headline, quoted_rows, parsed_recipe.ship)
     return ExperimentResult(analysis, paths.results, kept_adapters(runs, paths))
 

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import json
 import shlex
 from pathlib import Path
 from typing import Annotated, Any
@@ -10,7 +9,7 @@ from typing import Annotated, Any
 import typer
 
 from slm_lora.cli.options import console
-from slm_lora.errors import IntegrityError, UsageError
+from slm_lora.errors import UsageError
 
 
 def judge(
@@ -19,8 +18,17 @@ def judge(
         list[str] | None,
         typer.Argument(
             metavar="[KEY=VALUE]...",
-            help="Keys of the recipe's section `judge`, e.g. url=http://localhost:8000/v1 "
-            "model=qwen3-32b rows=50.",
+            help="Keys of the section `judge`, e.g. url=http://localhost:8000/v1 "
+            "model=qwen3-32b rows=50; with --recipe also others of it, e.g. data.name=rows.jsonl.",
+        ),
+    ] = None,
+    recipe: Annotated[
+        Path | None,
+        typer.Option(
+            "--recipe",
+            metavar="RECIPE",
+            help="The experiment's recipe: its section `judge` has the defaults, its `data.name` "
+            "the rows. Needed if the rows are in a file.",
         ),
     ] = None,
     send: Annotated[
@@ -40,11 +48,13 @@ def judge(
     from slm_lora.runtime.progress import Reporter
 
     runs = list_runs(results)
-    plan = plan_judge(_section(results, overrides or []), results, runs)
+    section, data = _section(recipe, overrides or [])
+    plan = plan_judge(section, results, runs, data)
     out = console()
     out.print(plan.estimate(), soft_wrap=True)
     if not send:
-        command = shlex.join(["slm-lora", "judge", str(results), *(overrides or []), "--send"])
+        words = [str(results), *(overrides or []), *(["--recipe", str(recipe)] if recipe else [])]
+        command = shlex.join(["slm-lora", "judge", *words, "--send"])
         out.print(f"nothing was sent; to send them: {command}", soft_wrap=True)
         return
     plan.run(Reporter())
@@ -53,36 +63,43 @@ def judge(
         out.print(line, soft_wrap=True)
 
 
-def _section(results: Path, overrides: list[str]) -> Any:
-    """The section of the recipe with overrides.
+def _section(recipe: Path | None, overrides: list[str]) -> tuple[Any, Any]:
+    """The section of the recipe with overrides, and its section `data`; None without a recipe.
 
     Raises:
-        UsageError: a key is missing, unknown or invalid.
-        IntegrityError: the file of the section is broken.
+        UsageError: a key is missing, unknown or invalid, or the recipe is.
     """
     import yaml
     from pydantic import ValidationError
 
     from slm_lora.config.judge import JudgeSection
-    from slm_lora.runs.judge import JUDGE_SECTION_FILE
+    from slm_lora.config.load import load_recipe
+    from slm_lora.config.schema import Recipe
 
-    path = results / JUDGE_SECTION_FILE
     keys: dict[str, Any] = {}
-    if path.is_file():
-        try:
-            keys = dict(json.loads(path.read_text(encoding="utf-8")))
-        except (OSError, ValueError, TypeError) as error:
-            raise IntegrityError(f"{path}: broken ({error}); remove it") from error
+    of_recipe: list[str] = []
     for override in overrides:
         key, equals, value = override.partition("=")
+        name = key.removeprefix("judge.")
+        if name not in JudgeSection.model_fields and ("." in name or name in Recipe.model_fields):
+            of_recipe.append(override)
+            continue
         try:
-            keys[key.removeprefix("judge.")] = yaml.safe_load(value)
+            keys[name] = yaml.safe_load(value)
         except yaml.YAMLError:
             equals = ""
         if not equals:
             raise UsageError(f"{override}: must be KEY=VALUE, e.g. model=qwen3-32b")
+    data = None
+    if recipe is not None:
+        parsed_recipe, cells = load_recipe(recipe, of_recipe)
+        data = cells[0].config.data
+        if parsed_recipe.judge is not None:
+            keys = parsed_recipe.judge.model_dump(mode="json", exclude_unset=True) | keys
+    elif of_recipe:
+        raise UsageError(f"{of_recipe[0]}: needs --recipe RECIPE")
     try:
-        return JudgeSection.model_validate(keys)
+        return JudgeSection.model_validate(keys), data
     except ValidationError as error:
         first = error.errors()[0]
         name = ".".join(map(str, first["loc"]))

@@ -341,7 +341,8 @@ class Recipe(CellConfig):
         None, description="Replies to test rows after training, and their metrics."
     )
     judge: JudgeSection | None = Field(
-        None, description="Defaults of `slm-lora judge`, which compares the replies of `replies`."
+        None,
+        description="Defaults of `slm-lora judge --recipe`, which compares the replies.",
     )
     keep_adapters: bool = Field(
         True,

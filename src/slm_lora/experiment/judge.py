@@ -154,8 +154,16 @@ class JudgePlan:
             task.close(f"{len(kept)} answers")
 
 
-def plan_judge(section: JudgeSection, results: Path, runs: Sequence[Run]) -> JudgePlan:
+def plan_judge(
+    section: JudgeSection, results: Path, runs: Sequence[Run], data: DataSection | None = None
+) -> JudgePlan:
     """Plan the comparisons of all adapters with their bases; sends nothing.
+
+    Args:
+        section: settings of the judge.
+        results: folder of the experiment.
+        runs: of the experiment.
+        data: source of the rows; None: that of the records, which have names of files only.
 
     Raises:
         UsageError: there are no replies of an adapter and its base.
@@ -189,7 +197,7 @@ def plan_judge(section: JudgeSection, results: Path, runs: Sequence[Run]) -> Jud
     order = order[: section.rows]
     if not order:
         raise UsageError(f"{results}: base and adapters have no replies to the same rows")
-    rows, with_context = _rows(runs[0], order)
+    rows, with_context = _rows(runs[0], order, data)
     template = read_prompt(section.prompt)
     bodies: dict[str, dict[str, Any]] = {}
     pairs = []
@@ -223,10 +231,18 @@ def plan_judge(section: JudgeSection, results: Path, runs: Sequence[Run]) -> Jud
     return JudgePlan(section, results, header, tuple(pairs), bodies, answers)
 
 
-def _rows(run: Run, wanted: Sequence[str]) -> tuple[dict[str, Row], bool]:
+def _rows(run: Run, wanted: Sequence[str], data: DataSection | None) -> tuple[dict[str, Row], bool]:
     """Rows of the data set by id, and whether prompts had their contexts."""
-    section = DataSection.model_validate({**LATER_KEYS["data"], **run.raw["recipe"]["data"]})
-    rows = {row.row_id: row for row in read_rows(section).rows}
+    section = data
+    if section is None:
+        recorded = run.raw["recipe"]["data"]
+        section = DataSection.model_validate({**LATER_KEYS["data"], **recorded})
+    try:
+        rows = {row.row_id: row for row in read_rows(section).rows}
+    except DataError as error:
+        if data is not None:
+            raise
+        raise DataError(f"{error}; --recipe RECIPE names the file of the rows") from error
     if missing := [row for row in wanted if row not in rows]:
         raise DataError(
             f"data.name {section.name}: {len(missing)} of the {len(wanted)} rows with replies are "

@@ -21,8 +21,6 @@ from slm_lora.runs.replies import read_replies, replies_file
 from slm_lora.runtime.storage import atomic_write_text
 
 JUDGE_FILE = "judge.jsonl"
-JUDGE_SECTION_FILE = "judge_section.json"
-"""The recipe's section `judge`, the defaults of `slm-lora judge`."""
 JUDGE_FORMAT = 1
 WIN_RATE = "win_rate"
 Answer = Literal["A", "B", "tie"]
