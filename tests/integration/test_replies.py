@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import shlex
 from pathlib import Path
 from typing import Any
 
@@ -16,7 +17,8 @@ from slm_lora.runs.folder import read_run
 from slm_lora.runs.replies import read_replies, replies_file
 from slm_lora.runs.scored_run import read_scored_run
 
-from ..support.lab import Lab
+from ..support.judge_server import judge_server
+from ..support.lab import Lab, command
 
 RANKS = ("grid.cells=[]", "grid.axes=[{adapter.r: [2, 4]}]", "data.size=40", "seeds=[0, 1]")
 REPLIES = (
@@ -201,3 +203,19 @@ def test_changed_file_is_refused(lab: Lab, change: str, capsys: pytest.CaptureFi
         assert f"{path}:" in capsys.readouterr().err
     finally:
         path.write_text(whole)
+
+
+def test_a_section_judge_sends_nothing_and_is_the_default_of_the_command(
+    lab: Lab, capsys: pytest.CaptureFixture[str]
+) -> None:
+    with judge_server(lambda first, second: "tie") as judge:
+        section = (f"judge.url={judge.url}", "judge.model=rule", "judge.rows=3")
+        assert lab.run(*RANKS, *REPLIES, *section) == 0
+        (line,) = [
+            line for line in capsys.readouterr().err.splitlines() if "to be judged: " in line
+        ]
+        words = shlex.split(line.split("to be judged: ")[1])
+        assert words[:2] == ["slm-lora", "judge"]
+        assert command(*words[1:]) == 0
+        assert judge.requests == []
+        assert f"requests to {judge.url} (model rule)" in capsys.readouterr().out

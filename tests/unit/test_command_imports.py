@@ -68,3 +68,8 @@ def test_watch_imports_no_heavy_library(results: Path) -> None:
     )
     assert "http://127.0.0.1:" in completed.stdout + completed.stderr
     assert completed.stderr.splitlines()[-1] == "loaded []"
+
+
+def test_judge_imports_no_heavy_library(results: Path) -> None:
+    arguments = ("judge", results, "url=http://127.0.0.1:9/v1", "model=any")
+    assert loaded(*arguments) == "loaded []"

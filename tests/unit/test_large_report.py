@@ -14,7 +14,7 @@ import pytest
 from rich.console import Console
 
 from slm_lora.report import contents, figures
-from slm_lora.report.contents import Analysis, analyse
+from slm_lora.report.analysis import Analysis, analyse
 from slm_lora.report.drawing import new_axes
 from slm_lora.report.terminal import settings_table
 from slm_lora.runs.scored_run import ScoredRun

@@ -10,7 +10,7 @@ from typing import Any
 
 import pytest
 
-from slm_lora.report.contents import analyse
+from slm_lora.report.analysis import analyse
 from slm_lora.report.outcome import Outcome, not_known, outcome_of, record, sentences
 from slm_lora.report.tuning import Tuned
 from slm_lora.runs.folder import Run

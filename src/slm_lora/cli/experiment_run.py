@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import contextlib
+import shlex
 from collections.abc import Sequence
 from dataclasses import dataclass
 from pathlib import Path
@@ -14,7 +15,7 @@ from slm_lora.cli.plan import print_plan, print_tuned_plan
 from slm_lora.runtime import distributed
 
 if TYPE_CHECKING:
-    from slm_lora.report.contents import Analysis
+    from slm_lora.report.analysis import Analysis
 
 
 @dataclass(frozen=True)
@@ -163,6 +164,9 @@ def run_experiment(
             scorer.run(jobs, runs, paths, reporter)
     headline = jobs[0].config.evaluation.headline
     quoted_rows = Quoted({row.row_id: row for row in jobs[0].rows.rows}) if with_rows else None
+    if parsed_recipe.judge is not None:
+        words = [str(paths.results), *overrides, "--recipe", str(recipe)]
+        reporter.info(f"  replies to be judged: {shlex.join(['slm-lora', 'judge', *words])}")
     analysis = write_report(runs, paths.results, headline, quoted_rows, parsed_recipe.ship)
     return ExperimentResult(analysis, paths.results, kept_adapters(runs, paths))
 

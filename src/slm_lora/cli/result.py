@@ -10,7 +10,7 @@ from typing import TYPE_CHECKING
 from slm_lora.cli.options import console
 
 if TYPE_CHECKING:
-    from slm_lora.report.contents import Analysis
+    from slm_lora.report.analysis import Analysis
     from slm_lora.runs.folder import Run
 
 

@@ -13,7 +13,7 @@ ReplyMetricName = Literal["exact_match", "token_f1", "rouge_l", "chrf", "number"
 
 TAKEN = (
     *("all", "response", "bits_per_byte", "response_bits_per_byte", "gain", "forgetting", "drift"),
-    *("label", "pattern", "json_schema", "ended", "reply_tokens"),
+    *("label", "pattern", "json_schema", "ended", "reply_tokens", "win_rate"),
 )
 """Names that a function cannot have, beside those of ``metrics``."""
 

@@ -15,6 +15,7 @@ from pydantic import BeforeValidator, Field, ValidationInfo, field_validator
 from slm_lora.config.axes import GridSection, TuningSection
 from slm_lora.config.conditions import parse_ship
 from slm_lora.config.forgetting import ForgettingSection
+from slm_lora.config.judge import JudgeSection
 from slm_lora.config.replies import RepliesSection
 from slm_lora.config.tasks import TasksSection
 from slm_lora.config.types import (
@@ -346,6 +347,10 @@ class Recipe(CellConfig):
     )
     forgetting: ForgettingSection | None = Field(
         None, description="Drift from the base and losses on further sets, after training."
+    )
+    judge: JudgeSection | None = Field(
+        None,
+        description="Defaults of `slm-lora judge --recipe`, which compares the replies.",
     )
     keep_adapters: bool = Field(
         True,

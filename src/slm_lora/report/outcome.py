@@ -8,8 +8,8 @@ from dataclasses import dataclass
 from typing import Any
 
 from slm_lora.config.axes import LEARNING_RATE
+from slm_lora.report.analysis import Analysis
 from slm_lora.report.card import Gap
-from slm_lora.report.contents import Analysis
 from slm_lora.report.names import rate_name
 from slm_lora.runs.tuning import ArmRecord, CandidateRecord, TuningRecord
 from slm_lora.stats.comparisons import Comparison

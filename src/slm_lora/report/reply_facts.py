@@ -5,6 +5,7 @@ from __future__ import annotations
 from collections.abc import Sequence
 
 from slm_lora.report.blocks import Fact
+from slm_lora.runs.judge import WIN_RATE
 from slm_lora.runs.metrics import METRICS, OF_REPLIES, Metric
 from slm_lora.runs.scored_run import has_metric
 from slm_lora.stats.inference import interval
@@ -19,6 +20,7 @@ def reply_facts(base: Setting, recommended: Setting) -> list[Fact]:
     of_tasks = [metric for metric in metrics if metric.task]
     return [
         *_facts("Replies", of_replies, base, recommended),
+        *_judge_fact(base, recommended),
         *_facts("Tasks", of_tasks, base, recommended),
     ]
 
@@ -47,6 +49,24 @@ def _facts(name: str, metrics: Sequence[Metric], base: Setting, recommended: Set
         *(["no clear difference: " + ", ".join(unclear)] if unclear else []),
     ]
     return [Fact(name, "; ".join(parts) + ".", "metrics")]
+
+
+def _judge_fact(base: Setting, recommended: Setting) -> list[Fact]:
+    """The win rate, which is a comparison with the base by itself; empty without a judge."""
+    metric = METRICS[WIN_RATE]
+    if not all(has_metric(run, metric) for run in (*base.runs, *recommended.runs)):
+        return []
+    low, high = interval(sample_of(pair_runs(base, recommended), metric), 0.95)
+    verdict = "better" if low > 0 else "WORSE" if high < 0 else ""
+    return [
+        Fact(
+            "Judge",
+            f"replies win {recommended.estimate(metric).value:.3f} against the base's "
+            f"({max(0.0, 0.5 + low):.3f} to {min(1.0, 0.5 + high):.3f}; 0.5 is even)"
+            + (f": {verdict}." if verdict else ": no clear difference."),
+            "judge",
+        )
+    ]
 
 
 def _in_text(metric: Metric) -> str:

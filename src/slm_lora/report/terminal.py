@@ -7,7 +7,7 @@ from typing import Literal
 from rich.table import Table
 from rich.text import Text
 
-from slm_lora.report.contents import Analysis
+from slm_lora.report.analysis import Analysis
 from slm_lora.report.summary import AGAINST, setting_columns, setting_rows
 
 WIDTH = 100

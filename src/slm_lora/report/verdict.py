@@ -9,7 +9,7 @@ from typing import Any
 
 from slm_lora.config.conditions import Condition
 from slm_lora.errors import DO_NOT_SHIP, NOT_ENOUGH_EVIDENCE, UsageError
-from slm_lora.report.contents import Analysis
+from slm_lora.report.analysis import Analysis
 from slm_lora.runs.metrics import FORGETTING
 from slm_lora.stats.settings import Setting, base_of
 from slm_lora.stats.ship import GAIN, Decision, Judged, decision, judge

@@ -10,8 +10,8 @@ from typing import Any
 from slm_lora.config.conditions import Condition, parse_ship, ship_record
 from slm_lora.errors import UsageError
 from slm_lora.report import contents, examples
+from slm_lora.report.analysis import Analysis, analyse
 from slm_lora.report.blocks import Picture, Section
-from slm_lora.report.contents import Analysis, analyse
 from slm_lora.report.drawing import svg_file
 from slm_lora.report.forgetting import forgetting_records
 from slm_lora.report.html import as_html

@@ -68,6 +68,8 @@ def row_value(name: str) -> Parts:
 _SHARE = "share of rows"
 OF_REPLIES = "replies to test rows"
 """Scope of metrics that a section `replies` measures."""
+BY_JUDGE = "replies to test rows, each compared with the base's by a judge"
+"""Scope of the win rate; 0.5 for the base."""
 
 _ALL = Metric(
     name="all",
@@ -130,6 +132,14 @@ METRICS: dict[str, Metric] = {
                 ("pattern", "Pattern found", _SHARE),
                 ("json_schema", "JSON of the schema", _SHARE),
             )
+        ),
+        Metric(
+            name="win_rate",
+            title="Win rate",
+            scope=BY_JUDGE,
+            unit="0 to 1",
+            parts=row_value("win_rate"),
+            higher_is_better=True,
         ),
         Metric(
             name="ended",

@@ -13,6 +13,7 @@ from slm_lora.errors import IntegrityError
 from slm_lora.records import RowScore
 from slm_lora.runs.folder import AGAIN, RUN_FILE, SCORES_FILE, Run
 from slm_lora.runs.forgetting import RowSetScores, read_row_sets, without_stale
+from slm_lora.runs.judge import with_win_rate
 from slm_lora.runs.metrics import METRICS, Metric
 from slm_lora.runs.replies import replies_file, with_reply_values
 from slm_lora.runs.scores import read_scores
@@ -86,6 +87,7 @@ def read_scored_run(run: Run) -> ScoredRun:
     scores = tuple(read_scores(run.scores_path))
     _check_losses(run, scores)
     scores = with_reply_values(scores, replies_file(run.folder), run.record.hash)
+    scores = with_win_rate(scores, run.folder, run.record.hash)
     return ScoredRun(
         run,
         scores,

@@ -11,7 +11,7 @@ from collections.abc import Sequence
 from dataclasses import dataclass, replace
 from typing import Any
 
-from slm_lora.runs.metrics import METRICS, Metric
+from slm_lora.runs.metrics import BY_JUDGE, METRICS, Metric
 from slm_lora.runs.scored_run import ScoredRun, has_metric
 from slm_lora.stats.comparisons import Comparison, SettingPair, correct_together
 from slm_lora.stats.settings import (
@@ -97,7 +97,8 @@ def compare_bases(runs: Sequence[ScoredRun]) -> BaseComparisons | None:
     others = [
         [replace(run, headline=metric.name) for run in runs if has_metric(run, metric)]
         for metric in METRICS.values()
-        if metric.compared
+        # Changes from a base, and preferences over its replies, do not compare with another's.
+        if metric.compared and not metric.own_rows and metric.scope != BY_JUDGE
     ]
     return BaseComparisons(
         tuple(Setting((run,)) for run in common if run.is_base) if rows[name] else (),
