@@ -144,11 +144,11 @@ def test_metrics_table_shows_only_metrics_of_every_run(with_match: None) -> None
     runs = [matched(scored_run("base", 3.0), 1), _with_steps(matched(scored_run("r8", 2.0), 4))]
     settings = group_settings(runs)
     card = make_card(settings, [], [], 0.01, SettingNames(settings))
-    table = metrics_table(card, settings, Setting((runs[0],)), SettingNames(settings))
+    table = metrics_table(card, settings, [Setting((runs[0],))], SettingNames(settings))
     assert "Exact match, share of rows ↑" in table
     assert "LoRA r=8 vs base" in table and "+0.3000" in table
     without = [replace(runs[0], scores=scored_run("base", 3.0).scores), runs[1]]
-    table = metrics_table(card, settings, Setting((without[0],)), SettingNames(settings))
+    table = metrics_table(card, settings, [Setting((without[0],))], SettingNames(settings))
     assert "Exact match" not in table
 
 
