@@ -84,9 +84,11 @@ def run_experiment(
     from slm_lora.report.write import write_report
     from slm_lora.runs.progress import planned_experiment
     from slm_lora.runtime.progress import Reporter
+    from slm_lora.stats.ship_names import check_ship
 
     where = where or Where()
     parsed_recipe, cells = load_recipe(recipe, overrides)
+    notes_on_ship = check_ship(parsed_recipe)
     paths = experiment_paths(parsed_recipe, results, adapters)
     quiet_libraries()
     with distributed.process_group():
@@ -100,6 +102,8 @@ def run_experiment(
         jobs = distributed.main_process_first(lambda: resolver.jobs(cells))
         if announce:
             report_data(jobs[0], reporter)
+        for note in notes_on_ship:
+            reporter.info(f"  note: {note}")
         phase = None
         if parsed_recipe.tuning is not None:
             note_replaced(parsed_recipe, reporter)

@@ -317,14 +317,17 @@ def forgetting_scorer(section: ForgettingSection, jobs: Sequence[Job]) -> Forget
     """What measures the runs of an experiment; call it before anything is trained.
 
     Raises:
-        UsageError: adapters are not kept, or the cells have different test rows.
+        UsageError: adapters are not kept, or the bases have different tokenizers.
         SlmLoraError: a further set cannot be read, or has rows of the training set.
     """
     first = jobs[0]
     if not first.options.keep_adapters:
         raise UsageError("forgetting: needs the adapters: leave out keep_adapters: false")
     if len({job.data.held_out_hash for job in jobs}) > 1:
-        raise UsageError("forgetting: the cells of the grid have different test rows")
+        raise UsageError(
+            "forgetting: the bases of the grid have different tokenizers; run them as "
+            "experiments of their own"
+        )
     sets = {}
     if section.also:
         tokenizer, trained = load_tokenizer(first.source), list(_trained_rows(jobs))
