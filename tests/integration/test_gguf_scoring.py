@@ -10,19 +10,23 @@ from typing import Any
 import numpy as np
 import pytest
 import torch
-from transformers import AutoModelForCausalLM, AutoTokenizer
+from gguf import GGUFReader
+from gguf.quants import dequantize
+from transformers import AutoModelForCausalLM, AutoTokenizer, LlamaConfig, LlamaForCausalLM
 
+from slm_lora.config.schema import ModelSection
 from slm_lora.errors import DataError, UsageError
 from slm_lora.evaluation import llama_library
 from slm_lora.evaluation.gguf_scoring import check_vocabulary, score_file
 from slm_lora.evaluation.scoring import score
 from slm_lora.export.llama_cpp import export
 from slm_lora.export.trained import read_trained
-from slm_lora.model.resolve import ModelSource
+from slm_lora.model.resolve import ModelSource, resolve
 from slm_lora.records import Example
 
 from ..support.exports import make_adapter
 from ..support.lab import Lab, command
+from ..support.tiny_model import tiny_tokenizer
 
 
 @pytest.fixture(scope="module")
@@ -81,6 +85,59 @@ def test_rows_score_as_transformers_scores_the_dequantised_file(
         differences += row.nll_all - float(nll.sum())
         tokens += row.tokens_all
     assert abs(differences / tokens) < tolerance
+
+
+@pytest.fixture(scope="module")
+def wide_source(tmp_path_factory: pytest.TempPathFactory) -> ModelSource:
+    """A random Llama whose rows divide into blocks of 256, except those of the query heads."""
+    folder = tmp_path_factory.mktemp("wide") / "wide-llama"
+    tokenizer = tiny_tokenizer()
+    torch.manual_seed(5)
+    config = LlamaConfig(
+        vocab_size=len(tokenizer), hidden_size=256, intermediate_size=512, num_hidden_layers=3,
+        num_attention_heads=4, num_key_value_heads=2, max_position_embeddings=512,
+        initializer_range=0.1,
+    )  # fmt: skip
+    LlamaForCausalLM(config).save_pretrained(folder)
+    tokenizer.save_pretrained(folder)
+    return resolve(ModelSection(name=str(folder)))
+
+
+@pytest.mark.parametrize(
+    ("kind", "most", "error"),
+    [("q4_k_m", "Q4_K", 0.09), ("q5_k_m", "Q5_K", 0.05), ("q6_k", "Q6_K", 0.02)],
+)
+def test_k_quants_are_read_by_llama_cpp_and_transformers(
+    wide_source: ModelSource, tmp_path: Path, kind: Any, most: str, error: float
+) -> None:
+    """Blocks dequantised by gguf's own Python code are near the weights; llama.cpp scores rows as
+    transformers does with these dequantised weights."""
+    pytest.importorskip("xllamacpp", reason="xllamacpp is not installed")
+    trained = read_trained(make_adapter(wide_source, tmp_path / "toy"))
+    export(trained, tmp_path / kind, "adapter", kind, wide_source.path)
+    path = tmp_path / kind / f"wide-llama-{kind}.gguf"
+    weights = AutoModelForCausalLM.from_pretrained(wide_source.path, dtype=torch.float32)
+    tensors = {tensor.name: tensor for tensor in GGUFReader(path).tensors}
+    for layer in range(3):
+        tensor = tensors[f"blk.{layer}.ffn_gate.weight"]
+        assert tensor.tensor_type.name == most
+        original = weights.model.layers[layer].mlp.gate_proj.weight.detach().numpy()
+        stored = dequantize(tensor.data, tensor.tensor_type)
+        relative = np.linalg.norm(stored - original) / np.linalg.norm(original)
+        assert error / 4 < relative < error
+    assert tensors["output.weight"].tensor_type.name == "Q6_K"
+
+    tokenizer = AutoTokenizer.from_pretrained(wide_source.path)
+    examples = make_examples(len(tokenizer), (40, 64, 90))
+    scores = score_file(path, examples, "test", tokenizer, 1).scores
+    model = AutoModelForCausalLM.from_pretrained(
+        path.parent, gguf_file=path.name, dtype=torch.float32
+    ).eval()
+    expected = [reference_nll(model, example) for example in examples]
+    tokens = sum(len(nll) for nll in expected)
+    difference = sum(row.nll_all for row in scores) - sum(float(nll.sum()) for nll in expected)
+    # llama.cpp rounds the activations to 8 bits.
+    assert abs(difference) / tokens < 3e-2
 
 
 def test_rows_longer_than_one_call_score_as_in_pytorch(
@@ -154,14 +211,14 @@ def test_commands_print_the_difference_to_the_adapter(
     assert "to tiny-r2-40 in PyTorch fp32" in output
 
 
-def test_k_quants_and_options_out_of_place_are_refused(
+def test_other_types_and_options_out_of_place_are_refused(
     tiny_source: ModelSource, lab: Lab, tmp_path: Path, capsys: pytest.CaptureFixture[str]
 ) -> None:
     adapter = make_adapter(tiny_source, tmp_path / "toy")
     words = ("export", "gguf", adapter, tmp_path / "out", "--base", tiny_source.path)
     for options, message in (
-        (("--type", "q4_k_m"), "llama-quantize FILE.gguf OUT.gguf Q4_K_M"),
-        (("--type", "float"), "choose f32, f16 or q8_0"),
+        (("--type", "q3_k_l"), "llama-quantize FILE.gguf OUT.gguf Q3_K_L"),
+        (("--type", "float"), "choose f32, f16, q8_0, q4_k_m, q5_k_m, q6_k"),
         (("--json",), "--json: needs --score RECIPE"),
         (("--as", "adapter", "--score", lab.recipe), "use --as merged"),
     ):

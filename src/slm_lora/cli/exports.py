@@ -64,7 +64,11 @@ def export_gguf(
     ] = "merged",
     type_name: Annotated[
         str,
-        typer.Option("--type", metavar="[f32|f16|q8_0]", help="Data type of the model's weights."),
+        typer.Option(
+            "--type",
+            metavar="[f32|f16|q8_0|q6_k|q5_k_m|q4_k_m]",
+            help="Data type of the model's weights.",
+        ),
     ] = "f16",
     base: BaseFolder = None,
     score: Annotated[
@@ -118,11 +122,11 @@ def _file_type(name: str) -> FileType:
         return cast("FileType", name)
     if re.fullmatch(r"i?q\d\w*", name, re.IGNORECASE):
         raise UsageError(
-            f"--type {name}: only llama.cpp's quantiser writes it, and xllamacpp has none; export "
+            f"--type {name}: not written here ({', '.join(get_args(FileType))} are); export "
             f"--type f16, run llama-quantize FILE.gguf OUT.gguf {name.upper()}, and score the "
             "result with slm-lora evaluate RECIPE --adapter FOLDER --gguf OUT.gguf"
         )
-    raise UsageError(f"--type {name}: choose f32, f16 or q8_0")
+    raise UsageError(f"--type {name}: choose {', '.join(get_args(FileType))}")
 
 
 def push(

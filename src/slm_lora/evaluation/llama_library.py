@@ -69,6 +69,14 @@ _FUNCTIONS: dict[str, tuple[Any, tuple[Any, ...]]] = {
     "llama_batch_free": (None, (_Batch,)),
     "llama_decode": (ctypes.c_int32, (_Pointer, _Batch)),
     "llama_get_logits": (ctypes.POINTER(ctypes.c_float), (_Pointer,)),
+    "ggml_quantize_chunk": (
+        ctypes.c_size_t,
+        (
+            *(ctypes.c_int, ctypes.POINTER(ctypes.c_float), _Pointer),
+            *(ctypes.c_int64, ctypes.c_int64, ctypes.c_int64),
+            ctypes.POINTER(ctypes.c_float),
+        ),
+    ),
 }
 _silent = _LogCallback(lambda level, text, data: None)  # must outlive the library
 
@@ -84,7 +92,7 @@ def load() -> ctypes.CDLL:
         module = importlib.import_module("xllamacpp.xllamacpp")
     except ImportError:
         raise UsageError(
-            "scoring GGUF files needs llama.cpp: pip install 'slm-lora[gguf-check]'"
+            "scoring or quantising GGUF files needs llama.cpp: pip install 'slm-lora[gguf-check]'"
         ) from None
     library = ctypes.CDLL(str(module.__file__))
     for name, (result, arguments) in _FUNCTIONS.items():

@@ -25,6 +25,7 @@ from safetensors import safe_open
 from slm_lora.data.templates import Template
 from slm_lora.data.tokenization import RowTokenizer
 from slm_lora.errors import NumericError, UsageError
+from slm_lora.export import k_quants
 from slm_lora.export.gguf_tokenizer import CONVERT_INSTEAD, Vocabulary, describe_tokenizer
 from slm_lora.model.loading import load_tokenizer
 from slm_lora.model.resolve import ModelSource, weight_files
@@ -32,8 +33,9 @@ from slm_lora.model.resolve import ModelSource, weight_files
 if TYPE_CHECKING:
     from transformers import PretrainedConfig, PreTrainedTokenizerBase
 
-FileType = Literal["f32", "f16", "q8_0"]
+FileType = Literal["f32", "f16", "q8_0", "q4_k_m", "q5_k_m", "q6_k"]
 _TYPES = {
+    **k_quants.K_QUANTS,
     "f32": (Quantization.F32, gguf.LlamaFileType.ALL_F32),
     "f16": (Quantization.F16, gguf.LlamaFileType.MOSTLY_F16),
     "q8_0": (Quantization.Q8_0, gguf.LlamaFileType.MOSTLY_Q8_0),
@@ -81,14 +83,14 @@ def write_model(
     Args:
         source: a model of the Llama family.
         target: path of the file.
-        file_type: ``f32``, ``f16`` or ``q8_0`` (blocks of 32 8-bit weights with one scale). Vectors
-            are always F32; with ``q8_0``, rows not divisible into blocks are F16.
+        file_type: ``f32``, ``f16``, ``q8_0`` (blocks of 32 8-bit weights with one scale), or a
+            K-quant. Vectors are always F32; with ``q8_0``, rows not divisible into blocks are F16.
         template: the training template; decides whether a text begins with BOS.
         chat_template: the training template as a chat template.
 
     Raises:
         UsageError: another family, or a model or tokenizer that llama.cpp would treat differently.
-        NumericError: a weight is not finite in F16.
+        NumericError: a weight is not finite in the type.
     """
     config = read_config(source)
     tokenizer = load_tokenizer(source)
@@ -280,10 +282,11 @@ def _model_tensors(
                 if name == "lm_head.weight" and config.tie_word_embeddings:
                     continue
                 shape = tuple(tensors.get_slice(name).get_shape())
+                own = f"{_gguf_name(name.removesuffix('.weight'), source.name)}.weight"
                 yield _Tensor(
-                    f"{_gguf_name(name.removesuffix('.weight'), source.name)}.weight",
+                    own,
                     shape,
-                    _storage_type(shape, tensor_type),
+                    _storage_type(own, shape, tensor_type, config),
                     lambda file=file, name=name: _load_tensor(file, name, config),  # type: ignore[misc]
                 )
 
@@ -339,7 +342,12 @@ def _interleaved_rows(n_heads: int, head_dim: int) -> npt.NDArray[np.int64]:
     return rows.transpose(0, 2, 1).ravel()
 
 
-def _storage_type(shape: tuple[int, ...], requested: Quantization) -> Quantization:
+def _storage_type(
+    name: str, shape: tuple[int, ...], requested: Quantization, config: Any
+) -> Quantization:
+    if any(requested == kind for kind, _ in k_quants.K_QUANTS.values()):
+        n_layers, tied = config.num_hidden_layers, config.tie_word_embeddings
+        return k_quants.tensor_type(name, shape, requested, n_layers, tied)
     if len(shape) < 2:
         return Quantization.F32
     if requested == Quantization.Q8_0 and shape[-1] % gguf.GGML_QUANT_SIZES[requested][0]:
@@ -358,14 +366,20 @@ def _write(writer: GGUFWriter, tensors: list[_Tensor]) -> None:
     writer.write_ti_data_to_file()
     for tensor in tensors:
         with np.errstate(over="ignore"):
-            values = gguf.quants.quantize(np.ascontiguousarray(tensor.values()), tensor.type)
+            values = _stored(np.ascontiguousarray(tensor.values()), tensor.type)
         if values.dtype.kind == "f" and not np.isfinite(values).all():
             raise NumericError(f"{tensor.name}: not finite in {tensor.type.name}; use --type f32")
         writer.write_tensor_data(values)
     writer.close()
 
 
+def _stored(values: npt.NDArray[np.float32], kind: Quantization) -> npt.NDArray[Any]:
+    if kind in (Quantization.F32, Quantization.F16, Quantization.Q8_0):
+        return gguf.quants.quantize(values, kind)
+    return k_quants.quantize(values, kind)
+
+
 def _storage_layout(tensor: _Tensor) -> tuple[tuple[int, ...], np.dtype[Any]]:
-    if tensor.type == Quantization.Q8_0:
+    if tensor.type not in (Quantization.F32, Quantization.F16):
         return gguf.quant_shape_to_byte_shape(tensor.shape, tensor.type), np.dtype(np.uint8)
     return tensor.shape, np.dtype(np.float16 if tensor.type == Quantization.F16 else np.float32)

@@ -8,7 +8,9 @@ from typing import Literal
 
 from slm_lora.adapters.io import check_base
 from slm_lora.errors import UsageError
+from slm_lora.evaluation import llama_library
 from slm_lora.export.gguf import FileType, check_adapter, check_model, write_adapter, write_model
+from slm_lora.export.k_quants import K_QUANTS
 from slm_lora.export.merge import merge
 from slm_lora.export.ollama import modelfile, write_modelfile
 from slm_lora.export.trained import TrainedFolder, find_base, refuse_existing
@@ -47,6 +49,8 @@ def export(
         IntegrityError: another base, or the verification of the merged model failed.
     """
     refuse_existing(target)
+    if file_type in K_QUANTS:
+        llama_library.load()  # refuse before anything is merged
     if trained.is_full_model and layout == "adapter":
         raise UsageError(f"{trained.folder}: a full model, not an adapter; use --as merged")
     reporter = reporter or Reporter(quiet=True)
