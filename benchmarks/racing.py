@@ -16,7 +16,7 @@ from pathlib import Path
 from typing import Any
 
 from slm_lora.config.axes import TuningSection
-from slm_lora.runs.folder import Run, list_runs, to_json
+from slm_lora.runs.folder import Run, read_run, run_folders, to_json
 from slm_lora.runtime.storage import atomic_write_text
 from slm_lora.stats.racing import Race, rungs
 from slm_lora.stats.tuning import Point, first_points, progress
@@ -38,7 +38,7 @@ def read_searches(results: Path) -> tuple[dict[str, dict[float, Candidate]], flo
     """Candidates by setting and rate, and the base's loss on the validation set."""
     searches: dict[str, dict[float, Candidate]] = {}
     base_loss = float("nan")
-    for run in list_runs(results / "tuning"):
+    for run in map(read_run, run_folders(results / "tuning" / "runs")):
         loss = _loss(run)
         if run.record.adapter is None:
             base_loss = loss
