@@ -11,6 +11,7 @@ from typing import Any
 
 import pytest
 import torch
+from hypothesis import HealthCheck, settings
 
 from slm_lora.config.schema import ModelSection
 from slm_lora.export import merge, verify
@@ -21,6 +22,11 @@ from slm_lora.model.resolve import ModelSource, resolve
 from .support.lab import Lab
 from .support.rows import make_rows, write_jsonl
 from .support.tiny_model import tiny_tokenizer
+
+
+# A busy machine is no failure of a test.
+settings.register_profile("slow", deadline=None, suppress_health_check=[HealthCheck.too_slow])
+settings.load_profile("slow")
 
 
 @pytest.fixture(scope="session", autouse=True)
