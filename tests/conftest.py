@@ -23,7 +23,6 @@ from .support.lab import Lab
 from .support.rows import make_rows, write_jsonl
 from .support.tiny_model import tiny_tokenizer
 
-
 # A busy machine is no failure of a test.
 settings.register_profile("slow", deadline=None, suppress_health_check=[HealthCheck.too_slow])
 settings.load_profile("slow")

@@ -9,27 +9,9 @@ from pathlib import Path
 
 import pytest
 
+from ..support.imports import HEAVY, RUN, loaded
+
 RESULTS = Path(__file__).parents[2] / "results" / "quickstart"
-HEAVY = ("torch", "transformers", "peft", "datasets", "accelerate")
-
-RUN = """
-import sys
-from slm_lora.cli import app
-try:
-    app(sys.argv[1:], standalone_mode=False)
-finally:
-    print("loaded", [name for name in {heavy} if name in sys.modules], file=sys.stderr)
-"""
-
-
-def loaded(*arguments: object) -> str:
-    """Heavy libraries that a command imported: its last line on standard error."""
-    script = RUN.format(heavy=HEAVY)
-    completed = subprocess.run(
-        [sys.executable, "-c", script, *map(str, arguments)], capture_output=True, text=True
-    )
-    assert completed.returncode == 0, completed.stderr
-    return completed.stderr.splitlines()[-1]
 
 
 @pytest.fixture(scope="module")
@@ -68,8 +50,3 @@ def test_watch_imports_no_heavy_library(results: Path) -> None:
     )
     assert "http://127.0.0.1:" in completed.stdout + completed.stderr
     assert completed.stderr.splitlines()[-1] == "loaded []"
-
-
-def test_judge_imports_no_heavy_library(results: Path) -> None:
-    arguments = ("judge", results, "url=http://127.0.0.1:9/v1", "model=any")
-    assert loaded(*arguments) == "loaded []"

@@ -20,6 +20,7 @@ from slm_lora.runs.folder import list_runs, run_folders
 from slm_lora.runs.judge import JUDGE_FILE, JudgedPair, read_judgement
 from slm_lora.runs.replies import RowReply, read_replies, replies_file, write_replies
 
+from ..support.imports import loaded
 from ..support.judge_server import JudgeServer, judge_server, replies_in
 from ..support.lab import command
 from ..support.planted import planted_run, write_runs
@@ -386,3 +387,8 @@ def test_score_of_a_pair(base_first: Any, adapter_first: Any, score: Any, flips:
 def test_a_key_is_no_name_of_a_variable() -> None:
     with pytest.raises(ValidationError, match="name of an environment variable"):
         JudgeSection(url="http://x/v1", model="m", api_key_env="sk-abc")
+
+
+def test_judge_imports_no_heavy_library(results: Path) -> None:
+    arguments = ("judge", results, "url=http://127.0.0.1:9/v1", "model=any")
+    assert loaded(*arguments) == "loaded []"
