@@ -8,21 +8,19 @@ same form. Texts of the sets are not in these files.
 
 from __future__ import annotations
 
-import hashlib
-import json
 import math
 from collections.abc import Mapping, Sequence
-from dataclasses import asdict, dataclass, fields
+from dataclasses import dataclass, fields
 from pathlib import Path
 from typing import Any, TypeVar
 
-from pydantic import BaseModel, ConfigDict, ValidationError
+from pydantic import BaseModel, ConfigDict
 
 from slm_lora.config.forgetting import DRIFT
 from slm_lora.errors import IntegrityError
 from slm_lora.records import RowScore
+from slm_lora.runs.checked_lines import read_lines, write_lines
 from slm_lora.runs.metrics import add_row_set_metric
-from slm_lora.runtime.storage import atomic_write_text
 
 FORGETTING_FORMAT = 1
 REPLIES = "replies"
@@ -77,7 +75,7 @@ class ForgettingHeader(BaseModel):
     settings: dict[str, Any]
     source: str
     margin: float
-    sha256: str
+    sha256: str = ""
 
 
 @dataclass(frozen=True)
@@ -117,18 +115,10 @@ def write_forgetting(
     margin: float = 0.0,
 ) -> str:
     """Write a file; ``run`` is the run's hash. Returns the SHA-256 of its lines."""
-    texts = [json.dumps(asdict(line), ensure_ascii=False, allow_nan=False) for line in lines]
-    body = "".join(f"{text}\n" for text in texts)
     header = ForgettingHeader(
-        format=FORGETTING_FORMAT,
-        run=run,
-        settings=dict(settings),
-        source=source,
-        margin=margin,
-        sha256=hashlib.sha256(body.encode()).hexdigest(),
+        format=FORGETTING_FORMAT, run=run, settings=dict(settings), source=source, margin=margin
     )
-    atomic_write_text(path, f"{header.model_dump_json()}\n{body}")
-    return header.sha256
+    return write_lines(path, header, lines).sha256
 
 
 def read_forgetting(path: Path, kind: type[Line]) -> tuple[ForgettingHeader, list[Line]] | None:
@@ -137,24 +127,14 @@ def read_forgetting(path: Path, kind: type[Line]) -> tuple[ForgettingHeader, lis
     Raises:
         IntegrityError: the file is broken.
     """
-    try:
-        first, _, body = path.read_text(encoding="utf-8").partition("\n")
-        header = ForgettingHeader.model_validate_json(first)
-        if header.format != FORGETTING_FORMAT:
-            raise ValueError(f"format {header.format}, not {FORGETTING_FORMAT}")
-        if hashlib.sha256(body.encode()).hexdigest() != header.sha256:
-            raise ValueError("its lines do not have the SHA-256 of the first one")
-        lines = [_line(kind, json.loads(text)) for text in body.split("\n")[:-1]]
+
+    def items(values: list[Any]) -> list[Line]:
+        lines = [_line(kind, value) for value in values]
         if not lines or len({line.row for line in lines}) < len(lines):
             raise ValueError("no rows, or one twice")
-    except FileNotFoundError:
-        return None
-    except (OSError, ValueError, TypeError, ValidationError) as error:
-        reason = str(error).splitlines()[0]
-        raise IntegrityError(
-            f"{path}: broken ({reason}); remove it, and the same command makes it again"
-        ) from error
-    return header, lines
+        return lines
+
+    return read_lines(path, ForgettingHeader, FORGETTING_FORMAT, items)
 
 
 def _line(kind: type[Line], values: Any) -> Line:

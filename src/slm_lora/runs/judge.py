@@ -6,19 +6,17 @@ one per pair of replies. Texts are not in it.
 
 from __future__ import annotations
 
-import hashlib
-import json
 from collections.abc import Mapping, Sequence
-from dataclasses import asdict, dataclass, replace
+from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any, Literal
 
-from pydantic import BaseModel, ConfigDict, ValidationError
+from pydantic import BaseModel, ConfigDict
 
 from slm_lora.errors import IntegrityError
 from slm_lora.records import RowScore
+from slm_lora.runs.checked_lines import read_lines, write_lines
 from slm_lora.runs.replies import read_replies, replies_file
-from slm_lora.runtime.storage import atomic_write_text
 
 JUDGE_FILE = "judge.jsonl"
 JUDGE_FORMAT = 1
@@ -97,9 +95,7 @@ class Judgement:
 
 def write_judgement(path: Path, header: JudgeHeader, pairs: Sequence[JudgedPair]) -> None:
     """Write the answers, with the SHA-256 of their lines."""
-    body = "".join(f"{json.dumps(asdict(pair))}\n" for pair in pairs)
-    header = header.model_copy(update={"sha256": hashlib.sha256(body.encode()).hexdigest()})
-    atomic_write_text(path, f"{header.model_dump_json()}\n{body}")
+    write_lines(path, header, pairs)
 
 
 def read_judgement(path: Path) -> Judgement | None:
@@ -108,23 +104,12 @@ def read_judgement(path: Path) -> Judgement | None:
     Raises:
         IntegrityError: the file is broken.
     """
-    try:
-        first, _, body = path.read_text(encoding="utf-8").partition("\n")
-        header = JudgeHeader.model_validate_json(first)
-        if header.format != JUDGE_FORMAT:
-            raise ValueError(f"format {header.format}, not {JUDGE_FORMAT}")
-        if hashlib.sha256(body.encode()).hexdigest() != header.sha256:
-            raise ValueError("its lines do not have the SHA-256 of the first one")
-        lines = [json.loads(line) for line in body.split("\n")[:-1]]
-        pairs = tuple(JudgedPair(**{**line, "keys": tuple(line["keys"])}) for line in lines)
-    except FileNotFoundError:
-        return None
-    except (OSError, ValueError, TypeError, KeyError, ValidationError) as error:
-        reason = str(error).splitlines()[0]
-        raise IntegrityError(
-            f"{path}: broken ({reason}); remove it, and slm-lora judge makes it again"
-        ) from error
-    return Judgement(header, pairs)
+
+    def items(values: list[Any]) -> list[JudgedPair]:
+        return [JudgedPair(**{**value, "keys": tuple(value["keys"])}) for value in values]
+
+    there = read_lines(path, JudgeHeader, JUDGE_FORMAT, items, "slm-lora judge makes it again")
+    return Judgement(there[0], tuple(there[1])) if there else None
 
 
 def with_win_rate(scores: Sequence[RowScore], run_folder: Path, run: str) -> tuple[RowScore, ...]:

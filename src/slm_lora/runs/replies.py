@@ -7,19 +7,17 @@ one per row. Texts of the rows themselves are not in it.
 
 from __future__ import annotations
 
-import hashlib
-import json
 from collections.abc import Mapping, Sequence
-from dataclasses import asdict, dataclass, replace
+from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any
 
-from pydantic import BaseModel, ConfigDict, ValidationError
+from pydantic import BaseModel, ConfigDict
 
 from slm_lora.errors import IntegrityError
 from slm_lora.records import RowScore
+from slm_lora.runs.checked_lines import read_lines, write_lines
 from slm_lora.runs.metrics import METRICS, add_own_metric
-from slm_lora.runtime.storage import atomic_write_text
 
 REPLIES_FORMAT = 1
 
@@ -52,7 +50,7 @@ class RepliesHeader(BaseModel):
     run: str
     settings: dict[str, Any]
     metrics: list[str]
-    sha256: str
+    sha256: str = ""
 
 
 def replies_file(run_folder: Path) -> Path:
@@ -68,16 +66,10 @@ def write_replies(
     replies: Sequence[RowReply],
 ) -> None:
     """Write replies; ``run`` is the run's hash."""
-    lines = [json.dumps(asdict(reply), ensure_ascii=False, allow_nan=False) for reply in replies]
-    body = "".join(f"{line}\n" for line in lines)
     header = RepliesHeader(
-        format=REPLIES_FORMAT,
-        run=run,
-        settings=dict(settings),
-        metrics=list(metrics),
-        sha256=hashlib.sha256(body.encode()).hexdigest(),
+        format=REPLIES_FORMAT, run=run, settings=dict(settings), metrics=list(metrics)
     )
-    atomic_write_text(path, f"{header.model_dump_json()}\n{body}")
+    write_lines(path, header, replies)
 
 
 def read_replies(path: Path) -> tuple[RepliesHeader, list[RowReply]] | None:
@@ -86,22 +78,11 @@ def read_replies(path: Path) -> tuple[RepliesHeader, list[RowReply]] | None:
     Raises:
         IntegrityError: the file is broken.
     """
-    try:
-        first, _, body = path.read_text(encoding="utf-8").partition("\n")
-        header = RepliesHeader.model_validate_json(first)
-        if header.format != REPLIES_FORMAT:
-            raise ValueError(f"format {header.format}, not {REPLIES_FORMAT}")
-        if hashlib.sha256(body.encode()).hexdigest() != header.sha256:
-            raise ValueError("its lines do not have the SHA-256 of the first one")
-        replies = [RowReply(**json.loads(line)) for line in body.split("\n")[:-1]]
-    except FileNotFoundError:
-        return None
-    except (OSError, ValueError, TypeError, ValidationError) as error:
-        reason = str(error).splitlines()[0]
-        raise IntegrityError(
-            f"{path}: broken ({reason}); remove it, and the same command makes it again"
-        ) from error
-    return header, replies
+
+    def items(values: list[Any]) -> list[RowReply]:
+        return [RowReply(**value) for value in values]
+
+    return read_lines(path, RepliesHeader, REPLIES_FORMAT, items)
 
 
 def with_reply_values(scores: Sequence[RowScore], path: Path, run: str) -> tuple[RowScore, ...]:

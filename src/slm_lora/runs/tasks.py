@@ -7,20 +7,18 @@ other lines, one per document. Texts of the documents are not in it.
 
 from __future__ import annotations
 
-import hashlib
-import json
 import math
 from collections.abc import Mapping, Sequence
-from dataclasses import asdict, dataclass, fields
+from dataclasses import dataclass, fields
 from pathlib import Path
 from typing import Any
 
-from pydantic import BaseModel, ConfigDict, ValidationError
+from pydantic import BaseModel, ConfigDict
 
 from slm_lora.errors import IntegrityError
 from slm_lora.records import RowScore
+from slm_lora.runs.checked_lines import read_lines, write_lines
 from slm_lora.runs.metrics import add_task_metric, task_metric_name
-from slm_lora.runtime.storage import atomic_write_text
 
 TASKS_FORMAT = 1
 
@@ -69,7 +67,7 @@ class TaskHeader(BaseModel):
     task: str
     settings: dict[str, Any]
     metrics: dict[str, TaskMetricRecord]
-    sha256: str
+    sha256: str = ""
 
 
 def task_file(run_folder: Path, task: str) -> Path:
@@ -86,17 +84,10 @@ def write_task(
     results: Sequence[DocumentResult],
 ) -> None:
     """Write results; ``run`` is the run's hash."""
-    lines = [json.dumps(asdict(result), ensure_ascii=False, allow_nan=False) for result in results]
-    body = "".join(f"{line}\n" for line in lines)
     header = TaskHeader(
-        format=TASKS_FORMAT,
-        run=run,
-        task=task,
-        settings=dict(settings),
-        metrics=dict(metrics),
-        sha256=hashlib.sha256(body.encode()).hexdigest(),
+        format=TASKS_FORMAT, run=run, task=task, settings=dict(settings), metrics=dict(metrics)
     )
-    atomic_write_text(path, f"{header.model_dump_json()}\n{body}")
+    write_lines(path, header, results)
 
 
 def read_task(path: Path) -> tuple[TaskHeader, list[DocumentResult]] | None:
@@ -105,24 +96,14 @@ def read_task(path: Path) -> tuple[TaskHeader, list[DocumentResult]] | None:
     Raises:
         IntegrityError: the file is broken.
     """
-    try:
-        first, _, body = path.read_text(encoding="utf-8").partition("\n")
-        header = TaskHeader.model_validate_json(first)
-        if header.format != TASKS_FORMAT:
-            raise ValueError(f"format {header.format}, not {TASKS_FORMAT}")
-        if hashlib.sha256(body.encode()).hexdigest() != header.sha256:
-            raise ValueError("its lines do not have the SHA-256 of the first one")
-        results = [_result(json.loads(line)) for line in body.split("\n")[:-1]]
-        if len({result.row_id for result in results}) < len(results):
-            raise ValueError("a document twice")
-    except FileNotFoundError:
-        return None
-    except (OSError, ValueError, TypeError, ValidationError) as error:
-        reason = str(error).splitlines()[0]
-        raise IntegrityError(
-            f"{path}: broken ({reason}); remove it, and the same command makes it again"
-        ) from error
-    return header, results
+    return read_lines(path, TaskHeader, TASKS_FORMAT, _results)
+
+
+def _results(values: list[Any]) -> list[DocumentResult]:
+    results = [_result(value) for value in values]
+    if len({result.row_id for result in results}) < len(results):
+        raise ValueError("a document twice")
+    return results
 
 
 def _result(line: Any) -> DocumentResult:
