@@ -115,3 +115,23 @@ def test_bases_of_one_name_are_told_apart_by_their_weights() -> None:
     assert [names.of(setting) for setting in group_settings(runs)] == [
         "model (coarse-0), LoRA r=8", "model (fine-000), LoRA r=8",
     ]  # fmt: skip
+
+
+def test_replies_that_one_base_lacks_are_left_out() -> None:
+    """A prompt without room for a reply with one tokenizer has no value there."""
+    runs = [
+        replace(
+            run,
+            scores=tuple(
+                replace(score, values={"token_f1": (0.1 * (i % 7), 1.0)} if i or has_all else {})
+                for i, score in enumerate(run.scores)
+            ),
+        )
+        for run in grid()
+        for has_all in [run.setting("model.name") == "coarse"]
+    ]
+    between = compare_bases(runs)
+    assert between is not None
+    (pairs,) = between.other_metrics
+    assert {len(pair.first.first_run.scores) for pair in pairs} == {39}
+    assert [pair.difference.value for pair in pairs] == [0.0, 0.0]

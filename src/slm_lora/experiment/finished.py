@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+from collections.abc import Sequence
+
 from slm_lora.adapters.methods import trains_all
 from slm_lora.adapters.multi import BASE, AdapterSet, load_adapter_set
 from slm_lora.data.tokenization import RowTokenizer
@@ -9,6 +11,16 @@ from slm_lora.errors import IntegrityError
 from slm_lora.experiment.job import Job
 from slm_lora.experiment.paths import ExperimentPaths
 from slm_lora.runs.folder import Run
+
+
+def with_jobs(jobs: Sequence[Job], runs: Sequence[Run]) -> list[tuple[Run, Job]]:
+    """Each finished run with its job; a base with the first job that is trained on it."""
+    by_identity = {job.identity: job for job in jobs}
+    by_base = {job.base_identity: job for job in reversed(jobs)}
+    return [
+        (run, (by_base if run.record.adapter is None else by_identity)[run.record.hash])
+        for run in runs
+    ]
 
 
 def load_finished(job: Job, run: Run, paths: ExperimentPaths) -> tuple[AdapterSet, str]:

@@ -22,7 +22,7 @@ from slm_lora.evaluation.forgetting import (
     sample_from_base,
     token_losses,
 )
-from slm_lora.experiment.finished import load_finished, load_job_base
+from slm_lora.experiment.finished import load_finished, load_job_base, with_jobs
 from slm_lora.experiment.job import Job
 from slm_lora.experiment.paths import ExperimentPaths
 from slm_lora.model.loading import load_tokenizer
@@ -81,14 +81,10 @@ class ForgettingScorer:
             IntegrityError: a file of an earlier measurement is broken.
         """
         reporter.overall = None  # counts trainings and scorings
-        by_identity = {job.identity: job for job in jobs}
-        by_base = {job.base_identity: job for job in reversed(jobs)}
         bases = {run.record.hash: run for run in runs if run.record.adapter is None}
         tuned = [run for run in runs if run.record.adapter is not None]
-        for run in (*bases.values(), *tuned):
-            is_base = run.record.adapter is None
-            job = (by_base if is_base else by_identity)[run.record.hash]
-            base = run if is_base else bases[job.base_identity]
+        for run, job in with_jobs(jobs, [*bases.values(), *tuned]):
+            base = run if run.record.adapter is None else bases[job.base_identity]
             _RunMeasurement(self, job, run, base, paths, reporter).make_missing()
 
 

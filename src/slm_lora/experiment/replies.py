@@ -14,7 +14,7 @@ from slm_lora.errors import DataError, UsageError
 from slm_lora.evaluation.batched_generation import Reply, generate_replies
 from slm_lora.evaluation.generation import Sampling, prompt_ids
 from slm_lora.evaluation.reply_metrics import ReplyMetric, reply_metrics
-from slm_lora.experiment.finished import load_finished
+from slm_lora.experiment.finished import load_finished, with_jobs
 from slm_lora.experiment.job import Job
 from slm_lora.experiment.paths import ExperimentPaths
 from slm_lora.runs.folder import Run
@@ -53,15 +53,11 @@ class ReplyScorer:
             StopRequested: a signal asked for it; finished replies are kept.
         """
         reporter.overall = None  # counts trainings and scorings
-        by_identity = {job.identity: job for job in jobs}
-        by_base = {job.base_identity: job for job in reversed(jobs)}
-        for run in runs:
+        for run, job in with_jobs(jobs, runs):
             path = replies_file(run.folder)
             if self._is_done(path):
                 reporter.info(f"  {run.cell}  replied earlier")
                 continue
-            is_base = run.record.adapter is None
-            job = (by_base if is_base else by_identity)[run.record.hash]
             variants, name = load_finished(job, run, paths)
             replies = self._replies(variants, name, run.cell, reporter)
             write_replies(path, run.record.hash, self._settings(), list(self.metrics), replies)

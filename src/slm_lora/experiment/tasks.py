@@ -14,7 +14,7 @@ from slm_lora.evaluation.harness_tasks import (
     harness_version,
     load_tasks,
 )
-from slm_lora.experiment.finished import load_finished
+from slm_lora.experiment.finished import load_finished, with_jobs
 from slm_lora.experiment.job import Job
 from slm_lora.experiment.paths import ExperimentPaths
 from slm_lora.runs.folder import Run
@@ -61,15 +61,11 @@ class TaskScorer:
             IntegrityError: a file of earlier results is broken.
         """
         reporter.overall = None  # counts trainings and scorings
-        by_identity = {job.identity: job for job in jobs}
-        by_base = {job.base_identity: job for job in reversed(jobs)}
-        for run in runs:
+        for run, job in with_jobs(jobs, runs):
             missing = [task for task in self.tasks if not self._is_done(run, task)]
             if not missing:
                 reporter.info(f"  {run.cell}  tasks evaluated earlier")
                 continue
-            is_base = run.record.adapter is None
-            job = (by_base if is_base else by_identity)[run.record.hash]
             variants, name = load_finished(job, run, paths)
             for task in missing:
                 results = self._results(task, variants, name, job, run, reporter)

@@ -2,7 +2,8 @@
 
 Types are those that `llama-quantize` chooses without an importance matrix (llama.cpp,
 src/llama-quant.cpp): more bits for the output matrix, and for attn_v and ffn_down in the first and
-last eighth of the layers and in every third layer between.
+last eighth of the layers and in every third layer between. Its exception for
+Llama's 80-layer model (attn_v in Q5_K) is left out.
 """
 
 from __future__ import annotations

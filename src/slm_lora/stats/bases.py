@@ -84,18 +84,11 @@ def compare_bases(runs: Sequence[ScoredRun]) -> BaseComparisons | None:
     names = ("bits_per_byte", "response_bits_per_byte")
     if runs[0].headline == "response":
         names = names[::-1]
-    rows = {name: _rows_with_equal_bytes(runs, METRICS[name]) for name in names}
+    rows = {name: _common_rows(runs, METRICS[name]) for name in names}
     name = max(names, key=lambda name: len(rows[name]))
-    common = [
-        replace(
-            run,
-            headline=name,
-            scores=tuple(score for score in run.scores if score.row_id in rows[name]),
-        )
-        for run in runs
-    ]
+    common = _on_common_rows(runs, METRICS[name])
     others = [
-        [replace(run, headline=metric.name) for run in runs if has_metric(run, metric)]
+        _on_common_rows([run for run in runs if has_metric(run, metric)], metric)
         for metric in METRICS.values()
         # Changes from a base, and preferences over its replies, do not compare with another's.
         if metric.compared and not metric.own_rows and metric.scope != BY_JUDGE
@@ -116,8 +109,24 @@ def base_model(run: ScoredRun) -> tuple[object, object]:
     return run.run.record.model.sha256, run.setting("model.quantization")
 
 
-def _rows_with_equal_bytes(runs: Sequence[ScoredRun], metric: Metric) -> set[str]:
-    """Ids of the rows that all runs scored on equally many bytes, at least one."""
+def _on_common_rows(runs: Sequence[ScoredRun], metric: Metric) -> list[ScoredRun]:
+    """Runs with the metric as headline, on the test rows that compare in it."""
+    if metric.task:  # its documents are those of all
+        return [replace(run, headline=metric.name) for run in runs]
+    rows = _common_rows(runs, metric)
+    return [
+        replace(
+            run,
+            headline=metric.name,
+            scores=tuple(score for score in run.scores if score.row_id in rows),
+        )
+        for run in runs
+    ]
+
+
+def _common_rows(runs: Sequence[ScoredRun], metric: Metric) -> set[str]:
+    """Ids of the rows that all runs have with one denominator, such as equally many bytes. A long
+    prompt may have no room for a reply with one tokenizer only."""
     counts = Counter((score.row_id, metric.parts(score)[1]) for run in runs for score in run.scores)
     return {row for (row, size), count in counts.items() if size and count == len(runs)}
 
