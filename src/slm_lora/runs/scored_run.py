@@ -133,7 +133,7 @@ def read_scored_runs(
             line.run.cell,
         )  # fmt: skip
 
-    lines = sorted(map(read_scored_run, runs), key=order)
+    lines = _with_common_values(sorted(map(read_scored_run, runs), key=order))
     headline = headline or lines[0].headline
     of_bases = [line.row_sets for line in lines if line.is_base]
     return [
@@ -145,3 +145,26 @@ def read_scored_runs(
         )
         for line in lines
     ]
+
+
+def _with_common_values(runs: Sequence[ScoredRun]) -> list[ScoredRun]:
+    """Runs without values of rows for which another run lacks them: a function of the user's own
+    may fail on the reply of one run only, and runs compare on the same rows."""
+    partial: dict[str, set[str]] = {}
+    for name in {name for run in runs for score in run.scores for name in score.values}:
+        own = [{score.row_id for score in run.scores if name in score.values} for run in runs]
+        own = [rows for rows in own if rows]
+        if missing := set[str]().union(*own) - own[0].intersection(*own[1:]):
+            partial[name] = missing
+    if not partial:
+        return [*runs]
+
+    def common(score: RowScore) -> RowScore:
+        values = {
+            name: value
+            for name, value in score.values.items()
+            if score.row_id not in partial.get(name, ())
+        }
+        return replace(score, values=values)
+
+    return [replace(run, scores=tuple(map(common, run.scores))) for run in runs]
